@@ -1,0 +1,101 @@
+"""The method's knobs: what is masked, what is regressed, how it is weighed, how the teacher follows."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(kw_only=True)
+class MaskingConfig:
+    """Which positions the student does not see (spec section 2)."""
+
+    kind: Literal["spans", "bert", "blockwise", "block1d", "block2d", "random"] = "blockwise"
+    """`spans` 1.0 speech/text; `bert` 1.0 text's main row; `blockwise` BEiT; `block*` and `random` 2.0."""
+    prob: float = 0.65
+    """Fraction to mask (spans: before overlaps)."""
+    length: int = 10
+    """Span length, or side of a block."""
+    adjust: float = 0.0
+    """Added to the selected fraction before the exact count is restored (block masks)."""
+    inverse: bool = False
+    """Blocks are what stays visible (2.0 vision)."""
+    target_count: int = 120
+    """Patches to mask (blockwise)."""
+    min_block: int = 16
+    """Smallest block, patches (blockwise)."""
+    clones: int = 1
+    """M: masks per sample; the teacher runs once for all of them."""
+
+
+@dataclass(kw_only=True)
+class TargetConfig:
+    """How the teacher's taps become a target (spec 1.2)."""
+
+    kind: str = "average_top_k"
+    """Name of the target function (d2v_scale/data2vec/targets.py)."""
+    tap: Literal["ffn", "block"] = "ffn"
+    """`ffn`: second FFN linear before dropout and residual; `block`: the block's output (1.0 vision)."""
+    top_k_layers: int = 8
+    layer_norm: Literal["none", "instance", "layer", "batch", "instance+layer"] = "instance"
+    """Parameter-free norm of each tap."""
+    final_norm: Literal["none", "instance", "layer", "layer+instance"] = "none"
+    """Parameter-free norm after the average."""
+
+
+@dataclass(kw_only=True)
+class LossConfig:
+    """How prediction and target are compared at masked positions (spec 1.3)."""
+
+    beta: float = 0.0
+    """0: squared error without 1/2; above: smooth-L1 with this beta."""
+    scale: float | None = None
+    """Factor on the sum over channels; null: 1/sqrt(width)."""
+    reduction: Literal["sum_channels", "mean_channels"] = "sum_channels"
+    """Always a mean over masked positions of the whole step; this is about the channels (1.0 vision: mean)."""
+    cls_weight: float = 0.0
+    """Weight of the CLS term, a mean per row (2.0 vision)."""
+
+
+@dataclass(kw_only=True)
+class EmaConfig:
+    """How fast the teacher follows the student (spec 1.4)."""
+
+    start: float = 0.999
+    end: float = 0.9999
+    anneal_steps: int = 30000
+    """Linear from start to end over this many optimizer updates."""
+    index: Literal["completed", "zero_based"] = "completed"
+    """Which update number the schedule is read at: fairseq counts completed updates, BEiT starts at 0."""
+
+
+@dataclass(kw_only=True)
+class CompatConfig:
+    """Old behaviour, for bit-parity with published checkpoints only. Each is a bug of the reference."""
+
+    equalize_masks: bool = False
+    """Trim every row to the batch's smallest mask count (1.0 spans)."""
+    text_teacher_masked_only: bool = False
+    """The text teacher sees only the masked tokens (fairseq#4881)."""
+
+
+@dataclass(kw_only=True)
+class HealthConfig:
+    """When a run counts as collapsed (spec 1.5)."""
+
+    min_target_std: float = 0.1
+    min_prediction_std: float = 0.01
+    after: int = 5000
+    """Updates before the check starts."""
+    patience: int = 3
+    """Consecutive log points below a limit before the run is stopped; each one before is a warning."""
+
+
+@dataclass(kw_only=True)
+class ObjectiveConfig:
+    """Everything that turns a batch, a student and a teacher into a loss."""
+
+    masking: MaskingConfig = field(default_factory=MaskingConfig)
+    target: TargetConfig = field(default_factory=TargetConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    ema: EmaConfig = field(default_factory=EmaConfig)
+    health: HealthConfig = field(default_factory=HealthConfig)
+    compat: CompatConfig = field(default_factory=CompatConfig)

@@ -1,0 +1,66 @@
+"""Errors that end a run, and the exit code each one is reported with.
+
+`ConfigError` and its relatives are the user's to fix: they are raised before any training step, name the key or
+file and the remedy, and end the program with exit code 2. The verdicts are conclusions a run comes to about itself.
+"""
+
+EXIT_DONE = 0
+EXIT_BAD_INPUT = 2
+EXIT_REQUEUE = 10
+EXIT_NON_FINITE = 11
+EXIT_COLLAPSE = 12
+EXIT_DATA_STARVED = 13
+EXIT_LOST_PEER = 14
+
+
+class UserError(ValueError):
+    """A mistake in what the user gave us. `message` says what is wrong, `remedy` what to do about it."""
+
+    def __init__(self, message: str, remedy: str = "") -> None:
+        super().__init__(f"{message} {remedy}".strip())
+
+
+class ConfigError(UserError):
+    """A recipe or DeepSpeed key that is unknown, has a wrong value, or contradicts another. `key` is its dotted path."""
+
+    def __init__(self, key: str, message: str, remedy: str = "") -> None:
+        super().__init__(f"{key}: {message}", remedy)
+        self.key = key
+
+
+class DataError(UserError):
+    """Shards or indexes that are missing, unreadable or contradict each other."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint that is missing, damaged, newer than this version, or of another model."""
+
+
+class Verdict(RuntimeError):
+    """A run's conclusion that it must stop. Raised on every rank at the same step edge."""
+
+    exit_code = 1
+
+
+class NonFinite(Verdict):
+    """Too many consecutive steps had a non-finite loss or gradient and were skipped."""
+
+    exit_code = EXIT_NON_FINITE
+
+
+class Collapse(Verdict):
+    """Targets, predictions or the stem's output lost their variance, or the teacher does not move."""
+
+    exit_code = EXIT_COLLAPSE
+
+
+class DataStarved(Verdict):
+    """The share of unreadable samples passed its limit, or no batch arrived in time."""
+
+    exit_code = EXIT_DATA_STARVED
+
+
+class LostPeer(Verdict):
+    """Another rank stopped answering."""
+
+    exit_code = EXIT_LOST_PEER

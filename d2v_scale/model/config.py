@@ -1,0 +1,127 @@
+"""What a model is made of: one stem per modality, one backbone, one predictor. Sizes only; no tensors here."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+Modality = Literal["vision", "speech", "text"]
+
+
+@dataclass(kw_only=True)
+class SpeechStem:
+    """Raw 16 kHz waveform to 20 ms frames (reference: wav2vec 2.0 feature encoder, layer-norm mode)."""
+
+    conv_layers: list[tuple[int, int, int]] = field(
+        default_factory=lambda: [(512, 10, 5), *[(512, 3, 2)] * 4, *[(512, 2, 2)] * 2]
+    )
+    """Convolutions as (channels, kernel, stride)."""
+    pos_conv_depth: int = 5
+    """Number of positional convolutions."""
+    pos_conv_kernel: int = 19
+    """Kernel of each positional convolution, frames."""
+    pos_conv_groups: int = 16
+    """Groups of each positional convolution."""
+    alibi: bool = False
+    """Add a learned-scale ALiBi bias to the attention logits (2.0)."""
+
+
+@dataclass(kw_only=True)
+class VisionStem:
+    """Images to patches."""
+
+    image_size: int = 224
+    """Side of the square input, pixels."""
+    patch_size: int = 16
+    """Side of a patch, pixels."""
+    channels: int = 3
+    positions: Literal["relative", "sincos"] = "relative"
+    """`relative`: one shared relative-position bias (1.0); `sincos`: fixed 2-D sine-cosine (2.0)."""
+
+
+@dataclass(kw_only=True)
+class TextStem:
+    """Token ids to embeddings with learned positions."""
+
+    vocab_size: int = 50265
+    max_positions: int = 512
+    """Longest sequence, tokens."""
+    bos_id: int = 0
+    pad_id: int = 1
+    eos_id: int = 2
+    unk_id: int = 3
+    mask_id: int = 50264
+
+
+@dataclass(kw_only=True)
+class Backbone:
+    """The Transformer shared by all modalities of a run."""
+
+    width: int = 768
+    heads: int = 12
+    ffn: int = 3072
+    """Width of the feed-forward layer."""
+    depth: int = 12
+    """Main blocks: the ones whose outputs the teacher's targets average."""
+    prenet_depth: int = 0
+    """Blocks before the main ones, belonging to the stem (2.0)."""
+    norm_first: bool = False
+    """True: pre-norm with layer scale (1.0 vision); False: post-norm."""
+    norm_eps: float = 1e-5
+    key_bias: bool = True
+    """False: the key projection has no bias (1.0 vision)."""
+    layer_scale: float = 0.0
+    """Initial layer scale; 0 builds none."""
+    final_norm: bool = False
+    """A LayerNorm after the last block (1.0 vision)."""
+    dropout: float = 0.0
+    """After attention-out and after the second FFN linear."""
+    attention_dropout: float = 0.0
+    activation_dropout: float = 0.0
+    input_dropout: float = 0.0
+    """On the input of the first block (after the stem's norm)."""
+    drop_path: float = 0.0
+    """Rate of the last block; grows linearly from 0 at the first."""
+    layer_drop: float = 0.0
+    """Probability of skipping a block in the student, the same block on all ranks."""
+
+
+@dataclass(kw_only=True)
+class Predictor:
+    """From student states to predicted targets."""
+
+    kind: Literal["linear", "mlp", "conv1d", "conv2d"] = "linear"
+    """`linear`: D to D (1.0 speech, vision); `mlp`: D-2D-GELU-D (1.0 text); `conv*`: the 2.0 decoder."""
+    width: int = 768
+    """Decoder channels (conv only)."""
+    kernel: int = 7
+    groups: int = 16
+    layers: int = 4
+    residual: bool = True
+    """Add a layer's input to its output where the channel counts match (conv only)."""
+    proj_layers: int = 1
+    """Linears after the convolutions; 2 means width-2*width-GELU-D (2.0 text)."""
+    input_dropout: float = 0.0
+    noise_std: float = 0.01
+    """Standard deviation of the decoder's mask tokens (conv only)."""
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    """One model. Exactly the stems of the modalities that a run trains are present."""
+
+    visible_only: bool = False
+    """False: masked positions are replaced (1.0); True: they are removed before the blocks (2.0)."""
+    speech: SpeechStem | None = None
+    vision: VisionStem | None = None
+    text: TextStem | None = None
+    backbone: Backbone = field(default_factory=Backbone)
+    predictor: Predictor = field(default_factory=Predictor)
+    activation_checkpointing: bool = False
+    """Recompute blocks in the backward pass (torch, non-reentrant)."""
+    init: Literal["default", "beit"] = "default"
+    """`beit`: truncated normals and depth-scaled output weights (1.0 vision, spec 3.7)."""
+
+    @property
+    def modalities(self) -> list[Modality]:
+        """The modalities this model has a stem for, in a fixed order."""
+        named: list[tuple[Modality, object]] = [("vision", self.vision), ("speech", self.speech), ("text", self.text)]
+        return [name for name, stem in named if stem is not None]
