@@ -8,17 +8,22 @@ steps in only when `torchaudio._extension` is imported, and only when the real o
 import importlib.abc
 import importlib.machinery
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 
 _GUARDED = "torchaudio._extension"
 
 
-def _fail_if_no_align(*_args: object, **_kwargs: object) -> None:
-    raise RuntimeError(
-        "torchaudio's C++ extension does not load beside this build of torch: forced alignment is not available. "
-        "Install a torch build that matches torchaudio's CUDA version."
-    )
+def _fail_if_no_align(_function: Callable[..., object]) -> Callable[..., object]:
+    """Decorator that torchaudio puts on forced alignment: the function then says why it is not available."""
+
+    def fail(*_args: object, **_kwargs: object) -> None:
+        raise RuntimeError(
+            "torchaudio's C++ extension does not load beside this build of torch: forced alignment is not available. "
+            "Install a torch build that matches torchaudio's CUDA version."
+        )
+
+    return fail
 
 
 class _FallbackLoader(importlib.abc.Loader):
