@@ -1,0 +1,123 @@
+"""The optimizer and its schedules. Learning rate and epsilon are pure functions of the completed updates."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+
+from d2v_scale.errors import ConfigError
+
+
+@dataclass(kw_only=True)
+class OptimConfig:
+    """AdamW with decoupled weight decay, and the schedule of its learning rate."""
+
+    lr: float = 5e-4
+    """Peak learning rate."""
+    min_lr: float = 0.0
+    """Where the cosine ends."""
+    schedule: Literal["cosine", "tri_stage", "constant", "polynomial"] = "cosine"
+    """`cosine`: linear warm-up, half cosine to min_lr. `tri_stage`: warm-up, hold, exponential decay. `constant`:
+    warm-up, then flat. `polynomial`: warm-up, then linear to min_lr."""
+    warmup_steps: int = 0
+    """Updates of linear warm-up (cosine, constant, polynomial). The first update then has learning rate 0."""
+    phase_ratio: list[float] = field(default_factory=lambda: [0.03, 0.90, 0.07])
+    """Shares of max_steps for warm-up, hold and decay (tri_stage)."""
+    phase_scale: list[float] = field(default_factory=lambda: [0.01, 0.01])
+    """Learning rate at the very start and the very end, as a share of the peak (tri_stage)."""
+    max_steps: int = 400_000
+    """The schedule's horizon and the end of the run, in steps. `--stop_at` ends earlier without changing it."""
+    betas: tuple[float, float] = (0.9, 0.98)
+    eps: float = 1e-6
+    eps_placement: Literal["torch", "fairseq"] = "torch"
+    """`torch`: added to the bias-corrected root; `fairseq`: to the uncorrected one (differs in early updates only)."""
+    weight_decay: float = 0.01
+    decay_on: Literal["all", "matrices"] = "all"
+    """`all`: every parameter (fairseq runs); `matrices`: not biases, norms, layer scales, CLS token (BEiT)."""
+    clip: float = 0.0
+    """Largest global gradient norm; 0 does not clip."""
+
+    def check(self) -> None:
+        """Raises ConfigError for values that contradict each other."""
+        if self.max_steps < 1:
+            raise ConfigError("optim.max_steps", f"is {self.max_steps}", "Give at least 1.")
+        if self.schedule != "tri_stage" and not 0 <= self.warmup_steps < self.max_steps:
+            raise ConfigError(
+                "optim.warmup_steps",
+                f"is {self.warmup_steps}, while optim.max_steps is {self.max_steps}",
+                "Warm-up must end before the run does.",
+            )
+        if self.schedule == "tri_stage" and (len(self.phase_ratio) != 3 or abs(sum(self.phase_ratio) - 1) > 1e-6):
+            raise ConfigError("optim.phase_ratio", f"is {self.phase_ratio}", "Give three shares that add up to 1.")
+        if self.clip < 0:
+            raise ConfigError("optim.clip", f"is {self.clip}", "Give 0 for no clipping, or a positive norm.")
+
+
+def learning_rate(config: OptimConfig, completed_updates: int) -> float:
+    """The learning rate of the next update (spec 1.7). fairseq's first cosine update therefore has rate 0."""
+    n, peak, horizon = completed_updates, config.lr, config.max_steps
+    if config.schedule == "tri_stage":
+        warmup, hold, decay = (int(share * horizon) for share in config.phase_ratio)
+        first, last = (scale * peak for scale in config.phase_scale)
+        if n < warmup:
+            return first + (peak - first) * n / warmup
+        if n < warmup + hold:
+            return peak
+        progress = min(1.0, (n - warmup - hold) / max(1, decay))
+        return peak * math.exp(math.log(last / peak) * progress)
+    if n < config.warmup_steps:
+        return peak * n / config.warmup_steps
+    progress = min(1.0, (n - config.warmup_steps) / max(1, horizon - config.warmup_steps))
+    if config.schedule == "cosine":
+        return config.min_lr + 0.5 * (peak - config.min_lr) * (1 + math.cos(math.pi * progress))
+    if config.schedule == "polynomial":
+        return config.min_lr + (peak - config.min_lr) * (1 - progress)
+    return peak
+
+
+def epsilon(config: OptimConfig, completed_updates: int) -> float:
+    """The epsilon to give torch's Adam for the next update.
+
+    fairseq adds epsilon to the root of the second moment before its bias correction, which is the same as torch's
+    Adam with epsilon / sqrt(1 - beta2^t) at update t (spec 1.7).
+    """
+    if config.eps_placement == "torch":
+        return config.eps
+    return config.eps / math.sqrt(1 - config.betas[1] ** (completed_updates + 1))
+
+
+def set_rates(optimizer: torch.optim.Optimizer, config: OptimConfig, completed_updates: int) -> float:
+    """Prepare `optimizer` for the next update; returns its learning rate. Local; call before every step."""
+    lr = learning_rate(config, completed_updates)
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("lr_scale", 1.0)
+        group["eps"] = epsilon(config, completed_updates)
+    return lr
+
+
+def _is_decayed(name: str, shape: torch.Size, config: OptimConfig) -> bool:
+    if config.decay_on == "all":
+        return True
+    # BEiT keeps the mask token and the position table decayed, and the CLS token not.
+    return len(shape) > 1 and not name.endswith((".bias", ".q_bias", ".v_bias", ".cls"))
+
+
+def parameter_groups(
+    named_parameters: Iterable[tuple[str, torch.nn.Parameter]], config: OptimConfig
+) -> list[dict[str, Any]]:
+    """Trainable parameters in at most two groups, decayed and not. Shapes are the full ones, also when partitioned."""
+    decayed: list[torch.nn.Parameter] = []
+    plain: list[torch.nn.Parameter] = []
+    for name, parameter in named_parameters:
+        if parameter.requires_grad:
+            shape = getattr(parameter, "ds_shape", parameter.shape)
+            (decayed if _is_decayed(name, shape, config) else plain).append(parameter)
+    groups = [(decayed, config.weight_decay), (plain, 0.0)]
+    return [{"params": params, "weight_decay": decay} for params, decay in groups if params]
+
+
+def make_optimizer(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.AdamW:
+    """torch's single-pass AdamW over `groups`."""
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)

@@ -1,0 +1,85 @@
+"""Schedules and Adam against the reference's formulas."""
+
+import math
+
+import pytest
+import torch
+
+from d2v_scale.errors import ConfigError
+from d2v_scale.optim import OptimConfig, epsilon, learning_rate, make_optimizer, parameter_groups, set_rates
+
+
+def test_cosine_starts_at_zero_peaks_after_warmup_and_ends_at_min_lr():
+    config = OptimConfig(lr=1e-3, min_lr=1e-5, warmup_steps=10, max_steps=110)
+    assert learning_rate(config, 0) == 0.0
+    assert learning_rate(config, 5) == pytest.approx(5e-4)
+    assert learning_rate(config, 10) == pytest.approx(1e-3)
+    assert learning_rate(config, 60) == pytest.approx((1e-3 + 1e-5) / 2)
+    assert learning_rate(config, 110) == pytest.approx(1e-5)
+
+
+def test_tri_stage_decays_exponentially_as_published():
+    config = OptimConfig(lr=5e-4, schedule="tri_stage", max_steps=400_000)
+    assert learning_rate(config, 0) == pytest.approx(5e-6)
+    assert learning_rate(config, 12_000) == pytest.approx(5e-4)
+    assert learning_rate(config, 371_999) == pytest.approx(5e-4)
+    assert learning_rate(config, 386_000) == pytest.approx(5e-5)
+    assert learning_rate(config, 400_000) == pytest.approx(5e-6)
+
+
+def test_polynomial_and_constant_after_warmup():
+    assert learning_rate(OptimConfig(lr=1.0, schedule="constant", warmup_steps=4, max_steps=8), 7) == 1.0
+    assert learning_rate(OptimConfig(lr=1.0, schedule="polynomial", warmup_steps=0, max_steps=8), 6) == 0.25
+
+
+def fairseq_adam(values, gradients, config):
+    """The reference's update, written out: decoupled decay, epsilon beside the uncorrected root."""
+    weight, m, v = values.clone().double(), torch.zeros(1).double(), torch.zeros(1).double()
+    beta1, beta2 = config.betas
+    for t, gradient in enumerate(gradients, start=1):
+        g = gradient.double()
+        m = beta1 * m + (1 - beta1) * g
+        v = beta2 * v + (1 - beta2) * g * g
+        weight = weight - config.lr * config.weight_decay * weight
+        step = config.lr * math.sqrt(1 - beta2**t) / (1 - beta1**t)
+        weight = weight - step * m / (v.sqrt() + config.eps)
+    return weight
+
+
+def test_fairseq_epsilon_placement_matches_the_written_out_update():
+    config = OptimConfig(lr=1e-2, schedule="constant", eps=1e-2, eps_placement="fairseq", max_steps=100)
+    torch.manual_seed(0)
+    start, gradients = torch.randn(5), [torch.randn(5) * 0.01 for _ in range(7)]
+    weight = torch.nn.Parameter(start.clone())
+    optimizer = make_optimizer([{"params": [weight], "weight_decay": config.weight_decay}], config)
+    for completed, gradient in enumerate(gradients):
+        weight.grad = gradient.clone()
+        set_rates(optimizer, config, completed)
+        optimizer.step()
+    expected = fairseq_adam(start, gradients, config)
+    torch.testing.assert_close(weight.double(), expected, atol=1e-6, rtol=0)
+    assert epsilon(OptimConfig(eps=1e-6), 0) == 1e-6
+
+
+def test_beit_decays_matrices_mask_token_and_table_only():
+    named = [
+        ("blocks.0.ffn.fc1.weight", (4, 4)),
+        ("blocks.0.ffn.fc1.bias", (4,)),
+        ("blocks.0.attention.q_bias", (2, 2)),
+        ("stems.vision.context.cls", (1, 1, 4)),
+        ("stems.vision.context.mask_token", (1, 1, 4)),
+        ("stems.vision.bias.table", (9, 2)),
+        ("blocks.0.scale1", (4,)),
+    ]
+    parameters = [(name, torch.nn.Parameter(torch.zeros(shape))) for name, shape in named]
+    decayed, plain = parameter_groups(parameters, OptimConfig(decay_on="matrices"))
+    assert len(decayed["params"]) == 3
+    assert len(plain["params"]) == 4
+    assert plain["weight_decay"] == 0.0
+    (everything,) = parameter_groups(parameters, OptimConfig(decay_on="all"))
+    assert len(everything["params"]) == 7
+
+
+def test_warmup_longer_than_the_run_is_refused():
+    with pytest.raises(ConfigError, match="warmup_steps"):
+        OptimConfig(warmup_steps=10, max_steps=10).check()
