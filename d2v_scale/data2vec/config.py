@@ -35,10 +35,11 @@ class TargetConfig:
     tap: Literal["ffn", "block"] = "ffn"
     """`ffn`: second FFN linear before dropout and residual; `block`: the block's output (1.0 vision)."""
     top_k_layers: int = 8
-    layer_norm: Literal["none", "instance", "layer", "batch", "instance+layer"] = "instance"
-    """Parameter-free norm of each tap."""
-    final_norm: Literal["none", "instance", "layer", "layer+instance"] = "none"
-    """Parameter-free norm after the average."""
+    layer_norm: str = "instance"
+    """Parameter-free norms of each tap, joined by `+` and applied in that order, or `none`. `instance`: over time for
+    each sample and channel; `layer`: over channels; `batch`: over samples and time; `group`: over time and channels."""
+    final_norm: str = "none"
+    """Parameter-free norms after the average, written as in `layer_norm`."""
 
 
 @dataclass(kw_only=True)

@@ -1,0 +1,111 @@
+"""What the student regresses: parameter-free norms and an average of the teacher's top blocks (spec 1.2).
+
+A target function is named by `TargetConfig.kind` and is an accumulator: blocks add their taps as they run, so that one
+(B, T, D) sum is all that is ever held (or sent from one pipeline stage to the next).
+"""
+
+from collections.abc import Callable, Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from d2v_scale.data2vec.config import TargetConfig
+from d2v_scale.errors import ConfigError
+
+_EPS = 1e-5
+
+# Axes of (B, T, D) that each norm takes its mean and biased variance over.
+_AXES: dict[str, tuple[int, ...]] = {
+    "instance": (1,),
+    "layer": (2,),
+    "batch": (0, 1),
+    "group": (1, 2),
+    "across_batch": (0,),
+    "across_batch_and_channels": (0, 2),
+}
+
+
+def split_norms(names: str, key: str) -> list[str]:
+    """`instance+layer` to ["instance", "layer"], `none` to []. Raises `ConfigError` at `key` for an unknown name."""
+    parts = [] if names == "none" else names.split("+")
+    unknown = [part for part in parts if part not in _AXES]
+    if unknown:
+        raise ConfigError(key, f"unknown norm {unknown[0]!r} in {names!r}.", f"Join any of {', '.join(_AXES)} by '+'.")
+    return parts
+
+
+def _normalise(x_btd: Tensor, name: str) -> Tensor:
+    if name == "layer":
+        return F.layer_norm(x_btd, x_btd.shape[-1:], eps=_EPS)
+    variance, mean = torch.var_mean(x_btd, dim=_AXES[name], correction=0, keepdim=True)
+    return (x_btd - mean) * torch.rsqrt(variance + _EPS)
+
+
+def first_tapped_layer(config: TargetConfig, depth: int) -> int:
+    """Index of the first of the last K main blocks. Raises `ConfigError` if the model has fewer than K."""
+    if not 1 <= config.top_k_layers <= depth:
+        raise ConfigError(
+            "objective.target.top_k_layers",
+            f"{config.top_k_layers} of {depth} main blocks cannot be averaged.",
+            f"Choose 1 to {depth}; blocks of the stem (prenet) are never tapped.",
+        )
+    return depth - config.top_k_layers
+
+
+class TargetAccumulator:
+    """`average_top_k`: each tap normalised, the mean of K taps, normalised again. All in fp32, without gradient.
+
+    CLS tokens must be cut off before `add`, so that instance norms do not see them; padded positions take part in the
+    statistics, as in the reference. `total_btd` and `count` continue a sum begun elsewhere (an earlier pipeline stage).
+    """
+
+    def __init__(self, config: TargetConfig, total_btd: Tensor | None = None, count: int = 0) -> None:
+        self._tap_norms = split_norms(config.layer_norm, "objective.target.layer_norm")
+        self._final_norms = split_norms(config.final_norm, "objective.target.final_norm")
+        self._top_k_layers = config.top_k_layers
+        self.total_btd = total_btd
+        self.count = count
+
+    @torch.no_grad()
+    def add(self, tap_btd: Tensor) -> None:
+        """Add one block's tap, (B, T, D) of any float type."""
+        x_btd = tap_btd.float()
+        for name in self._tap_norms:
+            x_btd = _normalise(x_btd, name)
+        if self.total_btd is None:
+            # A copy unless a norm made one: the tap's own memory belongs to the block.
+            self.total_btd = x_btd.clone() if x_btd is tap_btd else x_btd
+        else:
+            self.total_btd.add_(x_btd)
+        self.count += 1
+
+    @torch.no_grad()
+    def finish(self) -> Tensor:
+        """The targets, fp32 (B, T, D). Exactly K taps must have been added."""
+        assert self.total_btd is not None, "no tap was added"
+        assert self.count == self._top_k_layers, f"{self.count} taps for top_k_layers={self._top_k_layers}"
+        targets_btd = self.total_btd / self.count
+        for name in self._final_norms:
+            targets_btd = _normalise(targets_btd, name)
+        return targets_btd
+
+
+TARGETS: dict[str, Callable[..., TargetAccumulator]] = {"average_top_k": TargetAccumulator}
+
+
+def accumulator(config: TargetConfig, total_btd: Tensor | None = None, count: int = 0) -> TargetAccumulator:
+    """The accumulator that `config.kind` names. Raises `ConfigError` for an unknown kind."""
+    if config.kind not in TARGETS:
+        raise ConfigError(
+            "objective.target.kind", f"unknown target {config.kind!r}.", f"Choose one of {', '.join(TARGETS)}."
+        )
+    return TARGETS[config.kind](config, total_btd, count)
+
+
+def make_targets(taps: Iterable[Tensor], config: TargetConfig) -> Tensor:
+    """Targets, fp32 (B, T, D), from the taps (B, T, D) of the last K main blocks, first block first."""
+    running = accumulator(config)
+    for tap_btd in taps:
+        running.add(tap_btd)
+    return running.finish()
