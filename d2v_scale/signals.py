@@ -1,0 +1,209 @@
+"""Asking a run to stop, and agreeing on it over all ranks.
+
+Signals and the wall-clock limit only raise a flag; no rank acts on its own. At every step edge the ranks agree by one
+small all-reduce, so that all of them save the same step. In the training program:
+
+    stop_flag = StopFlag.install()            # first lines, before the slow imports
+    agreement = Agreement()                   # after the process groups exist; collective
+    for step in ...:
+        train_step()
+        stop = agreement.agree(stop_flag.raised())
+        if stop is not None:                  # the same value on every rank, at the same step
+            save(); break
+    agreement.barrier()                       # then rank 0 writes status.json (d2v_scale.status)
+
+This module imports torch only inside `Agreement`, because the handlers must stand before the slow imports begin.
+"""
+
+import contextlib
+import os
+import signal
+import threading
+import time
+from dataclasses import dataclass
+from enum import IntEnum
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from d2v_scale.errors import EXIT_COLLAPSE, EXIT_DATA_STARVED, EXIT_NON_FINITE, EXIT_REQUEUE, LostPeer
+
+if TYPE_CHECKING:
+    import torch
+
+WORKER_GRACE_S = 60
+"""How long a data worker lives on after SIGTERM: the ranks still finish a step and save."""
+
+_RANK_BITS = 32
+
+
+class StopReason(IntEnum):
+    """Why a run stops before its last step, in rising order of weight: the heaviest reason of all ranks is agreed."""
+
+    TIME_LIMIT = 1
+    USR1 = 2
+    TERM = 3
+    INTERRUPT = 4
+    DATA_STARVED = 5
+    COLLAPSE = 6
+    NON_FINITE = 7
+
+    @property
+    def exit_code(self) -> int:
+        """10 (continue in another job) for signals and the time limit, the verdict's own code otherwise."""
+        verdicts = {
+            StopReason.DATA_STARVED: EXIT_DATA_STARVED,
+            StopReason.COLLAPSE: EXIT_COLLAPSE,
+            StopReason.NON_FINITE: EXIT_NON_FINITE,
+        }
+        return verdicts.get(self, EXIT_REQUEUE)
+
+    @property
+    def text(self) -> str:
+        """The reason in words, for the log and status.json."""
+        return {
+            StopReason.TIME_LIMIT: "the wall-clock limit is near",
+            StopReason.USR1: "SIGUSR1 received",
+            StopReason.TERM: "SIGTERM received",
+            StopReason.INTERRUPT: "SIGINT received",
+            StopReason.DATA_STARVED: "data starvation",
+            StopReason.COLLAPSE: "collapse",
+            StopReason.NON_FINITE: "non-finite loss or gradient",
+        }[self]
+
+
+_SIGNALS = {
+    signal.SIGUSR1: StopReason.USR1,
+    signal.SIGTERM: StopReason.TERM,
+    signal.SIGINT: StopReason.INTERRUPT,
+}
+
+
+class StopFlag:
+    """This process's wish to stop. Signals raise it; further signals change nothing, also during a save."""
+
+    def __init__(self, deadline: float | None = None) -> None:
+        """`deadline`: Unix time in seconds from which on the flag is up by itself; None for no limit."""
+        self.deadline = deadline
+        self._reason: StopReason | None = None
+
+    @classmethod
+    def install(cls, deadline: float | None = None) -> "StopFlag":
+        """A flag that SIGUSR1, SIGTERM and SIGINT raise from now on. Main thread only.
+
+        `deadline` defaults to the environment's `D2V_SCALE_DEADLINE` (Unix time in seconds), if it is set.
+        """
+        assert threading.current_thread() is threading.main_thread(), "signal handlers belong to the main thread"
+        if deadline is None and os.environ.get("D2V_SCALE_DEADLINE"):
+            deadline = float(os.environ["D2V_SCALE_DEADLINE"])
+        flag = cls(deadline)
+        for number in _SIGNALS:
+            signal.signal(number, flag._on_signal)
+        return flag
+
+    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
+        self.up(_SIGNALS[signal.Signals(number)])
+
+    def up(self, reason: StopReason) -> None:
+        """Raise the flag. A verdict of the loop outweighs a signal; of two signals the first stays."""
+        if self._reason is None or reason >= StopReason.DATA_STARVED > self._reason:
+            self._reason = reason
+
+    def raised(self) -> StopReason | None:
+        """Why this process wants to stop, None if it does not."""
+        if self._reason is None and self.deadline is not None and time.time() >= self.deadline:
+            self._reason = StopReason.TIME_LIMIT
+        return self._reason
+
+
+@dataclass(frozen=True)
+class Stop:
+    """What all ranks agreed on: the reason, and one of the ranks that had it."""
+
+    reason: StopReason
+    rank: int
+
+    @property
+    def exit_code(self) -> int:
+        return self.reason.exit_code
+
+    def __str__(self) -> str:
+        return f"{self.reason.text} (rank {self.rank})"
+
+
+class Agreement:
+    """One all-reduce (maximum) of eight bytes per step edge over a gloo group of its own.
+
+    It runs in the background while the next step computes and is read one edge later, so it costs no time and never
+    waits for the device: a flag handed in at one edge is agreed at the next. Works at world size 1 with no group.
+    """
+
+    def __init__(self, timeout_s: float = 1800.0) -> None:
+        """Collective: all ranks must call. `timeout_s`: after which a missing peer counts as lost."""
+        import datetime
+
+        import torch.distributed as dist
+
+        self._group: Any = None
+        self._rank = 0
+        self._pending: tuple[Any, torch.Tensor] | None = None
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            self._rank = dist.get_rank()
+            self._group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=timeout_s))
+
+    def agree(self, local: StopReason | None) -> Stop | None:
+        """Hand in this rank's flag, get the agreed value of the previous edge. Collective: all ranks must call.
+
+        At world size 1 the answer is immediate. Raises LostPeer if a rank is gone.
+        """
+        if self._group is None:
+            return None if local is None else Stop(local, self._rank)
+        import torch
+        import torch.distributed as dist
+
+        agreed = self._collect()
+        if agreed is None:
+            mine = 0 if local is None else (int(local) << _RANK_BITS) | self._rank
+            flag = torch.tensor([mine], dtype=torch.int64)
+            with _peers_present("agreeing on a stop"):
+                work = dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
+            self._pending = (work, flag)
+        return agreed
+
+    def _collect(self) -> Stop | None:
+        if self._pending is None:
+            return None
+        (work, flag), self._pending = self._pending, None
+        with _peers_present("agreeing on a stop"):
+            work.wait()
+        value = int(flag)
+        return Stop(StopReason(value >> _RANK_BITS), value & ((1 << _RANK_BITS) - 1)) if value else None
+
+    def barrier(self) -> None:
+        """Wait for all ranks: after it, everything a rank wrote before it is written. Raises LostPeer."""
+        if self._group is None:
+            return
+        import torch.distributed as dist
+
+        self._collect()
+        with _peers_present("the last barrier"):
+            dist.barrier(group=self._group)
+
+
+@contextlib.contextmanager
+def _peers_present(doing: str) -> Any:
+    try:
+        yield
+    except RuntimeError as error:
+        raise LostPeer(f"a rank stopped answering while {doing}: {error}") from error
+
+
+def worker_signals() -> None:
+    """For `worker_init_fn` of a data loader: its processes leave stopping to the rank that started them.
+
+    Slurm and the launcher send signals to every process of a job. A worker that died of one would end the rank before
+    it has saved. SIGUSR1 and SIGINT are ignored; after SIGTERM a worker ends by itself `WORKER_GRACE_S` seconds later.
+    """
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(WORKER_GRACE_S))

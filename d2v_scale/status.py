@@ -1,0 +1,102 @@
+"""status.json: a run's own word on how it ended.
+
+Exit codes pass through a launcher, srun and the batch shell, and are not reliable on the way; the file is. A run
+directory without the file belongs to a run that is still going or has lost a process.
+"""
+
+import contextlib
+import errno
+import json
+import os
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+from d2v_scale.errors import EXIT_DONE, EXIT_LOST_PEER, EXIT_REQUEUE
+
+Outcome = Literal["done", "requeue", "failed"]
+
+STATUS_FILE = "status.json"
+_RESERVE_FILE = ".status_reserve"
+_RESERVE_BYTES = 64 * 1024
+
+
+@dataclass(frozen=True)
+class Status:
+    """How a run ended. `step`: completed optimizer steps in the newest checkpoint or at the end; None if unknown."""
+
+    outcome: Outcome
+    exit_code: int
+    reason: str
+    step: int | None = None
+    time: float = 0.0
+
+    def __post_init__(self) -> None:
+        assert self.outcome in get_args(Outcome), self.outcome
+
+
+def outcome_of(exit_code: int) -> Outcome:
+    """done for 0, requeue for what another attempt may cure (a stop, a lost peer), failed for everything else."""
+    if exit_code == EXIT_DONE:
+        return "done"
+    return "requeue" if exit_code in (EXIT_REQUEUE, EXIT_LOST_PEER) else "failed"
+
+
+def begin(run_dir: str | Path) -> None:
+    """Forget an earlier attempt's status and set 64 KiB aside, so that a full disk can still be reported. Rank 0."""
+    directory = Path(run_dir)
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / STATUS_FILE).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        (directory / _RESERVE_FILE).write_bytes(os.urandom(_RESERVE_BYTES))
+
+
+def write_status(run_dir: str | Path, exit_code: int, reason: str, step: int | None = None) -> Status:
+    """Write status.json (atomically, synced to disk) and return what stands in it.
+
+    On an agreed end rank 0 calls it after the last barrier. A rank that fails alone calls it at once; the cause counts
+    for more than its consequence, so a status that only says "lost peer" or "no progress" gives way to any other, and
+    never replaces one. Raises OSError if the directory takes no file at all.
+    """
+    directory = Path(run_dir)
+    status = Status(outcome_of(exit_code), exit_code, reason, step, time.time())
+    earlier = read_status(directory)
+    if earlier is not None and _weight(earlier) >= _weight(status):
+        return earlier
+    text = json.dumps(asdict(status), indent=1) + "\n"
+    try:
+        _write(directory, text)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        (directory / _RESERVE_FILE).unlink(missing_ok=True)
+        _write(directory, text)
+    (directory / _RESERVE_FILE).unlink(missing_ok=True)
+    return status
+
+
+def read_status(run_dir: str | Path) -> Status | None:
+    """The status of a finished run; None if there is none or it cannot be read."""
+    try:
+        return Status(**json.loads((Path(run_dir) / STATUS_FILE).read_text()))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _weight(status: Status) -> int:
+    """Causes outweigh consequences: 0 lost peer, 1 requeue, 2 done or failed with a reason of its own."""
+    return {EXIT_LOST_PEER: 0, EXIT_REQUEUE: 1}.get(status.exit_code, 2)
+
+
+def _write(directory: Path, text: str) -> None:
+    temporary = directory / f".{STATUS_FILE}.{os.getpid()}"
+    try:
+        with temporary.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(directory / STATUS_FILE)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
