@@ -1,0 +1,212 @@
+"""Process groups: who holds which part of the model and of the batch.
+
+DeepSpeed and megatron-core must see the same groups. megatron-core's `parallel_state` makes them (order: tensor, then
+data, then pipeline); DeepSpeed reads them through `ModelParallelUnit`.
+"""
+
+import contextlib
+import logging
+import os
+import time
+import warnings
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from d2v_scale.errors import ConfigError
+
+STALE_LOCK_SECONDS = 600
+
+
+@dataclass(kw_only=True)
+class ParallelConfig:
+    """How the world is divided. World size = tensor * pipeline * data-parallel size."""
+
+    tensor: int = 1
+    """Tensor-parallel size: ranks that share every block's matrices."""
+    pipeline: int = 1
+    """Pipeline stages: ranks that share the list of layers."""
+
+
+class ModelParallelUnit:
+    """DeepSpeed's `mpu` protocol over megatron-core's groups."""
+
+    def __getattr__(self, name: str) -> Any:
+        from megatron.core import parallel_state
+
+        return getattr(parallel_state, name)
+
+    def get_model_parallel_rank(self) -> int:
+        """Rank in the group that shares one copy of the model (tensor and pipeline together)."""
+        return dist.get_rank(group=self.get_model_parallel_group())
+
+    def get_model_parallel_world_size(self) -> int:
+        """Size of the group that shares one copy of the model (tensor and pipeline together)."""
+        return dist.get_world_size(group=self.get_model_parallel_group())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Topology:
+    """This process's place in the world."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    data_parallel_rank: int
+    data_parallel_size: int
+    tensor_rank: int
+    tensor_size: int
+    pipeline_rank: int
+    pipeline_size: int
+    device: torch.device
+    mpu: ModelParallelUnit
+
+    @property
+    def data_parallel_group(self) -> dist.ProcessGroup:
+        """The ranks that hold the same slice of the model and split the batch."""
+        return self.mpu.get_data_parallel_group()
+
+    @property
+    def tensor_group(self) -> dist.ProcessGroup:
+        """The ranks that share every block's matrices."""
+        return self.mpu.get_tensor_model_parallel_group()
+
+
+def data_parallel_size(config: ParallelConfig, world_size: int) -> int:
+    """World size / (tensor * pipeline). Raises ConfigError when that is not a whole number. Needs no process group."""
+    model_size = config.tensor * config.pipeline
+    if config.tensor < 1 or config.pipeline < 1:
+        raise ConfigError("parallel", f"tensor={config.tensor}, pipeline={config.pipeline}", "Sizes start at 1.")
+    if world_size % model_size:
+        raise ConfigError(
+            "parallel",
+            f"{world_size} processes cannot be divided by tensor={config.tensor} x pipeline={config.pipeline}",
+            f"Start a multiple of {model_size} processes.",
+        )
+    return world_size // model_size
+
+
+def initialize(config: ParallelConfig | None = None, timeout_minutes: float = 30.0) -> Topology:
+    """Form the process groups from the launcher's environment. Collective: all ranks must call, once.
+
+    Without a launcher (RANK and WORLD_SIZE unset) this is `single_process`. Raises ConfigError before any group is
+    formed when the world cannot be divided as `config` says.
+    """
+    config = config or ParallelConfig()
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    data_parallel_size(config, world_size)
+    if "RANK" not in os.environ:
+        return single_process()
+    _prepare_accelerator()
+    import deepspeed
+
+    device = _select_device(int(os.environ.get("LOCAL_RANK", "0")))
+    if not dist.is_initialized():
+        deepspeed.init_distributed(timeout=timedelta(minutes=timeout_minutes), verbose=False)
+    return _divide(config, device)
+
+
+def single_process() -> Topology:
+    """A world of one, without launcher, environment variables or ports. For tools and tests."""
+    _prepare_accelerator()
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+
+    device = _select_device(0)
+    if not dist.is_initialized():
+        backend = get_accelerator().communication_backend_name()
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    if dist.get_world_size() != 1:
+        raise RuntimeError("single_process() was called in a world of several processes")
+    deepspeed.init_distributed(dist_init_required=False, verbose=False)
+    return _divide(ParallelConfig(), device)
+
+
+def shutdown() -> None:
+    """Take the groups down. Collective where there is more than one rank.
+
+    Without this, gloo workers abort at exit now and then.
+    """
+    if not dist.is_initialized():
+        return
+    from deepspeed import comm
+    from megatron.core import parallel_state
+
+    if dist.get_world_size() > 1:
+        dist.barrier()
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()
+    # DeepSpeed keeps its own handle, and would believe itself initialized in a second world of the same process.
+    comm.comm.cdb = None
+
+
+def _divide(config: ParallelConfig, device: torch.device) -> Topology:
+    from megatron.core import parallel_state
+
+    data_parallel_size(config, dist.get_world_size())
+    if not parallel_state.model_parallel_is_initialized():
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=config.tensor,
+            pipeline_model_parallel_size=config.pipeline,
+            create_gloo_process_groups=False,
+        )
+    return Topology(
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        local_rank=int(os.environ.get("LOCAL_RANK", "0")),
+        data_parallel_rank=parallel_state.get_data_parallel_rank(),
+        data_parallel_size=parallel_state.get_data_parallel_world_size(),
+        tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tensor_size=parallel_state.get_tensor_model_parallel_world_size(),
+        pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        pipeline_size=parallel_state.get_pipeline_model_parallel_world_size(),
+        device=device,
+        mpu=ModelParallelUnit(),
+    )
+
+
+def _select_device(local_rank: int) -> torch.device:
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator = get_accelerator()
+    if accelerator.device_name() == "cpu":
+        return torch.device("cpu")
+    accelerator.set_device(local_rank)
+    return torch.device(accelerator.device_name(), local_rank)
+
+
+def _prepare_accelerator() -> None:
+    """On CPU: one thread a rank unless the user says otherwise, and no operator is compiled at start."""
+    on_cpu = os.environ.get("DS_ACCELERATOR", "" if torch.cuda.is_available() else "cpu") == "cpu"
+    if on_cpu:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        if "OMP_NUM_THREADS" not in os.environ:
+            os.environ["OMP_NUM_THREADS"] = "1"
+            torch.set_num_threads(1)
+    # megatron-core's optional CUDA packages, and torch names that DeepSpeed still uses: nothing a user can act on.
+    warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="deepspeed")
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(os.environ.get("D2V_DEEPSPEED_LOG", "WARNING"))
+    if on_cpu:
+        # ZeRO never uses the shared-memory operator, but DeepSpeed would compile it for half a minute.
+        with contextlib.suppress(AttributeError):
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    _clear_stale_locks()
+
+
+def _clear_stale_locks() -> None:
+    """An operator build that was killed leaves a lock that makes every later run wait for ever."""
+    folder = os.environ.get("TORCH_EXTENSIONS_DIR")
+    if folder is None:
+        return
+    for lock in Path(folder).glob("*/lock"):
+        with contextlib.suppress(OSError):
+            if time.time() - lock.stat().st_mtime > STALE_LOCK_SECONDS:
+                lock.unlink()
