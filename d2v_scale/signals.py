@@ -35,6 +35,17 @@ WORKER_GRACE_S = 60
 
 _RANK_BITS = 32
 
+_SIGNS_OF_A_LOST_PEER = (
+    "connection closed by peer",
+    "connection reset by peer",
+    "broken pipe",
+    "timed out waiting",
+    "socket timeout",
+    "remote process exited",
+    "nccl communicator was aborted",
+    "ncclremoteerror",
+)
+
 
 class StopReason(IntEnum):
     """Why a run stops before its last step, in rising order of weight: the heaviest reason of all ranks is agreed."""
@@ -195,6 +206,17 @@ def _peers_present(doing: str) -> Any:
         yield
     except RuntimeError as error:
         raise LostPeer(f"a rank stopped answering while {doing}: {error}") from error
+
+
+def is_lost_peer(error: BaseException) -> bool:
+    """Whether an error that came out of any collective means that another process is gone.
+
+    Neither gloo nor NCCL has an error type for it, only the text.
+    """
+    if isinstance(error, LostPeer):
+        return True
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and any(sign in text for sign in _SIGNS_OF_A_LOST_PEER)
 
 
 def worker_signals() -> None:

@@ -1,0 +1,191 @@
+"""Stopping real processes by real signals: one rank is told, all ranks save the same step."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from d2v_scale import errors, status
+from d2v_scale.signals import Agreement, Stop, StopFlag, StopReason, worker_signals
+
+PROGRAM = Path(__file__).with_name("stoppable_run.py")
+
+
+class Run:
+    """The stand-in training program on `world_size` ranks, one process group each."""
+
+    def __init__(self, run_dir: Path, *, world_size: int, steps: int, step_s: float = 0.1, save_s: float = 0.0, **env):
+        self.dir = run_dir
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        base = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(world_size), "MASTER_PORT": str(port)}
+        base |= {"MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in env.items()}}
+        self.ranks = [
+            subprocess.Popen(
+                [sys.executable, str(PROGRAM), str(run_dir), str(steps), str(step_s), str(save_s)],
+                env={**base, "RANK": str(rank)},
+                stdout=subprocess.DEVNULL,
+                stderr=(run_dir / f"stderr-{rank}").open("w"),
+                start_new_session=True,
+            )
+            for rank in range(world_size)
+        ]
+
+    def wait_for(self, name: str, timeout_s: float = 60) -> None:
+        end = time.monotonic() + timeout_s
+        while not (self.dir / name).exists():
+            assert time.monotonic() < end, f"{name} did not appear"
+            assert all(rank.poll() is None for rank in self.ranks), "a rank ended early"
+            time.sleep(0.02)
+
+    def codes(self, timeout_s: float = 60) -> list[int]:
+        return [rank.wait(timeout_s) for rank in self.ranks]
+
+    def status(self) -> status.Status:
+        found = status.read_status(self.dir)
+        assert found is not None
+        return found
+
+    def saved_steps(self) -> set[str]:
+        return {path.read_text() for path in self.dir.glob("saved-*")}
+
+    def kill(self) -> None:
+        for rank in self.ranks:
+            if rank.poll() is None:
+                rank.send_signal(signal.SIGKILL)
+                rank.wait()
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator:
+    runs = []
+
+    def start(**kwargs) -> Run:
+        runs.append(Run(tmp_path, **kwargs))
+        return runs[-1]
+
+    yield start
+    for run in runs:
+        run.kill()
+
+
+def test_signal_to_one_rank_in_the_first_step_then_repeated_during_the_save_then_resume(start, tmp_path: Path) -> None:
+    run = start(world_size=2, steps=8, step_s=0.5, save_s=1.5)
+    run.wait_for("pid-1")
+    run.ranks[1].send_signal(signal.SIGUSR1)
+    run.wait_for("saving-0")
+    for rank in run.ranks:
+        rank.send_signal(signal.SIGUSR1)
+        rank.send_signal(signal.SIGTERM)
+        rank.send_signal(signal.SIGINT)
+    assert run.codes() == [errors.EXIT_REQUEUE] * 2
+    assert run.saved_steps() == {"2"}  # raised in step 1, agreed at the edge after
+    found = run.status()
+    assert (found.outcome, found.exit_code, found.step) == ("requeue", errors.EXIT_REQUEUE, 2)
+    assert found.reason == "SIGUSR1 received (rank 1)"
+
+    resumed = start(world_size=2, steps=8, step_s=0.05)
+    assert resumed.codes() == [0, 0]
+    assert (resumed.status().outcome, resumed.status().step) == ("done", 8)
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == list(range(1, 9))
+    expected = 0.0
+    for step in range(8):
+        expected = 0.9 * expected + (step * 7919) % 101
+    assert records[-1]["loss"] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_every_stop_signal_is_survived_until_the_save(start, number: signal.Signals) -> None:
+    run = start(world_size=1, steps=1000, step_s=0.05, save_s=0.2)
+    run.wait_for("pid-0")
+    run.ranks[0].send_signal(number)
+    assert run.codes() == [errors.EXIT_REQUEUE]
+    assert number.name in run.status().reason
+    assert (run.dir / "saved-0").exists()
+
+
+def test_wall_clock_limit_stops_like_a_signal(start) -> None:
+    run = start(world_size=1, steps=1000, step_s=0.05, D2V_SCALE_DEADLINE=time.time())
+    assert run.codes() == [errors.EXIT_REQUEUE]
+    assert "wall-clock" in run.status().reason
+
+
+def test_killed_rank_leaves_a_lost_peer(start) -> None:
+    run = start(world_size=2, steps=1000, step_s=0.2)
+    run.wait_for("metrics.jsonl")
+    run.ranks[1].kill()
+    assert run.codes() == [errors.EXIT_LOST_PEER, -signal.SIGKILL]
+    assert (run.status().outcome, run.status().exit_code) == ("requeue", errors.EXIT_LOST_PEER)
+
+
+def test_watchdog_names_the_stopped_rank_and_dumps_the_stacks_of_the_others(start) -> None:
+    run = start(world_size=2, steps=1000, step_s=0.1, WATCHDOG_S=4)
+    run.wait_for("metrics.jsonl")
+    stopped = run.ranks[1]
+    stopped.send_signal(signal.SIGSTOP)
+    began = time.monotonic()
+    assert run.ranks[0].wait(60) == errors.EXIT_REQUEUE
+    assert time.monotonic() - began < 20
+    found = run.status()
+    assert found.outcome == "requeue"
+    assert f"rank 1 (process {stopped.pid} on {socket.gethostname()}) is stopped (SIGSTOP), state T" in found.reason
+    (stacks,) = run.dir.glob("logs/hang-*/rank-00000.txt")
+    assert "all_reduce" in stacks.read_text()
+    assert not list(run.dir.glob("logs/hang-*/rank-00001.txt"))
+
+
+def test_watchdog_forgives_a_rank_that_was_stopped_for_less_than_the_limit(start) -> None:
+    run = start(world_size=2, steps=30, step_s=0.1, WATCHDOG_S=15)
+    run.wait_for("metrics.jsonl")
+    run.ranks[1].send_signal(signal.SIGSTOP)
+    time.sleep(3)
+    run.ranks[1].send_signal(signal.SIGCONT)
+    assert run.codes() == [0, 0]
+
+
+def test_first_signal_stays_and_a_verdict_outweighs_it() -> None:
+    flag = StopFlag()
+    assert flag.raised() is None
+    flag.up(StopReason.USR1)
+    flag.up(StopReason.TERM)
+    assert flag.raised() is StopReason.USR1
+    flag.up(StopReason.DATA_STARVED)
+    flag.up(StopReason.TERM)
+    flag.up(StopReason.COLLAPSE)
+    assert flag.raised() is StopReason.DATA_STARVED
+
+
+def test_agreement_of_one_process_is_immediate() -> None:
+    agreement = Agreement()
+    assert agreement.agree(None) is None
+    stop = agreement.agree(StopReason.NON_FINITE)
+    assert stop == Stop(StopReason.NON_FINITE, 0)
+    assert stop.exit_code == errors.EXIT_NON_FINITE
+    agreement.barrier()
+
+
+def test_every_reason_has_words_and_a_code() -> None:
+    codes = {reason: reason.exit_code for reason in StopReason}
+    assert all(reason.text for reason in StopReason)
+    assert codes[StopReason.COLLAPSE] == errors.EXIT_COLLAPSE
+    assert codes[StopReason.DATA_STARVED] == errors.EXIT_DATA_STARVED
+    assert {codes[r] for r in (StopReason.TIME_LIMIT, StopReason.USR1, StopReason.TERM)} == {errors.EXIT_REQUEUE}
+
+
+def test_data_worker_outlives_the_signals_of_its_rank() -> None:
+    child = os.fork()
+    if child == 0:
+        worker_signals()
+        for number in (signal.SIGUSR1, signal.SIGINT, signal.SIGTERM):
+            os.kill(os.getpid(), number)
+        os._exit(7 if signal.alarm(0) > 0 else 8)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
