@@ -1,0 +1,92 @@
+"""What this rank holds of each student parameter: a flat range of the fp32 master weight and of its Adam moments.
+
+ZeRO-3 cuts every parameter into equal rank-contiguous ranges; ZeRO-1 and 2 cut the concatenation of all parameters of
+a group, so a rank may hold all, part or nothing of a parameter. Under tensor parallelism a range is one of the
+tensor-parallel slice. Everything here is local: no collectives.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class TensorSlice:
+    """One of `count` equal slices of a global tensor along `dim`."""
+
+    dim: int
+    index: int
+    count: int
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A flat range [start, start + numel) of the tensor `name`, of which this process holds the values."""
+
+    name: str
+    shape: tuple[int, ...]
+    """Of the tensor-parallel slice (the whole tensor where there is none)."""
+    slice: TensorSlice | None
+    start: int
+    numel: int
+    master: nn.Parameter
+    """The flat fp32 tensor that DeepSpeed steps; holds this range at `offset`."""
+    offset: int
+
+    @property
+    def weight(self) -> Tensor:
+        """The fp32 master values of the range: a flat view, to be read or written."""
+        return self.master.data.narrow(0, self.offset, self.numel)
+
+    def moment(self, optimizer: torch.optim.Optimizer, key: str) -> Tensor | None:
+        """A flat view of an Adam moment of the range; None before the first update."""
+        state = optimizer.state.get(self.master, {})
+        return state[key].narrow(0, self.offset, self.numel) if key in state else None
+
+
+def full_shape(parameter: Tensor) -> tuple[int, ...]:
+    """The shape of a parameter, also when ZeRO-3 has partitioned it (of the tensor-parallel slice)."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def tensor_slice(parameter: Tensor, tensor_rank: int, tensor_size: int) -> TensorSlice | None:
+    """Which slice of the global tensor this rank has; None where all tensor-parallel ranks have the whole tensor."""
+    if tensor_size == 1 or not getattr(parameter, "tensor_model_parallel", False):
+        return None
+    assert getattr(parameter, "partition_stride", 1) == 1, "strided tensor-parallel slices are not supported"
+    return TensorSlice(int(parameter.partition_dim), tensor_rank, tensor_size)  # type: ignore[attr-defined]
+
+
+def partition_range(parameter: Tensor, data_parallel_rank: int) -> tuple[int, int]:
+    """(start, numel) of a ZeRO-3 partition without its padding."""
+    size, total = parameter.ds_tensor.numel(), parameter.ds_numel  # type: ignore[attr-defined]
+    start = min(data_parallel_rank * size, total)
+    return start, min(size, total - start)
+
+
+def student_shards(
+    module: nn.Module, zero_optimizer: Any, stage: int, data_parallel_rank: int, tensor_rank: int, tensor_size: int
+) -> list[Shard]:
+    """The non-empty ranges this rank holds of `module`'s parameters, in the module's order."""
+    shards = []
+    for name, parameter in module.named_parameters():
+        assert parameter.requires_grad, f"{name} is frozen; every student parameter must train"
+        if stage == 3:
+            group, offset, _ = zero_optimizer.grad_position[zero_optimizer.get_param_id(parameter)]
+            master = zero_optimizer.fp32_partitioned_groups_flat[group]
+            start, numel = partition_range(parameter, data_parallel_rank)
+        else:
+            fragment = parameter._hp_mapping  # type: ignore[attr-defined]
+            if fragment is None:
+                continue
+            master = zero_optimizer.single_partition_of_fp32_groups[fragment.param_group_index]
+            offset = fragment.hp_fragment_address.start
+            start, numel = fragment.lp_fragment_address.start, fragment.lp_fragment_address.numel
+        if numel:
+            cut = tensor_slice(parameter, tensor_rank, tensor_size)
+            shards.append(Shard(name, full_shape(parameter), cut, start, numel, master, offset))
+    return shards

@@ -1,0 +1,171 @@
+"""The student inside a DeepSpeed ZeRO engine, and the verdict on every step."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from d2v_scale import faults
+from d2v_scale.parallel.groups import Topology
+from d2v_scale.parallel.shards import MOMENTS, Shard, student_shards
+
+NamedParameters = list[tuple[str, nn.Parameter]]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What became of one optimizer step. The same on every rank."""
+
+    applied: bool
+    """False: the loss or a gradient was not finite somewhere, and no rank changed anything."""
+    grad_norm: float
+    """Global gradient norm before clipping; inf when not applied."""
+
+
+class StudentEngine:
+    """A DeepSpeed engine over the student, at ZeRO stage 1, 2 or 3.
+
+    One optimizer step is `backward` for each of the accumulated micro-batches, then `step`. DeepSpeed divides the
+    gradient by the accumulation and by the data-parallel size.
+    """
+
+    def __init__(self, engine: Any, ds_config: dict[str, Any], topology: Topology) -> None:
+        self.engine = engine
+        self.module: nn.Module = engine.module
+        self.optimizer: torch.optim.Optimizer = engine.optimizer.optimizer
+        """The torch optimizer; its `param_groups` carry the learning rate of the next update."""
+        self.topology = topology
+        self.stage = int(ds_config["zero_optimization"]["stage"])
+        self.accumulation = int(ds_config["gradient_accumulation_steps"])
+        self.completed_updates = 0
+        """Optimizer steps that were applied."""
+        self.skipped_updates = 0
+        """Optimizer steps that were not applied because something was not finite."""
+        self.skipped_in_a_row = 0
+        self._micro_batches = 0
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The student's forward pass. Collective at stage 3: every rank must run the same modules in the same order."""
+        faults.point("forward")
+        return self.engine(*args, **kwargs)
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of one micro-batch. Collective.
+
+        A loss that is not finite makes the whole gradient NaN, even where its own gradient is finite (a constant
+        NaN), so that the verdict needs nothing but the gradient norm that DeepSpeed reduces anyway. No host sync.
+        """
+        faults.point("backward")
+        assert self._micro_batches < self.accumulation, "more micro-batches than gradient_accumulation_steps"
+        poison = torch.where(torch.isfinite(loss.detach()), 1.0, float("nan"))
+        self.engine.backward(loss * poison)
+        self._micro_batches += 1
+        if self._micro_batches < self.accumulation:
+            self.engine.step()
+
+    def step(self) -> StepResult:
+        """Clip and step on every rank, or on none. Collective.
+
+        DeepSpeed reads the global gradient norm back to the host at this point; the verdict rests on that number
+        and costs no further synchronisation.
+        """
+        assert self._micro_batches == self.accumulation, "fewer micro-batches than gradient_accumulation_steps"
+        faults.point("optimizer")
+        self._micro_batches = 0
+        self.engine.step()
+        applied = bool(self.engine.was_step_applied())
+        if applied:
+            self.completed_updates += 1
+            self.skipped_in_a_row = 0
+        else:
+            self.skipped_updates += 1
+            self.skipped_in_a_row += 1
+        return StepResult(applied, float(self.engine.get_global_grad_norm()))
+
+    def shards(self) -> list[Shard]:
+        """The ranges of fp32 weights (and moments) this rank holds. Local."""
+        place = self.topology
+        return student_shards(
+            self.module,
+            self.engine.optimizer,
+            self.stage,
+            place.data_parallel_rank,
+            place.tensor_rank,
+            place.tensor_size,
+        )
+
+    def begin_loading(self) -> None:
+        """Make room for Adam moments that have not been stepped yet, so that `shards` can be written. Local."""
+        for group in self._masters():
+            state = self.optimizer.state[group]
+            for key in MOMENTS:
+                state.setdefault(key, torch.zeros_like(group.data))
+            state.setdefault("step", torch.zeros((), dtype=torch.float32, device=group.device))
+
+    @torch.no_grad()
+    def finish_loading(self, completed_updates: int, skipped_updates: int = 0) -> None:
+        """Make the compute weights follow the fp32 masters that were written through `shards`. Collective."""
+        self.completed_updates, self.skipped_updates = completed_updates, skipped_updates
+        for group in self._masters():
+            self.optimizer.state[group]["step"].fill_(completed_updates)
+        zero = self.engine.optimizer
+        if self.stage < 3:
+            zero.update_lp_params()
+            return
+        # Persistent parameters would keep serving the gathered old values.
+        zero.checkpoint_event_prologue()
+        for index in range(len(zero.fp16_groups)):
+            zero._reassign_or_swap_out_partitioned_parameters(index)
+        zero.checkpoint_event_epilogue()
+
+    def adam_steps(self) -> set[int]:
+        """The step counts inside the optimizer on this rank; {completed_updates} when all is well."""
+        states = [self.optimizer.state.get(group, {}) for group in self._masters()]
+        return {int(state["step"]) for state in states if "step" in state} or {0}
+
+    def destroy(self) -> None:
+        """Remove DeepSpeed's hooks and buffers."""
+        self.engine.destroy()
+
+    def _masters(self) -> list[nn.Parameter]:
+        zero = self.engine.optimizer
+        return zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups
+
+
+def construct(make: Callable[[], nn.Module], ds_config: dict[str, Any], topology: Topology) -> nn.Module:
+    """Build a module; at stage 3 partitioned as it is built, so that no rank ever holds all of it. Collective."""
+    import deepspeed
+
+    if int(ds_config["zero_optimization"]["stage"]) < 3:
+        return make()
+    with deepspeed.zero.Init(
+        config_dict_or_path=ds_config, data_parallel_group=topology.data_parallel_group, mpu=topology.mpu
+    ):
+        return make()
+
+
+def build_student(
+    make: Callable[[], nn.Module],
+    ds_config: dict[str, Any],
+    make_optimizer: Callable[[NamedParameters], torch.optim.Optimizer],
+    topology: Topology,
+    initialize: Callable[[nn.Module], None] | None = None,
+) -> StudentEngine:
+    """Build the student and its engine from a resolved DeepSpeed configuration (`ds_config.resolve`). Collective.
+
+    `make` builds the module; `initialize` then sets the weights (it must work on partitioned parameters);
+    `make_optimizer` gets (name, parameter) of everything that trains. Shapes of partitioned parameters are read with
+    `shards.full_shape`.
+    """
+    import deepspeed
+
+    module = construct(make, ds_config, topology)
+    if initialize is not None:
+        initialize(module)
+    optimizer = make_optimizer([(name, p) for name, p in module.named_parameters() if p.requires_grad])
+    engine, *_ = deepspeed.initialize(
+        model=module, optimizer=optimizer, config=ds_config, mpu=topology.mpu, dist_init_required=False
+    )
+    return StudentEngine(engine, ds_config, topology)
