@@ -1,0 +1,8 @@
+"""The record of a run: metrics.jsonl on disk first, MLflow and the terminal behind it."""
+
+from d2v_scale.tracking.config import TrackingConfig
+from d2v_scale.tracking.meters import SpeedMeter, host_values
+from d2v_scale.tracking.record import read_records
+from d2v_scale.tracking.tracker import RunTracker
+
+__all__ = ["RunTracker", "SpeedMeter", "TrackingConfig", "host_values", "read_records"]

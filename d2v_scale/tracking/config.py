@@ -1,0 +1,22 @@
+"""What is recorded about a run, and how often."""
+
+from dataclasses import dataclass
+
+
+@dataclass(kw_only=True)
+class TrackingConfig:
+    """The record of a run: metrics.jsonl always, MLflow beside it."""
+
+    enabled: bool = True
+    """Mirror metrics.jsonl to MLflow. The file itself is always written."""
+    experiment: str = "d2v_scale"
+    """MLflow experiment; runs of one experiment are compared on one page."""
+    run_name: str | None = None
+    """Name of the run in MLflow; null: the name of the run directory."""
+    log_every: int = 10
+    """Steps between records. The first and the last step are always recorded."""
+    plot_every: int = 0
+    """Steps between pictures in `plots/`; 0: only at the end of the run."""
+    finish_timeout: float = 60.0
+    """Seconds the end of a run may wait for MLflow to catch up; what is left then can be sent by
+    tools/sync_mlflow.py. A server that does not answer at all is given up after the first failure."""

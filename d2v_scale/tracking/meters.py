@@ -1,0 +1,65 @@
+"""How fast a run goes and what it waits for."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+
+class SpeedMeter:
+    """Steps, samples and the share of time spent waiting for data, between two readings.
+
+    Wall-clock only: no device synchronisation. On a device that runs asynchronously a single step's time means
+    little, an average over a reading's many steps is right.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._clock = clock
+        self._restart()
+
+    def _restart(self) -> None:
+        self._since = self._clock()
+        self._waits: dict[str, float] = {}
+        self._counts: dict[str, float] = {}
+        self._steps = 0
+
+    @contextmanager
+    def waiting(self, name: str = "data") -> Iterator[None]:
+        """Count the time of this block as waiting; `read` reports `<name>_wait_share`."""
+        start = self._clock()
+        try:
+            yield
+        finally:
+            self._waits[name] = self._waits.get(name, 0.0) + self._clock() - start
+
+    def step(self, **counts: float) -> None:
+        """One optimizer step is done. `counts`: what it consumed over all ranks, e.g. samples=256, seconds=1800."""
+        self._steps += 1
+        for name, value in counts.items():
+            self._counts[name] = self._counts.get(name, 0.0) + value
+
+    def read(self) -> dict[str, float]:
+        """`step_seconds`, `<count>_per_second` and `<name>_wait_share` since the last reading; starts anew."""
+        elapsed = max(self._clock() - self._since, 1e-9)
+        values = {"step_seconds": elapsed / self._steps} if self._steps else {}
+        values |= {f"{name}_per_second": total / elapsed for name, total in self._counts.items()}
+        values |= {f"{name}_wait_share": min(1.0, wait / elapsed) for name, wait in self._waits.items()}
+        self._restart()
+        return values
+
+
+def host_values() -> dict[str, float]:
+    """Memory (GiB) of this process and host, processor use, and this process's device memory where there is one."""
+    import psutil
+    import torch
+
+    gib = 1024**3
+    values = {
+        "host_memory_gib": psutil.Process().memory_info().rss / gib,
+        "host_memory_used_share": psutil.virtual_memory().percent / 100,
+        "host_cpu_share": psutil.cpu_percent(interval=None) / 100,
+    }
+    if torch.cuda.is_available():
+        values["device_memory_gib"] = torch.cuda.memory_allocated() / gib
+        values["device_memory_peak_gib"] = torch.cuda.max_memory_allocated() / gib
+        values["device_memory_reserved_gib"] = torch.cuda.memory_reserved() / gib
+    return values

@@ -1,0 +1,349 @@
+"""The MLflow mirror: a process of its own that follows a run directory and repeats it to a tracking server.
+
+It reads only files (metrics.jsonl, mlflow_events.jsonl) and remembers its position in mlflow_run.json, so training
+never waits for it, an outage loses nothing, and tools/sync_mlflow.py can finish its work on another machine. Sending
+is idempotent: MLflow identifies a point by (name, time, step, value), and a repeated point adds nothing.
+
+A process instead of a thread because creating the sqlite store takes seconds of pure Python, which in a thread would
+slow the training steps down.
+"""
+
+import argparse
+import fcntl
+import json
+import os
+import re
+import select
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from d2v_scale.tracking.mirror_state import EVENTS_FILE, MirrorState, tracking_uri
+from d2v_scale.tracking.record import METRICS_FILE, SUPERSEDED_FILE, parse_lines
+
+POINTS_PER_CALL = 1000
+POLL_SECONDS = 1.0
+MAX_BACKOFF_SECONDS = 30.0
+END_OF_RUN = {"done": "FINISHED", "requeue": "SCHEDULED", "failed": "FAILED"}
+_PERMANENT = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST"}
+_ENVIRONMENT = {
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "15",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "GIT_PYTHON_REFRESH": "quiet",
+}
+
+
+class Mirror:
+    """Repeats one run directory to MLflow. `step()` sends what is there; it raises what MLflow raises."""
+
+    def __init__(self, run_dir: Path, experiment: str, run_name: str | None = None) -> None:
+        for name, value in _ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+        from mlflow import MlflowClient
+
+        self.run_dir = run_dir
+        self.experiment = experiment
+        self.run_name = run_name or run_dir.resolve().name
+        uri = tracking_uri(run_dir)
+        self.state = MirrorState.load(run_dir)
+        if self.state.tracking_uri != uri:
+            self.state = MirrorState(tracking_uri=uri, job_key=self.state.job_key or uuid.uuid4().hex)
+            self.state.save(run_dir)
+        self._make_client: Callable[[], MlflowClient] = lambda: MlflowClient(tracking_uri=uri)
+        self._client: MlflowClient | None = None
+        self._already: dict[int, set[str]] = {}
+        self._connected = False
+        self.refused = 0
+        """Points and events that MLflow declared invalid; they stay in the files."""
+
+    def pending(self) -> int:
+        """Bytes not yet sent."""
+        sizes = {name: _size(self.run_dir / name) for name in (METRICS_FILE, EVENTS_FILE)}
+        return sizes[METRICS_FILE] - self.state.metrics_offset + sizes[EVENTS_FILE] - self.state.events_offset
+
+    def step(self) -> None:
+        """Send everything that is complete in the files now."""
+        if not self.pending():
+            return
+        if not self._connected:
+            self._client = self._client or self._make_client()
+            self._ensure_run()
+            self._load_superseded()
+            self._connected = True
+        try:
+            self._send_events(final=False)
+            self._send_metrics()
+            self._send_events(final=True)
+        except Exception as error:
+            if getattr(error, "error_code", "") == "RESOURCE_DOES_NOT_EXIST":  # another store behind the same address
+                self.state = MirrorState(tracking_uri=self.state.tracking_uri, job_key=self.state.job_key)
+                self._connected = False
+            raise
+
+    # The run
+
+    def _ensure_run(self) -> None:
+        assert self._client is not None
+        if self.state.run_id:
+            self._client.get_run(self.state.run_id)
+            return
+        experiment_id = self._ensure_experiment()
+        found = self._client.search_runs([experiment_id], f"tags.`d2v.job` = '{self.state.job_key}'", max_results=1)
+        run = found[0] if found else None
+        if run is None:
+            tags = {"d2v.job": self.state.job_key, "mlflow.source.type": "JOB", "mlflow.source.name": "d2v_scale"}
+            run = self._client.create_run(experiment_id, tags=tags, run_name=self.run_name)
+        self.state.run_id = run.info.run_id
+        self.state.save(self.run_dir)
+
+    def _ensure_experiment(self) -> str:
+        from mlflow.exceptions import MlflowException
+
+        assert self._client is not None
+        experiment = self._client.get_experiment_by_name(self.experiment)
+        if experiment is not None:
+            return experiment.experiment_id
+        local = self.state.tracking_uri.startswith("sqlite:")
+        place = (self.run_dir.resolve().parent / "mlflow_artifacts").as_uri() if local else None
+        # The tag opens the experiment in the interface's view for model training.
+        tags = {"mlflow.experimentKind": "custom_model_development"}
+        try:
+            return self._client.create_experiment(self.experiment, artifact_location=place, tags=tags)
+        except MlflowException:  # another run created it at the same moment
+            experiment = self._client.get_experiment_by_name(self.experiment)
+            if experiment is None:
+                raise
+            return experiment.experiment_id
+
+    # Metrics
+
+    def _load_superseded(self) -> None:
+        """What MLflow holds of earlier attempts: those (step, name) are not sent a second time."""
+        self._already = {}
+        path = self.run_dir / SUPERSEDED_FILE
+        unsure: list[dict[str, Any]] = []
+        for _, _, record in parse_lines(path.read_bytes()) if path.exists() else ():
+            if record.get("mirrored") == self.state.run_id:
+                if not record.get("certain", True):
+                    unsure.append(record)
+                self._already.setdefault(record["step"], set()).update(record)
+        points = [point for record in unsure for point in _points(record, {})]
+        for start in range(0, len(points), POINTS_PER_CALL):
+            self._log_points(points[start : start + POINTS_PER_CALL])
+
+    def _send_metrics(self) -> None:
+        while (chunk := self._next_chunk()) is not None:
+            points, end = chunk
+            self.state.metrics_sending = end
+            self.state.save(self.run_dir)
+            for start in range(0, len(points), POINTS_PER_CALL):
+                self._log_points(points[start : start + POINTS_PER_CALL])
+            self.state.metrics_offset = end
+            self.state.save(self.run_dir)
+
+    def _next_chunk(self) -> tuple[list[Any], int] | None:
+        """Points of the next lines, up to about one call's worth, and the offset where they end."""
+        points: list[Any] = []
+        end = begin = self.state.metrics_offset
+        data = _read_from(self.run_dir / METRICS_FILE, begin)
+        for _, line_end, record in parse_lines(data):
+            points += _points(record, self._already)
+            end = begin + line_end
+            if len(points) >= POINTS_PER_CALL - 100:
+                break
+        return (points, end) if end > begin else None
+
+    def _log_points(self, points: list[Any]) -> None:
+        from mlflow.exceptions import MlflowException
+
+        assert self._client is not None
+        if not points:
+            return
+        try:
+            self._client.log_batch(self.state.run_id, metrics=points, synchronous=True)
+        except MlflowException as error:
+            if error.error_code not in _PERMANENT:
+                raise
+            if len(points) == 1:
+                self.refused += 1
+                return
+            half = len(points) // 2
+            self._log_points(points[:half])
+            self._log_points(points[half:])
+
+    # Params, tags, artifacts, status
+
+    def _send_events(self, final: bool) -> None:
+        """Do the events in order. A status that ends the run waits until all metrics are sent (`final`)."""
+        from mlflow.exceptions import MlflowException
+
+        begin = self.state.events_offset
+        for start, end, event in _events(_read_from(self.run_dir / EVENTS_FILE, begin)):
+            if event["event"] == "status" and event["status"] in END_OF_RUN and not final:
+                return
+            try:
+                self._apply(event)
+            except MlflowException as error:
+                if error.error_code not in _PERMANENT:
+                    raise
+                self.refused += 1
+                print(f"refused at {begin + start}: {event} {error}", file=sys.stderr, flush=True)
+            self.state.events_offset = begin + end
+            self.state.save(self.run_dir)
+
+    def _apply(self, event: dict[str, Any]) -> None:
+        from mlflow.entities import RunTag
+
+        assert self._client is not None
+        run_id = self.state.run_id
+        if event["event"] == "params":
+            self._apply_params(event["values"])
+        elif event["event"] == "tags":
+            tags = [RunTag(_name(key), value[:5000]) for key, value in event["values"].items()]
+            self._client.log_batch(run_id, tags=tags, synchronous=True)
+        elif event["event"] == "artifact":
+            path = self.run_dir / event["path"]
+            if path.exists():
+                log = self._client.log_artifacts if path.is_dir() else self._client.log_artifact
+                log(run_id, str(path), event["folder"] or None)
+        elif event["status"] in END_OF_RUN:
+            self._client.set_terminated(run_id, END_OF_RUN[event["status"]], end_time=int(event["time"] * 1000))
+        else:
+            self._client.update_run(run_id, status="RUNNING")
+
+    def _apply_params(self, values: dict[str, str]) -> None:
+        """MLflow's params cannot change: what a resume changed is told by a tag `changed.<name>`."""
+        from mlflow.entities import Param, RunTag
+
+        assert self._client is not None
+        wanted = {_name(key): value[:6000] for key, value in values.items()}
+        there = self._client.get_run(self.state.run_id).data.params
+        new = [Param(key, value) for key, value in wanted.items() if key not in there]
+        changed = [
+            RunTag(f"changed.{key}", f"{there[key]} -> {value}"[:5000])
+            for key, value in wanted.items()
+            if there.get(key, value) != value
+        ]
+        for start in range(0, len(new), 100):
+            self._client.log_batch(self.state.run_id, params=new[start : start + 100], synchronous=True)
+        if changed:
+            self._client.log_batch(self.state.run_id, tags=changed, synchronous=True)
+
+
+def _name(name: str) -> str:
+    """A name MLflow accepts."""
+    return re.sub(r"[^\w\-./: ]", "_", name).strip("/")[:250]
+
+
+def _points(record: dict[str, Any], already: dict[int, set[str]]) -> list[Any]:
+    from mlflow.entities import Metric
+
+    when = int(record["time"] * 1000)
+    # The other axes ride on training records only: one point a step.
+    left_out = {"step", "time", "mirrored", "certain", *(() if "loss" in record else ("samples", "hours"))}
+    left_out |= already.get(record["step"], set())
+    return [
+        Metric(_name(key), float(value), when, record["step"])
+        for key, value in record.items()
+        if key not in left_out and isinstance(value, int | float)
+    ]
+
+
+def _events(data: bytes) -> Iterator[tuple[int, int, dict[str, Any]]]:
+    end = 0
+    for line in data.splitlines(keepends=True):
+        start, end = end, end + len(line)
+        if line.endswith(b"\n"):
+            yield start, end, json.loads(line)
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def _read_from(path: Path, offset: int) -> bytes:
+    if not path.exists():
+        return b""
+    with path.open("rb") as file:
+        file.seek(offset)
+        return file.read()
+
+
+def quiet_libraries() -> None:
+    """Keep MLflow's and its libraries' chatter (migrations, retries) out of the log."""
+    import logging
+
+    for name in ("alembic", "mlflow", "urllib3"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def follow(run_dir: Path, experiment: str, run_name: str | None, finish_timeout: float) -> bool:
+    """Repeat the run directory until stdin closes or says so, then what is left; False if something stayed behind.
+
+    One line on stdout the first time MLflow does not answer, none afterwards.
+    """
+    parent = os.getppid()
+    mirror: Mirror | None = None
+    warned = False
+    deadline: float | None = None
+    wait = POLL_SECONDS
+    while True:
+        failed = False
+        try:
+            mirror = mirror or Mirror(run_dir, experiment, run_name)
+            mirror.step()
+            wait = POLL_SECONDS
+        except Exception as error:  # whatever MLflow or its store raises, the run goes on
+            failed = True
+            wait = min(MAX_BACKOFF_SECONDS, wait * 2)
+            print(f"{time.strftime('%F %T')} {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+            if not warned:
+                warned = True
+                reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+                _tell(
+                    f"MLflow at {tracking_uri(run_dir)} does not take records ({reason}); "
+                    "metrics.jsonl has them all and they are sent when it answers."
+                )
+        if deadline is not None and mirror is not None and (not mirror.pending() or failed):
+            return not mirror.pending() and not mirror.refused
+        if deadline is not None and time.monotonic() > deadline:
+            return False
+        if deadline is None and _told_to_finish(wait, parent):
+            deadline = time.monotonic() + finish_timeout
+
+
+def _tell(message: str) -> None:
+    try:
+        print(message, flush=True)
+    except OSError:  # the run is gone
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+
+
+def _told_to_finish(seconds: float, parent: int) -> bool:
+    """Wait; True when the training process asked for the end or is gone."""
+    readable, _, _ = select.select([sys.stdin], [], [], seconds)
+    return bool(readable) or os.getppid() != parent
+
+
+def main() -> int:
+    """Entry of the companion process that `RunTracker` starts."""
+    parser = argparse.ArgumentParser(description="Follow a run directory and repeat its record to MLflow.")
+    parser.add_argument("run_dir", type=Path)
+    parser.add_argument("--experiment", required=True)
+    parser.add_argument("--run-name", default=None)
+    parser.add_argument("--finish-timeout", type=float, default=60.0)
+    arguments = parser.parse_args()
+    quiet_libraries()
+    os.nice(10)
+    with (arguments.run_dir / ".mlflow.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the mirror of an attempt that just died may still be sending
+        complete = follow(arguments.run_dir, arguments.experiment, arguments.run_name, arguments.finish_timeout)
+    return 0 if complete else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,54 @@
+"""How far MLflow has followed a run directory: mlflow_run.json, written by the mirror."""
+
+import json
+import os
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+STATE_FILE = "mlflow_run.json"
+EVENTS_FILE = "mlflow_events.jsonl"
+
+
+def tracking_uri(run_dir: Path) -> str:
+    """MLFLOW_TRACKING_URI, else a sqlite store beside the run directories, so that sibling runs compare."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{run_dir.resolve().parent / 'mlflow.db'}"
+
+
+@dataclass(kw_only=True)
+class MirrorState:
+    """Position of the mirror in the run directory's files. Offsets are bytes."""
+
+    tracking_uri: str = ""
+    run_id: str = ""
+    """The one MLflow run of this training job; empty until a server has answered."""
+    job_key: str = ""
+    """Ours, a tag of the MLflow run: finds the run again when the answer to its creation was lost."""
+    metrics_offset: int = 0
+    """metrics.jsonl up to here is in MLflow."""
+    metrics_sending: int = 0
+    """Up to here it may be: an attempt to send it was begun."""
+    events_offset: int = 0
+    """mlflow_events.jsonl up to here is done."""
+
+    @classmethod
+    def load(cls, run_dir: Path) -> "MirrorState":
+        """The saved state; a fresh one when there is none or it cannot be read."""
+        try:
+            saved = json.loads((run_dir / STATE_FILE).read_text())
+        except (OSError, ValueError):
+            return cls()
+        return cls(**{f.name: saved[f.name] for f in fields(cls) if f.name in saved})
+
+    def save(self, run_dir: Path) -> None:
+        """Replace the saved state."""
+        replace_file(run_dir / STATE_FILE, (json.dumps(asdict(self), indent=1) + "\n").encode())
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Write a file so that readers see the old or the new content, never a part."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)

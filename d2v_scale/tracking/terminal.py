@@ -1,0 +1,73 @@
+"""What a person sees of a run: a live line at a terminal, plain lines in a log file."""
+
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+_SHOWN = ("loss", "knn", "samples_per_second", "mfu", "data_wait_share", "decay", "lr")
+_LABELS = {"samples_per_second": "samples/s", "data_wait_share": "data wait"}
+
+
+class Terminal:
+    """Prints records. `message` is for everything else that a person should read."""
+
+    def __init__(self, total_steps: int | None, live: bool | None = None) -> None:
+        """`live`: rich progress line; default: if stdout is a terminal."""
+        self._total = total_steps
+        self._shown: dict[str, float] = {}
+        self._started: tuple[float, int] | None = None
+        self._progress: Any = None
+        if sys.stdout.isatty() if live is None else live:
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+            self._progress = Progress(
+                TextColumn("step"),
+                MofNCompleteColumn(),
+                BarColumn(bar_width=20),
+                TextColumn("{task.fields[values]}"),
+                TimeElapsedColumn(),
+            )
+            self._task = self._progress.add_task("", total=total_steps, values="")
+            self._progress.start()
+
+    def record(self, record: Mapping[str, Any]) -> None:
+        """Show one record of metrics.jsonl. Values not in it keep their last reading at a terminal."""
+        step = record["step"]
+        self._started = self._started or (time.monotonic(), step)
+        fresh = {name: record[name] for name in _SHOWN if name in record}
+        fresh |= {name: value for name, value in record.items() if name.startswith("knn") and name not in fresh}
+        self._shown |= fresh
+        if self._progress is not None:
+            text = "  ".join([*(_format(name, value) for name, value in self._shown.items()), self._eta(step)])
+            self._progress.update(self._task, completed=step, values=text)
+        else:
+            of = f"/{self._total}" if self._total else ""
+            parts = [f"step {step}{of}", *(_format(name, value) for name, value in fresh.items()), self._eta(step)]
+            print("  ".join(part for part in parts if part), flush=True)
+
+    def message(self, text: str) -> None:
+        """One line above the live display."""
+        if self._progress is not None:
+            self._progress.console.print(text, markup=False, highlight=False)
+        else:
+            print(text, flush=True)
+
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+        if self._progress is not None:
+            self._progress.stop()
+
+    def _eta(self, step: int) -> str:
+        if self._started is None or not self._total or step <= self._started[1]:
+            return ""
+        seconds = (time.monotonic() - self._started[0]) / (step - self._started[1]) * (self._total - step)
+        hours, rest = divmod(int(seconds), 3600)
+        return f"eta {hours}:{rest // 60:02d}:{rest % 60:02d}"
+
+
+def _format(name: str, value: float) -> str:
+    label = _LABELS.get(name, name)
+    if name.endswith("_share") or name == "mfu":
+        return f"{label} {value:.1%}"
+    return f"{label} {value:.4g}"

@@ -1,0 +1,156 @@
+"""The training loop's one door to the record of a run."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from d2v_scale.tracking.config import TrackingConfig
+from d2v_scale.tracking.mirror_state import EVENTS_FILE, MirrorState, tracking_uri
+from d2v_scale.tracking.record import MetricsLog
+from d2v_scale.tracking.terminal import Terminal
+
+RunEnd = Literal["done", "requeue", "failed"]
+
+
+class RunTracker:
+    """metrics.jsonl, the terminal, and MLflow behind them. Everything is a no-op where `is_main` is False.
+
+    Nothing here is collective, and nothing of MLflow's can raise or wait: it lives in a process of its own
+    (d2v_scale.tracking.mirror) which follows the files.
+    """
+
+    def __init__(self, run_dir: Path | str, config: TrackingConfig, is_main: bool) -> None:
+        self.run_dir = Path(run_dir)
+        self.config = config
+        self.is_main = is_main
+        self._log: MetricsLog | None = None
+        self._terminal: Terminal | None = None
+        self._mirror: subprocess.Popen[bytes] | None = None
+
+    def start(
+        self,
+        params: Mapping[str, Any],
+        tags: Mapping[str, Any],
+        *,
+        resume_step: int | None = None,
+        total_steps: int | None = None,
+    ) -> None:
+        """Open the record. `params`: the resolved recipe (nested is fine). `resume_step`: of the checkpoint loaded.
+
+        Records of later steps, from an attempt that died, are moved to logs/metrics_superseded.jsonl. `total_steps`
+        is for the time that remains.
+        """
+        if not self.is_main:
+            return
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        (self.run_dir / "logs").mkdir(exist_ok=True)
+        self._log = MetricsLog(self.run_dir, resume_step)
+        self._terminal = Terminal(total_steps)
+        self._event("params", values=flatten(params))
+        self._event("tags", values={key: str(value) for key, value in tags.items()})
+        self._event("status", status="running")
+        if self.config.enabled:
+            self._start_mirror()
+
+    def due(self, step: int, last_step: int | None = None) -> bool:
+        """Whether this step is recorded: the first, the last and every `log_every`-th."""
+        return step == 1 or step == last_step or step % max(1, self.config.log_every) == 0
+
+    def log(self, step: int, samples: int, values: Mapping[str, float]) -> None:
+        """Append a record. `step`: completed optimizer steps; `samples`: seen by the whole job so far.
+
+        Reads 0-d tensors, so call it at the steps that are `due` only.
+        """
+        if self._log is None or self._terminal is None:
+            return
+        self._terminal.record(self._log.write(step, samples, values))
+        self._relay()
+
+    def message(self, text: str) -> None:
+        """Say something at the terminal (main rank only)."""
+        if self._terminal is not None:
+            self._terminal.message(text)
+
+    def artifact(self, path: Path | str, folder: str = "") -> None:
+        """Have MLflow keep a file or directory of the run directory, in `folder` of the run's artifacts."""
+        if self.is_main and self._log is not None:
+            self._event("artifact", path=os.path.relpath(path, self.run_dir), folder=folder)
+
+    def flush(self) -> None:
+        """Force the record to disk; before a checkpoint is committed."""
+        if self._log is not None:
+            self._log.flush()
+
+    def run_id(self) -> str | None:
+        """The MLflow run's id, once the server has answered."""
+        return MirrorState.load(self.run_dir).run_id or None
+
+    def finish(self, status: RunEnd) -> None:
+        """Close the record and give MLflow up to `finish_timeout` to catch up; one line if it did not."""
+        if self._log is None or self._terminal is None:
+            return
+        self._event("status", status=status)
+        self._log.close()
+        self._log = None
+        if self._mirror is not None:
+            try:
+                output, _ = self._mirror.communicate(b"finish\n", timeout=self.config.finish_timeout + 5)
+                self._show(output)
+            except subprocess.TimeoutExpired:
+                self._mirror.kill()
+                self._mirror.wait()
+            if self._mirror.returncode != 0:
+                self.message(
+                    f"MLflow at {tracking_uri(self.run_dir)} has not got all of this run (details: "
+                    f"{self.run_dir / 'logs' / 'mlflow.log'}). Send the rest with: "
+                    f"python tools/sync_mlflow.py {self.run_dir}"
+                )
+            self._mirror = None
+        self._terminal.close()
+
+    def _event(self, event: str, **content: Any) -> None:
+        line = json.dumps({"event": event, "time": time.time(), **content}) + "\n"
+        with (self.run_dir / EVENTS_FILE).open("a") as file:
+            file.write(line)
+
+    def _start_mirror(self) -> None:
+        config = self.config
+        command = [sys.executable, "-m", "d2v_scale.tracking.mirror", str(self.run_dir.resolve())]
+        command += ["--experiment", config.experiment, "--finish-timeout", str(config.finish_timeout)]
+        command += ["--run-name", config.run_name] if config.run_name else []
+        try:
+            with (self.run_dir / "logs" / "mlflow.log").open("ab") as log:
+                # A session of its own: Ctrl-C at the terminal is for the training process, which says when to stop.
+                self._mirror = subprocess.Popen(
+                    command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, start_new_session=True
+                )
+        except OSError as error:
+            self.message(f"The MLflow mirror did not start ({error}); metrics.jsonl has everything.")
+            return
+        assert self._mirror.stdout is not None
+        os.set_blocking(self._mirror.stdout.fileno(), False)
+
+    def _relay(self) -> None:
+        """Show what the mirror has to say, without waiting for it."""
+        if self._mirror is not None and self._mirror.stdout is not None:
+            self._show(self._mirror.stdout.read())
+
+    def _show(self, output: bytes | None) -> None:
+        for line in (output or b"").decode(errors="replace").splitlines():
+            self.message(line)
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Nested mappings as dotted names; lists and other values as JSON or text."""
+    flat: dict[str, str] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value if isinstance(value, str) else json.dumps(value, default=str)
+    return flat
