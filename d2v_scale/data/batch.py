@@ -9,6 +9,32 @@ from d2v_scale.model.config import Modality
 
 
 @dataclass(kw_only=True)
+class Layout:
+    """Where the masked and the visible positions are, as indices: known on the CPU, so that no kernel has to ask."""
+
+    masked_n: Tensor
+    """int64 (N,): masked positions, row-major, as r * T + t."""
+    visible_rs: Tensor | None
+    """int64 (R, S): positions t that each row keeps, ascending. None when the rows keep different numbers."""
+
+    @classmethod
+    def of(cls, masked_rt: Tensor) -> "Layout":
+        """The layout of a mask (R, T)."""
+        masked_n = masked_rt.flatten().nonzero().squeeze(1)
+        counts_r = masked_rt.sum(dim=1)
+        if counts_r.numel() and bool((counts_r != counts_r[0]).any()):
+            return cls(masked_n=masked_n, visible_rs=None)
+        rows, length = masked_rt.shape
+        kept = length - int(counts_r[0]) if rows else 0
+        return cls(masked_n=masked_n, visible_rs=(~masked_rt).nonzero()[:, 1].view(rows, kept))
+
+    def to(self, device: torch.device) -> "Layout":
+        """The same layout on `device` (non-blocking)."""
+        visible_rs = None if self.visible_rs is None else self.visible_rs.to(device, non_blocking=True)
+        return Layout(masked_n=self.masked_n.to(device, non_blocking=True), visible_rs=visible_rs)
+
+
+@dataclass(kw_only=True)
 class Batch:
     """One micro-batch of one rank: B samples of one modality, and the masks of their M clones.
 
@@ -33,6 +59,12 @@ class Batch:
     epoch: int = 0
     lost: int = 0
     """Planned samples that are missing here because they could not be read."""
+    layout: Layout = None  # type: ignore[assignment]
+    """Computed from `masked_rt` at construction, which should therefore be on the CPU."""
+
+    def __post_init__(self) -> None:
+        if self.layout is None:
+            self.layout = Layout.of(self.masked_rt)
 
     @property
     def clones(self) -> int:
@@ -41,9 +73,10 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch with its tensors on `device` (non-blocking)."""
-        moved = {
+        moved: dict[str, Tensor | Layout] = {
             f.name: value.to(device, non_blocking=True)
             for f in fields(self)
             if isinstance(value := getattr(self, f.name), Tensor)
         }
-        return replace(self, **moved)
+        moved["layout"] = self.layout.to(device)
+        return replace(self, **moved)  # type: ignore[arg-type]

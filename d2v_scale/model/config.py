@@ -125,3 +125,52 @@ class ModelConfig:
         """The modalities this model has a stem for, in a fixed order."""
         named: list[tuple[Modality, object]] = [("vision", self.vision), ("speech", self.speech), ("text", self.text)]
         return [name for name, stem in named if stem is not None]
+
+    def positions(self, modality: Modality) -> int | None:
+        """T of a vision input, patches; None where it depends on the input's length (speech, text)."""
+        if modality != "vision" or self.vision is None:
+            return None
+        return (self.vision.image_size // self.vision.patch_size) ** 2
+
+
+ParameterRole = Literal["averaged", "copied", "absent"]
+
+
+@dataclass(kw_only=True)
+class TeacherParts:
+    """Which parameters the teacher has, and how each follows the student (spec 1.4).
+
+    Names are prefixes of parameter names, cut at a dot: `stems.speech.features` covers everything below it.
+    """
+
+    shared: list[str] = field(default_factory=list)
+    """Not the teacher's: it is given what the student computed with them."""
+    copied: list[str] = field(default_factory=list)
+    """Set to the student's values at every update instead of averaged."""
+    with_predictor: bool = False
+    """The teacher has the final norm and the predictor too, although targets do not need them (1.0 vision)."""
+
+    def role(self, name: str) -> ParameterRole:
+        """What becomes of the student's parameter `name` in the teacher."""
+        if _under(name, self.shared):
+            return "absent"
+        if not self.with_predictor and _under(name, ["predictors", "final_norm"]):
+            return "absent"
+        return "copied" if _under(name, self.copied) else "averaged"
+
+    @classmethod
+    def published(cls, model: ModelConfig) -> "TeacherParts":
+        """What the published recipes do for this kind of model."""
+        parts = cls(with_predictor=model.vision is not None and not model.visible_only)
+        if model.speech is not None:
+            parts.shared.append("stems.speech.features")
+            if not model.visible_only:
+                parts.shared.append("stems.speech.context.mask_embedding")
+                parts.copied.append("stems.speech.context.pos_convs")
+        if model.text is not None:
+            (parts.shared if model.visible_only else parts.copied).append("stems.text.features")
+        return parts
+
+
+def _under(name: str, prefixes: list[str]) -> bool:
+    return any(name == prefix or name.startswith(prefix + ".") for prefix in prefixes)

@@ -1,0 +1,63 @@
+"""Bidirectional self-attention over local heads."""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from d2v_scale.data2vec import stateless
+from d2v_scale.model.config import Backbone
+from d2v_scale.model.init import ZEROS, InitRule
+from d2v_scale.model.parallel_linear import (
+    column_linear,
+    local_share,
+    row_linear,
+    split_parameter,
+    tensor_rank,
+    tensor_size,
+)
+
+
+class SelfAttention(nn.Module):
+    """Multi-head attention with an optional additive bias. Rows of `qkv` are ordered [head][q|k|v][head_dim]."""
+
+    def __init__(self, config: Backbone, *, qkv_rule: InitRule, out_rule: InitRule) -> None:
+        super().__init__()
+        self.heads = local_share(config.heads, "heads")
+        self.head_dim = config.width // config.heads
+        self.dropout = config.attention_dropout
+        self.qkv = column_linear(config.width, 3 * config.width, bias=config.key_bias, rule=qkv_rule)
+        self.out = row_linear(config.width, config.width, rule=out_rule)
+        self.split_bias = not config.key_bias
+        if self.split_bias:
+            self.q_bias = split_parameter(config.width, ZEROS)
+            self.v_bias = split_parameter(config.width, ZEROS)
+
+    def forward(self, x_rsd: Tensor, attention_bias: Tensor | None) -> Tensor:
+        """(R, S, D) to (R, S, D). `attention_bias`: see `Carry.attention_bias`."""
+        rows, length, _ = x_rsd.shape
+        qkv, _ = self.qkv(x_rsd)
+        q, k, v = qkv.view(rows, length, self.heads, 3, self.head_dim).permute(3, 0, 2, 1, 4).unbind(0)
+        if self.split_bias:
+            q = q + self.q_bias.view(self.heads, 1, self.head_dim)
+            v = v + self.v_bias.view(self.heads, 1, self.head_dim)
+        dropout = self.dropout if self.training else 0.0
+        with _own_generator(x_rsd.device) if dropout and tensor_size() > 1 else contextlib.nullcontext():
+            mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=attention_bias, dropout_p=dropout)
+        out, _ = self.out(mixed.transpose(1, 2).reshape(rows, length, self.heads * self.head_dim))
+        return out
+
+
+@contextlib.contextmanager
+def _own_generator(device: torch.device) -> Iterator[None]:
+    """Draw from a generator that differs between tensor-parallel ranks, and leave the common one in step on all.
+
+    Different heads must not share a dropout pattern, while everything outside them must.
+    """
+    common = int(torch.randint(1 << 62, ()))
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(stateless.key(common, tensor_rank()) >> 1)
+        yield

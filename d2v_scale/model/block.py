@@ -1,0 +1,76 @@
+"""The Transformer block: pre-norm with layer scale (1.0 vision) or post-norm (all others), FFN output as a value."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from d2v_scale.model.attention import SelfAttention
+from d2v_scale.model.config import Backbone
+from d2v_scale.model.init import InitRule, set_rule
+from d2v_scale.model.parallel_linear import column_linear, local_share, row_linear
+
+
+class FeedForward(nn.Module):
+    """Linear, exact GELU, Linear."""
+
+    def __init__(self, config: Backbone, *, fc1_rule: InitRule, fc2_rule: InitRule) -> None:
+        super().__init__()
+        local_share(config.ffn, "ffn")
+        self.fc1 = column_linear(config.width, config.ffn, bias=True, rule=fc1_rule)
+        self.fc2 = row_linear(config.ffn, config.width, rule=fc2_rule)
+        self.dropout = config.activation_dropout
+
+    def forward(self, x_rsd: Tensor) -> Tensor:
+        """(R, S, D) to (R, S, D)."""
+        hidden, _ = self.fc1(x_rsd)
+        out, _ = self.fc2(F.dropout(F.gelu(hidden), self.dropout, self.training))
+        return out
+
+
+class Block(nn.Module):
+    """One Transformer block. `depth_scale` divides the output weights at initialisation (beit: sqrt(2 i))."""
+
+    def __init__(self, config: Backbone, *, rule: InitRule, depth_scale: float = 1.0) -> None:
+        super().__init__()
+        out_rule = InitRule(rule.kind, rule.a / depth_scale, rule.b / depth_scale)
+        self.norm_first = config.norm_first
+        self.dropout = config.dropout
+        self.norm1 = nn.LayerNorm(config.width, config.norm_eps)
+        self.attention = SelfAttention(config, qkv_rule=rule, out_rule=out_rule)
+        self.norm2 = nn.LayerNorm(config.width, config.norm_eps)
+        self.ffn = FeedForward(config, fc1_rule=rule, fc2_rule=out_rule)
+        self.scaled = config.layer_scale > 0
+        if self.scaled:
+            self.scale1 = nn.Parameter(torch.empty(config.width))
+            self.scale2 = nn.Parameter(torch.empty(config.width))
+            for scale in (self.scale1, self.scale2):
+                set_rule(scale, InitRule("constant", config.layer_scale))
+
+    def forward(
+        self, x_rsd: Tensor, attention_bias: Tensor | None, branch_scale_2r11: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """(states (R, S, D), FFN output before dropout and residual (R, S, D)).
+
+        `branch_scale_2r11`: what drop path multiplies the two branches of each row with; None: nothing.
+        """
+        attended = self.attention(self.norm1(x_rsd) if self.norm_first else x_rsd, attention_bias)
+        x_rsd = x_rsd + self._branch(attended, 0, branch_scale_2r11)
+        if self.norm_first:
+            tap_rsd = self.ffn(self.norm2(x_rsd))
+            return x_rsd + self._branch(tap_rsd, 1, branch_scale_2r11), tap_rsd
+        x_rsd = self.norm1(x_rsd)
+        tap_rsd = self.ffn(x_rsd)
+        return self.norm2(x_rsd + self._branch(tap_rsd, 1, branch_scale_2r11)), tap_rsd
+
+    def _branch(self, x_rsd: Tensor, which: int, branch_scale_2r11: Tensor | None) -> Tensor:
+        x_rsd = F.dropout(x_rsd, self.dropout, self.training)
+        if self.scaled:
+            x_rsd = x_rsd * (self.scale2 if which else self.scale1)
+        return x_rsd if branch_scale_2r11 is None else x_rsd * branch_scale_2r11[which].to(x_rsd.dtype)
+
+
+def beit_depth_scale(index: int) -> float:
+    """Divisor of block `index`'s output weights in BEiT's initialisation: sqrt(2 i), i counted from 1."""
+    return math.sqrt(2.0 * (index + 1))

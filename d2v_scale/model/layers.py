@@ -1,0 +1,71 @@
+"""A model as one list of layers, and what travels along it.
+
+The student's stack and the teacher's are built and run from the same list, so that a pipeline can be cut from it.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from d2v_scale.model.config import Modality, ModelConfig
+
+LayerKind = Literal["features", "context", "bias", "block", "final_norm", "predictor"]
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """One layer: what it is and where its parameters are."""
+
+    kind: LayerKind
+    name: str
+    """Prefix of its parameter names."""
+    index: int = -1
+    """Blocks only: counted over prenet and main blocks; drop path and layer drop are keyed by it."""
+    main: int = -1
+    """Main blocks only: the number that `top_k_layers` counts."""
+
+
+def describe(config: ModelConfig, modality: Modality) -> list[LayerSpec]:
+    """The layers that a sample of `modality` passes, in order."""
+    stem = f"stems.{modality}"
+    layers = [LayerSpec("features", f"{stem}.features"), LayerSpec("context", f"{stem}.context")]
+    if has_bias(config, modality):
+        layers.append(LayerSpec("bias", f"{stem}.bias"))
+    prenet = config.backbone.prenet_depth
+    layers += [LayerSpec("block", f"{stem}.prenet.{i}", index=i) for i in range(prenet)]
+    layers += [LayerSpec("block", f"blocks.{i}", index=prenet + i, main=i) for i in range(config.backbone.depth)]
+    if config.backbone.final_norm:
+        layers.append(LayerSpec("final_norm", "final_norm"))
+    layers.append(LayerSpec("predictor", f"predictors.{modality}"))
+    return layers
+
+
+def has_bias(config: ModelConfig, modality: Modality) -> bool:
+    """Whether attention gets a position bias."""
+    if modality == "vision":
+        return config.vision is not None and config.vision.positions == "relative"
+    return modality == "speech" and config.speech is not None and config.speech.alibi
+
+
+@dataclass
+class Carry:
+    """What travels from layer to layer of a stack. R rows, S positions in the blocks (extra tokens included)."""
+
+    states_rsd: Tensor
+    attention_bias: Tensor | None = None
+    """Added to the attention logits, broadcast to (R, local heads, S, S); bool (True: attend) where only padding is
+    excluded; None: nothing is."""
+    extra_tokens: int = 0
+    """Leading positions that are not part of the input (CLS)."""
+
+
+def rows_of(x_btd: Tensor, kept_rs: Tensor | None, clones: int) -> Tensor:
+    """(B, T, D) to (B * clones, S, D): each sample's rows adjacent, only the positions `kept_rs` where given."""
+    if kept_rs is None:
+        return x_btd if clones == 1 else x_btd.repeat_interleave(clones, dim=0)
+    length, width = x_btd.shape[1:]
+    first_r = torch.arange(kept_rs.shape[0], device=kept_rs.device) // clones * length
+    index_n = (first_r[:, None] + kept_rs).flatten()
+    return x_btd.reshape(-1, width).index_select(0, index_n).view(*kept_rs.shape, width)

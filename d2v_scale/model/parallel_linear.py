@@ -1,0 +1,98 @@
+"""megatron-core's tensor-parallel linears, as blocks use them: local heads in, full width out."""
+
+import functools
+from typing import Any
+
+import torch
+from megatron.core import ModelParallelConfig, parallel_state
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    copy_to_tensor_model_parallel_region,
+    set_tensor_model_parallel_attributes,
+)
+from torch import Tensor, nn
+
+from d2v_scale.errors import ConfigError
+from d2v_scale.model.init import InitRule, linear_rules
+
+
+def tensor_size() -> int:
+    """Tensor-parallel ranks; parallel_state must be initialised."""
+    return parallel_state.get_tensor_model_parallel_world_size()
+
+
+def tensor_rank() -> int:
+    """This process's number among the tensor-parallel ranks."""
+    return parallel_state.get_tensor_model_parallel_rank()
+
+
+def local_share(total: int, what: str) -> int:
+    """`total` divided by the tensor-parallel size. Raises `ConfigError` if that leaves a rest."""
+    if total % tensor_size():
+        raise ConfigError(
+            f"model.backbone.{what}",
+            f"{total} is not divisible by the tensor-parallel size {tensor_size()}.",
+            "Choose a tensor-parallel size that divides it.",
+        )
+    return total // tensor_size()
+
+
+@functools.cache
+def _megatron_config(dtype: torch.dtype) -> ModelParallelConfig:
+    # CPU initialisation only means that the weight is allocated on the current default device: `init.py` fills it.
+    return ModelParallelConfig(use_cpu_initialization=True, perform_initialization=False, params_dtype=dtype)
+
+
+def _no_init(weight: Tensor) -> None:
+    del weight
+
+
+def column_linear(inputs: int, outputs: int, *, bias: bool, rule: InitRule) -> nn.Module:
+    """Linear whose outputs are split over the tensor-parallel ranks; forward returns (local outputs, None)."""
+    layer: Any = ColumnParallelLinear(
+        inputs,
+        outputs,
+        config=_megatron_config(torch.get_default_dtype()),
+        init_method=_no_init,
+        bias=bias,
+        gather_output=False,
+        tp_group=parallel_state.get_tensor_model_parallel_group(),
+    )
+    # megatron tags a weight only where it initialises it; DeepSpeed's gradient norm needs the tag.
+    set_tensor_model_parallel_attributes(layer.weight, True, 0, 1)
+    linear_rules(layer, rule)
+    return layer
+
+
+def row_linear(inputs: int, outputs: int, *, rule: InitRule) -> nn.Module:
+    """Linear whose inputs are split over the tensor-parallel ranks; forward returns (full outputs, None)."""
+    layer: Any = RowParallelLinear(
+        inputs,
+        outputs,
+        config=_megatron_config(torch.get_default_dtype()),
+        init_method=_no_init,
+        bias=True,
+        input_is_parallel=True,
+        skip_bias_add=False,
+        tp_group=parallel_state.get_tensor_model_parallel_group(),
+    )
+    set_tensor_model_parallel_attributes(layer.weight, True, 1, 1)
+    linear_rules(layer, rule)
+    return layer
+
+
+def split_parameter(size: int, rule: InitRule) -> nn.Parameter:
+    """A vector of `size` elements of which each tensor-parallel rank holds a contiguous part."""
+    parameter = nn.Parameter(torch.empty(size // tensor_size()))
+    set_tensor_model_parallel_attributes(parameter, True, 0, 1)
+    parameter.init_rule = rule  # type: ignore[attr-defined]
+    return parameter
+
+
+def for_local_heads(parameter: Tensor) -> Tensor:
+    """A replicated parameter on its way into local heads: its gradient is summed over the tensor-parallel ranks.
+
+    Without this each rank would see the gradient of its own heads only, and the copies would drift apart unnoticed.
+    """
+    return copy_to_tensor_model_parallel_region(parameter, group=parallel_state.get_tensor_model_parallel_group())

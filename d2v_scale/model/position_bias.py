@@ -1,0 +1,95 @@
+"""Position biases on attention logits, for this rank's heads."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from d2v_scale.model.init import ONES, ZEROS, set_rule
+from d2v_scale.model.parallel_linear import for_local_heads, local_share, tensor_rank
+
+
+class RelativeBias(nn.Module):
+    """BEiT's relative-position table on a grid x grid image with a CLS token, one for all blocks (spec 3.5)."""
+
+    index: Tensor
+
+    def __init__(self, grid: int, heads: int) -> None:
+        super().__init__()
+        self.local_heads = local_share(heads, "heads")
+        self.table = nn.Parameter(torch.empty((2 * grid - 1) ** 2 + 3, heads))
+        set_rule(self.table, ZEROS)
+        self.register_buffer("index", relative_index(grid), persistent=False)
+
+    def forward(self) -> Tensor:
+        """(1, local heads, 1 + grid^2, 1 + grid^2); CLS is position 0."""
+        table = for_local_heads(self.table).narrow(1, tensor_rank() * self.local_heads, self.local_heads)
+        size = self.index.shape[0]
+        return F.embedding(self.index.flatten(), table).view(size, size, -1).permute(2, 0, 1).contiguous()[None]
+
+
+def relative_index(grid: int) -> Tensor:
+    """Row of the table for each pair (i, j): (d_row + g - 1) * (2g - 1) + d_col + g - 1 with d = i - j, where i, j are
+    patches; the last three rows are CLS to any, any to CLS, CLS to CLS."""
+    axis = torch.arange(grid)
+    row, column = axis.repeat_interleave(grid), axis.repeat(grid)
+    span = 2 * grid - 1
+    patches = (row[:, None] - row + grid - 1) * span + column[:, None] - column + grid - 1
+    index = torch.empty(grid * grid + 1, grid * grid + 1, dtype=torch.int64)
+    index[1:, 1:] = patches
+    index[0, :], index[:, 0], index[0, 0] = span**2, span**2 + 1, span**2 + 2
+    return index
+
+
+class AlibiBias(nn.Module):
+    """ALiBi with a learned non-negative scale per head, the same for all blocks: -scale * slope * |i - j| (spec 3.6)."""
+
+    exponents: Tensor
+
+    def __init__(self, heads: int) -> None:
+        super().__init__()
+        self.local_heads = local_share(heads, "heads")
+        self.scale = nn.Parameter(torch.empty(heads))
+        set_rule(self.scale, ONES)
+        # Exponents instead of slopes: they are exact in bf16, to which an engine may cast every buffer.
+        self.register_buffer("exponents", torch.tensor(slope_exponents(heads)), persistent=False)
+
+    def forward(self, positions_rs: Tensor) -> Tensor:
+        """fp32 (R, local heads, S, S) for the original positions, int64 (R, S), that are left in each row."""
+        first = tensor_rank() * self.local_heads
+        scale = for_local_heads(self.scale).narrow(0, first, self.local_heads).float().clamp(min=0)
+        slope = torch.exp2(-self.exponents.narrow(0, first, self.local_heads).float())
+        distance = (positions_rs[:, :, None] - positions_rs[:, None, :]).abs().float()
+        return -(scale * slope)[None, :, None, None] * distance[:, None]
+
+
+def slope_exponents(heads: int) -> list[float]:
+    """-log2 of the ALiBi slopes: geometric for powers of two, else completed with every other one of twice as many."""
+    power = 1 << (heads.bit_length() - 1)
+    exponents = [8.0 * (i + 1) / power for i in range(power)]
+    if power == heads:
+        return exponents
+    return exponents + slope_exponents(2 * power)[0::2][: heads - power]
+
+
+def sincos_positions(width: int, grid: int) -> Tensor:
+    """Fixed 2-D positions (grid^2, width): the first half of the channels encodes the column, the second the row, each
+    as [sin, cos] of omega_i * position with omega_i = 10000^(-i / (width/4)) (spec 3.5). fp32, computed in fp64."""
+    quarter = width // 4
+    omega = torch.exp(torch.arange(quarter, dtype=torch.float64) * (-math.log(10000.0) / quarter))
+    angles = torch.arange(grid, dtype=torch.float64)[:, None] * omega
+    axis = torch.cat((angles.sin(), angles.cos()), dim=1)
+    column = axis[None].expand(grid, grid, -1)
+    row = axis[:, None].expand(grid, grid, -1)
+    return torch.cat((column, row), dim=-1).reshape(grid * grid, width).float()
+
+
+def add_padding(attention_bias: Tensor | None, valid_rs: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """The mask that SDPA gets: the bias in `dtype`, -inf at padded keys; bool when there is padding but no bias."""
+    if attention_bias is None:
+        return None if valid_rs is None else valid_rs[:, None, None, :]
+    attention_bias = attention_bias.to(dtype)
+    if valid_rs is None:
+        return attention_bias
+    return attention_bias.masked_fill(~valid_rs[:, None, None, :], -math.inf)

@@ -1,0 +1,106 @@
+"""From student states to predicted targets, at masked positions only."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from d2v_scale.model.config import Modality, ModelConfig
+from d2v_scale.model.init import InitRule, linear_rules
+from d2v_scale.model.vision import BEIT
+
+SMALL = InitRule("normal", 0.02)
+
+
+class LinearPredictor(nn.Module):
+    """D to D (1.0 speech and vision)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.proj = nn.Linear(config.backbone.width, config.backbone.width)
+        if config.init == "beit":
+            linear_rules(self.proj, BEIT)
+
+    def forward(self, x_nd: Tensor) -> Tensor:
+        """States at masked positions (N, D) to predictions (N, D)."""
+        return self.proj(x_nd)
+
+
+class MlpPredictor(nn.Module):
+    """D to 2D, GELU, to D (1.0 text)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        width = config.backbone.width
+        self.fc1 = nn.Linear(width, 2 * width)
+        self.fc2 = nn.Linear(2 * width, width)
+        for layer in (self.fc1, self.fc2):
+            linear_rules(layer, SMALL)
+
+    def forward(self, x_nd: Tensor) -> Tensor:
+        """States at masked positions (N, D) to predictions (N, D)."""
+        return self.fc2(F.gelu(self.fc1(x_nd)))
+
+
+class ConvPredictor(nn.Module):
+    """The 2.0 decoder: visible states and noise back in their places, grouped convolutions, projection (spec 4.2)."""
+
+    def __init__(self, config: ModelConfig, modality: Modality) -> None:
+        super().__init__()
+        spec, width = config.predictor, config.backbone.width
+        self.planar = spec.kind == "conv2d"
+        self.residual = spec.residual
+        self.dropout = spec.input_dropout
+        conv = nn.Conv2d if self.planar else nn.Conv1d
+        widths = [width, *[spec.width] * spec.layers]
+        self.convs = nn.ModuleList(
+            conv(inputs, outputs, spec.kernel, padding=spec.kernel // 2, groups=spec.groups)
+            for inputs, outputs in zip(widths, widths[1:], strict=False)
+        )
+        self.proj_layers = spec.proj_layers
+        if spec.proj_layers == 1:
+            self.proj = nn.Linear(spec.width, width)
+            projections = [self.proj]
+        else:
+            self.proj1 = nn.Linear(spec.width, 2 * spec.width)
+            self.proj2 = nn.Linear(2 * spec.width, width)
+            projections = [self.proj1, self.proj2]
+        if modality == "text":
+            for layer in projections:
+                linear_rules(layer, SMALL)
+
+    def forward(self, visible_rsd: Tensor, visible_rs: Tensor, masked_n: Tensor, noise_nd: Tensor) -> Tensor:
+        """Visible states (R, S, D), their positions, the masked positions (flat) and their noise to predictions (N, D)."""
+        rows, kept, width = visible_rsd.shape
+        visible_rsd = F.dropout(visible_rsd, self.dropout, self.training)
+        length = kept + masked_n.shape[0] // max(1, rows)
+        index_n = (torch.arange(rows, device=visible_rs.device)[:, None] * length + visible_rs).flatten()
+        x_nd = visible_rsd.new_empty(rows * length, width)
+        x_nd = x_nd.index_copy(0, masked_n, noise_nd.to(x_nd.dtype))
+        x_nd = x_nd.index_copy(0, index_n, visible_rsd.reshape(-1, width))
+        side = math.isqrt(length)
+        # Channels stay last between the layers; the convolutions see a permuted view.
+        x = x_nd.view(rows, side, side, width) if self.planar else x_nd.view(rows, length, width)
+        for conv in self.convs:
+            x = self._layer(conv, x)
+        out_nd = x.reshape(rows * length, -1).index_select(0, masked_n)
+        return self.proj(out_nd) if self.proj_layers == 1 else self.proj2(F.gelu(self.proj1(out_nd)))
+
+    def _layer(self, conv: nn.Module, x: Tensor) -> Tensor:
+        out = conv(x.movedim(-1, 1)).movedim(1, -1)
+        # An even kernel makes one position too many at each end.
+        out = out[:, : x.shape[1], : x.shape[2]] if self.planar else out[:, : x.shape[1]]
+        out = F.gelu(F.layer_norm(out, out.shape[-1:], eps=1e-5))
+        return out + x if self.residual and out.shape[-1] == x.shape[-1] else out
+
+
+def build_predictor(config: ModelConfig, modality: Modality) -> nn.Module:
+    """The predictor that `config.predictor.kind` names."""
+    match config.predictor.kind:
+        case "linear":
+            return LinearPredictor(config)
+        case "mlp":
+            return MlpPredictor(config)
+        case _:
+            return ConvPredictor(config, modality)

@@ -1,0 +1,99 @@
+"""Waveforms to 20 ms frames, and frames to what the blocks see."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from d2v_scale.model.config import ModelConfig, SpeechStem
+from d2v_scale.model.init import InitRule, set_rule
+from d2v_scale.model.layers import rows_of
+
+
+def frames_of(config: SpeechStem, samples: int | Tensor) -> int | Tensor:
+    """Frames that the conv stack makes of this many samples (an int or an int64 tensor of any shape)."""
+    for _, kernel, stride in config.conv_layers:
+        samples = (samples - kernel) // stride + 1
+    return samples
+
+
+class SpeechFeatures(nn.Module):
+    """Conv stack, norm, projection to the backbone's width (spec 3.1)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        assert config.speech is not None
+        channels = [1, *(layer[0] for layer in config.speech.conv_layers)]
+        self.convs = nn.ModuleList()
+        self.conv_norms = nn.ModuleList()
+        for inputs, (outputs, kernel, stride) in zip(channels, config.speech.conv_layers, strict=False):
+            conv = nn.Conv1d(inputs, outputs, kernel, stride, bias=False)
+            set_rule(conv.weight, InitRule("normal", math.sqrt(2.0 / (inputs * kernel))))
+            self.convs.append(conv)
+            self.conv_norms.append(nn.LayerNorm(outputs))
+        self.norm = nn.LayerNorm(channels[-1])
+        self.proj = nn.Linear(channels[-1], config.backbone.width)
+
+    def forward(self, wave_bn: Tensor) -> Tensor:
+        """(B, samples) at 16 kHz to (B, T, D)."""
+        x_bct = wave_bn.to(self.proj.weight.dtype)[:, None]
+        for conv, norm in zip(self.convs, self.conv_norms, strict=True):
+            x_bct = F.gelu(norm(conv(x_bct).transpose(1, 2))).transpose(1, 2)
+        return self.proj(self.norm(x_bct.transpose(1, 2)))
+
+
+class SpeechContext(nn.Module):
+    """Masking, positional convolutions, norm (spec 3.2)."""
+
+    def __init__(self, config: ModelConfig, *, with_mask_embedding: bool) -> None:
+        super().__init__()
+        assert config.speech is not None
+        width, stem = config.backbone.width, config.speech
+        self.dropout = config.backbone.input_dropout
+        self.has_mask_embedding = with_mask_embedding
+        if with_mask_embedding:
+            self.mask_embedding = nn.Parameter(torch.empty(width))
+            set_rule(self.mask_embedding, InitRule("uniform", 0.0, 1.0))
+        self.pos_convs = nn.ModuleList(
+            nn.Conv1d(
+                width, width, stem.pos_conv_kernel, padding=stem.pos_conv_kernel // 2, groups=stem.pos_conv_groups
+            )
+            for _ in range(stem.pos_conv_depth)
+        )
+        self.norm = nn.LayerNorm(width, config.backbone.norm_eps)
+
+    def forward(
+        self,
+        features_btd: Tensor,
+        masked_rt: Tensor | None,
+        visible_rs: Tensor | None,
+        valid_bt: Tensor | None,
+        clones: int,
+    ) -> Tensor:
+        """(B, T, D) to (R, S, D): R = B * clones; S = visible frames if given, else all, masked ones replaced.
+
+        The positional convolutions always run over the full length; where frames are to be removed, they see zeros.
+        """
+        if valid_bt is not None and (masked_rt is None or visible_rs is not None):
+            features_btd = features_btd * valid_bt[..., None]
+        x_rtd = rows_of(features_btd, None, clones)
+        if masked_rt is not None:
+            blank = self.mask_embedding.to(x_rtd.dtype) if visible_rs is None else x_rtd.new_zeros(())
+            x_rtd = torch.where(masked_rt[..., None], blank, x_rtd)
+            if valid_bt is not None and visible_rs is None:
+                x_rtd = x_rtd * valid_bt.repeat_interleave(clones, dim=0)[..., None]
+        positions_rtd = self._positions(x_rtd)
+        if visible_rs is None:
+            x_rsd = x_rtd + positions_rtd
+        else:
+            x_rsd = rows_of(features_btd, visible_rs, clones) + rows_of(positions_rtd, visible_rs, 1)
+        return F.dropout(self.norm(x_rsd), self.dropout, self.training)
+
+    def _positions(self, x_rtd: Tensor) -> Tensor:
+        length = x_rtd.shape[1]
+        for conv in self.pos_convs:
+            # An even kernel makes one frame too many at the end.
+            x_rtd = conv(x_rtd.transpose(1, 2))[..., :length].transpose(1, 2)
+            x_rtd = F.gelu(F.layer_norm(x_rtd, x_rtd.shape[-1:], eps=1e-5))
+        return x_rtd

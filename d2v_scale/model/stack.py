@@ -1,0 +1,286 @@
+"""Student and teacher: two stacks from one list of layers."""
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from d2v_scale.data2vec import stateless, targets
+from d2v_scale.data2vec.config import TargetConfig
+from d2v_scale.data.batch import Batch
+from d2v_scale.errors import ConfigError
+from d2v_scale.model.block import Block, beit_depth_scale
+from d2v_scale.model.config import Modality, ModelConfig, TeacherParts
+from d2v_scale.model.init import InitRule
+from d2v_scale.model.layers import Carry, LayerSpec, describe, has_bias
+from d2v_scale.model.position_bias import AlibiBias, RelativeBias, add_padding
+from d2v_scale.model.predictor import ConvPredictor, build_predictor
+from d2v_scale.model.speech import SpeechContext, SpeechFeatures, frames_of
+from d2v_scale.model.text import TextContext, TextFeatures
+from d2v_scale.model.vision import BEIT, VisionContext, VisionFeatures, grid_of
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What a forward's random numbers are keyed by, so that they do not depend on the world size.
+
+    Ordinary dropout is not: it takes torch's global generator, which the loop seeds for every micro-batch.
+    """
+
+    seed: int
+    step: int
+    """Optimizer step, not micro-batch."""
+
+
+class StudentOutput(NamedTuple):
+    """What the student's forward gives."""
+
+    predictions_nd: Tensor
+    """At masked positions, row-major over (r, t)."""
+    features_btd: Tensor
+    """Stem features before masking, detached: what a teacher that shares them is given."""
+    encoder_rsd: Tensor
+    """Output of the encoder without extra tokens: all positions (1.0) or the visible ones, ascending (2.0)."""
+    cls_rd: Tensor | None
+    """Output at the CLS token (2.0 vision)."""
+
+
+class _Stack(nn.Module):
+    """The layers of `describe(config, modality)` that exist here, and how each one moves the carry."""
+
+    def __init__(self, config: ModelConfig, modalities: list[Modality], parts: TeacherParts | None) -> None:
+        super().__init__()
+        self.config = config
+        self.modalities = modalities
+        self.layers = {modality: describe(config, modality) for modality in modalities}
+        backbone = config.backbone
+
+        def exists(name: str) -> bool:
+            return parts is None or parts.role(name) != "absent"
+
+        self.stems = nn.ModuleDict({m: _build_stem(config, m, exists) for m in modalities})
+        self.blocks = nn.ModuleList(_build_block(config, backbone.prenet_depth + i) for i in range(backbone.depth))
+        if backbone.final_norm and exists("final_norm"):
+            self.final_norm = nn.LayerNorm(backbone.width, backbone.norm_eps)
+        if exists("predictors"):
+            self.predictors = nn.ModuleDict({m: build_predictor(config, m) for m in modalities})
+
+    def stem_features(self, batch: Batch) -> Tensor:
+        """Features (B, T, D) of the unmasked input, with this stack's own stem, e.g. for evaluation."""
+        return self._features(batch, batch.inputs)
+
+    def valid_positions(self, batch: Batch) -> Tensor | None:
+        """bool (B, T): positions that are not padding. None: none is."""
+        return self._valid(batch, batch.inputs)
+
+    def _valid(self, batch: Batch, inputs: Tensor) -> Tensor | None:
+        if batch.valid is None or batch.modality == "vision":
+            return None
+        if batch.modality == "text":
+            assert self.config.text is not None
+            return inputs != self.config.text.pad_id
+        assert self.config.speech is not None
+        total = frames_of(self.config.speech, inputs.shape[1])
+        frames_b = frames_of(self.config.speech, batch.valid.sum(dim=1))
+        return torch.arange(total, device=inputs.device)[None] < frames_b[:, None]
+
+    def _features(self, batch: Batch, inputs: Tensor) -> Tensor:
+        features = self.stems[batch.modality].features
+        return features(inputs, self._valid(batch, inputs)) if batch.modality == "text" else features(inputs)
+
+    def _enter(self, batch: Batch, features_btd: Tensor, valid_bt: Tensor | None, *, masked: bool) -> Carry:
+        """The context layer and the attention bias: what the first block gets."""
+        stem = self.stems[batch.modality]
+        visible_rs = batch.layout.visible_rs if masked and self.config.visible_only else None
+        masked_rt = batch.masked_rt if masked else None
+        clones = batch.clones if masked else 1
+        states_rsd = stem.context(features_btd, masked_rt, visible_rs, valid_bt, clones)
+        rows, length = states_rsd.shape[:2]
+        extra = 1 if batch.modality == "vision" else 0
+        bias = None
+        if has_bias(self.config, batch.modality):
+            if batch.modality == "vision":
+                bias = stem.bias()
+            else:
+                everything_1t = torch.arange(length, device=states_rsd.device)[None]
+                bias = stem.bias(everything_1t if visible_rs is None else visible_rs)
+        if valid_bt is not None:
+            valid_bt = valid_bt.repeat_interleave(clones, dim=0)
+            if visible_rs is not None:
+                valid_bt = valid_bt.gather(1, visible_rs)
+        assert bias is None or bias.shape[0] in (1, rows)
+        return Carry(states_rsd, add_padding(bias, valid_bt, states_rsd.dtype), extra)
+
+    def _blocks(self, modality: Modality) -> Iterator[tuple[LayerSpec, nn.Module]]:
+        modules = itertools.chain(self.stems[modality].prenet, self.blocks)
+        return zip((layer for layer in self.layers[modality] if layer.kind == "block"), modules, strict=True)
+
+
+class Student(_Stack):
+    """The network that is trained: it sees a masked sample and predicts the teacher's targets at masked positions."""
+
+    def __init__(self, config: ModelConfig, modalities: list[Modality] | None = None) -> None:
+        """Parameters are unfilled until `initialize` or a checkpoint writes them. Torch distributed and megatron's
+        parallel_state must be initialised."""
+        super().__init__(config, config.modalities if modalities is None else modalities, None)
+
+    def forward(self, batch: Batch, draw: Draw, noise_rtd: Tensor | None = None) -> StudentOutput:
+        """Predictions at the batch's masked positions. `noise_rtd`: the decoder's mask tokens (2.0), drawn if None.
+
+        Under tensor parallelism or ZeRO-3 all ranks of the group must call, with the same modality.
+        """
+        if self.config.visible_only:
+            assert batch.layout.visible_rs is not None, "rows of a 2.0 batch must keep equal numbers of positions"
+        inputs = batch.inputs if batch.student_inputs is None else batch.student_inputs
+        valid_bt = self._valid(batch, inputs)
+        features_btd = self._features(batch, inputs)
+        carry = self._enter(batch, features_btd, valid_bt, masked=True)
+        scales = self._branch_scales(batch, draw)
+        for layer, block in self._blocks(batch.modality):
+            if self._dropped(layer, draw):
+                continue
+            carry.states_rsd = self._run_block(block, carry, None if scales is None else scales[layer.index])
+        x_rsd = carry.states_rsd
+        if self.config.backbone.final_norm:
+            x_rsd = self.final_norm(x_rsd)
+        encoder_rsd = x_rsd[:, carry.extra_tokens :]
+        predictions_nd = self._predict(batch, encoder_rsd, draw, noise_rtd)
+        cls_rd = x_rsd[:, carry.extra_tokens - 1] if self.config.visible_only and carry.extra_tokens else None
+        return StudentOutput(predictions_nd, features_btd.detach(), encoder_rsd, cls_rd)
+
+    def _run_block(self, block: nn.Module, carry: Carry, scale_2r11: Tensor | None) -> Tensor:
+        arguments = (carry.states_rsd, carry.attention_bias, scale_2r11)
+        if self.config.activation_checkpointing and torch.is_grad_enabled():
+            states_rsd, _ = checkpoint(block, *arguments, use_reentrant=False)
+        else:
+            states_rsd, _ = block(*arguments)
+        return states_rsd
+
+    def _predict(self, batch: Batch, encoder_rsd: Tensor, draw: Draw, noise_rtd: Tensor | None) -> Tensor:
+        predictor = self.predictors[batch.modality]
+        masked_n = batch.layout.masked_n
+        width = encoder_rsd.shape[-1]
+        if not isinstance(predictor, ConvPredictor):
+            return predictor(encoder_rsd.reshape(-1, width).index_select(0, masked_n))
+        if noise_rtd is not None:
+            noise_nd = noise_rtd.reshape(-1, width).index_select(0, masked_n)
+        else:
+            length = batch.masked_rt.shape[1]
+            keys_n = self._row_keys(batch, draw).index_select(0, masked_n // length) + masked_n % length
+            noise_nd = stateless.normal(stateless.row_keys(keys_n, "decoder noise"), width)
+            noise_nd = noise_nd * self.config.predictor.noise_std
+        return predictor(encoder_rsd, batch.layout.visible_rs, masked_n, noise_nd)
+
+    def _row_keys(self, batch: Batch, draw: Draw) -> Tensor:
+        """int64 (R,): a key for each row from (seed, step, sample id, clone)."""
+        clones = batch.clones
+        keys_b = stateless.row_keys(batch.sample_ids, draw.seed, draw.step)
+        clone_m = torch.arange(clones, device=keys_b.device)
+        return stateless.row_keys((keys_b[:, None] + clone_m).flatten(), "row")
+
+    def _branch_scales(self, batch: Batch, draw: Draw) -> Tensor | None:
+        """Drop path: fp32 (blocks, 2, R, 1, 1), 0 or 1 / (1 - rate of the block); None where it is off.
+
+        The rate grows linearly from 0 at the first block to `drop_path` at the last.
+        """
+        rate = self.config.backbone.drop_path
+        if not self.training or rate == 0:
+            return None
+        count = self.config.backbone.prenet_depth + self.config.backbone.depth
+        uniform_rc = stateless.uniform(stateless.row_keys(self._row_keys(batch, draw), "drop path"), 2 * count)
+        keep_c = 1 - torch.linspace(0, rate, count, device=uniform_rc.device).repeat_interleave(2)
+        scales_rc = (uniform_rc < keep_c) / keep_c
+        return scales_rc.t().reshape(count, 2, -1, 1, 1)
+
+    def _dropped(self, layer: LayerSpec, draw: Draw) -> bool:
+        """Layer drop, decided alike on all ranks: a block that only some of them run would hang ZeRO-3."""
+        rate = self.config.backbone.layer_drop
+        if not self.training or rate == 0:
+            return False
+        return stateless.numpy_generator(draw.seed, draw.step, "layer drop", layer.index).random() < rate
+
+
+class Teacher(_Stack):
+    """The teacher's own copies of what it runs: frozen, and in eval mode whatever `train()` is called with."""
+
+    def __init__(self, config: ModelConfig, target: TargetConfig, parts: TeacherParts) -> None:
+        super().__init__(config, config.modalities, parts)
+        self.target = target
+        self.first_tap = targets.first_tapped_layer(target, config.backbone.depth)
+        self.requires_grad_(False)
+        super().train(False)
+
+    def train(self, mode: bool = True) -> "Teacher":
+        """Stays in eval mode: engines call `train()` on everything they hold."""
+        del mode
+        return self
+
+    def owns_features(self, modality: Modality) -> bool:
+        """Whether this teacher computes the stem features of `modality` itself."""
+        return hasattr(self.stems[modality], "features")
+
+    @torch.no_grad()
+    def forward(self, batch: Batch, features_btd: Tensor | None = None) -> Tensor:
+        """Targets, fp32 (B, T, D), of the unmasked samples. `features_btd`: the student's, where they are shared."""
+        accumulator = targets.accumulator(self.target)
+        carry = self._enter_unmasked(batch, features_btd)
+        for layer, block in self._blocks(batch.modality):
+            carry.states_rsd, ffn_rsd = block(carry.states_rsd, carry.attention_bias, None)
+            if layer.main >= self.first_tap:
+                tap_rsd = ffn_rsd if self.target.tap == "ffn" else carry.states_rsd
+                accumulator.add(tap_rsd[:, carry.extra_tokens :])
+        return accumulator.finish()
+
+    @torch.no_grad()
+    def features(self, batch: Batch, features_btd: Tensor | None, layers: list[int]) -> list[Tensor]:
+        """Outputs (B, T, D) of these main blocks on the unmasked input, without CLS; negative numbers count from the
+        end. Pool them over `valid_positions(batch)`."""
+        depth = self.config.backbone.depth
+        if not all(-depth <= layer < depth for layer in layers):
+            raise ConfigError("layers", f"{layers} are not all blocks of a model of depth {depth}.")
+        wanted = {layer % depth for layer in layers}
+        states = {}
+        carry = self._enter_unmasked(batch, features_btd)
+        for layer, block in self._blocks(batch.modality):
+            carry.states_rsd, _ = block(carry.states_rsd, carry.attention_bias, None)
+            if layer.main in wanted:
+                states[layer.main] = carry.states_rsd[:, carry.extra_tokens :]
+        return [states[layer % depth] for layer in layers]
+
+    def _enter_unmasked(self, batch: Batch, features_btd: Tensor | None) -> Carry:
+        if self.owns_features(batch.modality):
+            features_btd = self._features(batch, batch.inputs)
+        assert features_btd is not None, f"this teacher shares {batch.modality} features and was given none"
+        return self._enter(batch, features_btd, self._valid(batch, batch.inputs), masked=False)
+
+
+def _build_stem(config: ModelConfig, modality: Modality, exists) -> nn.Module:  # type: ignore[no-untyped-def]
+    prefix = f"stems.{modality}"
+    stem = nn.Module()
+    if exists(f"{prefix}.features"):
+        features = {"vision": VisionFeatures, "speech": SpeechFeatures, "text": TextFeatures}
+        stem.features = features[modality](config)
+    if modality == "vision":
+        assert config.vision is not None
+        stem.context = VisionContext(config)
+        if has_bias(config, modality):
+            stem.bias = RelativeBias(grid_of(config.vision), config.backbone.heads)
+    elif modality == "speech":
+        own = not config.visible_only and exists(f"{prefix}.context.mask_embedding")
+        stem.context = SpeechContext(config, with_mask_embedding=own)
+        if has_bias(config, modality):
+            stem.bias = AlibiBias(config.backbone.heads)
+    else:
+        stem.context = TextContext()
+    stem.prenet = nn.ModuleList(_build_block(config, i) for i in range(config.backbone.prenet_depth))
+    return stem
+
+
+def _build_block(config: ModelConfig, index: int) -> Block:
+    if config.init == "beit":
+        return Block(config.backbone, rule=BEIT, depth_scale=beit_depth_scale(index))
+    return Block(config.backbone, rule=InitRule("normal", 0.02))

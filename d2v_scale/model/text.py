@@ -1,0 +1,53 @@
+"""Token ids to embeddings, and those to what the blocks see."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from d2v_scale.model.config import ModelConfig
+from d2v_scale.model.init import InitRule, set_rule
+from d2v_scale.model.layers import rows_of
+
+
+class TextFeatures(nn.Module):
+    """Token and learned position embeddings, norm, dropout (spec 3.4)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        assert config.text is not None
+        stem, width = config.text, config.backbone.width
+        self.pad_id = stem.pad_id
+        self.dropout = config.backbone.input_dropout
+        self.zero_pads = not config.visible_only
+        self.tokens = nn.Embedding(stem.vocab_size, width, padding_idx=stem.pad_id)
+        # Position ids count from pad_id + 1; pads have id pad_id.
+        self.positions = nn.Embedding(stem.max_positions + stem.pad_id + 1, width, padding_idx=stem.pad_id)
+        for table in (self.tokens, self.positions):
+            set_rule(table.weight, InitRule("normal", 0.02, zero_row=stem.pad_id))
+        self.norm = nn.LayerNorm(width, config.backbone.norm_eps)
+
+    def forward(self, tokens_bt: Tensor, valid_bt: Tensor | None) -> Tensor:
+        """int64 (B, T) to (B, T, D). `valid_bt` None: there is no padding."""
+        if valid_bt is None:
+            positions_bt = torch.arange(1, tokens_bt.shape[1] + 1, device=tokens_bt.device)[None] + self.pad_id
+        else:
+            positions_bt = valid_bt.cumsum(dim=1) * valid_bt + self.pad_id
+        x_btd = self.norm(self.tokens(tokens_bt) + self.positions(positions_bt))
+        x_btd = F.dropout(x_btd, self.dropout, self.training)
+        return x_btd if valid_bt is None or not self.zero_pads else x_btd * valid_bt[..., None]
+
+
+class TextContext(nn.Module):
+    """Only the choice of rows: masking happened to the tokens (1.0) or is removal (2.0)."""
+
+    def forward(
+        self,
+        features_btd: Tensor,
+        masked_rt: Tensor | None,
+        visible_rs: Tensor | None,
+        valid_bt: Tensor | None,
+        clones: int,
+    ) -> Tensor:
+        """(B, T, D) to (R, S, D): R = B * clones; S = visible tokens if given, else all."""
+        del masked_rt, valid_bt
+        return rows_of(features_btd, visible_rs, clones)

@@ -1,0 +1,89 @@
+"""Images to patches, and patches to what the blocks see."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from d2v_scale.errors import ConfigError
+from d2v_scale.model.config import ModelConfig, VisionStem
+from d2v_scale.model.init import InitRule, linear_rules, set_rule
+from d2v_scale.model.layers import rows_of
+from d2v_scale.model.position_bias import sincos_positions
+
+BEIT = InitRule("truncated", 0.02, 0.02)
+
+
+def grid_of(config: VisionStem) -> int:
+    """Patches along one side. Raises `ConfigError` if the image is not a whole number of patches."""
+    if config.image_size % config.patch_size:
+        raise ConfigError(
+            "model.vision.image_size",
+            f"{config.image_size} is not a multiple of patch_size {config.patch_size}.",
+            "Change one of them.",
+        )
+    return config.image_size // config.patch_size
+
+
+class VisionFeatures(nn.Module):
+    """Patch embedding."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        assert config.vision is not None
+        stem, width = config.vision, config.backbone.width
+        self.patch = nn.Conv2d(stem.channels, width, stem.patch_size, stem.patch_size)
+        if config.init == "beit":
+            linear_rules(self.patch, BEIT)
+        elif config.visible_only:
+            # Xavier-uniform on the flattened width x (channels * patch^2) matrix; the bias keeps torch's default.
+            bound = math.sqrt(6.0 / (stem.channels * stem.patch_size**2 + width))
+            set_rule(self.patch.weight, InitRule("uniform", -bound, bound))
+
+    def forward(self, images_bchw: Tensor) -> Tensor:
+        """(B, C, H, W) to (B, T, D), row-major patches."""
+        return self.patch(images_bchw.to(self.patch.weight.dtype)).flatten(2).transpose(1, 2)
+
+
+class VisionContext(nn.Module):
+    """Positions, masking, CLS token, norm."""
+
+    positions_td: Tensor
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        assert config.vision is not None
+        width = config.backbone.width
+        beit = config.init == "beit"
+        self.dropout = config.backbone.input_dropout
+        self.cls = nn.Parameter(torch.empty(1, 1, width))
+        set_rule(self.cls, BEIT if beit else InitRule("normal", 1.0 if config.visible_only else 0.02))
+        self.has_mask_token = not config.visible_only
+        if self.has_mask_token:
+            self.mask_token = nn.Parameter(torch.empty(1, 1, width))
+            set_rule(self.mask_token, BEIT if beit else InitRule("normal", 0.02))
+        self.norm = nn.LayerNorm(width, config.backbone.norm_eps) if config.visible_only else None
+        self.has_positions = config.vision.positions == "sincos"
+        if self.has_positions:
+            self.register_buffer("positions_td", sincos_positions(width, grid_of(config.vision)), persistent=False)
+
+    def forward(
+        self,
+        features_btd: Tensor,
+        masked_rt: Tensor | None,
+        visible_rs: Tensor | None,
+        valid_bt: Tensor | None,
+        clones: int,
+    ) -> Tensor:
+        """(B, T, D) to (R, 1 + S, D): R = B * clones; S = visible positions if given, else all, masked ones replaced."""
+        del valid_bt
+        if self.has_positions:
+            features_btd = features_btd + self.positions_td.to(features_btd.dtype)
+        x_rsd = rows_of(features_btd, visible_rs, clones)
+        if visible_rs is None and masked_rt is not None:
+            x_rsd = torch.where(masked_rt[..., None], self.mask_token.to(x_rsd.dtype), x_rsd)
+        x_rsd = torch.cat((self.cls.expand(x_rsd.shape[0], -1, -1), x_rsd), dim=1)
+        if self.norm is not None:
+            x_rsd = self.norm(x_rsd)
+        return F.dropout(x_rsd, self.dropout, self.training)
