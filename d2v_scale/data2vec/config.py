@@ -14,6 +14,9 @@ class MaskingConfig:
     """Fraction to mask (spans: before overlaps)."""
     length: int = 10
     """Span length, or side of a block."""
+    starts: Literal["inside", "anywhere"] = "inside"
+    """Where spans begin. `inside`: no later than a span's length before the end (1.0 speech); `anywhere`: at any
+    position, cut at the end (1.0 text)."""
     adjust: float = 0.0
     """Added to the selected fraction before the exact count is restored (block masks)."""
     inverse: bool = False

@@ -72,3 +72,22 @@ def normal(keys_r: Tensor, count: int) -> Tensor:
     angle = (bits & ((1 << 24) - 1)).to(torch.float32) * (2.0 * torch.pi / (1 << 24))
     radius = torch.sqrt(-2.0 * torch.log(u))
     return torch.cat((radius * torch.cos(angle), radius * torch.sin(angle)), dim=-1)[..., :count]
+
+
+def array_keys(ids: np.ndarray, *parts: int | str) -> np.ndarray:
+    """Keys of many rows at once in NumPy: integer `ids` of any shape to uint64 keys of that shape."""
+    offset = np.uint64((key(*parts) + _GOLDEN) & _MASK)
+    return _mix_array(ids.astype(np.int64).view(np.uint64) + offset)
+
+
+def array_uniform(keys_r: np.ndarray, count: int) -> np.ndarray:
+    """`count` float64 uniforms in [0, 1) for each uint64 key: shape (*keys.shape, count). 53 random bits each."""
+    counter = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(_GOLDEN)
+    return (_mix_array(keys_r[..., None] + counter) >> np.uint64(11)) * (1.0 / (1 << 53))
+
+
+def _mix_array(z: np.ndarray) -> np.ndarray:
+    """splitmix64's finaliser on uint64 arrays (which wrap around)."""
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(_MUL1)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(_MUL2)
+    return z ^ (z >> np.uint64(31))
