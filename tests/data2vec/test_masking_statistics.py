@@ -116,7 +116,7 @@ def test_masks_have_the_recorded_statistics(name: str) -> None:
         ("v1_audio/T249_bsz1", MaskingConfig(kind="spans", prob=0.65, length=10, starts="anywhere")),
         ("v1_text/MaskTokensDataset_sz512", MaskingConfig(kind="spans", prob=0.35, length=4)),
         ("v2_audio/block1d_T249_base", block(1, 0.5, 5, 0.0)),
-        ("v2_image/base_196_p0.8_len3_adj0.07_inv", block(2, 0.8, 3, 0.03, inverse=True)),
+        ("v2_image/base_196_p0.8_len3_adj0.07_inv", block(2, 0.8, 3, 0.0, inverse=True)),
         ("v1_vision/beit_14x14_n120_min16_max196", blockwise(120, 8)),
     ],
 )
