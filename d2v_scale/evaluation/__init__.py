@@ -1,0 +1,7 @@
+"""What representations are worth: k-NN and linear probes on frozen features."""
+
+from d2v_scale.evaluation.features import Features, extract
+from d2v_scale.evaluation.knn import knn, nearest
+from d2v_scale.evaluation.probes import ProbeResult, linear_probe, weighted_layers_probe
+
+__all__ = ["Features", "ProbeResult", "extract", "knn", "linear_probe", "nearest", "weighted_layers_probe"]

@@ -49,7 +49,7 @@ class SpeedMeter:
 
 def host_values() -> dict[str, float]:
     """Memory (GiB) of this process and host, processor use, and this process's device memory where there is one."""
-    import psutil
+    import psutil  # type: ignore[import-untyped]
     import torch
 
     gib = 1024**3

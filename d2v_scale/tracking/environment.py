@@ -1,0 +1,51 @@
+"""Where and with what a run runs: tags for comparing runs, and the full list for reproducing one."""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from importlib.metadata import distributions, version
+from pathlib import Path
+
+_VERSIONS = ("torch", "deepspeed", "megatron-core", "webdataset", "d2v_scale")
+_SLURM = ("JOB_ID", "ARRAY_JOB_ID", "ARRAY_TASK_ID", "JOB_NAME", "JOB_NODELIST", "JOB_PARTITION", "NNODES")
+
+
+def environment_tags() -> dict[str, str]:
+    """Git revision, versions, host, Slurm ids and restart count. The caller adds world size and topology."""
+    tags = {f"version.{name}": version(name) for name in _VERSIONS}
+    tags |= {"version.python": platform.python_version(), "host": platform.node(), "git.revision": git_revision()}
+    tags |= {f"slurm.{name.lower()}": os.environ[f"SLURM_{name}"] for name in _SLURM if f"SLURM_{name}" in os.environ}
+    return tags | {"restarts": os.environ.get("SLURM_RESTART_COUNT", "0")}
+
+
+def git_revision() -> str:
+    """Commit of the source tree, with `-dirty` if tracked files differ; `unknown` for an installed package."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return "unknown"
+    try:
+        command = ["git", "-C", str(root), "describe", "--always", "--abbrev=12", "--dirty", "--exclude=*"]
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
+def write_environment(run_dir: Path) -> Path:
+    """environment.json in the run directory: command line, installed packages, devices. Returns its path."""
+    import torch
+
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    content = {
+        "command": sys.argv,
+        "tags": environment_tags(),
+        "platform": platform.platform(),
+        "processors": os.cpu_count(),
+        "devices": devices,
+        "cuda": torch.version.cuda,
+        "packages": dict(sorted((d.metadata["Name"], d.version) for d in distributions())),
+    }
+    path = run_dir / "environment.json"
+    path.write_text(json.dumps(content, indent=1) + "\n")
+    return path
