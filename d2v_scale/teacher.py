@@ -1,14 +1,29 @@
-"""The EMA teacher: sharded over the data-parallel ranks, in fp32, on the device or in host memory."""
+"""The EMA teacher: sharded over the data-parallel ranks, in fp32, on the device or in host memory.
+
+The teacher is a ZeRO-3 engine without an optimizer, whatever the student's stage. Partition i of a teacher parameter
+covers the same elements as partition i of the student's, so the update `teacher += (1 - decay) * (student - teacher)`
+is local: no collective, no gathered tensor. Its truth is fp32; the forward pass reads a copy in the compute precision
+(in fp32 the two are one tensor). The source is the student's fp32 master weight; at stages 1 and 2 in bf16 it is the
+bf16 weight, because those stages cut their masters without regard to parameters.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
+from d2v_scale import faults
+from d2v_scale.errors import ConfigError
+from d2v_scale.parallel import ds_config
 from d2v_scale.parallel.groups import Topology
-from d2v_scale.parallel.zero import StudentEngine
+from d2v_scale.parallel.host_update import HostUpdate
+from d2v_scale.parallel.shards import TensorSlice, full_shape, partition_range, tensor_slice
+from d2v_scale.parallel.zero import StudentEngine, construct
+
+CHUNK = 1 << 24
+"""Elements handled at once: bounds the temporary memory of an update (64 MiB in fp32)."""
 
 
 @dataclass(kw_only=True)
@@ -21,36 +36,251 @@ class TeacherConfig:
     """Precision of its forward pass. `auto`: the student's."""
 
 
+@dataclass(frozen=True)
+class TeacherShard:
+    """A flat range [start, start + numel) of the teacher's tensor `name`, with its fp32 values."""
+
+    name: str
+    shape: tuple[int, ...]
+    """Of the tensor-parallel slice (the whole tensor where there is none)."""
+    slice: TensorSlice | None
+    start: int
+    values: Tensor
+    compute: Tensor | None
+    """The same range in the precision of the forward pass; None where `values` is what the forward pass reads."""
+    source: Tensor
+    """The student's values of the range."""
+    averaged: bool
+    """False: copied from the student at every update."""
+    counted: bool
+    """False on all but one of the tensor-parallel ranks that hold the same values."""
+
+    @property
+    def numel(self) -> int:
+        """Elements of the range."""
+        return self.values.numel()
+
+
+class _Entry(nn.Module):
+    """The root of the teacher's engine. Every kind of pass enters here, where ZeRO-3 starts its bookkeeping."""
+
+    def __init__(self, teacher: nn.Module) -> None:
+        super().__init__()
+        self.teacher = teacher
+
+    def forward(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the teacher's forward pass, or another of its methods."""
+        function = self.teacher if method == "forward" else getattr(self.teacher, method)
+        return function(*args, **kwargs)
+
+    def train(self, mode: bool = True) -> "_Entry":
+        """A teacher is always in eval mode."""
+        return super().train(False)
+
+
 class ShardedTeacher:
-    """Values of the teacher, its forward pass and its update. `role(name)`: averaged, copied or absent."""
+    """The teacher's values, its forward pass and its update.
+
+    `make` builds the module; `role(name)` says of each of its parameters whether it is `averaged` or `copied`.
+    Parameters are matched to the student's by name. Collective to construct.
+    """
 
     def __init__(
         self,
         make: Callable[[], nn.Module],
         student: StudentEngine,
         config: TeacherConfig,
-        ds_config: dict[str, Any],
+        student_config: dict[str, Any],
         topology: Topology,
         role: Callable[[str], str],
     ) -> None:
-        self.completed_updates = 0
-        raise NotImplementedError
+        import deepspeed
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
-        """The targets. Collective: every rank must call, under any grad mode."""
-        raise NotImplementedError
+        student_precision = "bf16" if student_config["bf16"]["enabled"] else "fp32"
+        precision = cast(Literal["fp32", "bf16"], student_precision if config.dtype == "auto" else config.dtype)
+        on_host = config.placement == "cpu"
+        # In bf16 the small compute copy stays on the device; in fp32 it is the truth itself and moves to the host.
+        engine_config = ds_config.teacher_config(student_config, precision, offload=on_host and precision == "fp32")
+        entry = _Entry(construct(make, engine_config, topology)).requires_grad_(False)
+        self.engine, *_ = deepspeed.initialize(
+            model=entry, config=engine_config, mpu=topology.mpu, dist_init_required=False
+        )
+        self.engine.eval()
+        self.module: nn.Module = entry.teacher
+        self.student = student
+        self.topology = topology
+        self.completed_updates = 0
+        """Updates since the start of the run; always equal to the student's."""
+        self._measured = torch.zeros(3, dtype=torch.float64)
+        self._last_decay = 1.0
+        self._shards = self._match(role, torch.device("cpu") if on_host else topology.device)
+        self._batches = _batches(self._shards)
+        self._host_update: HostUpdate | None = None
+        if on_host and topology.device.type == "cuda":
+            self._host_update = HostUpdate(topology.device, CHUNK)
+            student.before_step.append(self._host_update.wait)
+        self.copy_student()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The forward pass (targets), without gradient. Collective: every rank must call."""
+        return self._run("forward", args, kwargs)
 
     def features(self, *args: Any, **kwargs: Any) -> Any:
-        """Hidden states for evaluation (the module's `features`). Collective."""
-        raise NotImplementedError
+        """The module's `features`: hidden states for evaluation, without gradient. Collective."""
+        return self._run("features", args, kwargs)
 
+    @torch.no_grad()
     def update(self, decay: float, measure: bool = False) -> None:
-        """Move towards the student by 1 - decay. Local: no collective. Call once after each applied optimizer step.
+        """Move towards the student by 1 - decay. Local: no collective. Once after each applied optimizer step.
 
-        `measure` also sums what `health` reports; pass True on the steps that are logged.
+        decay >= 1 changes nothing (as the reference does) and is counted. `measure` also sums what `health` reports;
+        pass True on the steps that are logged.
         """
-        raise NotImplementedError
+        faults.point("ema")
+        self.completed_updates += 1
+        assert self.completed_updates == self.student.completed_updates, (
+            f"the teacher made {self.completed_updates} updates, the student {self.student.completed_updates}"
+        )
+        self._last_decay = decay
+        if measure:
+            self._measure()
+        if decay >= 1:
+            return
+        if self._host_update is not None:
+            self._host_update.start(self._shards, 1 - decay)
+            return
+        for averaged, shards in self._batches:
+            values = [shard.values for shard in shards]
+            sources = [shard.source.to(shard.values.device, torch.float32) for shard in shards]
+            if averaged:
+                torch._foreach_lerp_(values, sources, 1 - decay)
+            else:
+                torch._foreach_copy_(values, sources)
+            _refresh_compute(shards)
+
+    @torch.no_grad()
+    def copy_student(self) -> None:
+        """Take the student's values as they are (at the start of a run, or `teacher.reset`). Local."""
+        self.wait()
+        for shard in self._shards:
+            shard.values.copy_(shard.source)
+        _refresh_compute(self._shards)
+
+    def shards(self) -> list[TeacherShard]:
+        """The ranges this rank holds, for checkpoints. Local. After writing to `values` call `finish_loading`."""
+        self.wait()
+        return self._shards
+
+    def finish_loading(self, completed_updates: int) -> None:
+        """Make the compute copy follow values that were written through `shards`. Local."""
+        self.completed_updates = completed_updates
+        with torch.no_grad():
+            _refresh_compute(self._shards)
 
     def health(self) -> dict[str, Tensor]:
-        """distance to the student, norm of the last measured update, norm of the teacher. Collective; no host sync."""
-        raise NotImplementedError
+        """Figures of the last update with `measure`, as 0-dim tensors. Collective; no host synchronisation.
+
+        `student_teacher_distance` (after the update) and `teacher_update_norm` are over averaged parameters,
+        `student_teacher_distance_relative` is divided by the teacher's norm before the update.
+        """
+        sums = self._measured.to(self.topology.device, torch.float32, non_blocking=True)
+        torch.distributed.all_reduce(sums)
+        before, norm = sums[0].sqrt(), sums[1].sqrt()
+        step = 1 - min(self._last_decay, 1.0)
+        return {
+            "student_teacher_distance": before * (1 - step),
+            "student_teacher_distance_relative": before * (1 - step) / norm.clamp_min(1e-30),
+            "teacher_update_norm": before * step,
+            "teacher_norm": norm,
+        }
+
+    def wait(self) -> None:
+        """Return when the last update is complete. Local; immediate unless the update runs in the background."""
+        if self._host_update is not None:
+            self._host_update.wait()
+
+    def destroy(self) -> None:
+        """Remove DeepSpeed's hooks and buffers."""
+        self.wait()
+        self.engine.destroy()
+
+    def _run(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self.wait()
+        with torch.no_grad():
+            return self.engine(method, args, kwargs)
+
+    def _measure(self) -> None:
+        self.wait()
+        sums = torch.zeros(3, dtype=torch.float32, device=self._shards[0].values.device if self._shards else "cpu")
+        for averaged, shards in self._batches:
+            counted = [shard for shard in shards if shard.counted]
+            if averaged and counted:
+                values = [shard.values for shard in counted]
+                sources = [shard.source.to(shard.values.device, torch.float32) for shard in counted]
+                sums[0] += torch.stack(torch._foreach_norm(torch._foreach_sub(sources, values))).square().sum()
+                sums[1] += torch.stack(torch._foreach_norm(values)).square().sum()
+        self._measured = sums
+
+    def _match(self, role: Callable[[str], str], device: torch.device) -> list[TeacherShard]:
+        """Pair this rank's ranges of the teacher with the student's, by name, and give each its fp32 values."""
+        place = self.topology
+        parameters = dict(self.student.module.named_parameters())
+        student_ranges = {shard.name: shard for shard in self.student.shards()} if self.student.stage == 3 else {}
+        wanted = []
+        for name, parameter in self.module.named_parameters():
+            if name not in parameters:
+                raise ConfigError("teacher", f"parameter {name} has no counterpart in the student")
+            assert role(name) in ("averaged", "copied"), f"{name} is {role(name)!r} but the teacher owns it"
+            assert full_shape(parameter) == full_shape(parameters[name]), f"{name} differs in shape from the student's"
+            start, numel = partition_range(parameter, place.data_parallel_rank)
+            if numel:
+                wanted.append((name, parameter, start, numel))
+        # One allocation; ranges that the forward pass reads directly need no place in it.
+        one_tensor = [p.ds_tensor.dtype == torch.float32 and p.ds_tensor.device == device for _, p, _, _ in wanted]
+        own = sum(numel for (*_, numel), direct in zip(wanted, one_tensor, strict=True) if not direct)
+        self._values = torch.empty(own, dtype=torch.float32, device=device)
+        shards, offset = [], 0
+        for (name, parameter, start, numel), direct in zip(wanted, one_tensor, strict=True):
+            compute = parameter.ds_tensor.data.narrow(0, 0, numel)
+            if self.student.stage == 3:
+                ours = student_ranges[name]
+                assert (ours.start, ours.numel) == (start, numel), f"{name}: student and teacher are cut differently"
+                source = ours.weight
+            else:
+                source = parameters[name].data.view(-1).narrow(0, start, numel)
+            values = compute if direct else self._values.narrow(0, offset, numel)
+            offset += 0 if direct else numel
+            cut = tensor_slice(parameter, place.tensor_rank, place.tensor_size)
+            shard = TeacherShard(
+                name,
+                full_shape(parameter),
+                cut,
+                start,
+                values,
+                None if direct else compute,
+                source,
+                role(name) == "averaged",
+                cut is not None or place.tensor_rank == 0,
+            )
+            shards.append(shard)
+        return shards
+
+
+def _refresh_compute(shards: list[TeacherShard]) -> None:
+    pairs = [(shard.compute, shard.values) for shard in shards if shard.compute is not None]
+    if pairs:
+        torch._foreach_copy_([compute for compute, _ in pairs], [values for _, values in pairs])
+
+
+def _batches(shards: list[TeacherShard]) -> list[tuple[bool, list[TeacherShard]]]:
+    """Shards in groups of at most CHUNK elements (or one shard), averaged and copied ones apart."""
+    batches: list[tuple[bool, list[TeacherShard]]] = []
+    for averaged in (True, False):
+        room = 0
+        for shard in (s for s in shards if s.averaged is averaged):
+            if shard.numel > room or not batches or batches[-1][0] is not averaged:
+                batches.append((averaged, []))
+                room = CHUNK
+            batches[-1][1].append(shard)
+            room -= shard.numel
+    return batches

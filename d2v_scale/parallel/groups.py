@@ -190,7 +190,7 @@ def _prepare_accelerator() -> None:
             torch.set_num_threads(1)
     # megatron-core's optional CUDA packages, and torch names that DeepSpeed still uses: nothing a user can act on.
     warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
-    warnings.filterwarnings("ignore", category=FutureWarning, module="deepspeed")
+    warnings.filterwarnings("ignore", message=r"`torch.distributed.\w+` is deprecated", category=FutureWarning)
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(os.environ.get("D2V_DEEPSPEED_LOG", "WARNING"))

@@ -44,6 +44,8 @@ class StudentEngine:
         self.skipped_updates = 0
         """Optimizer steps that were not applied because something was not finite."""
         self.skipped_in_a_row = 0
+        self.before_step: list[Callable[[], None]] = []
+        """Called before the weights change; who still reads them waits here until it is done."""
         self._micro_batches = 0
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -73,6 +75,8 @@ class StudentEngine:
         """
         assert self._micro_batches == self.accumulation, "fewer micro-batches than gradient_accumulation_steps"
         faults.point("optimizer")
+        for wait in self.before_step:
+            wait()
         self._micro_batches = 0
         self.engine.step()
         applied = bool(self.engine.was_step_applied())

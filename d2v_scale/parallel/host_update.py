@@ -1,0 +1,87 @@
+"""The teacher's update when its fp32 values are in host memory and the student is on a CUDA device.
+
+A thread walks through the shards in chunks: student values come down to pinned memory on a side stream, the host
+interpolates, the compute copy goes up again. It runs while the main thread reads the next batch; the teacher's next
+forward pass and the student's next optimizer step wait for it.
+"""
+
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class UpdatedShard(Protocol):
+    """What the update needs to know of a shard (see `teacher.TeacherShard`)."""
+
+    @property
+    def values(self) -> Tensor: ...
+    @property
+    def compute(self) -> Tensor | None: ...
+    @property
+    def source(self) -> Tensor: ...
+    @property
+    def averaged(self) -> bool: ...
+
+
+class HostUpdate:
+    """Runs one update at a time in the background. `chunk` bounds the pinned memory (12 bytes an element)."""
+
+    def __init__(self, device: torch.device, chunk: int) -> None:
+        self._device = device
+        self._chunk = chunk
+        self._stream = torch.cuda.Stream(device)
+        self._down = [torch.empty(chunk, dtype=torch.float32, pin_memory=True) for _ in range(2)]
+        self._up = [torch.empty(chunk, dtype=torch.bfloat16, pin_memory=True) for _ in range(2)]
+        self._arrived = [torch.cuda.Event() for _ in range(2)]
+        self._sent = [torch.cuda.Event() for _ in range(2)]
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="teacher")
+        self._running: Future[None] | None = None
+
+    def start(self, shards: Sequence[UpdatedShard], weight: float) -> None:
+        """Begin `values.lerp_(source, weight)` (a plain copy where not averaged) for all shards."""
+        self.wait()
+        ready = torch.cuda.current_stream(self._device).record_event()
+        self._running = self._thread.submit(self._update, shards, weight, ready)
+
+    def wait(self) -> None:
+        """Return when the update is done on the host; make the current stream wait for what is still going up."""
+        if self._running is not None:
+            self._running.result()
+            self._running = None
+            torch.cuda.current_stream(self._device).wait_stream(self._stream)
+
+    @torch.no_grad()
+    def _update(self, shards: Sequence[UpdatedShard], weight: float, ready: torch.cuda.Event) -> None:
+        pieces = [
+            (shard, slice(first, min(first + self._chunk, shard.values.numel())))
+            for shard in shards
+            for first in range(0, shard.values.numel(), self._chunk)
+        ]
+        torch.cuda.set_device(self._device)
+        with torch.cuda.stream(self._stream):
+            self._stream.wait_event(ready)
+            for index in range(min(1, len(pieces))):
+                self._fetch(index, *pieces[index])
+            for index, (shard, part) in enumerate(pieces):
+                if index + 1 < len(pieces):
+                    self._fetch(index + 1, *pieces[index + 1])
+                self._arrived[index % 2].synchronize()
+                values, source = shard.values[part], self._down[index % 2][: part.stop - part.start]
+                if shard.averaged:
+                    values.lerp_(source, weight)
+                else:
+                    values.copy_(source)
+                if shard.compute is not None:
+                    self._sent[index % 2].synchronize()
+                    staged = self._up[index % 2][: values.numel()].copy_(values)
+                    shard.compute[part].copy_(staged, non_blocking=True)
+                    self._sent[index % 2].record(self._stream)
+
+    def _fetch(self, index: int, shard: UpdatedShard, part: slice) -> None:
+        # The buffer was last read two pieces ago, by the host, which is done with it.
+        down = self._down[index % 2][: part.stop - part.start]
+        down.copy_(shard.source[part].to(torch.float32), non_blocking=True)
+        self._arrived[index % 2].record(self._stream)
