@@ -1,0 +1,194 @@
+"""From the command line and YAML to a checked recipe; every mistake names the key and what would be right."""
+
+import argparse
+import dataclasses
+import difflib
+import os
+import re
+import types
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+
+from d2v_scale.errors import ConfigError
+from d2v_scale.recipe import Recipe, binding_differences, to_dict
+
+RECIPES = Path(__file__).parent / "recipes"
+DEFAULT_RECIPE = "demo_vision"
+RECIPE_FILE = "recipe.yaml"
+
+_EPILOG = """Recipes: a name from d2v_scale/recipes or a YAML file. Keys given after it override it, e.g.
+`--recipe d2v2_vision_base --optim.lr 1e-3 --model.backbone.depth 24`. Without arguments: the vision demo.
+`--print_config` shows the resolved recipe and ends; `--model.vision.help` (and so on) explains an optional section."""
+
+
+@dataclass(kw_only=True)
+class Options:
+    """How this invocation runs its recipe; none of it changes what the recipe computes."""
+
+    run_dir: str | None = None
+    """Directory of the run. Default: runs/<recipe>-<UTC time>, in a Slurm job runs/<job name>-<job id>."""
+    resume: str | None = None
+    """Continue the run in this directory with the recipe it was started with."""
+    stop_at: int | None = None
+    """End after this many steps, without changing the schedule."""
+    init_from: str | None = None
+    """Start a new run from the weights of this checkpoint or run directory."""
+    reset_teacher: bool = False
+    """With init_from: start the teacher as a copy of the student instead of from the checkpoint's teacher."""
+    data: str | None = None
+    """Shards to train on, instead of the recipe's: a path with {000000..000099}, a glob, or a directory."""
+    allow_recipe_change: bool = False
+    """Resume although keys that matter were changed; the change is recorded in the run directory."""
+
+
+def parse(arguments: list[str]) -> tuple[Recipe, Options]:
+    """The recipe and options that `arguments` describe. Raises ConfigError; `--help` and `--print_config` exit."""
+    # The launcher adds this one; the environment says the same.
+    arguments = [a for a in arguments if not a.startswith("--local_rank")]
+    arguments, recipe_file = _take_recipe(arguments)
+    parser = _make_parser()
+    try:
+        values = parser.parse_args([f"--recipe={recipe_file}", *arguments])
+        sections = parser.instantiate(values)
+    except argparse.ArgumentError as error:
+        _explain(str(error))
+    given = {f.name: sections[f.name] for f in dataclasses.fields(Options)}
+    recipe = Recipe(**{f.name: sections[f.name] for f in dataclasses.fields(Recipe)})
+    options = Options(**given)
+    if options.data is not None:
+        recipe.data.read_from(options.data, recipe.model.modalities)
+    return recipe, options
+
+
+def _make_parser() -> Any:
+    from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings
+
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(prog="train.py", exit_on_error=False, description=__doc__, epilog=_EPILOG)
+    parser.description = "Pretrain a data2vec model."
+    parser.add_argument("--recipe", action=ActionConfigFile, help="Name or YAML file of the recipe.")
+    parser.add_class_arguments(Options)
+    parser.add_class_arguments(Recipe)
+    return parser
+
+
+def _take_recipe(arguments: list[str]) -> tuple[list[str], Path]:
+    """Remove `--recipe X`; return the YAML file that is the base, which for `--resume DIR` is the one in DIR."""
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--recipe")
+    finder.add_argument("--resume")
+    known, rest = finder.parse_known_args(arguments)
+    if known.resume is None:
+        return rest, find_recipe(known.recipe or DEFAULT_RECIPE)
+    if known.recipe is not None:
+        raise ConfigError("recipe", "was given together with --resume", "A resumed run has its recipe already.")
+    base = Path(known.resume) / RECIPE_FILE
+    if not base.is_file():
+        raise ConfigError("resume", f"{base} does not exist", "Give the directory of a run, as --run_dir was.")
+    return [*rest, f"--resume={known.resume}"], base
+
+
+def find_recipe(name: str) -> Path:
+    """The YAML file of a packaged recipe, or `name` itself as a path. Raises ConfigError with the nearest name."""
+    for candidate in (RECIPES / f"{name}.yaml", Path(name)):
+        if candidate.is_file():
+            return candidate
+    names = sorted(path.stem for path in RECIPES.glob("*.yaml"))
+    near = difflib.get_close_matches(name, names, n=1)
+    hint = f"Did you mean {near[0]!r}?" if near else f"Give a YAML file or one of: {', '.join(names)}."
+    raise ConfigError("recipe", f"{name!r} is neither a recipe nor a file", hint)
+
+
+def known_keys(owner: type = Recipe, prefix: str = "") -> list[str]:
+    """Every dotted key of a configuration class."""
+    keys = []
+    for name, kind in typing.get_type_hints(owner).items():
+        if name.isupper() or typing.get_origin(kind) is typing.ClassVar:
+            continue
+        keys.append(f"{prefix}{name}")
+        options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+        for option in options:
+            if dataclasses.is_dataclass(option) and isinstance(option, type):
+                keys += known_keys(option, f"{prefix}{name}.")
+    return keys
+
+
+def _explain(message: str) -> NoReturn:
+    """Turn the parser's complaint into a ConfigError that names the key and the nearest valid one."""
+    unknown = _unknown_key(message)
+    if unknown is None:
+        found = re.search(r'Parser key "([^"]+)"', message)
+        raise ConfigError(found.group(1) if found else "command line", _one_paragraph(message))
+    valid = known_keys() + [f.name for f in dataclasses.fields(Options)]
+    near = difflib.get_close_matches(unknown, valid, n=1, cutoff=0.5)
+    remedy = f"Did you mean {near[0]!r}?" if near else "See --help for all keys."
+    raise ConfigError(unknown, "is not a key of a recipe", remedy)
+
+
+def _unknown_key(message: str) -> str | None:
+    if found := re.search(r"unrecognized arguments: -*([\w.]+)", message):
+        return found.group(1)
+    if found := re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", message):
+        # The parser names the first leaf below the wrong key.
+        path = f"{found.group(1)}.{found.group(2)}"
+        keys = set(known_keys())
+        wrong = [path[: m.start()] for m in re.finditer(r"\.|$", path) if path[: m.start()] not in keys]
+        return wrong[0] if wrong else path
+    if found := re.search(r"Option '([\w.]+)' is not accepted", message):
+        section = re.search(r'Parser key "([^"]+)"', message)
+        return f"{section.group(1)}.{found.group(1)}" if section else found.group(1)
+    return None
+
+
+def _one_paragraph(message: str) -> str:
+    text = re.sub(r'Parser key "[^"]+":', "", message)
+    return re.sub(r"\s+", " ", text).strip()
+
+
+def dump(recipe: Recipe) -> str:
+    """The recipe as YAML that `parse` reads back."""
+    return yaml.safe_dump(_plain(to_dict(recipe)), sort_keys=False)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    return value
+
+
+def load_recipe(path: Path) -> dict[str, Any]:
+    """A resolved recipe from a run directory, as plain values. Raises ConfigError when it cannot be read."""
+    try:
+        value = yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError("run_dir", f"cannot read {path}: {error}", "Choose another --run_dir.") from error
+    if not isinstance(value, dict):
+        raise ConfigError("run_dir", f"{path} is not a recipe", "Choose another --run_dir.")
+    return value
+
+
+def check_same_recipe(recipe: Recipe, run_dir: Path, allow_change: bool) -> None:
+    """Raises ConfigError when `run_dir` holds a run of another recipe, naming the first keys that differ."""
+    existing = run_dir / RECIPE_FILE
+    if allow_change or not existing.is_file():
+        return
+    changed = binding_differences(load_recipe(existing), _plain(to_dict(recipe)))
+    if changed:
+        shown = "; ".join(f"{name}: {old!r} there, {new!r} here" for name, (old, new) in list(changed.items())[:5])
+        raise ConfigError(
+            "run_dir",
+            f"{run_dir} holds a run of another recipe ({shown})",
+            "Choose another --run_dir, or continue that run with --resume (--allow_recipe_change to change it).",
+        )
+
+
+def default_run_dir(recipe: Recipe, utc: str) -> Path:
+    """`runs/<recipe>-<UTC time>`, or `runs/<job name>-<job id>` in a Slurm job (the same after a requeue)."""
+    job, job_id = os.environ.get("SLURM_JOB_NAME"), os.environ.get("SLURM_JOB_ID")
+    return Path("runs") / (f"{job}-{job_id}" if job and job_id else f"{recipe.name}-{utc}")

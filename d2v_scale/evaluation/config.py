@@ -1,0 +1,23 @@
+"""What is measured during pretraining to see whether the representations improve."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass(kw_only=True)
+class EvaluationConfig:
+    """k-nearest-neighbour accuracy of the teacher's features on a small labelled split."""
+
+    train: str | None = None
+    """Labelled shards that neighbours are taken from; null: no evaluation."""
+    test: str | None = None
+    """Labelled shards whose labels are guessed."""
+    every: int = 0
+    """Steps between evaluations; 0: only before the first step and after the last."""
+    k: int = 20
+    """Neighbours."""
+    layers: list[int] = field(default_factory=lambda: [-1, -2, -3, -4])
+    """Main blocks whose mean-pooled outputs are averaged; negative numbers count from the last."""
+    max_train: int = 5000
+    """Samples to take neighbours from."""
+    max_test: int = 1000
+    """Samples to classify."""

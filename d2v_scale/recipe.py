@@ -1,0 +1,175 @@
+"""One run, described: the typed configuration that everything else is built from.
+
+Every section is defined beside what it configures. A recipe is YAML; the resolved one is kept in the run directory.
+"""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from d2v_scale.data2vec.config import ObjectiveConfig
+from d2v_scale.data2vec.targets import first_tapped_layer, split_norms
+from d2v_scale.data.config import DataConfig
+from d2v_scale.errors import ConfigError
+from d2v_scale.evaluation.config import EvaluationConfig
+from d2v_scale.model.config import ModelConfig, TeacherParts
+from d2v_scale.optim import OptimConfig
+from d2v_scale.parallel.groups import ParallelConfig, data_parallel_size
+from d2v_scale.store.config import CheckpointConfig
+from d2v_scale.teacher import TeacherConfig
+from d2v_scale.tracking.config import TrackingConfig
+
+# Keys that a resumed run may change without becoming another experiment: where and how it runs, not what it computes.
+FREE_TO_CHANGE = (
+    "accumulation",
+    "parallel",
+    "deepspeed_config",
+    "checkpoint",
+    "tracking",
+    "evaluation",
+    "teacher.placement",
+    "model.activation_checkpointing",
+    "max_skipped_in_a_row",
+)
+
+
+@dataclass(kw_only=True)
+class Recipe:
+    """Everything a run computes, independent of the number of processes that compute it."""
+
+    name: str = "unnamed"
+    """What the run directory is named after."""
+    seed: int = 1
+    """Seed of initial weights, sample order, crops, masks and dropout."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """`auto`: bf16 on a GPU, fp32 on CPU. Masters, moments and teacher are fp32 either way."""
+    global_batch_size: int = 256
+    """Size of one optimizer step over all processes, in `batch_unit`."""
+    batch_unit: Literal["samples", "seconds", "tokens"] = "samples"
+    """Unit of global_batch_size: samples, seconds of audio, or text tokens."""
+    accumulation: int = 1
+    """Micro-batches per step and data-parallel rank."""
+    max_skipped_in_a_row: int = 20
+    """Steps in a row that may be skipped because something was not finite, before the run ends."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    teacher_parts: TeacherParts | None = None
+    """What the teacher owns, shares and copies; null: as published for this kind of model."""
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    deepspeed_config: str | None = None
+    """Path of a DeepSpeed JSON (ds_configs/); null: ZeRO-1 without offload."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+    def parts(self) -> TeacherParts:
+        """The teacher's parts, with the published ones where the recipe names none."""
+        return self.teacher_parts or TeacherParts.published(self.model)
+
+    def resolved_precision(self, has_gpu: bool) -> Literal["fp32", "bf16"]:
+        """The precision of the compute weights."""
+        if self.precision == "auto":
+            return "bf16" if has_gpu else "fp32"
+        return self.precision
+
+    def check(self, world_size: int) -> None:
+        """Raises ConfigError for what contradicts itself. Pure: before any process group is formed."""
+        self.optim.check()
+        self._check_model()
+        self._check_objective()
+        self._check_sizes(world_size)
+
+    def _check_model(self) -> None:
+        model, backbone = self.model, self.model.backbone
+        if not model.modalities:
+            raise ConfigError("model", "has no stem", "Give at least one of model.vision, model.speech, model.text.")
+        if backbone.width % backbone.heads:
+            raise ConfigError(
+                "model.backbone.heads", f"{backbone.heads} does not divide model.backbone.width {backbone.width}"
+            )
+        if model.visible_only != model.predictor.kind.startswith("conv"):
+            raise ConfigError(
+                "model.predictor.kind",
+                f"is {model.predictor.kind!r} with model.visible_only={model.visible_only}",
+                "2.0 (visible_only) decodes with conv1d or conv2d, 1.0 predicts with linear or mlp.",
+            )
+        if model.vision is not None and model.vision.image_size % model.vision.patch_size:
+            raise ConfigError(
+                "model.vision.patch_size",
+                f"{model.vision.patch_size} does not divide model.vision.image_size {model.vision.image_size}",
+            )
+
+    def _check_objective(self) -> None:
+        objective, model = self.objective, self.model
+        first_tapped_layer(objective.target, model.backbone.depth)
+        split_norms(objective.target.layer_norm, "objective.target.layer_norm")
+        split_norms(objective.target.final_norm, "objective.target.final_norm")
+        if objective.masking.clones > 1 and not model.visible_only:
+            raise ConfigError(
+                "objective.masking.clones",
+                f"is {objective.masking.clones}, which needs model.visible_only",
+                "Several masks per sample are part of data2vec 2.0.",
+            )
+        if objective.loss.cls_weight > 0 and not (model.visible_only and model.vision is not None):
+            raise ConfigError("objective.loss.cls_weight", "needs a 2.0 vision model", "Set it to 0.")
+
+    def _check_sizes(self, world_size: int) -> None:
+        replicas = data_parallel_size(self.parallel, world_size)
+        if self.accumulation < 1:
+            raise ConfigError("accumulation", f"is {self.accumulation}", "Give at least 1.")
+        if self.model.backbone.heads % self.parallel.tensor:
+            raise ConfigError(
+                "parallel.tensor", f"{self.parallel.tensor} does not divide the {self.model.backbone.heads} heads"
+            )
+        if self.model.backbone.ffn % self.parallel.tensor:
+            raise ConfigError(
+                "parallel.tensor", f"{self.parallel.tensor} does not divide model.backbone.ffn {self.model.backbone.ffn}"
+            )
+        if self.batch_unit == "samples" and self.global_batch_size < replicas * self.accumulation:
+            raise ConfigError(
+                "global_batch_size",
+                f"{self.global_batch_size} samples are fewer than {replicas} data-parallel ranks x "
+                f"{self.accumulation} micro-batches",
+                "Raise it, lower accumulation, or start fewer processes.",
+            )
+        units = {"seconds": "speech", "tokens": "text"}
+        needed = units.get(self.batch_unit)
+        if needed is not None and self.model.modalities != [needed]:
+            raise ConfigError("batch_unit", f"is {self.batch_unit!r}", f"It needs a model with a {needed} stem only.")
+
+
+def to_dict(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as plain values, for YAML, the checkpoint and MLflow."""
+    return dataclasses.asdict(recipe)
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    """Dotted keys whose values differ, each with the old and the new value."""
+    found: dict[str, tuple[Any, Any]] = {}
+    for name in sorted(old.keys() | new.keys()):
+        before, after = old.get(name), new.get(name)
+        if isinstance(before, dict) and isinstance(after, dict):
+            found |= differences(before, after, f"{prefix}{name}.")
+        elif before != after and not (_plain(before) == _plain(after)):
+            found[f"{prefix}{name}"] = (before, after)
+    return found
+
+
+def _plain(value: Any) -> Any:
+    """YAML knows no tuples."""
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value
+
+
+def binding_differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """The differences that make it another experiment: all but `FREE_TO_CHANGE` and the data's paths and workers."""
+    free = (*FREE_TO_CHANGE, *DataConfig.FREE_TO_CHANGE)
+    return {
+        name: values
+        for name, values in differences(old, new).items()
+        if not any(name == prefix or name.startswith(prefix + ".") for prefix in free)
+    }

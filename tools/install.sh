@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# Makes .venv in the repository root and installs the project into it. Idempotent.
+# Usage: bash tools/install.sh [extra,extra...]      e.g. demo,test
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+extras="${1:-}"
+python="${PYTHON:-python3}"
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
+    echo "$python is $("$python" --version 2>&1); Python 3.11 or newer is needed. Set PYTHON to one." >&2
+    exit 2
+}
+[ -x .venv/bin/python ] || "$python" -m venv .venv
+
+# One stamp for each set of extras: an unchanged project is not installed twice.
+stamp=".venv/.installed-$(sha256sum pyproject.toml | cut -c1-16)-${extras//,/-}"
+if [ ! -f "$stamp" ]; then
+    echo "Installing d2v_scale${extras:+[$extras]} into .venv ..."
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check -e ".${extras:+[$extras]}"
+    touch "$stamp"
+fi

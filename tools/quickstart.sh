@@ -1,0 +1,38 @@
+#!/usr/bin/env bash
+# Installs, writes demo shards, pretrains, exports, and says what came out. Idempotent.
+# Usage: bash tools/quickstart.sh [--modality vision|speech|text|all]
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+modality=vision
+while [ $# -gt 0 ]; do
+    case "$1" in
+        --modality) modality="${2:?--modality needs vision, speech, text or all}"; shift 2 ;;
+        *) echo "Unknown argument: $1. Usage: bash tools/quickstart.sh [--modality vision|speech|text|all]" >&2; exit 2 ;;
+    esac
+done
+case "$modality" in
+    vision|speech|text) modalities="$modality" ;;
+    all) modalities="vision speech text" ;;
+    *) echo "--modality is '$modality'; it must be vision, speech, text or all." >&2; exit 2 ;;
+esac
+
+# The speech demo's voices come from an optional wheel; the other demos do without it.
+bash tools/install.sh demo || bash tools/install.sh
+export PATH="$PWD/.venv/bin:$PATH"
+
+gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
+if [ "$gpus" -eq 0 ]; then
+    export DS_ACCELERATOR=cpu OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+    processes=2
+else
+    processes="$gpus"
+fi
+
+for modality in $modalities; do
+    run_dir="runs/quickstart-$modality"
+    python tools/make_shards.py demo --modality "$modality" demo_data
+    deepspeed --num_gpus "$processes" d2v_scale/train.py --recipe "demo_$modality" --run_dir "$run_dir"
+    python tools/export.py "$run_dir" "out/quickstart-$modality" --to hf
+    python tools/summarize.py "$run_dir" --exported "out/quickstart-$modality"
+done

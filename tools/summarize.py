@@ -1,0 +1,38 @@
+"""Says what came out of a run: loss, k-NN accuracy before and after, and where everything is.
+
+Usage: python tools/summarize.py RUN_DIR [--exported DIR]
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("run_dir", type=Path)
+    parser.add_argument("--exported", type=Path, help="where tools/export.py wrote the model")
+    options = parser.parse_args(arguments)
+    record = options.run_dir / "metrics.jsonl"
+    if not record.is_file():
+        print(f"{record} does not exist: give the directory of a run.", file=sys.stderr)
+        return 2
+    lines = [json.loads(line) for line in record.read_text().splitlines()]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    accuracies = [line["knn_accuracy"] for line in lines if "knn_accuracy" in line]
+    print(f"\n{options.run_dir}")
+    if losses:
+        print(f"  loss           first {losses[0]:.4f}, last {losses[-1]:.4f}")
+    if accuracies:
+        print(f"  k-NN accuracy  before {accuracies[0]:.3f}, after {accuracies[-1]:.3f}")
+    print(f"  checkpoints    {options.run_dir / 'checkpoints'}")
+    if options.exported is not None:
+        print(f"  exported       {options.exported}")
+    print(f"  plots          {options.run_dir / 'plots'}")
+    print(f"  compare runs   .venv/bin/mlflow ui --backend-store-uri sqlite:///{options.run_dir.parent / 'mlflow.db'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

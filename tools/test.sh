@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# Lint, types and tests in .venv. Usage: bash tools/test.sh [--full] [--with-slurm] [pytest arguments]
+#   --full        also the tests marked slow (up to an hour on two cores)
+#   --with-slurm  install Slurm first, where this user may, and run its tests
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+full=0 with_slurm=0 arguments=()
+for argument in "$@"; do
+    case "$argument" in
+        --full) full=1 ;;
+        --with-slurm) with_slurm=1 ;;
+        *) arguments+=("$argument") ;;
+    esac
+done
+
+bash tools/install.sh demo,test
+export PATH="$PWD/.venv/bin:$PATH" OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+python -c 'import sys, torch; sys.exit(torch.cuda.is_available())' && export DS_ACCELERATOR=cpu
+[ "$with_slurm" -eq 0 ] || bash tests/slurm/install.sh
+
+ruff check .
+ruff format --check .
+mypy
+marks=()
+[ "$full" -eq 1 ] || marks=(-m "not slow")
+python -m pytest "${marks[@]}" "${arguments[@]}"
