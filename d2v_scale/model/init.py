@@ -31,16 +31,16 @@ ZEROS = InitRule("constant", 0.0)
 ONES = InitRule("constant", 1.0)
 
 
-def set_rule(parameter: nn.Parameter, rule: InitRule) -> None:
+def set_rule(parameter: Tensor, rule: InitRule) -> None:
     """Attach the distribution that `initialize` draws this parameter from."""
     parameter.init_rule = rule  # type: ignore[attr-defined]
 
 
 def linear_rules(module: nn.Module, weight: InitRule, bias: InitRule = ZEROS) -> None:
     """Attach rules to a module's `weight` and, where it has one, `bias`."""
-    assert isinstance(module.weight, nn.Parameter)
+    assert isinstance(module.weight, Tensor)
     set_rule(module.weight, weight)
-    if isinstance(module.bias, nn.Parameter):
+    if isinstance(module.bias, Tensor):
         set_rule(module.bias, bias)
 
 
@@ -74,7 +74,7 @@ def initialize(module: nn.Module, seed: int) -> None:
         write_local(parameter, initial_tensor(name, full_shape, rule, seed))
 
 
-def full_shape_of(parameter: nn.Parameter) -> tuple[int, ...]:
+def full_shape_of(parameter: Tensor) -> tuple[int, ...]:
     """Shape of the whole tensor of which `parameter` may be a tensor-parallel slice and a ZeRO-3 shard."""
     shape = list(getattr(parameter, "ds_shape", parameter.shape))
     if getattr(parameter, "tensor_model_parallel", False):
@@ -119,5 +119,6 @@ def _default_rule(module: nn.Module, name: str) -> InitRule:
     if isinstance(module, nn.LayerNorm):
         return ONES if name == "weight" else ZEROS
     assert isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d), f"no rule for {name} of {type(module).__name__}"
-    bound = 1 / math.sqrt(math.prod(full_shape_of(module.weight)[1:]))
+    fan_in = torch.Size(full_shape_of(module.weight)[1:]).numel()
+    bound = 1 / math.sqrt(fan_in)
     return InitRule("uniform", -bound, bound)

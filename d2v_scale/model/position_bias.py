@@ -43,7 +43,7 @@ def relative_index(grid: int) -> Tensor:
 
 
 class AlibiBias(nn.Module):
-    """ALiBi with a learned non-negative scale per head, the same for all blocks: -scale * slope * |i - j| (spec 3.6)."""
+    """ALiBi with a learned scale >= 0 per head, the same for all blocks: -scale * slope * |i - j| (spec 3.6)."""
 
     exponents: Tensor
 

@@ -1,5 +1,6 @@
 """From student states to predicted targets, at masked positions only."""
 
+import itertools
 import math
 
 import torch
@@ -56,7 +57,7 @@ class ConvPredictor(nn.Module):
         widths = [width, *[spec.width] * spec.layers]
         self.convs = nn.ModuleList(
             conv(inputs, outputs, spec.kernel, padding=spec.kernel // 2, groups=spec.groups)
-            for inputs, outputs in zip(widths, widths[1:], strict=False)
+            for inputs, outputs in itertools.pairwise(widths)
         )
         self.proj_layers = spec.proj_layers
         if spec.proj_layers == 1:
@@ -71,7 +72,7 @@ class ConvPredictor(nn.Module):
                 linear_rules(layer, SMALL)
 
     def forward(self, visible_rsd: Tensor, visible_rs: Tensor, masked_n: Tensor, noise_nd: Tensor) -> Tensor:
-        """Visible states (R, S, D), their positions, the masked positions (flat) and their noise to predictions (N, D)."""
+        """Visible states (R, S, D) at `visible_rs` and noise (N, D) at flat `masked_n` to predictions (N, D)."""
         rows, kept, width = visible_rsd.shape
         visible_rsd = F.dropout(visible_rsd, self.dropout, self.training)
         length = kept + masked_n.shape[0] // max(1, rows)
@@ -91,7 +92,7 @@ class ConvPredictor(nn.Module):
         out = conv(x.movedim(-1, 1)).movedim(1, -1)
         # An even kernel makes one position too many at each end.
         out = out[:, : x.shape[1], : x.shape[2]] if self.planar else out[:, : x.shape[1]]
-        out = F.gelu(F.layer_norm(out, out.shape[-1:], eps=1e-5))
+        out = F.gelu(F.layer_norm(out, out.shape[-1:], eps=1e-5).movedim(-1, 1)).movedim(1, -1)
         return out + x if self.residual and out.shape[-1] == x.shape[-1] else out
 
 

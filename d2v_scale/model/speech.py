@@ -1,6 +1,7 @@
 """Waveforms to 20 ms frames, and frames to what the blocks see."""
 
 import math
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -10,8 +11,10 @@ from d2v_scale.model.config import ModelConfig, SpeechStem
 from d2v_scale.model.init import InitRule, set_rule
 from d2v_scale.model.layers import rows_of
 
+Count = TypeVar("Count", int, Tensor)
 
-def frames_of(config: SpeechStem, samples: int | Tensor) -> int | Tensor:
+
+def frames_of(config: SpeechStem, samples: Count) -> Count:
     """Frames that the conv stack makes of this many samples (an int or an int64 tensor of any shape)."""
     for _, kernel, stride in config.conv_layers:
         samples = (samples - kernel) // stride + 1
@@ -39,7 +42,8 @@ class SpeechFeatures(nn.Module):
         """(B, samples) at 16 kHz to (B, T, D)."""
         x_bct = wave_bn.to(self.proj.weight.dtype)[:, None]
         for conv, norm in zip(self.convs, self.conv_norms, strict=True):
-            x_bct = F.gelu(norm(conv(x_bct).transpose(1, 2))).transpose(1, 2)
+            # A strided convolution over channels-last memory is slower on the CPU.
+            x_bct = F.gelu(norm(conv(x_bct.contiguous()).transpose(1, 2)).transpose(1, 2))
         return self.proj(self.norm(x_bct.transpose(1, 2)))
 
 
@@ -50,15 +54,14 @@ class SpeechContext(nn.Module):
         super().__init__()
         assert config.speech is not None
         width, stem = config.backbone.width, config.speech
+        kernel = stem.pos_conv_kernel
         self.dropout = config.backbone.input_dropout
-        self.has_mask_embedding = with_mask_embedding
+        self.visible_only = config.visible_only
         if with_mask_embedding:
             self.mask_embedding = nn.Parameter(torch.empty(width))
             set_rule(self.mask_embedding, InitRule("uniform", 0.0, 1.0))
         self.pos_convs = nn.ModuleList(
-            nn.Conv1d(
-                width, width, stem.pos_conv_kernel, padding=stem.pos_conv_kernel // 2, groups=stem.pos_conv_groups
-            )
+            nn.Conv1d(width, width, kernel, padding=kernel // 2, groups=stem.pos_conv_groups)
             for _ in range(stem.pos_conv_depth)
         )
         self.norm = nn.LayerNorm(width, config.backbone.norm_eps)
@@ -75,14 +78,14 @@ class SpeechContext(nn.Module):
 
         The positional convolutions always run over the full length; where frames are to be removed, they see zeros.
         """
-        if valid_bt is not None and (masked_rt is None or visible_rs is not None):
-            features_btd = features_btd * valid_bt[..., None]
         x_rtd = rows_of(features_btd, None, clones)
+        zeros = x_rtd.new_zeros(())
         if masked_rt is not None:
-            blank = self.mask_embedding.to(x_rtd.dtype) if visible_rs is None else x_rtd.new_zeros(())
+            blank = zeros if self.visible_only else self.mask_embedding.to(x_rtd.dtype)
             x_rtd = torch.where(masked_rt[..., None], blank, x_rtd)
-            if valid_bt is not None and visible_rs is None:
-                x_rtd = x_rtd * valid_bt.repeat_interleave(clones, dim=0)[..., None]
+        if valid_bt is not None and not self.visible_only:
+            # 1.0 only: the reference's 2.0 lets padded frames through.
+            x_rtd = torch.where(valid_bt.repeat_interleave(clones, dim=0)[..., None], x_rtd, zeros)
         positions_rtd = self._positions(x_rtd)
         if visible_rs is None:
             x_rsd = x_rtd + positions_rtd
@@ -95,5 +98,5 @@ class SpeechContext(nn.Module):
         for conv in self.pos_convs:
             # An even kernel makes one frame too many at the end.
             x_rtd = conv(x_rtd.transpose(1, 2))[..., :length].transpose(1, 2)
-            x_rtd = F.gelu(F.layer_norm(x_rtd, x_rtd.shape[-1:], eps=1e-5))
+            x_rtd = F.gelu(F.layer_norm(x_rtd, x_rtd.shape[-1:], eps=1e-5).transpose(1, 2)).transpose(1, 2)
         return x_rtd

@@ -1,7 +1,7 @@
 """Student and teacher: two stacks from one list of layers."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from d2v_scale.data.batch import Batch
 from d2v_scale.data2vec import stateless, targets
 from d2v_scale.data2vec.config import TargetConfig
-from d2v_scale.data.batch import Batch
 from d2v_scale.errors import ConfigError
 from d2v_scale.model.block import Block, beit_depth_scale
 from d2v_scale.model.config import Modality, ModelConfig, TeacherParts
@@ -88,13 +88,18 @@ class _Stack(nn.Module):
         frames_b = frames_of(self.config.speech, batch.valid.sum(dim=1))
         return torch.arange(total, device=inputs.device)[None] < frames_b[:, None]
 
+    def _stem(self, modality: Modality) -> "Stem":
+        stem = self.stems[modality]
+        assert isinstance(stem, Stem)
+        return stem
+
     def _features(self, batch: Batch, inputs: Tensor) -> Tensor:
-        features = self.stems[batch.modality].features
+        features = self._stem(batch.modality).features
         return features(inputs, self._valid(batch, inputs)) if batch.modality == "text" else features(inputs)
 
     def _enter(self, batch: Batch, features_btd: Tensor, valid_bt: Tensor | None, *, masked: bool) -> Carry:
         """The context layer and the attention bias: what the first block gets."""
-        stem = self.stems[batch.modality]
+        stem = self._stem(batch.modality)
         visible_rs = batch.layout.visible_rs if masked and self.config.visible_only else None
         masked_rt = batch.masked_rt if masked else None
         clones = batch.clones if masked else 1
@@ -116,7 +121,7 @@ class _Stack(nn.Module):
         return Carry(states_rsd, add_padding(bias, valid_bt, states_rsd.dtype), extra)
 
     def _blocks(self, modality: Modality) -> Iterator[tuple[LayerSpec, nn.Module]]:
-        modules = itertools.chain(self.stems[modality].prenet, self.blocks)
+        modules = itertools.chain(self._stem(modality).prenet, self.blocks)
         return zip((layer for layer in self.layers[modality] if layer.kind == "block"), modules, strict=True)
 
 
@@ -258,9 +263,18 @@ class Teacher(_Stack):
         return self._enter(batch, features_btd, self._valid(batch, batch.inputs), masked=False)
 
 
-def _build_stem(config: ModelConfig, modality: Modality, exists) -> nn.Module:  # type: ignore[no-untyped-def]
+class Stem(nn.Module):
+    """The layers before the main blocks of one modality, those that exist here."""
+
+    features: nn.Module
+    context: nn.Module
+    bias: nn.Module
+    prenet: nn.ModuleList
+
+
+def _build_stem(config: ModelConfig, modality: Modality, exists: Callable[[str], bool]) -> Stem:
     prefix = f"stems.{modality}"
-    stem = nn.Module()
+    stem = Stem()
     if exists(f"{prefix}.features"):
         features = {"vision": VisionFeatures, "speech": SpeechFeatures, "text": TextFeatures}
         stem.features = features[modality](config)

@@ -76,7 +76,7 @@ class VisionContext(nn.Module):
         valid_bt: Tensor | None,
         clones: int,
     ) -> Tensor:
-        """(B, T, D) to (R, 1 + S, D): R = B * clones; S = visible positions if given, else all, masked ones replaced."""
+        """(B, T, D) to (R, 1 + S, D): R = B * clones; S = visible patches if given, else all, masked ones replaced."""
         del valid_bt
         if self.has_positions:
             features_btd = features_btd + self.positions_td.to(features_btd.dtype)
