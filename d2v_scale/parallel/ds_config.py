@@ -71,7 +71,8 @@ def resolve(raw: dict[str, Any], numbers: RecipeNumbers, parallel: ParallelConfi
     config["bf16"] = {**bf16, "enabled": numbers.precision == "bf16"}
     if numbers.precision == "bf16":
         config["bf16"]["check_grad_overflow"] = True
-        config.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
+        if not _bf16_stage1(raw):
+            config.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
     config["zero_allow_untested_optimizer"] = True
     config["zero_force_ds_cpu_optimizer"] = False
     config.setdefault("steps_per_print", 1_000_000_000)
@@ -128,6 +129,13 @@ def check_legal(raw: dict[str, Any], parallel: ParallelConfig, numbers: RecipeNu
             )
     if (zero.get("offload_param") or {}).get("device", "none") != "none" and stage != 3:
         raise ConfigError("zero_optimization.offload_param", f"needs stage 3, and the stage is {stage}")
+    accumulate = (raw.get("data_types") or {}).get("grad_accum_dtype", "auto")
+    if numbers.precision == "bf16" and _bf16_stage1(raw) and accumulate not in ("auto", "bf16", None):
+        raise ConfigError(
+            "data_types.grad_accum_dtype",
+            f"is {accumulate!r} with stage 1 in bf16; DeepSpeed then holds all gradients in fp32 on every rank",
+            "Use stage 2, which accumulates its share in fp32, or leave the key out.",
+        )
     if (
         numbers.compile
         and stage == 3
@@ -173,6 +181,12 @@ def _refuse_second_owner(raw: dict[str, Any]) -> None:
     for key in ("bf16_master_weights_and_grads", "bf16_optimizer_states"):
         if raw.get("bf16", {}).get(key):
             raise ConfigError(f"bf16.{key}", "master weights and moments must be fp32", "Remove it.")
+
+
+def _bf16_stage1(raw: dict[str, Any]) -> bool:
+    """Stage 1 without offload: in bf16, gradients of several micro-batches are added in bf16."""
+    zero = raw["zero_optimization"]
+    return zero["stage"] == 1 and (zero.get("offload_optimizer") or {}).get("device", "none") == "none"
 
 
 def _agree(section: dict[str, Any], key: str, ours: Any, owner: str, path: str = "") -> None:

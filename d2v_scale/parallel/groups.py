@@ -123,6 +123,7 @@ def single_process() -> Topology:
     if dist.get_world_size() != 1:
         raise RuntimeError("single_process() was called in a world of several processes")
     deepspeed.init_distributed(dist_init_required=False, verbose=False)
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed's engine insists on it.
     return _divide(ParallelConfig(), device)
 
 
