@@ -1,0 +1,111 @@
+"""Writing files so that they are either there or not: fsync, rename, marker last."""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from d2v_scale import faults
+from d2v_scale.checkpoint.format import MANIFEST, MARKER, FileEntry, Manifest, directory_name
+from d2v_scale.checkpoint.reader import sha256
+
+
+def sync_directory(path: Path) -> None:
+    """Make the names in a directory durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file durably: it appears whole or not at all."""
+    part = path.with_name(path.name + ".part")
+    with part.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    part.rename(path)
+
+
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> FileEntry:
+    """Write one safetensors file durably; its size and checksum. The file is removed when that fails."""
+    try:
+        faults.point("shard_write")
+        save_file(tensors, path)
+        faults.point("shard_write")
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+        return FileEntry(path.name, path.stat().st_size, sha256(path))
+    except Exception:
+        with contextlib.suppress(OSError):
+            path.unlink()
+        raise
+
+
+def commit(temporary: Path, root: Path, manifest: Manifest) -> Path:
+    """Turn a temporary directory with all its files into the checkpoint `root/step-...`."""
+    faults.point("manifest")
+    text = manifest.to_json()
+    write_text(temporary / MANIFEST, text)
+    sync_directory(temporary)
+    final = root / directory_name(manifest.step)
+    replaced = None
+    if final.exists():
+        # From a run that ended after this step and was resumed before it, because this one was damaged.
+        replaced = root / f".replaced-{temporary.name.lstrip('.')}"
+        final.rename(replaced)
+    faults.point("rename")
+    temporary.rename(final)
+    sync_directory(root)
+    faults.point("marker")
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    write_text(final / MARKER, json.dumps({"manifest_sha256": digest}))
+    sync_directory(final)
+    if replaced is not None:
+        shutil.rmtree(replaced, ignore_errors=True)
+    return final
+
+
+def committed_steps(root: Path) -> list[int]:
+    """Steps of the directories that carry a marker, rising."""
+    steps = []
+    for path in root.glob("step-*"):
+        number = path.name.removeprefix("step-")
+        if number.isdecimal() and (path / MARKER).exists():
+            steps.append(int(number))
+    return sorted(steps)
+
+
+def retain(root: Path, newest: int, keep_last: int, keep_every: int) -> list[int]:
+    """Delete old checkpoints after `newest` was committed; returns the deleted steps.
+
+    Kept: the last `keep_last` up to `newest`, multiples of `keep_every` (0: none), and everything after `newest`.
+    """
+    earlier = [step for step in committed_steps(root) if step <= newest]
+    last = set(earlier[-max(1, keep_last) :])
+    doomed = [step for step in earlier if step not in last and not (keep_every and step % keep_every == 0)]
+    for step in doomed:
+        path = root / directory_name(step)
+        # Without its marker it is no checkpoint, whatever happens in the middle of the deletion.
+        (path / MARKER).unlink()
+        sync_directory(path)
+        faults.point("retention")
+        trash = root / f".deleted-{path.name}"
+        shutil.rmtree(trash, ignore_errors=True)
+        path.rename(trash)
+        shutil.rmtree(trash, ignore_errors=True)
+    return doomed
+
+
+def sweep(root: Path) -> None:
+    """Remove what earlier processes left unfinished. Only while no process is writing."""
+    for pattern in (".tmp-*", ".deleted-*", ".replaced-*"):
+        for path in root.glob(pattern):
+            shutil.rmtree(path, ignore_errors=True)
