@@ -10,7 +10,7 @@ from torch import Tensor
 
 from d2v_scale import __version__
 from d2v_scale.checkpoint.commit import commit, write_tensors
-from d2v_scale.checkpoint.format import Manifest, Piece, describe, directory_name, merge
+from d2v_scale.checkpoint.format import FileEntry, Manifest, Piece, describe, directory_name, merge
 
 FILE_BYTES = 2 << 30
 """A new file is begun after this many bytes, which bounds the memory that is needed."""
@@ -30,7 +30,8 @@ def write_single(
     root = Path(path)
     temporary = root / f".tmp-{directory_name(step)}-single"
     temporary.mkdir(parents=True, exist_ok=True)
-    layouts, files = [], []
+    layouts: list[list[list[Any]]] = []
+    files: list[FileEntry] = []
     pending: list[Piece] = []
 
     def flush() -> None:

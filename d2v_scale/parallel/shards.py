@@ -61,6 +61,17 @@ def tensor_slice(parameter: Tensor, tensor_rank: int, tensor_size: int) -> Tenso
     return TensorSlice(int(parameter.partition_dim), tensor_rank, tensor_size)  # type: ignore[attr-defined]
 
 
+def global_shapes(module: nn.Module, tensor_size: int) -> dict[str, tuple[int, ...]]:
+    """The shapes of a module's parameters as one process would have them, whatever partitions or slices them."""
+    shapes = {}
+    for name, parameter in module.named_parameters():
+        shape, cut = full_shape(parameter), tensor_slice(parameter, 0, tensor_size)
+        if cut is not None:
+            shape = tuple(size * cut.count if axis == cut.dim else size for axis, size in enumerate(shape))
+        shapes[name] = shape
+    return shapes
+
+
 def partition_range(parameter: Tensor, data_parallel_rank: int) -> tuple[int, int]:
     """(start, numel) of a ZeRO-3 partition without its padding."""
     size, total = parameter.ds_tensor.numel(), parameter.ds_numel  # type: ignore[attr-defined]

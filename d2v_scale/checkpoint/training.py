@@ -1,0 +1,111 @@
+"""The training state of the two engines, to a checkpoint and back."""
+
+from typing import Any
+
+import torch
+
+from d2v_scale.checkpoint.format import Piece
+from d2v_scale.checkpoint.reader import Checkpoint
+from d2v_scale.parallel.shards import MOMENTS, TensorSlice, global_shapes
+from d2v_scale.parallel.zero import StudentEngine
+from d2v_scale.teacher import ShardedTeacher
+
+
+def pieces(student: StudentEngine, teacher: ShardedTeacher) -> list[Piece]:
+    """Views of everything this rank contributes to a checkpoint. Local.
+
+    Asserts that student, teacher and Adam agree on the number of updates.
+    """
+    updates = student.completed_updates
+    assert teacher.completed_updates == updates, f"teacher at {teacher.completed_updates}, student at {updates}"
+    assert student.adam_steps() == {updates}, f"Adam at {student.adam_steps()}, student at {updates}"
+    found = []
+    for shard in student.shards():
+        if _writes(shard.slice, student.topology.tensor_rank):
+            found.append(Piece("student", shard.name, shard.shape, shard.slice, shard.start, shard.weight))
+            for key in MOMENTS:
+                moment = shard.moment(student.optimizer, key)
+                values = torch.zeros(shard.numel) if moment is None else moment
+                found.append(Piece(key, shard.name, shard.shape, shard.slice, shard.start, values))
+    for held in teacher.shards():
+        if _writes(held.slice, teacher.topology.tensor_rank):
+            found.append(Piece("teacher", held.name, held.shape, held.slice, held.start, held.values))
+    return found
+
+
+def state(student: StudentEngine, teacher: ShardedTeacher) -> dict[str, Any]:
+    """The engines' counters."""
+    return {
+        "completed_updates": student.completed_updates,
+        "teacher_updates": teacher.completed_updates,
+        "skipped_updates": student.skipped_updates,
+        "skipped_in_a_row": student.skipped_in_a_row,
+    }
+
+
+@torch.no_grad()
+def restore(checkpoint: Checkpoint, student: StudentEngine, teacher: ShardedTeacher) -> None:
+    """Continue a run: weights, moments, teacher and counters, at any world size, stage and placement. Collective.
+
+    Raises CheckpointError, before anything is changed, when the checkpoint is of another model.
+    """
+    _check(checkpoint, student, teacher, MOMENTS)
+    counters = checkpoint.manifest.state
+    _read_student(checkpoint, student, MOMENTS)
+    student.finish_loading(counters["completed_updates"], counters["skipped_updates"])
+    student.skipped_in_a_row = counters["skipped_in_a_row"]
+    _read_teacher(checkpoint, teacher)
+    teacher.finish_loading(counters["teacher_updates"])
+
+
+@torch.no_grad()
+def restore_weights(
+    checkpoint: Checkpoint, student: StudentEngine, teacher: ShardedTeacher, reset_teacher: bool = False
+) -> None:
+    """Start a new run from weights: no moments, counters at zero. Collective.
+
+    The teacher is the checkpoint's, or with `reset_teacher` a copy of the student. Raises CheckpointError, before
+    anything is changed, when the checkpoint is of another model.
+    """
+    _check(checkpoint, student, None if reset_teacher else teacher, ())
+    _read_student(checkpoint, student, ())
+    student.finish_loading(0)
+    if reset_teacher:
+        teacher.copy_student()
+    else:
+        _read_teacher(checkpoint, teacher)
+        teacher.finish_loading(0)
+
+
+def _read_student(checkpoint: Checkpoint, student: StudentEngine, moments: tuple[str, ...]) -> None:
+    student.begin_loading()
+    for shard in student.shards():
+        shard.weight.copy_(checkpoint.read("student", shard.name, shard.slice, shard.start, shard.numel))
+        for key in MOMENTS:
+            moment = shard.moment(student.optimizer, key)
+            assert moment is not None
+            if key in moments:
+                moment.copy_(checkpoint.read(key, shard.name, shard.slice, shard.start, shard.numel))
+            else:
+                moment.zero_()
+
+
+def _read_teacher(checkpoint: Checkpoint, teacher: ShardedTeacher) -> None:
+    for held in teacher.shards():
+        held.values.copy_(checkpoint.read("teacher", held.name, held.slice, held.start, held.numel))
+
+
+def _check(
+    checkpoint: Checkpoint, student: StudentEngine, teacher: ShardedTeacher | None, moments: tuple[str, ...]
+) -> None:
+    size = student.topology.tensor_size
+    expected = global_shapes(student.module, size)
+    for kind in ("student", *moments):
+        checkpoint.check_names(kind, expected)
+    if teacher is not None:
+        checkpoint.check_names("teacher", global_shapes(teacher.module, size))
+
+
+def _writes(cut: TensorSlice | None, tensor_rank: int) -> bool:
+    """Tensors that every tensor-parallel rank has whole are written by the first."""
+    return cut is not None or tensor_rank == 0

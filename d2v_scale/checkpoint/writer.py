@@ -1,0 +1,221 @@
+"""Saving while the run goes on: the loop waits for a copy in host memory, threads do the rest.
+
+Every rank's thread writes its file and then a small `rank-N.json` that says it is complete (or `rank-N.failed`).
+Rank 0's thread waits for all of them, merges the manifest and commits. The ranks meet in the file system only: a
+collective in a thread would collide with the training step's.
+"""
+
+import json
+import logging
+import shutil
+import threading
+import time
+import uuid
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from d2v_scale import __version__, faults
+from d2v_scale.checkpoint.commit import commit, retain, sweep, write_tensors, write_text
+from d2v_scale.checkpoint.format import FileEntry, Manifest, Piece, describe, directory_name, merge
+from d2v_scale.errors import CheckpointError
+
+log = logging.getLogger(__name__)
+
+POLL_SECONDS = 0.05
+
+
+@dataclass(kw_only=True)
+class CheckpointConfig:
+    """How often to save and what to keep."""
+
+    every: int = 1000
+    """Steps between checkpoints; the last step of a run is always saved."""
+    keep_last: int = 2
+    """How many of the newest to keep."""
+    keep_every: int = 0
+    """Also keep those whose step is a multiple of this; 0 keeps none."""
+    peer_timeout: float = 1800.0
+    """Seconds to wait for the slowest rank's file before a save counts as failed."""
+
+
+@dataclass(frozen=True)
+class SaveResult:
+    """What became of one save, as far as this rank knows: rank 0 knows of the commit, others of their own file."""
+
+    step: int
+    error: str | None
+    """None: committed (rank 0), or this rank's file is complete (others)."""
+    blocked_seconds: float
+    """How long the training loop waited."""
+    write_seconds: float
+
+
+class CheckpointWriter:
+    """Saves checkpoints of one run, one at a time. Make it with `create`."""
+
+    def __init__(self, root: Path, rank: int, world_size: int, session: str, config: CheckpointConfig) -> None:
+        self.root = root
+        self.rank = rank
+        self.world_size = world_size
+        self.config = config
+        self._session = session
+        self._saves = 0
+        self._thread: threading.Thread | None = None
+        self._results: list[SaveResult] = []
+        self._last: SaveResult | None = None
+        self._buffer = torch.empty(0)
+
+    @staticmethod
+    def create(root: str | Path, config: CheckpointConfig | None = None) -> "CheckpointWriter":
+        """A writer for `root` (made if missing). Rank 0 removes what earlier runs left unfinished.
+
+        Collective: all ranks must call.
+        """
+        import torch.distributed as dist
+
+        root = Path(root)
+        rank, world_size = dist.get_rank(), dist.get_world_size()
+        session = [uuid.uuid4().hex[:8]]
+        if rank == 0:
+            root.mkdir(parents=True, exist_ok=True)
+            sweep(root)
+        if world_size > 1:
+            # Also a barrier: no rank writes before the sweep is over.
+            dist.broadcast_object_list(session, src=0)
+        return CheckpointWriter(root, rank, world_size, session[0], config or CheckpointConfig())
+
+    def save(self, step: int, pieces: list[Piece], state: dict[str, Any], extra: dict[str, Any]) -> float:
+        """Copy `pieces` and write them in the background; returns the seconds the caller was blocked.
+
+        All ranks must call, in the same order, each with its own pieces; `state` and `extra` are rank 0's. Waits for
+        the previous save. Failures are reported by `poll` and `finish`, never raised here.
+        """
+        begin = time.monotonic()
+        self._join()
+        copies = self._snapshot(pieces)
+        faults.point("snapshot")
+        self._saves += 1
+        temporary = self.root / f".tmp-{directory_name(step)}-{self._session}-{self._saves}"
+        blocked = time.monotonic() - begin
+        self._thread = threading.Thread(
+            target=self._run, args=(temporary, step, copies, state, extra, blocked), name="checkpoint", daemon=True
+        )
+        self._thread.start()
+        return blocked
+
+    def poll(self) -> list[SaveResult]:
+        """Saves that ended since the last call. Local, immediate."""
+        results, self._results = self._results, []
+        return results
+
+    def finish(self) -> bool:
+        """Wait for the last save on every rank; True when rank 0 committed it (or nothing was saved). Collective."""
+        import torch.distributed as dist
+
+        self._join()
+        committed = [self._last is None or self._last.error is None]
+        if self.world_size > 1:
+            dist.broadcast_object_list(committed, src=0)
+        return committed[0]
+
+    def _join(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def _snapshot(self, pieces: list[Piece]) -> list[Piece]:
+        total = sum(piece.values.numel() for piece in pieces)
+        if self._buffer.numel() < total:
+            self._buffer = torch.empty(total, dtype=torch.float32, pin_memory=torch.cuda.is_available())
+        copies, offset = [], 0
+        for piece in pieces:
+            view = self._buffer.narrow(0, offset, piece.values.numel())
+            view.copy_(piece.values, non_blocking=True)
+            offset += view.numel()
+            copies.append(Piece(piece.kind, piece.name, piece.shape, piece.slice, piece.start, view))
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return copies
+
+    def _run(
+        self,
+        temporary: Path,
+        step: int,
+        pieces: list[Piece],
+        state: dict[str, Any],
+        extra: dict[str, Any],
+        blocked: float,
+    ) -> None:
+        begin, error = time.monotonic(), None
+        try:
+            self._write_share(temporary, pieces)
+            if self.rank == 0:
+                self._commit(temporary, step, state, extra)
+        except Exception as failure:
+            error = f"{type(failure).__name__}: {failure}"
+            log.warning("checkpoint of step %d was not saved: %s", step, error)
+        result = SaveResult(step, error, blocked, time.monotonic() - begin)
+        self._last = result
+        self._results.append(result)
+
+    def _write_share(self, temporary: Path, pieces: list[Piece]) -> None:
+        share = f"rank-{self.rank:05d}"
+        try:
+            temporary.mkdir(exist_ok=True)
+            tensors = {f"{piece.kind}/{piece.name}": piece.values for piece in pieces}
+            assert len(tensors) == len(pieces), "two pieces of one tensor on one rank"
+            entry = write_tensors(temporary / f"{share}.safetensors", tensors)
+            report = {
+                "file": asdict(entry),
+                "layout": describe(pieces),
+                "moments": any(piece.kind == "exp_avg" for piece in pieces),
+            }
+            write_text(temporary / f"{share}.json", json.dumps(report, separators=(",", ":")))
+        except Exception as failure:
+            # An empty file still fits on a full disk; its reason may not.
+            (temporary / f"{share}.failed").touch()
+            (temporary / f"{share}.failed").write_text(f"{type(failure).__name__}: {failure}")
+            raise
+
+    def _commit(self, temporary: Path, step: int, state: dict[str, Any], extra: dict[str, Any]) -> None:
+        try:
+            reports = self._collect(temporary)
+            manifest = Manifest(
+                step=step,
+                files=[FileEntry(**report["file"]) for report in reports],
+                tensors=merge([report["layout"] for report in reports], moments=reports[0]["moments"]),
+                state=state,
+                extra=extra,
+                written_by=__version__,
+                created=time.time(),
+            )
+            for path in temporary.glob("rank-*.json"):
+                path.unlink()
+            commit(temporary, self.root, manifest)
+        except Exception:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        deleted = retain(self.root, step, self.config.keep_last, self.config.keep_every)
+        log.info("checkpoint of step %d committed%s", step, f", deleted {deleted}" if deleted else "")
+
+    def _collect(self, temporary: Path) -> list[dict[str, Any]]:
+        """Every rank's report, in rank order. Raises CheckpointError when one failed or did not answer in time."""
+        deadline = time.monotonic() + self.config.peer_timeout
+        while True:
+            done = {path.name[5:10] for path in temporary.glob("rank-*.json")}
+            failed = sorted(temporary.glob("rank-*.failed"))
+            if len(done) == self.world_size:
+                return [
+                    json.loads((temporary / f"rank-{rank:05d}.json").read_text()) for rank in range(self.world_size)
+                ]
+            if failed and len(done) + len(failed) >= self.world_size:
+                reasons = "; ".join(f"{path.stem}: {path.read_text() or 'no room for the reason'}" for path in failed)
+                raise CheckpointError(f"{len(failed)} of {self.world_size} files could not be written ({reasons}).")
+            if time.monotonic() > deadline:
+                raise CheckpointError(
+                    f"only {len(done)} of {self.world_size} ranks wrote their file in {self.config.peer_timeout} s."
+                )
+            time.sleep(POLL_SECONDS)
