@@ -24,6 +24,7 @@ from typing import Any
 from d2v_scale.tracking.mirror_state import EVENTS_FILE, MirrorState, tracking_uri
 from d2v_scale.tracking.record import METRICS_FILE, SUPERSEDED_FILE, parse_lines
 
+LOCK_FILE = ".mlflow.lock"
 POINTS_PER_CALL = 1000
 POLL_SECONDS = 1.0
 MAX_BACKOFF_SECONDS = 30.0
@@ -40,14 +41,15 @@ _ENVIRONMENT = {
 class Mirror:
     """Repeats one run directory to MLflow. `step()` sends what is there; it raises what MLflow raises."""
 
-    def __init__(self, run_dir: Path, experiment: str, run_name: str | None = None) -> None:
+    def __init__(self, run_dir: Path) -> None:
         for name, value in _ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         from mlflow import MlflowClient
 
         self.run_dir = run_dir
-        self.experiment = experiment
-        self.run_name = run_name or run_dir.resolve().name
+        begin = next((e for _, _, e in _events(_read_from(run_dir / EVENTS_FILE, 0)) if e["event"] == "begin"), {})
+        self.experiment = begin.get("experiment", "d2v_scale")
+        self.run_name = begin.get("run_name") or run_dir.resolve().name
         uri = tracking_uri(run_dir)
         self.state = MirrorState.load(run_dir)
         if self.state.tracking_uri != uri:
@@ -69,20 +71,25 @@ class Mirror:
         """Send everything that is complete in the files now."""
         if not self.pending():
             return
+        try:
+            self._send()
+        except Exception as error:
+            if getattr(error, "error_code", "") != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            # Another store answers at the same address: the run is unknown there, so it gets all of it.
+            self.state = MirrorState(tracking_uri=self.state.tracking_uri, job_key=self.state.job_key)
+            self._connected = False
+            self._send()
+
+    def _send(self) -> None:
         if not self._connected:
             self._client = self._client or self._make_client()
             self._ensure_run()
             self._load_superseded()
             self._connected = True
-        try:
-            self._send_events(final=False)
-            self._send_metrics()
-            self._send_events(final=True)
-        except Exception as error:
-            if getattr(error, "error_code", "") == "RESOURCE_DOES_NOT_EXIST":  # another store behind the same address
-                self.state = MirrorState(tracking_uri=self.state.tracking_uri, job_key=self.state.job_key)
-                self._connected = False
-            raise
+        self._send_events(final=False)
+        self._send_metrics()
+        self._send_events(final=True)
 
     # The run
 
@@ -92,13 +99,17 @@ class Mirror:
             self._client.get_run(self.state.run_id)
             return
         experiment_id = self._ensure_experiment()
-        found = self._client.search_runs([experiment_id], f"tags.`d2v.job` = '{self.state.job_key}'", max_results=1)
-        run = found[0] if found else None
-        if run is None:
-            tags = {"d2v.job": self.state.job_key, "mlflow.source.type": "JOB", "mlflow.source.name": "d2v_scale"}
-            run = self._client.create_run(experiment_id, tags=tags, run_name=self.run_name)
-        self.state.run_id = run.info.run_id
+        self.state.run_id = self._run_with_key(experiment_id, self.state.job_key, self.run_name, {})
         self.state.save(self.run_dir)
+
+    def _run_with_key(self, experiment_id: str, key: str, name: str, tags: dict[str, str]) -> str:
+        """The id of the run tagged with our key; made if there is none (the answer to its creation may get lost)."""
+        assert self._client is not None
+        found = self._client.search_runs([experiment_id], f"tags.`d2v.job` = '{key}'", max_results=1)
+        if found:
+            return found[0].info.run_id
+        tags = tags | {"d2v.job": key, "mlflow.source.type": "JOB", "mlflow.source.name": "d2v_scale"}
+        return self._client.create_run(experiment_id, tags=tags, run_name=name).info.run_id
 
     def _ensure_experiment(self) -> str:
         from mlflow.exceptions import MlflowException
@@ -210,10 +221,26 @@ class Mirror:
             if path.exists():
                 log = self._client.log_artifacts if path.is_dir() else self._client.log_artifact
                 log(run_id, str(path), event["folder"] or None)
-        elif event["status"] in END_OF_RUN:
+        elif event["event"] == "evaluation":
+            self._apply_evaluation(event)
+        elif event["event"] == "status":
             self._client.set_terminated(run_id, END_OF_RUN[event["status"]], end_time=int(event["time"] * 1000))
-        else:
+        elif event["event"] == "begin":
             self._client.update_run(run_id, status="RUNNING")
+
+    def _apply_evaluation(self, event: dict[str, Any]) -> None:
+        """A nested run with the metrics of one evaluation."""
+        from mlflow.entities import Metric, Param
+
+        assert self._client is not None
+        when = int(event["time"] * 1000)
+        key = f"{self.state.job_key}/{event['name']}/{when}"
+        tags = {"mlflow.parentRunId": self.state.run_id}
+        child = self._run_with_key(self._client.get_run(self.state.run_id).info.experiment_id, key, event["name"], tags)
+        metrics = [Metric(_name(name), value, when, event["step"]) for name, value in event["values"].items()]
+        params = [Param(_name(name), value[:6000]) for name, value in event["params"].items()]
+        self._client.log_batch(child, metrics=metrics, params=params, synchronous=True)
+        self._client.set_terminated(child, "FINISHED", end_time=when)
 
     def _apply_params(self, values: dict[str, str]) -> None:
         """MLflow's params cannot change: what a resume changed is told by a tag `changed.<name>`."""
@@ -281,7 +308,7 @@ def quiet_libraries() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def follow(run_dir: Path, experiment: str, run_name: str | None, finish_timeout: float) -> bool:
+def follow(run_dir: Path, finish_timeout: float) -> bool:
     """Repeat the run directory until stdin closes or says so, then what is left; False if something stayed behind.
 
     One line on stdout the first time MLflow does not answer, none afterwards.
@@ -294,7 +321,7 @@ def follow(run_dir: Path, experiment: str, run_name: str | None, finish_timeout:
     while True:
         failed = False
         try:
-            mirror = mirror or Mirror(run_dir, experiment, run_name)
+            mirror = mirror or Mirror(run_dir)
             mirror.step()
             wait = POLL_SECONDS
         except Exception as error:  # whatever MLflow or its store raises, the run goes on
@@ -303,10 +330,9 @@ def follow(run_dir: Path, experiment: str, run_name: str | None, finish_timeout:
             print(f"{time.strftime('%F %T')} {type(error).__name__}: {error}", file=sys.stderr, flush=True)
             if not warned:
                 warned = True
-                reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
                 _tell(
-                    f"MLflow at {tracking_uri(run_dir)} does not take records ({reason}); "
-                    "metrics.jsonl has them all and they are sent when it answers."
+                    f"MLflow at {tracking_uri(run_dir)} does not take records ({_reason(error)}); metrics.jsonl has "
+                    "them all and they are sent when it answers."
                 )
         if deadline is not None and mirror is not None and (not mirror.pending() or failed):
             return not mirror.pending() and not mirror.refused
@@ -314,6 +340,29 @@ def follow(run_dir: Path, experiment: str, run_name: str | None, finish_timeout:
             return False
         if deadline is None and _told_to_finish(wait, parent):
             deadline = time.monotonic() + finish_timeout
+
+
+def catch_up(run_dir: Path) -> Mirror | None:
+    """Send what the run directory holds and MLflow does not, once; raises what MLflow raises.
+
+    None: a mirror is at work on this directory already (the run is in progress on this machine).
+    """
+    quiet_libraries()
+    with (run_dir / LOCK_FILE).open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return None
+        mirror = Mirror(run_dir)
+        mirror.step()
+        return mirror
+
+
+def _reason(error: Exception) -> str:
+    text = str(error)
+    if "Connection refused" in text:
+        return "connection refused"
+    return text.splitlines()[0][:200] if text else type(error).__name__
 
 
 def _tell(message: str) -> None:
@@ -333,15 +382,13 @@ def main() -> int:
     """Entry of the companion process that `RunTracker` starts."""
     parser = argparse.ArgumentParser(description="Follow a run directory and repeat its record to MLflow.")
     parser.add_argument("run_dir", type=Path)
-    parser.add_argument("--experiment", required=True)
-    parser.add_argument("--run-name", default=None)
     parser.add_argument("--finish-timeout", type=float, default=60.0)
     arguments = parser.parse_args()
     quiet_libraries()
     os.nice(10)
-    with (arguments.run_dir / ".mlflow.lock").open("w") as lock:
+    with (arguments.run_dir / LOCK_FILE).open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # the mirror of an attempt that just died may still be sending
-        complete = follow(arguments.run_dir, arguments.experiment, arguments.run_name, arguments.finish_timeout)
+        complete = follow(arguments.run_dir, arguments.finish_timeout)
     return 0 if complete else 1
 
 

@@ -51,9 +51,9 @@ class RunTracker:
         (self.run_dir / "logs").mkdir(exist_ok=True)
         self._log = MetricsLog(self.run_dir, resume_step)
         self._terminal = Terminal(total_steps)
+        self._event("begin", experiment=self.config.experiment, run_name=self.config.run_name)
         self._event("params", values=flatten(params))
         self._event("tags", values={key: str(value) for key, value in tags.items()})
-        self._event("status", status="running")
         if self.config.enabled:
             self._start_mirror()
 
@@ -114,15 +114,11 @@ class RunTracker:
         self._terminal.close()
 
     def _event(self, event: str, **content: Any) -> None:
-        line = json.dumps({"event": event, "time": time.time(), **content}) + "\n"
-        with (self.run_dir / EVENTS_FILE).open("a") as file:
-            file.write(line)
+        append_event(self.run_dir, event, **content)
 
     def _start_mirror(self) -> None:
-        config = self.config
         command = [sys.executable, "-m", "d2v_scale.tracking.mirror", str(self.run_dir.resolve())]
-        command += ["--experiment", config.experiment, "--finish-timeout", str(config.finish_timeout)]
-        command += ["--run-name", config.run_name] if config.run_name else []
+        command += ["--finish-timeout", str(self.config.finish_timeout)]
         try:
             with (self.run_dir / "logs" / "mlflow.log").open("ab") as log:
                 # A session of its own: Ctrl-C at the terminal is for the training process, which says when to stop.
@@ -143,6 +139,17 @@ class RunTracker:
     def _show(self, output: bytes | None) -> None:
         for line in (output or b"").decode(errors="replace").splitlines():
             self.message(line)
+
+
+def log_evaluation(run_dir: Path, name: str, step: int, values: Mapping[str, float], params: Mapping[str, str]) -> None:
+    """Record an evaluation of a run (a probe, say) as a nested MLflow run; sent by the run's mirror or `catch_up`."""
+    append_event(run_dir, "evaluation", name=name, step=step, values=dict(values), params=dict(params))
+
+
+def append_event(run_dir: Path, event: str, **content: Any) -> None:
+    """One line in mlflow_events.jsonl: something other than a metric that MLflow is to know of the run."""
+    with (run_dir / EVENTS_FILE).open("a") as file:
+        file.write(json.dumps({"event": event, "time": time.time(), **content}) + "\n")
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

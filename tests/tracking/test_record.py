@@ -1,0 +1,139 @@
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from d2v_scale.tracking import RunTracker, SpeedMeter, TrackingConfig, read_records
+from d2v_scale.tracking.record import METRICS_FILE, SUPERSEDED_FILE, MetricsLog
+from d2v_scale.tracking.terminal import Terminal
+from d2v_scale.tracking.tracker import flatten
+
+
+def write_steps(run_dir: Path, first: int, last: int, resume_step: int | None = None) -> None:
+    log = MetricsLog(run_dir, resume_step)
+    for step in range(first, last + 1):
+        log.write(step, 8 * step, {"loss": 1 / step})
+    log.close()
+
+
+def steps(run_dir: Path) -> list[int]:
+    return [record["step"] for record in read_records(run_dir)]
+
+
+def test_a_record_has_its_axes_and_reads_tensors(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path)
+    log.write(3, 24, {"loss": torch.tensor(0.5), "bad": math.inf})
+    (record,) = read_records(tmp_path)  # readable before the file is closed
+    assert record.items() >= {"step": 3, "samples": 24, "loss": 0.5, "bad": math.inf}.items()
+    assert record["time"] > 1e9
+    assert record["hours"] >= 0
+    log.close()
+
+
+def test_resume_moves_later_records_aside(tmp_path: Path) -> None:
+    write_steps(tmp_path, 1, 57)
+    write_steps(tmp_path, 41, 80, resume_step=40)
+    assert steps(tmp_path) == list(range(1, 81))
+    moved = (tmp_path / SUPERSEDED_FILE).read_text().splitlines()
+    assert [json.loads(line)["step"] for line in moved] == list(range(41, 58))
+
+
+def test_a_start_without_a_checkpoint_moves_everything_aside(tmp_path: Path) -> None:
+    write_steps(tmp_path, 0 + 1, 5)
+    write_steps(tmp_path, 1, 3)
+    assert steps(tmp_path) == [1, 2, 3]
+
+
+@pytest.mark.parametrize("torn", ['{"step": 4, "lo', '{"step": 4, "loss": 1.0}', "\x00\x00"])
+def test_a_torn_last_line_is_removed(tmp_path: Path, torn: str) -> None:
+    write_steps(tmp_path, 1, 3)
+    with (tmp_path / METRICS_FILE).open("a") as file:
+        file.write(torn)
+    write_steps(tmp_path, 4, 5, resume_step=3)
+    assert steps(tmp_path) == [1, 2, 3, 4, 5]
+    assert all(json.loads(line) for line in (tmp_path / METRICS_FILE).read_text().splitlines())
+
+
+def test_an_evaluation_at_the_resumed_step_is_not_recorded_twice(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path)
+    log.write(10, 80, {"loss": 0.5})
+    log.write(10, 80, {"knn": 0.7})
+    log.close()
+    log = MetricsLog(tmp_path, resume_step=10)
+    log.write(10, 80, {"knn": 0.7, "held_out_loss": 0.6})
+    log.close()
+    names = [set(record) - {"step", "samples", "time", "hours"} for record in read_records(tmp_path)]
+    assert names == [{"loss"}, {"knn"}, {"held_out_loss"}]
+
+
+def test_other_ranks_write_nothing(tmp_path: Path) -> None:
+    tracker = RunTracker(tmp_path / "run", TrackingConfig(), is_main=False)
+    tracker.start({}, {})
+    tracker.log(1, 1, {"loss": 1.0})
+    tracker.artifact(tmp_path / "x")
+    tracker.message("hello")
+    tracker.flush()
+    tracker.finish("done")
+    assert not (tmp_path / "run").exists()
+
+
+def test_first_and_last_step_are_due() -> None:
+    tracker = RunTracker("unused", TrackingConfig(log_every=10), is_main=True)
+    assert [step for step in range(1, 26) if tracker.due(step, last_step=25)] == [1, 10, 20, 25]
+
+
+def test_speed_meter_counts_work_and_waiting() -> None:
+    now = 0.0
+
+    def clock() -> float:
+        return now
+
+    meter = SpeedMeter(clock)
+    for _ in range(4):
+        with meter.waiting("data"):
+            now += 0.5
+        now += 1.5
+        meter.step(samples=32, audio_seconds=100)
+    values = meter.read()
+    assert values == {
+        "step_seconds": 2.0,
+        "samples_per_second": 16.0,
+        "audio_seconds_per_second": 50.0,
+        "data_wait_share": 0.25,
+    }
+    now += 1.0
+    meter.step(samples=1)
+    assert meter.read() == {"step_seconds": 1.0, "samples_per_second": 1.0}
+
+
+def test_plain_lines_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    terminal = Terminal(100)
+    terminal.record({"step": 10, "loss": 0.51234, "data_wait_share": 0.02, "host_memory_gib": 3.0})
+    terminal.record({"step": 20, "knn": 0.8})
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "step 10/100  loss 0.5123  data wait 2.0%"
+    assert lines[1].startswith("step 20/100  knn 0.8  eta 0:00:00")
+
+
+def test_live_line_at_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    terminal = Terminal(100, live=True)
+    terminal.record({"step": 10, "loss": 0.5})
+    terminal.message("a [bracketed] message")
+    terminal.record({"step": 100, "loss": 0.25})
+    terminal.close()
+    output = capsys.readouterr().out
+    assert "a [bracketed] message" in output
+    assert "100/100" in output
+    assert "0.25" in output
+
+
+def test_flatten_names_nested_keys() -> None:
+    assert flatten({"a": {"b": 1, "c": [1, 2]}, "d": None, "e": {}, "f": "x"}) == {
+        "a.b": "1",
+        "a.c": "[1, 2]",
+        "d": "null",
+        "e": "{}",
+        "f": "x",
+    }
