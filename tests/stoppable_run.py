@@ -1,9 +1,11 @@
 """A stand-in for the training program: it keeps its contract (run_dir, resume, status.json, exit codes), in seconds.
 
 The state is one number per rank that depends on every step, so that a lost or repeated step shows in the result.
-Run by tests as `python stoppable_run.py RUN_DIR STEPS STEP_SECONDS SAVE_SECONDS`, one process per rank.
+It takes `--run_dir`, `--resume` and `--optim.max_steps` like the training program, `--step_seconds`, `--save_seconds`
+and `--fail CODE` for the tests' sake, and ignores everything else. One process per rank.
 """
 
+import argparse
 import json
 import os
 import sys
@@ -23,8 +25,15 @@ from d2v_scale.watchdog import Watchdog  # noqa: E402
 
 
 def main() -> int:
-    run_dir = Path(sys.argv[1])
-    steps, step_s, save_s = int(sys.argv[2]), float(sys.argv[3]), float(sys.argv[4])
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--run_dir", "--resume", type=Path, required=True)
+    parser.add_argument("--optim.max_steps", type=int, default=20, dest="steps")
+    parser.add_argument("--step_seconds", type=float, default=0.1)
+    parser.add_argument("--save_seconds", type=float, default=0.0)
+    parser.add_argument("--fail", type=int, default=0)
+    options, _ = parser.parse_known_args()
+    run_dir: Path = options.run_dir
+    run_dir.mkdir(parents=True, exist_ok=True)
     limit_s = float(os.environ.get("WATCHDOG_S", "60"))
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if world_size > 1:
@@ -33,14 +42,17 @@ def main() -> int:
         status.begin(run_dir)
     agreement = Agreement()
     agreement.barrier()
-    checkpoint = run_dir / "checkpoint.json"
-    step, value = json.loads(checkpoint.read_text()) if checkpoint.exists() else (0, 0.0)
+    if options.fail:
+        status.write_status(run_dir, options.fail, f"failed on purpose with {options.fail}")
+        return options.fail
+    committed = sorted(run_dir.glob("checkpoints/step-*/COMMITTED"))
+    step, value = json.loads(committed[-1].read_text()) if committed else (0, 0.0)
     (run_dir / f"pid-{rank}").write_text(str(os.getpid()))
     stop = None
     try:
         with Watchdog(run_dir, rank=rank, world_size=world_size, limit_s=limit_s) as watchdog:
-            while step < steps and stop is None:
-                time.sleep(step_s)
+            while step < options.steps and stop is None:
+                time.sleep(options.step_seconds)
                 drawn = torch.tensor([float((step * 7919) % 101)])
                 if world_size > 1:
                     dist.all_reduce(drawn)
@@ -52,9 +64,11 @@ def main() -> int:
                         file.write(json.dumps({"step": step, "loss": value}) + "\n")
                 stop = agreement.agree(stop_flag.raised())
             (run_dir / f"saving-{rank}").touch()
-            time.sleep(save_s)
+            time.sleep(options.save_seconds)
             if rank == 0:
-                checkpoint.write_text(json.dumps([step, value]))
+                checkpoint = run_dir / "checkpoints" / f"step-{step:08d}"
+                checkpoint.mkdir(parents=True, exist_ok=True)
+                (checkpoint / "COMMITTED").write_text(json.dumps([step, value]))
             (run_dir / f"saved-{rank}").write_text(str(step))
             agreement.barrier()
     except RuntimeError as error:

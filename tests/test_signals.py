@@ -28,9 +28,11 @@ class Run:
             port = probe.getsockname()[1]
         base = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(world_size), "MASTER_PORT": str(port)}
         base |= {"MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in env.items()}}
+        options = ["--run_dir", str(run_dir), "--optim.max_steps", str(steps)]
+        options += ["--step_seconds", str(step_s), "--save_seconds", str(save_s)]
         self.ranks = [
             subprocess.Popen(
-                [sys.executable, str(PROGRAM), str(run_dir), str(steps), str(step_s), str(save_s)],
+                [sys.executable, str(PROGRAM), *options],
                 env={**base, "RANK": str(rank)},
                 stdout=subprocess.DEVNULL,
                 stderr=(run_dir / f"stderr-{rank}").open("w"),

@@ -1,0 +1,226 @@
+# shellcheck shell=bash
+# Shared by the templates of this folder, which source it and call `train` or `run_once`. The settings it reads
+# (D2V_SCALE_*) are explained in site.env.example.
+#
+# Order: run directory, code snapshot, nodes, preflight, launch, verdict, requeue.
+
+set -uo pipefail
+
+say() { printf '%(%F %T)T %s\n' -1 "$*"; }
+
+die() { say "error: $*"; exit 2; }
+
+job_field() { # one field of `scontrol show job`
+    scontrol --oneliner show job "$SLURM_JOB_ID" 2> /dev/null | tr ' ' '\n' | sed -n "s/^$1=//p" | head -n 1
+}
+
+# ---------------------------------------------------------------------------------------------- run directory and code
+
+argument() { # value of one of train.py's arguments, from --name VALUE or --name=VALUE; the last one counts
+    local i value=
+    for ((i = 0; i < ${#arguments[@]}; i++)); do
+        case ${arguments[i]} in
+            "--$1="*) value=${arguments[i]#*=} ;;
+            "--$1") value=${arguments[i + 1]:-} ;;
+        esac
+    done
+    printf '%s' "$value"
+}
+
+find_run_dir() {
+    local name=${SLURM_JOB_NAME}-${SLURM_JOB_ID}
+    [[ -n ${SLURM_ARRAY_TASK_ID:-} ]] && name=${SLURM_JOB_NAME}-${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}
+    run_dir=$(argument resume)
+    [[ -n $run_dir ]] || run_dir=$(argument run_dir)
+    if [[ -z $run_dir ]]; then
+        run_dir=${D2V_SCALE_RUNS:-$SLURM_SUBMIT_DIR/runs}/$name
+        arguments+=(--run_dir "$run_dir")
+    fi
+    attempt=$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}
+    logs=$run_dir/logs/$attempt
+    mkdir -p "$logs" || die "cannot write to $run_dir"
+    run_dir=$(cd "$run_dir" && pwd)
+    logs=$run_dir/logs/$attempt
+    say "run directory $run_dir, logs $logs"
+}
+
+snapshot_code() { # a requeued job runs the code that it started with, whatever has been edited since
+    code=$run_dir/code/$SLURM_JOB_ID
+    if [[ ! -d $code ]]; then
+        local partial
+        partial=$(mktemp -d "$run_dir/.code.XXXXXX") || die "cannot write to $run_dir"
+        # shellcheck disable=SC2154  # set by the template
+        tar -C "$repository" --exclude=__pycache__ -cf - d2v_scale ds_configs slurm tools pyproject.toml |
+            tar -C "$partial" -xf - || die "cannot copy the code from $repository to $run_dir"
+        { git -C "$repository" rev-parse HEAD && git -C "$repository" status --short; } > "$partial/REVISION" 2> /dev/null
+        chmod 755 "$partial"
+        { mkdir -p "$run_dir/code" && mv -T "$partial" "$code"; } || die "cannot write to $run_dir/code"
+    fi
+    source "$code/slurm/lib.sh" # these functions too are from then
+    export PYTHONPATH=$code${PYTHONPATH:+:$PYTHONPATH}
+}
+
+# ------------------------------------------------------------------------------------------------------ nodes and ports
+
+find_nodes() {
+    local names node offset
+    mapfile -t names < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+    export D2V_SCALE_NODES="${names[*]}"
+    ranks=${D2V_SCALE_RANKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
+    cpus=${SLURM_CPUS_PER_TASK:-$SLURM_CPUS_ON_NODE}
+    node=$(scontrol --oneliner show node "${names[0]}" | tr ' ' '\n' | sed -n 's/^NodeAddr=//p')
+    export MASTER_ADDR=${node:-${names[0]}}
+    # Jobs that share a node, and attempts that follow each other at once, must not meet on a port.
+    offset=$((SLURM_JOB_ID * 7 + ${SLURM_RESTART_COUNT:-0}))
+    export MASTER_PORT=$((20000 + (offset % 5000) * 2))
+    printf '%s slots='"$ranks"'\n' "${names[@]}" > "$logs/hostfile" || die "cannot write to $logs"
+    say "${#names[@]} nodes (${names[*]}), $ranks ranks on each, first address $MASTER_ADDR:$MASTER_PORT"
+}
+
+set_environment() {
+    export PYTHONUNBUFFERED=1 PYTHONFAULTHANDLER=1
+    export NCCL_DEBUG=${NCCL_DEBUG:-WARN} TORCH_NCCL_ASYNC_ERROR_HANDLING=${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}
+    # Compiled operators depend on the processor: keep them on the node.
+    local cache=${TMPDIR:-/tmp}/d2v_scale-$UID
+    export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$cache/extensions} TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$cache/triton}
+    local threads=$((cpus / ranks))
+    [[ ${DS_ACCELERATOR:-} == cpu ]] && threads=1
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
+    # If the signal before the time limit gets lost, the ranks stop by themselves a little later.
+    local end now margin
+    end=$(date -d "$(job_field EndTime)" +%s 2> /dev/null) || return 0
+    now=$(date +%s)
+    margin=$(((end - now) / 5 < 240 ? (end - now) / 5 : 240))
+    export D2V_SCALE_DEADLINE=$((end - margin))
+}
+
+# ----------------------------------------------------------------------------------------------------- launch and signals
+
+on_nodes() { # srun with what all steps of the job share; output of each node in a file of its own
+    local log=$1
+    shift
+    # shellcheck disable=SC2086  # options are separated by spaces
+    srun --cpus-per-task="$step_cpus" --kill-on-bad-exit=0 --wait=60 --output="$logs/$log-%N.log" --open-mode=append \
+        ${D2V_SCALE_SRUN_OPTIONS:-} "$@"
+}
+
+in_container() { # command line that runs "$@", inside of the container if the site uses apptainer
+    # shellcheck disable=SC2206  # options are separated by spaces
+    command_line=(${D2V_SCALE_RUN_IN:-} "$@")
+}
+
+preflight() {
+    [[ ${D2V_SCALE_PREFLIGHT:-1} == 1 ]] || return 0
+    local step_cpus=$((cpus / ranks > 0 ? cpus / ranks : 1))
+    in_container python -m d2v_scale.preflight --run_dir "$run_dir" --report "$logs/preflight.json" \
+        --data "$(argument data)" --min_free_gb "${D2V_SCALE_MIN_FREE_GB:-20}"
+    MASTER_PORT=$((MASTER_PORT + 1)) on_nodes preflight --ntasks=$((ranks * SLURM_NNODES)) \
+        --ntasks-per-node="$ranks" --overcommit --time=2 "${command_line[@]}"
+    local result=$?
+    ((result == 0)) && return 0
+    bad_nodes=$(python -c 'import json, sys
+report = json.load(open(sys.argv[1]))
+from d2v_scale.status import write_status
+write_status(sys.argv[2], report["exit_code"], report["text"])
+print(",".join(sorted(report["bad_nodes"])) if report["exit_code"] == 10 else "")' "$logs/preflight.json" "$run_dir") ||
+        say "preflight gave no report; see $logs/preflight-*.log"
+    return "$result"
+}
+
+forward_signal() {
+    say "asked to stop: passing it on to the ranks"
+    stop_requested=1
+    # Again and again, as a rank may still be importing; a rank that knows ignores it.
+    [[ -n ${srun_pid:-} && -z ${forwarder_pid:-} ]] || return 0
+    (while kill -USR1 "$srun_pid" 2> /dev/null; do sleep 20; done) &
+    forwarder_pid=$!
+}
+
+launch() { # `deepspeed` on every node, each starting its own ranks
+    # No ssh: the job's nodes need no login between each other, srun carries signals and environment, and Slurm can
+    # account for and end every process. USR1 is ignored by the launcher, which would die of it, and by the shell;
+    # train.py handles it. %q keeps the arguments whole.
+    local step_cpus=$cpus
+    in_container deepspeed --no_ssh --no_ssh_check --hostfile "$logs/hostfile" --master_addr "$MASTER_ADDR" \
+        --master_port "$MASTER_PORT"
+    # shellcheck disable=SC2016  # SLURM_NODEID belongs to the node
+    on_nodes node --ntasks="$SLURM_NNODES" --ntasks-per-node=1 bash -c \
+        'trap "" USR1; exec '"$(printf '%q ' "${command_line[@]}")"'--node_rank "$SLURM_NODEID" "$@"' \
+        node "$code/d2v_scale/train.py" "${arguments[@]}" &
+    srun_pid=$!
+    ((stop_requested)) && forward_signal
+    local result
+    while :; do # `wait` also returns when a signal arrives
+        wait "$srun_pid"
+        result=$?
+        kill -0 "$srun_pid" 2> /dev/null || break
+    done
+    [[ -n ${forwarder_pid:-} ]] && kill "$forwarder_pid" 2> /dev/null
+    return "$result"
+}
+
+# ---------------------------------------------------------------------------------------------------- verdict and requeue
+
+requeue() {
+    local state
+    state=$(job_field JobState)
+    # A job that its user cancelled must not come back, and one that is being preempted comes back by itself.
+    [[ $state == RUNNING ]] || { say "not requeued here: the job is $state"; return 0; }
+    scontrol requeue "$SLURM_JOB_ID" || { say "requeue refused: submit again with --resume $run_dir"; return 0; }
+    if [[ -n ${bad_nodes:-} ]]; then
+        local excluded
+        excluded=$(job_field ExcNodeList)
+        [[ $excluded == "(null)" ]] && excluded=
+        scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="${excluded:+$excluded,}$bad_nodes" && say "excluded $bad_nodes"
+    fi
+    sleep 300 # Slurm ends this shell
+}
+
+finish() { # the end of every attempt: status.json decides, exit codes are lost on the way through srun
+    local decision code
+    decision=$(python -m d2v_scale.attempts "$run_dir" "$1")
+    code=$?
+    say "attempt $attempt ended with exit code $code: $decision"
+    [[ $decision == requeue ]] && requeue
+    exit "$code"
+}
+
+activate() { # the Python environment
+    [[ -n ${D2V_SCALE_ACTIVATE:-} ]] || return 0
+    # shellcheck disable=SC1090  # the site's own file
+    source "$D2V_SCALE_ACTIVATE" || die "cannot source $D2V_SCALE_ACTIVATE"
+}
+
+train() { # the whole job: train RECIPE DEEPSPEED_CONFIG [arguments of train.py, which come before these two]
+    local recipe=$1 deepspeed_config=$2
+    arguments=("${@:3}")
+    stop_requested=0
+    trap forward_signal USR1 TERM
+    activate
+    find_run_dir
+    if ((${SLURM_RESTART_COUNT:-0} > 0)) && grep -q '"outcome": "done"' "$run_dir/status.json" 2> /dev/null; then
+        say "this run is finished"
+        exit 0
+    fi
+    rm -f "$run_dir/status.json"
+    snapshot_code
+    if [[ -z $(argument resume) ]]; then
+        [[ -n $(argument recipe) ]] || arguments+=(--recipe "$recipe")
+        [[ -n $(argument deepspeed_config) ]] || arguments+=(--deepspeed_config "$code/ds_configs/$deepspeed_config")
+    fi
+    find_nodes
+    set_environment
+    preflight || finish $?
+    ((stop_requested)) && say "asked to stop before the start"
+    launch
+    finish $?
+}
+
+run_once() { # one process on the first node, for evaluation: "$@" is a script of tools/ and its arguments
+    activate
+    export PYTHONPATH=$repository${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
+    in_container python "$repository/tools/$1" "${@:2}"
+    # shellcheck disable=SC2086
+    exec srun --nodes=1 --ntasks=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-$SLURM_CPUS_ON_NODE}" \
+        ${D2V_SCALE_SRUN_OPTIONS:-} "${command_line[@]}"
+}

@@ -1,0 +1,20 @@
+#!/bin/bash
+# Pretrain a large model: sbatch slurm/pretrain_large.sh --data '/shards/in1k-{0000..1281}.tar' [train.py arguments]
+#SBATCH --job-name=d2v-large
+#SBATCH --nodes=4
+#SBATCH --gpus-per-node=8
+#SBATCH --exclusive
+#SBATCH --mem=0
+#SBATCH --time=2-00:00:00
+#SBATCH --signal=B:USR1@300
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%j.out
+
+# This file runs as a copy in Slurm's spool: the repository is where it was submitted, or where the original lies.
+repository=$SLURM_SUBMIT_DIR
+command=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=\([^ ]*\).*/\1/p')
+[[ -f $repository/slurm/lib.sh ]] || repository=${command%/slurm/*}
+source "$repository/slurm/lib.sh" || exit 2
+
+train d2v2_vision_large zero2.json "$@"
