@@ -50,7 +50,7 @@ class ConvPredictor(nn.Module):
     def __init__(self, config: ModelConfig, modality: Modality) -> None:
         super().__init__()
         spec, width = config.predictor, config.backbone.width
-        self.planar = spec.kind == "conv2d"
+        self.planar = spec.kind == "conv2d" and modality == "vision"
         self.residual = spec.residual
         self.dropout = spec.input_dropout
         conv = nn.Conv2d if self.planar else nn.Conv1d

@@ -1,0 +1,65 @@
+"""Position biases against their definitions."""
+
+import pytest
+import torch
+
+from d2v_scale.model.init import initialize
+from d2v_scale.model.position_bias import AlibiBias, RelativeBias, relative_index, sincos_positions, slope_exponents
+
+pytestmark = pytest.mark.usefixtures("world_of_one")
+
+
+def test_alibi_after_gather_is_minus_slope_times_original_distance() -> None:
+    bias = AlibiBias(12)
+    with torch.no_grad():
+        bias.scale.copy_(torch.linspace(-0.5, 2.0, 12))
+    kept_rs = torch.tensor([[0, 3, 4, 9], [1, 2, 7, 8]])
+    slopes = [2.0**-i for i in range(1, 9)] + [2.0 ** -(i + 0.5) for i in range(4)]
+    out = bias(kept_rs)
+    for row in range(2):
+        for head in range(12):
+            scale = max(0.0, float(bias.scale[head].detach()))
+            for i in range(4):
+                for j in range(4):
+                    expected = -scale * slopes[head] * abs(int(kept_rs[row, i] - kept_rs[row, j]))
+                    assert float(out[row, head, i, j].detach()) == pytest.approx(expected, rel=1e-6)
+
+
+def test_alibi_slopes_survive_a_cast_to_bf16() -> None:
+    for heads in (4, 12, 16, 20):
+        exponents = torch.tensor(slope_exponents(heads))
+        assert torch.equal(exponents, exponents.bfloat16().float())
+    assert slope_exponents(16)[:2] == [0.5, 1.0]
+    assert len(slope_exponents(20)) == 20
+
+
+def test_relative_index_tells_apart_exactly_what_the_table_has_rows_for() -> None:
+    grid = 14
+    index = relative_index(grid)
+    assert index.unique().numel() == 732
+    assert int(index[0, 0]) == 731
+    assert set(index[0, 1:].tolist()) == {729}
+    assert set(index[1:, 0].tolist()) == {730}
+    i, j = (5, 3), (2, 9)
+    row = (i[0] - j[0] + 13) * 27 + i[1] - j[1] + 13
+    assert int(index[1 + i[0] * grid + i[1], 1 + j[0] * grid + j[1]]) == row
+
+
+def test_relative_bias_is_a_lookup() -> None:
+    bias = RelativeBias(3, 4)
+    initialize(bias, 0)
+    with torch.no_grad():
+        bias.table.copy_(torch.randn_like(bias.table))
+    out = bias()
+    assert out.shape == (1, 4, 10, 10)
+    assert torch.equal(out[0, 2], bias.table[:, 2][bias.index])
+
+
+def test_sincos_encodes_the_column_first() -> None:
+    positions = sincos_positions(8, 3)
+    assert positions.shape == (9, 8)
+    row_major = positions.view(3, 3, 8)
+    assert torch.equal(row_major[0, :, :4], row_major[2, :, :4])
+    assert torch.equal(row_major[:, 0, 4:], row_major[:, 2, 4:])
+    expected = torch.tensor([2.0, 2.0 / 100]).sin()
+    assert torch.allclose(row_major[1, 2, :2], expected)

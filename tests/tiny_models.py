@@ -1,0 +1,110 @@
+"""One small model of every kind, and batches for it."""
+
+import torch
+from torch import Tensor
+
+from d2v_scale.data.batch import Batch
+from d2v_scale.data2vec.config import TargetConfig
+from d2v_scale.model.config import Backbone, Modality, ModelConfig, Predictor, SpeechStem, TextStem, VisionStem
+from d2v_scale.model.init import InitRule
+
+CONVS = [(16, 10, 5), *[(16, 3, 2)] * 4, *[(16, 2, 2)] * 2]
+WAVE = 6400
+GRID = 4
+
+POST = {"width": 32, "heads": 4, "ffn": 64, "depth": 3}
+PRE = {**POST, "norm_first": True, "norm_eps": 1e-6, "key_bias": False, "layer_scale": 0.1, "final_norm": True}
+
+JITTER = InitRule("normal", 0.1)
+
+TAPS = TargetConfig(tap="ffn", top_k_layers=2, layer_norm="instance")
+
+
+def speech(**options: object) -> SpeechStem:
+    return SpeechStem(conv_layers=CONVS, pos_conv_groups=4, **options)  # type: ignore[arg-type]
+
+
+def text() -> TextStem:
+    return TextStem(vocab_size=40, max_positions=24, mask_id=39)
+
+
+def vision(positions: str) -> VisionStem:
+    return VisionStem(image_size=4 * GRID, patch_size=4, positions=positions)  # type: ignore[arg-type]
+
+
+def decoder(kind: str, **options: object) -> Predictor:
+    return Predictor(kind=kind, width=32, kernel=3, groups=4, layers=2, **options)  # type: ignore[arg-type]
+
+
+def model(name: str, **backbone: object) -> ModelConfig:
+    """`v1_vision` ... `v2_text`; keyword arguments go to the backbone."""
+    post = Backbone(**{**POST, **backbone})  # type: ignore[arg-type]
+    pre = Backbone(**{**PRE, **backbone})  # type: ignore[arg-type]
+    match name:
+        case "v1_vision":
+            return ModelConfig(vision=vision("relative"), backbone=pre, init="beit")
+        case "v1_speech":
+            return ModelConfig(speech=speech(), backbone=post)
+        case "v1_text":
+            return ModelConfig(text=text(), backbone=post, predictor=Predictor(kind="mlp"))
+        case "v2_vision":
+            post.prenet_depth = 1
+            return ModelConfig(visible_only=True, vision=vision("sincos"), backbone=post, predictor=decoder("conv2d"))
+        case "v2_speech":
+            return ModelConfig(visible_only=True, speech=speech(alibi=True), backbone=post, predictor=decoder("conv1d"))
+        case "v2_text":
+            predictor = decoder("conv1d", proj_layers=2, residual=False)
+            return ModelConfig(visible_only=True, text=text(), backbone=post, predictor=predictor)
+    raise KeyError(name)
+
+
+NAMES = ("v1_vision", "v1_speech", "v1_text", "v2_vision", "v2_speech", "v2_text")
+
+
+def modality_of(name: str) -> Modality:
+    return name.split("_")[1]  # type: ignore[return-value]
+
+
+def target_of(name: str) -> TargetConfig:
+    if name == "v1_vision":
+        return TargetConfig(tap="block", top_k_layers=2, layer_norm="layer", final_norm="layer")
+    return TAPS
+
+
+def batch(name: str, samples: int = 3, clones: int = 1, padded: bool = False, seed: int = 0) -> Batch:
+    """Random inputs; every row of a 2.0 batch masks the same number of positions, rows of a 1.0 batch do not."""
+    generator = torch.Generator().manual_seed(seed)
+    modality = modality_of(name)
+    valid: Tensor | None = None
+    student_inputs: Tensor | None = None
+    if modality == "vision":
+        length = GRID * GRID
+        inputs = torch.randn(samples, 3, 4 * GRID, 4 * GRID, generator=generator)
+    elif modality == "speech":
+        length = 19
+        inputs = torch.randn(samples, WAVE, generator=generator)
+        if padded:
+            valid = torch.arange(WAVE)[None] < torch.tensor([WAVE - 900 * i for i in range(samples)])[:, None]
+            inputs = inputs * valid
+    else:
+        length = 20
+        inputs = torch.randint(4, 39, (samples, length), generator=generator)
+        if padded:
+            valid = torch.arange(length)[None] < torch.tensor([length - 4 * i for i in range(samples)])[:, None]
+            inputs = torch.where(valid, inputs, 1)
+    rows = samples * clones
+    ragged = name.startswith("v1")
+    masked = torch.zeros(rows, length, dtype=torch.bool)
+    for row in range(rows):
+        count = 5 + row % 3 if ragged else 8
+        masked[row, torch.randperm(length if valid is None else length // 2, generator=generator)[:count]] = True
+    if name == "v1_text":
+        student_inputs = torch.where(masked[::clones], 39, inputs)
+    return Batch(
+        modality=modality,
+        inputs=inputs,
+        valid=valid,
+        masked_rt=masked,
+        student_inputs=student_inputs,
+        sample_ids=torch.arange(samples) + 100,
+    )
