@@ -7,15 +7,15 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from d2v_scale.checkpoint.config import CheckpointConfig
+from d2v_scale.data.config import DataConfig
 from d2v_scale.data2vec.config import ObjectiveConfig
 from d2v_scale.data2vec.targets import first_tapped_layer, split_norms
-from d2v_scale.data.config import DataConfig
 from d2v_scale.errors import ConfigError
 from d2v_scale.evaluation.config import EvaluationConfig
 from d2v_scale.model.config import ModelConfig, TeacherParts
 from d2v_scale.optim import OptimConfig
 from d2v_scale.parallel.groups import ParallelConfig, data_parallel_size
-from d2v_scale.store.config import CheckpointConfig
 from d2v_scale.teacher import TeacherConfig
 from d2v_scale.tracking.config import TrackingConfig
 

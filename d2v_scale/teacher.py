@@ -236,12 +236,13 @@ class ShardedTeacher:
             if numel:
                 wanted.append((name, parameter, start, numel))
         # One allocation; ranges that the forward pass reads directly need no place in it.
-        one_tensor = [p.ds_tensor.dtype == torch.float32 and p.ds_tensor.device == device for _, p, _, _ in wanted]
+        cuts = [parameter.ds_tensor.data for _, parameter, _, _ in wanted]  # type: ignore[attr-defined]
+        one_tensor = [cut.dtype == torch.float32 and cut.device == device for cut in cuts]
         own = sum(numel for (*_, numel), direct in zip(wanted, one_tensor, strict=True) if not direct)
         self._values = torch.empty(own, dtype=torch.float32, device=device)
         shards, offset = [], 0
-        for (name, parameter, start, numel), direct in zip(wanted, one_tensor, strict=True):
-            compute = parameter.ds_tensor.data.narrow(0, 0, numel)
+        for (name, parameter, start, numel), held, direct in zip(wanted, cuts, one_tensor, strict=True):
+            compute = held.narrow(0, 0, numel)
             if self.student.stage == 3:
                 ours = student_ranges[name]
                 assert (ours.start, ours.numel) == (start, numel), f"{name}: student and teacher are cut differently"

@@ -19,26 +19,13 @@ import torch
 
 from d2v_scale import __version__, faults
 from d2v_scale.checkpoint.commit import commit, retain, sweep, write_tensors, write_text
+from d2v_scale.checkpoint.config import CheckpointConfig
 from d2v_scale.checkpoint.format import FileEntry, Manifest, Piece, describe, directory_name, merge
 from d2v_scale.errors import CheckpointError
 
 log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.05
-
-
-@dataclass(kw_only=True)
-class CheckpointConfig:
-    """How often to save and what to keep."""
-
-    every: int = 1000
-    """Steps between checkpoints; the last step of a run is always saved."""
-    keep_last: int = 2
-    """How many of the newest to keep."""
-    keep_every: int = 0
-    """Also keep those whose step is a multiple of this; 0 keeps none."""
-    peer_timeout: float = 1800.0
-    """Seconds to wait for the slowest rank's file before a save counts as failed."""
 
 
 @dataclass(frozen=True)
@@ -186,7 +173,9 @@ class CheckpointWriter:
             manifest = Manifest(
                 step=step,
                 files=[FileEntry(**report["file"]) for report in reports],
-                tensors=merge([report["layout"] for report in reports], moments=reports[0]["moments"]),
+                tensors=merge(
+                    [report["layout"] for report in reports], moments=any(report["moments"] for report in reports)
+                ),
                 state=state,
                 extra=extra,
                 written_by=__version__,

@@ -8,7 +8,6 @@ import contextlib
 import logging
 import os
 import time
-import warnings
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -189,9 +188,6 @@ def _prepare_accelerator() -> None:
         if "OMP_NUM_THREADS" not in os.environ:
             os.environ["OMP_NUM_THREADS"] = "1"
             torch.set_num_threads(1)
-    # megatron-core's optional CUDA packages, and torch names that DeepSpeed still uses: nothing a user can act on.
-    warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
-    warnings.filterwarnings("ignore", message=r"`torch.distributed.\w+` is deprecated", category=FutureWarning)
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(os.environ.get("D2V_DEEPSPEED_LOG", "WARNING"))
