@@ -1,0 +1,108 @@
+"""The curves of a run: loss and health on one panel."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from d2v_scale.tracking.record import read_records
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+class Group(NamedTuple):
+    """Values that are drawn on one pair of axes."""
+
+    title: str
+    names: tuple[str, ...]
+    """Names, or beginnings of names that end in `*`."""
+    log: bool = False
+
+
+GROUPS = (
+    Group("loss", ("loss", "held_out_loss", "loss/*")),
+    Group("k-NN and probe accuracy", ("knn*", "probe*")),
+    Group("spread (mean std over channels)", ("target_std", "prediction_std", "stem_std")),
+    Group("effective rank", ("target_rank", "prediction_rank")),
+    Group("mean cosine", ("target_cosine", "prediction_cosine")),
+    Group("teacher", ("teacher_*", "distance", "movement"), log=True),
+    Group("gradient norm", ("grad_norm*", "gradient_norm*"), log=True),
+    Group("learning rate", ("lr", "learning_rate")),
+    Group("EMA decay", ("decay", "ema_decay")),
+    Group("samples per second", ("samples_per_second",)),
+    Group(
+        "share of time or memory", ("*_wait_share", "host_cpu_share", "host_memory_used_share", "padding_share", "mfu*")
+    ),
+    Group("memory, GiB", ("host_memory_gib", "device_memory_gib", "device_memory_peak_gib")),
+    Group("skipped and lost", ("skipped*", "lost*", "bad_*")),
+)
+
+
+def series(records: Sequence[dict[str, Any]], name: str, axis: str = "step") -> tuple[list[float], list[float]]:
+    """Positions on `axis` (step, samples or hours) and values of one name, for the records that have it."""
+    chosen = [(float(r[axis]), float(r[name])) for r in records if name in r and axis in r]
+    return [x for x, _ in chosen], [y for _, y in chosen]
+
+
+def names_of(records: Sequence[dict[str, Any]], group: Group) -> list[str]:
+    """The recorded names that belong to a group, in order of first appearance."""
+    seen = {name: None for record in records for name in record}
+
+    def belongs(name: str) -> bool:
+        return any(
+            name == wanted
+            or (wanted.endswith("*") and name.startswith(wanted[:-1]))
+            or (wanted.startswith("*") and name.endswith(wanted[1:]))
+            for wanted in group.names
+        )
+
+    return [name for name in seen if belongs(name)]
+
+
+def plot_health(run_dir: Path, path: Path | None = None) -> Path | None:
+    """Draw every group that has values, over steps, to plots/health.png. None: there are no records yet.
+
+    Points that are not finite are marked at the bottom of their axes: they are what one is looking for.
+    """
+    from matplotlib.figure import Figure
+
+    records = read_records(run_dir)
+    panels = [(group, names) for group in GROUPS if (names := names_of(records, group))]
+    if not panels:
+        return None
+    columns = min(4, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(4.2 * columns, 2.9 * rows + 0.4), layout="constrained")
+    figure.suptitle(f"{run_dir.resolve().name}: step {records[-1]['step']}, {records[-1].get('hours', 0):.2f} h")
+    for index, (group, names) in enumerate(panels):
+        axes = figure.add_subplot(rows, columns, index + 1)
+        _draw(axes, records, group, names)
+        axes.set_xlabel("step" if index >= len(panels) - columns else "")
+    path = path or run_dir / "plots" / "health.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    return path
+
+
+def _draw(axes: "Axes", records: Sequence[dict[str, Any]], group: Group, names: list[str]) -> None:
+    import math
+
+    positive = True
+    for name in names:
+        x, y = series(records, name)
+        finite = [(a, b) for a, b in zip(x, y, strict=True) if math.isfinite(b)]
+        marker = "o" if len(finite) < 15 else ""
+        axes.plot(
+            [a for a, _ in finite], [b for _, b in finite], marker=marker, markersize=3, linewidth=1.2, label=name
+        )
+        broken = [a for a, b in zip(x, y, strict=True) if not math.isfinite(b)]
+        if broken:
+            axes.plot(broken, [0.02] * len(broken), "x", color="red", transform=axes.get_xaxis_transform())
+        positive = positive and all(b > 0 for _, b in finite)
+    if group.log and positive:
+        axes.set_yscale("log")
+    axes.set_title(group.title, fontsize=10)
+    axes.grid(alpha=0.3)
+    axes.tick_params(which="both", labelsize=8)
+    if len(names) > 1 or names[0] != group.title:
+        axes.legend(fontsize=7)

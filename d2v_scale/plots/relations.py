@@ -1,0 +1,108 @@
+"""Pictures of how samples and layers relate: nearest neighbours, and similarity of layers."""
+
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from d2v_scale.evaluation.knn import nearest
+from d2v_scale.plots.samples import log_spectrogram, to_image
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Sample = Tensor | str
+"""An image (C, H, W), a waveform (samples,) or a text."""
+
+
+def plot_neighbours(
+    features_nd: Tensor,
+    samples: Sequence[Sample],
+    labels: Sequence[str],
+    path: Path,
+    *,
+    queries: int = 8,
+    neighbours: int = 5,
+) -> Path:
+    """Each row: a sample and the others nearest to it by cosine similarity, framed green if of the same label."""
+    from matplotlib.figure import Figure
+
+    queries = min(queries, len(samples))
+    neighbours = min(neighbours, len(samples) - 1)
+    chosen = torch.linspace(0, len(samples) - 1, queries).round().long()
+    similarity, index = nearest(features_nd, features_nd[chosen], neighbours + 1)
+    columns = neighbours + 1
+    is_text = isinstance(samples[0], str)
+    figure = Figure(figsize=((2.6 if is_text else 1.5) * columns, 1.5 * queries + 0.4), layout="constrained")
+    for row, query in enumerate(chosen.tolist()):
+        found = [(i, s) for i, s in zip(index[row].tolist(), similarity[row].tolist(), strict=True) if i != query]
+        for column, (item, score) in enumerate([(query, 1.0), *found[:neighbours]]):
+            axes = figure.add_subplot(queries, columns, row * columns + column + 1)
+            _draw_sample(axes, samples[item])
+            title = labels[item] if column == 0 else f"{labels[item]}  {score:.2f}"
+            axes.set_title(title, fontsize=8, fontweight="bold" if column == 0 else "normal", pad=2)
+            colour = "black" if column == 0 else ("#2a9d4a" if labels[item] == labels[query] else "#c8402f")
+            for spine in axes.spines.values():
+                spine.set_visible(True)
+                spine.set_color(colour)
+                spine.set_linewidth(2.0)
+    figure.suptitle("left: a sample; then its nearest neighbours (green: same label) and their cosine", fontsize=10)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    return path
+
+
+def _draw_sample(axes: "Axes", sample: Sample) -> None:
+    axes.set_xticks([], [])
+    axes.set_yticks([], [])
+    if isinstance(sample, str):
+        shown = textwrap.shorten(sample, 150, placeholder=" …")
+        axes.text(
+            0.03, 0.95, textwrap.fill(shown, 34), fontsize=6, va="top", transform=axes.transAxes, parse_math=False
+        )
+    elif sample.dim() == 1:
+        axes.imshow(log_spectrogram(sample), origin="lower", aspect="auto", cmap="magma")
+    else:
+        axes.imshow(to_image(sample), interpolation="nearest")
+
+
+def linear_cka(x_nd: Tensor, y_ne: Tensor) -> float:
+    """Linear centred kernel alignment of two sets of features of the same N samples, in [0, 1].
+
+    ||Y'X||_F^2 / (||X'X||_F ||Y'Y||_F) with centred columns (Kornblith et al. 2019, eq. 4).
+    """
+    x_nd, y_ne = (z.double() - z.double().mean(dim=0) for z in (x_nd, y_ne))
+    cross = (y_ne.T @ x_nd).square().sum()
+    own = (x_nd.T @ x_nd).norm() * (y_ne.T @ y_ne).norm()
+    return float(cross / own.clamp(min=1e-30))
+
+
+def plot_cka(rows_lnd: Tensor, columns_lnd: Tensor, path: Path, *, row_name: str, column_name: str) -> Path:
+    """Heat map of the linear CKA of every layer of one model with every layer of another, on the same N samples."""
+    from matplotlib.figure import Figure
+
+    values = np.array([[linear_cka(x_nd, y_nd) for y_nd in columns_lnd] for x_nd in rows_lnd])
+    figure = Figure(figsize=(1.8 + 0.45 * len(columns_lnd), 1.6 + 0.42 * len(rows_lnd)), layout="constrained")
+    axes = figure.add_subplot()
+    image = axes.imshow(values, origin="lower", vmin=0, vmax=1, cmap="viridis")
+    for row, line in enumerate(values.tolist()):
+        for column, value in enumerate(line):
+            axes.text(
+                column,
+                row,
+                f"{value:.2f}",
+                ha="center",
+                va="center",
+                fontsize=6,
+                color="white" if value < 0.6 else "black",
+            )
+    axes.set_xlabel(f"layer of the {column_name}")
+    axes.set_ylabel(f"layer of the {row_name}")
+    figure.colorbar(image, ax=axes, label="linear CKA", shrink=0.8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    return path

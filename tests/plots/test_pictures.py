@@ -1,0 +1,95 @@
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from d2v_scale.data.batch import Batch
+from d2v_scale.plots.curves import GROUPS, names_of, plot_health, series
+from d2v_scale.plots.relations import linear_cka, plot_cka, plot_neighbours
+from d2v_scale.plots.samples import plot_masks, plot_pca, plot_similarity, principal_colours, to_image
+from d2v_scale.tracking.record import MetricsLog
+
+
+def batch(
+    modality: str, inputs: torch.Tensor, length: int, valid: torch.Tensor | None = None, clones: int = 2
+) -> Batch:
+    rows = inputs.shape[0] * clones
+    masked = torch.rand(rows, length, generator=torch.Generator().manual_seed(0)).argsort(1) < length // 2
+    ids = torch.arange(inputs.shape[0])
+    return Batch(modality=modality, inputs=inputs, valid=valid, masked_rt=masked, sample_ids=ids)  # type: ignore[arg-type]
+
+
+def is_picture(path: Path | None) -> bool:
+    """More than a blank page."""
+    assert path is not None
+    return np.asarray(Image.open(path).convert("L")).std() > 5
+
+
+def test_masks_are_drawn_for_every_modality(tmp_path: Path) -> None:
+    images = torch.rand(3, 3, 16, 16)
+    assert is_picture(plot_masks(batch("vision", images, 16), tmp_path / "vision.png"))
+    waves = torch.randn(2, 8000)
+    valid = torch.arange(8000)[None] < torch.tensor([[8000], [5000]])
+    assert is_picture(plot_masks(batch("speech", waves, 24, valid), tmp_path / "speech.png"))
+    tokens = torch.randint(5, 100, (2, 60))
+    assert is_picture(plot_masks(batch("text", tokens, 60), tmp_path / "text.png", decode=lambda i: f"${i}"))
+
+
+def test_features_are_drawn(tmp_path: Path) -> None:
+    assert is_picture(plot_pca(torch.rand(3, 1, 16, 16), torch.randn(3, 16, 8), tmp_path / "pca.png"))
+    assert is_picture(plot_similarity(torch.randn(8000), torch.randn(24, 8), tmp_path / "similarity.png"))
+    layers = torch.randn(3, 20, 8)
+    assert is_picture(plot_cka(layers, layers, tmp_path / "cka.png", row_name="teacher", column_name="student"))
+
+
+@pytest.mark.parametrize("samples", [list(torch.rand(6, 1, 8, 8)), list(torch.randn(6, 300)), ["a b $x_", "c"] * 3])
+def test_neighbours_are_drawn(tmp_path: Path, samples: list[torch.Tensor] | list[str]) -> None:
+    path = plot_neighbours(torch.randn(6, 4), samples, ["x", "y"] * 3, tmp_path / "n.png", queries=3)
+    assert is_picture(path)
+
+
+def test_one_colour_means_one_thing() -> None:
+    features = torch.zeros(2, 4, 8)
+    features[0, :2] = features[1, 2:] = torch.randn(8)
+    colours = principal_colours(features)
+    assert colours.min() >= 0
+    assert colours.max() <= 1
+    assert torch.allclose(colours[0, 0, 0], colours[1, 3, 0])
+    assert (colours[0, 0, 0] - colours[0, 3, 0]).abs() > 0.9
+
+
+def test_a_constant_image_is_shown() -> None:
+    assert np.isfinite(to_image(torch.ones(1, 4, 4))).all()
+
+
+def test_cka_ignores_rotation_and_scale_and_tells_unrelated_apart() -> None:
+    x = torch.randn(200, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    rotation, _ = torch.linalg.qr(torch.randn(8, 8, dtype=torch.float64))
+    assert linear_cka(x, 3 * x @ rotation + 5) == pytest.approx(1.0)
+    assert linear_cka(x, torch.randn(200, 8)) < 0.2
+
+
+def test_health_panel_shows_non_finite_points(tmp_path: Path) -> None:
+    assert plot_health(tmp_path) is None
+    log = MetricsLog(tmp_path)
+    for step in range(1, 30):
+        log.write(step, step, {"loss": 1 / step, "grad_norm": math.nan if step == 5 else 1.0})
+    log.write(29, 29, {"knn": 0.5})
+    log.close()
+    assert is_picture(plot_health(tmp_path))
+    assert (tmp_path / "plots" / "health.png").exists()
+
+
+def test_series_and_groups() -> None:
+    records = [
+        {"step": 1, "samples": 8, "loss": 2.0},
+        {"step": 2, "samples": 16, "knn_teacher": 0.5, "data_wait_share": 0.1},
+    ]
+    assert series(records, "knn_teacher", "samples") == ([16.0], [0.5])
+    found = {group.title: names_of(records, group) for group in GROUPS}
+    assert found["loss"] == ["loss"]
+    assert found["k-NN and probe accuracy"] == ["knn_teacher"]
+    assert found["share of time or memory"] == ["data_wait_share"]
