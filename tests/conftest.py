@@ -1,14 +1,11 @@
 """Fixtures that any test may ask for. This folder is importable from every test."""
 
-from collections.abc import Iterator
-
 import pytest
 
 
 @pytest.fixture
-def world_of_one() -> Iterator[None]:
+def world_of_one() -> None:
     """Process groups of a single process, which models need to be built."""
     from d2v_scale.parallel import groups
 
     groups.single_process()
-    yield

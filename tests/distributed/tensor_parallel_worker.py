@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import tiny_models
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from d2v_scale.data2vec import loss
 from d2v_scale.data2vec.config import LossConfig
@@ -63,23 +63,23 @@ def run_case(name: str, padded: bool) -> dict[str, Tensor]:
 
 
 def compare(
-    case: str, ours: dict[str, Tensor], reference: dict[str, Tensor], student_parameters: dict[str, Tensor]
+    case: str, ours: dict[str, Tensor], reference: dict[str, Tensor], parameters: dict[str, nn.Parameter]
 ) -> None:
     assert set(ours) == set(reference), case
     for key, tensor in ours.items():
         expected = reference[key]
         kind, _, name = key.partition(".")
         if kind in ("gradient", "weight"):
-            expected = tensor_parallel_slice(student_parameters[name], expected)  # type: ignore[arg-type]
+            expected = tensor_parallel_slice(parameters[name], expected)
         assert tensor.shape == expected.shape, (case, key)
         scale = max(1.0, float(expected.abs().max()))
         difference = float((tensor - expected).abs().max())
         assert difference < 2e-5 * scale, f"{case} {key}: {difference}"
 
 
-def replicated_parameters_agree(case: str, ours: dict[str, Tensor], student_parameters: dict[str, Tensor]) -> None:
+def replicated_parameters_agree(case: str, ours: dict[str, Tensor], parameters: dict[str, nn.Parameter]) -> None:
     """Bitwise, after several steps: a replicated parameter that misses a gradient reduction drifts apart unseen."""
-    for name, parameter in student_parameters.items():
+    for name, parameter in parameters.items():
         if getattr(parameter, "tensor_model_parallel", False):
             continue
         copies = [torch.empty_like(ours[f"weight.{name}"]) for _ in range(dist.get_world_size())]
