@@ -1,0 +1,39 @@
+"""Compare this package with a recorded reference run: one line a quantity. Exit code 1 if one differs, 2: bad input."""
+
+import argparse
+import os
+import sys
+import warnings
+from pathlib import Path
+
+# The package is beside this folder; nothing in tools/ may shadow a module.
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+def main() -> int:
+    """Run the comparison that the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("fixture", type=Path, help="folder with meta.json, io, student_init, teacher_init, ...")
+    fixture = parser.parse_args().fixture
+
+    warnings.filterwarnings("ignore", module="megatron")
+    from d2v_scale.errors import EXIT_BAD_INPUT, UserError
+    from d2v_scale.interop.golden_check import check, summary
+    from d2v_scale.parallel.groups import single_process
+
+    single_process()
+    quantities = []
+    try:
+        for quantity in check(fixture):
+            print(quantity.line(), flush=True)
+            quantities.append(quantity)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    print(f"{fixture}: {summary(quantities)}")
+    return 1 if any(quantity.passed is False for quantity in quantities) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
