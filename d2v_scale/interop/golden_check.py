@@ -225,10 +225,8 @@ def _weights(name: str, ours: Mapping[str, Tensor], reference: Mapping[str, Tens
     largest = float(everything.max())
     share = float((everything <= WEIGHTS_MOST).double().mean())
     worst = max(gaps, key=lambda key: float(gaps[key].max()))
-    biggest = (
-        max(float(ours[key].abs().max()) for key in reference),
-        max(float(t.abs().max()) for t in reference.values()),
-    )
+    biggest = max(float(ours[key].abs().max()) for key in reference)
+    biggest_reference = max(float(tensor.abs().max()) for tensor in reference.values())
     passed = share >= 0.999 and largest <= WEIGHTS_ALL
     note = f"{len(reference)} keys, {100 * share:.3f} % within {WEIGHTS_MOST:g}, worst {worst}"
     return Quantity(name, biggest, biggest_reference, largest, passed, note)
