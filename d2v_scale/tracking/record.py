@@ -37,6 +37,9 @@ class MetricsLog:
             name for record in kept if record["step"] == resume_step for name in record if name not in AXES
         }
         self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        self._unwritten = b""
+        self.trouble: OSError | None = None
+        """Why the newest lines are not in the file yet (a full disk, say). They are kept and tried again."""
 
     def write(self, step: int, samples: int, values: Mapping[str, float]) -> dict[str, Any]:
         """Append one record and return it. Values may be 0-d tensors (read here, so a device is waited for here).
@@ -49,11 +52,21 @@ class MetricsLog:
         hours = self._hours_before + (clock.monotonic() - self._opened) / 3600
         record = {"step": int(step), "samples": int(samples), "time": clock.time(), "hours": round(hours, 7), **numbers}
         if numbers:
-            os.write(self._file, (json.dumps(record) + "\n").encode())
+            self._unwritten += (json.dumps(record) + "\n").encode()
+            self._drain()
         return record
+
+    def _drain(self) -> None:
+        try:
+            while self._unwritten:
+                self._unwritten = self._unwritten[os.write(self._file, self._unwritten) :]
+            self.trouble = None
+        except OSError as error:
+            self.trouble = error
 
     def flush(self) -> None:
         """Force the record to disk; call it before a checkpoint is committed, so that no power loss leaves a gap."""
+        self._drain()
         os.fsync(self._file)
 
     def close(self) -> None:

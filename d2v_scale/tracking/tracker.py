@@ -31,6 +31,7 @@ class RunTracker:
         self._log: MetricsLog | None = None
         self._terminal: Terminal | None = None
         self._mirror: subprocess.Popen[bytes] | None = None
+        self._complained = False
 
     def start(
         self,
@@ -69,6 +70,11 @@ class RunTracker:
         if self._log is None or self._terminal is None:
             return
         self._terminal.record(self._log.write(step, samples, values))
+        if self._log.trouble is not None and not self._complained:
+            self._complained = True
+            self.message(
+                f"{self._log.path} takes no lines ({self._log.trouble}); they are kept in memory and tried again."
+            )
         self._relay()
 
     def message(self, text: str) -> None:
@@ -114,7 +120,10 @@ class RunTracker:
         self._terminal.close()
 
     def _event(self, event: str, **content: Any) -> None:
-        append_event(self.run_dir, event, **content)
+        try:
+            append_event(self.run_dir, event, **content)
+        except OSError as error:
+            self.message(f"{self.run_dir / EVENTS_FILE} takes no lines ({error}): MLflow will not hear of {event}.")
 
     def _start_mirror(self) -> None:
         command = [sys.executable, "-m", "d2v_scale.tracking.mirror", str(self.run_dir.resolve())]

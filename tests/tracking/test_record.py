@@ -1,5 +1,7 @@
+import errno
 import json
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -137,3 +139,23 @@ def test_flatten_names_nested_keys() -> None:
         "e": "{}",
         "f": "x",
     }
+
+
+def test_a_full_disk_loses_no_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = MetricsLog(tmp_path)
+    log.write(1, 1, {"loss": 1.0})
+    real = os.write
+
+    def half(file: int, data: bytes) -> int:
+        if len(data) < 10:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(file, data[: len(data) // 2])
+
+    monkeypatch.setattr(os, "write", half)
+    log.write(2, 2, {"loss": 1.0})
+    assert log.trouble is not None
+    monkeypatch.setattr(os, "write", real)
+    log.write(3, 3, {"loss": 1.0})
+    assert log.trouble is None
+    log.close()
+    assert steps(tmp_path) == [1, 2, 3]
