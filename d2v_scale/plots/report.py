@@ -1,0 +1,214 @@
+"""One page about one run or several: figures, differences, curves, incidents, pictures. Needs no network to be read."""
+
+import base64
+import html
+import io
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from d2v_scale.plots.curves import GROUPS, names_of, series
+from d2v_scale.tracking.summary import RunSummary, recipe_differences
+
+AXES = {"step": "step", "samples": "samples seen", "hours": "hours of wall clock"}
+_LINES = ("-", "--", ":", "-.")
+_MAX_POINTS = 1000
+
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 1240px; padding: 0 1rem; color: #1d2129; }
+h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; border-bottom: 1px solid #d6d9e0; }
+table { border-collapse: collapse; }
+th, td { padding: .25rem .8rem; text-align: right; border-bottom: 1px solid #e6e8ee; }
+th:first-child, td:first-child, td.text { text-align: left; } th { font-weight: 600; }
+td { font-variant-numeric: tabular-nums; }
+.swatch { display: inline-block; width: .8em; height: .8em; border-radius: 2px; }
+.curves { display: none; }
+.tabs > label { padding: .2rem .9rem; border: 1px solid #c8ccd6; border-radius: 4px; cursor: pointer; }
+.tabs > input { position: absolute; opacity: 0; }
+#axis-step:checked ~ #curves-step, #axis-samples:checked ~ #curves-samples, #axis-hours:checked ~ #curves-hours
+  { display: block; }
+#axis-step:checked + label, #axis-samples:checked + label, #axis-hours:checked + label
+  { background: #1d2129; color: #fff; }
+#axis-step:focus-visible + label, #axis-samples:focus-visible + label, #axis-hours:focus-visible + label
+  { outline: 2px solid #3b6fd4; }
+.curves svg, .pictures img { max-width: 100%; height: auto; } .pictures { display: flex; flex-wrap: wrap; gap: 1rem; }
+figure { margin: 0; flex: 1 1 480px; } figcaption { font-size: .85rem; color: #555c6b; }
+.scroll { overflow-x: auto; } .quiet { color: #6a7180; }
+"""
+
+
+def write_report(run_dirs: Sequence[Path], path: Path) -> Path:
+    """Write the page. Raises FileNotFoundError for a directory without a record."""
+    summaries = [RunSummary.load(run_dir) for run_dir in run_dirs]
+    colours = _colours(len(summaries))
+    title = summaries[0].name if len(summaries) == 1 else f"Comparison of {len(summaries)} runs"
+    body = [
+        f"<h1>{html.escape(title)}</h1>",
+        f'<p class="quiet">Written {time.strftime("%F %H:%M UTC", time.gmtime())} by d2v_scale.</p>',
+        _section("Runs", _overview(summaries, colours)),
+        _section("What differs in the recipe", _differences(summaries)),
+        _section("Curves", _curves(summaries, colours)),
+        _section("Incidents", _incidents(summaries)),
+        _section("Pictures", _pictures(summaries)),
+        _section("Where it ran", _environment(summaries)),
+    ]
+    page = f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
+    page += f"<style>{_STYLE}</style></head><body>{''.join(body)}</body></html>\n"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(page)
+    return path
+
+
+def _section(title: str, content: str) -> str:
+    return f"<h2>{title}</h2>{content}"
+
+
+def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """Cells are HTML."""
+    top = "".join(f"<th>{cell}</th>" for cell in head)
+    lines = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
+    return f'<div class="scroll"><table><tr>{top}</tr>{lines}</table></div>'
+
+
+def _number(value: float | None, form: str = ".4g") -> str:
+    return "–" if value is None else format(value, form)
+
+
+def _overview(summaries: Sequence[RunSummary], colours: Sequence[str]) -> str:
+    head = ["run", "ended", "steps", "samples", "hours", "loss first", "loss last", "k-NN first", "k-NN best",
+            "k-NN last", "samples/s", "data wait", "incidents"]  # fmt: skip
+    rows = []
+    for summary, colour in zip(summaries, colours, strict=True):
+        knn = next((name for name in ("knn_accuracy", "knn") if summary.last(name) is not None), "knn")
+        rows.append(
+            [
+                f'<span class="swatch" style="background:{colour}"></span> {html.escape(summary.name)}',
+                html.escape(summary.outcome),
+                _number(summary.last("step"), "d"),
+                _number(summary.last("samples"), ",d"),
+                _number(summary.last("hours"), ".3g"),
+                _number(summary.first("loss")),
+                _number(summary.last("loss")),
+                _number(summary.first(knn), ".3f"),
+                _number(summary.best(knn), ".3f"),
+                _number(summary.last(knn), ".3f"),
+                _number(summary.median("samples_per_second"), ",.0f"),
+                _number(summary.median("data_wait_share"), ".1%"),
+                str(len(summary.incidents)),
+            ]
+        )
+    return _table(head, rows)
+
+
+def _differences(summaries: Sequence[RunSummary]) -> str:
+    if len(summaries) == 1:
+        return '<p class="quiet">One run: nothing to compare.</p>'
+    different = recipe_differences(summaries)
+    if not different:
+        return "<p>The recipes are the same.</p>"
+    rows = [
+        [html.escape(key), *("–" if value is None else html.escape(value) for value in values)]
+        for key, values in different.items()
+    ]
+    return _table(["key", *(html.escape(summary.name) for summary in summaries)], rows)
+
+
+def _curves(summaries: Sequence[RunSummary], colours: Sequence[str]) -> str:
+    """The same panels over each of the axes, chosen by a radio button: no script."""
+    parts = ['<div class="tabs">']
+    for index, (axis, label) in enumerate(AXES.items()):
+        checked = " checked" if index == 0 else ""
+        parts.append(
+            f'<input type="radio" name="axis" id="axis-{axis}"{checked}><label for="axis-{axis}">{label}</label> '
+        )
+    for axis, label in AXES.items():
+        parts.append(f'<div class="curves" id="curves-{axis}">{_panels(summaries, colours, axis, label)}</div>')
+    return "".join([*parts, "</div>"])
+
+
+def _panels(summaries: Sequence[RunSummary], colours: Sequence[str], axis: str, label: str) -> str:
+    """One SVG: a panel a group; a colour a run, a line style a name."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    groups = []
+    for group in GROUPS:
+        names = list(dict.fromkeys(name for summary in summaries for name in names_of(summary.records, group)))
+        if names:
+            groups.append((group, names))
+    if not groups:
+        return "<p>No values are recorded yet.</p>"
+    columns = min(3, len(groups))
+    rows = -(-len(groups) // columns)
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "d2v_scale"}):
+        figure = Figure(figsize=(4.1 * columns, 2.9 * rows), layout="constrained")
+        for index, (group, names) in enumerate(groups):
+            axes = figure.add_subplot(rows, columns, index + 1)
+            lowest = float("inf")
+            for summary, colour in zip(summaries, colours, strict=True):
+                for number, name in enumerate(names):
+                    x, y = series(summary.records, name, axis)
+                    keep = slice(None, None, max(1, len(x) // _MAX_POINTS))
+                    style = {"linestyle": _LINES[number % len(_LINES)], "linewidth": 1.3, "color": colour}
+                    axes.plot(x[keep], y[keep], marker="o" if len(x) < 15 else "", markersize=3, **style)  # type: ignore[arg-type]
+                    lowest = min([lowest, *y])
+            if group.log and lowest > 0:
+                axes.set_yscale("log")
+            axes.set_title(group.title, fontsize=10)
+            axes.set_xlabel(label, fontsize=8)
+            axes.grid(alpha=0.3)
+            axes.tick_params(which="both", labelsize=7)
+            if len(names) > 1:
+                for number, name in enumerate(names):
+                    axes.plot([], [], color="black", linestyle=_LINES[number % len(_LINES)], label=name)
+                axes.legend(fontsize=7)
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg")
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]
+    # Identifiers are page-wide, and there is one drawing for each axis.
+    return svg.replace('id="', f'id="{axis}-').replace('"#', f'"#{axis}-').replace("url(#", f"url(#{axis}-")
+
+
+def _incidents(summaries: Sequence[RunSummary]) -> str:
+    rows = [
+        [
+            html.escape(summary.name),
+            "–" if incident.step is None else str(incident.step),
+            time.strftime("%F %T", time.gmtime(incident.time)) if incident.time else "–",
+            f'<span class="text">{html.escape(incident.what)}</span>',
+        ]
+        for summary in summaries
+        for incident in summary.incidents
+    ]
+    return _table(["run", "step", "time (UTC)", "what"], rows) if rows else "<p>None.</p>"
+
+
+def _pictures(summaries: Sequence[RunSummary]) -> str:
+    names = sorted({path.name for summary in summaries for path in (summary.run_dir / "plots").glob("*.png")})
+    parts = []
+    for name in names:
+        shown = []
+        for summary in summaries:
+            path = summary.run_dir / "plots" / name
+            if path.exists():
+                data = base64.b64encode(path.read_bytes()).decode()
+                caption = html.escape(f"{summary.name}: {path.stem}")
+                image = f'<img alt="{caption}" src="data:image/png;base64,{data}">'
+                shown.append(f"<figure>{image}<figcaption>{caption}</figcaption></figure>")
+        parts.append(f'<div class="pictures">{"".join(shown)}</div>')
+    return "".join(parts) or "<p>None were drawn.</p>"
+
+
+def _environment(summaries: Sequence[RunSummary]) -> str:
+    keys = list(dict.fromkeys(key for summary in summaries for key in sorted(summary.tags)))
+    rows = [[html.escape(key), *(html.escape(summary.tags.get(key, "–")) for summary in summaries)] for key in keys]
+    return _table(["", *(html.escape(summary.name) for summary in summaries)], rows) if rows else "<p>Not recorded.</p>"
+
+
+def _colours(count: int) -> list[str]:
+    import matplotlib
+    from matplotlib.colors import to_hex
+
+    wheel = [to_hex(colour) for colour in matplotlib.colormaps["tab10"].colors]  # type: ignore[attr-defined]
+    return [wheel[index % len(wheel)] for index in range(count)]

@@ -1,0 +1,144 @@
+"""What a run directory says about its run: figures, recipe, incidents."""
+
+import json
+import math
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from d2v_scale.tracking.mirror_state import EVENTS_FILE
+from d2v_scale.tracking.record import METRICS_FILE, SUPERSEDED_FILE, parse_lines, read_records
+from d2v_scale.tracking.tracker import flatten
+
+
+@dataclass(kw_only=True)
+class Incident:
+    """Something that interrupted or damaged a run."""
+
+    time: float
+    """Unix seconds; 0 if unknown."""
+    step: int | None
+    what: str
+
+
+@dataclass(kw_only=True)
+class RunSummary:
+    """One run, read from its directory; nothing else is asked."""
+
+    run_dir: Path
+    name: str
+    records: list[dict[str, Any]]
+    recipe: dict[str, str]
+    """Dotted keys of the resolved recipe."""
+    tags: dict[str, str]
+    outcome: str
+    """From status.json; `in progress or lost` when there is none."""
+    incidents: list[Incident]
+
+    @classmethod
+    def load(cls, run_dir: Path) -> "RunSummary":
+        """Raises FileNotFoundError if the directory holds no record."""
+        if not (run_dir / METRICS_FILE).exists():
+            raise FileNotFoundError(f"{run_dir} holds no {METRICS_FILE}; give the directory of a run.")
+        records = read_records(run_dir)
+        events = list(_lines(run_dir / EVENTS_FILE))
+        status = _json(run_dir / "status.json")
+        tags = {
+            key: value for event in events if event.get("event") == "tags" for key, value in event["values"].items()
+        }
+        return cls(
+            run_dir=run_dir,
+            name=run_dir.resolve().name,
+            records=records,
+            recipe=_recipe(run_dir),
+            tags=tags,
+            outcome=f"{status['outcome']}: {status['reason']}" if "outcome" in status else "in progress or lost",
+            incidents=sorted(_incidents(run_dir, records, events, status), key=lambda incident: incident.time),
+        )
+
+    def first(self, name: str) -> float | None:
+        """The first recorded value of a name."""
+        return next((record[name] for record in self.records if name in record), None)
+
+    def last(self, name: str) -> float | None:
+        """The last recorded value of a name."""
+        return next((record[name] for record in reversed(self.records) if name in record), None)
+
+    def best(self, name: str) -> float | None:
+        """The largest finite value of a name."""
+        return max((r[name] for r in self.records if name in r and math.isfinite(r[name])), default=None)
+
+    def median(self, name: str) -> float | None:
+        """The median of a name's values after the first tenth of them (start-up)."""
+        values = [record[name] for record in self.records if name in record]
+        return statistics.median(values[len(values) // 10 :]) if values else None
+
+
+def recipe_differences(summaries: Sequence[RunSummary]) -> dict[str, list[str | None]]:
+    """Recipe keys in which the runs differ, each with every run's value (None: has no such key)."""
+    keys = {key: None for summary in summaries for key in summary.recipe}
+    rows = {key: [summary.recipe.get(key) for summary in summaries] for key in keys}
+    return {key: values for key, values in rows.items() if len(set(values)) > 1}
+
+
+def _recipe(run_dir: Path) -> dict[str, str]:
+    import yaml
+
+    path = run_dir / "recipe.yaml"
+    content = yaml.safe_load(path.read_text()) if path.exists() else None
+    return flatten(content) if isinstance(content, dict) else {}
+
+
+def _incidents(
+    run_dir: Path, records: Sequence[dict[str, Any]], events: Sequence[dict[str, Any]], status: dict[str, Any]
+) -> Iterator[Incident]:
+    starts = [event["time"] for event in events if event.get("event") == "begin"]
+    for start in starts[1:]:
+        before = [record["step"] for record in records if record["time"] < start]
+        yield Incident(time=start, step=max(before, default=0), what="restarted or resumed")
+    superseded = run_dir / SUPERSEDED_FILE
+    lost = [record["step"] for _, _, record in parse_lines(superseded.read_bytes())] if superseded.exists() else []
+    if lost:
+        yield Incident(
+            time=0.0,
+            step=min(lost),
+            what=f"{len(set(lost))} recorded steps between {min(lost)} and {max(lost)} were done again",
+        )
+    for line in _lines(run_dir / "recipe_changes.jsonl"):
+        changes = ", ".join(f"{key}: {change['from']} to {change['to']}" for key, change in line["changed"].items())
+        yield Incident(time=line["time"], step=None, what=f"recipe changed: {changes}")
+    yield from _value_incidents(records)
+    if status.get("outcome") == "failed":
+        yield Incident(time=status.get("time", 0.0), step=status.get("step"), what=f"failed: {status['reason']}")
+
+
+def _value_incidents(records: Sequence[dict[str, Any]]) -> Iterator[Incident]:
+    """Non-finite values (each name's first), and growth of counters of what was skipped or lost."""
+    reported: set[str] = set()
+    counters: dict[str, float] = {}
+    for record in records:
+        for name, value in record.items():
+            if not math.isfinite(value) and name not in reported:
+                reported.add(name)
+                yield Incident(time=record["time"], step=record["step"], what=f"{name} is {value}")
+            if name.startswith(("skipped", "lost", "bad_")) and value > counters.get(name, 0.0):
+                yield Incident(time=record["time"], step=record["step"], what=f"{name} is now {value:g}")
+                counters[name] = value
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    if path.exists():
+        for line in path.read_text().splitlines():
+            try:
+                yield json.loads(line)
+            except ValueError:  # torn by a crash
+                continue
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
