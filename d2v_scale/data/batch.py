@@ -80,3 +80,19 @@ class Batch:
         }
         moved["layout"] = self.layout.to(device)
         return replace(self, **moved)  # type: ignore[arg-type]
+
+    def pin_memory(self) -> "Batch":
+        """The same batch in page-locked memory, from which copies to the device overlap with computation."""
+        pinned: dict[str, Tensor | Layout] = {
+            f.name: value.pin_memory() for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)
+        }
+        visible_rs = None if self.layout.visible_rs is None else self.layout.visible_rs.pin_memory()
+        pinned["layout"] = Layout(masked_n=self.layout.masked_n.pin_memory(), visible_rs=visible_rs)
+        return replace(self, **pinned)  # type: ignore[arg-type]
+
+    def record_stream(self, stream: torch.cuda.Stream) -> None:
+        """Tell the allocator that `stream` uses the tensors, which were made on another."""
+        tensors = [getattr(self, f.name) for f in fields(self)]
+        for tensor in (*tensors, self.layout.masked_n, self.layout.visible_rs):
+            if isinstance(tensor, Tensor):
+                tensor.record_stream(stream)

@@ -1,0 +1,184 @@
+"""From decoded rows to a `Batch` with its masks."""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from d2v_scale.data.batch import Batch
+from d2v_scale.data.plan import PlannedBatch
+from d2v_scale.data.reading import Fault, RawSample, SampleFault, SampleStore
+from d2v_scale.data2vec import masking
+from d2v_scale.data2vec.config import CompatConfig, MaskingConfig
+from d2v_scale.data2vec.stateless import array_keys, array_uniform
+from d2v_scale.model.config import Modality, ModelConfig
+
+
+class Row(NamedTuple):
+    """One decoded sample."""
+
+    key: str
+    values: NDArray[Any]
+
+
+@dataclass
+class Stacked:
+    """The inputs of a batch, and what its masks need to know."""
+
+    inputs: Tensor
+    valid: Tensor | None = None
+    """True where `inputs` is real; None: everywhere."""
+    grid: tuple[int, int] | None = None
+    """Rows and columns of positions; None where positions are a line."""
+    length: int | None = None
+    """T, positions in a line."""
+    valid_lengths: NDArray[np.int64] | None = None
+    """(B,) real positions of each row; None: all."""
+
+    @property
+    def positions(self) -> int:
+        """T."""
+        if self.grid is not None:
+            return self.grid[0] * self.grid[1]
+        assert self.length is not None
+        return self.length
+
+
+class Decoder(Protocol):
+    """How one modality's samples become rows and rows a batch."""
+
+    extensions: tuple[str, ...]
+    draws: int
+    """Uniforms that `training_row` takes."""
+
+    def training_row(self, store: SampleStore, shard: int, item: int, length: int, draws: NDArray[np.float64]) -> Row:
+        """One planned item, cropped and augmented. Raises SampleFault or whatever a decoder raises."""
+
+    def evaluation_row(self, sample: RawSample) -> NDArray[Any]:
+        """One sample without randomness."""
+
+    def stack(self, rows: list[NDArray[Any]]) -> Stacked:
+        """Rows to a batch."""
+
+    def blank(self) -> NDArray[Any]:
+        """A row of a batch that has none."""
+
+
+def make_decoder(modality: Modality, data: Any, model: ModelConfig, tokenizer: Any = None) -> Decoder:
+    """The decoder of a modality. Raises ConfigError where data and model do not fit."""
+    if modality == "vision":
+        from d2v_scale.data.vision import VisionDecoder
+
+        assert model.vision is not None
+        return VisionDecoder(data.vision, model.vision)
+    if modality == "speech":
+        from d2v_scale.data.speech import SpeechDecoder
+
+        assert model.speech is not None
+        return SpeechDecoder(data.speech, model.speech)
+    from d2v_scale.data.text import TextDecoder
+
+    assert model.text is not None
+    return TextDecoder(data.text, model.text, tokenizer)
+
+
+def read_rows(
+    planned: PlannedBatch, store: SampleStore, decoder: Decoder, seed: int
+) -> tuple[list[Row], list[int], list[Fault]]:
+    """The rows that can be delivered, their numbers in `planned`, and a fault for each of the others."""
+    keys_n = array_keys(planned.sample_ids, "crop", seed)
+    keys_n = array_keys(keys_n.view(np.int64) ^ planned.epoch_n, "epoch")
+    draws_nk = array_uniform(keys_n, decoder.draws)
+    rows, kept, faults = [], [], []
+    for k, (shard, item) in enumerate(zip(planned.shard_n.tolist(), planned.item_n.tolist(), strict=True)):
+        try:
+            rows.append(decoder.training_row(store, shard, item, planned.length, draws_nk[k]))
+            kept.append(k)
+        except SampleFault as error:
+            faults.append(error.fault)
+        except Exception as error:  # a decoder raises anything for damaged content, and one sample must not end a run
+            faults.append(store.describe(shard, item, f"cannot be decoded: {type(error).__name__}: {error}"))
+    return rows, kept, faults
+
+
+class Collator:
+    """Makes batches of one modality: inputs, masks, and what a 1.0 text student reads."""
+
+    def __init__(
+        self,
+        modality: Modality,
+        decoder: Decoder,
+        model: ModelConfig,
+        masks: MaskingConfig,
+        compat: CompatConfig,
+        seed: int,
+    ) -> None:
+        self._modality: Modality = modality
+        self._decoder = decoder
+        self._model = model
+        self._masking = masks
+        self._compat = compat
+        self._seed = seed
+
+    def batch(
+        self, rows: list[Row], planned: PlannedBatch, kept: list[int], *, step: int, source: str, lost: int
+    ) -> Batch:
+        """The batch of `rows`, which are the `kept` of `planned`.
+
+        Where nothing could be read, or more ranks than samples leave a rank without any: one blank row with nothing
+        masked, so that every rank runs the same layers and the loss does not change.
+        """
+        ids = planned.sample_ids[kept]
+        epoch = int(planned.epoch_n[0]) if len(planned) else 0
+        common: dict[str, Any] = {"modality": self._modality, "source": source, "epoch": epoch, "lost": lost}
+        if not rows:
+            stacked = self._decoder.stack([self._decoder.blank()])
+            nothing_rt = torch.zeros(self._masking.clones, stacked.positions, dtype=torch.bool)
+            return Batch(
+                inputs=stacked.inputs,
+                valid=stacked.valid,
+                masked_rt=nothing_rt,
+                student_inputs=stacked.inputs if self._replaces_tokens else None,
+                sample_ids=torch.full((1,), -1),
+                keys=("",),
+                **common,
+            )
+        stacked = self._decoder.stack([row.values for row in rows])
+        masks = masking.collate(
+            self._masking,
+            length=stacked.length,
+            grid=stacked.grid,
+            sample_ids=ids,
+            valid_lengths=stacked.valid_lengths,
+            seed=self._seed,
+            step=step,
+            compat=self._compat,
+        )
+        return Batch(
+            inputs=stacked.inputs,
+            valid=stacked.valid,
+            masked_rt=torch.from_numpy(masks.masked_rt),
+            student_inputs=self._student_tokens(stacked.inputs, masks) if self._replaces_tokens else None,
+            sample_ids=torch.from_numpy(ids),
+            keys=tuple(row.key for row in rows),
+            **common,
+        )
+
+    @property
+    def _replaces_tokens(self) -> bool:
+        return self._modality == "text" and not self._model.visible_only
+
+    def _student_tokens(self, tokens_bt: Tensor, masks: masking.Masks) -> Tensor:
+        stem = self._model.text
+        assert stem is not None
+        replaced = masking.replace_tokens(
+            tokens_bt.numpy(),
+            masks,
+            vocab_size=stem.vocab_size,
+            mask_id=stem.mask_id,
+            special_ids=[stem.bos_id, stem.pad_id, stem.eos_id, stem.unk_id],
+        )
+        return torch.from_numpy(replaced)

@@ -1,0 +1,166 @@
+"""What is read, how it is cropped and augmented, and what happens when some of it is unreadable."""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+from d2v_scale.errors import ConfigError
+from d2v_scale.model.config import Modality
+
+
+@dataclass(kw_only=True)
+class SourceConfig:
+    """One set of shards. Several sources are mixed step by step; a step reads one source."""
+
+    shards: str = ""
+    """Path with {000000..000099}, glob, directory, index file (*.index.json), `pipe:` command or object-store URL."""
+    modality: Modality = "vision"
+    """What the shards hold: vision, speech or text."""
+    name: str = ""
+    """Name in logs and checkpoints; empty: the modality, numbered where several sources share it."""
+    weight: float = 1.0
+    """Relative share of the steps that read this source, before `temperature`."""
+    index: str | None = None
+    """Index file (*.index.json) of shards that are not local; null: looked for beside the shards."""
+
+
+@dataclass(kw_only=True)
+class VisionData:
+    """Images to square inputs. Defaults: the 1.0 and 2.0 ImageNet recipes without colour jitter."""
+
+    crop_scale: tuple[float, float] = (0.2, 1.0)
+    """Area of the random crop as a fraction of the image: smallest, largest (1.0: 0.08, 2.0: 0.2)."""
+    crop_ratio: tuple[float, float] = (0.75, 4 / 3)
+    """Width over height of the random crop: smallest, largest."""
+    flip: float = 0.5
+    """Probability of a horizontal flip."""
+    jitter: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    """Strength of the brightness, contrast and saturation jitter (1.0: 0.4 each). 0 is none."""
+    mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])
+    """Mean of each channel, of pixels scaled to 0..1. The first values are used where the model has fewer channels."""
+    std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])
+    """Standard deviation of each channel, of pixels scaled to 0..1."""
+    evaluation_crop: float = 0.875
+    """Side of the centre crop in evaluation as a fraction of the shorter side (224 of 256)."""
+    max_pixels: int = 100_000_000
+    """Images with more pixels are refused undecoded: a decompression bomb would exhaust memory."""
+
+
+@dataclass(kw_only=True)
+class SpeechData:
+    """Recordings to waveforms of 16 kHz, each normalised over the whole file before it is cropped."""
+
+    min_seconds: float = 0.1
+    """Shorter recordings are left out, seconds (published recipes: 2)."""
+    max_seconds: float = 20.0
+    """Longer recordings are cropped to this at a random place, seconds."""
+    normalize: bool = True
+    """Subtract the mean and divide by the standard deviation of the whole recording."""
+
+
+@dataclass(kw_only=True)
+class TextData:
+    """Documents to blocks of token ids that start with <s>."""
+
+    tokenizer: str | None = None
+    """Sentencepiece model; null: the one named in the shards' index."""
+    packing: Literal["continuous", "document"] = "continuous"
+    """`continuous`: blocks run across documents (2.0); `document`: a block holds tokens of one document (1.0)."""
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    """Sources, decoding, and the processes that do it."""
+
+    sources: list[SourceConfig] = field(default_factory=list)
+    """What is read. Their modalities are the stems that are trained."""
+    temperature: float = 1.0
+    """Above 1: source weights are flattened, each to the power 1/temperature."""
+    window_shards: int = 16
+    """Shards that are shuffled together. More mixes better and keeps more indexes in memory."""
+    workers: int = 2
+    """Decoding processes per rank; 0: decode in the training process."""
+    prefetch: int = 4
+    """Steps each worker prepares ahead."""
+    timeout_s: float = 600.0
+    """A step that takes longer to arrive ends the run, seconds (needs workers)."""
+    read_timeout_s: float = 120.0
+    """Silence of a `pipe:` command or an object store after which a shard is fetched again, seconds."""
+    read_retries: int = 2
+    """Further attempts to fetch a shard before its samples count as lost."""
+    cache_dir: str | None = None
+    """Where shards that are not local are kept while they are read; null: a directory below the system's temporary
+    one."""
+    cache_gib: float = 64.0
+    """Size of that cache, GiB; the shards used longest ago go first."""
+    max_bad_ratio: float = 0.01
+    """Share of unreadable samples above which the run ends."""
+    vision: VisionData = field(default_factory=VisionData)
+    speech: SpeechData = field(default_factory=SpeechData)
+    text: TextData = field(default_factory=TextData)
+
+    FREE_TO_CHANGE: ClassVar[tuple[str, ...]] = tuple(
+        f"data.{name}"
+        for name in (
+            "sources",
+            "workers",
+            "prefetch",
+            "timeout_s",
+            "read_timeout_s",
+            "read_retries",
+            "cache_dir",
+            "cache_gib",
+            "max_bad_ratio",
+        )
+    )
+    """Keys that a resumed run may change. A set with other contents is refused by its fingerprint, wherever it lies."""
+
+    def read_from(self, shards: str, modalities: list[Modality]) -> None:
+        """Read `shards` instead of the recipe's sources: `PATTERN`, or for several stems
+        `vision=PATTERN,speech=PATTERN`. Raises ConfigError."""
+        parts = re.split(r",(?=(?:vision|speech|text)=)", shards)
+        named = [re.fullmatch(r"(vision|speech|text)=(.+)", part) for part in parts]
+        if all(named):
+            self.sources = [SourceConfig(modality=m[1], shards=m[2]) for m in named if m]  # type: ignore[arg-type]
+            return
+        if len(modalities) != 1:
+            raise ConfigError(
+                "data",
+                f"names no modality, but the model has {len(modalities)} stems",
+                "Write --data 'vision=PATTERN,speech=PATTERN'.",
+            )
+        self.sources = [SourceConfig(modality=modalities[0], shards=shards)]
+
+    def check(self, modalities: Iterable[Modality]) -> None:
+        """Raises ConfigError for what contradicts itself or the model's stems. Touches no file."""
+        stems = set(modalities)
+        if not self.sources:
+            raise ConfigError("data.sources", "is empty", "Name shards with --data or data.sources.")
+        for k, source in enumerate(self.sources):
+            if source.modality not in stems:
+                raise ConfigError(
+                    f"data.sources.{k}.modality", f"is {source.modality!r}, which the model has no stem for"
+                )
+            if not source.weight > 0:
+                raise ConfigError(f"data.sources.{k}.weight", f"is {source.weight}", "Give a number above 0.")
+        names = self.source_names()
+        if len(set(names)) < len(names):
+            raise ConfigError("data.sources", f"have the same name twice: {', '.join(names)}")
+        if not self.temperature > 0:
+            raise ConfigError("data.temperature", f"is {self.temperature}", "Give a number above 0.")
+        if self.window_shards < 1:
+            raise ConfigError("data.window_shards", f"is {self.window_shards}", "Give at least 1.")
+        if not 0 < self.vision.crop_scale[0] <= self.vision.crop_scale[1] <= 1:
+            raise ConfigError("data.vision.crop_scale", f"is {self.vision.crop_scale}", "Give 0 < smallest <= largest.")
+        if not 0 < self.speech.min_seconds <= self.speech.max_seconds:
+            raise ConfigError("data.speech.min_seconds", "must be above 0 and at most data.speech.max_seconds")
+
+    def source_names(self) -> list[str]:
+        """One name per source."""
+        names: list[str] = []
+        for source in self.sources:
+            same = sum(other.modality == source.modality and not other.name for other in self.sources)
+            number = sum(name.startswith(source.modality) for name in names)
+            names.append(source.name or (f"{source.modality}{number}" if same > 1 else source.modality))
+        return names

@@ -1,0 +1,95 @@
+"""Labelled samples in their stored order, without augmentation: for k-NN and probes."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from d2v_scale.data.batch import Batch
+from d2v_scale.data.collate import make_decoder
+from d2v_scale.data.config import DataConfig, SourceConfig
+from d2v_scale.data.reading import SampleFault, SampleStore
+from d2v_scale.data.shard_set import check_before_start, find_shards
+from d2v_scale.errors import DataError
+from d2v_scale.model.config import Modality, ModelConfig
+
+
+@dataclass
+class LabelledSet:
+    """A set of shards whose samples have a `.cls` label. Iterating is deterministic and needs no other rank.
+
+    With several ranks, each iterates over the same batches. Samples that cannot be read are left out and counted in
+    the batch's `lost`.
+    """
+
+    shards: str
+    modality: Modality
+    data: DataConfig
+    model: ModelConfig
+    batch_size: int = 64
+    limit: int | None = None
+    """At most this many samples, spread evenly over the set."""
+
+    def __post_init__(self) -> None:
+        source = SourceConfig(shards=self.shards, modality=self.modality)
+        self._found = find_shards(source)
+        if not self._found.indexed:
+            raise DataError(f"The shards of {self.shards!r} have no index.", "Make one with tools/index_shards.py.")
+        check_before_start(self._found, source, self.data.max_bad_ratio)
+        assert self._found.index is not None
+        self.classes = self._found.index.classes
+        tokenizer = self.data.text.tokenizer or self._found.tokenizer
+        self._decoder = make_decoder(self.modality, self.data, self.model, tokenizer)
+        shard_n = np.repeat(np.arange(len(self._found.paths)), self._found.samples_s)
+        item_n = np.concatenate([np.arange(count) for count in self._found.samples_s])
+        if self.limit is not None and self.limit < len(shard_n):
+            chosen = np.linspace(0, len(shard_n) - 1, self.limit).astype(int)
+            shard_n, item_n = shard_n[chosen], item_n[chosen]
+        self._shard_n, self._item_n = shard_n, item_n
+
+    def __len__(self) -> int:
+        """Samples, readable or not."""
+        return len(self._shard_n)
+
+    def __iter__(self) -> Iterator[tuple[Batch, Tensor]]:
+        """Batches with nothing masked, and their labels int64 (B,)."""
+        store = SampleStore(self._found)
+        try:
+            for start in range(0, len(self), self.batch_size):
+                rows = slice(start, start + self.batch_size)
+                batch = self._batch(store, self._shard_n[rows].tolist(), self._item_n[rows].tolist())
+                if batch is not None:
+                    yield batch
+        finally:
+            store.close()
+
+    def _batch(self, store: SampleStore, shards: list[int], items: list[int]) -> tuple[Batch, Tensor] | None:
+        rows, labels, keys, ids = [], [], [], []
+        for shard, item in zip(shards, items, strict=True):
+            try:
+                sample = store.read(shard, item)
+                _, label = sample.member(("cls",))
+                row = self._decoder.evaluation_row(sample)
+                labels.append(int(bytes(label)))
+            except SampleFault:
+                continue
+            except Exception:  # a decoder raises anything for damaged content
+                continue
+            rows.append(row)
+            keys.append(sample.key)
+            ids.append(shard << 32 | item)
+        if not rows:
+            return None
+        stacked = self._decoder.stack(rows)
+        batch = Batch(
+            modality=self.modality,
+            inputs=stacked.inputs,
+            valid=stacked.valid,
+            masked_rt=torch.zeros(len(rows), stacked.positions, dtype=torch.bool),
+            sample_ids=torch.tensor(ids),
+            keys=tuple(keys),
+            lost=len(shards) - len(rows),
+        )
+        return batch, torch.tensor(labels)

@@ -1,0 +1,252 @@
+"""The steps of a run as batches: planned for all ranks, decoded by worker processes, resumed from a few integers."""
+
+import logging
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from d2v_scale.data.batch import Batch
+from d2v_scale.data.collate import Collator, Decoder, make_decoder, read_rows
+from d2v_scale.data.config import DataConfig
+from d2v_scale.data.counters import Counters
+from d2v_scale.data.plan import Cursor, Mixture, PlannedBatch
+from d2v_scale.data.reading import Fault, SampleStore
+from d2v_scale.data.source import Source
+from d2v_scale.data2vec.config import CompatConfig, MaskingConfig
+from d2v_scale.errors import CheckpointError, DataStarved
+from d2v_scale.model.config import ModelConfig
+from d2v_scale.signals import worker_signals
+
+log = logging.getLogger(__name__)
+
+BatchUnit = Literal["samples", "seconds", "tokens"]
+
+
+@dataclass
+class StepTask:
+    """What one rank decodes for one step."""
+
+    step: int
+    planned: list[PlannedBatch]
+    """One per micro-batch."""
+    planned_rows: int
+    """Rows of the step over all ranks."""
+
+
+@dataclass
+class DecodedStep:
+    """A worker's answer to a `StepTask`."""
+
+    step: int
+    batches: list[Batch]
+    faults: list[Fault] = field(default_factory=list)
+
+    def pin_memory(self) -> "DecodedStep":
+        """Called by the DataLoader's pinning thread."""
+        return DecodedStep(self.step, [batch.pin_memory() for batch in self.batches], self.faults)
+
+
+class _StepDataset(Dataset[DecodedStep]):
+    """Decodes tasks. A copy lives in every worker; files are opened there."""
+
+    def __init__(self, sources: list[Source], decoders: list[Decoder], collators: list[Collator], seed: int) -> None:
+        self._sources = sources
+        self._decoders = decoders
+        self._collators = collators
+        self._seed = seed
+        self._stores: list[SampleStore] | None = None
+
+    def __getitem__(self, task: StepTask) -> DecodedStep:  # type: ignore[override]
+        if self._stores is None:
+            self._stores = [source.open_store() for source in self._sources]
+        decoded = DecodedStep(task.step, [])
+        for planned in task.planned:
+            k = planned.source
+            rows, kept, faults = read_rows(planned, self._stores[k], self._decoders[k], self._seed)
+            batch = self._collators[k].batch(
+                rows, planned, kept, step=task.step, source=self._sources[k].name, lost=len(faults)
+            )
+            decoded.batches.append(batch)
+            decoded.faults += faults
+        return decoded
+
+
+class StepLoader:
+    """Iterates over steps without end; each item is this rank's micro-batches of one optimizer step, masks drawn.
+
+    What a step holds is a pure function of the configuration, the seed and the state, at any number of ranks and
+    workers. Samples that cannot be read leave a smaller batch; `alarm()` says when there are too many.
+    """
+
+    def __init__(
+        self,
+        data: DataConfig,
+        model: ModelConfig,
+        masking: MaskingConfig,
+        compat: CompatConfig | None = None,
+        *,
+        seed: int,
+        global_batch_size: int,
+        batch_unit: BatchUnit = "samples",
+        accumulation: int = 1,
+        dp_rank: int = 0,
+        dp_size: int = 1,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        """Opens and checks the indexes: raises ConfigError and DataError, before any training step."""
+        data.check(model.modalities)
+        self._data = data
+        self._device = torch.device(device)
+        self._shares = dp_size * accumulation
+        self._first_share = dp_rank * accumulation
+        self._accumulation = accumulation
+        compat = compat or CompatConfig()
+        self.sources = [Source.open(data, k, model, seed) for k in range(len(data.sources))]
+        self._plans = [source.plan(global_batch_size, batch_unit) for source in self.sources]
+        self._mixture = Mixture([source.weight for source in data.sources], data.temperature, seed)
+        decoders = [make_decoder(source.modality, data, model, source.tokenizer) for source in self.sources]
+        collators = [
+            Collator(source.modality, decoder, model, masking, compat, seed)
+            for source, decoder in zip(self.sources, decoders, strict=True)
+        ]
+        self._dataset = _StepDataset(self.sources, decoders, collators, seed)
+        self._step = 0
+        self._cursors = [Cursor() for _ in self.sources]
+        self._counters = Counters([source.name for source in self.sources], data.max_bad_ratio)
+        self._pending: deque[tuple[int, list[Cursor], int]] = deque()
+        self._steps: Iterator[DecodedStep] | None = None
+
+    # -- state ---------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the run continues after the last step handed out: a few integers per source."""
+        return {
+            "step": self._step,
+            "sources": {
+                source.name: {
+                    "epoch": cursor.epoch,
+                    "window": cursor.window,
+                    "offset": cursor.offset,
+                    "fingerprint": source.fingerprint,
+                }
+                for source, cursor in zip(self.sources, self._cursors, strict=True)
+            },
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state`, at any number of ranks and workers. Raises CheckpointError for other data."""
+        saved = state["sources"]
+        names = [source.name for source in self.sources]
+        if sorted(saved) != sorted(names):
+            raise CheckpointError(
+                f"The checkpoint's data sources are {', '.join(sorted(saved))}, the run's {', '.join(sorted(names))}.",
+                "Resume with the same sources.",
+            )
+        for source in self.sources:
+            if saved[source.name]["fingerprint"] != source.fingerprint:
+                raise CheckpointError(
+                    f"The shards of data source {source.name!r} are not those the checkpoint was trained on, "
+                    "or they are planned differently (seed, batch size, window, lengths, packing).",
+                    "Give the same shards in the same order, or start a new run with --init_from.",
+                )
+        self._cursors = [Cursor(saved[name]["epoch"], saved[name]["window"], saved[name]["offset"]) for name in names]
+        self._step = state["step"]
+        self._steps = None
+        self._pending.clear()
+
+    # -- iteration -----------------------------------------------------------------------------------------------
+
+    def __iter__(self) -> Iterator[list[Batch]]:
+        return self
+
+    def __next__(self) -> list[Batch]:
+        """This rank's micro-batches of the next step. Raises DataStarved when none arrives in time."""
+        if self._steps is None:
+            self._steps = self._start()
+        asked = time.perf_counter()
+        try:
+            decoded = next(self._steps)
+        except RuntimeError as error:
+            if isinstance(error, DataStarved):
+                raise
+            raise DataStarved(f"No batch arrived for step {self._step}: {error}") from error
+        waited = time.perf_counter() - asked
+        step, cursors, planned_rows = self._pending.popleft()
+        assert step == decoded.step == self._step, "steps arrive in order"
+        self._counters.count(decoded.batches, decoded.faults, planned_rows, waited, cursors)
+        self._step, self._cursors = step + 1, cursors
+        return decoded.batches
+
+    def counters(self) -> dict[str, float]:
+        """Totals of this rank since the start: see `Counters.values`."""
+        return self._counters.values()
+
+    def faults(self) -> dict[str, int]:
+        """Lost samples of this rank by shard."""
+        return dict(self._counters.lost_by_shard)
+
+    def alarm(self) -> str | None:
+        """Why the run should end as starved, or None: more than `max_bad_ratio` of the samples were lost."""
+        return self._counters.alarm()
+
+    def close(self) -> None:
+        """End the worker processes."""
+        self._steps = None
+        self._pending.clear()
+
+    def _start(self) -> Iterator[DecodedStep]:
+        workers = self._data.workers
+        loader: DataLoader[DecodedStep] = DataLoader(
+            self._dataset,
+            # The sampler runs in this process, ahead of the workers; what it yields is what they are asked for.
+            sampler=self._tasks(),  # type: ignore[arg-type]
+            batch_size=None,
+            num_workers=workers,
+            prefetch_factor=self._data.prefetch if workers else None,
+            timeout=self._data.timeout_s if workers else 0,
+            worker_init_fn=_start_worker,
+            pin_memory=self._device.type == "cuda",
+        )
+        steps = iter(loader)
+        return on_device(steps, self._device) if self._device.type == "cuda" else steps
+
+    def _tasks(self) -> Iterator[StepTask]:
+        step, cursors = self._step, list(self._cursors)
+        while True:
+            source = self._mixture.source_of(step)
+            planned, cursors[source] = self._plans[source].next_batch(cursors[source])
+            shares = [planned.share(self._first_share + micro, self._shares) for micro in range(self._accumulation)]
+            self._pending.append((step, list(cursors), len(planned)))
+            yield StepTask(step, shares, len(planned))
+            step += 1
+
+
+def on_device(steps: Iterator[DecodedStep], device: torch.device) -> Iterator[DecodedStep]:
+    """Copies each step to the device on a stream of its own while the one before it is used."""
+    stream = torch.cuda.Stream(device)
+
+    def copied(decoded: DecodedStep) -> tuple[DecodedStep, torch.cuda.Event]:
+        with torch.cuda.stream(stream):
+            moved = DecodedStep(decoded.step, [batch.to(device) for batch in decoded.batches], decoded.faults)
+            return moved, stream.record_event()
+
+    ahead: tuple[DecodedStep, torch.cuda.Event] | None = None
+    for decoded in steps:
+        ready, ahead = ahead, copied(decoded)
+        if ready is not None:
+            step, arrived = ready
+            current = torch.cuda.current_stream(device)
+            current.wait_event(arrived)
+            for batch in step.batches:
+                batch.record_stream(current)
+            yield step
+
+
+def _start_worker(_worker: int) -> None:
+    worker_signals()
+    torch.set_num_threads(1)

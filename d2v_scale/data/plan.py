@@ -1,0 +1,184 @@
+"""Which items make up the batch of a step: planned for all ranks together, window by window, from the index alone.
+
+A source's position is three integers (`Cursor`), so a run resumes anywhere by planning one window again.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from d2v_scale.data.order import WindowOrder
+from d2v_scale.data2vec.stateless import key, numpy_generator
+from d2v_scale.errors import DataError
+
+Ints = NDArray[np.int64]
+
+_LENGTH_BUCKET = 1.05
+_WINDOWS_KEPT = 3
+
+
+@dataclass(frozen=True)
+class Cursor:
+    """Where a source continues."""
+
+    epoch: int = 0
+    window: int = 0
+    offset: int = 0
+    """Items (batches, where they are bucketed by length) of the window that were used."""
+
+
+@dataclass
+class PlannedBatch:
+    """One step's items over all ranks, (n,) each."""
+
+    source: int
+    epoch_n: Ints
+    shard_n: Ints
+    item_n: Ints
+    length: int = 0
+    """Common length of the rows where they are bucketed by it; 0 elsewhere."""
+
+    def __len__(self) -> int:
+        return len(self.item_n)
+
+    def share(self, part: int, parts: int) -> "PlannedBatch":
+        """The `part`th of `parts` contiguous shares, equal but for one item."""
+        rows = slice(len(self) * part // parts, len(self) * (part + 1) // parts)
+        return replace(self, epoch_n=self.epoch_n[rows], shard_n=self.shard_n[rows], item_n=self.item_n[rows])
+
+    @property
+    def sample_ids(self) -> Ints:
+        """A name for each item: source, shard and number in one int64."""
+        return (self.source << 56) | (self.shard_n << 32) | self.item_n
+
+
+class SourcePlan:
+    """Batches of one source, one after the other, epoch after epoch.
+
+    Without `length_of`, every batch holds exactly `batch_size` items and runs on into the next window and epoch. With
+    it, the items of a window are sorted by length and cut into batches of equal cost, at most `batch_size` each, which
+    are then shuffled.
+    """
+
+    def __init__(
+        self,
+        order: WindowOrder,
+        number: int,
+        batch_size: float,
+        *,
+        length_of: Callable[[int], Ints] | None = None,
+        cost_is_length: bool = False,
+        crop_to_shortest: bool = False,
+    ) -> None:
+        """`length_of(shard)`: the length of each of its items, 0 for those to leave out. `batch_size`: items, or with
+        `cost_is_length` the sum of their lengths. `crop_to_shortest`: rows take their batch's smallest length, else its
+        largest."""
+        self._order = order
+        self._number = number
+        self._batch_size = batch_size
+        self._length_of = length_of
+        self._cost_is_length = cost_is_length
+        self._crop_to_shortest = crop_to_shortest
+        self._windows: OrderedDict[tuple[int, int], list[PlannedBatch]] = OrderedDict()
+
+    def next_batch(self, cursor: Cursor) -> tuple[PlannedBatch, Cursor]:
+        """The batch at `cursor`, and the cursor after it."""
+        if self._length_of is None:
+            return self._next_items(cursor)
+        for tried in self._onwards(cursor):
+            batches = self._window(tried.epoch, tried.window)
+            if tried.offset < len(batches):
+                return batches[tried.offset], replace(tried, offset=tried.offset + 1)
+        raise AssertionError("unreachable")
+
+    def _onwards(self, cursor: Cursor) -> Iterator[Cursor]:
+        """This cursor, then the beginnings of the windows after it, for one epoch."""
+        yield cursor
+        for _ in range(self._order.windows + 1):
+            cursor = Cursor(cursor.epoch, cursor.window + 1)
+            if cursor.window >= self._order.windows:
+                cursor = Cursor(cursor.epoch + 1)
+            yield cursor
+        raise DataError(
+            f"No sample of {self._order.source!r} is usable.",
+            "Compare data.speech.min_seconds with the lengths that tools/inspect_shards.py shows.",
+        )
+
+    def _next_items(self, cursor: Cursor) -> tuple[PlannedBatch, Cursor]:
+        wanted = int(self._batch_size)
+        parts: list[PlannedBatch] = []
+        while wanted > 0:
+            for tried in self._onwards(cursor):
+                [window] = self._window(tried.epoch, tried.window)
+                if tried.offset < len(window):
+                    break
+            taken = slice(tried.offset, tried.offset + wanted)
+            part = replace(
+                window, epoch_n=window.epoch_n[taken], shard_n=window.shard_n[taken], item_n=window.item_n[taken]
+            )
+            parts.append(part)
+            wanted -= len(part)
+            cursor = replace(tried, offset=tried.offset + len(part))
+        if len(parts) == 1:
+            return parts[0], cursor
+        joined = PlannedBatch(
+            self._number,
+            np.concatenate([part.epoch_n for part in parts]),
+            np.concatenate([part.shard_n for part in parts]),
+            np.concatenate([part.item_n for part in parts]),
+        )
+        return joined, cursor
+
+    def _window(self, epoch: int, window: int) -> list[PlannedBatch]:
+        """The batches of a window; a single one of all its items where they are not bucketed."""
+        if (epoch, window) not in self._windows:
+            shard_n, item_n = self._order.items(epoch, window)
+            whole = PlannedBatch(self._number, np.full(len(item_n), epoch), shard_n, item_n)
+            self._windows[epoch, window] = [whole] if self._length_of is None else self._bucket(whole, epoch, window)
+            if len(self._windows) > _WINDOWS_KEPT:
+                self._windows.popitem(last=False)
+        return self._windows[epoch, window]
+
+    def _bucket(self, whole: PlannedBatch, epoch: int, window: int) -> list[PlannedBatch]:
+        assert self._length_of is not None
+        length_n = np.zeros(len(whole), dtype=np.int64)
+        for shard in np.unique(whole.shard_n):
+            rows = whole.shard_n == shard
+            length_n[rows] = self._length_of(int(shard))[whole.item_n[rows]]
+        usable = np.flatnonzero(length_n > 0)
+        if len(usable) == 0:
+            return []
+        # A stable sort by coarse length keeps the shuffled order among items of nearly the same length.
+        bucket_n = np.floor(np.log(length_n[usable]) / np.log(_LENGTH_BUCKET))
+        ordered = usable[np.argsort(bucket_n, kind="stable")]
+        cost_n = np.cumsum(length_n[ordered] if self._cost_is_length else np.ones(len(ordered)))
+        count = max(1, int(np.ceil(cost_n[-1] / self._batch_size)))
+        ends = np.searchsorted(cost_n, cost_n[-1] / count * np.arange(1, count) + 1e-6)
+        batches = []
+        for rows in np.split(ordered, ends):
+            if len(rows):
+                length = length_n[rows].min() if self._crop_to_shortest else length_n[rows].max()
+                batch = PlannedBatch(
+                    self._number, whole.epoch_n[rows], whole.shard_n[rows], whole.item_n[rows], int(length)
+                )
+                batches.append(batch)
+        shuffled = numpy_generator("batches", self._order.seed, self._order.source, epoch, window)
+        return [batches[k] for k in shuffled.permutation(len(batches))]
+
+
+class Mixture:
+    """Which source a step reads: a pure function of (seed, step), so that all ranks agree without asking."""
+
+    def __init__(self, weights: list[float], temperature: float, seed: int) -> None:
+        shares = np.asarray(weights, dtype=np.float64) ** (1.0 / temperature)
+        self.shares = shares / shares.sum()
+        self._limits = np.cumsum(self.shares)
+        self._seed = seed
+
+    def source_of(self, step: int) -> int:
+        """The number of the source that `step` reads."""
+        uniform = (key("source", self._seed, step) >> 11) * 2.0**-53
+        return min(int(np.searchsorted(self._limits, uniform, side="right")), len(self.shares) - 1)

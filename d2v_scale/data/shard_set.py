@@ -1,0 +1,215 @@
+"""From a pattern to the shards it names, their index, and the checks that come before the first step."""
+
+import fnmatch
+import glob
+import os
+import tarfile
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import braceexpand
+import numpy as np
+from numpy.typing import NDArray
+
+from d2v_scale.data.config import SourceConfig
+from d2v_scale.data.shard_index import Members, SetIndex, ShardEntry
+from d2v_scale.data2vec.stateless import key
+from d2v_scale.errors import DataError
+
+INDEX_SUFFIX = ".index.json"
+_REINDEX = "Make the index again with tools/index_shards.py, or restore the shard."
+_CHECKED_AT_START = 2000
+
+
+def is_remote(path: str) -> bool:
+    """True for a `pipe:` command or a URL."""
+    return path.startswith("pipe:") or "://" in path
+
+
+@dataclass
+class ShardSet:
+    """The shards of one source. Those without an index can only be streamed."""
+
+    paths: list[str]
+    """Local paths, URLs or `pipe:` commands."""
+    entries: list[ShardEntry] = field(default_factory=list)
+    """One per path; empty: there is no index."""
+    member_files: list[str] = field(default_factory=list)
+    """The binary index of each shard."""
+    index: SetIndex | None = None
+    """The set's index (of the first, where shards come from several sets)."""
+    index_file: Path | None = None
+
+    @property
+    def indexed(self) -> bool:
+        return self.index is not None
+
+    @cached_property
+    def samples_s(self) -> NDArray[np.int64]:
+        """Samples in each shard."""
+        return np.array([entry.samples for entry in self.entries], dtype=np.int64)
+
+    @cached_property
+    def length_s(self) -> NDArray[np.int64]:
+        """Length of each shard (16 kHz samples or tokens)."""
+        return np.array([entry.length for entry in self.entries], dtype=np.int64)
+
+    def fingerprint(self) -> int:
+        """The same for the same contents in the same order, wherever they lie. 62 bits."""
+        return key(*(part for entry in self.entries for part in (entry.sha256, entry.samples))) >> 2
+
+    def members(self, shard: int) -> Members:
+        """The samples of a shard, read from its binary index. Raises DataError where the two indexes disagree."""
+        members = Members.load(self.member_files[shard])
+        if len(members) != self.entries[shard].samples:
+            raise DataError(
+                f"{self.member_files[shard]} holds {len(members)} samples, {self.index_file} says "
+                f"{self.entries[shard].samples}.",
+                _REINDEX,
+            )
+        return members
+
+    @property
+    def tokenizer(self) -> Path | None:
+        """The tokenizer that the index names."""
+        if self.index is None or self.index.tokenizer is None or self.index_file is None:
+            return None
+        return self.index_file.parent / self.index.tokenizer
+
+
+def find_shards(source: SourceConfig) -> ShardSet:
+    """The shards that `source` names. Raises DataError when there are none."""
+    pattern = source.shards
+    index_file = Path(source.index) if source.index else None
+    if pattern.endswith(INDEX_SUFFIX):
+        index_file, pattern = Path(pattern), ""
+    if index_file is not None:
+        return _from_index(index_file, pattern)
+    if is_remote(pattern):
+        return ShardSet(paths=list(braceexpand.braceexpand(pattern)))
+    if os.path.isdir(pattern):
+        pattern = os.path.join(pattern, "*.tar")
+    if "{" in pattern:
+        paths = list(braceexpand.braceexpand(pattern))
+    elif glob.has_magic(pattern):
+        paths = sorted(glob.glob(pattern))
+    else:
+        paths = [pattern]
+    if not paths:
+        raise DataError(f"No shard matches {pattern!r}.", "Check the path, or write shards with tools/make_shards.py.")
+    absent = [path for path in paths if not os.path.isfile(path)]
+    if absent:
+        raise DataError(
+            f"{len(absent)} of {len(paths)} shards of {pattern!r} do not exist, the first is {absent[0]}.",
+            "Correct the range, or restore the shards.",
+        )
+    return _beside(paths, pattern)
+
+
+def _beside(paths: list[str], pattern: str) -> ShardSet:
+    """Local shards with the indexes that lie in their directories."""
+    known: dict[str, tuple[Path, SetIndex, ShardEntry]] = {}
+    for directory in dict.fromkeys(os.path.dirname(path) for path in paths):
+        for index_file in sorted(Path(directory).glob(f"*{INDEX_SUFFIX}")):
+            index = SetIndex.load(index_file)
+            for entry in index.shards:
+                known[os.path.normpath(index_file.parent / entry.path)] = (index_file, index, entry)
+    found = [known.get(os.path.normpath(path)) for path in paths]
+    if not any(found):
+        return ShardSet(paths=paths)
+    unknown = [path for path, hit in zip(paths, found, strict=True) if hit is None]
+    if unknown:
+        raise DataError(f"{len(unknown)} shards are in no index, the first is {unknown[0]}.", _REINDEX)
+    hits = [hit for hit in found if hit is not None]
+    gone = sorted(
+        path for path in known.keys() - {os.path.normpath(path) for path in paths} if fnmatch.fnmatch(path, pattern)
+    )
+    if gone:
+        raise DataError(f"{len(gone)} shards are in the index but do not exist, the first is {gone[0]}.", _REINDEX)
+    return _join(paths, hits)
+
+
+def _join(paths: list[str], hits: list[tuple[Path, SetIndex, ShardEntry]]) -> ShardSet:
+    first_file, first, _ = hits[0]
+    for index_file, index, _ in hits:
+        if index.modality != first.modality or index.tokenizer_sha256 != first.tokenizer_sha256:
+            raise DataError(f"{index_file} and {first_file} are of another modality or tokenizer.", _REINDEX)
+    return ShardSet(
+        paths=paths,
+        entries=[entry for _, _, entry in hits],
+        member_files=[str(index_file.parent / entry.members) for index_file, _, entry in hits],
+        index=first,
+        index_file=first_file,
+    )
+
+
+def _from_index(index_file: Path, pattern: str) -> ShardSet:
+    """The shards that an index file lists, all of them or those that `pattern` names."""
+    index = SetIndex.load(index_file)
+    wanted = set(braceexpand.braceexpand(pattern)) if pattern else None
+    hits, paths = [], []
+    for entry in index.shards:
+        path = entry.path if is_remote(entry.path) else os.path.join(index_file.parent, entry.path)
+        if wanted is None or path in wanted or entry.path in wanted:
+            hits.append((index_file, index, entry))
+            paths.append(path)
+    if not hits:
+        raise DataError(f"{index_file} lists no shard that matches {pattern!r}.", "Check the pattern.")
+    return _join(paths, hits)
+
+
+def check_before_start(shards: ShardSet, source: SourceConfig, max_bad_ratio: float) -> list[str]:
+    """Compare local shards with their index; returns warnings. Reads a few hundred bytes of at most 2,000 shards.
+
+    A shard that lost its end is reported, and survived up to `max_bad_ratio` of the samples. A shard that is not the
+    one that was indexed, or that cannot be read, raises DataError, as does an index of another modality.
+    """
+    assert shards.index is not None
+    if shards.index.modality != source.modality:
+        raise DataError(
+            f"{shards.index_file} is an index of {shards.index.modality} shards, not of {source.modality}.",
+            "Correct the source's modality or its path.",
+        )
+    if int(shards.samples_s.sum()) == 0:
+        raise DataError(f"The shards of {source.shards!r} hold no sample.", "Check the path.")
+    warnings, lost, looked_at = [], 0, 0
+    for shard in np.unique(np.linspace(0, len(shards.paths) - 1, _CHECKED_AT_START).astype(int)):
+        path, entry = shards.paths[shard], shards.entries[shard]
+        if is_remote(path):
+            continue
+        looked_at += entry.samples
+        try:
+            size = os.path.getsize(path)
+            with open(path, "rb") as stream:
+                cut_off = _compare(stream, size, path, shards.members(int(shard)), entry)
+        except OSError as error:
+            raise DataError(f"The shard {path} cannot be read: {error.strerror}.", _REINDEX) from error
+        if cut_off:
+            warnings.append(f"{path} ends {entry.bytes - size} bytes early: {cut_off} of {entry.samples} samples lost")
+            lost += cut_off
+    if lost > max_bad_ratio * looked_at:
+        raise DataError(
+            f"{lost} of {looked_at} samples are cut off ({'; '.join(warnings[:3])}), "
+            f"more than data.max_bad_ratio={max_bad_ratio}.",
+            _REINDEX,
+        )
+    return warnings
+
+
+def _compare(stream: "os.PathLike[str] | object", size: int, path: str, members: Members, entry: ShardEntry) -> int:
+    """How many samples lie beyond the end of the file. Raises DataError where the tar is another one."""
+    if size > entry.bytes:
+        raise DataError(f"{path} is {size} bytes long, its index says {entry.bytes}.", _REINDEX)
+    inside = np.flatnonzero(members.start_n + members.size_n <= size)
+    for number in dict.fromkeys(inside[[0, -1]].tolist() if len(inside) else []):
+        stream.seek(int(members.start_n[number]))  # type: ignore[union-attr]
+        try:
+            header = tarfile.TarInfo.frombuf(stream.read(512), "utf-8", "surrogateescape")  # type: ignore[union-attr]
+        except tarfile.TarError:
+            # A damaged header: found and counted when the sample is read.
+            continue
+        expected = members.keys_n[number].decode()
+        if header.isreg() and not header.name.startswith(expected + "."):
+            raise DataError(f"{path} holds {header.name} where its index says {expected}.", _REINDEX)
+    return len(members) - len(inside)

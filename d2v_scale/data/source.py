@@ -1,0 +1,112 @@
+"""One data source: its shards, what counts as an item of it, and how items become planned batches."""
+
+import logging
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from d2v_scale.data.config import DataConfig, SourceConfig
+from d2v_scale.data.order import WindowOrder
+from d2v_scale.data.plan import SourcePlan
+from d2v_scale.data.reading import SampleStore
+from d2v_scale.data.shard_set import ShardSet, check_before_start, find_shards
+from d2v_scale.data2vec.stateless import key
+from d2v_scale.errors import DataError
+from d2v_scale.model.config import Modality, ModelConfig
+
+log = logging.getLogger(__name__)
+
+SAMPLE_RATE = 16000
+_MEMBER_FILES_KEPT = 64
+
+
+class Source:
+    """Shards with an index, planned for one model."""
+
+    def __init__(
+        self, shards: ShardSet, source: SourceConfig, name: str, data: DataConfig, model: ModelConfig, seed: int
+    ) -> None:
+        self.shards = shards
+        self.name = name
+        self.modality: Modality = source.modality
+        self.tokenizer: Path | None = None
+        self.fingerprint = shards.fingerprint()
+        self._data = data
+        self._seed = seed
+        self._lengths = lru_cache(maxsize=_MEMBER_FILES_KEPT)(lambda shard: shards.members(shard).length_n)
+        if source.modality == "text":
+            assert model.text is not None
+            self.tokenizer = Path(data.text.tokenizer) if data.text.tokenizer else shards.tokenizer
+            self._block = model.text.max_positions
+
+    @classmethod
+    def open(cls, data: DataConfig, number: int, model: ModelConfig, seed: int) -> "Source":
+        """Find and check the shards of source `number`. Raises DataError; logs what is survived."""
+        source = data.sources[number]
+        shards = find_shards(source)
+        if not shards.indexed:
+            raise DataError(
+                f"The shards of {source.shards!r} have no index.",
+                "Make one with tools/index_shards.py.",
+            )
+        for warning in check_before_start(shards, source, data.max_bad_ratio):
+            log.warning("%s", warning)
+        return cls(shards, source, data.source_names()[number], data, model, seed)
+
+    def open_store(self) -> SampleStore:
+        """A reader of the samples, for one process."""
+        return SampleStore(self.shards)
+
+    def plan(self, batch_size: int, unit: str) -> SourcePlan:
+        """Batches of `batch_size` samples, seconds or tokens."""
+        self.fingerprint = key(self.fingerprint, self._seed, batch_size, unit, *self._plan_options()) >> 2
+        order = WindowOrder(len(self.shards.paths), self._items, self._data.window_shards, self._seed, self.name)
+        arguments: dict[str, Any] = {}
+        size: float = batch_size
+        if self.modality == "speech":
+            arguments = {
+                "length_of": self._speech_lengths,
+                "crop_to_shortest": True,
+                "cost_is_length": unit == "seconds",
+            }
+            size = batch_size * SAMPLE_RATE if unit == "seconds" else batch_size
+        elif self.modality == "text" and self._data.text.packing == "document":
+            arguments = {"length_of": self._chunk_lengths, "cost_is_length": unit == "tokens"}
+        elif self.modality == "text" and unit == "tokens":
+            size = max(1, batch_size // self._block)
+        number = self._data.source_names().index(self.name)
+        return SourcePlan(order, number, size, **arguments)
+
+    def _plan_options(self) -> list[int | str]:
+        options: list[int | str] = [self._data.window_shards]
+        if self.modality == "speech":
+            options += [int(self._data.speech.min_seconds * 1000), int(self._data.speech.max_seconds * 1000)]
+        if self.modality == "text":
+            options += [self._block, self._data.text.packing]
+        return options
+
+    def _items(self, shard: int) -> int:
+        """Items of a shard: samples; for text blocks or chunks of documents."""
+        if self.modality != "text":
+            return self.shards.entries[shard].samples
+        if self._data.text.packing == "document":
+            return len(self._chunk_lengths(shard))
+        return -(-self.shards.entries[shard].length // (self._block - 1))
+
+    def _speech_lengths(self, shard: int) -> NDArray[np.int64]:
+        """Samples at 16 kHz that an item contributes at most; 0: too short. An unreadable item stays in the plan."""
+        speech = self._data.speech
+        length_n = np.asarray(self._lengths(shard))
+        shortest, longest = (round(seconds * SAMPLE_RATE) for seconds in (speech.min_seconds, speech.max_seconds))
+        length_n = np.where(length_n < 0, shortest, length_n)
+        return np.where(length_n < shortest, 0, length_n.clip(max=longest))
+
+    def _chunk_lengths(self, shard: int) -> NDArray[np.int64]:
+        """Tokens of each chunk of each document, <s> included."""
+        from d2v_scale.data.text import chunks_of_documents
+
+        _, start_n, stop_n = chunks_of_documents(np.asarray(self._lengths(shard)), self._block - 1)
+        return stop_n - start_n + 1

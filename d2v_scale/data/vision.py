@@ -1,0 +1,136 @@
+"""Images: decode, crop, flip, jitter, normalise. Pillow only."""
+
+import io
+import math
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageEnhance
+
+from d2v_scale.data.collate import Row, Stacked
+from d2v_scale.data.config import VisionData
+from d2v_scale.data.reading import RawSample, SampleStore
+from d2v_scale.errors import ConfigError
+from d2v_scale.model.config import VisionStem
+
+EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "ppm", "pgm", "gif", "tif", "tiff")
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "GIF", "TIFF")
+_TRIES = 10
+DRAWS = 4 * _TRIES + 8
+_JITTER_ORDERS = ((0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0))
+
+Box = tuple[float, float, float, float]
+Pixels = NDArray[np.uint8]
+
+
+def crop_box(width: int, height: int, config: VisionData, draws: NDArray[np.float64]) -> Box:
+    """A random crop: area uniform in `crop_scale` of the image, log(width/height) uniform in `crop_ratio`.
+
+    Up to ten tries; then the largest centred crop whose ratio is allowed (the usual random resized crop).
+    """
+    low, high = (math.log(ratio) for ratio in config.crop_ratio)
+    for u_area, u_ratio, u_left, u_top in draws[: 4 * _TRIES].reshape(_TRIES, 4).tolist():
+        area = width * height * (config.crop_scale[0] + u_area * (config.crop_scale[1] - config.crop_scale[0]))
+        ratio = math.exp(low + u_ratio * (high - low))
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            left, top = int(u_left * (width - w + 1)), int(u_top * (height - h + 1))
+            return left, top, left + w, top + h
+    w = min(width, max(1, round(height * config.crop_ratio[1])))
+    h = min(height, max(1, round(width / config.crop_ratio[0])))
+    left, top = (width - w) // 2, (height - h) // 2
+    return left, top, left + w, top + h
+
+
+def centre_box(width: int, height: int, fraction: float) -> Box:
+    """The centred square with `fraction` of the shorter side."""
+    side = min(width, height) * fraction
+    left, top = (width - side) / 2, (height - side) / 2
+    return left, top, left + side, top + side
+
+
+class VisionDecoder:
+    """Samples to rows of pixels, rows to a normalised batch."""
+
+    extensions: tuple[str, ...] = EXTENSIONS
+    draws = DRAWS
+
+    def __init__(self, config: VisionData, stem: VisionStem) -> None:
+        if min(len(config.mean), len(config.std)) < stem.channels:
+            raise ConfigError("data.vision.mean", f"has fewer values than the model's {stem.channels} channels")
+        self._config = config
+        self._side = stem.image_size
+        self._grid = (stem.image_size // stem.patch_size,) * 2
+        self._mode = {1: "L", 3: "RGB"}.get(stem.channels)
+        if self._mode is None:
+            raise ConfigError("model.vision.channels", f"is {stem.channels}", "Images have 1 or 3 channels.")
+        mean = torch.tensor(config.mean[: stem.channels]) * 255
+        std = torch.tensor(config.std[: stem.channels]) * 255
+        self._scale_c11 = (1 / std)[:, None, None]
+        self._shift_c11 = (-mean / std)[:, None, None]
+
+    def training_row(self, store: SampleStore, shard: int, item: int, length: int, draws: NDArray[np.float64]) -> Row:
+        """Crop, flip and jitter by `draws`, uniforms in [0, 1): uint8 (side, side, channels)."""
+        sample = store.read(shard, item)
+        image = self._open(sample)
+        resized = self._resize(image, crop_box(*image.size, self._config, draws))
+        u_flip, u_order, *u_jitter = draws[4 * _TRIES : 4 * _TRIES + 5].tolist()
+        if any(self._config.jitter):
+            resized = self._jitter(resized, u_order, u_jitter)
+        pixels = np.asarray(resized)
+        return Row(sample.key, pixels[:, ::-1] if u_flip < self._config.flip else pixels)
+
+    def evaluation_row(self, sample: RawSample) -> Pixels:
+        """The centre crop: uint8 (side, side, channels)."""
+        image = self._open(sample)
+        return np.asarray(self._resize(image, centre_box(*image.size, self._config.evaluation_crop)))
+
+    def stack(self, rows: list[Pixels]) -> Stacked:
+        """float32 (B, C, side, side), normalised."""
+        pixels_bhwc = np.stack(rows).reshape(len(rows), self._side, self._side, -1)
+        inputs = (
+            torch.from_numpy(pixels_bhwc).permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
+        )
+        return Stacked(inputs.mul_(self._scale_c11).add_(self._shift_c11), grid=self._grid)
+
+    def blank(self) -> Pixels:
+        """A row of a batch that has none."""
+        return np.zeros((self._side, self._side, len(self._scale_c11)), dtype=np.uint8)
+
+    def _open(self, sample: RawSample) -> Image.Image:
+        _, content = sample.member(EXTENSIONS)
+        # Opening reads the header only, so a bomb is refused before anything is decoded.
+        image = Image.open(io.BytesIO(content), formats=_FORMATS)
+        if image.width * image.height > self._config.max_pixels:
+            raise sample.fault(
+                f"has {image.width} x {image.height} pixels, more than data.vision.max_pixels={self._config.max_pixels}"
+            )
+        return image
+
+    def _resize(self, image: Image.Image, box: Box) -> Image.Image:
+        """`box` of the image at the model's size, bicubic. Large JPEGs are decoded at a fraction of their size."""
+        width, height = image.size
+        reduction = min(box[2] - box[0], box[3] - box[1]) / self._side
+        if image.format == "JPEG" and reduction >= 2:
+            factor = 1 << min(3, int(math.log2(reduction)))
+            image.draft(self._mode, (-(-width // factor), -(-height // factor)))
+            across, down = image.width / width, image.height / height
+            box = (box[0] * across, box[1] * down, min(box[2] * across, image.width), min(box[3] * down, image.height))
+        if image.mode != self._mode:
+            image = image.convert(self._mode)
+        return image.resize((self._side, self._side), Image.Resampling.BICUBIC, box=box)
+
+    def _jitter(self, image: Image.Image, u_order: float, u_jitter: list[float]) -> Image.Image:
+        """Brightness, contrast and saturation, in random order, each by a factor uniform in 1 - s .. 1 + s.
+
+        After the crop, not before as in the reference: the same colours at a fraction of the cost, except that contrast
+        turns about the mean of the crop.
+        """
+        kinds = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
+        for k in _JITTER_ORDERS[int(u_order * len(_JITTER_ORDERS))]:
+            strength = self._config.jitter[k]
+            if strength > 0:
+                low = max(0.0, 1 - strength)
+                image = kinds[k](image).enhance(low + u_jitter[k] * (1 + strength - low))
+        return image
