@@ -1,6 +1,11 @@
-"""Fixtures that any test may ask for. This folder is importable from every test."""
+"""Fixtures that any test may ask for; helpers of this folder (`tiny_models`) can be imported by every test."""
+
+import sys
+from pathlib import Path
 
 import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 
 @pytest.fixture

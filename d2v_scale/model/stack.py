@@ -147,6 +147,7 @@ class Student(_Stack):
         scales = self._branch_scales(batch, draw)
         for layer, block in self._blocks(batch.modality):
             if self._dropped(layer, draw):
+                carry.states_rsd = _with_zero_gradient(block, carry.states_rsd)
                 continue
             carry.states_rsd = self._run_block(block, carry, None if scales is None else scales[layer.index])
         x_rsd = carry.states_rsd
@@ -261,6 +262,16 @@ class Teacher(_Stack):
             features_btd = self._features(batch, batch.inputs)
         assert features_btd is not None, f"this teacher shares {batch.modality} features and was given none"
         return self._enter(batch, features_btd, self._valid(batch, batch.inputs), masked=False)
+
+
+def _with_zero_gradient(block: nn.Module, states_rsd: Tensor) -> Tensor:
+    """The states unchanged, and a gradient of zero for a block that is skipped.
+
+    Without one, ZeRO-3 would apply the block's gradient of an earlier step again: it only overwrites gradient shards,
+    it never clears them. One position is enough, and the order in which parameters are gathered stays the same.
+    """
+    states, _ = block(states_rsd[:1, :1].detach(), None, None)
+    return states_rsd + 0.0 * states
 
 
 class Stem(nn.Module):
