@@ -19,11 +19,13 @@ body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 1240p
 h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; border-bottom: 1px solid #d6d9e0; }
 table { border-collapse: collapse; }
 th, td { padding: .25rem .8rem; text-align: right; border-bottom: 1px solid #e6e8ee; }
-th:first-child, td:first-child, td.text { text-align: left; } th { font-weight: 600; }
+th:first-child, td:first-child, .words td, .words th { text-align: left; }
+td:first-child { white-space: nowrap; } th { font-weight: 600; }
 td { font-variant-numeric: tabular-nums; }
 .swatch { display: inline-block; width: .8em; height: .8em; border-radius: 2px; }
 .curves { display: none; }
 .tabs > label { padding: .2rem .9rem; border: 1px solid #c8ccd6; border-radius: 4px; cursor: pointer; }
+.curves { margin-top: .6rem; }
 .tabs > input { position: absolute; opacity: 0; }
 #axis-step:checked ~ #curves-step, #axis-samples:checked ~ #curves-samples, #axis-hours:checked ~ #curves-hours
   { display: block; }
@@ -63,11 +65,11 @@ def _section(title: str, content: str) -> str:
     return f"<h2>{title}</h2>{content}"
 
 
-def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    """Cells are HTML."""
+def _table(head: Iterable[str], rows: Iterable[Iterable[str]], kind: str = "numbers") -> str:
+    """Cells are HTML; `kind` numbers or words says how they are aligned."""
     top = "".join(f"<th>{cell}</th>" for cell in head)
     lines = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
-    return f'<div class="scroll"><table><tr>{top}</tr>{lines}</table></div>'
+    return f'<div class="scroll"><table class="{kind}"><tr>{top}</tr>{lines}</table></div>'
 
 
 def _number(value: float | None, form: str = ".4g") -> str:
@@ -86,7 +88,7 @@ def _overview(summaries: Sequence[RunSummary], colours: Sequence[str]) -> str:
                 html.escape(summary.outcome),
                 _number(summary.last("step"), "d"),
                 _number(summary.last("samples"), ",d"),
-                _number(summary.last("hours"), ".3g"),
+                _number(summary.last("hours"), ".2f"),
                 _number(summary.first("loss")),
                 _number(summary.last("loss")),
                 _number(summary.first(knn), ".3f"),
@@ -176,12 +178,12 @@ def _incidents(summaries: Sequence[RunSummary]) -> str:
             html.escape(summary.name),
             "–" if incident.step is None else str(incident.step),
             time.strftime("%F %T", time.gmtime(incident.time)) if incident.time else "–",
-            f'<span class="text">{html.escape(incident.what)}</span>',
+            html.escape(incident.what),
         ]
         for summary in summaries
         for incident in summary.incidents
     ]
-    return _table(["run", "step", "time (UTC)", "what"], rows) if rows else "<p>None.</p>"
+    return _table(["run", "step", "time (UTC)", "what"], rows, "words") if rows else "<p>None.</p>"
 
 
 def _pictures(summaries: Sequence[RunSummary]) -> str:

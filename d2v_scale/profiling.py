@@ -1,0 +1,163 @@
+"""Where the time of a step goes: a trace of chosen steps, and a table of the costliest operations and parts."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from d2v_scale.errors import ConfigError
+
+_PREFIX = "d2v_scale::"
+_COMMUNICATION = ("nccl:", "gloo:", "c10d::")
+
+
+@dataclass(kw_only=True)
+class ProfileConfig:
+    """Which steps are profiled. Recording slows a step down; others are not touched."""
+
+    steps: str | None = None
+    """First and last step, as `20:24`; null: none."""
+
+    def bounds(self) -> tuple[int, int] | None:
+        """First and last step. Raises ConfigError for anything else than two growing positive numbers."""
+        if self.steps is None:
+            return None
+        first, colon, last = self.steps.partition(":")
+        if not (colon and first.isdigit() and last.isdigit() and 1 <= int(first) <= int(last)):
+            raise ConfigError("profile.steps", f"is {self.steps!r}", "Write FIRST:LAST, for example 20:24.")
+        return int(first), int(last)
+
+
+@contextmanager
+def part(name: str) -> Iterator[None]:
+    """Name what runs in this block (student, teacher, ema, data, ...) for the profile; costs next to nothing without."""
+    with torch.profiler.record_function(_PREFIX + name):
+        yield
+
+
+class StepProfiler:
+    """Profiles a range of steps of one process. The loop calls `begin` before and `end` after every step.
+
+    Writes logs/profile-<first>-<last>.json.gz (for Perfetto or chrome://tracing) and .txt, the table. Not collective:
+    one rank may profile alone.
+    """
+
+    def __init__(self, config: ProfileConfig, run_dir: Path, modules: dict[str, nn.Module] | None = None) -> None:
+        """`modules`: parts that are modules, by name (the decoder); their forward passes are named while profiling."""
+        self._bounds = config.bounds()
+        self._run_dir = run_dir
+        self._modules = modules or {}
+        self._profile: Any = None
+        self._handles: list[Any] = []
+
+    def request(self, next_step: int, count: int = 5) -> None:
+        """Profile the next `count` steps, as asked for by a signal; ignored while a profile is being taken."""
+        if self._profile is None:
+            self._bounds = (next_step, next_step + count - 1)
+
+    def begin(self, step: int) -> None:
+        """Before step number `step` (from 1)."""
+        if self._bounds is None or step != self._bounds[0] or self._profile is not None:
+            return
+        for name, module in self._modules.items():
+            self._handles += _named(name, module)
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        if torch.cuda.is_available():
+            activities.append(torch.profiler.ProfilerActivity.CUDA)
+        self._profile = torch.profiler.profile(activities=activities)
+        self._profile.__enter__()
+        self._whole = torch.profiler.record_function(_PREFIX + "steps")
+        self._whole.__enter__()
+
+    def end(self, step: int) -> Path | None:
+        """After step number `step`; the table's path once the last profiled step is over."""
+        if self._profile is None or self._bounds is None or step < self._bounds[1]:
+            return None
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self._whole.__exit__(None, None, None)
+        self._profile.__exit__(None, None, None)
+        for handle in self._handles:
+            handle.remove()
+        name = f"profile-{self._bounds[0]}-{self._bounds[1]}"
+        folder = self._run_dir / "logs"
+        folder.mkdir(parents=True, exist_ok=True)
+        self._profile.export_chrome_trace(str(folder / f"{name}.json.gz"))
+        table = folder / f"{name}.txt"
+        table.write_text(describe(self._profile, steps=self._bounds[1] - self._bounds[0] + 1))
+        self._profile, self._bounds, self._handles = None, None, []
+        return table
+
+
+def describe(profile: Any, steps: int) -> str:
+    """The table: share of every named part, share of communication, and the ten costliest operations."""
+    events = profile.events()
+    on_device = any(event.self_device_time_total > 0 for event in events)
+    parts = exclusive_parts([event for event in events if event.name.startswith(_PREFIX)], on_device)
+    # On a device the named parts share its busy time; kernels launched by the backward threads belong to none of them.
+    device_total = sum(event.self_device_time_total for event in events)
+    wall = next(event.time_range.elapsed_us() for event in events if event.name == _PREFIX + "steps")
+    total = device_total if on_device else wall
+    parts["not named (backward, where it has its own threads)" if on_device else "not named"] = total - sum(
+        parts.values()
+    )
+    lines = [
+        f"{steps} steps, {wall / steps / 1e3:.2f} ms each",
+        "",
+        "part (exclusive)                      ms/step   share",
+    ]
+    lines += [_row(name, time, total, steps) for name, time in sorted(parts.items(), key=lambda item: -item[1])]
+    communication = sum(_cost(event, on_device) for event in events if event.name.startswith(_COMMUNICATION))
+    lines += [_row("communication (inside the parts)", communication, total, steps)]
+    lines += ["", "ten costliest operations (self time)   ms/step   share     calls"]
+    averages = [a for a in profile.key_averages() if not a.key.startswith((_PREFIX, "ProfilerStep"))]
+    own = (lambda a: a.self_device_time_total) if on_device else (lambda a: a.self_cpu_time_total)
+    for average in sorted(averages, key=own, reverse=True)[:10]:
+        lines.append(f"{_row(average.key, own(average), total, steps)} {average.count:9d}")
+    return "\n".join(lines) + "\n"
+
+
+def exclusive_parts(events: Iterable[Any], on_device: bool) -> dict[str, float]:
+    """Microseconds of every named part without the parts inside it, except the outermost, `steps`."""
+    exclusive: dict[str, float] = {}
+    open_parts: dict[int, list[Any]] = {}
+    for event in sorted(events, key=lambda event: (event.time_range.start, -event.time_range.end)):
+        name = event.name.removeprefix(_PREFIX)
+        if name == "steps":
+            continue
+        stack = open_parts.setdefault(event.thread, [])
+        while stack and stack[-1].time_range.end <= event.time_range.start:
+            stack.pop()
+        cost = _cost(event, on_device)
+        exclusive[name] = exclusive.get(name, 0.0) + cost
+        if stack:
+            exclusive[stack[-1].name.removeprefix(_PREFIX)] -= cost
+        stack.append(event)
+    return exclusive
+
+
+def _cost(event: Any, on_device: bool) -> float:
+    return event.device_time_total if on_device else event.time_range.elapsed_us()
+
+
+def _row(name: str, microseconds: float, total: float, steps: int) -> str:
+    shown = name if len(name) <= 36 else name[:35] + "…"
+    return f"{shown:36s} {microseconds / steps / 1e3:9.3f} {microseconds / max(total, 1e-9):7.1%}"
+
+
+def _named(name: str, module: nn.Module) -> list[Any]:
+    """Hooks that wrap the module's forward pass in `part(name)`."""
+    running: list[Any] = []
+
+    def enter(*_: Any) -> None:
+        running.append(torch.profiler.record_function(_PREFIX + name))
+        running[-1].__enter__()
+
+    def leave(*_: Any) -> None:
+        running.pop().__exit__(None, None, None)
+
+    return [module.register_forward_pre_hook(enter), module.register_forward_hook(leave, always_call=True)]

@@ -1,0 +1,57 @@
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from d2v_scale.errors import ConfigError
+from d2v_scale.profiling import ProfileConfig, StepProfiler, part
+
+
+def run_steps(profiler: StepProfiler, count: int, student: nn.Module, teacher: nn.Module) -> list[Path]:
+    tables = []
+    x = torch.randn(64, 64)
+    for step in range(1, count + 1):
+        profiler.begin(step)
+        with part("student"):
+            loss = student(x).sum()
+        with part("teacher"), torch.no_grad():
+            for _ in range(200):
+                teacher(x)
+        loss.backward()
+        table = profiler.end(step)
+        if table is not None:
+            tables.append(table)
+    return tables
+
+
+def test_a_range_of_steps_gives_a_trace_and_a_table(tmp_path: Path) -> None:
+    student, teacher = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 8)), nn.Linear(64, 64)
+    profiler = StepProfiler(ProfileConfig(steps="3:4"), tmp_path, {"decoder": student[1]})
+    (table,) = run_steps(profiler, 6, student, teacher)
+    text = table.read_text()
+    assert text.startswith("2 steps, ")
+    shares = {line[:36].strip(): float(line[47:].split("%")[0]) for line in text.splitlines()[3:] if "%" in line}
+    assert shares["teacher"] > shares["student"]
+    assert {"decoder", "not named", "communication (inside the parts)"} <= shares.keys()
+    assert sum(shares[name] for name in ("student", "teacher", "decoder", "not named")) == pytest.approx(100, abs=0.3)
+    assert "aten::addmm" in text
+    trace = json.loads(gzip.decompress((tmp_path / "logs" / "profile-3-4.json.gz").read_bytes()))
+    assert sum(event.get("name") == "d2v_scale::decoder" for event in trace["traceEvents"]) == 2
+    assert not student[1]._forward_hooks
+
+
+def test_a_request_profiles_the_next_steps(tmp_path: Path) -> None:
+    profiler = StepProfiler(ProfileConfig(), tmp_path)
+    student = nn.Linear(64, 64)
+    assert run_steps(profiler, 2, student, student) == []
+    profiler.request(next_step=1, count=2)
+    assert [path.name for path in run_steps(profiler, 4, student, student)] == ["profile-1-2.txt"]
+
+
+@pytest.mark.parametrize("steps", ["20", "5:3", "a:b", "0:2", "1:2:3", "-1:2"])
+def test_a_wrong_range_is_named(steps: str) -> None:
+    with pytest.raises(ConfigError, match=r"profile\.steps"):
+        ProfileConfig(steps=steps).bounds()
