@@ -66,7 +66,9 @@ find_nodes() {
     local names node offset
     mapfile -t names < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
     export D2V_SCALE_NODES="${names[*]}"
-    ranks=${D2V_SCALE_RANKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
+    local gpus=${SLURM_GPUS_PER_NODE:-} # may be h100:8
+    gpus=${gpus##*:}
+    ranks=${D2V_SCALE_RANKS_PER_NODE:-${gpus:-${SLURM_GPUS_ON_NODE:-1}}}
     cpus=${SLURM_CPUS_PER_TASK:-$SLURM_CPUS_ON_NODE}
     node=$(scontrol --oneliner show node "${names[0]}" | tr ' ' '\n' | sed -n 's/^NodeAddr=//p')
     export MASTER_ADDR=${node:-${names[0]}}
@@ -96,26 +98,25 @@ set_environment() {
 
 # ----------------------------------------------------------------------------------------------------- launch and signals
 
-on_nodes() { # srun with what all steps of the job share; output of each node in a file of its own
-    local log=$1
-    shift
-    # shellcheck disable=SC2086  # options are separated by spaces
-    srun --cpus-per-task="$step_cpus" --kill-on-bad-exit=0 --wait=60 --output="$logs/$log-%N.log" --open-mode=append \
-        ${D2V_SCALE_SRUN_OPTIONS:-} "$@"
+step_on_nodes() { # sets step: srun of a shell text on all nodes, the output of each in a file of its own
+    local log=$1 tasks_per_node=$2 text=$3
+    local cpus_per_task=$((cpus / tasks_per_node > 0 ? cpus / tasks_per_node : 1))
+    # shellcheck disable=SC2206  # options are separated by spaces
+    step=(srun --ntasks=$((tasks_per_node * SLURM_NNODES)) --ntasks-per-node="$tasks_per_node"
+        --cpus-per-task=$cpus_per_task --overcommit --kill-on-bad-exit=0 --wait=60 ${D2V_SCALE_SRUN_OPTIONS:-}
+        bash -c "exec >> '$logs/$log'-\$SLURMD_NODENAME.log 2>&1; $text")
 }
 
-in_container() { # command line that runs "$@", inside of the container if the site uses apptainer
-    # shellcheck disable=SC2206  # options are separated by spaces
-    command_line=(${D2V_SCALE_RUN_IN:-} "$@")
+in_container() { # sets command_line: "$@", quoted for a shell, inside of the container if the site uses apptainer
+    command_line="${D2V_SCALE_RUN_IN:-} $(printf '%q ' "$@")"
 }
 
 preflight() {
     [[ ${D2V_SCALE_PREFLIGHT:-1} == 1 ]] || return 0
-    local step_cpus=$((cpus / ranks > 0 ? cpus / ranks : 1))
     in_container python -m d2v_scale.preflight --run_dir "$run_dir" --report "$logs/preflight.json" \
         --data "$(argument data)" --min_free_gb "${D2V_SCALE_MIN_FREE_GB:-20}"
-    MASTER_PORT=$((MASTER_PORT + 1)) on_nodes preflight --ntasks=$((ranks * SLURM_NNODES)) \
-        --ntasks-per-node="$ranks" --overcommit --time=2 "${command_line[@]}"
+    step_on_nodes preflight "$ranks" "exec $command_line"
+    MASTER_PORT=$((MASTER_PORT + 1)) "${step[@]}"
     local result=$?
     ((result == 0)) && return 0
     bad_nodes=$(python -c 'import json, sys
@@ -138,16 +139,13 @@ forward_signal() {
 
 launch() { # `deepspeed` on every node, each starting its own ranks
     # No ssh: the job's nodes need no login between each other, srun carries signals and environment, and Slurm can
-    # account for and end every process. USR1 is ignored by the launcher, which would die of it, and by the shell;
-    # train.py handles it. %q keeps the arguments whole.
-    local step_cpus=$cpus
+    # account for and end every process. USR1 is ignored by the launcher, which would die of it; train.py handles it.
     in_container deepspeed --no_ssh --no_ssh_check --hostfile "$logs/hostfile" --master_addr "$MASTER_ADDR" \
         --master_port "$MASTER_PORT"
-    # shellcheck disable=SC2016  # SLURM_NODEID belongs to the node
-    on_nodes node --ntasks="$SLURM_NNODES" --ntasks-per-node=1 bash -c \
-        'trap "" USR1; exec '"$(printf '%q ' "${command_line[@]}")"'--node_rank "$SLURM_NODEID" "$@"' \
-        node "$code/d2v_scale/train.py" "${arguments[@]}" &
-    srun_pid=$!
+    step_on_nodes node 1 "trap '' USR1
+        exec $command_line --node_rank \$SLURM_NODEID $(printf '%q ' "$code/d2v_scale/train.py" "${arguments[@]}")"
+    "${step[@]}" &
+    srun_pid=$! # of srun itself, not of a subshell: it gets the signals
     ((stop_requested)) && forward_signal
     local result
     while :; do # `wait` also returns when a signal arrives
@@ -173,10 +171,12 @@ requeue() {
         [[ $excluded == "(null)" ]] && excluded=
         scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="${excluded:+$excluded,}$bad_nodes" && say "excluded $bad_nodes"
     fi
+    trap - TERM
     sleep 300 # Slurm ends this shell
 }
 
 finish() { # the end of every attempt: status.json decides, exit codes are lost on the way through srun
+    trap '' USR1 TERM
     local decision code
     decision=$(python -m d2v_scale.attempts "$run_dir" "$1")
     code=$?
@@ -216,11 +216,11 @@ train() { # the whole job: train RECIPE DEEPSPEED_CONFIG [arguments of train.py,
     finish $?
 }
 
-run_once() { # one process on the first node, for evaluation: "$@" is a script of tools/ and its arguments
+run_once() { # one process on the first node, for evaluation: run_once SCRIPT_OF_TOOLS [its arguments]
     activate
     export PYTHONPATH=$repository${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
     in_container python "$repository/tools/$1" "${@:2}"
-    # shellcheck disable=SC2086
+    # shellcheck disable=SC2086  # options are separated by spaces
     exec srun --nodes=1 --ntasks=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-$SLURM_CPUS_ON_NODE}" \
-        ${D2V_SCALE_SRUN_OPTIONS:-} "${command_line[@]}"
+        ${D2V_SCALE_SRUN_OPTIONS:-} bash -c "exec $command_line"
 }

@@ -11,10 +11,10 @@
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.out
 
-# This file runs as a copy in Slurm's spool: the repository is where it was submitted, or where the original lies.
-repository=$SLURM_SUBMIT_DIR
+# This file runs as a copy in Slurm's spool: the repository is where the original lies, or where it was submitted.
 command=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=\([^ ]*\).*/\1/p')
-[[ -f $repository/slurm/lib.sh ]] || repository=${command%/slurm/*}
+repository=${command%/slurm/*}
+[[ -f $repository/slurm/lib.sh ]] || repository=$SLURM_SUBMIT_DIR
 source "$repository/slurm/lib.sh" || exit 2
 
 train d2v2_vision_large zero2.json "$@"

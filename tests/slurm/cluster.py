@@ -120,10 +120,23 @@ class Cluster:
     def __exit__(self, *_: object) -> None:
         self.down()
 
-    def run(self, *command: str, check: bool = True, timeout: float = 60, env: dict[str, str] | None = None) -> str:
+    def run(
+        self,
+        *command: str,
+        check: bool = True,
+        timeout: float = 60,
+        env: dict[str, str] | None = None,
+        cwd: Path | None = None,
+    ) -> str:
         """Output of a Slurm client command."""
         done = subprocess.run(
-            command, env={**self.env, **(env or {})}, capture_output=True, text=True, timeout=timeout, check=False
+            command,
+            env={**self.env, **(env or {})},
+            cwd=cwd,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
         )
         if check and done.returncode != 0:
             raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout}{done.stderr}")
@@ -138,7 +151,12 @@ class Cluster:
         return self.job(job_id).get("JobState", "UNKNOWN")
 
     def release(self, job_id: str) -> None:
-        """End the two minutes for which Slurm holds a requeued job."""
+        """End the two minutes for which Slurm holds a requeued job.
+
+        The nodes must have forgotten the job's last run: one that starts within seconds is refused as revoked.
+        """
+        wait_until(lambda: bool(self.idle()), 60, f"no node becomes idle; see {self.dir}/log")
+        time.sleep(3)
         self.run("scontrol", "update", f"JobId={job_id}", "StartTime=now", check=False)
 
     def idle(self) -> set[str]:

@@ -1,0 +1,142 @@
+"""The templates on a real Slurm, with the stand-in for the training program: what the job does in every kind of end."""
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from cluster import Cluster, wait_until
+from jobs import STAND_IN, Program, Workplace
+
+from d2v_scale import errors
+
+pytestmark = pytest.mark.slurm
+
+TEMPLATES = sorted(path.name for path in (Path(__file__).parents[2] / "slurm").glob("*.sh") if path.name != "lib.sh")
+NO_PREFLIGHT = {"D2V_SCALE_PREFLIGHT": "0"}
+Make = Callable[[Program], Workplace]
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_slurm_accepts_every_template(cluster: Cluster, template: str) -> None:
+    path = Path(__file__).parents[2] / "slurm" / template
+    done = subprocess.run(
+        ["sbatch", "--test-only", "--nodes=2", str(path)], env=cluster.env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_templates_hold_directives_and_little_else(template: str) -> None:
+    text = (Path(__file__).parents[2] / "slurm" / template).read_text()
+    lines = [line for line in text.splitlines() if line.strip() and not line.startswith("#")]
+    assert len(lines) <= 8, lines
+    assert "#SBATCH --signal=B:USR1@" in text or "eval" in template
+
+
+def test_usr1_saves_requeues_and_continues(workplace: Make) -> None:
+    """Also: the requeued job runs the code it started with, and the record has no gaps and no repeats."""
+    place = workplace(STAND_IN)
+    job = place.submit("pretrain_base.sh", "--optim.max_steps=30", "--step_seconds=0.4")
+    job.wait_for_step(2)
+    (place.dir / "d2v_scale/train.py").write_text("raise SystemExit('edited since')\n")
+    place.cluster.run("scancel", "--batch", "--signal=USR1", job.id)
+    job.wait_for_state("PENDING")
+    assert job.status.outcome == "requeue"
+    assert job.wait_for_end() == "COMPLETED", job.story()
+    assert (job.status.outcome, job.status.step) == ("done", 30)
+    losses = job.losses()
+    expected = 0.0
+    for step in range(30):
+        expected = 0.9 * expected + (step * 7919) % 101
+    assert losses[30] == pytest.approx(expected)
+    assert [attempt.exit_code for attempt in job.attempts] == [errors.EXIT_REQUEUE, errors.EXIT_DONE]
+    assert "SIGUSR1" in job.attempts[0].reason
+
+
+def test_bad_configuration_is_not_requeued(workplace: Make) -> None:
+    job = workplace(STAND_IN).submit("pretrain_large.sh", "--fail=2")
+    assert job.wait_for_end() == "FAILED"
+    assert [attempt.exit_code for attempt in job.attempts] == [errors.EXIT_BAD_INPUT]
+    assert "not requeued" in job.output.read_text()
+
+
+@pytest.mark.slow
+def test_equal_failures_end_after_the_limit(workplace: Make) -> None:
+    env = NO_PREFLIGHT | {"D2V_SCALE_MAX_FAILURES": "2"}
+    job = workplace(STAND_IN).submit("pretrain_huge.sh", f"--fail={errors.EXIT_DATA_STARVED}", env=env)
+    assert job.wait_for_end() == "FAILED"
+    assert [attempt.exit_code for attempt in job.attempts] == [errors.EXIT_DATA_STARVED] * 2
+    assert "2 equal failures" in job.output.read_text()
+
+
+@pytest.mark.slow
+def test_a_cancelled_job_does_not_come_back(workplace: Make) -> None:
+    place = workplace(STAND_IN)
+    job = place.submit("pretrain_base.sh", "--optim.max_steps=1000", "--step_seconds=0.2")
+    job.wait_for_step(2)
+    place.cluster.run("scancel", job.id)
+    wait_until(lambda: place.cluster.idle() == set(place.cluster.nodes), 60, job.story())
+    time.sleep(3)
+    assert job.state == "CANCELLED"
+
+
+@pytest.mark.slow
+def test_preemption_saves_and_continues(workplace: Make) -> None:
+    place = workplace(STAND_IN)
+    job = place.submit("pretrain_base.sh", "--optim.max_steps=40", "--step_seconds=0.4")
+    job.wait_for_step(2)
+    urgent = place.submit("pretrain_base.sh", "--optim.max_steps=2", options=("--partition=urgent",), env=NO_PREFLIGHT)
+    assert urgent.wait_for_end() == "COMPLETED", urgent.story()
+    assert job.wait_for_end() == "COMPLETED", job.story()
+    assert len(job.losses()) == 40
+    assert [attempt.exit_code for attempt in job.attempts] == [errors.EXIT_REQUEUE, errors.EXIT_DONE], job.story()
+
+
+@pytest.mark.slow
+def test_time_limit_requeues(workplace: Make) -> None:
+    """The limit is one minute: Slurm's signal comes at once, or the ranks' own deadline stops them."""
+    place = workplace(STAND_IN)
+    options = ("--time=1", "--signal=B:USR1@10")
+    job = place.submit(
+        "pretrain_base.sh",
+        "--optim.max_steps=100",
+        "--step_seconds=0.6",
+        options=options,
+        env={"D2V_SCALE_PREFLIGHT": "0"},
+    )
+    job.wait_for_state("PENDING", timeout_s=110)
+    assert job.status.outcome == "requeue"
+    assert job.attempts[0].step > 0
+
+
+@pytest.mark.slow
+def test_array_runs_every_element_in_its_own_directory(workplace: Make) -> None:
+    place = workplace(STAND_IN)
+    output = place.dir / "%A_%a.out"
+    command = ["sbatch", "--parsable", "--nodes=1", "--array=0-1", f"--output={output}", "slurm/sweep.sh"]
+    array = place.cluster.run(*command, "--optim.max_steps=3", env=NO_PREFLIGHT, cwd=place.dir).strip()
+    directories = [place.dir / "runs" / f"d2v-sweep-{array}_{index}" for index in range(2)]
+    wait_until(lambda: all((one / "attempts.jsonl").exists() for one in directories), 120, str(directories))
+    assert all('"done"' in (one / "status.json").read_text() for one in directories)
+
+
+@pytest.mark.slow
+def test_stopped_rank_is_named_and_the_job_continues(workplace: Make) -> None:
+    place = workplace(STAND_IN)
+    job = place.submit(
+        "pretrain_base.sh",
+        "--optim.max_steps=40",
+        "--step_seconds=0.3",
+        env={"WATCHDOG_S": "8", "D2V_SCALE_PREFLIGHT": "0"},
+    )
+    job.wait_for_step(3)
+    os.kill(job.pids("train.py")[3], signal.SIGSTOP)
+    job.wait_for_state("PENDING")
+    assert job.attempts[0].exit_code == errors.EXIT_REQUEUE
+    assert "is stopped (SIGSTOP)" in job.attempts[0].reason
+    assert "rank 3" in job.attempts[0].reason
+    assert job.wait_for_end() == "COMPLETED", job.story()
