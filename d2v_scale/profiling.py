@@ -34,7 +34,7 @@ class ProfileConfig:
 
 @contextmanager
 def part(name: str) -> Iterator[None]:
-    """Name what runs in this block (student, teacher, ema, data, ...) for the profile; costs next to nothing without."""
+    """Name what runs in this block (student, teacher, ema, data, ...) for the profile; next to free without."""
     with torch.profiler.record_function(_PREFIX + name):
         yield
 
