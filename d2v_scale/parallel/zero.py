@@ -86,7 +86,19 @@ class StudentEngine:
         else:
             self.skipped_updates += 1
             self.skipped_in_a_row += 1
+            self._forget_gradients()
         return StepResult(applied, float(self.engine.get_global_grad_norm()))
+
+    def _forget_gradients(self) -> None:
+        """Drop what a skipped step has accumulated.
+
+        DeepSpeed 0.19 forgets to at stages 1 and 2 with offload and fp32 accumulation: the next step would add its
+        gradient to the one that was not finite, and be skipped too, for ever.
+        """
+        if self.stage < 3:
+            gradients = self.engine.optimizer.averaged_gradients
+            for group in gradients:
+                gradients[group] = None
 
     def shards(self) -> list[Shard]:
         """The ranges of fp32 weights (and moments) this rank holds. Local."""

@@ -134,7 +134,7 @@ def reference(settings: Settings, skip: tuple[int, ...] = ()) -> dict:
     for step in range(settings.steps):
         x, masked = sample(step, slice(0, 12))
         loss = loss_sum(student(x, masked), teacher(x), masked) / masked.sum()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
         if step in skip:
             continue
         loss.backward()
@@ -153,3 +153,15 @@ def reference(settings: Settings, skip: tuple[int, ...] = ()) -> dict:
         "student": {name: p.detach().clone() for name, p in weights.items()},
         "teacher": {name: p.detach().clone() for name, p in teacher.named_parameters()},
     }
+
+
+def count(step: int) -> int:
+    """Masked positions of the whole step."""
+    return int(sample(step, slice(0, 12))[1].sum())
+
+
+def loss(student, teacher, step: int, rows: slice, bf16: bool = False) -> Tensor:
+    """The loss sum of some rows of a step's batch, through the engines."""
+    x, masked = sample(step, rows)
+    x = x.bfloat16() if bf16 else x
+    return loss_sum(student(x, masked), teacher(x), masked)
