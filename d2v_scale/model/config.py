@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from d2v_scale.errors import ConfigError
+
 Modality = Literal["vision", "speech", "text"]
 
 
@@ -49,6 +51,17 @@ class TextStem:
     eos_id: int = 2
     unk_id: int = 3
     mask_id: int = 50264
+
+    def check(self) -> None:
+        """Raises `ConfigError` for special tokens outside the vocabulary or with the same id."""
+        ids = {name: getattr(self, name) for name in ("bos_id", "pad_id", "eos_id", "unk_id", "mask_id")}
+        for name, value in ids.items():
+            if not 0 <= value < self.vocab_size:
+                raise ConfigError(
+                    f"model.text.{name}", f"{value} is outside the vocabulary of {self.vocab_size}.", "Change one."
+                )
+        if len(set(ids.values())) < len(ids):
+            raise ConfigError("model.text", f"two special tokens have the same id: {ids}.", "Give each its own.")
 
 
 @dataclass(kw_only=True)
@@ -126,6 +139,34 @@ class ModelConfig:
         named: list[tuple[Modality, object]] = [("vision", self.vision), ("speech", self.speech), ("text", self.text)]
         return [name for name, stem in named if stem is not None]
 
+    def check(self) -> None:
+        """Raises `ConfigError` for sizes that do not fit together. Allocates nothing."""
+        backbone = self.backbone
+        _require_divisor("model.backbone.heads", backbone.heads, "model.backbone.width", backbone.width)
+        for name in ("dropout", "attention_dropout", "activation_dropout", "input_dropout", "drop_path", "layer_drop"):
+            if not 0 <= getattr(backbone, name) < 1:
+                raise ConfigError(f"model.backbone.{name}", f"is {getattr(backbone, name)}", "It must be in [0, 1).")
+        if backbone.layer_scale and not backbone.norm_first:
+            raise ConfigError("model.backbone.layer_scale", "needs model.backbone.norm_first", "Set one of them.")
+        if self.vision is not None:
+            vision = self.vision
+            _require_divisor("model.vision.patch_size", vision.patch_size, "model.vision.image_size", vision.image_size)
+            if vision.positions == "sincos":
+                _require_divisor("model.vision.positions (sincos)", 4, "model.backbone.width", backbone.width)
+        if self.speech is not None:
+            groups = self.speech.pos_conv_groups
+            _require_divisor("model.speech.pos_conv_groups", groups, "model.backbone.width", backbone.width)
+            if not self.speech.conv_layers:
+                raise ConfigError("model.speech.conv_layers", "is empty", "Give (channels, kernel, stride) per layer.")
+        if self.text is not None:
+            self.text.check()
+        if self.predictor.kind in ("conv1d", "conv2d"):
+            groups = self.predictor.groups
+            _require_divisor("model.predictor.groups", groups, "model.backbone.width", backbone.width)
+            _require_divisor("model.predictor.groups", groups, "model.predictor.width", self.predictor.width)
+            if self.predictor.proj_layers not in (1, 2):
+                raise ConfigError("model.predictor.proj_layers", f"is {self.predictor.proj_layers}", "Choose 1 or 2.")
+
     def positions(self, modality: Modality) -> int | None:
         """T of a vision input, patches; None where it depends on the input's length (speech, text)."""
         if modality != "vision" or self.vision is None:
@@ -170,6 +211,11 @@ class TeacherParts:
         if model.text is not None:
             (parts.shared if model.visible_only else parts.copied).append("stems.text.features")
         return parts
+
+
+def _require_divisor(key: str, divisor: int, of_key: str, number: int) -> None:
+    if divisor < 1 or number % divisor:
+        raise ConfigError(key, f"{divisor} does not divide {of_key} {number}.", "Change one of them.")
 
 
 def _under(name: str, prefixes: list[str]) -> bool:

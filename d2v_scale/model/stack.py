@@ -261,6 +261,8 @@ class Teacher(_Stack):
         if self.owns_features(batch.modality):
             features_btd = self._features(batch, batch.inputs)
         assert features_btd is not None, f"this teacher shares {batch.modality} features and was given none"
+        # The student's may be of another precision.
+        features_btd = features_btd.to(next(self.blocks.parameters()).dtype)
         return self._enter(batch, features_btd, self._valid(batch, batch.inputs), masked=False)
 
 

@@ -6,7 +6,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from d2v_scale.errors import ConfigError
 from d2v_scale.model.config import ModelConfig, VisionStem
 from d2v_scale.model.init import InitRule, linear_rules, set_rule
 from d2v_scale.model.layers import rows_of
@@ -16,13 +15,7 @@ BEIT = InitRule("truncated", 0.02, 0.02)
 
 
 def grid_of(config: VisionStem) -> int:
-    """Patches along one side. Raises `ConfigError` if the image is not a whole number of patches."""
-    if config.image_size % config.patch_size:
-        raise ConfigError(
-            "model.vision.image_size",
-            f"{config.image_size} is not a multiple of patch_size {config.patch_size}.",
-            "Change one of them.",
-        )
+    """Patches along one side."""
     return config.image_size // config.patch_size
 
 

@@ -302,6 +302,16 @@ def test_nothing_masked_gives_no_predictions_and_zero_gradients(name: str) -> No
         assert not parameter.grad.any(), key
 
 
+@pytest.mark.parametrize("name", ["v1_speech", "v2_text"])
+def test_a_teacher_in_fp32_takes_features_of_a_student_in_bf16(name: str) -> None:
+    student, teacher = build(tiny_models.model(name), name)
+    batch = tiny_models.batch(name)
+    exact = teacher(batch, student(batch, DRAW).features_btd)
+    low = teacher(batch, student.bfloat16()(batch, DRAW).features_btd)
+    assert low.dtype == torch.float32
+    assert (low - exact).abs().mean() < 0.05
+
+
 @pytest.mark.parametrize("name", tiny_models.NAMES)
 def test_bf16_runs_and_stays_near_fp32(name: str) -> None:
     student, teacher = build(tiny_models.model(name), name)
