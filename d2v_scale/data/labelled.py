@@ -5,12 +5,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from d2v_scale.data.batch import Batch
 from d2v_scale.data.collate import make_decoder
 from d2v_scale.data.config import DataConfig, SourceConfig
 from d2v_scale.data.reading import SampleFault, SampleStore
+from d2v_scale.data.shard_index import Members
 from d2v_scale.data.shard_set import check_before_start, find_shards
 from d2v_scale.errors import DataError
 from d2v_scale.model.config import Modality, ModelConfig
@@ -18,7 +20,7 @@ from d2v_scale.model.config import Modality, ModelConfig
 
 @dataclass
 class LabelledSet:
-    """A set of shards whose samples have a `.cls` label. Iterating is deterministic and needs no other rank.
+    """The samples of a set of shards that have a `.cls` label. Iterating is deterministic and needs no other rank.
 
     With several ranks, each iterates over the same batches. Samples that cannot be read are left out and counted in
     the batch's `lost`.
@@ -42,8 +44,11 @@ class LabelledSet:
         self.classes = self._found.index.classes
         tokenizer = self.data.text.tokenizer or self._found.tokenizer
         self._decoder = make_decoder(self.modality, self.data, self.model, tokenizer)
-        shard_n = np.repeat(np.arange(len(self._found.paths)), self._found.samples_s)
-        item_n = np.concatenate([np.arange(count) for count in self._found.samples_s])
+        labelled = [np.flatnonzero(_has_label(self._found.members(k))) for k in range(len(self._found.paths))]
+        shard_n = np.repeat(np.arange(len(labelled)), [len(items) for items in labelled])
+        item_n = np.concatenate(labelled)
+        if len(item_n) == 0:
+            raise DataError(f"No sample of {self.shards!r} has a label (.cls).", "Give labelled shards.")
         if self.limit is not None and self.limit < len(shard_n):
             chosen = np.linspace(0, len(shard_n) - 1, self.limit).astype(int)
             shard_n, item_n = shard_n[chosen], item_n[chosen]
@@ -93,3 +98,9 @@ class LabelledSet:
             lost=len(shards) - len(rows),
         )
         return batch, torch.tensor(labels)
+
+
+def _has_label(members: Members) -> NDArray[np.bool_]:
+    if "cls" not in members.extensions:
+        return np.zeros(len(members), dtype=bool)
+    return members.member_size_ne[:, members.extensions.index("cls")] > 0

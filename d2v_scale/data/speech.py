@@ -1,0 +1,118 @@
+"""Recordings: decode, resample, normalise over the whole file, crop."""
+
+import io
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import soundfile
+import torch
+from numpy.typing import NDArray
+
+from d2v_scale.data.collate import Row, Stacked
+from d2v_scale.data.config import SpeechData
+from d2v_scale.data.reading import RawSample, SampleStore
+from d2v_scale.errors import ConfigError
+from d2v_scale.model.config import SpeechStem
+
+EXTENSIONS = ("flac", "wav", "ogg", "mp3", "opus", "aiff")
+SAMPLE_RATE = 16000
+_NORM_EPS = 1e-5
+
+Wave = NDArray[np.float32]
+
+
+def decode(content: bytes | memoryview) -> Wave:
+    """A file of any format soundfile reads, as mono float32 at 16 kHz (n,). Raises what soundfile raises."""
+    wave, rate = soundfile.read(io.BytesIO(content), dtype="float32")
+    if wave.ndim > 1:
+        wave = wave.mean(axis=1)
+    return resample(wave, rate)
+
+
+def resample(wave: Wave, rate: int) -> Wave:
+    """From `rate` to 16 kHz: ceil(n * 16000 / rate) samples."""
+    if rate == SAMPLE_RATE:
+        return wave
+    return _resampler(rate)(torch.from_numpy(wave)).numpy()
+
+
+@lru_cache(maxsize=8)
+def _resampler(rate: int) -> Any:
+    from torchaudio.transforms import Resample
+
+    return Resample(rate, SAMPLE_RATE)
+
+
+def normalize(wave: Wave) -> Wave:
+    """Zero mean and unit variance over the whole recording (spec S32: before any crop; eps 1e-5 on the variance)."""
+    centred = wave - wave.mean(dtype=np.float64).astype(np.float32)
+    variance = np.dot(centred, centred) / max(1, len(centred))
+    return centred * np.float32(1 / np.sqrt(variance + _NORM_EPS))
+
+
+def measure(members: dict[str, bytes]) -> int:
+    """Samples at 16 kHz, from the file's header. Raises where it is no recording."""
+    content = next((data for extension, data in members.items() if extension in EXTENSIONS), None)
+    if content is None:
+        raise ValueError(f"has no .{', .'.join(EXTENSIONS)}")
+    info = soundfile.info(io.BytesIO(content))
+    return -(-info.frames * SAMPLE_RATE // info.samplerate)
+
+
+class SpeechDecoder:
+    """Samples to waveforms, waveforms to a batch."""
+
+    extensions: tuple[str, ...] = EXTENSIONS
+    draws = 1
+
+    def __init__(self, config: SpeechData, stem: SpeechStem) -> None:
+        self._config = config
+        self._layers = stem.conv_layers
+        if self.frames(round(config.min_seconds * SAMPLE_RATE)) < 1:
+            raise ConfigError(
+                "data.speech.min_seconds",
+                f"{config.min_seconds} is shorter than one frame of the model",
+                "Give at least 0.025.",
+            )
+
+    def frames(self, samples: int) -> int:
+        """Frames that the convolutions make of `samples` (no padding: spec 3.1)."""
+        for _, kernel, stride in self._layers:
+            samples = (samples - kernel) // stride + 1
+        return samples
+
+    def training_row(self, store: SampleStore, shard: int, item: int, length: int, draws: NDArray[np.float64]) -> Row:
+        """`length` samples of the recording from a random place."""
+        sample = store.read(shard, item)
+        wave = self._whole(sample)
+        if len(wave) < length:
+            raise sample.fault(f"is {len(wave)} samples long, its index says at least {length}")
+        start = int(draws[0] * (len(wave) - length + 1))
+        return Row(sample.key, wave[start : start + length])
+
+    def evaluation_row(self, sample: RawSample) -> Wave:
+        """The recording from its beginning, at most `max_seconds`."""
+        return self._whole(sample)[: round(self._config.max_seconds * SAMPLE_RATE)]
+
+    def stack(self, rows: list[Wave]) -> Stacked:
+        """float32 (B, samples); shorter rows are filled with zeros and marked in `valid`."""
+        lengths = np.array([len(row) for row in rows])
+        longest = int(lengths.max())
+        if (lengths == longest).all():
+            return Stacked(torch.from_numpy(np.stack(rows)), length=self.frames(longest))
+        inputs = np.zeros((len(rows), longest), dtype=np.float32)
+        for k, row in enumerate(rows):
+            inputs[k, : len(row)] = row
+        valid = torch.from_numpy(np.arange(longest) < lengths[:, None])
+        frames_b = np.array([self.frames(int(length)) for length in lengths])
+        return Stacked(torch.from_numpy(inputs), valid, length=self.frames(longest), valid_lengths=frames_b)
+
+    def blank(self) -> Wave:
+        """A row of a batch that has none."""
+        return np.zeros(max(SAMPLE_RATE // 2, round(self._config.min_seconds * SAMPLE_RATE)), dtype=np.float32)
+
+    def _whole(self, sample: RawSample) -> Wave:
+        _, content = sample.member(EXTENSIONS)
+        wave = decode(content)
+        return normalize(wave) if self._config.normalize else wave

@@ -1,0 +1,186 @@
+"""Documents: tokenise, cut into blocks that start with <s>. A block is a pure function of the shard and its number."""
+
+import io
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from d2v_scale.data.collate import Row, Stacked
+from d2v_scale.data.config import TextData
+from d2v_scale.data.reading import RawSample, SampleStore
+from d2v_scale.errors import ConfigError, DataError
+from d2v_scale.model.config import TextStem
+
+EXTENSIONS = ("npy", "txt")
+_TOKENS_KEPT = 1 << 22
+
+Tokens = NDArray[np.int64]
+
+
+def chunks_of_documents(length_n: Tokens, block: int) -> tuple[Tokens, Tokens, Tokens]:
+    """Every document cut into chunks of at most `block` tokens: document, first and last + 1 token of each chunk."""
+    length_n = length_n.clip(min=0)
+    chunks_n = -(-length_n // block)
+    document_c = np.repeat(np.arange(len(length_n)), chunks_n)
+    first_chunk_n = np.cumsum(chunks_n) - chunks_n
+    start_c = (np.arange(len(document_c)) - first_chunk_n[document_c]) * block
+    return document_c, start_c, np.minimum(start_c + block, length_n[document_c])
+
+
+class Tokenizer:
+    """A sentencepiece model with </s> after every document."""
+
+    def __init__(self, path: Path) -> None:
+        import sentencepiece
+
+        try:
+            self._model: Any = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        except (OSError, RuntimeError) as error:
+            raise DataError(
+                f"The tokenizer {path} cannot be read: {error}.", "Train one with tools/train_tokenizer.py."
+            ) from error
+
+    def __call__(self, text: str) -> Tokens:
+        """Ids of one document, </s> at its end."""
+        return np.array([*self._model.encode(text), self._model.eos_id()], dtype=np.int64)
+
+    @property
+    def size(self) -> int:
+        """Ids it gives are below this; <mask> comes after them."""
+        return self._model.vocab_size()
+
+    def check(self, stem: TextStem) -> None:
+        """Raises ConfigError where it does not fit the model."""
+        ours = (self._model.bos_id(), self._model.pad_id(), self._model.eos_id(), self._model.unk_id())
+        theirs = (stem.bos_id, stem.pad_id, stem.eos_id, stem.unk_id)
+        if ours != theirs:
+            raise ConfigError("model.text", f"has special ids {theirs}, the tokenizer has {ours}")
+        if not self.size <= stem.mask_id < stem.vocab_size:
+            raise ConfigError(
+                "model.text.vocab_size",
+                f"is {stem.vocab_size} with <mask> at {stem.mask_id}, the tokenizer has {self.size} pieces",
+                f"Set model.text.vocab_size to {self.size + 1} and model.text.mask_id to {self.size}.",
+            )
+
+
+def document(sample: RawSample, tokenizer: Tokenizer | None) -> Tokens:
+    """The ids of a document: those stored in `.npy`, else its `.txt` tokenised. Ends with </s>."""
+    extension, content = sample.member(EXTENSIONS)
+    return tokens_of(extension, bytes(content), tokenizer)
+
+
+def tokens_of(extension: str, content: bytes, tokenizer: Tokenizer | None) -> Tokens:
+    """The ids in a member's bytes."""
+    if extension == "npy":
+        return np.load(io.BytesIO(content), allow_pickle=False).astype(np.int64)
+    if tokenizer is None:
+        raise ValueError("is text, but there is no tokenizer (data.text.tokenizer)")
+    return tokenizer(content.decode("utf-8"))
+
+
+class TextDecoder:
+    """Documents to blocks of ids, blocks to a batch."""
+
+    extensions: tuple[str, ...] = EXTENSIONS
+    draws = 0
+
+    def __init__(self, config: TextData, stem: TextStem, tokenizer: Path | None) -> None:
+        self._stem = stem
+        self._by_document = config.packing == "document"
+        self._block = stem.max_positions - 1
+        self._tokenizer = Tokenizer(tokenizer) if tokenizer is not None else None
+        if self._tokenizer is not None:
+            self._tokenizer.check(stem)
+        self._documents: OrderedDict[tuple[int, int], tuple[str, Tokens]] = OrderedDict()
+        self._tokens_kept = 0
+        self._layouts: OrderedDict[int, tuple[Tokens, ...]] = OrderedDict()
+
+    def training_row(self, store: SampleStore, shard: int, item: int, length: int, draws: NDArray[np.float64]) -> Row:
+        """A block, filled with <pad> to `length` (0: to the longest the model takes)."""
+        layout = self._layout(store, shard)
+        if self._by_document:
+            document_c, start_c, stop_c = layout
+            key, tokens = self._document(store, shard, int(document_c[item]))
+            parts = [tokens[start_c[item] : stop_c[item]]]
+        else:
+            [end_n] = layout
+            start, stop = item * self._block, min((item + 1) * self._block, int(end_n[-1]))
+            first, last = np.searchsorted(end_n, [start, stop - 1], side="right").tolist()
+            parts = []
+            for number in range(first, last + 1):
+                key, tokens = self._document(store, shard, number)
+                begin = int(end_n[number]) - len(tokens)
+                parts.append(tokens[max(0, start - begin) : stop - begin])
+            key = f"block {item} to {key}"
+        row = np.full(length or self._block + 1, self._stem.pad_id, dtype=np.int64)
+        row[0] = self._stem.bos_id
+        tokens = np.concatenate(parts)
+        row[1 : 1 + len(tokens)] = tokens
+        return Row(key, row)
+
+    def evaluation_row(self, sample: RawSample) -> Tokens:
+        """The document's beginning."""
+        return np.concatenate(([self._stem.bos_id], document(sample, self._tokenizer)[: self._block]))
+
+    def stack(self, rows: list[Tokens]) -> Stacked:
+        """int64 (B, T)."""
+        length = max(len(row) for row in rows)
+        tokens_bt = np.full((len(rows), length), self._stem.pad_id, dtype=np.int64)
+        for k, row in enumerate(rows):
+            tokens_bt[k, : len(row)] = row
+        valid_bt = tokens_bt != self._stem.pad_id
+        if valid_bt.all():
+            return Stacked(torch.from_numpy(tokens_bt), length=length)
+        return Stacked(
+            torch.from_numpy(tokens_bt), torch.from_numpy(valid_bt), length=length, valid_lengths=valid_bt.sum(1)
+        )
+
+    def blank(self) -> Tokens:
+        """A row of a batch that has none."""
+        return np.array([self._stem.bos_id, self._stem.eos_id], dtype=np.int64)
+
+    def _layout(self, store: SampleStore, shard: int) -> tuple[Tokens, ...]:
+        """Chunks of a shard's documents, or where each document ends in the shard's stream of tokens."""
+        if shard not in self._layouts:
+            length_n = store.members(shard).length_n
+            chunks = chunks_of_documents(length_n, self._block)
+            self._layouts[shard] = chunks if self._by_document else (np.cumsum(length_n.clip(min=0)),)
+            if len(self._layouts) > 64:
+                self._layouts.popitem(last=False)
+        return self._layouts[shard]
+
+    def _document(self, store: SampleStore, shard: int, number: int) -> tuple[str, Tokens]:
+        """Key and ids of a document; recent ones are kept, since neighbouring blocks share them."""
+        place = (shard, number)
+        if place in self._documents:
+            self._documents.move_to_end(place)
+            return self._documents[place]
+        expected = int(store.members(shard).length_n[number])
+        if expected <= 0:
+            return "", np.zeros(0, dtype=np.int64)
+        sample = store.read(shard, number)
+        tokens = document(sample, self._tokenizer)
+        if len(tokens) != expected:
+            raise sample.fault(f"has {len(tokens)} tokens, its index says {expected}: another tokenizer?")
+        self._documents[place] = sample.key, tokens
+        self._tokens_kept += len(tokens)
+        while self._tokens_kept > _TOKENS_KEPT and len(self._documents) > 1:
+            self._tokens_kept -= len(self._documents.popitem(last=False)[1][1])
+        return sample.key, tokens
+
+
+class TokenCounter:
+    """A `Measure` for text shards: tokens of a document, </s> included."""
+
+    def __init__(self, tokenizer: Path | None) -> None:
+        self._tokenizer = Tokenizer(tokenizer) if tokenizer is not None else None
+
+    def __call__(self, members: dict[str, bytes]) -> int:
+        for extension in EXTENSIONS:
+            if extension in members:
+                return len(tokens_of(extension, members[extension], self._tokenizer))
+        raise ValueError(f"has no .{', .'.join(EXTENSIONS)}")

@@ -1,0 +1,60 @@
+"""Training a sentencepiece model with the special ids that the models use."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from d2v_scale.data.shard_index import atomic_file
+from d2v_scale.errors import DataError
+
+
+def train(
+    texts: Iterable[str],
+    path: Path,
+    *,
+    vocab_size: int,
+    kind: str = "bpe",
+    character_coverage: float = 1.0,
+    threads: int = 1,
+) -> None:
+    """Write a model of `vocab_size` pieces to `path`. Ids: <s> 0, <pad> 1, </s> 2, <unk> 3; <mask> is `vocab_size`.
+
+    Bytes stand in for characters outside the vocabulary, so that no text is lost. Raises DataError where the texts are
+    too few for that many pieces.
+    """
+    import sentencepiece
+
+    with atomic_file(path) as temporary, temporary.open("wb") as stream:
+        try:
+            sentencepiece.SentencePieceTrainer.train(
+                sentence_iterator=(line for text in texts for line in _lines(text)),
+                model_writer=stream,
+                model_type=kind,
+                vocab_size=vocab_size,
+                character_coverage=character_coverage,
+                byte_fallback=True,
+                bos_id=0,
+                pad_id=1,
+                eos_id=2,
+                unk_id=3,
+                bos_piece="<s>",
+                pad_piece="<pad>",
+                eos_piece="</s>",
+                unk_piece="<unk>",
+                num_threads=threads,
+                minloglevel=2,
+            )
+        except (RuntimeError, ValueError) as error:
+            raise DataError(f"No tokenizer of {vocab_size} pieces could be trained: {error}.") from error
+
+
+def _lines(text: str) -> list[str]:
+    """Pieces of at most 4,000 bytes, which is what the trainer takes, cut at spaces."""
+    lines = []
+    for line in text.splitlines():
+        while len(line) > 1000:
+            cut = line.rfind(" ", 1, 1000)
+            cut = 1000 if cut < 0 else cut
+            lines.append(line[:cut])
+            line = line[cut:]
+        lines.append(line)
+    return lines
