@@ -25,16 +25,16 @@ GROUPS = (
     Group("spread (mean std over channels)", ("target_std", "prediction_std", "stem_std")),
     Group("effective rank", ("target_rank", "prediction_rank")),
     Group("mean cosine", ("target_cosine", "prediction_cosine")),
-    Group("teacher", ("teacher_*", "distance", "movement"), log=True),
+    Group("teacher", ("student_teacher_*", "teacher_update_norm", "teacher_norm"), log=True),
     Group("gradient norm", ("grad_norm*", "gradient_norm*"), log=True),
     Group("learning rate", ("lr", "learning_rate")),
     Group("EMA decay", ("decay", "ema_decay")),
     Group("samples per second", ("samples_per_second",)),
     Group(
-        "share of time or memory", ("*_wait_share", "host_cpu_share", "host_memory_used_share", "padding_share", "mfu*")
+        "share of time or memory", ("*_wait_share", "host_cpu_share", "host_memory_used_share", "data/padding", "mfu*")
     ),
     Group("memory, GiB", ("host_memory_gib", "device_memory_gib", "device_memory_peak_gib")),
-    Group("skipped and lost", ("skipped*", "lost*", "bad_*")),
+    Group("skipped and lost", ("skipped*", "data/lost")),
 )
 
 

@@ -5,8 +5,8 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-_SHOWN = ("loss", "knn", "samples_per_second", "mfu", "data_wait_share", "decay", "lr")
-_LABELS = {"samples_per_second": "samples/s", "data_wait_share": "data wait"}
+_SHOWN = ("loss", "knn_accuracy", "samples_per_second", "mfu", "data_wait_share", "decay", "lr")
+_LABELS = {"samples_per_second": "samples/s", "data_wait_share": "data wait", "knn_accuracy": "k-NN"}
 
 
 class Terminal:
@@ -36,7 +36,6 @@ class Terminal:
         step = record["step"]
         self._started = self._started or (time.monotonic(), step)
         fresh = {name: record[name] for name in _SHOWN if name in record}
-        fresh |= {name: value for name, value in record.items() if name.startswith("knn") and name not in fresh}
         self._shown |= fresh
         if self._progress is not None:
             text = "  ".join([*(_format(name, value) for name, value in self._shown.items()), self._eta(step)])

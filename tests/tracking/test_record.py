@@ -113,10 +113,10 @@ def test_speed_meter_counts_work_and_waiting() -> None:
 def test_plain_lines_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     terminal = Terminal(100)
     terminal.record({"step": 10, "loss": 0.51234, "data_wait_share": 0.02, "host_memory_gib": 3.0})
-    terminal.record({"step": 20, "knn": 0.8})
+    terminal.record({"step": 20, "knn_accuracy": 0.8})
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "step 10/100  loss 0.5123  data wait 2.0%"
-    assert lines[1].startswith("step 20/100  knn 0.8  eta 0:00:00")
+    assert lines[1].startswith("step 20/100  k-NN 0.8  eta 0:00:00")
 
 
 def test_live_line_at_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
