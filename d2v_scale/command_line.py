@@ -20,7 +20,8 @@ RECIPES = Path(__file__).parent / "recipes"
 DEFAULT_RECIPE = "demo_vision"
 RECIPE_FILE = "recipe.yaml"
 
-_EPILOG = """Recipes: a name from d2v_scale/recipes or a YAML file. Keys given after it override it, e.g.
+_EPILOG = """`--data SHARDS` trains on other shards than the recipe's: a path with {000000..000099}, a glob, a
+directory or an index (for several stems: `vision=SHARDS,speech=SHARDS`). Recipes: a name from d2v_scale/recipes or a YAML file. Keys given after it override it, e.g.
 `--recipe d2v2_vision_base --optim.lr 1e-3 --model.backbone.depth 24`. Without arguments: the vision demo.
 `--print_config` shows the resolved recipe and ends; `--model.vision.help` (and so on) explains an optional section."""
 
@@ -39,8 +40,6 @@ class Options:
     """Start a new run from the weights of this checkpoint or run directory."""
     reset_teacher: bool = False
     """With init_from: start the teacher as a copy of the student instead of from the checkpoint's teacher."""
-    data: str | None = None
-    """Shards to train on, instead of the recipe's: a path with {000000..000099}, a glob, or a directory."""
     allow_recipe_change: bool = False
     """Resume although keys that matter were changed; the change is recorded in the run directory."""
 
@@ -49,6 +48,7 @@ def parse(arguments: list[str]) -> tuple[Recipe, Options]:
     """The recipe and options that `arguments` describe. Raises ConfigError; `--help` and `--print_config` exit."""
     # The launcher adds this one; the environment says the same.
     arguments = [a for a in arguments if not a.startswith("--local_rank")]
+    arguments, shards = _take_shards(arguments)
     arguments, recipe_file = _take_recipe(arguments)
     parser = _make_parser()
     try:
@@ -58,10 +58,9 @@ def parse(arguments: list[str]) -> tuple[Recipe, Options]:
         _explain(str(error))
     given = {f.name: sections[f.name] for f in dataclasses.fields(Options)}
     recipe = Recipe(**{f.name: sections[f.name] for f in dataclasses.fields(Recipe)})
-    options = Options(**given)
-    if options.data is not None:
-        recipe.data.read_from(options.data, recipe.model.modalities)
-    return recipe, options
+    if shards is not None:
+        recipe.data.read_from(shards, recipe.model.modalities)
+    return recipe, Options(**given)
 
 
 def _make_parser() -> Any:
@@ -74,6 +73,14 @@ def _make_parser() -> Any:
     parser.add_class_arguments(Options)
     parser.add_class_arguments(Recipe)
     return parser
+
+
+def _take_shards(arguments: list[str]) -> tuple[list[str], str | None]:
+    """Remove `--data SHARDS`, which the parser would take for the whole `data` section."""
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--data")
+    known, rest = finder.parse_known_args(arguments)
+    return rest, known.data
 
 
 def _take_recipe(arguments: list[str]) -> tuple[list[str], Path]:

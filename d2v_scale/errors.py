@@ -21,7 +21,7 @@ class UserError(ValueError):
 
 
 class ConfigError(UserError):
-    """A recipe or DeepSpeed key that is unknown, has a wrong value, or contradicts another. `key` is its dotted path."""
+    """A recipe or DeepSpeed key that is unknown, wrong, or contradicts another. `key` is its dotted path."""
 
     def __init__(self, key: str, message: str, remedy: str = "") -> None:
         super().__init__(f"{key}: {message}", remedy)

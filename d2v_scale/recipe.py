@@ -16,6 +16,7 @@ from d2v_scale.evaluation.config import EvaluationConfig
 from d2v_scale.model.config import ModelConfig, TeacherParts
 from d2v_scale.optim import OptimConfig
 from d2v_scale.parallel.groups import ParallelConfig, data_parallel_size
+from d2v_scale.profiling import ProfileConfig
 from d2v_scale.teacher import TeacherConfig
 from d2v_scale.tracking.config import TrackingConfig
 
@@ -27,9 +28,11 @@ FREE_TO_CHANGE = (
     "checkpoint",
     "tracking",
     "evaluation",
+    "profile",
     "teacher.placement",
     "model.activation_checkpointing",
     "max_skipped_in_a_row",
+    "hang_limit_minutes",
 )
 
 
@@ -51,6 +54,8 @@ class Recipe:
     """Micro-batches per step and data-parallel rank."""
     max_skipped_in_a_row: int = 20
     """Steps in a row that may be skipped because something was not finite, before the run ends."""
+    hang_limit_minutes: float = 30.0
+    """A step that takes longer ends the run: the watchdog names the silent process. Minutes."""
     model: ModelConfig = field(default_factory=ModelConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
@@ -64,6 +69,7 @@ class Recipe:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
 
     def parts(self) -> TeacherParts:
         """The teacher's parts, with the published ones where the recipe names none."""
@@ -78,28 +84,21 @@ class Recipe:
     def check(self, world_size: int) -> None:
         """Raises ConfigError for what contradicts itself. Pure: before any process group is formed."""
         self.optim.check()
+        self.profile.bounds()
         self._check_model()
         self._check_objective()
         self._check_sizes(world_size)
 
     def _check_model(self) -> None:
-        model, backbone = self.model, self.model.backbone
+        model = self.model
         if not model.modalities:
             raise ConfigError("model", "has no stem", "Give at least one of model.vision, model.speech, model.text.")
-        if backbone.width % backbone.heads:
-            raise ConfigError(
-                "model.backbone.heads", f"{backbone.heads} does not divide model.backbone.width {backbone.width}"
-            )
+        model.check()
         if model.visible_only != model.predictor.kind.startswith("conv"):
             raise ConfigError(
                 "model.predictor.kind",
                 f"is {model.predictor.kind!r} with model.visible_only={model.visible_only}",
                 "2.0 (visible_only) decodes with conv1d or conv2d, 1.0 predicts with linear or mlp.",
-            )
-        if model.vision is not None and model.vision.image_size % model.vision.patch_size:
-            raise ConfigError(
-                "model.vision.patch_size",
-                f"{model.vision.patch_size} does not divide model.vision.image_size {model.vision.image_size}",
             )
 
     def _check_objective(self) -> None:
@@ -126,7 +125,8 @@ class Recipe:
             )
         if self.model.backbone.ffn % self.parallel.tensor:
             raise ConfigError(
-                "parallel.tensor", f"{self.parallel.tensor} does not divide model.backbone.ffn {self.model.backbone.ffn}"
+                "parallel.tensor",
+                f"{self.parallel.tensor} does not divide model.backbone.ffn {self.model.backbone.ffn}",
             )
         if self.batch_unit == "samples" and self.global_batch_size < replicas * self.accumulation:
             raise ConfigError(
@@ -153,7 +153,7 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> d
         before, after = old.get(name), new.get(name)
         if isinstance(before, dict) and isinstance(after, dict):
             found |= differences(before, after, f"{prefix}{name}.")
-        elif before != after and not (_plain(before) == _plain(after)):
+        elif _plain(before) != _plain(after):
             found[f"{prefix}{name}"] = (before, after)
     return found
 

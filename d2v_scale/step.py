@@ -6,7 +6,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from d2v_scale import faults
 from d2v_scale.data.batch import Batch
 from d2v_scale.data2vec import ema, loss, statistics
 from d2v_scale.data2vec.config import ObjectiveConfig
@@ -14,6 +13,7 @@ from d2v_scale.data2vec.stateless import key
 from d2v_scale.model.stack import Draw, StudentOutput
 from d2v_scale.parallel.groups import Topology
 from d2v_scale.parallel.zero import StepResult, StudentEngine
+from d2v_scale.profiling import part
 from d2v_scale.teacher import ShardedTeacher
 
 
@@ -23,6 +23,8 @@ class Observations:
 
     loss: Tensor
     """This rank's share of the step's loss: the sum over ranks is the loss."""
+    rows: Tensor
+    """Rows (samples times clones) of the whole step."""
     target_moments: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
     prediction_moments: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
     stem_moments: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
@@ -62,21 +64,25 @@ def train_step(
     topology = student.topology
     counts = count_step(batches, topology)
     factor = topology.data_parallel_size * len(batches)
-    observations = Observations(loss=torch.zeros((), dtype=torch.float64, device=topology.device))
+    observations = Observations(torch.zeros((), dtype=torch.float64, device=topology.device), counts[1])
     for micro, batch in enumerate(batches):
         torch.manual_seed(key(draw.seed, "dropout", draw.step, topology.data_parallel_rank, micro) >> 1)
-        output = student(batch, draw)
-        targets_btd = teacher(batch, output.features_btd)
+        with part("student"):
+            output = student(batch, draw)
+        with part("teacher"):
+            targets_btd = teacher(batch, output.features_btd)
         targets_nd = masked_targets(targets_btd, batch)
         share = _loss_share(output, targets_btd, targets_nd, objective, counts)
         observations.loss += share.detach()
-        student.backward(share * factor)
+        with part("backward"):
+            student.backward(share * factor)
         if observe:
             _observe(observations, output, targets_nd)
-    result = student.step()
+    with part("optimizer"):
+        result = student.step()
     if result.applied:
-        faults.point("ema")
-        teacher.update(ema.decay(objective.ema, student.completed_updates), measure=observe)
+        with part("ema"):
+            teacher.update(ema.decay(objective.ema, student.completed_updates), measure=observe)
     return result, observations
 
 

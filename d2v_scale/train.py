@@ -1,0 +1,352 @@
+"""Pretraining, from the command line to the last checkpoint: `deepspeed d2v_scale/train.py [--recipe NAME] ...`."""
+
+import sys
+
+if __name__ == "__main__":
+    # A script's own folder comes first on sys.path, where this package's modules would stand in for others' names.
+    del sys.path[0]
+    from pathlib import Path
+
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    from d2v_scale.signals import StopFlag as _StopFlag
+
+    _flag = _StopFlag.install()
+    from d2v_scale.train import main as _main
+
+    sys.exit(_main(sys.argv[1:], _flag))
+
+import json
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from d2v_scale import __version__, command_line, run_directory
+from d2v_scale.checkpoint import Checkpoint, find_newest_valid, open_any
+from d2v_scale.checkpoint.find import verify_together
+from d2v_scale.checkpoint.training import pieces, restore, restore_weights, state
+from d2v_scale.checkpoint.writer import CheckpointWriter
+from d2v_scale.command_line import Options
+from d2v_scale.data import demo
+from d2v_scale.data.batch import Batch
+from d2v_scale.data.labelled import LabelledSet
+from d2v_scale.data.loader import StepLoader
+from d2v_scale.data2vec import ema
+from d2v_scale.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_LOST_PEER, EXIT_REQUEUE, UserError, Verdict
+from d2v_scale.evaluation.online import OnlineEvaluation
+from d2v_scale.health import HealthMonitor
+from d2v_scale.model.init import initialize
+from d2v_scale.model.stack import Draw, Student, Teacher
+from d2v_scale.optim import make_optimizer, parameter_groups, set_rates
+from d2v_scale.parallel import ds_config, groups
+from d2v_scale.parallel.groups import Topology
+from d2v_scale.parallel.zero import StudentEngine, build_student
+from d2v_scale.profiling import StepProfiler, part
+from d2v_scale.recipe import Recipe, to_dict
+from d2v_scale.signals import Agreement, Stop, StopFlag, StopReason, is_lost_peer
+from d2v_scale.status import write_status
+from d2v_scale.step import Observations, collapse_statistics, train_step
+from d2v_scale.teacher import ShardedTeacher
+from d2v_scale.tracking import RunTracker, SpeedMeter, environment_tags
+from d2v_scale.watchdog import Watchdog
+
+log = logging.getLogger("d2v_scale.train")
+
+DEFAULT_DEEPSPEED = {"zero_optimization": {"stage": 1}}
+
+
+@dataclass
+class Run:
+    """The parts of one run."""
+
+    recipe: Recipe
+    options: Options
+    topology: Topology
+    directory: Path
+    student: StudentEngine
+    teacher: ShardedTeacher
+    loader: StepLoader
+    writer: CheckpointWriter
+    tracker: RunTracker
+    evaluation: OnlineEvaluation | None
+    rows: Tensor
+    """float64 scalar on the device: rows (samples times clones) seen by all ranks since the run began."""
+    step: int = 0
+    """Steps taken, those included that were skipped because something was not finite."""
+    saved: int = -1
+    """Step of the last checkpoint begun."""
+    recorded_step: int = 0
+    recorded_samples: int = 0
+
+    @property
+    def samples(self) -> int:
+        """Samples seen by all ranks since the run began. Waits for the device."""
+        return round(float(self.rows) / self.recipe.objective.masking.clones)
+
+
+def main(arguments: list[str], stop_flag: StopFlag) -> int:
+    """Run the program; returns the exit code that status.json also holds."""
+    is_main = os.environ.get("RANK", "0") == "0"
+    logging.basicConfig(level=logging.INFO if is_main else logging.ERROR, format="%(message)s")
+    directory: Path | None = None
+    try:
+        recipe, options = command_line.parse(arguments)
+        config = configure(recipe)
+        topology = groups.initialize(recipe.parallel)
+        directory = run_directory.claim(recipe, options, config, topology)
+        run_directory.log_to_file(directory, topology.rank)
+        run = build(recipe, options, config, topology, directory)
+        reason, code = supervise(run, stop_flag)
+        if topology.rank == 0:
+            write_status(directory, code, reason, run.step)
+    except Exception as error:
+        code = failed(error, directory, is_main)
+        # Peers may still wait in a collective that this rank will never join: leave without saying goodbye.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    groups.shutdown()
+    return code
+
+
+def configure(recipe: Recipe) -> dict[str, Any]:
+    """Check the recipe against itself, the world size and the DeepSpeed JSON; returns DeepSpeed's configuration.
+
+    Raises ConfigError before any process group is formed.
+    """
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    recipe.check(world_size)
+    recipe.data.check(recipe.model.modalities)
+    has_gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
+    raw = ds_config.read(recipe.deepspeed_config) if recipe.deepspeed_config else DEFAULT_DEEPSPEED
+    numbers = ds_config.RecipeNumbers(
+        precision=recipe.resolved_precision(has_gpu),
+        accumulation=recipe.accumulation,
+        clip=recipe.optim.clip,
+        global_batch_size=recipe.global_batch_size if recipe.batch_unit == "samples" else None,
+    )
+    return ds_config.resolve(raw, numbers, recipe.parallel, world_size)
+
+
+def build(recipe: Recipe, options: Options, config: dict[str, Any], topology: Topology, directory: Path) -> Run:
+    """All parts of the run, restored from the newest checkpoint if there is one. Collective: all ranks must call."""
+    parts = recipe.parts()
+    demo.ensure([*(source.shards for source in recipe.data.sources), recipe.evaluation.train, recipe.evaluation.test])
+    loader = StepLoader(
+        recipe.data,
+        recipe.model,
+        recipe.objective.masking,
+        recipe.objective.compat,
+        seed=recipe.seed,
+        global_batch_size=recipe.global_batch_size,
+        batch_unit=recipe.batch_unit,
+        accumulation=recipe.accumulation,
+        dp_rank=topology.data_parallel_rank,
+        dp_size=topology.data_parallel_size,
+        device=topology.device,
+    )
+    student = build_student(
+        lambda: Student(recipe.model),
+        config,
+        lambda named: make_optimizer(parameter_groups(named, recipe.optim), recipe.optim),
+        topology,
+        lambda module: initialize(module, recipe.seed),
+    )
+    teacher = ShardedTeacher(
+        lambda: Teacher(recipe.model, recipe.objective.target, parts),
+        student,
+        recipe.teacher,
+        config,
+        topology,
+        parts.role,
+    )
+    writer = CheckpointWriter.create(directory / "checkpoints", recipe.checkpoint)
+    tracker = RunTracker(directory, recipe.tracking, is_main=topology.rank == 0)
+    evaluation = make_evaluation(recipe, student, teacher)
+    rows = torch.zeros((), dtype=torch.float64, device=topology.device)
+    run = Run(recipe, options, topology, directory, student, teacher, loader, writer, tracker, evaluation, rows)
+    load(run)
+    return run
+
+
+def make_evaluation(recipe: Recipe, student: StudentEngine, teacher: ShardedTeacher) -> OnlineEvaluation | None:
+    """k-NN on the recipe's labelled shards, which are decoded once; None where it names none."""
+    config = recipe.evaluation
+    if config.train is None or config.test is None:
+        return None
+    modality = recipe.model.modalities[0]
+
+    def batches(shards: str, limit: int) -> list[tuple[Batch, Tensor]]:
+        return list(LabelledSet(shards, modality, recipe.data, recipe.model, limit=limit))
+
+    train_set, test_set = batches(config.train, config.max_train), batches(config.test, config.max_test)
+    return OnlineEvaluation(config, train_set, test_set, student, teacher)
+
+
+def load(run: Run) -> None:
+    """Continue from the newest valid checkpoint of the run directory, or start from `--init_from`. Collective."""
+    checkpoint, skipped = find_newest_valid(run.directory / "checkpoints", verify_together)
+    for bad in skipped:
+        log.warning("Skipped checkpoint %s: %s", bad.path, bad.reason)
+    if checkpoint is not None:
+        restore(checkpoint, run.student, run.teacher)
+        run.step = run.saved = checkpoint.step
+        run.rows.fill_(checkpoint.extra["samples"] * run.recipe.objective.masking.clones)
+        run.recorded_step, run.recorded_samples = run.step, run.samples
+        run.loader.load_state_dict(checkpoint.extra["data"])
+        log.info("Continuing at step %d from %s", run.step, checkpoint.path)
+    elif run.options.init_from is not None:
+        source: Checkpoint = open_any(run.options.init_from)
+        restore_weights(source, run.student, run.teacher, reset_teacher=run.options.reset_teacher)
+        log.info("Starting from the weights of %s", source.path)
+
+
+def supervise(run: Run, stop_flag: StopFlag) -> tuple[str, int]:
+    """Train under the watchdog, save, close the record; returns the reason the run ended and its exit code."""
+    recipe, topology = run.recipe, run.topology
+    run.tracker.start(
+        to_dict(recipe),
+        {**environment_tags(), "world_size": topology.world_size, "zero_stage": run.student.stage},
+        resume_step=run.step if run.saved >= 0 else None,
+        total_steps=last_step(run),
+    )
+    run.tracker.artifact(run.directory / command_line.RECIPE_FILE)
+    run.tracker.artifact(run.directory / "ds_config.json")
+    agreement = Agreement()
+    limit_s = recipe.hang_limit_minutes * 60
+    with Watchdog(run.directory, rank=topology.rank, world_size=topology.world_size, limit_s=limit_s) as watchdog:
+        stop = train(run, stop_flag, agreement, watchdog)
+        with watchdog.allow(recipe.checkpoint.peer_timeout, "last checkpoint"):
+            if (stop is None or stop.reason < StopReason.DATA_STARVED) and run.saved != run.step:
+                save(run)
+            committed = run.writer.finish()
+            report_saves(run)
+            agreement.barrier()
+        run.loader.close()
+        reason, code = ("all steps done", EXIT_DONE) if stop is None else (str(stop), stop.exit_code)
+        if not committed:
+            reason, code = f"{reason}, but the last checkpoint could not be written", code or 1
+        run.tracker.finish("done" if code == EXIT_DONE else "requeue" if code == EXIT_REQUEUE else "failed")
+    return reason, code
+
+
+def last_step(run: Run) -> int:
+    """The step this invocation ends at."""
+    horizon = run.recipe.optim.max_steps
+    return horizon if run.options.stop_at is None else min(horizon, run.options.stop_at)
+
+
+def train(run: Run, stop_flag: StopFlag, agreement: Agreement, watchdog: Watchdog) -> Stop | None:
+    """The training loop. Returns why all ranks stop before the last step, None if they reached it. Collective."""
+    recipe, student, teacher = run.recipe, run.student, run.teacher
+    end = last_step(run)
+    if run.step >= end:
+        return None
+    monitor = HealthMonitor(recipe.objective.health)
+    meter = SpeedMeter()
+    student.module.train()
+    if run.step == 0:
+        evaluate(run)
+    batches = iter(run.loader)
+    profiler = StepProfiler(recipe.profile, run.directory)
+    while run.step < end:
+        profiler.begin(run.step + 1)
+        with part("data"), meter.waiting("data"):
+            micro_batches = next(batches)
+        logged = run.tracker.due(run.step + 1, end)
+        lr = set_rates(student.optimizer, recipe.optim, student.completed_updates)
+        draw = Draw(recipe.seed, run.step)
+        result, seen = train_step(student, teacher, micro_batches, recipe.objective, draw, observe=logged)
+        run.step += 1
+        profiler.end(run.step)
+        run.rows += seen.rows
+        meter.step()
+        if not result.applied:
+            log.warning("Step %d was skipped: a loss or gradient was not finite", run.step)
+            if student.skipped_in_a_row >= recipe.max_skipped_in_a_row:
+                stop_flag.up(StopReason.NON_FINITE)
+        if logged:
+            record(run, seen, {"lr": lr, "grad_norm": result.grad_norm}, meter, monitor)
+            if monitor.collapsed:
+                stop_flag.up(StopReason.COLLAPSE)
+        if run.step == end or (recipe.evaluation.every and run.step % recipe.evaluation.every == 0):
+            evaluate(run)
+        if run.step % recipe.checkpoint.every == 0:
+            save(run)
+        report_saves(run)
+        if run.loader.alarm() is not None:
+            stop_flag.up(StopReason.DATA_STARVED)
+        watchdog.beat(run.step)
+        stop = agreement.agree(stop_flag.raised())
+        if stop is not None:
+            return stop
+    return None
+
+
+def record(run: Run, seen: Observations, values: dict[str, float], meter: SpeedMeter, monitor: HealthMonitor) -> None:
+    """Write the figures of this step to the record, and judge them. Reads from the device. Collective."""
+    completed = run.student.completed_updates
+    decay = ema.decay(run.recipe.objective.ema, max(1, completed))
+    figures = {**collapse_statistics(seen, run.topology), **run.teacher.health()}
+    values |= {name: float(value) for name, value in figures.items()}
+    speed = meter.read()
+    samples = run.samples
+    speed["samples_per_second"] = (samples - run.recorded_samples) / (
+        speed["step_seconds"] * (run.step - run.recorded_step)
+    )
+    run.recorded_samples, run.recorded_step = samples, run.step
+    values |= speed
+    values |= {"decay": decay, "updates": completed, "skipped_updates": run.student.skipped_updates}
+    values |= {f"data/{name}": value for name, value in run.loader.counters().items()}
+    run.tracker.log(run.step, samples, values)
+    for sign in monitor.observe(values, completed, decay):
+        run.tracker.message(f"step {run.step}: {sign}")
+
+
+def evaluate(run: Run) -> None:
+    """k-NN accuracy of the teacher to the record, where the recipe names labelled shards. Collective."""
+    if run.evaluation is not None:
+        run.tracker.log(run.step, run.samples, {"knn_accuracy": run.evaluation.accuracy()})
+
+
+def save(run: Run) -> None:
+    """Begin a checkpoint of this step; the loop waits for the snapshot only. Collective."""
+    run.tracker.flush()
+    extra = {
+        "samples": run.samples,
+        "data": run.loader.state_dict(),
+        "recipe": json.loads(json.dumps(to_dict(run.recipe))),
+        "mlflow_run_id": run.tracker.run_id(),
+        "version": __version__,
+    }
+    held = pieces(run.student, run.teacher)
+    run.writer.save(run.step, held, state(run.student, run.teacher), extra)
+    run.saved = run.step
+
+
+def report_saves(run: Run) -> None:
+    """Say what became of checkpoints that were written in the background."""
+    for result in run.writer.poll():
+        if result.error is not None:
+            log.warning("Checkpoint of step %d could not be written: %s", result.step, result.error)
+
+
+def failed(error: Exception, directory: Path | None, is_main: bool) -> int:
+    """Explain an error to the user and in status.json; returns the exit code."""
+    if isinstance(error, UserError):
+        code, reason = EXIT_BAD_INPUT, str(error)
+        if is_main:
+            print(f"error: {reason}", file=sys.stderr)
+    else:
+        lost = is_lost_peer(error)
+        code = EXIT_LOST_PEER if lost else getattr(error, "exit_code", 1) if isinstance(error, Verdict) else 1
+        reason = f"{type(error).__name__}: {error}"
+        log.error("%s", reason, exc_info=not isinstance(error, Verdict))
+    # Rank 0 speaks for a mistake that all ranks found; any rank for what it alone has seen.
+    if directory is not None and (is_main or code != EXIT_BAD_INPUT):
+        write_status(directory, code, reason)
+    return code
