@@ -6,16 +6,12 @@ import sys
 import warnings
 from pathlib import Path
 
-# The package is beside this folder; nothing in tools/ may shadow a module.
-sys.path[0] = str(Path(__file__).resolve().parents[1])
-os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
-
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     """Run the comparison that the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("fixture", type=Path, help="folder with meta.json, io, student_init, teacher_init, ...")
-    fixture = parser.parse_args().fixture
+    fixture = parser.parse_args(arguments).fixture
 
     warnings.filterwarnings("ignore", module="megatron")
     from d2v_scale.errors import EXIT_BAD_INPUT, UserError
@@ -36,4 +32,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    # The package lies beside this folder, and nothing in it may shadow a module.
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
     sys.exit(main())

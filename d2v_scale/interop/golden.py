@@ -41,7 +41,7 @@ class Fixture:
             raise CheckpointError(f"{folder / 'meta.json'} has no 'config'.", "Give a fixture folder.")
         self.reference = self._derive(student)
         self.keymap = reference_keys(self.reference.model, self.reference.modality)
-        self.teacher_prefix = teacher_prefix(student, teacher)
+        self.teacher_prefix = teacher_prefix(self.keymap, teacher)
         self.student_init = student
         self.teacher_init = {self.teacher_prefix + key: tensor for key, tensor in teacher.items()}
 

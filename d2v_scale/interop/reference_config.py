@@ -369,6 +369,8 @@ def from_data2vec_vision(settings: Settings, loop: Settings, shapes: Shapes) -> 
 
     Raises `CheckpointError` for options that are not supported.
     """
+    if modality_of(shapes) != ("vision", False):
+        raise CheckpointError("the keys are not those of a data2vec_vision model, but its configuration is.")
     _require(settings, "use_abs_pos_emb", False, None)
     _require(settings, "use_rel_pos_bias", False, None)
     patch = shapes.get(

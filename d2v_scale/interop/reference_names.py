@@ -5,7 +5,6 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from d2v_scale.errors import CheckpointError
 from d2v_scale.interop.keymap import KeyMap
 from d2v_scale.model.config import Modality, ModelConfig
 from d2v_scale.model.position_bias import relative_index, sincos_positions
@@ -28,17 +27,11 @@ def reference_keys(config: ModelConfig, modality: Modality) -> KeyMap:
 _TEACHER_PREFIXES = ("", "encoder.", "encoder.sentence_encoder.", "blocks.")
 
 
-def teacher_prefix(student_keys: Iterable[str], teacher_keys: Iterable[str]) -> str:
-    """What to put before teacher keys to get student keys. Raises `CheckpointError` if nothing fits."""
-    student, teacher = set(student_keys), list(teacher_keys)
-    fitting = [prefix for prefix in _TEACHER_PREFIXES if all(prefix + key in student for key in teacher)]
-    if not fitting:
-        best = max(_TEACHER_PREFIXES, key=lambda prefix: sum(prefix + key in student for key in teacher))
-        strangers = [key for key in teacher if best + key not in student]
-        raise CheckpointError(
-            "the teacher's weights have keys that the student's lack:\n" + "\n".join(f"  {k}" for k in strangers) + "\n"
-        )
-    return fitting[0]
+def teacher_prefix(keymap: KeyMap, teacher_keys: Iterable[str]) -> str:
+    """What to put before a teacher's keys to get the model's; keys that then still fit nothing are unexpected."""
+    known = {*keymap.theirs_to_ours_names(), *keymap.derived}
+    teacher = list(teacher_keys)
+    return max(_TEACHER_PREFIXES, key=lambda prefix: sum(prefix + key in known for key in teacher))
 
 
 def _fairseq_1_speech(config: ModelConfig) -> KeyMap:
