@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from d2v_scale.data2vec import loss
 from d2v_scale.data2vec.config import LossConfig
+from d2v_scale.model import attention
 from d2v_scale.model.config import TeacherParts
 from d2v_scale.model.init import full_shape_of, initial_tensor, initialize, tensor_parallel_slice
 from d2v_scale.model.stack import Draw, Student, Teacher
@@ -82,9 +83,36 @@ def replicated_parameters_agree(case: str, ours: dict[str, Tensor], parameters: 
     for name, parameter in parameters.items():
         if getattr(parameter, "tensor_model_parallel", False):
             continue
-        copies = [torch.empty_like(ours[f"weight.{name}"]) for _ in range(dist.get_world_size())]
-        dist.all_gather(copies, ours[f"weight.{name}"])
+        copies = everywhere(ours[f"weight.{name}"])
         assert all(torch.equal(copies[0], other) for other in copies), f"{case}: {name} differs between ranks"
+
+
+def everywhere(tensor: Tensor) -> list[Tensor]:
+    copies = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+    dist.all_gather(copies, tensor.contiguous())
+    return copies
+
+
+def dropout_differs_between_heads_only() -> None:
+    """Outside the heads all ranks drop the same elements, inside each its own; the common generator stays in step."""
+    student = Student(tiny_models.model("v1_speech", dropout=0.3, attention_dropout=0.5))
+    initialize(student, 1)
+    seen: list[Tensor] = []
+    attention.F.scaled_dot_product_attention, attend = (
+        lambda *args, **kwargs: seen.append(torch.rand(4)) or attend(*args, **kwargs),
+        attention.F.scaled_dot_product_attention,
+    )
+    torch.manual_seed(7)
+    out = student(tiny_models.batch("v1_speech"), Draw(0, 0))
+    attention.F.scaled_dot_product_attention = attend
+    out.predictions_nd.sum().backward()
+    state = torch.get_rng_state()
+    assert all(torch.equal(state, other) for other in everywhere(state)), "the common generators are out of step"
+    first = everywhere(out.predictions_nd.detach())
+    assert all(torch.equal(first[0], other) for other in first), "replicated states differ between ranks"
+    draws = everywhere(torch.stack(seen).flatten())
+    assert not torch.equal(draws[0], draws[1]), "two ranks' heads share a dropout pattern"
+    assert not torch.equal(seen[0], seen[1]), "two blocks share a dropout pattern"
 
 
 def main() -> None:
@@ -98,6 +126,7 @@ def main() -> None:
             parameters = dict(Student(tiny_models.model(name)).named_parameters())
             compare(case, ours, reference[case], parameters)
             replicated_parameters_agree(case, ours, parameters)
+        dropout_differs_between_heads_only()
         print("all cases agree", flush=True)
     finally:
         groups.shutdown()
