@@ -42,8 +42,8 @@ class LabelledSet:
         check_before_start(self._found, source, self.data.max_bad_ratio)
         assert self._found.index is not None
         self.classes = self._found.index.classes
-        tokenizer = self.data.text.tokenizer or self._found.tokenizer
-        self._decoder = make_decoder(self.modality, self.data, self.model, tokenizer)
+        self.tokenizer = self.data.text.tokenizer or self._found.tokenizer
+        self._decoder = make_decoder(self.modality, self.data, self.model, self.tokenizer)
         labelled = [np.flatnonzero(_has_label(self._found.members(k))) for k in range(len(self._found.paths))]
         shard_n = np.repeat(np.arange(len(labelled)), [len(items) for items in labelled])
         item_n = np.concatenate(labelled)
