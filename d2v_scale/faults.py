@@ -35,8 +35,16 @@ def _parse(text: str) -> list[_Fault]:
     return faults
 
 
-_faults = _parse(os.environ.get("D2V_FAULT", ""))
+_faults: list[_Fault] = []
 _lock = threading.Lock()
+
+
+def arm(text: str) -> None:
+    """Replace the faults by those in `text` (the format of D2V_FAULT)."""
+    _faults[:] = _parse(text)
+
+
+arm(os.environ.get("D2V_FAULT", ""))
 
 
 def point(name: Point) -> None:

@@ -5,6 +5,7 @@ Rank 0's thread waits for all of them, merges the manifest and commits. The rank
 collective in a thread would collide with the training step's.
 """
 
+import contextlib
 import json
 import logging
 import shutil
@@ -138,9 +139,11 @@ class CheckpointWriter:
     ) -> None:
         begin, error = time.monotonic(), None
         try:
-            self._write_share(temporary, pieces)
+            own_error = self._write_share(temporary, pieces)
             if self.rank == 0:
-                self._commit(temporary, step, state, extra)
+                self._commit(temporary, step, state, extra, own_error)
+            elif own_error is not None:
+                raise own_error
         except Exception as failure:
             error = f"{type(failure).__name__}: {failure}"
             log.warning("checkpoint of step %d was not saved: %s", step, error)
@@ -148,7 +151,8 @@ class CheckpointWriter:
         self._last = result
         self._results.append(result)
 
-    def _write_share(self, temporary: Path, pieces: list[Piece]) -> None:
+    def _write_share(self, temporary: Path, pieces: list[Piece]) -> Exception | None:
+        """Write this rank's file, then the report that it is complete, or that it could not be written."""
         share = f"rank-{self.rank:05d}"
         try:
             temporary.mkdir(exist_ok=True)
@@ -162,20 +166,22 @@ class CheckpointWriter:
             }
             write_text(temporary / f"{share}.json", json.dumps(report, separators=(",", ":")))
         except Exception as failure:
-            # An empty file still fits on a full disk; its reason may not.
-            (temporary / f"{share}.failed").touch()
-            (temporary / f"{share}.failed").write_text(f"{type(failure).__name__}: {failure}")
-            raise
+            with contextlib.suppress(OSError):
+                # An empty file still fits on a full disk; its reason may not.
+                (temporary / f"{share}.failed").touch()
+                (temporary / f"{share}.failed").write_text(f"{type(failure).__name__}: {failure}")
+            return failure
+        return None
 
-    def _commit(self, temporary: Path, step: int, state: dict[str, Any], extra: dict[str, Any]) -> None:
+    def _commit(
+        self, temporary: Path, step: int, state: dict[str, Any], extra: dict[str, Any], own_error: Exception | None
+    ) -> None:
         try:
-            reports = self._collect(temporary)
+            reports = self._collect(temporary, own_error)
             manifest = Manifest(
                 step=step,
                 files=[FileEntry(**report["file"]) for report in reports],
-                tensors=merge(
-                    [report["layout"] for report in reports], moments=any(report["moments"] for report in reports)
-                ),
+                tensors=merge([r["layout"] for r in reports], moments=any(r["moments"] for r in reports)),
                 state=state,
                 extra=extra,
                 written_by=__version__,
@@ -190,19 +196,29 @@ class CheckpointWriter:
         deleted = retain(self.root, step, self.config.keep_last, self.config.keep_every)
         log.info("checkpoint of step %d committed%s", step, f", deleted {deleted}" if deleted else "")
 
-    def _collect(self, temporary: Path) -> list[dict[str, Any]]:
-        """Every rank's report, in rank order. Raises CheckpointError when one failed or did not answer in time."""
+    def _collect(self, temporary: Path, own_error: Exception | None) -> list[dict[str, Any]]:
+        """Every rank's report, in rank order. Raises CheckpointError when one failed or did not answer in time.
+
+        Waits for all of them also after a failure: their files are about to be removed.
+        """
         deadline = time.monotonic() + self.config.peer_timeout
         while True:
             done = {path.name[5:10] for path in temporary.glob("rank-*.json")}
-            failed = sorted(temporary.glob("rank-*.failed"))
+            failed = {path.stem: path for path in temporary.glob("rank-*.failed")}
+            if own_error is not None:
+                failed.setdefault("rank-00000", temporary)
             if len(done) == self.world_size:
                 return [
                     json.loads((temporary / f"rank-{rank:05d}.json").read_text()) for rank in range(self.world_size)
                 ]
             if failed and len(done) + len(failed) >= self.world_size:
-                reasons = "; ".join(f"{path.stem}: {path.read_text() or 'no room for the reason'}" for path in failed)
-                raise CheckpointError(f"{len(failed)} of {self.world_size} files could not be written ({reasons}).")
+                reasons = {share: path.read_text() for share, path in sorted(failed.items()) if path.is_file()}
+                if own_error is not None:
+                    reasons["rank-00000"] = f"{type(own_error).__name__}: {own_error}"
+                listed = "; ".join(
+                    f"{share}: {reason or 'no room for the reason'}" for share, reason in reasons.items()
+                )
+                raise CheckpointError(f"{len(failed)} of {self.world_size} files could not be written ({listed}).")
             if time.monotonic() > deadline:
                 raise CheckpointError(
                     f"only {len(done)} of {self.world_size} ranks wrote their file in {self.config.peer_timeout} s."

@@ -1,0 +1,155 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from d2v_scale.errors import ConfigError
+from d2v_scale.parallel import ds_config
+from d2v_scale.parallel.ds_config import RecipeNumbers
+from d2v_scale.parallel.groups import ParallelConfig, data_parallel_size
+
+CONFIGS = sorted((Path(__file__).resolve().parents[2] / "ds_configs").glob("*.json"))
+NUMBERS = RecipeNumbers(precision="fp32", accumulation=2, clip=0.5, global_batch_size=24)
+
+
+def resolve(raw: dict, numbers: RecipeNumbers = NUMBERS, world_size: int = 4, **parallel: int) -> dict:
+    return ds_config.resolve(
+        {"zero_optimization": {"stage": 1}, **raw}, numbers, ParallelConfig(**parallel), world_size
+    )
+
+
+def test_auto_takes_the_recipes_numbers() -> None:
+    raw = {"train_batch_size": "auto", "gradient_clipping": "auto", "bf16": {"enabled": "auto"}}
+    found = resolve(raw)
+    assert found["train_micro_batch_size_per_gpu"] == 3
+    assert found["gradient_accumulation_steps"] == 2
+    assert found["gradient_clipping"] == 0.5
+    assert found["bf16"]["enabled"] is False
+
+
+def test_clipping_is_always_written_out() -> None:
+    assert resolve({}, RecipeNumbers(precision="fp32"))["gradient_clipping"] == 0.0
+
+
+def test_tensor_parallel_ranks_share_a_batch() -> None:
+    assert resolve({}, world_size=4, tensor=2)["train_micro_batch_size_per_gpu"] == 6
+
+
+def test_a_batch_that_does_not_divide_rounds_the_label_up() -> None:
+    assert resolve({}, world_size=5)["train_micro_batch_size_per_gpu"] == 3
+
+
+@pytest.mark.parametrize(
+    ("raw", "key"),
+    [
+        ({"train_batch_size": 32}, "train_batch_size"),
+        ({"train_micro_batch_size_per_gpu": 4}, "train_micro_batch_size_per_gpu"),
+        ({"gradient_accumulation_steps": 1}, "gradient_accumulation_steps"),
+        ({"gradient_clipping": 1.0}, "gradient_clipping"),
+        ({"bf16": {"enabled": True}}, "bf16.enabled"),
+        ({"fp16": {"enabled": True}}, "fp16.enabled"),
+        ({"optimizer": {"type": "AdamW"}}, "optimizer"),
+        ({"scheduler": {"type": "WarmupLR"}}, "scheduler"),
+        ({"zero_optimization": {"stage": 0}}, "zero_optimization.stage"),
+        ({"zero_optimization": {}}, "zero_optimization.stage"),
+        (
+            {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}},
+            "zero_optimization.zero_hpz_partition_size",
+        ),
+        ({"zero_optimization": {"stage": 1, "compute_grad_norm": False}}, "zero_optimization.compute_grad_norm"),
+        (
+            {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}},
+            "zero_optimization.offload_optimizer.device",
+        ),
+        ({"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}, "zero_optimization.offload_param"),
+        ({"tensor_parallel": {"autotp_size": 2}}, "tensor_parallel.autotp_size"),
+    ],
+)
+def test_what_contradicts_or_cannot_work_is_refused_by_name(raw: dict, key: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        resolve(raw)
+    assert caught.value.key == key
+
+
+def test_agreeing_numbers_are_accepted() -> None:
+    raw = {
+        "train_batch_size": 24,
+        "train_micro_batch_size_per_gpu": 3,
+        "gradient_accumulation_steps": 2,
+        "gradient_clipping": 0.5,
+        "bf16": {"enabled": False},
+    }
+    assert "train_batch_size" not in resolve(raw)
+
+
+def test_a_batch_in_seconds_leaves_no_room_for_a_number() -> None:
+    seconds = RecipeNumbers(precision="bf16", global_batch_size=None)
+    assert resolve({"train_batch_size": "auto"}, seconds)["train_micro_batch_size_per_gpu"] == 1
+    with pytest.raises(ConfigError, match="train_batch_size"):
+        resolve({"train_batch_size": 24}, seconds)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_pipeline_needs_stage_1(stage: int) -> None:
+    with pytest.raises(ConfigError, match="ZeRO-1 only"):
+        resolve({"zero_optimization": {"stage": stage}}, pipeline=2)
+
+
+def test_compiling_at_stage_3_needs_a_torch_that_computes_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = RecipeNumbers(precision="fp32", compile=True)
+    monkeypatch.setattr(torch, "__version__", "2.11.0+cpu")
+    with pytest.raises(ConfigError, match="memory_efficient_linear"):
+        resolve({"zero_optimization": {"stage": 3}}, compiled)
+    resolve({"zero_optimization": {"stage": 3, "memory_efficient_linear": False}}, compiled)
+    resolve({"zero_optimization": {"stage": 1}}, compiled)
+    monkeypatch.setattr(torch, "__version__", "2.13.0+cpu")
+    resolve({"zero_optimization": {"stage": 3}}, compiled)
+
+
+def test_bf16_at_stage_1_does_not_hold_all_gradients_in_fp32() -> None:
+    bf16 = RecipeNumbers(precision="bf16")
+    assert "data_types" not in resolve({}, bf16)
+    assert resolve({"zero_optimization": {"stage": 2}}, bf16)["data_types"]["grad_accum_dtype"] == "fp32"
+    with pytest.raises(ConfigError, match="grad_accum_dtype"):
+        resolve({"data_types": {"grad_accum_dtype": "fp32"}}, bf16)
+
+
+def test_world_size_must_divide() -> None:
+    assert data_parallel_size(ParallelConfig(tensor=2), 6) == 3
+    with pytest.raises(ConfigError, match="6 processes"):
+        data_parallel_size(ParallelConfig(tensor=4), 6)
+
+
+def test_the_teacher_is_always_at_stage_3_without_persistent_parameters() -> None:
+    student = resolve({"zero_optimization": {"stage": 1, "stage3_prefetch_bucket_size": 7}})
+    found = ds_config.teacher_config(student, "fp32", offload=True)["zero_optimization"]
+    assert found["stage"] == 3
+    assert found["stage3_param_persistence_threshold"] == 0
+    assert found["stage3_prefetch_bucket_size"] == 7
+    assert found["offload_param"]["device"] == "cpu"
+    assert "offload_param" not in ds_config.teacher_config(student, "bf16", offload=False)["zero_optimization"]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_shipped_configurations_resolve(path: Path, precision) -> None:
+    resolve(ds_config.read(path), RecipeNumbers(precision=precision, accumulation=2, clip=1.0, global_batch_size=24))
+
+
+def test_shipped_configurations_are_all_described() -> None:
+    assert len(CONFIGS) >= 6
+    text = (CONFIGS[0].parent / "README.md").read_text()
+    assert all(f"`{path.name}`" in text for path in CONFIGS)
+
+
+def test_unreadable_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"missing\.json"):
+        ds_config.read(tmp_path / "missing.json")
+    bad = tmp_path / "bad.json"
+    bad.write_text("{")
+    with pytest.raises(ConfigError, match="not valid JSON"):
+        ds_config.read(bad)
+    bad.write_text(json.dumps([1]))
+    with pytest.raises(ConfigError, match="JSON object"):
+        ds_config.read(bad)
