@@ -20,10 +20,11 @@ RECIPES = Path(__file__).parent / "recipes"
 DEFAULT_RECIPE = "demo_vision"
 RECIPE_FILE = "recipe.yaml"
 
-_EPILOG = """`--data SHARDS` trains on other shards than the recipe's: a path with {000000..000099}, a glob, a
-directory or an index (for several stems: `vision=SHARDS,speech=SHARDS`). Recipes: a name from d2v_scale/recipes or a YAML file. Keys given after it override it, e.g.
+_EPILOG = """Recipes: a name from d2v_scale/recipes or a YAML file. Keys given after it override it, e.g.
 `--recipe d2v2_vision_base --optim.lr 1e-3 --model.backbone.depth 24`. Without arguments: the vision demo.
-`--print_config` shows the resolved recipe and ends; `--model.vision.help` (and so on) explains an optional section."""
+`--data SHARDS` trains on other shards than the recipe's: a path with {000000..000099}, a glob, a directory or an
+index (for several stems: `vision=SHARDS,speech=SHARDS`). `--print_config` shows the resolved recipe and ends;
+`--model.vision.help` (and so on) explains an optional section."""
 
 
 @dataclass(kw_only=True)
@@ -138,17 +139,20 @@ def _explain(message: str) -> NoReturn:
 
 def _unknown_key(message: str) -> str | None:
     if found := re.search(r"unrecognized arguments: -*([\w.]+)", message):
-        return found.group(1)
+        return _first_wrong(found.group(1))
     if found := re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", message):
-        # The parser names the first leaf below the wrong key.
-        path = f"{found.group(1)}.{found.group(2)}"
-        keys = set(known_keys())
-        wrong = [path[: m.start()] for m in re.finditer(r"\.|$", path) if path[: m.start()] not in keys]
-        return wrong[0] if wrong else path
+        return _first_wrong(f"{found.group(1)}.{found.group(2)}")
     if found := re.search(r"Option '([\w.]+)' is not accepted", message):
         section = re.search(r'Parser key "([^"]+)"', message)
         return f"{section.group(1)}.{found.group(1)}" if section else found.group(1)
     return None
+
+
+def _first_wrong(path: str) -> str:
+    """The shortest part of a dotted path that is no key: the parser names the leaf below it."""
+    keys = set(known_keys())
+    starts = [path[: match.start()] for match in re.finditer(r"\.|$", path)]
+    return next((start for start in starts if start not in keys), path)
 
 
 def _one_paragraph(message: str) -> str:

@@ -17,7 +17,8 @@ class UserError(ValueError):
     """A mistake in what the user gave us. `message` says what is wrong, `remedy` what to do about it."""
 
     def __init__(self, message: str, remedy: str = "") -> None:
-        super().__init__(f"{message} {remedy}".strip())
+        ended = message if message.endswith((".", "?", "!")) else f"{message}."
+        super().__init__(f"{ended} {remedy}".strip())
 
 
 class ConfigError(UserError):

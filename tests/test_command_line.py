@@ -1,0 +1,113 @@
+"""Recipes, overrides and mistakes: every mistake names the key and the remedy before anything starts."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from d2v_scale import command_line
+from d2v_scale.errors import ConfigError
+from d2v_scale.recipe import binding_differences, to_dict
+
+PACKAGED = sorted(path.stem for path in command_line.RECIPES.glob("*.yaml"))
+
+
+def test_no_argument_is_the_vision_demo():
+    recipe, options = command_line.parse([])
+    assert recipe.name == "demo_vision"
+    assert options.resume is None
+
+
+@pytest.mark.parametrize("name", PACKAGED)
+def test_every_packaged_recipe_parses_checks_and_survives_a_round_trip(name, tmp_path):
+    recipe, _ = command_line.parse(["--recipe", name])
+    assert recipe.name == name
+    recipe.check(world_size=1)
+    saved = tmp_path / "recipe.yaml"
+    saved.write_text(command_line.dump(recipe))
+    again, _ = command_line.parse([f"--recipe={saved}"])
+    assert to_dict(again) == to_dict(recipe)
+
+
+def test_dotted_overrides_win_over_the_recipe_whatever_their_order():
+    recipe, options = command_line.parse(
+        ["--optim.lr", "1e-4", "--recipe", "demo_vision", "--model.vision.patch_size=2", "--stop_at", "7"]
+    )
+    assert recipe.optim.lr == 1e-4
+    assert recipe.model.vision.patch_size == 2
+    assert options.stop_at == 7
+
+
+def test_data_replaces_the_recipes_sources():
+    recipe, _ = command_line.parse(["--data", "/shards/in1k-{000000..001281}.tar"])
+    (source,) = recipe.data.sources
+    assert source.shards == "/shards/in1k-{000000..001281}.tar"
+    assert source.modality == "vision"
+
+
+def test_the_launchers_local_rank_is_accepted():
+    command_line.parse(["--local_rank=1"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "key", "hint"),
+    [
+        (["--optim.lrr", "3"], "optim.lrr", "optim.lr"),
+        (["--model.visin.patch_size", "3"], "model.visin", "model.vision"),
+        (["--model.vision.patch_siz", "3"], "model.vision.patch_siz", "model.vision.patch_size"),
+        (["--optim.lr", "fast"], "optim.lr", "float"),
+        (["--recipe", "demo_visoin"], "recipe", "demo_vision"),
+        (["--stop_att", "3"], "stop_att", "stop_at"),
+    ],
+)
+def test_a_mistake_names_the_key_and_the_nearest_valid_one(arguments, key, hint):
+    with pytest.raises(ConfigError) as error:
+        command_line.parse(arguments)
+    assert error.value.key == key
+    assert hint in str(error.value)
+
+
+def test_an_unknown_key_in_yaml_is_named_with_its_path(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("name: mine\nobjective:\n  masking:\n    lenght: 3\n")
+    with pytest.raises(ConfigError, match=r"objective\.masking\.lenght.*objective\.masking\.length"):
+        command_line.parse(["--recipe", str(file)])
+
+
+def test_resume_takes_the_recipe_of_the_directory(tmp_path):
+    recipe, _ = command_line.parse(["--optim.lr", "0.25"])
+    (tmp_path / command_line.RECIPE_FILE).write_text(command_line.dump(recipe))
+    resumed, options = command_line.parse(["--resume", str(tmp_path), "--stop_at", "5"])
+    assert resumed.optim.lr == 0.25
+    assert options.resume == str(tmp_path)
+    with pytest.raises(ConfigError, match="together with --resume"):
+        command_line.parse(["--resume", str(tmp_path), "--recipe", "demo_vision"])
+    with pytest.raises(ConfigError, match="does not exist"):
+        command_line.parse(["--resume", str(tmp_path / "nothing")])
+
+
+def test_another_recipe_in_the_same_directory_is_refused_and_free_keys_are_not(tmp_path):
+    recipe, _ = command_line.parse([])
+    (tmp_path / command_line.RECIPE_FILE).write_text(command_line.dump(recipe))
+    moved, _ = command_line.parse(["--data.workers", "7", "--accumulation", "2", "--tracking.log_every", "3"])
+    command_line.check_same_recipe(moved, tmp_path, allow_change=False)
+    other, _ = command_line.parse(["--optim.lr", "0.5"])
+    with pytest.raises(ConfigError, match=r"optim\.lr"):
+        command_line.check_same_recipe(other, tmp_path, allow_change=False)
+    command_line.check_same_recipe(other, tmp_path, allow_change=True)
+
+
+def test_binding_differences_leave_out_where_and_how_a_run_runs():
+    recipe, _ = command_line.parse([])
+    old = yaml.safe_load(command_line.dump(recipe))
+    new, _ = command_line.parse(["--parallel.tensor", "2", "--optim.clip", "9"])
+    assert list(binding_differences(old, to_dict(new))) == ["optim.clip"]
+
+
+def test_default_run_directory_is_the_jobs_own_under_slurm(monkeypatch):
+    recipe, _ = command_line.parse([])
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    assert command_line.default_run_dir(recipe, "20260101-000000") == Path("runs/demo_vision-20260101-000000")
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    monkeypatch.setenv("SLURM_JOB_NAME", "vit")
+    assert command_line.default_run_dir(recipe, "x") == Path("runs/vit-17")

@@ -1,0 +1,36 @@
+"""Contradictions inside a recipe are refused before any process group is formed."""
+
+import pytest
+
+from d2v_scale import command_line
+from d2v_scale.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("arguments", "world_size", "key"),
+    [
+        (["--objective.target.top_k_layers", "5"], 1, "objective.target.top_k_layers"),
+        (["--objective.masking.clones", "2"], 1, "objective.masking.clones"),
+        (["--objective.loss.cls_weight", "0.1"], 1, "objective.loss.cls_weight"),
+        (["--model.predictor.kind", "conv2d"], 1, "model.predictor.kind"),
+        (["--model.vision.patch_size", "5"], 1, "model.vision.patch_size"),
+        (["--model.backbone.heads", "5"], 1, "model.backbone.heads"),
+        (["--parallel.tensor", "3"], 3, "parallel.tensor"),
+        (["--parallel.tensor", "2"], 3, "parallel"),
+        (["--global_batch_size", "3"], 4, "global_batch_size"),
+        (["--batch_unit", "seconds"], 1, "batch_unit"),
+        (["--accumulation", "0"], 1, "accumulation"),
+        (["--profile.steps", "9:3"], 1, "profile.steps"),
+    ],
+)
+def test_a_contradiction_names_its_key(arguments, world_size, key):
+    recipe, _ = command_line.parse(arguments)
+    with pytest.raises(ConfigError) as error:
+        recipe.check(world_size)
+    assert error.value.key == key
+
+
+@pytest.mark.parametrize("world_size", range(1, 9))
+def test_the_demo_runs_on_one_to_eight_processes(world_size):
+    recipe, _ = command_line.parse([])
+    recipe.check(world_size)
