@@ -139,10 +139,11 @@ forward_signal() {
 
 launch() { # `deepspeed` on every node, each starting its own ranks
     # No ssh: the job's nodes need no login between each other, srun carries signals and environment, and Slurm can
-    # account for and end every process. USR1 is ignored by the launcher, which would die of it; train.py handles it.
+    # account for and end every process. The launcher would die of USR1, and its outer half of TERM, leaving the ranks
+    # behind: both are ignored from here on. train.py sets its own handlers.
     in_container deepspeed --no_ssh --no_ssh_check --hostfile "$logs/hostfile" --master_addr "$MASTER_ADDR" \
         --master_port "$MASTER_PORT"
-    step_on_nodes node 1 "trap '' USR1
+    step_on_nodes node 1 "trap '' USR1 TERM
         exec $command_line --node_rank \$SLURM_NODEID $(printf '%q ' "$code/d2v_scale/train.py" "${arguments[@]}")"
     "${step[@]}" &
     srun_pid=$! # of srun itself, not of a subshell: it gets the signals

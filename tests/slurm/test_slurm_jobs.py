@@ -108,6 +108,7 @@ def test_time_limit_requeues(workplace: Make) -> None:
         options=options,
         env={"D2V_SCALE_PREFLIGHT": "0"},
     )
+    job.wait_for_step(1)
     job.wait_for_state("PENDING", timeout_s=110)
     assert job.status.outcome == "requeue"
     assert job.attempts[0].step > 0

@@ -1,0 +1,17 @@
+#!/bin/bash
+# Measure what a run's features are worth (k-NN or linear probe) on one GPU:
+#   sbatch slurm/eval.sh runs/d2v-base-7 --task linear --data '/shards/train-*.tar' --test '/shards/val-*.tar'
+#SBATCH --job-name=d2v-eval
+#SBATCH --nodes=1
+#SBATCH --gpus-per-node=1
+#SBATCH --cpus-per-task=8
+#SBATCH --time=04:00:00
+#SBATCH --output=%x-%j.out
+
+# This file runs as a copy in Slurm's spool: the repository is where the original lies, or where it was submitted.
+command=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=\([^ ]*\).*/\1/p')
+repository=${command%/slurm/*}
+[[ -f $repository/slurm/lib.sh ]] || repository=$SLURM_SUBMIT_DIR
+source "$repository/slurm/lib.sh" || exit 2
+
+run_once probe.py "$@"

@@ -1,0 +1,22 @@
+#!/bin/bash
+# Continue from trained weights on other data, as a run of its own with a new schedule:
+#   sbatch slurm/finetune.sh runs/d2v-base-7 --recipe d2v2_vision_base --data '/shards/own-{0000..0099}.tar'
+#SBATCH --job-name=d2v-finetune
+#SBATCH --nodes=1
+#SBATCH --gpus-per-node=8
+#SBATCH --exclusive
+#SBATCH --mem=0
+#SBATCH --time=12:00:00
+#SBATCH --signal=B:USR1@300
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%j.out
+
+# This file runs as a copy in Slurm's spool: the repository is where the original lies, or where it was submitted.
+command=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=\([^ ]*\).*/\1/p')
+repository=${command%/slurm/*}
+[[ -f $repository/slurm/lib.sh ]] || repository=$SLURM_SUBMIT_DIR
+source "$repository/slurm/lib.sh" || exit 2
+
+checkpoint=${1:?the first argument is a run directory or a checkpoint to start from}
+train d2v2_vision_base zero1.json --init_from "$checkpoint" "${@:2}"
