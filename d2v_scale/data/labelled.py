@@ -14,6 +14,7 @@ from d2v_scale.data.config import DataConfig, SourceConfig
 from d2v_scale.data.reading import SampleFault, SampleStore
 from d2v_scale.data.shard_index import Members
 from d2v_scale.data.shard_set import check_before_start, find_shards
+from d2v_scale.data.source import open_store
 from d2v_scale.errors import DataError
 from d2v_scale.model.config import Modality, ModelConfig
 
@@ -60,7 +61,7 @@ class LabelledSet:
 
     def __iter__(self) -> Iterator[tuple[Batch, Tensor]]:
         """Batches with nothing masked, and their labels int64 (B,)."""
-        store = SampleStore(self._found)
+        store = open_store(self._found, self.data)
         try:
             for start in range(0, len(self), self.batch_size):
                 rows = slice(start, start + self.batch_size)

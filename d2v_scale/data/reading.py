@@ -3,9 +3,9 @@
 import os
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable
 from dataclasses import dataclass
 
+from d2v_scale.data.fetching import ShardCache
 from d2v_scale.data.shard_index import Members
 from d2v_scale.data.shard_set import ShardSet, is_remote
 from d2v_scale.errors import DataError
@@ -63,10 +63,10 @@ class RawSample:
 class SampleStore:
     """Reads samples of one set of shards. One per process; keeps recently used shards open."""
 
-    def __init__(self, shards: ShardSet, fetch: Callable[[str], str] | None = None) -> None:
-        """`fetch` brings a shard that is not local to a local path."""
+    def __init__(self, shards: ShardSet, cache: ShardCache | None = None) -> None:
+        """`cache` brings shards that are not local to a local path."""
         self._shards = shards
-        self._fetch = fetch
+        self._cache = cache
         self._open: OrderedDict[int, tuple[int, Members]] = OrderedDict()
 
     def members(self, shard: int) -> Members:
@@ -101,8 +101,8 @@ class SampleStore:
             if not is_remote(name):
                 path = name
             else:
-                assert self._fetch is not None
-                path = self._fetch(name)
+                assert self._cache is not None, "shards that are not local need a cache"
+                path = self._cache.fetch(name, self._shards.entries[shard].bytes)
             opened = os.open(path, os.O_RDONLY | os.O_CLOEXEC), members
         except OSError as error:
             raise SampleFault(name, "", f"cannot be opened: {error.strerror or error}") from error

@@ -86,8 +86,16 @@ def find_shards(source: SourceConfig) -> ShardSet:
         index_file, pattern = Path(pattern), ""
     if index_file is not None:
         return _from_index(index_file, pattern)
+    paths = expand(pattern)
+    if os.path.isdir(pattern):
+        pattern = os.path.join(pattern, "*.tar")
+    return ShardSet(paths=paths) if is_remote(paths[0]) else _beside(paths, pattern)
+
+
+def expand(pattern: str) -> list[str]:
+    """The shards that a pattern names: braces, glob or directory. Raises DataError where one is missing."""
     if is_remote(pattern):
-        return ShardSet(paths=list(braceexpand.braceexpand(pattern)))
+        return list(braceexpand.braceexpand(pattern))
     if os.path.isdir(pattern):
         pattern = os.path.join(pattern, "*.tar")
     if "{" in pattern:
@@ -104,7 +112,7 @@ def find_shards(source: SourceConfig) -> ShardSet:
             f"{len(absent)} of {len(paths)} shards of {pattern!r} do not exist, the first is {absent[0]}.",
             "Correct the range, or restore the shards.",
         )
-    return _beside(paths, pattern)
+    return paths
 
 
 def _beside(paths: list[str], pattern: str) -> ShardSet:

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from d2v_scale.data.config import DataConfig, SourceConfig
+from d2v_scale.data.fetching import ShardCache
 from d2v_scale.data.order import WindowOrder
 from d2v_scale.data.plan import SourcePlan
 from d2v_scale.data.reading import SampleStore
@@ -21,6 +22,12 @@ log = logging.getLogger(__name__)
 
 SAMPLE_RATE = 16000
 _MEMBER_FILES_KEPT = 64
+
+
+def open_store(shards: ShardSet, data: DataConfig) -> SampleStore:
+    """A reader of the samples of `shards`, for one process."""
+    cache = ShardCache(data.cache_dir, data.cache_gib * 2**30, data.read_timeout_s, data.read_retries)
+    return SampleStore(shards, cache)
 
 
 class Source:
@@ -58,7 +65,7 @@ class Source:
 
     def open_store(self) -> SampleStore:
         """A reader of the samples, for one process."""
-        return SampleStore(self.shards)
+        return open_store(self.shards, self._data)
 
     def plan(self, batch_size: int, unit: str) -> SourcePlan:
         """Batches of `batch_size` samples, seconds or tokens."""

@@ -1,0 +1,161 @@
+"""Index existing WebDataset tars, so that training on them is planned and resumed exactly.
+
+    python tools/index_shards.py '/shards/in1k-{000000..001281}.tar' --modality vision
+    python tools/index_shards.py 'pipe:ssh host cat /shards/a-{000000..000099}.tar' --modality speech --out indexes/
+    python tools/index_shards.py 's3://bucket/a-{000000..000099}.tar' --modality text --tokenizer t.model --out indexes/
+
+Nothing is written to the shards. What is damaged in them is named, and its samples count as lost in training.
+Interrupted runs continue where they stopped. Train with `--data OUT/NAME.index.json`.
+"""
+
+import argparse
+import hashlib
+import os
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import get_args
+
+from d2v_scale.data import speech, text
+from d2v_scale.data.fetching import ShardCache
+from d2v_scale.data.shard_index import Measure, SetIndex, ShardEntry, index_shard
+from d2v_scale.data.shard_jobs import Part, run_all
+from d2v_scale.data.shard_set import INDEX_SUFFIX, expand, is_remote
+from d2v_scale.data.writing import file_sha256
+from d2v_scale.errors import EXIT_BAD_INPUT, DataError, UserError
+from d2v_scale.model.config import Modality
+
+_TIMEOUT_S = 300.0
+_RETRIES = 2
+
+
+@dataclass
+class Job:
+    """One tar to be indexed, by any process."""
+
+    path: str
+    members: Path
+    modality: Modality
+    tokenizer: Path | None
+    cache: Path
+
+    @property
+    def record(self) -> Path:
+        return self.members.parent / ".index_shards" / f"{self.members.stem}.json"
+
+    def digest(self) -> str:
+        stat = None if is_remote(self.path) else os.stat(self.path)
+        inputs = (self.path, stat and (stat.st_size, stat.st_mtime_ns), self.modality, self.tokenizer)
+        return hashlib.sha256(repr(inputs).encode()).hexdigest()
+
+    def is_done(self) -> bool:
+        return self.members.is_file()
+
+    def run(self) -> Part:
+        """Index the tar; what is not local is fetched for that long."""
+        cache = ShardCache(str(self.cache), float("inf"), _TIMEOUT_S, _RETRIES)
+        try:
+            tar = Path(cache.fetch(self.path) if is_remote(self.path) else self.path)
+            return self._index(tar)
+        except OSError as error:
+            raise DataError(
+                f"The shard {self.path} cannot be read: {error}.", "Restore it, or leave it out."
+            ) from error
+        finally:
+            if is_remote(self.path):
+                cache.remove(self.path)
+
+    def _index(self, tar: Path) -> Part:
+        part = Part("", {})
+        counter: Measure | None = speech.measure if self.modality == "speech" else None
+        if self.modality == "text":
+            counter = text.TokenCounter(self.tokenizer)
+
+        def measure(members: dict[str, bytes]) -> int:
+            if "cls" in members:
+                part.classes = max(part.classes, int(members["cls"]) + 1)
+            return counter(members) if counter is not None else 0
+
+        entry = index_shard(tar, self.members, self.members.parent, measure)
+        if is_remote(self.path):
+            entry.path = self.path
+        part.entry = asdict(entry)
+        return part
+
+
+def make_index(arguments: argparse.Namespace) -> tuple[SetIndex, Path]:
+    """Index all shards and write the set's index; returns it and its path. Raises DataError."""
+    paths = _paths(arguments.shards)
+    out = arguments.out or (None if is_remote(paths[0]) else Path(paths[0]).parent)
+    if out is None:
+        raise DataError("The shards are not local.", "Say with --out where their index goes.")
+    out.mkdir(parents=True, exist_ok=True)
+    name = arguments.name or _common_name(paths)
+    if arguments.modality == "text" and arguments.tokenizer is not None:
+        text.Tokenizer(arguments.tokenizer)
+    cache = out / ".fetched"
+    parts = run_all(_jobs(paths, out, name, arguments, cache), arguments.processes)
+    if cache.is_dir():
+        for path in cache.iterdir():
+            path.unlink()
+        cache.rmdir()
+    classes = (
+        arguments.classes.split(",") if arguments.classes else [str(k) for k in range(max(p.classes for p in parts))]
+    )
+    index = SetIndex(modality=arguments.modality, shards=[ShardEntry(**part.entry) for part in parts], classes=classes)
+    if arguments.tokenizer is not None:
+        index.tokenizer, index.tokenizer_sha256 = (
+            os.path.relpath(arguments.tokenizer, out),
+            file_sha256(arguments.tokenizer),
+        )
+    target = out / f"{name}{INDEX_SUFFIX}"
+    index.save(target)
+    return index, target
+
+
+def _paths(pattern: str) -> list[str]:
+    """The shards, whatever index they may have already."""
+    if pattern.endswith(INDEX_SUFFIX):
+        raise DataError(f"{pattern} is an index already.", "Give the tars.")
+    return expand(pattern)
+
+
+def _jobs(paths: list[str], out: Path, name: str, arguments: argparse.Namespace, cache: Path) -> Iterator[Job]:
+    for number, path in enumerate(paths):
+        stem = f"{name}-{number:06d}" if is_remote(path) else Path(path).stem
+        yield Job(path, out / f"{stem}.index", arguments.modality, arguments.tokenizer, cache)
+
+
+def _common_name(paths: list[str]) -> str:
+    """`train` of `/a/train-000000.tar`."""
+    stem = re.sub(r"\.tar\W*$", "", paths[0].rsplit("/", 1)[-1])
+    return re.sub(r"[-_.]?\d+$", "", stem) or "shards"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("shards", help="path with {000000..000099}, glob, directory, `pipe:` command or URL")
+    parser.add_argument("--modality", choices=get_args(Modality), required=True)
+    parser.add_argument("--out", type=Path, help="directory of the index; default: beside the shards")
+    parser.add_argument("--name", help="the index is NAME.index.json; default: what the shards are called")
+    parser.add_argument("--tokenizer", type=Path, help="sentencepiece model, to count the tokens of text")
+    parser.add_argument("--classes", help="names of the labels, separated by commas; default: their numbers")
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
+    arguments = parser.parse_args()
+    try:
+        index, target = make_index(arguments)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    for shard in index.shards:
+        for damage in shard.damage:
+            print(f"damaged: {shard.path}: {damage}", file=sys.stderr)
+    damaged = sum(bool(shard.damage) for shard in index.shards)
+    print(f"{len(index.shards)} shards, {index.samples} samples, {damaged} damaged shards: {target}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
