@@ -122,3 +122,13 @@ def _default_rule(module: nn.Module, name: str) -> InitRule:
     fan_in = torch.Size(full_shape_of(module.weight)[1:]).numel()
     bound = 1 / math.sqrt(fan_in)
     return InitRule("uniform", -bound, bound)
+
+
+def initial_values(module: nn.Module, names: list[str], seed: int) -> dict[str, Tensor]:
+    """The full tensors that these parameters of `module` (which may be on the meta device) start from."""
+    wanted = set(names)
+    return {
+        name: initial_tensor(name, full_shape_of(parameter), rule, seed)
+        for name, parameter, rule in _named_rules(module)
+        if name in wanted
+    }

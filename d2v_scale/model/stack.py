@@ -132,6 +132,8 @@ class Student(_Stack):
         """Parameters are unfilled until `initialize` or a checkpoint writes them. Torch distributed and megatron's
         parallel_state must be initialised."""
         super().__init__(config, config.modalities if modalities is None else modalities, None)
+        backbone = config.backbone
+        self._has_dropout = bool(backbone.dropout or backbone.attention_dropout or backbone.activation_dropout)
 
     def forward(self, batch: Batch, draw: Draw, noise_rtd: Tensor | None = None) -> StudentOutput:
         """Predictions at the batch's masked positions. `noise_rtd`: the decoder's mask tokens (2.0), drawn if None.
@@ -161,7 +163,7 @@ class Student(_Stack):
     def _run_block(self, block: nn.Module, carry: Carry, scale_2r11: Tensor | None) -> Tensor:
         arguments = (carry.states_rsd, carry.attention_bias, scale_2r11)
         if self.config.activation_checkpointing and torch.is_grad_enabled():
-            states_rsd, _ = checkpoint(block, *arguments, use_reentrant=False)
+            states_rsd, _ = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=self._has_dropout)
         else:
             states_rsd, _ = block(*arguments)
         return states_rsd

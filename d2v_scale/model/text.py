@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from d2v_scale.errors import DataError
 from d2v_scale.model.config import ModelConfig
 from d2v_scale.model.init import InitRule, set_rule
 from d2v_scale.model.layers import rows_of
@@ -17,6 +18,7 @@ class TextFeatures(nn.Module):
         assert config.text is not None
         stem, width = config.text, config.backbone.width
         self.pad_id = stem.pad_id
+        self.max_positions = stem.max_positions
         self.dropout = config.backbone.input_dropout
         self.zero_pads = not config.visible_only
         self.tokens = nn.Embedding(stem.vocab_size, width, padding_idx=stem.pad_id)
@@ -24,10 +26,15 @@ class TextFeatures(nn.Module):
         self.positions = nn.Embedding(stem.max_positions + stem.pad_id + 1, width, padding_idx=stem.pad_id)
         for table in (self.tokens, self.positions):
             set_rule(table.weight, InitRule("normal", 0.02, zero_row=stem.pad_id))
-        self.norm = nn.LayerNorm(width, config.backbone.norm_eps)
+        self.norm = nn.LayerNorm(width)
 
     def forward(self, tokens_bt: Tensor, valid_bt: Tensor | None) -> Tensor:
-        """int64 (B, T) to (B, T, D). `valid_bt` None: there is no padding."""
+        """int64 (B, T) to (B, T, D). `valid_bt` None: nothing is padding. Raises `DataError` if T is too long."""
+        if tokens_bt.shape[1] > self.max_positions:
+            raise DataError(
+                f"A text of {tokens_bt.shape[1]} tokens is longer than model.text.max_positions {self.max_positions}.",
+                "Pack shorter blocks or raise it.",
+            )
         if valid_bt is None:
             positions_bt = torch.arange(1, tokens_bt.shape[1] + 1, device=tokens_bt.device)[None] + self.pad_id
         else:

@@ -1,6 +1,6 @@
 """One rank: every small model in the ZeRO engines at stages 1 and 3, against a plain loop in one process.
 
-Argument: file of the recording.
+Arguments: file of the recording, tensor-parallel size, ZeRO stages.
 """
 
 import dataclasses
@@ -95,7 +95,8 @@ def engine_losses(name: str, stage: int, topology: groups.Topology) -> Tensor:
     config = config_of(name)
     parts = TeacherParts.published(config)
     numbers = ds_config.RecipeNumbers(precision="fp32")
-    resolved = ds_config.resolve({"zero_optimization": {"stage": stage}}, numbers, groups.ParallelConfig(), 2)
+    parallel = groups.ParallelConfig(tensor=topology.tensor_size)
+    resolved = ds_config.resolve({"zero_optimization": {"stage": stage}}, numbers, parallel, topology.world_size)
     engine = build_student(
         lambda: Student(config),
         resolved,
@@ -122,18 +123,19 @@ def engine_losses(name: str, stage: int, topology: groups.Topology) -> Tensor:
         teacher.update(DECAY)
         losses.append(value.detach())
     total = torch.stack(losses)
-    torch.distributed.all_reduce(total)
+    torch.distributed.all_reduce(total, group=topology.data_parallel_group)
     teacher.destroy()
     engine.destroy()
     return total
 
 
 def main() -> None:
-    topology = groups.initialize(groups.ParallelConfig())
+    recording, tensor, *stages = sys.argv[1:]
+    topology = groups.initialize(groups.ParallelConfig(tensor=int(tensor)))
     try:
-        reference = torch.load(sys.argv[1], weights_only=True)
+        reference = torch.load(recording, weights_only=True)
         for name in tiny_models.NAMES:
-            for stage in (1, 3):
+            for stage in map(int, stages):
                 ours = engine_losses(name, stage, topology)
                 difference = float(((ours - reference[name]) / reference[name]).abs().max())
                 print(f"{name} stage {stage}: largest relative difference {difference:.1e}", flush=True)

@@ -10,6 +10,7 @@ from torch import Tensor
 from d2v_scale.data.batch import Batch, Layout
 from d2v_scale.data2vec import loss
 from d2v_scale.data2vec.config import LossConfig
+from d2v_scale.errors import DataError
 from d2v_scale.model.config import ModelConfig, TeacherParts
 from d2v_scale.model.init import initialize
 from d2v_scale.model.stack import Draw, Student, StudentOutput, Teacher
@@ -300,6 +301,14 @@ def test_nothing_masked_gives_no_predictions_and_zero_gradients(name: str) -> No
         # Zero, not absent: under ZeRO-3 an absent gradient is the one of an earlier step.
         assert parameter.grad is not None, key
         assert not parameter.grad.any(), key
+
+
+def test_a_text_longer_than_the_position_table_is_named() -> None:
+    student, _ = build(tiny_models.model("v2_text"), "v2_text")
+    batch = tiny_models.batch("v2_text")
+    batch = dataclasses.replace(batch, inputs=batch.inputs.repeat(1, 2))
+    with pytest.raises(DataError, match=r"40 tokens .*max_positions 24"):
+        student.stem_features(batch)
 
 
 @pytest.mark.parametrize("name", ["v1_speech", "v2_text"])
