@@ -10,6 +10,7 @@ import datetime
 import importlib.metadata
 import json
 import os
+import re
 import shutil
 import socket
 import sys
@@ -20,7 +21,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from d2v_scale.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_REQUEUE
+from d2v_scale.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_REQUEUE, DataError
 
 PACKAGES = ("torch", "deepspeed", "megatron-core")
 SHARDS_PER_RANK = 3
@@ -111,6 +112,22 @@ def shard_problems(shards: list[str], rank: int, world_size: int) -> list[str]:
         if header[257:262] != b"ustar":
             problems.append(f"{path} is not a tar file")
     return problems
+
+
+def local_shards(data: str) -> tuple[list[str], str]:
+    """(files, problem) of train.py's `--data`: one pattern, or one for each of several stems. URLs are left out."""
+    from d2v_scale.data.config import SourceConfig
+    from d2v_scale.data.shard_set import find_shards, is_remote
+
+    files: list[str] = []
+    for part in re.split(r",(?=(?:vision|speech|text)=)", data):
+        pattern = re.sub(r"^(vision|speech|text)=", "", part)
+        try:
+            found = find_shards(SourceConfig(modality="vision", shards=pattern)).paths
+        except (DataError, OSError) as error:
+            return [], str(error)
+        files += [path for path in found if not is_remote(path)]
+    return files, ""
 
 
 def device_problems(local_rank: int) -> list[str]:
@@ -287,8 +304,8 @@ def main() -> int:
 
     found = Findings(rank, node, versions())
     found.problems += disk_problems(options.run_dir, options.min_free_gb)
-    if options.data:
-        shards, problem = expand(options.data)
+    if options.data and local_rank == 0:
+        shards, problem = local_shards(options.data)
         found.problems += [problem] if problem else shard_problems(shards, rank, world_size)
     found.problems += device_problems(local_rank)
 
@@ -311,20 +328,6 @@ def main() -> int:
     report.seconds = round(time.monotonic() - began, 1)
     _publish(report, options.report)
     return report.exit_code
-
-
-def expand(pattern: str) -> tuple[list[str], str]:
-    """(files, problem) of a shard pattern with braces and wildcards, or a directory."""
-    import glob
-
-    import braceexpand
-
-    if Path(pattern).is_dir():
-        pattern = str(Path(pattern) / "*.tar")
-    paths = [path for part in braceexpand.braceexpand(pattern) for path in (sorted(glob.glob(part)) or [part])]
-    if len(paths) == 1 and not Path(paths[0]).exists():
-        return [], f"no shard matches {pattern}"
-    return paths, ""
 
 
 if __name__ == "__main__":
