@@ -1,0 +1,213 @@
+"""Weights of other programs as our checkpoint's tensors and recipe."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from d2v_scale.errors import CheckpointError
+from d2v_scale.interop.golden import Fixture
+from d2v_scale.interop.huggingface import PREFIXES, from_huggingface, huggingface_keys
+from d2v_scale.interop.keymap import KeyMap, KeyReport, import_tensors
+from d2v_scale.interop.reference_config import Reference, from_data2vec_vision, from_fairseq, modality_of
+from d2v_scale.interop.reference_names import reference_keys, teacher_prefix
+from d2v_scale.interop.unpickling import load_pickle, plain
+from d2v_scale.model.init import initial_values
+from d2v_scale.model.stack import Student, Teacher
+from d2v_scale.recipe import Recipe, to_dict
+
+
+@dataclass
+class Source:
+    """A foreign model: its description in our terms, and its tensors in its own names."""
+
+    reference: Reference
+    keymap: KeyMap
+    student: Mapping[str, Tensor]
+    teacher: Mapping[str, Tensor] | None
+    """In the student's names; None: the file has no teacher."""
+    kind: str
+
+
+@dataclass
+class Imported:
+    """A foreign model in our names."""
+
+    recipe: Recipe
+    student: dict[str, Tensor]
+    teacher: dict[str, Tensor]
+    lines: list[str] = field(default_factory=list)
+    """What happened, for the user."""
+
+
+def open_source(path: Path, state: str = "init") -> Source:
+    """Look into a fairseq or data2vec_vision checkpoint, a Hugging Face folder, or a fixture folder.
+
+    `state`: of a fixture folder, `init` or `final`. Raises `CheckpointError` when it is none of these or damaged.
+    """
+    if not path.exists():
+        raise CheckpointError(f"{path} does not exist.")
+    if path.is_dir():
+        if (path / "meta.json").exists():
+            return _fixture(path, state)
+        if (path / "config.json").exists():
+            return _huggingface(path)
+        raise CheckpointError(f"{path} holds neither config.json (Hugging Face) nor meta.json (a recorded run).")
+    return _pickled(path)
+
+
+def convert(source: Source, name: str) -> Imported:
+    """All tensors under our names. Raises `CheckpointError` listing every key that is missing, unexpected or does not
+    fit. Needs an initialised world (`single_process`)."""
+    reference = source.reference
+    recipe = Recipe(name=name, model=reference.model, objective=reference.objective, teacher_parts=reference.parts)
+    with torch.device("meta"):
+        student = Student(reference.model)
+        teacher = Teacher(reference.model, reference.objective.target, reference.parts)
+    shapes = {n: tuple(p.shape) for n, p in student.named_parameters()}
+    imported, report = import_tensors(source.keymap, source.student, shapes)
+    report.require_complete(f"{source.kind}, student")
+    lines = [f"student: {report.line()}"]
+    absent = [n for n in shapes if n not in imported]
+    _require_known_absence(source.keymap, absent)
+    if absent:
+        imported |= initial_values(student, absent, recipe.seed)
+        lines.append(f"student: initialised anew, since {source.kind} has none: {', '.join(absent)}")
+    wanted = {n: tuple(p.shape) for n, p in teacher.named_parameters()}
+    if source.teacher is None:
+        teacher_tensors = {n: imported[n] for n in wanted}
+        lines.append("teacher: none in the file; it starts as a copy of the student")
+    else:
+        teacher_tensors, teacher_report = _teacher(source, wanted)
+        lines.append(f"teacher: {teacher_report.line()}")
+    return Imported(recipe, imported, teacher_tensors, lines)
+
+
+def _teacher(source: Source, wanted: dict[str, tuple[int, ...]]) -> tuple[dict[str, Tensor], KeyReport]:
+    assert source.teacher is not None
+    tensors, report = import_tensors(source.keymap, source.teacher, wanted)
+    report.require_complete(f"{source.kind}, teacher")
+    return tensors, report
+
+
+def _require_known_absence(keymap: KeyMap, absent: list[str]) -> None:
+    optional = {entry.ours for entry in keymap.entries if entry.optional}
+    unknown = [name for name in absent if name not in optional and not name.startswith(keymap.initialised or ("\0",))]
+    if unknown:
+        raise CheckpointError("the file has nothing for these tensors:\n" + "\n".join(f"  {n}" for n in unknown))
+
+
+def extra_of(imported: Imported, path: Path) -> dict[str, Any]:
+    """What the checkpoint stores beside the tensors."""
+    return {"recipe": json.loads(json.dumps(to_dict(imported.recipe))), "imported_from": path.name}
+
+
+def _fixture(path: Path, state: str) -> Source:
+    fixture = Fixture(path)
+    student, teacher = fixture.student_init, fixture.teacher_init
+    if state == "final":
+        student = fixture.tensors("student_final")
+        teacher = {fixture.teacher_prefix + k: t for k, t in fixture.tensors("teacher_final").items()}
+    return Source(fixture.reference, fixture.keymap, student, teacher, "recorded run")
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+
+
+def _pickled(path: Path) -> Source:
+    content = load_pickle(path)
+    state = content.get("model", content)
+    if not isinstance(state, Mapping):
+        raise CheckpointError(f"{path}: its 'model' is no state dict.")
+    student = {_alias(k): t for k, t in state.items() if isinstance(t, Tensor)}
+    nested = [t for k, t in state.items() if k.split(".")[-1] == "_ema" and isinstance(t, Mapping)]
+    averaged = nested[0] if nested else content.get("model_ema")
+    teacher = None
+    if isinstance(averaged, Mapping):
+        teacher = {k: t for k, t in averaged.items() if isinstance(t, Tensor) and not k.startswith("__")}
+    modality, second = modality_of(student)
+    if modality == "vision" and not second:
+        arguments = plain(content.get("args")) or {}
+        reference = from_data2vec_vision(content.get("model_settings") or {}, arguments, _shapes(student))
+        kind = "data2vec_vision checkpoint"
+    else:
+        reference = from_fairseq(_fairseq_settings(content, path), _shapes(student), _words(content))
+        kind = "fairseq checkpoint"
+    keymap = reference_keys(reference.model, reference.modality)
+    if teacher is not None:
+        prefix = teacher_prefix(keymap, teacher)
+        teacher = {prefix + key: tensor for key, tensor in teacher.items()}
+    return Source(reference, keymap, student, teacher, kind)
+
+
+def _alias(key: str) -> str:
+    # Some versions wrapped the projection in a Sequential.
+    return key.replace("final_proj.0.", "final_proj.")
+
+
+def _words(content: Mapping[str, Any]) -> dict[str, int] | None:
+    words = content.get("special_words")
+    return words if isinstance(words, dict) else None
+
+
+def _fairseq_settings(content: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    settings = plain(content.get("cfg")) or {}
+    model = settings.get("model") if isinstance(settings, dict) else None
+    if not isinstance(model, dict):
+        model = plain(content.get("args"))
+    if not isinstance(model, dict):
+        raise CheckpointError(
+            f"{path} has no model configuration (cfg.model or args): the number of heads cannot be told from tensors.",
+            "Give the checkpoint as the training program wrote it.",
+        )
+    return model
+
+
+class _Folder(Mapping[str, Tensor]):
+    """Tensors of a folder's safetensors files, read when asked for."""
+
+    def __init__(self, path: Path) -> None:
+        files = sorted(path.glob("*.safetensors"))
+        self._where: dict[str, Any] = {}
+        for file in files:
+            try:
+                opened = safe_open(file, framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(f"{file} cannot be read: {error}.", "Is the file complete?") from error
+            for key in opened.keys():  # noqa: SIM118  (not a mapping)
+                self._where[key] = opened
+
+    def __getitem__(self, key: str) -> Tensor:
+        return self._where[key].get_tensor(key)
+
+    def __iter__(self) -> Any:
+        return iter(self._where)
+
+    def __len__(self) -> int:
+        return len(self._where)
+
+
+def _huggingface(path: Path) -> Source:
+    try:
+        settings = json.loads((path / "config.json").read_text())
+    except ValueError as error:
+        raise CheckpointError(f"{path / 'config.json'} is not JSON: {error}.") from error
+    tensors: Mapping[str, Tensor] = _Folder(path)
+    if not tensors and (path / "pytorch_model.bin").exists():
+        tensors = load_pickle(path / "pytorch_model.bin")
+    if not tensors:
+        raise CheckpointError(f"{path} holds no model.safetensors.", "Give a complete Hugging Face folder.")
+    renamed = {_without_prefix(key): tensors[key] for key in tensors}
+    reference = from_huggingface(settings, _shapes(renamed))
+    keymap = huggingface_keys(reference.model, reference.modality)
+    return Source(reference, keymap, renamed, None, "Hugging Face folder")
+
+
+def _without_prefix(key: str) -> str:
+    return next((key.removeprefix(prefix) for prefix in PREFIXES if key.startswith(prefix)), key)
