@@ -78,8 +78,8 @@ class ConvPredictor(nn.Module):
         length = kept + masked_n.shape[0] // max(1, rows)
         index_n = (torch.arange(rows, device=visible_rs.device)[:, None] * length + visible_rs).flatten()
         x_nd = visible_rsd.new_empty(rows * length, width)
-        x_nd = x_nd.index_copy(0, masked_n, noise_nd.to(x_nd.dtype))
-        x_nd = x_nd.index_copy(0, index_n, visible_rsd.reshape(-1, width))
+        x_nd.index_copy_(0, masked_n, noise_nd.to(x_nd.dtype))
+        x_nd.index_copy_(0, index_n, visible_rsd.reshape(-1, width))
         side = math.isqrt(length)
         # Channels stay last between the layers; the convolutions see a permuted view.
         x = x_nd.view(rows, side, side, width) if self.planar else x_nd.view(rows, length, width)
