@@ -12,7 +12,9 @@ from numpy.typing import NDArray
 
 from d2v_scale.data2vec.stateless import key, numpy_generator
 
-_ROUNDS = 4
+_ROUNDS = 6
+# Fewer bits leave so few round functions that small permutations are visibly uneven.
+_LEAST_HALF_BITS = 4
 
 
 class KeyedPermutation:
@@ -21,11 +23,11 @@ class KeyedPermutation:
     def __init__(self, size: int, *key_parts: int | str) -> None:
         assert size > 0
         self._size = size
-        self._half_bits = max(1, ((size - 1).bit_length() + 1) // 2)
+        self._half_bits = max(_LEAST_HALF_BITS, ((size - 1).bit_length() + 1) // 2)
         self._round_keys = [key(*key_parts, turn) for turn in range(_ROUNDS)]
 
     def __call__(self, position: int) -> int:
-        """Where `position` goes. O(1) expected: the walked domain is less than four times `size`."""
+        """Where `position` goes. O(1) expected: the walked domain is less than four times `size`, or 256."""
         assert 0 <= position < self._size
         half, mask = self._half_bits, (1 << self._half_bits) - 1
         value = position

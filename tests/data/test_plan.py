@@ -1,0 +1,126 @@
+"""d2v_scale.data.plan"""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from d2v_scale.data.order import WindowOrder
+from d2v_scale.data.plan import Cursor, Mixture, PlannedBatch, SourcePlan
+from d2v_scale.errors import DataError
+
+counts_of_shards = st.lists(st.integers(0, 25), min_size=1, max_size=12).filter(any)
+
+
+def plain(counts: list[int], window: int, batch: int, seed: int = 1) -> SourcePlan:
+    return SourcePlan(WindowOrder(len(counts), counts.__getitem__, window, seed, "s"), 0, batch)
+
+
+def bucketed(counts: list[int], window: int, batch: float, **options: bool) -> SourcePlan:
+    lengths = [np.random.default_rng(shard).integers(1, 50, count) for shard, count in enumerate(counts)]
+    order = WindowOrder(len(counts), counts.__getitem__, window, 1, "s")
+    return SourcePlan(order, 0, batch, length_of=lengths.__getitem__, **options)
+
+
+def items(batch: PlannedBatch) -> list[tuple[int, int, int]]:
+    return list(zip(batch.epoch_n.tolist(), batch.shard_n.tolist(), batch.item_n.tolist(), strict=True))
+
+
+@settings(max_examples=30, deadline=None)
+@given(counts=counts_of_shards, window=st.integers(1, 5), batch=st.integers(1, 40), use_lengths=st.booleans())
+def test_every_epoch_delivers_every_item_once(counts: list[int], window: int, batch: int, use_lengths: bool) -> None:
+    plan = bucketed(counts, window, batch) if use_lengths else plain(counts, window, batch)
+    cursor, seen = Cursor(), Counter[tuple[int, int, int]]()
+    while cursor.epoch < 2:
+        planned, cursor = plan.next_batch(cursor)
+        assert len(planned) <= batch
+        assert use_lengths or len(planned) == batch
+        seen.update(items(planned))
+    expected = {(e, s, i) for e in (0, 1) for s, count in enumerate(counts) for i in range(count)}
+    assert {item: n for item, n in seen.items() if item[0] < 2} == dict.fromkeys(expected, 1)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    counts=counts_of_shards,
+    window=st.integers(1, 5),
+    batch=st.integers(1, 40),
+    stop=st.integers(0, 12),
+    use_lengths=st.booleans(),
+)
+def test_a_new_plan_continues_from_a_cursor(
+    counts: list[int], window: int, batch: int, stop: int, use_lengths: bool
+) -> None:
+    def make() -> SourcePlan:
+        return bucketed(counts, window, batch) if use_lengths else plain(counts, window, batch)
+
+    first, cursor = make(), Cursor()
+    for _ in range(stop):
+        _, cursor = first.next_batch(cursor)
+    second, other = make(), cursor
+    for _ in range(5):
+        expected, cursor = first.next_batch(cursor)
+        planned, other = second.next_batch(other)
+        assert items(planned) == items(expected)
+        assert (planned.length, other) == (expected.length, cursor)
+
+
+@settings(deadline=None)
+@given(rows=st.integers(0, 60), parts=st.integers(1, 24))
+def test_shares_are_a_partition_and_even(rows: int, parts: int) -> None:
+    batch = PlannedBatch(0, np.zeros(rows, int), np.zeros(rows, int), np.arange(rows))
+    shares = [batch.share(part, parts) for part in range(parts)]
+    assert np.concatenate([share.item_n for share in shares]).tolist() == list(range(rows))
+    sizes = {len(share) for share in shares}
+    assert max(sizes) - min(sizes) <= 1
+
+
+@pytest.mark.parametrize("shortest", [True, False])
+def test_bucketed_batches_hold_rows_of_about_one_length(shortest: bool) -> None:
+    counts = [200, 200, 200]
+    plan = bucketed(counts, 3, 400, cost_is_length=True, crop_to_shortest=shortest)
+    lengths = [np.random.default_rng(shard).integers(1, 50, count) for shard, count in enumerate(counts)]
+    cursor, used, given_ = Cursor(), 0, 0
+    while True:
+        batch, cursor = plan.next_batch(cursor)
+        if batch.epoch_n[0] > 0:
+            break
+        rows = np.array([lengths[s][i] for s, i in zip(batch.shard_n, batch.item_n, strict=True)])
+        assert batch.length == (rows.min() if shortest else rows.max())
+        assert rows.sum() <= 400 + 50
+        used += len(rows) * batch.length
+        given_ += rows.sum()
+    assert abs(used / given_ - 1) < 0.06
+
+
+def test_items_of_length_0_are_left_out() -> None:
+    order = WindowOrder(2, lambda _: 10, 1, 1, "s")
+    plan = SourcePlan(order, 0, 4, length_of=lambda shard: np.arange(10) if shard else np.zeros(10, int))
+    batch, _ = plan.next_batch(Cursor())
+    assert set(batch.shard_n.tolist()) == {1}
+    assert 0 not in batch.item_n
+
+
+def test_a_source_without_usable_items_says_so() -> None:
+    plan = SourcePlan(WindowOrder(2, lambda _: 3, 1, 1, "short"), 0, 4, length_of=lambda _: np.zeros(3, int))
+    with pytest.raises(DataError, match="'short' is usable"):
+        plan.next_batch(Cursor())
+
+
+def test_sample_ids_are_distinct() -> None:
+    ids = set()
+    for source in range(3):
+        batch = PlannedBatch(source, np.zeros(6, int), np.repeat([0, 1], 3), np.tile([0, 1, 2], 2))
+        ids |= set(batch.sample_ids.tolist())
+    assert len(ids) == 18
+
+
+def test_mixture_follows_weights_and_temperature() -> None:
+    assert np.allclose(Mixture([1, 3], 1.0, 1).shares, [0.25, 0.75])
+    assert np.allclose(Mixture([1, 9], 2.0, 1).shares, [0.25, 0.75])
+    mixture = Mixture([1, 3], 1.0, 7)
+    steps = [mixture.source_of(step) for step in range(4000)]
+    assert abs(np.mean(steps) - 0.75) < 0.03
+    assert steps == [Mixture([1, 3], 1.0, 7).source_of(step) for step in range(4000)]
