@@ -95,6 +95,8 @@ class StopFlag:
     def __init__(self, deadline: float | None = None) -> None:
         """`deadline`: Unix time in seconds from which on the flag is up by itself; None for no limit."""
         self.deadline = deadline
+        self.starting = True
+        """Until the first step there is nothing to save: Ctrl-C then ends the process at once."""
         self._reason: StopReason | None = None
 
     @classmethod
@@ -112,6 +114,8 @@ class StopFlag:
         return flag
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
+        if self.starting and number == signal.SIGINT:
+            os._exit(EXIT_REQUEUE)
         self.up(_SIGNALS[signal.Signals(number)])
 
     def up(self, reason: StopReason) -> None:

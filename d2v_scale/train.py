@@ -36,7 +36,7 @@ from d2v_scale.data.batch import Batch
 from d2v_scale.data.labelled import LabelledSet
 from d2v_scale.data.loader import StepLoader
 from d2v_scale.data2vec import ema
-from d2v_scale.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_LOST_PEER, EXIT_REQUEUE, UserError, Verdict
+from d2v_scale.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_LOST_PEER, UserError, Verdict
 from d2v_scale.evaluation.online import OnlineEvaluation
 from d2v_scale.health import HealthMonitor
 from d2v_scale.model.init import initialize
@@ -48,7 +48,7 @@ from d2v_scale.parallel.zero import StudentEngine, build_student
 from d2v_scale.profiling import StepProfiler, part
 from d2v_scale.recipe import Recipe, to_dict
 from d2v_scale.signals import Agreement, Stop, StopFlag, StopReason, is_lost_peer
-from d2v_scale.status import write_status
+from d2v_scale.status import outcome_of, write_status
 from d2v_scale.step import Observations, collapse_statistics, train_step
 from d2v_scale.teacher import ShardedTeacher
 from d2v_scale.tracking import RunTracker, SpeedMeter, environment_tags
@@ -100,9 +100,7 @@ def main(arguments: list[str], stop_flag: StopFlag) -> int:
         directory = run_directory.claim(recipe, options, config, topology)
         run_directory.log_to_file(directory, topology.rank)
         run = build(recipe, options, config, topology, directory)
-        reason, code = supervise(run, stop_flag)
-        if topology.rank == 0:
-            write_status(directory, code, reason, run.step)
+        code = supervise(run, stop_flag)
     except Exception as error:
         code = failed(error, directory, is_main)
         # Peers may still wait in a collective that this rank will never join: leave without saying goodbye.
@@ -205,8 +203,8 @@ def load(run: Run) -> None:
         log.info("Starting from the weights of %s", source.path)
 
 
-def supervise(run: Run, stop_flag: StopFlag) -> tuple[str, int]:
-    """Train under the watchdog, save, close the record; returns the reason the run ended and its exit code."""
+def supervise(run: Run, stop_flag: StopFlag) -> int:
+    """Train under the watchdog, save, write status.json and close the record; returns the exit code. Collective."""
     recipe, topology = run.recipe, run.topology
     run.tracker.start(
         to_dict(recipe),
@@ -230,8 +228,11 @@ def supervise(run: Run, stop_flag: StopFlag) -> tuple[str, int]:
         reason, code = ("all steps done", EXIT_DONE) if stop is None else (str(stop), stop.exit_code)
         if not committed:
             reason, code = f"{reason}, but the last checkpoint could not be written", code or 1
-        run.tracker.finish("done" if code == EXIT_DONE else "requeue" if code == EXIT_REQUEUE else "failed")
-    return reason, code
+        # Before MLflow is waited for: whoever asked this run to stop may not leave it that time.
+        if topology.rank == 0:
+            write_status(run.directory, code, reason, run.step)
+        run.tracker.finish(outcome_of(code))
+    return code
 
 
 def last_step(run: Run) -> int:
@@ -251,6 +252,7 @@ def train(run: Run, stop_flag: StopFlag, agreement: Agreement, watchdog: Watchdo
     student.module.train()
     if run.step == 0:
         evaluate(run)
+    stop_flag.starting = False
     batches = iter(run.loader)
     profiler = StepProfiler(recipe.profile, run.directory)
     while run.step < end:

@@ -14,6 +14,7 @@ from d2v_scale.tracking.mirror_state import EVENTS_FILE, MirrorState, tracking_u
 from d2v_scale.tracking.record import MetricsLog
 from d2v_scale.tracking.terminal import Terminal
 
+STOPPED_TIMEOUT = 3.0
 RunEnd = Literal["done", "requeue", "failed"]
 
 
@@ -32,6 +33,7 @@ class RunTracker:
         self._terminal: Terminal | None = None
         self._mirror: subprocess.Popen[bytes] | None = None
         self._complained = False
+        self._drawing: list[subprocess.Popen[bytes]] = []
 
     def start(
         self,
@@ -75,6 +77,8 @@ class RunTracker:
             self.message(
                 f"{self._log.path} takes no lines ({self._log.trouble}); they are kept in memory and tried again."
             )
+        if self.config.plot_every and step % self.config.plot_every == 0:
+            self._plot(wait=False)
         self._relay()
 
     def message(self, text: str) -> None:
@@ -97,7 +101,10 @@ class RunTracker:
         return MirrorState.load(self.run_dir).run_id or None
 
     def finish(self, status: RunEnd) -> None:
-        """Close the record and give MLflow up to `finish_timeout` to catch up; one line if it did not."""
+        """Close the record and give MLflow up to `finish_timeout` to catch up; one line if it did not.
+
+        A run that was asked to stop waits for `STOPPED_TIMEOUT` at most: the next attempt sends what is left.
+        """
         if self._log is None or self._terminal is None:
             return
         self._event("status", status=status)
@@ -105,7 +112,10 @@ class RunTracker:
         self._log = None
         if self._mirror is not None:
             try:
-                output, _ = self._mirror.communicate(b"finish\n", timeout=self.config.finish_timeout + 5)
+                patience = self.config.finish_timeout + 5
+                if status == "requeue":
+                    patience = min(patience, STOPPED_TIMEOUT)
+                output, _ = self._mirror.communicate(b"finish\n", timeout=patience)
                 self._show(output)
             except subprocess.TimeoutExpired:
                 self._mirror.kill()
@@ -124,6 +134,18 @@ class RunTracker:
             append_event(self.run_dir, event, **content)
         except OSError as error:
             self.message(f"{self.run_dir / EVENTS_FILE} takes no lines ({error}): MLflow will not hear of {event}.")
+
+    def _plot(self, wait: bool) -> None:
+        """Have the curves drawn into plots/health.png, by a process of its own: drawing is seconds of pure Python."""
+        command = [sys.executable, "-m", "d2v_scale.plots.curves", str(self.run_dir.resolve())]
+        try:
+            with (self.run_dir / "logs" / "plots.log").open("ab") as log:
+                process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+            self._drawing = [p for p in [*self._drawing, process] if p.poll() is None]
+            if wait:
+                process.wait(timeout=60)
+        except (OSError, subprocess.SubprocessError) as error:
+            self.message(f"The curves were not drawn ({error}).")
 
     def _start_mirror(self) -> None:
         command = [sys.executable, "-m", "d2v_scale.tracking.mirror", str(self.run_dir.resolve())]
