@@ -184,7 +184,17 @@ def index_tar(path: Path, measure: Measure | None = None) -> tuple[Members, list
             samples.append((key, start, end - start, zlib.crc32(memoryview(content)[start:end]), length))
             places.append({ext: (info.offset_data - start, info.size) for ext, info in group})
             extensions.update(dict.fromkeys(places[-1]))
+        if samples and _lacks_its_end(content, samples[-1]) and samples[-1][4] >= 0:
+            damage.append(f"{path.name}: ends without an end-of-archive mark")
+            # Its last sample may have lost members: it is whole only if it looks like the one before.
+            if len(samples) > 1 and places[-1].keys() != places[-2].keys():
+                samples[-1] = (*samples[-1][:4], -1)
     return _to_members(samples, places, list(extensions)), damage
+
+
+def _lacks_its_end(content: mmap.mmap, last: tuple[str, int, int, int, int]) -> bool:
+    end = -(-(last[1] + last[2]) // _BLOCK) * _BLOCK
+    return content[end : end + _BLOCK] != bytes(_BLOCK)
 
 
 def _headers(stream: Any, size: int, damage: list[str]) -> Iterator[tarfile.TarInfo | None]:

@@ -134,8 +134,9 @@ def test_a_rank_without_samples_gets_a_blank_row_that_counts_nothing(mixed: list
 
 
 def test_other_shards_are_refused_on_resume(images: Path, tmp_path: Path) -> None:
+    from small_shards import image_samples
+
     from d2v_scale.data.writing import write_set
-    from tests.data.conftest import image_samples
 
     state = make_loader(SourceConfig(shards=str(images))).state_dict()
     write_set(tmp_path, "train", "vision", image_samples(90)[::-1], per_shard=20)
