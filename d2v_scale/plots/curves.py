@@ -1,5 +1,7 @@
 """The curves of a run: loss and health on one panel."""
 
+import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -80,14 +82,17 @@ def plot_health(run_dir: Path, path: Path | None = None) -> Path | None:
         axes.set_xlabel("step" if index >= len(panels) - columns else "")
     path = path or run_dir / "plots" / "health.png"
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    # Two drawings may overlap, and readers never see half a picture.
+    temporary = path.with_name(f".{os.getpid()}-{path.name}")
+    figure.savefig(temporary, dpi=110)
+    temporary.replace(path)
     return path
 
 
 def _draw(axes: "Axes", records: Sequence[dict[str, Any]], group: Group, names: list[str]) -> None:
     import math
 
-    positive = True
+    positive = False
     for name in names:
         x, y = series(records, name)
         finite = [(a, b) for a, b in zip(x, y, strict=True) if math.isfinite(b)]
@@ -98,11 +103,26 @@ def _draw(axes: "Axes", records: Sequence[dict[str, Any]], group: Group, names: 
         broken = [a for a, b in zip(x, y, strict=True) if not math.isfinite(b)]
         if broken:
             axes.plot(broken, [0.02] * len(broken), "x", color="red", transform=axes.get_xaxis_transform())
-        positive = positive and all(b > 0 for _, b in finite)
+        positive = positive or any(b > 0 for _, b in finite)
     if group.log and positive:
-        axes.set_yscale("log")
+        axes.set_yscale("log", nonpositive="mask")
     axes.set_title(group.title, fontsize=10)
     axes.grid(alpha=0.3)
     axes.tick_params(which="both", labelsize=8)
     if len(names) > 1 or names[0] != group.title:
         axes.legend(fontsize=7)
+
+
+def main() -> int:
+    """Draw one run directory's panel and have MLflow keep it: what `RunTracker` starts."""
+    from d2v_scale.tracking.tracker import append_event
+
+    run_dir = Path(sys.argv[1])
+    os.nice(10)
+    if plot_health(run_dir) is not None:
+        append_event(run_dir, "artifact", path="plots/health.png", folder="plots")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

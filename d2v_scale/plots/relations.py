@@ -100,6 +100,8 @@ def plot_cka(rows_lnd: Tensor, columns_lnd: Tensor, path: Path, *, row_name: str
                 fontsize=6,
                 color="white" if value < 0.6 else "black",
             )
+    axes.set_xticks(range(len(columns_lnd)), [str(layer + 1) for layer in range(len(columns_lnd))])
+    axes.set_yticks(range(len(rows_lnd)), [str(layer + 1) for layer in range(len(rows_lnd))])
     axes.set_xlabel(f"layer of the {column_name}")
     axes.set_ylabel(f"layer of the {row_name}")
     figure.colorbar(image, ax=axes, label="linear CKA", shrink=0.8)

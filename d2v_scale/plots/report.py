@@ -146,16 +146,16 @@ def _panels(summaries: Sequence[RunSummary], colours: Sequence[str], axis: str, 
         figure = Figure(figsize=(4.1 * columns, 2.9 * rows), layout="constrained")
         for index, (group, names) in enumerate(groups):
             axes = figure.add_subplot(rows, columns, index + 1)
-            lowest = float("inf")
+            positive = False
             for summary, colour in zip(summaries, colours, strict=True):
                 for number, name in enumerate(names):
                     x, y = series(summary.records, name, axis)
                     keep = slice(None, None, max(1, len(x) // _MAX_POINTS))
                     style = {"linestyle": _LINES[number % len(_LINES)], "linewidth": 1.3, "color": colour}
                     axes.plot(x[keep], y[keep], marker="o" if len(x) < 15 else "", markersize=3, **style)  # type: ignore[arg-type]
-                    lowest = min([lowest, *y])
-            if group.log and lowest > 0:
-                axes.set_yscale("log")
+                    positive = positive or any(value > 0 for value in y)
+            if group.log and positive:
+                axes.set_yscale("log", nonpositive="mask")
             axes.set_title(group.title, fontsize=10)
             axes.set_xlabel(label, fontsize=8)
             axes.grid(alpha=0.3)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 SAMPLE_RATE = 16000
 _CLUSTERS = 8
+_ENOUGH_TO_CENTRE = 16
 _HIDDEN = (0.91, 0.58, 0.36)
 
 
@@ -31,13 +32,13 @@ def plot_masks(
     masked_bmt = batch.masked_rt.reshape(-1, batch.clones, batch.masked_rt.shape[1])[:samples, :clones].cpu().numpy()
     share = masked_bmt.mean()
     if batch.modality == "vision":
-        figure = _grid_figure(samples, clones + 1, side=1.6)
-        for row in range(samples):
-            image = to_image(batch.inputs[row])
-            _show(figure.add_subplot(samples, clones + 1, row * (clones + 1) + 1), image)
+        figure = _grid_figure(clones + 1, samples, side=1.6)
+        for sample in range(samples):
+            image = to_image(batch.inputs[sample])
+            _show(figure.add_subplot(clones + 1, samples, sample + 1), image)
             for clone in range(clones):
-                axes = figure.add_subplot(samples, clones + 1, row * (clones + 1) + clone + 2)
-                _show(axes, _hide(image, masked_bmt[row, clone]))
+                axes = figure.add_subplot(clones + 1, samples, (clone + 1) * samples + sample + 1)
+                _show(axes, _hide(image, masked_bmt[sample, clone]))
     elif batch.modality == "speech":
         figure = _grid_figure(samples, 1, side=1.2, width=11)
         for row in range(samples):
@@ -61,10 +62,14 @@ def plot_masks(
 def plot_pca(images_bchw: Tensor, features_btd: Tensor, path: Path, *, samples: int = 8) -> Path:
     """The first three principal components of the teacher's patch features as red, green and blue.
 
-    Components over all patches of all samples together, so that one colour means one thing in the whole picture.
+    Components over all patches of all samples together, so that one colour means one thing in the whole picture. What
+    all samples have in common at a position (the position itself) is subtracted, where there are enough of them.
     """
     samples = min(samples, images_bchw.shape[0])
-    rgb_btc = principal_colours(features_btd.float())
+    features_btd = features_btd.float()
+    if features_btd.shape[0] >= _ENOUGH_TO_CENTRE:
+        features_btd = features_btd - features_btd.mean(dim=0)
+    rgb_btc = principal_colours(features_btd)
     side = round(rgb_btc.shape[1] ** 0.5)
     figure = _grid_figure(2, samples, side=1.5)
     for index in range(samples):

@@ -101,15 +101,17 @@ class RunTracker:
         return MirrorState.load(self.run_dir).run_id or None
 
     def finish(self, status: RunEnd) -> None:
-        """Close the record and give MLflow up to `finish_timeout` to catch up; one line if it did not.
+        """Close the record, draw it, and give MLflow up to `finish_timeout` to catch up; one line if it did not.
 
         A run that was asked to stop waits for `STOPPED_TIMEOUT` at most: the next attempt sends what is left.
         """
         if self._log is None or self._terminal is None:
             return
-        self._event("status", status=status)
         self._log.close()
         self._log = None
+        if status != "requeue":  # the next attempt draws
+            self._plot(wait=True)
+        self._event("status", status=status)
         if self._mirror is not None:
             try:
                 patience = self.config.finish_timeout + 5

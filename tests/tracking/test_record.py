@@ -2,6 +2,7 @@ import errno
 import json
 import math
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -159,3 +160,20 @@ def test_a_full_disk_loses_no_record(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert log.trouble is None
     log.close()
     assert steps(tmp_path) == [1, 2, 3]
+
+
+def test_curves_are_drawn_at_intervals_and_at_the_end(tmp_path: Path) -> None:
+    tracker = RunTracker(tmp_path, TrackingConfig(enabled=False, plot_every=5), is_main=True)
+    tracker.start({}, {})
+    for step in range(1, 12):
+        tracker.log(step, step, {"loss": 1 / step})
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "plots" / "health.png").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    (tmp_path / "plots" / "health.png").unlink()
+    tracker.finish("done")
+    assert (tmp_path / "plots" / "health.png").exists()
+    events = (tmp_path / "mlflow_events.jsonl").read_text()
+    assert "plots/health.png" in events
+    assert "status" in events.splitlines()[-1]

@@ -1,0 +1,63 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from d2v_scale.data.batch import Batch
+from d2v_scale.data2vec.config import MaskingConfig
+from d2v_scale.plots.gallery import draw_gallery, masked
+
+
+def labelled(modality: str) -> tuple[Batch, torch.Tensor | None]:
+    """Six samples with 16 positions each, the last three shorter where the modality has lengths."""
+    nothing = torch.zeros(6, 16, dtype=torch.bool)
+    valid_bt = torch.arange(16)[None] < torch.tensor([16, 16, 16, 9, 9, 9])[:, None]
+    if modality == "vision":
+        batch = Batch(
+            modality="vision", inputs=torch.rand(6, 3, 8, 8), valid=None, masked_rt=nothing, sample_ids=torch.arange(6)
+        )
+        return batch, None
+    if modality == "speech":
+        inputs, valid = torch.randn(6, 16 * 320), valid_bt.repeat_interleave(320, dim=1)
+    else:
+        inputs, valid = torch.randint(5, 90, (6, 16)), valid_bt
+    batch = Batch(modality=modality, inputs=inputs, valid=valid, masked_rt=nothing, sample_ids=torch.arange(6))  # type: ignore[arg-type]
+    return batch, valid_bt
+
+
+@pytest.mark.parametrize(
+    ("modality", "masks", "own"),
+    [
+        ("vision", MaskingConfig(kind="block2d", prob=0.8, length=2, inverse=True, clones=3), "pca.png"),
+        ("speech", MaskingConfig(kind="spans", prob=0.5, length=3), "similarity.png"),
+        ("text", MaskingConfig(kind="bert", prob=0.3), None),
+    ],
+)
+def test_every_modality_has_its_pictures(tmp_path: Path, modality: str, masks: MaskingConfig, own: str | None) -> None:
+    batch, valid_bt = labelled(modality)
+    states = [torch.randn(6, 16, 8) for _ in range(3)]
+    decode = (lambda ids: " ".join(f"w{i}" for i in ids)) if modality == "text" else None
+    paths = draw_gallery(
+        tmp_path,
+        batch,
+        list("ababab"),
+        states,
+        valid_bt,
+        masks=masks,
+        seed=1,
+        step=5,
+        student_lbtd=states,
+        decode=decode,
+    )
+    assert {path.name for path in paths} == {"masks.png", "neighbours.png", "cka.png"} | ({own} if own else set())
+    assert all(path.stat().st_size > 5000 for path in paths)
+
+
+def test_the_masks_shown_are_those_of_training() -> None:
+    batch, valid_bt = labelled("speech")
+    masks = MaskingConfig(kind="spans", prob=0.5, length=3)
+    shown = masked(batch, valid_bt, masks, seed=1, step=5).masked_rt
+    assert torch.equal(shown, masked(batch, valid_bt, masks, seed=1, step=5).masked_rt)
+    assert not torch.equal(shown, masked(batch, valid_bt, masks, seed=1, step=6).masked_rt)
+    assert valid_bt is not None
+    assert not (shown & ~valid_bt).any()

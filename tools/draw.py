@@ -1,0 +1,82 @@
+"""Draw the pictures of a run into its plots folder: curves, masks, what the teacher sees, neighbours, layers.
+
+python tools/draw.py runs/vit [--data 'test/*.tar']
+"""
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from d2v_scale.data.labelled import LabelledSet
+from d2v_scale.errors import UserError
+from d2v_scale.evaluation.frozen import FrozenEncoder
+from d2v_scale.plots.curves import plot_health
+from d2v_scale.plots.gallery import draw_gallery
+from d2v_scale.tracking.tracker import append_event
+
+
+def main() -> int:
+    """Parse arguments, draw, print the files."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", metavar="RUN", type=Path, help="a run directory; its newest checkpoint is drawn")
+    parser.add_argument("--data", help="labelled shards; default: the recipe's evaluation.test")
+    parser.add_argument("--samples", type=int, default=200, help="samples among which neighbours are looked for")
+    arguments = parser.parse_args()
+    try:
+        paths = draw(arguments.run, arguments.data, arguments.samples)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    for path in paths:
+        print(path)
+        append_event(arguments.run, "artifact", path=str(path.relative_to(arguments.run)), folder="plots")
+    return 0
+
+
+def draw(run: Path, data: str | None, samples: int) -> list[Path]:
+    """All pictures of a run."""
+    health = plot_health(run)
+    paths = [] if health is None else [health]
+    teacher = FrozenEncoder.load(run)
+    recipe = teacher.recipe
+    shards = data or recipe.evaluation.test
+    if shards is None:
+        raise UserError("The recipe names no labelled shards.", "Give some with --data.")
+    labelled = LabelledSet(shards, recipe.model.modalities[0], recipe.data, recipe.model, samples, samples)
+    batch, labels_b = next(iter(labelled))
+    moved = batch.to(teacher.device)
+    names = labelled.classes or []
+    labels = [names[label] if label < len(names) else str(label) for label in labels_b.tolist()]
+    with torch.no_grad():
+        teacher_states = teacher.hidden_states(moved)
+        student_states = FrozenEncoder.load(run, "student").hidden_states(moved)
+    return paths + draw_gallery(
+        run / "plots",
+        batch,
+        labels,
+        teacher_states,
+        teacher.valid_positions(moved),
+        masks=recipe.objective.masking,
+        seed=recipe.seed,
+        step=teacher.step,
+        student_lbtd=student_states,
+        decode=decoder(labelled),
+    )
+
+
+def decoder(labelled: LabelledSet) -> Callable[[list[int]], str] | None:
+    """Token ids to text, for a text set."""
+    if labelled.modality != "text" or labelled.tokenizer is None:
+        return None
+    import sentencepiece
+
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(labelled.tokenizer))
+    size = processor.get_piece_size()
+    return lambda ids: processor.decode([token for token in ids if token < size])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
