@@ -1,0 +1,189 @@
+"""SIGKILL at named points and at random times through the real training program; the run must end as if never killed.
+
+Long form: `pytest tests/distributed/test_kill.py --run-slow` or `python tests/distributed/test_kill.py [KILLS]`, which
+prints one line a kill.
+"""
+
+import itertools
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from launch import ROOT, start_ranks, stop
+
+from d2v_scale.checkpoint import Checkpoint, find_newest_valid
+
+STEPS = 24
+EVERY = 2
+POINTS = {
+    # point -> how often a rank passes it in the (first) few steps of a process
+    "forward": [1, 2, 3],
+    "backward": [1, 3],
+    "optimizer": [1, 2],
+    "ema": [1, 3],
+    "snapshot": [1, 2],
+    "shard_write": [1, 2, 3],
+    "manifest": [1, 2],
+    "rename": [1, 2],
+    "marker": [1, 2],
+    "retention": [1],
+}
+ONLY_RANK_0 = ("manifest", "rename", "marker", "retention")
+
+
+def arguments(run_dir: Path, stage: int) -> list[str]:
+    changes = {
+        "--recipe": "demo_vision",
+        "--run_dir": str(run_dir),
+        "--deepspeed_config": str(ROOT / "ds_configs" / f"zero{stage}.json"),
+        "--stop_at": str(STEPS),
+        "--global_batch_size": "8",
+        "--checkpoint.every": str(EVERY),
+        "--teacher.placement": "cpu",
+        "--evaluation.train": "null",
+        "--tracking.enabled": "false",
+        "--evaluation.test": "null",
+    }
+    return [text for pair in changes.items() for text in pair]
+
+
+def start(folder: Path, run_dir: Path, stage: int, fault: str = "") -> list[subprocess.Popen]:
+    env = {"D2V_FAULT": fault, "PWD": str(folder)}
+    return start_ranks(2, ROOT / "d2v_scale" / "train.py", *arguments(run_dir, stage), env=env)
+
+
+def finish(processes: list[subprocess.Popen], timeout: float) -> list[int]:
+    """Wait until all end, or one does and the others are killed as the launcher does. Exit codes."""
+    deadline = time.monotonic() + timeout
+    try:
+        while time.monotonic() < deadline:
+            codes = [process.poll() for process in processes]
+            if all(code is not None for code in codes) or any(code not in (None, 0) for code in codes):
+                break
+            time.sleep(0.05)
+        else:
+            raise AssertionError(f"the ranks hang: {[process.poll() for process in processes]}")
+    finally:
+        stop(processes)
+    return [process.returncode for process in processes]
+
+
+def latest(run_dir: Path) -> Checkpoint | None:
+    return find_newest_valid(run_dir / "checkpoints")[0]
+
+
+def train_to_the_end(folder: Path, run_dir: Path, stage: int) -> None:
+    codes = finish(start(folder, run_dir, stage), 300)
+    assert codes == [0, 0], (run_dir / "logs" / "rank-00000.log").read_text()[-2000:]
+
+
+def kill_once(folder: Path, run_dir: Path, stage: int, strike: str | float) -> str:
+    """Start (or resume) the run and kill it: at a named point, or after some seconds of work. What happened."""
+    before = latest(run_dir)
+    first = before.step if before else 0
+    if isinstance(strike, str):
+        rank = int(strike.split(":")[1])
+        codes = finish(start(folder, run_dir, stage, strike), 120)
+    else:
+        processes = start(folder, run_dir, stage)
+        rank = random.randrange(2)
+        wait_for_work(run_dir, processes, first)
+        time.sleep(strike)
+        processes[rank].send_signal(signal.SIGKILL)
+        codes = finish(processes, 120)
+    after = latest(run_dir)
+    last = after.step if after else 0
+    assert last >= first, "a kill lost a committed checkpoint"
+    hit = codes[rank] == -signal.SIGKILL
+    return f"{'killed' if hit else 'ended '} {strike!s:>16}  exit codes {codes}  checkpoint {first} -> {last}"
+
+
+def wait_for_work(run_dir: Path, processes: list[subprocess.Popen], first: int) -> None:
+    """Until the run has made a new checkpoint's worth of progress, or ended."""
+    deadline = time.monotonic() + 90
+    seen = len(list((run_dir / "checkpoints").glob(".tmp-*")))
+    while time.monotonic() < deadline and all(process.poll() is None for process in processes):
+        names = [path.name for path in (run_dir / "checkpoints").glob("*step-*")]
+        if any(int(name.removeprefix(".tmp-").split("-")[1]) > first for name in names) or len(names) > seen + 3:
+            return
+        time.sleep(0.02)
+
+
+def check_same(reference: Path, survivor: Path) -> None:
+    """Final weights, moments and teacher bit by bit; losses that both recorded."""
+    expected, found = latest(reference), latest(survivor)
+    assert expected is not None
+    assert found is not None
+    assert expected.step == found.step == STEPS
+    for kind in expected.kinds():
+        for name in expected.names(kind):
+            assert torch.equal(expected.tensor(kind, name), found.tensor(kind, name)), (kind, name)
+    status = json.loads((survivor / "status.json").read_text())
+    assert status["exit_code"] == 0 if "exit_code" in status else status["state"] == "done"
+
+
+def strikes(kills: int, seed: int) -> list[str | float]:
+    """Every named point on every rank that passes it, then random times."""
+    named: list[str | float] = [
+        f"{point}:{rank}:{nth}"
+        for point, times in POINTS.items()
+        for rank, nth in itertools.product((0, 1), times)
+        if rank == 0 or point not in ONLY_RANK_0
+    ]
+    chooser = random.Random(seed)
+    chooser.shuffle(named)
+    share = kills * 3 // 4
+    chosen = named[:share]
+    return chosen + [chooser.uniform(0.0, 1.5) for _ in range(kills - len(chosen))]
+
+
+def harness(folder: Path, stage: int, kills: list[str | float]) -> list[str]:
+    """A run that is never killed and one that is killed again and again; both must end the same."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    reference, survivor = folder / f"reference-z{stage}", folder / f"survivor-z{stage}"
+    train_to_the_end(folder, reference, stage)
+    lines = []
+    for number, strike in enumerate(kills):
+        done = latest(survivor)
+        if done is not None and done.step >= STEPS - 3:
+            # Nothing left to kill: compare, and begin another run.
+            train_to_the_end(folder, survivor, stage)
+            check_same(reference, survivor)
+            survivor = folder / f"survivor-z{stage}-{number}"
+        lines.append(f"ZeRO-{stage} {kill_once(folder, survivor, stage, strike)}")
+        print(lines[-1], flush=True)
+    train_to_the_end(folder, survivor, stage)
+    check_same(reference, survivor)
+    return lines
+
+
+@pytest.mark.parametrize(("stage", "kills"), [(3, ["ema:1:4", "marker:0:1", "shard_write:1:3"])])
+def test_killed_three_times_the_run_ends_the_same(tmp_path: Path, stage: int, kills: list[str | float]) -> None:
+    lines = harness(tmp_path, stage, kills)
+    assert all("killed" in line for line in lines)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 3])
+def test_killed_twenty_times_the_run_ends_the_same(tmp_path: Path, stage: int) -> None:
+    lines = harness(tmp_path, stage, strikes(20, seed=stage))
+    assert sum("killed" in line for line in lines) >= 18
+
+
+if __name__ == "__main__":
+    import tempfile
+
+    total = int(sys.argv[1]) if len(sys.argv) > 1 else 40
+    with tempfile.TemporaryDirectory() as temporary:
+        results = [
+            line for stage in (1, 3) for line in harness(Path(temporary), stage, strikes(total // 2, seed=stage))
+        ]
+    struck = sum("killed" in line for line in results)
+    print(f"{struck} kills of {len(results)} attempts; every run ended bitwise as one never killed")
