@@ -126,9 +126,8 @@ def main() -> int:
         measure(options.width, options.depth)
         return 0
     print("Bytes per parameter on the rank that holds most (h: in host memory). Teacher: per parameter of the teacher.")
-    print(
-        "world stage  dtype  placement  weights  gradients  optimizer  teacher fp32  compute  replicated   expected  diff"
-    )
+    heading = "world stage  dtype  placement  weights  gradients  optimizer"
+    print(heading + "  teacher fp32  compute  replicated  expected  diff")
     worst = 0.0
     for world_size in options.worlds:
         for stage, precision, placement, ranks in launch(world_size, options.width, options.depth):
