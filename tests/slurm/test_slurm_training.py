@@ -1,0 +1,143 @@
+"""The real training program under the real templates: every kind of interruption ends with the uninterrupted weights."""
+
+import json
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from cluster import Cluster
+from jobs import Job, Program, Workplace
+
+from d2v_scale import errors
+
+pytestmark = pytest.mark.slurm
+
+STEPS = 60
+EVERY = 20
+TRAINING = Program(
+    (
+        "--recipe=demo_vision",
+        f"--stop_at={STEPS}",
+        f"--checkpoint.every={EVERY}",
+        "--tracking.log_every=1",
+        "--tracking.enabled=false",
+        "--evaluation.train=null",
+        "--evaluation.test=null",
+    )
+)
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def place(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workplace]:
+    """One place for all jobs here: they share the demo shards, which the first one writes."""
+    made = Workplace(cluster, tmp_path_factory.mktemp("training") / "repository", TRAINING, REPOSITORY)
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(place: Workplace) -> Job:
+    """The run that all others are compared with: 2 nodes x 2 ranks, ZeRO-1."""
+    job = place.submit("pretrain_base.sh")
+    assert job.wait_for_end(timeout_s=240) == "COMPLETED", job.story()
+    return job
+
+
+@pytest.fixture
+def submit(place: Workplace, uninterrupted: Job) -> Iterator[Callable[..., Job]]:
+    """Submits one more run of the same recipe and seed; cancels it if the test leaves it behind."""
+    started: list[Job] = []
+
+    def start(**options) -> Job:
+        started.append(place.submit("pretrain_base.sh", **options))
+        return started[-1]
+
+    yield start
+    place.close()
+
+
+def assert_same_run(job: Job, uninterrupted: Job) -> None:
+    """Ended, with no step missing, repeated or different from the run that nothing happened to."""
+    assert job.wait_for_end(timeout_s=240) == "COMPLETED", job.story()
+    assert (job.status.outcome, job.status.step) == ("done", STEPS)
+    assert job.losses() == uninterrupted.losses()
+    assert job.weights() == uninterrupted.weights()
+
+
+def test_normal_end(uninterrupted: Job) -> None:
+    assert (uninterrupted.status.outcome, uninterrupted.status.step) == ("done", STEPS)
+    assert len(uninterrupted.losses()) == STEPS
+    assert [attempt.exit_code for attempt in uninterrupted.attempts] == [errors.EXIT_DONE]
+    (report,) = uninterrupted.run_dir.glob("logs/*/preflight.json")
+    assert json.loads(report.read_text())["bad_nodes"] == {}
+    weights = uninterrupted.weights()
+    assert len(weights) == 4, f"one file a rank: {weights}"
+
+
+def test_usr1_saves_requeues_and_ends_with_the_same_weights(submit: Callable[..., Job], uninterrupted: Job) -> None:
+    job = submit()
+    job.wait_for_step(EVERY // 2)
+    job.cluster.run("scancel", "--batch", "--signal=USR1", job.id)
+    assert_same_run(job, uninterrupted)
+    first, second = job.attempts
+    assert (first.exit_code, second.exit_code) == (errors.EXIT_REQUEUE, errors.EXIT_DONE)
+    assert "SIGUSR1" in first.reason
+    assert first.step not in (-1, EVERY), "the stop made a checkpoint of its own"
+
+
+def test_node_down_continues_from_the_newest_checkpoint(submit: Callable[..., Job], uninterrupted: Job) -> None:
+    job = submit(env={"D2V_SCALE_PREFLIGHT": "0"})
+    job.wait_for_step(EVERY + 3)
+    job.cluster.run("scontrol", "update", "NodeName=n2", "State=DOWN", "Reason=test")
+    job.wait_for_state("PENDING", "COMPLETING")
+    job.cluster.run("scontrol", "update", "NodeName=n2", "State=RESUME")
+    assert_same_run(job, uninterrupted)
+
+
+@pytest.mark.slow
+def test_preemption_ends_with_the_same_weights(
+    submit: Callable[..., Job], place: Workplace, uninterrupted: Job
+) -> None:
+    job = submit()
+    job.wait_for_step(EVERY // 2)
+    urgent = place.submit("pretrain_base.sh", options=("--partition=urgent",), env={"D2V_SCALE_PREFLIGHT": "0"})
+    assert urgent.wait_for_end(timeout_s=240) == "COMPLETED", urgent.story()
+    assert_same_run(job, uninterrupted)
+    assert [attempt.exit_code for attempt in job.attempts] == [errors.EXIT_REQUEUE, errors.EXIT_DONE]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 3])
+def test_killed_rank_ends_with_the_same_weights(submit: Callable[..., Job], uninterrupted: Job, rank: int) -> None:
+    job = submit(env={"D2V_SCALE_PREFLIGHT": "0"})
+    job.wait_for_step(EVERY + 3)
+    os.kill(job.pids("train.py")[rank], signal.SIGKILL)
+    assert_same_run(job, uninterrupted)
+    assert job.attempts[0].exit_code == errors.EXIT_LOST_PEER, job.story()
+
+
+@pytest.mark.slow
+def test_stopped_rank_is_named_and_ends_with_the_same_weights(submit: Callable[..., Job], uninterrupted: Job) -> None:
+    job = submit(env={"D2V_SCALE_PREFLIGHT": "0"})
+    job.wait_for_step(EVERY + 3)
+    os.kill(job.pids("train.py")[2], signal.SIGSTOP)
+    job.wait_for_state("PENDING", timeout_s=240)
+    assert "rank 2" in job.attempts[0].reason
+    assert "is stopped (SIGSTOP)" in job.attempts[0].reason
+    assert_same_run(job, uninterrupted)
+
+
+@pytest.mark.slow
+def test_mistake_in_the_recipe_is_not_requeued(place: Workplace) -> None:
+    job = place.submit("pretrain_base.sh", "--optim.learning_rate=1")
+    assert job.wait_for_end() == "FAILED"
+    assert [attempt.exit_code for attempt in job.attempts] == [errors.EXIT_BAD_INPUT]
+
+
+@pytest.mark.slow
+def test_mlflow_server_that_is_away_does_not_matter(submit: Callable[..., Job], uninterrupted: Job) -> None:
+    job = submit(env={"MLFLOW_TRACKING_URI": "http://127.0.0.1:9", "D2V_SCALE_PREFLIGHT": "0"})
+    assert_same_run(job, uninterrupted)
