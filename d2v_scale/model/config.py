@@ -37,6 +37,9 @@ class VisionStem:
     channels: int = 3
     positions: Literal["relative", "sincos"] = "relative"
     """`relative`: one shared relative-position bias (1.0); `sincos`: fixed 2-D sine-cosine (2.0)."""
+    relative_std: float = 0.0
+    """Standard deviation of the relative-position table at initialisation. Published: 0, from which a short run never
+    learns where patches are, since the optimizer moves the table by one learning rate a step."""
 
 
 @dataclass(kw_only=True)
@@ -151,6 +154,8 @@ class ModelConfig:
         if self.vision is not None:
             vision = self.vision
             _require_divisor("model.vision.patch_size", vision.patch_size, "model.vision.image_size", vision.image_size)
+            if vision.relative_std < 0:
+                raise ConfigError("model.vision.relative_std", f"is {vision.relative_std}", "Give 0 or more.")
             if vision.positions == "sincos":
                 _require_divisor("model.vision.positions (sincos)", 4, "model.backbone.width", backbone.width)
         if self.speech is not None:

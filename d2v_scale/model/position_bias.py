@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from d2v_scale.model.init import ONES, ZEROS, set_rule
+from d2v_scale.model.init import ONES, ZEROS, InitRule, set_rule
 from d2v_scale.model.parallel_linear import for_local_heads, local_share, tensor_rank
 
 
@@ -15,11 +15,11 @@ class RelativeBias(nn.Module):
 
     index: Tensor
 
-    def __init__(self, grid: int, heads: int) -> None:
+    def __init__(self, grid: int, heads: int, init_std: float = 0.0) -> None:
         super().__init__()
         self.local_heads = local_share(heads, "heads")
         self.table = nn.Parameter(torch.empty((2 * grid - 1) ** 2 + 3, heads))
-        set_rule(self.table, ZEROS)
+        set_rule(self.table, InitRule("normal", init_std) if init_std else ZEROS)
         self.register_buffer("index", relative_index(grid), persistent=False)
 
     def forward(self) -> Tensor:

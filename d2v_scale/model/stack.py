@@ -297,7 +297,7 @@ def _build_stem(config: ModelConfig, modality: Modality, exists: Callable[[str],
         assert config.vision is not None
         stem.context = VisionContext(config)
         if has_bias(config, modality):
-            stem.bias = RelativeBias(grid_of(config.vision), config.backbone.heads)
+            stem.bias = RelativeBias(grid_of(config.vision), config.backbone.heads, config.vision.relative_std)
     elif modality == "speech":
         own = not config.visible_only and exists(f"{prefix}.context.mask_embedding")
         stem.context = SpeechContext(config, with_mask_embedding=own)

@@ -63,3 +63,11 @@ def test_sincos_encodes_the_column_first() -> None:
     assert torch.equal(row_major[:, 0, 4:], row_major[:, 2, 4:])
     expected = torch.tensor([2.0, 2.0 / 100]).sin()
     assert torch.allclose(row_major[1, 2, :2], expected)
+
+
+def test_relative_table_starts_from_zero_unless_a_spread_is_asked_for() -> None:
+    zeros, spread = RelativeBias(3, 4), RelativeBias(3, 4, 1.0)
+    initialize(zeros, 1)
+    initialize(spread, 1)
+    assert zeros.table.abs().max() == 0
+    assert 0.7 < spread.table.std() < 1.3
