@@ -32,20 +32,25 @@ def claim(recipe: Recipe, options: Options, ds_config: dict[str, Any], topology:
     if topology.rank == 0:
         utc = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
         run_dir = Path(options.run_dir or options.resume or default_run_dir(recipe, utc))
-        try:
-            check_same_recipe(recipe, run_dir, options.allow_recipe_change)
-            _write(run_dir, recipe, ds_config)
-            answer = [str(run_dir), None]
-        except (UserError, OSError) as error:
-            answer = [str(run_dir), error]
+        answer = [str(run_dir), _problem(run_dir, recipe, options, ds_config)]
     if topology.world_size > 1:
         dist.broadcast_object_list(answer, src=0)
-    name, error = answer
-    if isinstance(error, OSError):
-        raise UserError(f"The run directory {name} cannot be written: {error.strerror}.", "Choose another --run_dir.")
-    if error is not None:
-        raise error
+    name, problem = answer
+    if problem is not None:
+        raise problem
     return Path(name)
+
+
+def _problem(run_dir: Path, recipe: Recipe, options: Options, ds_config: dict[str, Any]) -> UserError | None:
+    """Write the configuration; what went wrong is returned, so that every rank can raise it."""
+    try:
+        check_same_recipe(recipe, run_dir, options.allow_recipe_change)
+        _write(run_dir, recipe, ds_config)
+    except UserError as error:
+        return error
+    except OSError as error:
+        return UserError(f"The run directory {run_dir} cannot be written: {error}.", "Choose another --run_dir.")
+    return None
 
 
 def _write(run_dir: Path, recipe: Recipe, ds_config: dict[str, Any]) -> None:

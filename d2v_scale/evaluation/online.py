@@ -1,6 +1,7 @@
 """k-NN accuracy of the teacher while it trains."""
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -11,6 +12,7 @@ from d2v_scale.data.batch import Batch
 from d2v_scale.evaluation.config import EvaluationConfig
 from d2v_scale.evaluation.features import mean_over_positions
 from d2v_scale.evaluation.knn import knn
+from d2v_scale.model.stack import Student, Teacher
 from d2v_scale.parallel.zero import StudentEngine
 from d2v_scale.teacher import ShardedTeacher
 
@@ -59,16 +61,16 @@ class OnlineEvaluation:
     @torch.no_grad()
     def _pooled(self, batch: Batch) -> Tensor:
         """(B, D) on the CPU: mean over positions of each chosen layer, standardised, then the mean over layers."""
-        module, teacher = self._student.module, self._teacher
+        module, teacher = cast(Student, self._student.module), cast(Teacher, self._teacher.module)
         batch = batch.to(self._student.topology.device)
         shared = None
-        if not teacher.module.owns_features(batch.modality):
+        if not teacher.owns_features(batch.modality):
             was_training = module.training
             module.eval()
             shared = module.stem_features(batch)
             module.train(was_training)
-        depth = teacher.module.config.backbone.depth
+        depth = teacher.config.backbone.depth
         layers = [layer for layer in self.config.layers if -depth <= layer < depth]
-        valid_bt = teacher.module.valid_positions(batch)
-        pooled = [mean_over_positions(x_btd, valid_bt) for x_btd in teacher.features(batch, shared, layers)]
+        valid_bt = teacher.valid_positions(batch)
+        pooled = [mean_over_positions(x_btd, valid_bt) for x_btd in self._teacher.features(batch, shared, layers)]
         return torch.stack([F.layer_norm(x_bd, x_bd.shape[-1:]) for x_bd in pooled]).mean(0).cpu()
