@@ -1,6 +1,7 @@
 """What student and teacher do with a batch, whatever the modality."""
 
 import dataclasses
+import math
 
 import pytest
 import tiny_models
@@ -149,38 +150,61 @@ def test_no_attention_mask_where_none_is_needed(name: str, monkeypatch: pytest.M
         assert all(mask is not None and mask.shape[0] == 1 for mask in masks)
 
 
-@pytest.mark.parametrize("name", ["v1_speech", "v1_text", "v2_text"])
-def test_padding_does_not_change_the_valid_positions(name: str) -> None:
+@pytest.mark.parametrize("name", ["v1_text", "v2_text"])
+def test_a_padded_row_is_encoded_as_if_it_were_alone_and_unpadded(name: str) -> None:
     student, _ = build(tiny_models.model(name), name)
     padded = tiny_models.batch(name, padded=True)
+    assert padded.valid is not None
     out = student(padded, DRAW)
-    changed = dataclasses.replace(padded, inputs=padded.inputs.clone())
-    if name == "v1_speech":
-        assert padded.valid is not None
-        changed.inputs[~padded.valid] = 0.3
-        # Frames whose receptive field reaches into the padding do change, from the conv stack on.
-        margin = 400
-    else:
-        margin = 0
-    again = student(changed, DRAW)
-    if margin:
-        frames = (padded.valid.sum(1) - margin) // 320
-        keep = torch.arange(out.features_btd.shape[1])[None] < frames[:, None]
-        assert torch.allclose(out.features_btd[keep], again.features_btd[keep], atol=1e-5)
-        assert not torch.allclose(out.features_btd, again.features_btd, atol=1e-3)
-    else:
-        alone = dataclasses.replace(
-            padded,
-            inputs=padded.inputs[:1],
-            valid=None,
-            student_inputs=None if padded.student_inputs is None else padded.student_inputs[:1],
-            masked_rt=padded.masked_rt[:1],
-            sample_ids=padded.sample_ids[:1],
-            layout=None,
-        )
-        single = student(alone, DRAW)
-        count = single.predictions_nd.shape[0]
-        assert torch.allclose(single.predictions_nd, out.predictions_nd[:count], atol=1e-5)
+    row, length = 1, int(padded.valid[1].sum())
+    assert length < padded.valid.shape[1]
+    alone = dataclasses.replace(
+        padded,
+        inputs=padded.inputs[row : row + 1, :length],
+        valid=None,
+        student_inputs=None if padded.student_inputs is None else padded.student_inputs[row : row + 1, :length],
+        masked_rt=padded.masked_rt[row : row + 1, :length],
+        sample_ids=padded.sample_ids[row : row + 1],
+        layout=None,
+    )
+    single = student(alone, DRAW).encoder_rsd[0]
+    # Positions are ascending and padding comes last.
+    assert torch.allclose(out.encoder_rsd[row, : single.shape[0]], single, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["v1_speech", "v2_speech"])
+def test_frames_of_padding_follow_the_conv_formula_and_are_no_attention_keys(name: str) -> None:
+    student, _ = build(tiny_models.model(name), name)
+    batch = tiny_models.batch(name, padded=True)
+    assert batch.valid is not None
+    valid_bt = student.valid_positions(batch)
+    assert valid_bt is not None
+    for row in range(3):
+        frames = int(batch.valid[row].sum())
+        for _, kernel, stride in tiny_models.CONVS:
+            frames = (frames - kernel) // stride + 1
+        assert valid_bt[row].tolist() == [True] * frames + [False] * (19 - frames)
+    keys: list[Tensor] = []
+    for block in student.blocks:
+        block.register_forward_pre_hook(lambda module, args: keys.append(args[1]))
+    student(batch, DRAW)
+    visible = batch.layout.visible_rs
+    expected = valid_bt if name == "v1_speech" or visible is None else valid_bt.gather(1, visible)
+    for mask in keys:
+        seen = mask if mask.dtype == torch.bool else mask > -math.inf
+        assert torch.equal(seen[:, 0, 0], expected)
+
+
+@pytest.mark.parametrize("name", ["v2_vision", "v2_speech", "v2_text"])
+def test_clones_with_the_same_mask_get_their_own_noise(name: str) -> None:
+    student, _ = build(tiny_models.model(name), name)
+    batch = tiny_models.batch(name, samples=1, clones=2)
+    batch = dataclasses.replace(batch, masked_rt=batch.masked_rt[:1].expand(2, -1), layout=None)
+    first, second = student(batch, DRAW).predictions_nd.chunk(2)
+    assert not torch.allclose(first, second, atol=1e-5)
+    noise = torch.zeros(2, batch.masked_rt.shape[1], 32)
+    first, second = student(batch, DRAW, noise).predictions_nd.chunk(2)
+    assert torch.allclose(first, second, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", tiny_models.NAMES)
