@@ -1,0 +1,212 @@
+"""A checkpoint's encoder as files of other programs, and the proof that they compute the same."""
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from d2v_scale.checkpoint import Checkpoint
+from d2v_scale.data.shard_set import find_shards
+from d2v_scale.errors import CheckpointError, DataError
+from d2v_scale.interop.huggingface import huggingface_keys, huggingface_settings, is_native
+from d2v_scale.interop.keymap import export_tensors
+from d2v_scale.interop.remote_code import MODELLING_FILE, remote_code_keys, remote_code_settings
+from d2v_scale.interop.tokenizer_files import write_tokenizer
+from d2v_scale.model.config import Modality
+from d2v_scale.recipe import Recipe, to_dict
+
+Weights = Literal["teacher", "student"]
+FILE_BYTES = 2 << 30
+"""A new weights file is begun after this many bytes, which bounds the memory that is needed."""
+
+
+@dataclass
+class ChosenWeights:
+    """Reads one tensor at a time: the teacher's where it has one, else the student's; or the student's only."""
+
+    checkpoint: Checkpoint
+    weights: Weights
+    taken: Counter[str] = field(default_factory=Counter)
+    """How many tensors came from where."""
+    student_names: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        held = self.checkpoint.kinds()
+        if "student" not in held or (self.weights == "teacher" and "teacher" not in held):
+            raise CheckpointError(f"{self.checkpoint.path} has no {self.weights}.", "Choose --weights accordingly.")
+        self._teacher = set(self.checkpoint.names("teacher")) if self.weights == "teacher" else set()
+        self._student = set(self.checkpoint.names("student"))
+
+    def __call__(self, name: str) -> Tensor | None:
+        """The tensor `name` in fp32; None if neither has it."""
+        kind = "teacher" if name in self._teacher else "student" if name in self._student else None
+        if kind is None:
+            return None
+        self.taken[kind] += 1
+        if kind == "student":
+            self.student_names.append(name)
+        return self.checkpoint.tensor(kind, name)
+
+    def lines(self) -> list[str]:
+        """Which tensors are whose."""
+        lines = [f"{self.taken['teacher']} tensors are the teacher's, {self.taken['student']} the student's"]
+        if self.weights == "teacher" and self.student_names:
+            groups = sorted({_group(name) for name in self.student_names})
+            lines.append(f"the student's (shared with the teacher, not averaged): {', '.join(groups)}")
+        return lines
+
+
+def _group(name: str) -> str:
+    parts = name.split(".")
+    return ".".join(parts[:3] if parts[0] == "stems" else parts[:2])
+
+
+def pick_modality(recipe: Recipe, wanted: Modality | None) -> Modality:
+    """The modality to export. Raises `CheckpointError` if it must be chosen and was not, or is not there."""
+    modalities = recipe.model.modalities
+    if wanted is None and len(modalities) == 1:
+        return modalities[0]
+    if wanted not in modalities:
+        raise CheckpointError(f"the checkpoint has stems for {', '.join(modalities)}.", "Choose one with --modality.")
+    assert wanted is not None
+    return wanted
+
+
+def export_huggingface(
+    checkpoint: Checkpoint, recipe: Recipe, modality: Modality, out: Path, weights: Weights, tokenizer: Path | None
+) -> list[str]:
+    """Write a folder that `AutoModel` loads: a native class where one computes this model, else our modelling file.
+
+    Returns lines that say what was written. Raises `CheckpointError`.
+    """
+    chosen = ChosenWeights(checkpoint, weights)
+    native = is_native(recipe.model, modality)
+    if native:
+        keymap = huggingface_keys(recipe.model, modality)
+        settings = huggingface_settings(recipe.model, modality)
+    else:
+        keymap = remote_code_keys(checkpoint.names("student"), recipe.model, modality)
+        settings = remote_code_settings(recipe.model, modality)
+    out.mkdir(parents=True, exist_ok=True)
+    write_tensors(export_tensors(keymap, chosen), out)
+    lines = chosen.lines()
+    if not native:
+        shutil.copyfile(MODELLING_FILE, out / MODELLING_FILE.name)
+        lines.append(
+            f"no class of transformers computes this model: {MODELLING_FILE.name} does (trust_remote_code=True)"
+        )
+    _write_json(out / "config.json", settings)
+    lines += _write_processor(recipe, modality, out, tokenizer)
+    return lines
+
+
+def export_safetensors(checkpoint: Checkpoint, recipe: Recipe, out: Path, weights: Weights) -> list[str]:
+    """Write all chosen tensors under our own names, and the recipe."""
+    chosen = ChosenWeights(checkpoint, weights)
+
+    def everything() -> Iterator[tuple[str, Tensor]]:
+        for name in checkpoint.names("student"):
+            tensor = chosen(name)
+            assert tensor is not None
+            yield name, tensor
+
+    out.mkdir(parents=True, exist_ok=True)
+    write_tensors(everything(), out)
+    _write_json(out / "recipe.json", to_dict(recipe))
+    return chosen.lines()
+
+
+def write_tensors(tensors: Iterator[tuple[str, Tensor]], out: Path) -> None:
+    """model.safetensors, or several files and an index when they are large; no more than one file is in memory."""
+    where: dict[str, int] = {}
+    pending: dict[str, Tensor] = {}
+    files = 0
+    total = 0
+
+    def flush() -> None:
+        nonlocal files
+        files += 1
+        save_file(pending, out / f"part-{files:05d}.safetensors", metadata={"format": "pt"})
+        pending.clear()
+
+    for old in [*out.glob("model*.safetensors"), *out.glob("model.safetensors.index.json")]:
+        old.unlink()
+    for name, tensor in tensors:
+        pending[name] = tensor.contiguous().clone()
+        where[name] = files + 1
+        total += tensor.nbytes
+        if sum(t.nbytes for t in pending.values()) >= FILE_BYTES:
+            flush()
+    if pending:
+        flush()
+    if files == 1:
+        (out / "part-00001.safetensors").rename(out / "model.safetensors")
+        return
+    names = {i: f"model-{i:05d}-of-{files:05d}.safetensors" for i in range(1, files + 1)}
+    for i, name in names.items():
+        (out / f"part-{i:05d}.safetensors").rename(out / name)
+    index = {"metadata": {"total_size": total}, "weight_map": {name: names[i] for name, i in where.items()}}
+    _write_json(out / "model.safetensors.index.json", index)
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def _write_processor(recipe: Recipe, modality: Modality, out: Path, tokenizer: Path | None) -> list[str]:
+    if modality == "text":
+        assert recipe.model.text is not None
+        if tokenizer is None:
+            return ["no tokenizer was found: AutoTokenizer will not load. Give it with --tokenizer FILE.model"]
+        write_tokenizer(tokenizer, recipe.model.text, out)
+        return [f"tokenizer: {tokenizer}"]
+    if modality == "speech":
+        settings: dict[str, Any] = {
+            "feature_extractor_type": "Wav2Vec2FeatureExtractor",
+            "feature_size": 1,
+            "sampling_rate": 16000,
+            "padding_value": 0.0,
+            "padding_side": "right",
+            "do_normalize": recipe.data.speech.normalize,
+            "return_attention_mask": True,
+        }
+    else:
+        assert recipe.model.vision is not None
+        side, data, channels = recipe.model.vision.image_size, recipe.data.vision, recipe.model.vision.channels
+        settings = {
+            "image_processor_type": "BeitImageProcessorPil",
+            "do_resize": True,
+            "size": {"height": side, "width": side},
+            "resample": 3,
+            "do_center_crop": False,
+            "do_rescale": True,
+            "rescale_factor": 1 / 255,
+            "do_normalize": True,
+            "image_mean": data.mean[:channels],
+            "image_std": data.std[:channels],
+            "do_reduce_labels": False,
+        }
+    _write_json(out / "preprocessor_config.json", settings)
+    return []
+
+
+def find_tokenizer(recipe: Recipe) -> Path | None:
+    """The sentencepiece model that the training data was made of; None where it is not there any more."""
+    if recipe.data.text.tokenizer is not None:
+        path: Path | None = Path(recipe.data.text.tokenizer)
+        return path if path is not None and path.exists() else None
+    for source in recipe.data.sources:
+        if source.modality == "text":
+            try:
+                path = find_shards(source).tokenizer
+            except DataError:
+                continue
+            if path is not None and path.exists():
+                return path
+    return None

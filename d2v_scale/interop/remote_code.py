@@ -1,0 +1,65 @@
+"""2.0 speech and vision for Hugging Face: a modelling file of our own beside the weights, and what its config says."""
+
+from pathlib import Path
+from typing import Any
+
+from d2v_scale.interop.keymap import KeyMap
+from d2v_scale.model.config import Modality, ModelConfig
+
+MODELLING_FILE = Path(__file__).with_name("modeling_data2vec2.py")
+
+
+def remote_code_keys(names: list[str], config: ModelConfig, modality: Modality) -> KeyMap:
+    """Our encoder names without the stem's prefix; blocks before the main ones are counted with them."""
+    keys = KeyMap(initialised=("predictors.",))
+    stem, prenet = f"stems.{modality}.", config.backbone.prenet_depth
+    for name in names:
+        if name.startswith(f"{stem}prenet."):
+            keys.add(name, f"blocks.{name.removeprefix(f'{stem}prenet.')}")
+        elif name.startswith("blocks."):
+            _, index, rest = name.split(".", 2)
+            keys.add(name, f"blocks.{prenet + int(index)}.{rest}")
+        elif name.startswith(stem):
+            keys.add(name, name.removeprefix(stem))
+    return keys
+
+
+def remote_code_settings(config: ModelConfig, modality: Modality) -> dict[str, Any]:
+    """config.json. Its model type is no class's, so that loading without the modelling file fails."""
+    backbone = config.backbone
+    settings: dict[str, Any] = {
+        "model_type": "data2vec2",
+        "architectures": ["Data2Vec2Model"],
+        "auto_map": {
+            "AutoConfig": f"{MODELLING_FILE.stem}.Data2Vec2Config",
+            "AutoModel": f"{MODELLING_FILE.stem}.Data2Vec2Model",
+        },
+        "modality": modality,
+        "hidden_size": backbone.width,
+        "num_hidden_layers": backbone.prenet_depth + backbone.depth,
+        "num_attention_heads": backbone.heads,
+        "intermediate_size": backbone.ffn,
+        "layer_norm_eps": backbone.norm_eps,
+        "hidden_dropout": backbone.dropout,
+        "attention_dropout": backbone.attention_dropout,
+        "activation_dropout": backbone.activation_dropout,
+        "dtype": "float32",
+    }
+    if config.speech is not None and modality == "speech":
+        channels, kernels, strides = zip(*config.speech.conv_layers, strict=True)
+        settings |= {
+            "conv_dim": list(channels),
+            "conv_kernel": list(kernels),
+            "conv_stride": list(strides),
+            "num_conv_pos_embeddings": config.speech.pos_conv_depth,
+            "conv_pos_kernel_size": config.speech.pos_conv_kernel,
+            "num_conv_pos_embedding_groups": config.speech.pos_conv_groups,
+            "alibi": config.speech.alibi,
+        }
+    elif config.vision is not None:
+        settings |= {
+            "image_size": config.vision.image_size,
+            "patch_size": config.vision.patch_size,
+            "num_channels": config.vision.channels,
+        }
+    return settings

@@ -1,0 +1,67 @@
+"""Export a checkpoint's encoder: for Hugging Face, as plain safetensors, or in the reference's names."""
+
+import argparse
+import os
+import sys
+import warnings
+from pathlib import Path
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the export that the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("checkpoint", type=Path, help="run directory (its newest valid checkpoint) or checkpoint")
+    parser.add_argument("out", type=Path, help="folder to write into")
+    parser.add_argument("--to", choices=("hf", "safetensors", "fairseq"), default="hf", help="what to write")
+    parser.add_argument("--weights", choices=("teacher", "student"), default="teacher", help="whose averaged tensors")
+    parser.add_argument("--modality", choices=("vision", "speech", "text"), help="which one, where there are several")
+    parser.add_argument("--tokenizer", type=Path, help="sentencepiece model (default: the one of the training data)")
+    options = parser.parse_args(arguments)
+
+    warnings.filterwarnings("ignore")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from d2v_scale.errors import EXIT_BAD_INPUT, UserError
+
+    try:
+        return run(options)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+
+
+def run(options: argparse.Namespace) -> int:
+    """Write the folder, say what is in it, and for Hugging Face prove that it computes the same."""
+    from d2v_scale.checkpoint import open_any
+    from d2v_scale.evaluation.frozen import FrozenEncoder, recipe_of
+    from d2v_scale.interop import exporting
+    from d2v_scale.interop.export_check import LARGEST_DIFFERENCE, largest_difference
+    from d2v_scale.interop.reference_export import export_reference
+
+    checkpoint = open_any(options.checkpoint)
+    recipe = recipe_of(checkpoint)
+    modality = exporting.pick_modality(recipe, options.modality)
+    print(f"{checkpoint.path}: {recipe.name}, {modality}, weights of the {options.weights}")
+    if options.to == "fairseq":
+        lines = export_reference(checkpoint, recipe, modality, options.out)
+    elif options.to == "safetensors":
+        lines = exporting.export_safetensors(checkpoint, recipe, options.out, options.weights)
+    else:
+        tokenizer = options.tokenizer or (exporting.find_tokenizer(recipe) if modality == "text" else None)
+        lines = exporting.export_huggingface(checkpoint, recipe, modality, options.out, options.weights, tokenizer)
+    for line in lines:
+        print(line)
+    print(f"wrote {options.out}")
+    if options.to != "hf":
+        return 0
+    encoder = FrozenEncoder.load(checkpoint.path, options.weights)
+    difference = largest_difference(encoder, options.out, modality, checkpoint)
+    passed = difference <= LARGEST_DIFFERENCE
+    print(f"largest difference to our encoder on the same input: {difference:.3g} {'PASS' if passed else 'FAIL'}")
+    return 0 if passed else 1
+
+
+if __name__ == "__main__":
+    # The package lies beside this folder, and nothing in it may shadow a module.
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    sys.exit(main())
