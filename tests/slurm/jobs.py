@@ -72,7 +72,7 @@ class Job:
         files = [*newest.rglob("*.safetensors")] or [newest / "COMMITTED"]
         return {str(path.relative_to(newest)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
-    def wait_for_step(self, step: int, timeout_s: float = 90) -> None:
+    def wait_for_step(self, step: int, timeout_s: float = 300) -> None:
         def reached() -> bool:
             assert self.state not in ENDED, self.story()
             records = self.records()
@@ -80,7 +80,7 @@ class Job:
 
         wait_until(reached, timeout_s, f"step {step} not reached\n{self.story()}")
 
-    def wait_for_state(self, *states: str, timeout_s: float = 120) -> str:
+    def wait_for_state(self, *states: str, timeout_s: float = 240) -> str:
         """Wait for one of the states, releasing the job if it waits for its requeue delay."""
 
         def reached() -> bool:
@@ -92,7 +92,7 @@ class Job:
         wait_until(reached, timeout_s, f"none of {states}\n{self.story()}")
         return self.state
 
-    def wait_for_end(self, timeout_s: float = 180) -> str:
+    def wait_for_end(self, timeout_s: float = 400) -> str:
         return self.wait_for_state(*ENDED, timeout_s=timeout_s)
 
     def pids(self, needle: str) -> list[int]:

@@ -141,3 +141,23 @@ def test_stopped_rank_is_named_and_the_job_continues(workplace: Make) -> None:
     assert "is stopped (SIGSTOP)" in job.attempts[0].reason
     assert "rank 3" in job.attempts[0].reason
     assert job.wait_for_end() == "COMPLETED", job.story()
+
+
+@pytest.mark.slow
+def test_bad_node_is_named_and_excluded(cluster: Cluster, tmp_path: Path) -> None:
+    """Three nodes, of which the job takes two; n1's device does not compute, so it continues on the others."""
+    with Cluster(tmp_path / "cluster", nodes=3) as larger:
+        larger.env = cluster.env | {"SLURM_CONF": larger.env["SLURM_CONF"]}
+        place = Workplace(larger, tmp_path / "repository", STAND_IN, Path(__file__).parents[2])
+        preflight = place.dir / "d2v_scale/preflight.py"
+        sound = "found.problems += device_problems(local_rank)"
+        broken = sound + ' + (["cuda:0 does not compute"] if node == "n1" else [])'
+        assert sound in preflight.read_text()
+        preflight.write_text(preflight.read_text().replace(sound, broken))
+        job = place.submit("pretrain_base.sh", "--optim.max_steps=3")
+        assert job.wait_for_end() == "COMPLETED", job.story()
+        assert job.attempts[0].exit_code == errors.EXIT_REQUEUE
+        assert "n1: cuda:0 does not compute" in job.attempts[0].reason
+        assert larger.job(job.id)["ExcNodeList"] == "n1"
+        assert larger.job(job.id)["NodeList"] == "n[2-3]"
+        place.close()

@@ -1,4 +1,4 @@
-"""The real training program under the real templates: every kind of interruption ends with the uninterrupted weights."""
+"""The training program under the real templates: every interruption ends with the weights of an uninterrupted run."""
 
 import json
 import os
@@ -27,6 +27,7 @@ TRAINING = Program(
         "--evaluation.test=null",
     )
 )
+NO_PREFLIGHT = {"D2V_SCALE_PREFLIGHT": "0"}
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
@@ -42,7 +43,7 @@ def place(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 def uninterrupted(place: Workplace) -> Job:
     """The run that all others are compared with: 2 nodes x 2 ranks, ZeRO-1."""
     job = place.submit("pretrain_base.sh")
-    assert job.wait_for_end(timeout_s=240) == "COMPLETED", job.story()
+    assert job.wait_for_end() == "COMPLETED", job.story()
     return job
 
 
@@ -51,8 +52,8 @@ def submit(place: Workplace, uninterrupted: Job) -> Iterator[Callable[..., Job]]
     """Submits one more run of the same recipe and seed; cancels it if the test leaves it behind."""
     started: list[Job] = []
 
-    def start(**options) -> Job:
-        started.append(place.submit("pretrain_base.sh", **options))
+    def start(*arguments: str, **options) -> Job:
+        started.append(place.submit("pretrain_base.sh", *arguments, **options))
         return started[-1]
 
     yield start
@@ -61,7 +62,7 @@ def submit(place: Workplace, uninterrupted: Job) -> Iterator[Callable[..., Job]]
 
 def assert_same_run(job: Job, uninterrupted: Job) -> None:
     """Ended, with no step missing, repeated or different from the run that nothing happened to."""
-    assert job.wait_for_end(timeout_s=240) == "COMPLETED", job.story()
+    assert job.wait_for_end() == "COMPLETED", job.story()
     assert (job.status.outcome, job.status.step) == ("done", STEPS)
     assert job.losses() == uninterrupted.losses()
     assert job.weights() == uninterrupted.weights()
@@ -78,7 +79,7 @@ def test_normal_end(uninterrupted: Job) -> None:
 
 
 def test_usr1_saves_requeues_and_ends_with_the_same_weights(submit: Callable[..., Job], uninterrupted: Job) -> None:
-    job = submit()
+    job = submit(env=NO_PREFLIGHT)
     job.wait_for_step(EVERY // 2)
     job.cluster.run("scancel", "--batch", "--signal=USR1", job.id)
     assert_same_run(job, uninterrupted)
@@ -89,7 +90,7 @@ def test_usr1_saves_requeues_and_ends_with_the_same_weights(submit: Callable[...
 
 
 def test_node_down_continues_from_the_newest_checkpoint(submit: Callable[..., Job], uninterrupted: Job) -> None:
-    job = submit(env={"D2V_SCALE_PREFLIGHT": "0"})
+    job = submit(env=NO_PREFLIGHT)
     job.wait_for_step(EVERY + 3)
     job.cluster.run("scontrol", "update", "NodeName=n2", "State=DOWN", "Reason=test")
     job.wait_for_state("PENDING", "COMPLETING")
@@ -103,8 +104,8 @@ def test_preemption_ends_with_the_same_weights(
 ) -> None:
     job = submit()
     job.wait_for_step(EVERY // 2)
-    urgent = place.submit("pretrain_base.sh", options=("--partition=urgent",), env={"D2V_SCALE_PREFLIGHT": "0"})
-    assert urgent.wait_for_end(timeout_s=240) == "COMPLETED", urgent.story()
+    urgent = place.submit("pretrain_base.sh", options=("--partition=urgent",), env=NO_PREFLIGHT)
+    assert urgent.wait_for_end() == "COMPLETED", urgent.story()
     assert_same_run(job, uninterrupted)
     assert [attempt.exit_code for attempt in job.attempts] == [errors.EXIT_REQUEUE, errors.EXIT_DONE]
 
@@ -112,7 +113,7 @@ def test_preemption_ends_with_the_same_weights(
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 3])
 def test_killed_rank_ends_with_the_same_weights(submit: Callable[..., Job], uninterrupted: Job, rank: int) -> None:
-    job = submit(env={"D2V_SCALE_PREFLIGHT": "0"})
+    job = submit(env=NO_PREFLIGHT)
     job.wait_for_step(EVERY + 3)
     os.kill(job.pids("train.py")[rank], signal.SIGKILL)
     assert_same_run(job, uninterrupted)
@@ -121,10 +122,10 @@ def test_killed_rank_ends_with_the_same_weights(submit: Callable[..., Job], unin
 
 @pytest.mark.slow
 def test_stopped_rank_is_named_and_ends_with_the_same_weights(submit: Callable[..., Job], uninterrupted: Job) -> None:
-    job = submit(env={"D2V_SCALE_PREFLIGHT": "0"})
+    job = submit("--hang_limit_minutes=0.5", env=NO_PREFLIGHT)
     job.wait_for_step(EVERY + 3)
     os.kill(job.pids("train.py")[2], signal.SIGSTOP)
-    job.wait_for_state("PENDING", timeout_s=240)
+    job.wait_for_state("PENDING")
     assert "rank 2" in job.attempts[0].reason
     assert "is stopped (SIGSTOP)" in job.attempts[0].reason
     assert_same_run(job, uninterrupted)
