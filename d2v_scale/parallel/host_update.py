@@ -33,8 +33,8 @@ class HostUpdate:
         self._device = device
         self._chunk = chunk
         self._stream = torch.cuda.Stream(device)
-        self._down = [torch.empty(chunk, dtype=torch.float32, pin_memory=True) for _ in range(2)]
-        self._up = [torch.empty(chunk, dtype=torch.bfloat16, pin_memory=True) for _ in range(2)]
+        self._down = [_pinned(chunk, torch.float32) for _ in range(2)]
+        self._up = [_pinned(chunk, torch.bfloat16) for _ in range(2)]
         self._arrived = [torch.cuda.Event() for _ in range(2)]
         self._sent = [torch.cuda.Event() for _ in range(2)]
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="teacher")
@@ -48,9 +48,9 @@ class HostUpdate:
 
     def wait(self) -> None:
         """Return when the update is done on the host; make the current stream wait for what is still going up."""
-        if self._running is not None:
-            self._running.result()
-            self._running = None
+        running, self._running = self._running, None
+        if running is not None:
+            running.result()
             torch.cuda.current_stream(self._device).wait_stream(self._stream)
 
     @torch.no_grad()
@@ -85,3 +85,7 @@ class HostUpdate:
         down = self._down[index % 2][: part.stop - part.start]
         down.copy_(shard.source[part].to(torch.float32), non_blocking=True)
         self._arrived[index % 2].record(self._stream)
+
+
+def _pinned(size: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(size, dtype=dtype, pin_memory=True)

@@ -74,6 +74,7 @@ RESUMED = [
         (3, "bf16", "device", {}),
     ]
 ]
+REAL = {"model": "real", "accumulation": 2}
 FROZEN = [case("frozen_teacher", 3, decay=1.0)]
 
 
@@ -106,6 +107,10 @@ def folder(tmp_path_factory) -> Path:
             {**case(f"{name}_rest", stage, **keys), "steps": [3, STEPS], "load": half},
         ]
     launch(2, [*EXACT_2, *FROZEN, *POISONED, *parts], folder)
+    sliced = [case(f"tensor2_z{stage}", stage, **REAL, tensor=2) for stage in (1, 3)]
+    sliced[1]["placement"] = "cpu"
+    launch(2, sliced, folder)
+    from_slices = f"{folder}/tensor2_z3/step-{STEPS:08d}"
     z3, z1 = f"{folder}/resume_z3_fp32_cpu_half/step-{3:08d}", f"{folder}/resume_z1_fp32_device_half/step-{3:08d}"
     loads = {
         4: [("z3_to_w4_z1", z3, 1), ("z1_to_w4_z3", z1, 3)],
@@ -119,6 +124,8 @@ def folder(tmp_path_factory) -> Path:
             cases.append({**case(f"{name}_trained", stage, load=source, placement="cpu"), "steps": [3, STEPS]})
         if world_size == 1:
             cases.append({**case("from_weights", 1, load=z3, weights_only=True), "steps": [0, 0]})
+            cases.append(case("whole_z1", 1, **REAL))
+            cases.append({**case("tensor2_to_w1", 1, model="real", load=from_slices), "steps": [STEPS, STEPS]})
             cases.append({**case("reset_teacher", 3, load=z3, weights_only=True, reset_teacher=True), "steps": [0, 0]})
         launch(world_size, cases, folder)
     return folder
@@ -207,3 +214,21 @@ def test_a_new_run_from_weights(folder: Path) -> None:
     for tensor in source.names("teacher"):
         assert torch.equal(kept.tensor("teacher", tensor), source.tensor("teacher", tensor))
         assert torch.equal(reset.tensor("teacher", tensor), source.tensor("student", tensor))
+
+
+@pytest.mark.parametrize("name", ["tensor2_z1", "tensor2_z3"])
+def test_tensor_parallel_equals_one_process(folder: Path, name: str) -> None:
+    whole, sliced = newest(folder, "whole_z1"), newest(folder, name)
+    assert any(entry.slices == 2 for entry in sliced.manifest.tensors["student"].values())
+    for kind in ("student", "teacher"):
+        assert distance(sliced, {n: whole.tensor(kind, n) for n in whole.names(kind)}, kind) < 2e-5
+    assert sliced.extra["losses"] == pytest.approx(whole.extra["losses"], rel=2e-6)
+    assert sliced.extra["norms"] == pytest.approx(whole.extra["norms"], rel=1e-5)
+    assert sliced.extra["health"] == pytest.approx(whole.extra["health"], rel=1e-3)
+
+
+def test_tensor_parallel_checkpoint_loads_without(folder: Path) -> None:
+    sliced, whole = newest(folder, "tensor2_z3"), newest(folder, "tensor2_to_w1")
+    for kind in sliced.kinds():
+        for tensor in sliced.names(kind):
+            assert torch.equal(sliced.tensor(kind, tensor), whole.tensor(kind, tensor)), (kind, tensor)
