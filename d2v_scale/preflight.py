@@ -26,6 +26,8 @@ from d2v_scale.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_REQUEUE, DataError
 PACKAGES = ("torch", "deepspeed", "megatron-core")
 SHARDS_PER_RANK = 3
 MAX_CLOCK_SKEW_S = 2.0
+ALL_REDUCE_S = 30.0
+"""Longest time for setting up a group and for its all-reduces, in seconds."""
 
 
 @dataclass
@@ -196,7 +198,8 @@ class Meeting:
 
         address = os.environ.get("MASTER_ADDR", "127.0.0.1")
         port = int(os.environ.get("MASTER_PORT", "29400"))
-        timeout = datetime.timedelta(seconds=wait_s)
+        # Whoever comes first waits for rank 0, which waits for whoever comes last.
+        timeout = datetime.timedelta(seconds=4 * wait_s)
         self.rank, self.world_size, self.wait_s = rank, world_size, wait_s
         self.store = dist.TCPStore(address, port, world_size, rank == 0, timeout, wait_for_workers=False)
 
@@ -234,13 +237,12 @@ class Meeting:
 
         gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
         device = torch.device("cuda", local_rank) if gpu else torch.device("cpu")
-        timeout = datetime.timedelta(seconds=self.wait_s)
         dist.init_process_group(
             "nccl" if gpu else "gloo",
             store=dist.PrefixStore("group", self.store),
             rank=self.rank,
             world_size=self.world_size,
-            timeout=timeout,
+            timeout=datetime.timedelta(seconds=ALL_REDUCE_S),
         )
         try:
             numbers = torch.full(((64 if gpu else 4) * 2**18,), float(self.rank + 1), device=device)
@@ -294,7 +296,7 @@ def main() -> int:
     parser.add_argument("--report", type=Path, required=True, help="JSON file that rank 0 writes")
     parser.add_argument("--data", default="", help="shard pattern, as for train.py")
     parser.add_argument("--min_free_gb", type=float, default=20.0, help="free space wanted in run_dir, in GB")
-    parser.add_argument("--wait_s", type=float, default=12.0, help="how long to wait for a node, in seconds")
+    parser.add_argument("--wait_s", type=float, default=60.0, help="how long to wait for a node, in seconds")
     options = parser.parse_args()
     env: Any = os.environ
     rank = int(env.get("RANK", env.get("SLURM_PROCID", "0")))
@@ -313,7 +315,7 @@ def main() -> int:
     everyone = meeting.gather(found)
     if rank != 0:
         if meeting.store.get("go") == b"1":
-            timer = _give_up_after(options.wait_s, None, Report({}))
+            timer = _give_up_after(ALL_REDUCE_S, None, Report({}))
             meeting.all_reduce(local_rank)
             timer.cancel()
         return EXIT_DONE
@@ -321,7 +323,7 @@ def main() -> int:
     report = summarise(everyone, _node_of_rank(world_size, env.get("D2V_SCALE_NODES", ""), node))
     meeting.store.set("go", "0" if report.bad_nodes else "1")
     if not report.bad_nodes:
-        timer = _give_up_after(options.wait_s, options.report, report)
+        timer = _give_up_after(ALL_REDUCE_S, options.report, report)
         report.problem, rate = meeting.all_reduce(local_rank)
         report.allreduce_gb_per_s = round(rate, 3)
         timer.cancel()

@@ -90,7 +90,9 @@ set_environment() {
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
     # If the signal before the time limit gets lost, the ranks stop by themselves a little later.
     local end now margin
-    end=$(date -d "$(job_field EndTime)" +%s 2> /dev/null) || return 0
+    end=$(job_field EndTime)
+    [[ $end == 20* ]] || return 0 # no limit
+    end=$(date -d "$end" +%s)
     now=$(date +%s)
     margin=$(((end - now) / 5 < 240 ? (end - now) / 5 : 240))
     export D2V_SCALE_DEADLINE=$((end - margin))
@@ -104,7 +106,7 @@ step_on_nodes() { # sets step: srun of a shell text on all nodes, the output of 
     # shellcheck disable=SC2206  # options are separated by spaces
     step=(srun --ntasks=$((tasks_per_node * SLURM_NNODES)) --ntasks-per-node="$tasks_per_node"
         --cpus-per-task=$cpus_per_task --overcommit --kill-on-bad-exit=0 --wait=60 ${D2V_SCALE_SRUN_OPTIONS:-}
-        bash -c "exec >> '$logs/$log'-\$SLURMD_NODENAME.log 2>&1; $text")
+        bash -c "exec >> $(printf %q "$logs/$log")-\$SLURMD_NODENAME.log 2>&1; $text")
 }
 
 in_container() { # sets command_line: "$@", quoted for a shell, inside of the container if the site uses apptainer
@@ -118,14 +120,17 @@ preflight() {
     step_on_nodes preflight "$ranks" "exec $command_line"
     MASTER_PORT=$((MASTER_PORT + 1)) "${step[@]}"
     local result=$?
-    ((result == 0)) && return 0
     bad_nodes=$(python -c 'import json, sys
-report = json.load(open(sys.argv[1]))
 from d2v_scale.status import write_status
-write_status(sys.argv[2], report["exit_code"], report["text"])
-print(",".join(sorted(report["bad_nodes"])) if report["exit_code"] == 10 else "")' "$logs/preflight.json" "$run_dir") ||
-        say "preflight gave no report; see $logs/preflight-*.log"
-    return "$result"
+report = json.load(open(sys.argv[1]))
+if report["exit_code"] != 0:
+    write_status(sys.argv[2], report["exit_code"], report["text"])
+if report["exit_code"] == 10:
+    print(",".join(sorted(report["bad_nodes"])))
+sys.exit(report["exit_code"])' "$logs/preflight.json" "$run_dir")
+    local verdict=$?
+    [[ -s $logs/preflight.json ]] || { say "preflight gave no report (srun: $result); see $logs/preflight-*.log"; return 1; }
+    return "$verdict"
 }
 
 forward_signal() {
@@ -192,12 +197,21 @@ activate() { # the Python environment
     source "$D2V_SCALE_ACTIVATE" || die "cannot source $D2V_SCALE_ACTIVATE"
 }
 
+check_programs() {
+    local program wanted=(python)
+    [[ -n ${D2V_SCALE_RUN_IN:-}${D2V_SCALE_SRUN_OPTIONS:-} ]] || wanted+=(deepspeed)
+    for program in "${wanted[@]}"; do
+        command -v "$program" > /dev/null || die "no $program on PATH: set D2V_SCALE_ACTIVATE (slurm/site.env.example)"
+    done
+}
+
 train() { # the whole job: train RECIPE DEEPSPEED_CONFIG [arguments of train.py, which come before these two]
     local recipe=$1 deepspeed_config=$2
     arguments=("${@:3}")
     stop_requested=0
     trap forward_signal USR1 TERM
     activate
+    check_programs
     find_run_dir
     if ((${SLURM_RESTART_COUNT:-0} > 0)) && grep -q '"outcome": "done"' "$run_dir/status.json" 2> /dev/null; then
         say "this run is finished"
