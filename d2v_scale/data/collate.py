@@ -82,7 +82,7 @@ def make_decoder(modality: Modality, data: Any, model: ModelConfig, tokenizer: A
     from d2v_scale.data.text import TextDecoder
 
     assert model.text is not None
-    return TextDecoder(data.text, model.text, tokenizer)
+    return TextDecoder(data, model.text, tokenizer)
 
 
 def read_rows(

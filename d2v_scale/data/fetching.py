@@ -28,8 +28,7 @@ class ShardCache:
     """Local copies of shards. Safe between processes; the copies used longest ago are removed beyond `limit_bytes`."""
 
     def __init__(self, directory: str | None, limit_bytes: float, timeout_s: float, retries: int) -> None:
-        default = Path(tempfile.gettempdir()) / f"d2v_scale-shards-{os.getuid()}"
-        self._directory = Path(directory) if directory else default
+        self._directory = Path(directory) if directory else default_cache_dir()
         self._limit_bytes = limit_bytes
         self._timeout_s = timeout_s
         self._retries = retries
@@ -48,7 +47,7 @@ class ShardCache:
         if time.monotonic() < until:
             raise FetchError(reason)
         path = self.path_of(url)
-        self._directory.mkdir(parents=True, exist_ok=True)
+        self._directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         with path.with_suffix(".lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if path.is_file():
@@ -65,7 +64,7 @@ class ShardCache:
                 self._failed[url] = (time.monotonic() + pause, pause, reason)
                 raise FetchError(reason)
         self._failed.pop(url, None)
-        self._make_room(path)
+        make_room(self._directory, "*.tar", self._limit_bytes, path)
         return str(path)
 
     def remove(self, url: str) -> None:
@@ -84,21 +83,28 @@ class ShardCache:
         finally:
             temporary.unlink(missing_ok=True)
 
-    def _make_room(self, newest: Path) -> None:
-        copies = []
-        for path in self._directory.glob("*.tar"):
-            try:
-                stat = path.stat()
-            except FileNotFoundError:
-                continue
-            copies.append((stat.st_mtime, stat.st_size, path))
-        used = sum(size for _, size, _ in copies)
-        for _, size, path in sorted(copies):
-            if used <= self._limit_bytes:
-                return
-            if path != newest:
-                path.unlink(missing_ok=True)
-                used -= size
+
+def default_cache_dir() -> Path:
+    """Below the system's temporary directory, one per user."""
+    return Path(tempfile.gettempdir()) / f"d2v_scale-shards-{os.getuid()}"
+
+
+def make_room(directory: Path, pattern: str, limit_bytes: float, newest: Path) -> None:
+    """Remove the files used longest ago until the rest fits; `newest` stays."""
+    copies = []
+    for path in directory.glob(pattern):
+        try:
+            stat = path.stat()
+        except FileNotFoundError:
+            continue
+        copies.append((stat.st_mtime, stat.st_size, path))
+    used = sum(size for _, size, _ in copies)
+    for _, size, path in sorted(copies):
+        if used <= limit_bytes:
+            return
+        if path != newest:
+            path.unlink(missing_ok=True)
+            used -= size
 
 
 def stream_to(url: str, out: int, timeout_s: float) -> None:

@@ -73,6 +73,10 @@ class SampleStore:
         """The index of a shard."""
         return self._opened(shard)[1]
 
+    def sha256(self, shard: int) -> str:
+        """The checksum that the index has of a shard."""
+        return self._shards.entries[shard].sha256
+
     def read(self, shard: int, number: int) -> RawSample:
         """The sample `number` of `shard`. Raises SampleFault; never returns part of a sample."""
         name = self._shards.paths[shard]

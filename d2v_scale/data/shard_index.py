@@ -274,14 +274,18 @@ def index_shard(tar: Path, members: Path, relative_to: Path, measure: Measure | 
     """Index one local tar: write its `members` file and return its entry."""
     found, damage = index_tar(tar, measure)
     found.save(members)
-    with tar.open("rb") as stream:
-        checksum = hashlib.file_digest(stream, "sha256").hexdigest()
     return ShardEntry(
         path=os.path.relpath(tar, relative_to),
         members=os.path.relpath(members, relative_to),
         samples=len(found),
         bytes=tar.stat().st_size,
-        sha256=checksum,
+        sha256=file_sha256(tar),
         length=int(found.length_n.clip(min=0).sum()),
         damage=damage,
     )
+
+
+def file_sha256(path: Path) -> str:
+    """Checksum of a file, hexadecimal."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

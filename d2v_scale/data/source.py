@@ -13,6 +13,7 @@ from d2v_scale.data.fetching import ShardCache
 from d2v_scale.data.order import WindowOrder
 from d2v_scale.data.plan import SourcePlan
 from d2v_scale.data.reading import SampleStore
+from d2v_scale.data.shard_index import file_sha256
 from d2v_scale.data.shard_set import ShardSet, check_before_start, find_shards
 from d2v_scale.data2vec.stateless import key
 from d2v_scale.errors import DataError
@@ -48,6 +49,7 @@ class Source:
             assert model.text is not None
             self.tokenizer = Path(data.text.tokenizer) if data.text.tokenizer else shards.tokenizer
             self._block = model.text.max_positions
+            self._check_tokenizer(source)
 
     @classmethod
     def open(cls, data: DataConfig, number: int, model: ModelConfig, seed: int) -> "Source":
@@ -62,6 +64,23 @@ class Source:
         for warning in check_before_start(shards, source, data.max_bad_ratio):
             log.warning("%s", warning)
         return cls(shards, source, data.source_names()[number], data, model, seed)
+
+    def _check_tokenizer(self, source: SourceConfig) -> None:
+        """Raises DataError unless the index counts the tokens of the tokenizer that is used."""
+        index = self.shards.index
+        assert index is not None
+        if self.tokenizer is None and "npy" not in self.shards.members(0).extensions:
+            raise DataError(
+                f"The shards of {source.shards!r} hold text, but neither the recipe nor their index names a tokenizer.",
+                "Set data.text.tokenizer, and index the shards with tools/index_shards.py --tokenizer.",
+            )
+        if self.tokenizer is not None and not self.tokenizer.is_file():
+            raise DataError(f"The tokenizer {self.tokenizer} does not exist.", "Correct data.text.tokenizer.")
+        if self.tokenizer is not None and index.tokenizer_sha256 != file_sha256(self.tokenizer):
+            raise DataError(
+                f"The token counts in {self.shards.index_file} are of another tokenizer than {self.tokenizer}.",
+                "Index the shards again with tools/index_shards.py --tokenizer.",
+            )
 
     def open_store(self) -> SampleStore:
         """A reader of the samples, for one process."""

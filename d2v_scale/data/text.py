@@ -10,13 +10,15 @@ import torch
 from numpy.typing import NDArray
 
 from d2v_scale.data.collate import Row, Stacked
-from d2v_scale.data.config import TextData
+from d2v_scale.data.config import DataConfig
 from d2v_scale.data.reading import RawSample, SampleStore
+from d2v_scale.data.shard_index import file_sha256
+from d2v_scale.data.token_cache import TokenCache
 from d2v_scale.errors import ConfigError, DataError
 from d2v_scale.model.config import TextStem
 
 EXTENSIONS = ("npy", "txt")
-_TOKENS_KEPT = 1 << 22
+_SHARDS_KEPT = 64
 
 Tokens = NDArray[np.int64]
 
@@ -47,6 +49,10 @@ class Tokenizer:
     def __call__(self, text: str) -> Tokens:
         """Ids of one document, </s> at its end."""
         return np.array([*self._model.encode(text), self._model.eos_id()], dtype=np.int64)
+
+    def piece(self, number: int) -> str:
+        """The text of one id, for previews."""
+        return self._model.id_to_piece(number) if number < self.size else "<mask>"
 
     @property
     def size(self) -> int:
@@ -88,39 +94,33 @@ class TextDecoder:
     extensions: tuple[str, ...] = EXTENSIONS
     draws = 0
 
-    def __init__(self, config: TextData, stem: TextStem, tokenizer: Path | None) -> None:
+    def __init__(self, data: DataConfig, stem: TextStem, tokenizer: Path | None) -> None:
         self._stem = stem
-        self._by_document = config.packing == "document"
+        self._by_document = data.text.packing == "document"
         self._block = stem.max_positions - 1
-        self._tokenizer = Tokenizer(tokenizer) if tokenizer is not None else None
-        if self._tokenizer is not None:
+        self._tokenizer: Tokenizer | None = None
+        self._cache: TokenCache | None = None
+        if tokenizer is not None:
+            self._tokenizer = Tokenizer(tokenizer)
             self._tokenizer.check(stem)
-        self._documents: OrderedDict[tuple[int, int], tuple[str, Tokens]] = OrderedDict()
-        self._tokens_kept = 0
-        self._layouts: OrderedDict[int, tuple[Tokens, ...]] = OrderedDict()
+            self._cache = TokenCache(data.cache_dir, data.cache_gib * 2**30, file_sha256(tokenizer))
+        self._layouts: OrderedDict[int, tuple[Tokens, Tokens, tuple[Tokens, Tokens, Tokens]]] = OrderedDict()
 
     def training_row(self, store: SampleStore, shard: int, item: int, length: int, draws: NDArray[np.float64]) -> Row:
         """A block, filled with <pad> to `length` (0: to the longest the model takes)."""
-        layout = self._layout(store, shard)
+        length_n, end_n, chunks = self._layout_of(store, shard)
         if self._by_document:
-            document_c, start_c, stop_c = layout
-            key, tokens = self._document(store, shard, int(document_c[item]))
-            parts = [tokens[start_c[item] : stop_c[item]]]
+            document_c, start_c, stop_c = chunks
+            first = last = int(document_c[item])
+            begin = int(end_n[first] - length_n[first])
+            start, stop = begin + int(start_c[item]), begin + int(stop_c[item])
         else:
-            [end_n] = layout
             start, stop = item * self._block, min((item + 1) * self._block, int(end_n[-1]))
             first, last = np.searchsorted(end_n, [start, stop - 1], side="right").tolist()
-            parts = []
-            for number in range(first, last + 1):
-                key, tokens = self._document(store, shard, number)
-                begin = int(end_n[number]) - len(tokens)
-                parts.append(tokens[max(0, start - begin) : stop - begin])
-            key = f"block {item} to {key}"
         row = np.full(length or self._block + 1, self._stem.pad_id, dtype=np.int64)
         row[0] = self._stem.bos_id
-        tokens = np.concatenate(parts)
-        row[1 : 1 + len(tokens)] = tokens
-        return Row(key, row)
+        row[1 : 1 + stop - start] = self._stream(store, shard, first, last, start, stop)
+        return Row(f"block {item} from {store.members(shard).keys_n[first].decode()}", row)
 
     def evaluation_row(self, sample: RawSample) -> Tokens:
         """The document's beginning."""
@@ -143,34 +143,35 @@ class TextDecoder:
         """A row of a batch that has none."""
         return np.array([self._stem.bos_id, self._stem.eos_id], dtype=np.int64)
 
-    def _layout(self, store: SampleStore, shard: int) -> tuple[Tokens, ...]:
-        """Chunks of a shard's documents, or where each document ends in the shard's stream of tokens."""
+    def _layout_of(self, store: SampleStore, shard: int) -> tuple[Tokens, Tokens, tuple[Tokens, Tokens, Tokens]]:
+        """Length of each document, where each ends in the shard's stream of tokens, and the chunks of documents."""
         if shard not in self._layouts:
-            length_n = store.members(shard).length_n
-            chunks = chunks_of_documents(length_n, self._block)
-            self._layouts[shard] = chunks if self._by_document else (np.cumsum(length_n.clip(min=0)),)
-            if len(self._layouts) > 64:
+            length_n = store.members(shard).length_n.clip(min=0)
+            self._layouts[shard] = length_n, np.cumsum(length_n), chunks_of_documents(length_n, self._block)
+            if len(self._layouts) > _SHARDS_KEPT:
                 self._layouts.popitem(last=False)
         return self._layouts[shard]
 
-    def _document(self, store: SampleStore, shard: int, number: int) -> tuple[str, Tokens]:
-        """Key and ids of a document; recent ones are kept, since neighbouring blocks share them."""
-        place = (shard, number)
-        if place in self._documents:
-            self._documents.move_to_end(place)
-            return self._documents[place]
-        expected = int(store.members(shard).length_n[number])
-        if expected <= 0:
-            return "", np.zeros(0, dtype=np.int64)
+    def _stream(self, store: SampleStore, shard: int, first: int, last: int, start: int, stop: int) -> Tokens:
+        """Tokens `start` to `stop` of the shard's stream of documents, which the documents `first` to `last` hold."""
+        length_n, _, _ = self._layout_of(store, shard)
+        if self._cache is None or "txt" not in store.members(shard).extensions:
+            documents = [self._document(store, shard, number) for number in range(first, last + 1) if length_n[number]]
+            begin = int(length_n[:first].sum())
+            return np.concatenate(documents)[start - begin : stop - begin]
+        cached = self._cache.shard(store.sha256(shard), length_n)
+        for number in cached.unknown(first, last):
+            if length_n[number]:
+                cached.put(number, self._document(store, shard, number))
+        return cached.get(start, stop)
+
+    def _document(self, store: SampleStore, shard: int, number: int) -> Tokens:
         sample = store.read(shard, number)
         tokens = document(sample, self._tokenizer)
+        expected = int(store.members(shard).length_n[number])
         if len(tokens) != expected:
             raise sample.fault(f"has {len(tokens)} tokens, its index says {expected}: another tokenizer?")
-        self._documents[place] = sample.key, tokens
-        self._tokens_kept += len(tokens)
-        while self._tokens_kept > _TOKENS_KEPT and len(self._documents) > 1:
-            self._tokens_kept -= len(self._documents.popitem(last=False)[1][1])
-        return sample.key, tokens
+        return tokens
 
 
 class TokenCounter:

@@ -6,7 +6,7 @@ from typing import Any
 
 from webdataset.writer import TarWriter
 
-from d2v_scale.data.shard_index import Measure, Members, SetIndex, ShardEntry, atomic_file, index_shard
+from d2v_scale.data.shard_index import Measure, Members, SetIndex, ShardEntry, atomic_file, file_sha256, index_shard
 from d2v_scale.data.shard_set import INDEX_SUFFIX
 from d2v_scale.model.config import Modality
 
@@ -55,14 +55,6 @@ def write_set(
         index.tokenizer, index.tokenizer_sha256 = tokenizer.name, file_sha256(tokenizer)
     index.save(out / f"{prefix}{INDEX_SUFFIX}")
     return index
-
-
-def file_sha256(path: Path) -> str:
-    """Checksum of a file, hexadecimal."""
-    import hashlib
-
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def is_written(path: Path) -> bool:

@@ -1,0 +1,156 @@
+"""Look into shards: statistics, integrity, and pictures of batches with the masks drawn on.
+
+    python tools/inspect_shards.py 'demo_data/vision/train-*.tar' --out out/preview
+    python tools/inspect_shards.py PATTERN --check                # reads every byte; exit 2 when something is damaged
+    python tools/inspect_shards.py PATTERN --recipe d2v2_vision_base --out out/preview
+
+Without `--recipe` the masks of the preview are random with probability 0.5.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from d2v_scale.data import preview
+from d2v_scale.data.config import DataConfig, SourceConfig
+from d2v_scale.data.loader import StepLoader
+from d2v_scale.data.reading import SampleFault
+from d2v_scale.data.shard_index import file_sha256
+from d2v_scale.data.shard_set import ShardSet, find_shards, is_remote
+from d2v_scale.data.source import open_store
+from d2v_scale.data.text import Tokenizer
+from d2v_scale.data2vec.config import CompatConfig, MaskingConfig
+from d2v_scale.errors import EXIT_BAD_INPUT, DataError, UserError
+from d2v_scale.model.config import Modality, ModelConfig, SpeechStem, TextStem, VisionStem
+
+_BARS = 10
+_WIDTH = 40
+_NAMED = 20
+
+
+def statistics(shards: ShardSet) -> None:
+    """Print counts, sizes, lengths and labels."""
+    assert shards.index is not None
+    loaded = [shards.members(k) for k in range(len(shards.paths))]
+    size_n = np.concatenate([members.size_n for members in loaded])
+    length_n = np.concatenate([members.length_n for members in loaded])
+    print(f"{shards.index.modality}: {len(shards.paths)} shards, {len(size_n)} samples, {size_n.sum() / 1e6:.1f} MB")
+    counts = shards.samples_s
+    print(f"samples per shard: {counts.min()} to {counts.max()}")
+    extensions = sorted({extension for members in loaded for extension in members.extensions})
+    for extension in extensions:
+        held = sum(
+            int((members.member_size_ne[:, members.extensions.index(extension)] >= 0).sum())
+            for members in loaded
+            if extension in members.extensions
+        )
+        print(f"  .{extension}: in {held} samples")
+    _histogram("size of a sample", size_n / 1000, "kB")
+    if shards.index.modality == "speech":
+        _histogram("duration", length_n[length_n >= 0] / 16000, "s")
+    if shards.index.modality == "text":
+        _histogram("length", length_n[length_n >= 0], "tokens")
+    if shards.index.classes:
+        print(f"{len(shards.index.classes)} classes: {', '.join(shards.index.classes[:20])}")
+    if (length_n < 0).any():
+        print(f"{int((length_n < 0).sum())} samples were cut off or undecodable when the index was made")
+    for entry in shards.entries:
+        for damage in entry.damage:
+            print(f"damaged when indexed: {entry.path}: {damage}")
+
+
+def _histogram(what: str, values: NDArray[np.floating], unit: str) -> None:
+    if len(values) == 0:
+        return
+    quantiles = np.quantile(values, [0, 0.01, 0.5, 0.99, 1])
+    names = ("smallest", "1 %", "median", "99 %", "largest")
+    print(f"{what}, {unit}: " + ", ".join(f"{name} {value:.4g}" for name, value in zip(names, quantiles, strict=True)))
+    counts, edges = np.histogram(values, bins=_BARS)
+    for count, low in zip(counts, edges, strict=False):
+        print(f"  {low:10.4g} {'#' * round(_WIDTH * count / counts.max())} {count}")
+
+
+def check(shards: ShardSet) -> int:
+    """Read every sample and compare every checksum; print what is wrong and return how many samples are lost."""
+    data = DataConfig()
+    store = open_store(shards, data)
+    lost = 0
+    for shard, path in enumerate(shards.paths):
+        found = 0
+        for number in range(shards.entries[shard].samples):
+            try:
+                store.read(shard, number)
+            except SampleFault as error:
+                found += 1
+                if lost + found <= _NAMED:
+                    print(f"lost: {error}")
+        lost += found
+        if not is_remote(path) and found == 0 and file_sha256(Path(path)) != shards.entries[shard].sha256:
+            print(f"changed outside its samples: {path}")
+    print(f"integrity: {lost} of {int(shards.samples_s.sum())} samples lost")
+    return lost
+
+
+def pictures(shards: ShardSet, pattern: str, recipe_name: str | None, out: Path, steps: int) -> None:
+    """Write a PNG per step of what training would see."""
+    assert shards.index is not None
+    modality = shards.index.modality
+    tokenizer = Tokenizer(shards.tokenizer) if shards.tokenizer is not None else None
+    if recipe_name is not None:
+        from d2v_scale.command_line import parse
+
+        recipe, _ = parse(["--recipe", recipe_name, "--data", pattern])
+        data, model, masking = recipe.data, recipe.model, recipe.objective.masking
+        compat, seed = recipe.objective.compat, recipe.seed
+    else:
+        data, masking, compat, seed = DataConfig(), MaskingConfig(kind="random", prob=0.5), CompatConfig(), 1
+        data.sources = [SourceConfig(shards=pattern, modality=modality)]
+        model = _any_model(modality, tokenizer)
+    data.workers = 0
+    loader = StepLoader(data, model, masking, compat, seed=seed, global_batch_size=8)
+
+    def decode(ids: list[int]) -> str:
+        return tokenizer.piece(ids[0]) if tokenizer is not None else str(ids[0])
+
+    for step in range(steps):
+        path = preview.draw(next(loader)[0], out / f"{modality}-step-{step}.png", decode)
+        print(path)
+
+
+def _any_model(modality: Modality, tokenizer: Tokenizer | None) -> ModelConfig:
+    if modality == "vision":
+        return ModelConfig(vision=VisionStem())
+    if modality == "speech":
+        return ModelConfig(speech=SpeechStem())
+    size = tokenizer.size if tokenizer is not None else TextStem().mask_id
+    return ModelConfig(text=TextStem(vocab_size=size + 1, mask_id=size))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("shards", help="path with {000000..000099}, glob, directory or index file")
+    parser.add_argument("--index", help="index file of shards that are not local")
+    parser.add_argument("--check", action="store_true", help="read every sample and compare its checksum")
+    parser.add_argument("--out", type=Path, help="directory for pictures")
+    parser.add_argument("--recipe", help="recipe whose crops and masks the pictures show")
+    parser.add_argument("--steps", type=int, default=2, help="pictures")
+    arguments = parser.parse_args()
+    try:
+        shards = find_shards(SourceConfig(shards=arguments.shards, index=arguments.index))
+        if not shards.indexed:
+            raise DataError(f"The shards of {arguments.shards!r} have no index.", "Run tools/index_shards.py first.")
+        statistics(shards)
+        lost = check(shards) if arguments.check else 0
+        if arguments.out is not None:
+            pictures(shards, arguments.shards, arguments.recipe, arguments.out, arguments.steps)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    return EXIT_BAD_INPUT if lost else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
