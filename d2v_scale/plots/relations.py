@@ -60,9 +60,9 @@ def _draw_sample(axes: "Axes", sample: Sample) -> None:
     axes.set_xticks([], [])
     axes.set_yticks([], [])
     if isinstance(sample, str):
-        shown = textwrap.shorten(sample, 150, placeholder=" …")
+        shown = textwrap.shorten(sample, 380, placeholder=" …")
         axes.text(
-            0.03, 0.95, textwrap.fill(shown, 34), fontsize=6, va="top", transform=axes.transAxes, parse_math=False
+            0.03, 0.95, textwrap.fill(shown, 46), fontsize=5.5, va="top", transform=axes.transAxes, parse_math=False
         )
     elif sample.dim() == 1:
         axes.imshow(log_spectrogram(sample), origin="lower", aspect="auto", cmap="magma")

@@ -30,7 +30,8 @@ def plot_masks(
     samples = min(samples, batch.inputs.shape[0])
     clones = min(clones, batch.clones)
     masked_bmt = batch.masked_rt.reshape(-1, batch.clones, batch.masked_rt.shape[1])[:samples, :clones].cpu().numpy()
-    share = masked_bmt.mean()
+    real = 1.0 if batch.valid is None else float(batch.valid[:samples].float().mean())
+    share = masked_bmt.mean() / max(real, 1e-9)
     if batch.modality == "vision":
         figure = _grid_figure(clones + 1, samples, side=1.6)
         for sample in range(samples):
@@ -56,7 +57,7 @@ def plot_masks(
         for row in range(samples):
             axes = figure.add_subplot(samples, 1, row + 1)
             _draw_tokens(axes, batch.inputs[row, : _valid_length(batch, row)].tolist(), masked_bmt[row], decode)
-    return _save(figure, path, f"masks: {share:.0%} of positions hidden, {clones} of {batch.clones} clones")
+    return _save(figure, path, f"masks: {share:.0%} of the positions hidden, {clones} of {batch.clones} clones")
 
 
 def plot_pca(images_bchw: Tensor, features_btd: Tensor, path: Path, *, samples: int = 8) -> Path:
