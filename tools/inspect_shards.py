@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from d2v_scale.data import preview
 from d2v_scale.data.config import DataConfig, SourceConfig
 from d2v_scale.data.loader import StepLoader
 from d2v_scale.data.reading import SampleFault
@@ -25,6 +24,7 @@ from d2v_scale.data.text import Tokenizer
 from d2v_scale.data2vec.config import CompatConfig, MaskingConfig
 from d2v_scale.errors import EXIT_BAD_INPUT, DataError, UserError
 from d2v_scale.model.config import Modality, ModelConfig, SpeechStem, TextStem, VisionStem
+from d2v_scale.plots.samples import plot_masks
 
 _BARS = 10
 _WIDTH = 40
@@ -112,12 +112,9 @@ def pictures(shards: ShardSet, pattern: str, recipe_name: str | None, out: Path,
     data.workers = 0
     loader = StepLoader(data, model, masking, compat, seed=seed, global_batch_size=8)
 
-    def decode(ids: list[int]) -> str:
-        return tokenizer.piece(ids[0]) if tokenizer is not None else str(ids[0])
-
     for step in range(steps):
-        path = preview.draw(next(loader)[0], out / f"{modality}-step-{step}.png", decode)
-        print(path)
+        decode = tokenizer.piece if tokenizer is not None else None
+        print(plot_masks(next(loader)[0], out / f"{modality}-step-{step}.png", decode=decode))
 
 
 def _any_model(modality: Modality, tokenizer: Tokenizer | None) -> ModelConfig:
