@@ -10,10 +10,11 @@ from torch import Tensor
 
 from d2v_scale.data.batch import Batch
 from d2v_scale.data.plan import PlannedBatch
-from d2v_scale.data.reading import Fault, RawSample, SampleFault, SampleStore
+from d2v_scale.data.reading import Fault, RawSample, SampleFault, Store
 from d2v_scale.data2vec import masking
 from d2v_scale.data2vec.config import CompatConfig, MaskingConfig
 from d2v_scale.data2vec.stateless import array_keys, array_uniform
+from d2v_scale.errors import Verdict
 from d2v_scale.model.config import Modality, ModelConfig
 
 
@@ -54,7 +55,7 @@ class Decoder(Protocol):
     draws: int
     """Uniforms that `training_row` takes."""
 
-    def training_row(self, store: SampleStore, shard: int, item: int, length: int, draws: NDArray[np.float64]) -> Row:
+    def training_row(self, store: Store, shard: int, item: int, length: int, draws: NDArray[np.float64]) -> Row:
         """One planned item, cropped and augmented. Raises SampleFault or whatever a decoder raises."""
 
     def evaluation_row(self, sample: RawSample) -> NDArray[Any]:
@@ -86,7 +87,7 @@ def make_decoder(modality: Modality, data: Any, model: ModelConfig, tokenizer: A
 
 
 def read_rows(
-    planned: PlannedBatch, store: SampleStore, decoder: Decoder, seed: int
+    planned: PlannedBatch, store: Store, decoder: Decoder, seed: int
 ) -> tuple[list[Row], list[int], list[Fault]]:
     """The rows that can be delivered, their numbers in `planned`, and a fault for each of the others."""
     keys_n = array_keys(planned.sample_ids, "crop", seed)
@@ -99,6 +100,8 @@ def read_rows(
             kept.append(k)
         except SampleFault as error:
             faults.append(error.fault)
+        except Verdict:
+            raise
         except Exception as error:  # a decoder raises anything for damaged content, and one sample must not end a run
             faults.append(store.describe(shard, item, f"cannot be decoded: {type(error).__name__}: {error}"))
     return rows, kept, faults

@@ -16,7 +16,8 @@ from d2v_scale.data.config import DataConfig
 from d2v_scale.data.counters import Counters
 from d2v_scale.data.plan import Cursor, Mixture, PlannedBatch
 from d2v_scale.data.reading import Fault, SampleStore
-from d2v_scale.data.source import Source
+from d2v_scale.data.source import Source, open_source
+from d2v_scale.data.streaming import StreamedSource, StreamStore
 from d2v_scale.data2vec.config import CompatConfig, MaskingConfig
 from d2v_scale.errors import CheckpointError, DataStarved
 from d2v_scale.model.config import ModelConfig
@@ -54,12 +55,14 @@ class DecodedStep:
 class _StepDataset(Dataset[DecodedStep]):
     """Decodes tasks. A copy lives in every worker; files are opened there."""
 
-    def __init__(self, sources: list[Source], decoders: list[Decoder], collators: list[Collator], seed: int) -> None:
+    def __init__(
+        self, sources: list[Source | StreamedSource], decoders: list[Decoder], collators: list[Collator], seed: int
+    ) -> None:
         self._sources = sources
         self._decoders = decoders
         self._collators = collators
         self._seed = seed
-        self._stores: list[SampleStore] | None = None
+        self._stores: list[SampleStore | StreamStore] | None = None
 
     def __getitem__(self, task: StepTask) -> DecodedStep:  # type: ignore[override]
         if self._stores is None:
@@ -67,7 +70,10 @@ class _StepDataset(Dataset[DecodedStep]):
         decoded = DecodedStep(task.step, [])
         for planned in task.planned:
             k = planned.source
-            rows, kept, faults = read_rows(planned, self._stores[k], self._decoders[k], self._seed)
+            store = self._stores[k]
+            rows, kept, faults = read_rows(planned, store, self._decoders[k], self._seed)
+            if isinstance(store, StreamStore):
+                faults += store.take_damage()
             batch = self._collators[k].batch(
                 rows, planned, kept, step=task.step, source=self._sources[k].name, lost=len(faults)
             )
@@ -106,7 +112,7 @@ class StepLoader:
         self._first_share = dp_rank * accumulation
         self._accumulation = accumulation
         compat = compat or CompatConfig()
-        self.sources = [Source.open(data, k, model, seed) for k in range(len(data.sources))]
+        self.sources = [open_source(data, k, model, seed, dp_rank, dp_size) for k in range(len(data.sources))]
         self._plans = [source.plan(global_batch_size, batch_unit) for source in self.sources]
         self._mixture = Mixture([source.weight for source in data.sources], data.temperature, seed)
         decoders = [make_decoder(source.modality, data, model, source.tokenizer) for source in self.sources]

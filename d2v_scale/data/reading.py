@@ -4,6 +4,7 @@ import os
 import zlib
 from collections import OrderedDict
 from dataclasses import dataclass
+from typing import Protocol
 
 from d2v_scale.data.fetching import ShardCache
 from d2v_scale.data.shard_index import Members
@@ -58,6 +59,16 @@ class RawSample:
     def fault(self, reason: str) -> SampleFault:
         """What to raise when this sample cannot be used."""
         return SampleFault(self.shard, self.key, reason)
+
+
+class Store(Protocol):
+    """Where decoders get samples from."""
+
+    def read(self, shard: int, number: int) -> RawSample:
+        """The sample `number` of `shard`. Raises SampleFault."""
+
+    def describe(self, shard: int, number: int, reason: str) -> Fault:
+        """A fault of a sample that could be read but not used."""
 
 
 class SampleStore:

@@ -15,6 +15,7 @@ from d2v_scale.data.plan import SourcePlan
 from d2v_scale.data.reading import SampleStore
 from d2v_scale.data.shard_index import file_sha256
 from d2v_scale.data.shard_set import ShardSet, check_before_start, find_shards
+from d2v_scale.data.streaming import StreamedSource
 from d2v_scale.data2vec.stateless import key
 from d2v_scale.errors import DataError
 from d2v_scale.model.config import Modality, ModelConfig
@@ -29,6 +30,20 @@ def open_store(shards: ShardSet, data: DataConfig) -> SampleStore:
     """A reader of the samples of `shards`, for one process."""
     cache = ShardCache(data.cache_dir, data.cache_gib * 2**30, data.read_timeout_s, data.read_retries)
     return SampleStore(shards, cache)
+
+
+def open_source(
+    data: DataConfig, number: int, model: ModelConfig, seed: int, dp_rank: int, dp_size: int
+) -> "Source | StreamedSource":
+    """Find and check the shards of source `number`. Raises DataError; logs what is survived."""
+    source = data.sources[number]
+    shards = find_shards(source)
+    name = data.source_names()[number]
+    if not shards.indexed:
+        return StreamedSource(shards, source, name, data, model, seed, dp_rank, dp_size)
+    for warning in check_before_start(shards, source, data.max_bad_ratio):
+        log.warning("%s", warning)
+    return Source(shards, source, name, data, model, seed)
 
 
 class Source:
@@ -50,20 +65,6 @@ class Source:
             self.tokenizer = Path(data.text.tokenizer) if data.text.tokenizer else shards.tokenizer
             self._block = model.text.max_positions
             self._check_tokenizer(source)
-
-    @classmethod
-    def open(cls, data: DataConfig, number: int, model: ModelConfig, seed: int) -> "Source":
-        """Find and check the shards of source `number`. Raises DataError; logs what is survived."""
-        source = data.sources[number]
-        shards = find_shards(source)
-        if not shards.indexed:
-            raise DataError(
-                f"The shards of {source.shards!r} have no index.",
-                "Make one with tools/index_shards.py.",
-            )
-        for warning in check_before_start(shards, source, data.max_bad_ratio):
-            log.warning("%s", warning)
-        return cls(shards, source, data.source_names()[number], data, model, seed)
 
     def _check_tokenizer(self, source: SourceConfig) -> None:
         """Raises DataError unless the index counts the tokens of the tokenizer that is used."""

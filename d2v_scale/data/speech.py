@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from d2v_scale.data.collate import Row, Stacked
 from d2v_scale.data.config import SpeechData
-from d2v_scale.data.reading import RawSample, SampleStore
+from d2v_scale.data.reading import RawSample, Store
 from d2v_scale.errors import ConfigError
 from d2v_scale.model.config import SpeechStem
 
@@ -82,10 +82,18 @@ class SpeechDecoder:
             samples = (samples - kernel) // stride + 1
         return samples
 
-    def training_row(self, store: SampleStore, shard: int, item: int, length: int, draws: NDArray[np.float64]) -> Row:
-        """`length` samples of the recording from a random place."""
+    def training_row(self, store: Store, shard: int, item: int, length: int, draws: NDArray[np.float64]) -> Row:
+        """`length` samples of the recording from a random place; 0: as many as there are, up to `max_seconds`.
+
+        0 is for streams, where lengths are not known beforehand: recordings that are too short are passed over.
+        """
         sample = store.read(shard, item)
         wave = self._whole(sample)
+        if length == 0:
+            while len(wave) < round(self._config.min_seconds * SAMPLE_RATE):
+                sample = store.read(shard, item)
+                wave = self._whole(sample)
+            length = min(len(wave), round(self._config.max_seconds * SAMPLE_RATE))
         if len(wave) < length:
             raise sample.fault(f"is {len(wave)} samples long, its index says at least {length}")
         start = int(draws[0] * (len(wave) - length + 1))

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from d2v_scale.data.collate import Row, Stacked
 from d2v_scale.data.config import DataConfig
-from d2v_scale.data.reading import RawSample, SampleStore
+from d2v_scale.data.reading import RawSample, SampleStore, Store
 from d2v_scale.data.shard_index import file_sha256
 from d2v_scale.data.token_cache import TokenCache
 from d2v_scale.errors import ConfigError, DataError
@@ -104,10 +104,15 @@ class TextDecoder:
             self._tokenizer = Tokenizer(tokenizer)
             self._tokenizer.check(stem)
             self._cache = TokenCache(data.cache_dir, data.cache_gib * 2**30, file_sha256(tokenizer))
+        self._left = np.zeros(0, dtype=np.int64)
+        self._left_key = ""
         self._layouts: OrderedDict[int, tuple[Tokens, Tokens, tuple[Tokens, Tokens, Tokens]]] = OrderedDict()
 
-    def training_row(self, store: SampleStore, shard: int, item: int, length: int, draws: NDArray[np.float64]) -> Row:
+    def training_row(self, store: Store, shard: int, item: int, length: int, draws: NDArray[np.float64]) -> Row:
         """A block, filled with <pad> to `length` (0: to the longest the model takes)."""
+        if not isinstance(store, SampleStore):
+            key, tokens = self._next_streamed(store, shard, item)
+            return Row(key, self._filled(tokens, length))
         length_n, end_n, chunks = self._layout_of(store, shard)
         if self._by_document:
             document_c, start_c, stop_c = chunks
@@ -117,10 +122,24 @@ class TextDecoder:
         else:
             start, stop = item * self._block, min((item + 1) * self._block, int(end_n[-1]))
             first, last = np.searchsorted(end_n, [start, stop - 1], side="right").tolist()
+        tokens = self._stream(store, shard, first, last, start, stop)
+        return Row(f"block {item} from {store.members(shard).keys_n[first].decode()}", self._filled(tokens, length))
+
+    def _filled(self, tokens: Tokens, length: int) -> Tokens:
         row = np.full(length or self._block + 1, self._stem.pad_id, dtype=np.int64)
         row[0] = self._stem.bos_id
-        row[1 : 1 + stop - start] = self._stream(store, shard, first, last, start, stop)
-        return Row(f"block {item} from {store.members(shard).keys_n[first].decode()}", row)
+        row[1 : 1 + len(tokens)] = tokens
+        return row
+
+    def _next_streamed(self, store: Store, shard: int, item: int) -> tuple[str, Tokens]:
+        """The next block of a stream of documents; what is left of the last document begins the next block."""
+        enough = 1 if self._by_document else self._block
+        while len(self._left) < enough:
+            sample = store.read(shard, item)
+            self._left_key = sample.key
+            self._left = np.concatenate((self._left, document(sample, self._tokenizer)))
+        tokens, self._left = self._left[: self._block], self._left[self._block :]
+        return self._left_key, tokens
 
     def evaluation_row(self, sample: RawSample) -> Tokens:
         """The document's beginning."""

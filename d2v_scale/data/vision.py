@@ -10,7 +10,7 @@ from PIL import Image, ImageEnhance
 
 from d2v_scale.data.collate import Row, Stacked
 from d2v_scale.data.config import VisionData
-from d2v_scale.data.reading import RawSample, SampleStore
+from d2v_scale.data.reading import RawSample, Store
 from d2v_scale.errors import ConfigError
 from d2v_scale.model.config import VisionStem
 
@@ -70,7 +70,7 @@ class VisionDecoder:
         self._scale_c11 = (1 / std)[:, None, None]
         self._shift_c11 = (-mean / std)[:, None, None]
 
-    def training_row(self, store: SampleStore, shard: int, item: int, length: int, draws: NDArray[np.float64]) -> Row:
+    def training_row(self, store: Store, shard: int, item: int, length: int, draws: NDArray[np.float64]) -> Row:
         """Crop, flip and jitter by `draws`, uniforms in [0, 1): uint8 (side, side, channels)."""
         sample = store.read(shard, item)
         image = self._open(sample)

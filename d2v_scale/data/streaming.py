@@ -1,0 +1,176 @@
+"""Shards without an index: read in order, each rank and worker its own ones. Outside the promise of exact resume.
+
+A shard is indexed in memory when its turn comes, so damage is named and no partial sample is handed out here either.
+What cannot be had without an index: planned batches, text packing that is the same at any world size, resume in O(1).
+"""
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from torch.utils.data import get_worker_info
+
+from d2v_scale.data.config import DataConfig, SourceConfig
+from d2v_scale.data.fetching import ShardCache
+from d2v_scale.data.order import KeyedPermutation
+from d2v_scale.data.plan import Cursor, PlannedBatch
+from d2v_scale.data.reading import Fault, RawSample, SampleFault
+from d2v_scale.data.shard_index import index_tar
+from d2v_scale.data.shard_set import ShardSet, is_remote
+from d2v_scale.data2vec.stateless import key, numpy_generator
+from d2v_scale.errors import ConfigError, DataStarved
+from d2v_scale.model.config import Modality, ModelConfig
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class StreamPlan:
+    """Counts rows: which samples they are depends on who reads them."""
+
+    number: int
+    batch_size: int
+
+    def next_batch(self, cursor: Cursor) -> tuple[PlannedBatch, Cursor]:
+        """The next `batch_size` rows, numbered through the whole run."""
+        rows = np.arange(cursor.offset, cursor.offset + self.batch_size)
+        nothing = np.zeros(self.batch_size, dtype=np.int64)
+        return PlannedBatch(self.number, nothing, nothing, rows), replace(cursor, offset=int(rows[-1]) + 1)
+
+
+class StreamedSource:
+    """A source whose shards have no index."""
+
+    def __init__(
+        self,
+        shards: ShardSet,
+        source: SourceConfig,
+        name: str,
+        data: DataConfig,
+        model: ModelConfig,
+        seed: int,
+        dp_rank: int,
+        dp_size: int,
+    ) -> None:
+        self.shards = shards
+        self.name = name
+        self.modality: Modality = source.modality
+        self.tokenizer = Path(data.text.tokenizer) if data.text.tokenizer else None
+        self.fingerprint = key(*shards.paths) >> 2
+        self._data = data
+        self._model = model
+        self._seed = seed
+        self._dp_rank = dp_rank
+        self._dp_size = dp_size
+        if source.modality == "text" and self.tokenizer is None:
+            raise ConfigError("data.text.tokenizer", "is not set, and the shards have no index that names one")
+        log.warning(
+            "%s has no index: its shards are streamed, each rank its own. A resumed run reads past what was used, "
+            "approximately, and the order depends on the number of ranks and workers. tools/index_shards.py makes one.",
+            source.shards,
+        )
+
+    def plan(self, batch_size: int, unit: str) -> StreamPlan:
+        """Batches of `batch_size` rows. Raises ConfigError for units that need an index."""
+        if unit == "seconds":
+            raise ConfigError("batch_unit", "'seconds' needs indexed shards", "Index them with tools/index_shards.py.")
+        if unit == "tokens":
+            assert self._model.text is not None
+            batch_size = max(1, batch_size // self._model.text.max_positions)
+        return StreamPlan(self._data.source_names().index(self.name), batch_size)
+
+    def open_store(self) -> "StreamStore":
+        """This worker's stream."""
+        worker = get_worker_info()
+        workers, number = (worker.num_workers, worker.id) if worker is not None else (1, 0)
+        data = self._data
+        cache = ShardCache(data.cache_dir, data.cache_gib * 2**30, data.read_timeout_s, data.read_retries)
+        return StreamStore(
+            self.shards.paths,
+            cache,
+            key(self._seed, self.name),
+            self._dp_rank * workers + number,
+            self._dp_size * workers,
+        )
+
+
+class StreamStore:
+    """One of `streams` readers: its `read` hands out the next sample, whichever is asked for."""
+
+    def __init__(self, paths: list[str], cache: ShardCache, seed: int, stream: int, streams: int) -> None:
+        self._paths = paths
+        self._cache = cache
+        self._seed = seed
+        self._stream = stream
+        self._streams = streams
+        self._samples: Iterator[RawSample] | None = None
+        self._last: RawSample | None = None
+        self._counts: dict[int, int] = {}
+        self._damage: list[Fault] = []
+
+    def read(self, shard: int, number: int) -> RawSample:
+        """The next sample. The first call, by its row's `number`, decides how much is passed over."""
+        if self._samples is None:
+            self._samples = self._read_from(number // self._streams)
+        self._last = next(self._samples)
+        return self._last
+
+    def describe(self, shard: int, number: int, reason: str) -> Fault:
+        """A fault of the sample that was read last."""
+        assert self._last is not None
+        return self._last.fault(reason).fault
+
+    def take_damage(self) -> list[Fault]:
+        """What was found wrong with shards since the last call."""
+        damage, self._damage = self._damage, []
+        return damage
+
+    def _read_from(self, passed: int) -> Iterator[RawSample]:
+        if passed:
+            log.info("reading past %d samples of this stream", passed)
+        epoch = 0
+        while True:
+            delivered = 0
+            for shard in self._shards(epoch):
+                if passed and self._counts.get(shard, passed + 1) <= passed:
+                    passed -= self._counts[shard]
+                    delivered += self._counts[shard]
+                    continue
+                for sample in self._samples_of(shard, epoch):
+                    delivered += 1
+                    if passed:
+                        passed -= 1
+                    else:
+                        yield sample
+            if delivered == 0:
+                faults = "; ".join(str(fault) for fault in self._damage[-3:])
+                raise DataStarved(f"No sample could be read in an epoch of the stream. {faults}")
+            epoch += 1
+
+    def _shards(self, epoch: int) -> Iterator[int]:
+        """This stream's shards, or all of them where there are fewer shards than streams."""
+        count = len(self._paths)
+        permuted = KeyedPermutation(count, "shards", self._seed, epoch)
+        first, step = (self._stream, self._streams) if count >= self._streams else (0, 1)
+        return (permuted(position) for position in range(first, count, step))
+
+    def _samples_of(self, shard: int, epoch: int) -> Iterator[RawSample]:
+        name = self._paths[shard]
+        try:
+            path = Path(self._cache.fetch(name) if is_remote(name) else name)
+            members, damage = index_tar(path)
+            with path.open("rb") as stream:
+                self._damage += [Fault(name, "", reason) for reason in damage]
+                order = numpy_generator("stream", self._seed, epoch, shard).permutation(len(members))
+                whole = [int(k) for k in order if members.length_n[k] >= 0]
+                if len(self._paths) < self._streams:
+                    whole = whole[self._stream :: self._streams]
+                self._counts[shard] = len(whole)
+                for number in whole:
+                    stream.seek(int(members.start_n[number]))
+                    content = stream.read(int(members.size_n[number]))
+                    yield RawSample(name, members.keys_n[number].decode(), content, members, number)
+        except (OSError, SampleFault) as error:
+            self._damage.append(Fault(name, "", f"cannot be read: {error}"))

@@ -1,0 +1,227 @@
+"""Decoding, cropping and packing: d2v_scale.data.{vision,speech,text}"""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from small_shards import documents
+
+from d2v_scale.data import speech, vision
+from d2v_scale.data.config import DataConfig, SourceConfig, SpeechData, VisionData
+from d2v_scale.data.labelled import LabelledSet
+from d2v_scale.data.loader import StepLoader
+from d2v_scale.data.reading import SampleFault
+from d2v_scale.data.text import Tokenizer, chunks_of_documents
+from d2v_scale.data2vec.config import MaskingConfig
+from d2v_scale.errors import ConfigError, DataError
+from d2v_scale.model.config import ModelConfig, SpeechStem, TextStem, VisionStem
+
+
+class OneSample:
+    """A sample that is not in a shard."""
+
+    key = "k"
+
+    def __init__(self, extension: str, content: bytes) -> None:
+        self._member = extension, memoryview(content)
+
+    def read(self, shard: int, number: int) -> "OneSample":
+        return self
+
+    def member(self, extensions: tuple[str, ...]) -> tuple[str, memoryview]:
+        assert self._member[0] in extensions
+        return self._member
+
+    def fault(self, reason: str) -> SampleFault:
+        return SampleFault("s", "k", reason)
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> OneSample:
+    content = io.BytesIO()
+    image.save(content, kind, **options)
+    return OneSample("jpg" if kind == "JPEG" else "png", content.getvalue())
+
+
+@settings(max_examples=200, deadline=None)
+@given(width=st.integers(1, 900), height=st.integers(1, 900), seed=st.integers(0, 10**6))
+def test_crops_lie_inside_the_image_and_keep_their_limits(width: int, height: int, seed: int) -> None:
+    config = VisionData(crop_scale=(0.2, 1.0))
+    left, top, right, bottom = vision.crop_box(width, height, config, np.random.default_rng(seed).random(vision.DRAWS))
+    assert 0 <= left < right <= width
+    assert 0 <= top < bottom <= height
+    if min(width, height) > 50 and 0.6 < width / height < 1.6:
+        share = (right - left) * (bottom - top) / (width * height)
+        assert 0.17 < share <= 1
+        assert 0.7 < (right - left) / (bottom - top) < 1.43
+
+
+def test_crop_areas_are_uniform() -> None:
+    rng = np.random.default_rng(0)
+    areas = []
+    for _ in range(3000):
+        left, top, right, bottom = vision.crop_box(
+            1000, 1000, VisionData(crop_scale=(0.1, 0.5)), rng.random(vision.DRAWS)
+        )
+        areas.append((right - left) * (bottom - top) / 1e6)
+    assert np.abs(np.quantile(areas, [0.25, 0.5, 0.75]) - [0.2, 0.3, 0.4]).max() < 0.02
+
+
+def test_a_large_jpeg_is_decoded_small_with_nearly_the_same_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y = np.meshgrid(np.linspace(0, 6, 1600), np.linspace(0, 5, 1200))
+    smooth = ((np.stack([np.sin(x), np.cos(y), np.sin(x + y)], -1) + 1) * 127).astype(np.uint8)
+    sample = encoded(Image.fromarray(smooth), "JPEG", quality=95)
+    decoder = vision.VisionDecoder(VisionData(jitter=(0, 0, 0)), VisionStem(image_size=64))
+    draws = np.random.default_rng(3).random(vision.DRAWS)
+    drafted = decoder.training_row(sample, 0, 0, 0, draws).values.astype(float)  # type: ignore[arg-type]
+    sizes = []
+    original = Image.Image.resize
+    monkeypatch.setattr(Image.Image, "resize", lambda self, *a, **k: sizes.append(self.size) or original(self, *a, **k))
+    decoder.training_row(sample, 0, 0, 0, draws)  # type: ignore[arg-type]
+    assert sizes[0][0] <= 800
+    monkeypatch.setattr("PIL.JpegImagePlugin.JpegImageFile.draft", lambda *_: None)
+    full = decoder.training_row(sample, 0, 0, 0, draws).values.astype(float)  # type: ignore[arg-type]
+    assert sizes[1][0] == 1600
+    assert np.abs(full - drafted).mean() < 2
+
+
+def test_images_are_normalised_per_channel_and_grey_models_get_one() -> None:
+    sample = encoded(Image.new("RGB", (20, 20), (255, 0, 128)))
+    decoder = vision.VisionDecoder(VisionData(), VisionStem(image_size=8, patch_size=4))
+    row = decoder.evaluation_row(sample)  # type: ignore[arg-type]
+    stacked = decoder.stack([row])
+    assert stacked.inputs.shape == (1, 3, 8, 8)
+    assert torch.allclose(
+        stacked.inputs[0, :, 0, 0], torch.tensor([(1 - 0.485) / 0.229, -0.456 / 0.224, 0.426]), atol=1e-2
+    )
+    grey = vision.VisionDecoder(VisionData(), VisionStem(image_size=8, patch_size=4, channels=1))
+    assert grey.stack([grey.evaluation_row(sample)]).inputs.shape == (1, 1, 8, 8)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="channels"):
+        vision.VisionDecoder(VisionData(mean=[0.5] * 4, std=[0.5] * 4), VisionStem(channels=4))
+
+
+def test_a_bomb_is_refused_before_it_is_decoded() -> None:
+    decoder = vision.VisionDecoder(VisionData(max_pixels=1000), VisionStem())
+    with pytest.raises(SampleFault, match=r"100 x 100 pixels, more than data.vision.max_pixels"):
+        decoder.evaluation_row(encoded(Image.new("RGB", (100, 100))))  # type: ignore[arg-type]
+
+
+def test_jitter_changes_colours_only_where_it_is_asked_for() -> None:
+    rng = np.random.default_rng(0)
+    sample = encoded(Image.fromarray(rng.integers(0, 255, (30, 30, 3), dtype=np.uint8)))
+    draws = rng.random(vision.DRAWS)
+    rows = [
+        vision.VisionDecoder(VisionData(jitter=jitter), VisionStem(image_size=16)).training_row(sample, 0, 0, 0, draws)  # type: ignore[arg-type]
+        for jitter in ((0.0, 0.0, 0.0), (0.4, 0.4, 0.4))
+    ]
+    assert not np.array_equal(rows[0].values, rows[1].values)
+
+
+@pytest.mark.parametrize(("rate", "kind"), [(16000, "FLAC"), (8000, "WAV"), (44100, "OGG"), (22050, "MP3")])
+def test_recordings_of_any_rate_and_format_become_16_khz_mono(rate: int, kind: str) -> None:
+    time = np.arange(rate) / rate
+    stereo = np.stack([np.sin(2 * np.pi * 440 * time)] * 2, axis=1) * 0.5
+    content = io.BytesIO()
+    soundfile.write(content, stereo, rate, format=kind)
+    wave = speech.decode(content.getvalue())
+    assert wave.dtype == np.float32
+    assert abs(len(wave) - 16000) <= (0 if kind in ("FLAC", "WAV") else 2500)
+    if kind in ("FLAC", "WAV"):
+        assert speech.measure({kind.lower(): content.getvalue()}) == len(wave)
+    spectrum = np.abs(np.fft.rfft(wave[2000:12000]))
+    assert abs(spectrum.argmax() * 1.6 - 440) < 3
+
+
+def test_normalisation_is_over_the_whole_file() -> None:
+    wave = (np.random.default_rng(0).standard_normal(4000) * 0.01 + 3).astype(np.float32)
+    normal = speech.normalize(wave)
+    reference = torch.nn.functional.layer_norm(torch.from_numpy(wave).double(), (4000,)).numpy()
+    assert np.abs(normal - reference).max() < 1e-3
+
+
+def test_frames_are_those_of_the_convolutions() -> None:
+    decoder = speech.SpeechDecoder(SpeechData(), SpeechStem())
+    lengths = {400: 1, 16000: 49, 32000: 99, 160000: 499, 250000: 781, 320000: 999}
+    assert {samples: decoder.frames(samples) for samples in lengths} == lengths
+    with pytest.raises(ConfigError, match=r"data.speech.min_seconds"):
+        speech.SpeechDecoder(SpeechData(min_seconds=0.01), SpeechStem())
+
+
+@given(lengths=st.lists(st.integers(-1, 90), max_size=20), block=st.integers(1, 40))
+@settings(deadline=None)
+def test_chunks_cover_every_token_of_every_document_once(lengths: list[int], block: int) -> None:
+    document_c, start_c, stop_c = chunks_of_documents(np.array(lengths, dtype=np.int64), block)
+    seen = [(d, t) for d, a, b in zip(document_c, start_c, stop_c, strict=True) for t in range(a, b)]
+    assert sorted(seen) == [(d, t) for d, length in enumerate(lengths) for t in range(max(length, 0))]
+    assert len(document_c) == 0 or int((stop_c - start_c).max()) <= block
+
+
+@pytest.mark.parametrize("packing", ["continuous", "document"])
+def test_blocks_hold_every_token_once_and_begin_with_bos(texts: Path, tmp_path: Path, packing: str) -> None:
+    model = ModelConfig(text=TextStem(vocab_size=331, mask_id=330, max_positions=24))
+    data = DataConfig(sources=[SourceConfig(shards=str(texts), modality="text")], workers=0)
+    data.text.packing = packing  # type: ignore[assignment]
+    data.cache_dir = str(tmp_path)
+    tokenizer = Tokenizer(texts / "tokenizer.model")
+    expected = sorted(token for text in documents(110) for token in tokenizer(text))
+    for _ in range(2):  # the second pass reads the cache
+        loader = StepLoader(data, model, MaskingConfig(kind="spans", length=3, prob=0.3), seed=1, global_batch_size=1)
+        seen: list[int] = []
+        while loader.counters()["text/epoch"] == 0:
+            [batch] = next(loader)
+            if batch.epoch > 0:
+                break
+            row = batch.inputs[0]
+            assert row[0] == 0
+            assert (batch.valid is None) == bool((row != 1).all())
+            seen += row[1:][row[1:] != 1].tolist()
+            assert packing == "continuous" or (row[1:-1] == 2).sum() == 0 or row[row != 1][-1] == 2
+        # An epoch of one block per step ends exactly at the edge.
+        assert sorted(seen) == expected
+
+
+def test_a_students_tokens_are_masked_and_the_teachers_are_not(texts: Path) -> None:
+    model = ModelConfig(text=TextStem(vocab_size=331, mask_id=330, max_positions=24))
+    data = DataConfig(sources=[SourceConfig(shards=str(texts), modality="text")], workers=0)
+    [batch] = next(
+        StepLoader(data, model, MaskingConfig(kind="spans", length=3, prob=0.3), seed=1, global_batch_size=8)
+    )
+    assert batch.student_inputs is not None
+    assert (batch.student_inputs[batch.masked_rt] == 330).all()
+    assert torch.equal(batch.student_inputs[~batch.masked_rt], batch.inputs[~batch.masked_rt])
+    assert (batch.inputs != 330).all()
+
+
+def test_another_tokenizer_than_the_indexs_is_refused(texts: Path, tmp_path: Path) -> None:
+    from d2v_scale.data.tokenizer import train
+
+    train(documents(200), tmp_path / "other.model", vocab_size=320)
+    data = DataConfig(sources=[SourceConfig(shards=str(texts), modality="text")], workers=0)
+    data.text.tokenizer = str(tmp_path / "other.model")
+    model = ModelConfig(text=TextStem(vocab_size=331, mask_id=330))
+    with pytest.raises(DataError, match="are of another tokenizer"):
+        StepLoader(data, model, MaskingConfig(kind="random"), seed=1, global_batch_size=8)
+    data.text.tokenizer = None
+    model = ModelConfig(text=TextStem(vocab_size=300, mask_id=299))
+    with pytest.raises(ConfigError, match=r"Set model.text.vocab_size to 331"):
+        StepLoader(data, model, MaskingConfig(kind="random"), seed=1, global_batch_size=8)
+
+
+def test_labelled_sets_have_every_label_in_order(images: Path) -> None:
+    model = ModelConfig(vision=VisionStem(image_size=8, patch_size=4))
+    labelled = LabelledSet(str(images), "vision", DataConfig(), model, batch_size=16)
+    keys, labels = [], []
+    for batch, labels_b in labelled:
+        assert not batch.masked_rt.any()
+        keys += batch.keys
+        labels += labels_b.tolist()
+    assert keys == [f"image-{k:04d}" for k in range(90)]
+    assert labels == [k % 3 for k in range(90)]
+    assert labelled.classes == ["a", "b", "c"]
+    assert sum(len(b.keys) for b, _ in LabelledSet(str(images), "vision", DataConfig(), model, limit=13)) == 13

@@ -1,0 +1,101 @@
+"""d2v_scale.data.streaming: shards without an index."""
+
+import logging
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from d2v_scale.data.config import DataConfig, SourceConfig
+from d2v_scale.data.fetching import ShardCache
+from d2v_scale.data.loader import StepLoader
+from d2v_scale.data.streaming import StreamStore
+from d2v_scale.data2vec.config import MaskingConfig
+from d2v_scale.errors import ConfigError, DataStarved
+from d2v_scale.model.config import Modality, ModelConfig, SpeechStem, TextStem, VisionStem
+
+MODEL = ModelConfig(
+    vision=VisionStem(image_size=8, patch_size=4),
+    speech=SpeechStem(),
+    text=TextStem(vocab_size=331, mask_id=330, max_positions=32),
+)
+
+
+def bare(source: Path, target: Path) -> Path:
+    """The shards alone."""
+    target.mkdir()
+    for tar in source.glob("*.tar"):
+        shutil.copy(tar, target)
+    return target
+
+
+def stream(
+    shards: Path,
+    modality: Modality = "vision",
+    rank: int = 0,
+    ranks: int = 1,
+    size: int = 6,
+    tokenizer: Path | None = None,
+) -> StepLoader:
+    data = DataConfig(sources=[SourceConfig(shards=str(shards), modality=modality)], workers=0, max_bad_ratio=0.5)
+    data.text.tokenizer = str(tokenizer) if tokenizer else None
+    masking = MaskingConfig(kind="random", prob=0.5)
+    return StepLoader(data, MODEL, masking, seed=1, global_batch_size=6)
+
+
+@pytest.mark.parametrize("streams", [1, 2, 5, 7])
+def test_all_streams_together_read_every_sample_once_an_epoch(images: Path, tmp_path: Path, streams: int) -> None:
+    paths = [str(path) for path in sorted(images.glob("*.tar"))]
+    for epoch in range(2):
+        keys: list[str] = []
+        for number in range(streams):
+            store = StreamStore(paths, ShardCache(str(tmp_path), 1e9, 1.0, 0), 1, number, streams)
+            keys += [sample.key for shard in store._shards(epoch) for sample in store._samples_of(shard, epoch)]
+        assert sorted(keys) == [f"image-{k:04d}" for k in range(90)]
+
+
+def test_the_log_says_what_an_index_would_give(images: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        stream(bare(images, tmp_path / "bare"))
+    assert "has no index" in caplog.text
+    assert "index_shards" in caplog.text
+
+
+def test_a_resumed_stream_continues_behind_what_was_read(images: Path, tmp_path: Path) -> None:
+    shards = bare(images, tmp_path / "bare")
+    first = stream(shards)
+    for _ in range(7):
+        next(first)
+    second = stream(shards)
+    second.load_state_dict(first.state_dict())
+    for _ in range(12):
+        assert next(second)[0].keys == next(first)[0].keys
+
+
+def test_damage_is_named_and_the_stream_goes_on(images: Path, tmp_path: Path) -> None:
+    shards = bare(images, tmp_path / "bare")
+    os.truncate(shards / "train-000001.tar", 5000)
+    (shards / "train-000002.tar").write_bytes(b"")
+    loader = stream(shards)
+    keys = {key for _ in range(20) for key in next(loader)[0].keys}
+    assert 50 < len(keys) < 90
+    assert {Path(shard).name for shard in loader.faults()} == {"train-000001.tar", "train-000002.tar"}
+
+
+def test_a_stream_without_a_sample_is_starved(tmp_path: Path) -> None:
+    (tmp_path / "a-0.tar").write_bytes(bytes(1024))
+    with pytest.raises(DataStarved, match="No sample could be read"):
+        next(stream(tmp_path))
+
+
+def test_speech_and_text_stream_too(sounds: Path, texts: Path, tmp_path: Path) -> None:
+    [batch] = next(stream(bare(sounds, tmp_path / "sounds"), "speech"))
+    assert batch.valid is not None
+    assert batch.inputs.shape[0] == 6
+    loader = stream(bare(texts, tmp_path / "texts"), "text", tokenizer=texts / "tokenizer.model")
+    [batch] = next(loader)
+    assert tuple(batch.inputs.shape) == (6, 32)
+    assert batch.valid is None
+    with pytest.raises(ConfigError, match=r"data.text.tokenizer"):
+        stream(tmp_path / "texts", "text")
