@@ -271,7 +271,10 @@ def from_huggingface(settings: Mapping[str, Any], shapes: Shapes) -> Reference:
         )
     else:
         _complete_vision(model, settings, shapes)
-    return Reference(modality, model, ObjectiveConfig(), TeacherParts.published(model))
+    # The folder says nothing of how the model was trained; only what must fit the model is set.
+    objective = ObjectiveConfig()
+    objective.target.top_k_layers = min(objective.target.top_k_layers, model.backbone.depth)
+    return Reference(modality, model, objective, TeacherParts.published(model))
 
 
 def _complete_vision(model: ModelConfig, settings: Mapping[str, Any], shapes: Shapes) -> None:

@@ -1,0 +1,149 @@
+"""Every command of the README is run, on small data, in the order a user would."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parent.parent
+TINY = ["--recipe", "demo_vision", "--stop_at", "2", "--tracking.enabled", "false", "--data.workers", "0"]
+
+# README command (comments and continuation lines removed) -> what stands in for it. None: run elsewhere in the suite
+# or by the suite itself.
+STAND_INS: dict[str, list[str] | None] = {
+    "bash tools/quickstart.sh": None,
+    "bash tools/test.sh": None,
+    "python3 -m venv .venv && .venv/bin/pip install -e .": None,
+    ".venv/bin/python tools/make_shards.py images SRC OUT": ["tools/make_shards.py", "images", "src", "shards"],
+    ".venv/bin/python tools/make_shards.py audio SRC OUT": ["tools/make_shards.py", "audio", "waves", "speech"],
+    ".venv/bin/python tools/make_shards.py text SRC OUT": [
+        "tools/make_shards.py",
+        "text",
+        "prose",
+        "text",
+        "--vocab-size",
+        "300",
+    ],
+    ".venv/bin/python tools/index_shards.py 'shards/*.tar' --modality vision": [
+        *["tools/index_shards.py", "shards/*.tar", "--modality", "vision"]
+    ],
+    ".venv/bin/python tools/inspect_shards.py 'shards/*.tar' --out preview": [
+        *["tools/inspect_shards.py", "shards/*.tar", "--out", "preview"]
+    ],
+    "deepspeed d2v_scale/train.py": None,
+    "deepspeed d2v_scale/train.py --recipe d2v2_vision_base --data '/shards/in1k-{000000..001281}.tar' "
+    "--deepspeed_config ds_configs/zero3.json --teacher.placement cpu --run_dir runs/vit": [
+        *[
+            "d2v_scale/train.py",
+            *TINY,
+            "--data",
+            "shards/*.tar",
+            "--deepspeed_config",
+            str(ROOT / "ds_configs/zero3.json"),
+        ],
+        *[
+            "--teacher.placement",
+            "cpu",
+            "--run_dir",
+            "runs/vit",
+            "--global_batch_size",
+            "4",
+            "--evaluation.train",
+            "null",
+        ],
+    ],
+    "deepspeed d2v_scale/train.py --resume runs/vit --stop_at 100000": [
+        *["d2v_scale/train.py", "--resume", "runs/vit", "--stop_at", "3"]
+    ],
+    "deepspeed d2v_scale/train.py --help": ["d2v_scale/train.py", "--help"],
+    "sbatch slurm/pretrain_large.sh --data '/shards/in1k-{000000..001281}.tar'": None,
+    ".venv/bin/mlflow ui --backend-store-uri sqlite:///runs/mlflow.db": None,
+    ".venv/bin/python tools/report.py runs/a runs/b --out report.html": [
+        *["tools/report.py", "runs/vit", "runs/vit", "--out", "report.html"]
+    ],
+    ".venv/bin/python tools/export.py runs/vit out/vit --to hf": [
+        "tools/export.py",
+        "runs/vit",
+        "out/vit",
+        "--to",
+        "hf",
+    ],
+    ".venv/bin/python tools/import_weights.py checkpoint.pt out/checkpoint": [
+        *["tools/import_weights.py", "out/vit", "out/checkpoint"]
+    ],
+    "deepspeed d2v_scale/train.py --recipe d2v1_speech_base --init_from out/checkpoint --run_dir runs/continued": [
+        *["d2v_scale/train.py", *TINY, "--data", "shards/*.tar", "--init_from", "runs/vit", "--global_batch_size", "4"],
+        *["--run_dir", "runs/continued", "--evaluation.train", "null"],
+    ],
+    ".venv/bin/python tools/probe.py runs/vit --data 'shards/train-*.tar' --test 'shards/val-*.tar' --task knn": [
+        *["tools/probe.py", "runs/vit", "--data", "shards/*.tar", "--test", "shards/*.tar", "--task", "knn"]
+    ],
+}
+
+
+def readme_blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+
+
+def readme_commands() -> list[str]:
+    commands = []
+    for block in readme_blocks("bash"):
+        for line in block.replace("\\\n", " ").splitlines():
+            command = " ".join(line.split("#")[0].split())
+            if command:
+                commands.append(command)
+    return commands
+
+
+def test_every_readme_command_has_a_stand_in_and_every_file_in_it_exists():
+    commands = readme_commands()
+    assert set(commands) == set(STAND_INS)
+    for command in commands:
+        for word in shlex.split(command):
+            if word.startswith(("tools/", "slurm/", "ds_configs/", "d2v_scale/")):
+                assert (ROOT / word).exists(), word
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    """A folder with a few labelled images, one recording and one text."""
+    import soundfile
+
+    folder = tmp_path_factory.mktemp("readme")
+    rng = np.random.default_rng(0)
+    for label in ("cat", "dog"):
+        (folder / "src" / label).mkdir(parents=True)
+        for n in range(8):
+            pixels = rng.integers(0, 255, (20, 20, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / "src" / label / f"{n}.png")
+    (folder / "waves").mkdir()
+    soundfile.write(folder / "waves" / "tone.wav", np.sin(np.arange(8000) / 5), 8000)
+    (folder / "prose").mkdir()
+    (folder / "prose" / "story.txt").write_text("Once upon a time there was a teacher who followed a student.\n" * 40)
+    Image.fromarray(rng.integers(0, 255, (30, 30, 3), dtype=np.uint8)).save(folder / "image.png")
+    return folder
+
+
+def test_the_readmes_commands_run_in_order(workplace):
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    for command, stand_in in STAND_INS.items():
+        if stand_in is None:
+            continue
+        script, *arguments = stand_in
+        done = subprocess.run(
+            [sys.executable, str(ROOT / script), *arguments],
+            cwd=workplace,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
+    (program,) = readme_blocks("python")
+    subprocess.run([sys.executable, "-c", program], cwd=workplace, env=environment, check=True, timeout=120)
