@@ -18,19 +18,22 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
+# What a class of another architecture would read from config.json: sizes that none can be built with.
+NO_OTHER_CLASS = {"hidden_size": 1, "num_attention_heads": 2}
+
 
 class Data2Vec2Config(PretrainedConfig):
-    """Sizes of a data2vec 2.0 speech or vision encoder. `num_hidden_layers` counts all blocks."""
+    """Sizes of a data2vec 2.0 speech or vision encoder. `depth` counts all blocks."""
 
     model_type = "data2vec2"
 
     def __init__(
         self,
         modality="vision",
-        hidden_size=768,
-        num_hidden_layers=12,
-        num_attention_heads=12,
-        intermediate_size=3072,
+        width=768,
+        depth=12,
+        heads=12,
+        ffn=3072,
         layer_norm_eps=1e-6,
         hidden_dropout=0.0,
         attention_dropout=0.0,
@@ -38,20 +41,18 @@ class Data2Vec2Config(PretrainedConfig):
         image_size=224,
         patch_size=16,
         num_channels=3,
-        conv_dim=(),
-        conv_kernel=(),
-        conv_stride=(),
-        num_conv_pos_embeddings=5,
-        conv_pos_kernel_size=19,
-        num_conv_pos_embedding_groups=16,
+        conv_layers=(),
+        pos_conv_depth=5,
+        pos_conv_kernel=19,
+        pos_conv_groups=16,
         alibi=True,
         **kwargs,
     ):
         self.modality = modality
-        self.hidden_size = hidden_size
-        self.num_hidden_layers = num_hidden_layers
-        self.num_attention_heads = num_attention_heads
-        self.intermediate_size = intermediate_size
+        self.width = width
+        self.depth = depth
+        self.heads = heads
+        self.ffn = ffn
         self.layer_norm_eps = layer_norm_eps
         self.hidden_dropout = hidden_dropout
         self.attention_dropout = attention_dropout
@@ -59,14 +60,21 @@ class Data2Vec2Config(PretrainedConfig):
         self.image_size = image_size
         self.patch_size = patch_size
         self.num_channels = num_channels
-        self.conv_dim = list(conv_dim)
-        self.conv_kernel = list(conv_kernel)
-        self.conv_stride = list(conv_stride)
-        self.num_conv_pos_embeddings = num_conv_pos_embeddings
-        self.conv_pos_kernel_size = conv_pos_kernel_size
-        self.num_conv_pos_embedding_groups = num_conv_pos_embedding_groups
+        self.conv_layers = [list(layer) for layer in conv_layers]
+        self.pos_conv_depth = pos_conv_depth
+        self.pos_conv_kernel = pos_conv_kernel
+        self.pos_conv_groups = pos_conv_groups
         self.alibi = alibi
-        super().__init__(**kwargs)
+        super().__init__(**{key: value for key, value in kwargs.items() if key not in NO_OTHER_CLASS})
+
+    @property
+    def hidden_size(self):
+        """Channels of the output."""
+        return self.width
+
+    def to_dict(self):
+        """As config.json has it."""
+        return {**super().to_dict(), **NO_OTHER_CLASS}
 
 
 class SpeechFeatures(nn.Module):
@@ -74,16 +82,13 @@ class SpeechFeatures(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        channels = [1, *config.conv_dim]
+        channels = [1, *(layer[0] for layer in config.conv_layers)]
         self.convs = nn.ModuleList(
-            nn.Conv1d(a, b, kernel, stride, bias=False)
-            for a, b, kernel, stride in zip(
-                channels, config.conv_dim, config.conv_kernel, config.conv_stride, strict=False
-            )
+            nn.Conv1d(inputs, *layer, bias=False) for inputs, layer in zip(channels, config.conv_layers, strict=False)
         )
-        self.conv_norms = nn.ModuleList(nn.LayerNorm(c) for c in config.conv_dim)
+        self.conv_norms = nn.ModuleList(nn.LayerNorm(layer[0]) for layer in config.conv_layers)
         self.norm = nn.LayerNorm(channels[-1])
-        self.proj = nn.Linear(channels[-1], config.hidden_size)
+        self.proj = nn.Linear(channels[-1], config.width)
 
     def forward(self, wave):
         x = wave.to(self.proj.weight.dtype)[:, None]
@@ -97,10 +102,10 @@ class SpeechContext(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        width, kernel = config.hidden_size, config.conv_pos_kernel_size
+        width, kernel = config.width, config.pos_conv_kernel
         self.pos_convs = nn.ModuleList(
-            nn.Conv1d(width, width, kernel, padding=kernel // 2, groups=config.num_conv_pos_embedding_groups)
-            for _ in range(config.num_conv_pos_embeddings)
+            nn.Conv1d(width, width, kernel, padding=kernel // 2, groups=config.pos_conv_groups)
+            for _ in range(config.pos_conv_depth)
         )
         self.norm = nn.LayerNorm(width, config.layer_norm_eps)
 
@@ -117,7 +122,7 @@ class AlibiScale(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.scale = nn.Parameter(torch.ones(config.num_attention_heads))
+        self.scale = nn.Parameter(torch.ones(config.heads))
 
     def forward(self, length):
         heads = self.scale.shape[0]
@@ -139,7 +144,7 @@ class VisionFeatures(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.patch = nn.Conv2d(config.num_channels, config.hidden_size, config.patch_size, config.patch_size)
+        self.patch = nn.Conv2d(config.num_channels, config.width, config.patch_size, config.patch_size)
 
     def forward(self, images):
         return self.patch(images.to(self.patch.weight.dtype))
@@ -150,8 +155,8 @@ class VisionContext(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.cls = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
-        self.norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.cls = nn.Parameter(torch.zeros(1, 1, config.width))
+        self.norm = nn.LayerNorm(config.width, config.layer_norm_eps)
 
     def forward(self, patches):
         rows, columns = patches.shape[-2:]
@@ -178,10 +183,10 @@ class Attention(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.heads = config.num_attention_heads
+        self.heads = config.heads
         self.dropout = config.attention_dropout
-        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
-        self.out = nn.Linear(config.hidden_size, config.hidden_size)
+        self.qkv = nn.Linear(config.width, 3 * config.width)
+        self.out = nn.Linear(config.width, config.width)
 
     def forward(self, x, bias):
         rows, length, width = x.shape
@@ -194,8 +199,8 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.fc1 = nn.Linear(config.width, config.ffn)
+        self.fc2 = nn.Linear(config.ffn, config.width)
         self.dropout = config.activation_dropout
 
     def forward(self, x):
@@ -208,9 +213,9 @@ class Block(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.dropout = config.hidden_dropout
-        self.norm1 = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.norm1 = nn.LayerNorm(config.width, config.layer_norm_eps)
         self.attention = Attention(config)
-        self.norm2 = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.norm2 = nn.LayerNorm(config.width, config.layer_norm_eps)
         self.ffn = FeedForward(config)
 
     def forward(self, x, bias):
@@ -232,7 +237,7 @@ class Data2Vec2Model(PreTrainedModel):
         self.context = SpeechContext(config) if speech else VisionContext(config)
         if speech and config.alibi:
             self.bias = AlibiScale(config)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.post_init()
 
     def _init_weights(self, module):
@@ -250,7 +255,7 @@ class Data2Vec2Model(PreTrainedModel):
 
     def frames_of(self, samples):
         """Frames that the convolutions make of this many samples."""
-        for kernel, stride in zip(self.config.conv_kernel, self.config.conv_stride, strict=True):
+        for _, kernel, stride in self.config.conv_layers:
             samples = (samples - kernel) // stride + 1
         return samples
 

@@ -358,7 +358,7 @@ def _parts_2(modality: Modality, settings: Settings, stem: Settings) -> TeacherP
                 f"a {modality} teacher of the main blocks only (ema_encoder_only=True) is not supported.",
                 "Published speech and vision models average the whole encoder.",
             )
-        return TeacherParts(shared=["stems.text"])
+        return TeacherParts(shared=["stems.text.features"])
     if stem.get("ema_local_encoder", modality == "vision"):
         return TeacherParts()
     return TeacherParts(shared=[f"stems.{modality}.features"])

@@ -66,8 +66,13 @@ def _teacher_prefix(model: ModelConfig, modality: Modality, parts: TeacherParts)
     if parts.with_predictor:
         return ""
     if model.visible_only:
-        return "blocks." if "stems.text" in parts.shared else ""
+        return "blocks." if _averages_blocks_only(model, parts) else ""
     return "encoder." if modality == "speech" else "encoder.sentence_encoder."
+
+
+def _averages_blocks_only(model: ModelConfig, parts: TeacherParts) -> bool:
+    """fairseq's `ema_encoder_only`, which published 2.0 text models have."""
+    return model.modalities == ["text"] and "stems.text.features" in parts.shared and not model.backbone.prenet_depth
 
 
 def _norm_flags(objective: ObjectiveConfig) -> dict[str, bool]:
@@ -235,7 +240,7 @@ def _settings_2(
         "layerdrop": backbone.layer_drop,
         "end_of_block_targets": objective.target.tap == "block",
         "clone_batch": masking.clones,
-        "ema_encoder_only": "stems.text" in parts.shared,
+        "ema_encoder_only": _averages_blocks_only(model, parts),
         # The reference sums this term over the rows of a micro-batch; here it is for one row.
         "cls_loss": objective.loss.cls_weight,
         "recon_loss": 0,

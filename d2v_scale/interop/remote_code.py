@@ -35,10 +35,13 @@ def remote_code_settings(config: ModelConfig, modality: Modality) -> dict[str, A
             "AutoModel": f"{MODELLING_FILE.stem}.Data2Vec2Model",
         },
         "modality": modality,
-        "hidden_size": backbone.width,
-        "num_hidden_layers": backbone.prenet_depth + backbone.depth,
-        "num_attention_heads": backbone.heads,
-        "intermediate_size": backbone.ffn,
+        # Sizes that no other class can be built with: loading the weights into one fails instead of being wrong.
+        "hidden_size": 1,
+        "num_attention_heads": 2,
+        "width": backbone.width,
+        "depth": backbone.prenet_depth + backbone.depth,
+        "heads": backbone.heads,
+        "ffn": backbone.ffn,
         "layer_norm_eps": backbone.norm_eps,
         "hidden_dropout": backbone.dropout,
         "attention_dropout": backbone.attention_dropout,
@@ -46,14 +49,11 @@ def remote_code_settings(config: ModelConfig, modality: Modality) -> dict[str, A
         "dtype": "float32",
     }
     if config.speech is not None and modality == "speech":
-        channels, kernels, strides = zip(*config.speech.conv_layers, strict=True)
         settings |= {
-            "conv_dim": list(channels),
-            "conv_kernel": list(kernels),
-            "conv_stride": list(strides),
-            "num_conv_pos_embeddings": config.speech.pos_conv_depth,
-            "conv_pos_kernel_size": config.speech.pos_conv_kernel,
-            "num_conv_pos_embedding_groups": config.speech.pos_conv_groups,
+            "conv_layers": [list(layer) for layer in config.speech.conv_layers],
+            "pos_conv_depth": config.speech.pos_conv_depth,
+            "pos_conv_kernel": config.speech.pos_conv_kernel,
+            "pos_conv_groups": config.speech.pos_conv_groups,
             "alibi": config.speech.alibi,
         }
     elif config.vision is not None:
