@@ -40,6 +40,8 @@ def draw_gallery(
     paths = [plot_masks(masked(batch, valid_bt, masks, seed, step), folder / "masks.png", decode=word)]
     pooled = torch.stack([mean_over_positions(x_btd, valid_bt) for x_btd in teacher])
     features = torch.nn.functional.layer_norm(pooled[-4:], pooled.shape[-1:]).mean(dim=0)
+    # Pooled features share a large part; without it the cosines would all be near 1.
+    features = features - features.mean(dim=0)
     samples = [_sample(batch, row, decode) for row in range(len(labels))]
     paths.append(plot_neighbours(features, samples, labels, folder / "neighbours.png"))
     if batch.modality == "vision":

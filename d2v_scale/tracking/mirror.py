@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from d2v_scale.tracking.mirror_state import EVENTS_FILE, MirrorState, tracking_uri
-from d2v_scale.tracking.record import METRICS_FILE, SUPERSEDED_FILE, parse_lines
+from d2v_scale.tracking.record import AXES, METRICS_FILE, SUPERSEDED_FILE, parse_lines
+from d2v_scale.tracking.system import node_of, system_files
 
 LOCK_FILE = ".mlflow.lock"
 POINTS_PER_CALL = 1000
@@ -65,8 +66,9 @@ class Mirror:
 
     def pending(self) -> int:
         """Bytes not yet sent."""
-        sizes = {name: _size(self.run_dir / name) for name in (METRICS_FILE, EVENTS_FILE)}
-        return sizes[METRICS_FILE] - self.state.metrics_offset + sizes[EVENTS_FILE] - self.state.events_offset
+        system = sum(_size(path) - self.state.system_offsets.get(path.name, 0) for path in system_files(self.run_dir))
+        metrics = _size(self.run_dir / METRICS_FILE) - self.state.metrics_offset
+        return metrics + system + _size(self.run_dir / EVENTS_FILE) - self.state.events_offset
 
     def step(self) -> None:
         """Send everything that is complete in the files now."""
@@ -90,6 +92,7 @@ class Mirror:
             self._connected = True
         self._send_events(final=False)
         self._send_metrics()
+        self._send_system()
         self._send_events(final=True)
 
     # The run
@@ -155,6 +158,17 @@ class Mirror:
             for start in range(0, len(points), POINTS_PER_CALL):
                 self._log_points(points[start : start + POINTS_PER_CALL])
             self.state.metrics_offset = end
+            self.state.save(self.run_dir)
+
+    def _send_system(self) -> None:
+        """What every node's monitor wrote, under the names that MLflow shows as system metrics."""
+        for path in system_files(self.run_dir):
+            begin = self.state.system_offsets.get(path.name, 0)
+            prefix = f"system/{node_of(path)}/"
+            for _, end, record in parse_lines(_read_from(path, begin)):
+                named = {key if key in AXES else prefix + key: value for key, value in record.items()}
+                self._log_points(_points(named, {}))
+                self.state.system_offsets[path.name] = begin + end
             self.state.save(self.run_dir)
 
     def _next_chunk(self) -> tuple[list[Any], int] | None:

@@ -2,7 +2,7 @@
 
 import json
 import os
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 STATE_FILE = "mlflow_run.json"
@@ -29,6 +29,8 @@ class MirrorState:
     """Up to here it may be: an attempt to send it was begun."""
     events_offset: int = 0
     """mlflow_events.jsonl up to here is done."""
+    system_offsets: dict[str, int] = field(default_factory=dict)
+    """Files of `SystemMonitor` by name: up to here they are in MLflow."""
 
     @classmethod
     def load(cls, run_dir: Path) -> "MirrorState":
