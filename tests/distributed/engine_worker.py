@@ -127,6 +127,8 @@ def check_update(case: dict, teacher: ShardedTeacher, decay: float) -> None:
 def run(case: dict, topology: groups.Topology) -> None:
     student, teacher = build(case, topology)
     if "load" in case:
+        # Weights that were used before: gathered parameters must not serve their old values.
+        train({**case, "steps": case.get("warm_up", [0, 0])}, student, teacher)
         source = Checkpoint.open(case["load"])
         if case.get("weights_only"):
             training.restore_weights(source, student, teacher, reset_teacher=case.get("reset_teacher", False))

@@ -106,6 +106,9 @@ def folder(tmp_path_factory) -> Path:
             {**case(f"{name}_half", stage, **keys), "steps": [0, 3]},
             {**case(f"{name}_rest", stage, **keys), "steps": [3, STEPS], "load": half},
         ]
+        if stage == 3:
+            late = {"steps": [3, STEPS], "load": half, "warm_up": [0, 2]}
+            parts.append({**case(f"{name}_late", stage, **keys), **late})
     launch(2, [*EXACT_2, *FROZEN, *POISONED, *parts], folder)
     sliced = [case(f"tensor2_z{stage}", stage, **REAL, tensor=2) for stage in (1, 3)]
     sliced[1]["placement"] = "cpu"
@@ -179,7 +182,15 @@ def test_poisoned_step_changes_nothing_anywhere(folder: Path, one: dict) -> None
 
 @pytest.mark.parametrize("name", [r[0] for r in RESUMED])
 def test_resume_is_bitwise(folder: Path, name: str) -> None:
-    whole, half, rest = (newest(folder, f"{name}_{part}") for part in ("whole", "half", "rest"))
+    check_resumed(*(newest(folder, f"{name}_{part}") for part in ("whole", "half", "rest")))
+
+
+@pytest.mark.parametrize("name", [r[0] for r in RESUMED if r[1] == 3])
+def test_restoring_into_used_engines_leaves_nothing_stale(folder: Path, name: str) -> None:
+    check_resumed(*(newest(folder, f"{name}_{part}") for part in ("whole", "half", "late")))
+
+
+def check_resumed(whole: Checkpoint, half: Checkpoint, rest: Checkpoint) -> None:
     assert half.extra["losses"] + rest.extra["losses"] == whole.extra["losses"]
     assert half.extra["norms"] + rest.extra["norms"] == whole.extra["norms"]
     for kind in whole.kinds():
