@@ -114,6 +114,12 @@ def check_legal(raw: dict[str, Any], parallel: ParallelConfig, numbers: RecipeNu
             f"is {stage} with parallel.pipeline={parallel.pipeline}; DeepSpeed's pipeline works with ZeRO-1 only",
             "Use stage 1 with the pipeline, or parallel.pipeline=1 with stage 2 or 3.",
         )
+    if parallel.pipeline > 1:
+        raise ConfigError(
+            "parallel.pipeline",
+            f"is {parallel.pipeline}; this version divides blocks (parallel.tensor) and the batch, not the list of layers",
+            "Use parallel.pipeline=1; parallel.tensor and ZeRO-3 make room for larger models.",
+        )
     for key, neutral, reason in _REFUSED_ZERO_KEYS:
         if zero.get(key, neutral) != neutral:
             raise ConfigError(

@@ -96,6 +96,12 @@ def test_pipeline_needs_stage_1(stage: int) -> None:
         resolve({"zero_optimization": {"stage": stage}}, pipeline=2)
 
 
+def test_a_pipeline_is_refused_rather_than_ignored() -> None:
+    with pytest.raises(ConfigError) as caught:
+        resolve({"zero_optimization": {"stage": 1}}, pipeline=2)
+    assert caught.value.key == "parallel.pipeline"
+
+
 def test_compiling_at_stage_3_needs_a_torch_that_computes_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled = RecipeNumbers(precision="fp32", compile=True)
     monkeypatch.setattr(torch, "__version__", "2.11.0+cpu")
