@@ -160,9 +160,15 @@ class Collator:
             step=step,
             compat=self._compat,
         )
+        inputs, valid = stacked.inputs, stacked.valid
+        if self._replaces_tokens and self._compat.text_teacher_masked_only:
+            assert self._model.text is not None
+            # Padding everywhere else; `valid` may not be None then, since the teacher's input is padded.
+            valid = torch.ones_like(inputs, dtype=torch.bool) if valid is None else valid
+            inputs = torch.where(torch.from_numpy(masks.masked_rt), inputs, self._model.text.pad_id)
         return Batch(
-            inputs=stacked.inputs,
-            valid=stacked.valid,
+            inputs=inputs,
+            valid=valid,
             masked_rt=torch.from_numpy(masks.masked_rt),
             student_inputs=self._student_tokens(stacked.inputs, masks) if self._replaces_tokens else None,
             sample_ids=torch.from_numpy(ids),

@@ -9,6 +9,7 @@ import json
 import mmap
 import os
 import tarfile
+import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields
@@ -23,6 +24,7 @@ from d2v_scale.data.config import Modality
 from d2v_scale.errors import DataError
 
 FORMAT = 1
+_NO_END = "ends without an end-of-archive mark"
 _BLOCK = tarfile.BLOCKSIZE
 
 Measure = Callable[[dict[str, bytes]], int]
@@ -65,7 +67,7 @@ class Members:
                 if int(arrays["format"]) != FORMAT:
                     raise DataError(f"{path} has index format {int(arrays['format'])}.", _REINDEX)
                 values: dict[str, Any] = {f.name: arrays[f.name] for f in fields(cls)}
-        except (OSError, ValueError, KeyError, EOFError, zlib.error) as error:
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             raise DataError(f"The index {path} cannot be read: {error}.", _REINDEX) from error
         values["extensions"] = [str(extension) for extension in values["extensions"]]
         return cls(**values)
@@ -184,17 +186,10 @@ def index_tar(path: Path, measure: Measure | None = None) -> tuple[Members, list
             samples.append((key, start, end - start, zlib.crc32(memoryview(content)[start:end]), length))
             places.append({ext: (info.offset_data - start, info.size) for ext, info in group})
             extensions.update(dict.fromkeys(places[-1]))
-        if samples and _lacks_its_end(content, samples[-1]) and samples[-1][4] >= 0:
-            damage.append(f"{path.name}: ends without an end-of-archive mark")
-            # Its last sample may have lost members: it is whole only if it looks like the one before.
-            if len(samples) > 1 and places[-1].keys() != places[-2].keys():
-                samples[-1] = (*samples[-1][:4], -1)
+        # The last sample of a tar without its end may have lost members: it is whole if it looks like the one before.
+        if _NO_END in damage and len(samples) > 1 and places[-1].keys() != places[-2].keys():
+            samples[-1] = (*samples[-1][:4], -1)
     return _to_members(samples, places, list(extensions)), damage
-
-
-def _lacks_its_end(content: mmap.mmap, last: tuple[str, int, int, int, int]) -> bool:
-    end = -(-(last[1] + last[2]) // _BLOCK) * _BLOCK
-    return content[end : end + _BLOCK] != bytes(_BLOCK)
 
 
 def _headers(stream: Any, size: int, damage: list[str]) -> Iterator[tarfile.TarInfo | None]:
@@ -213,11 +208,13 @@ def _headers(stream: Any, size: int, damage: list[str]) -> Iterator[tarfile.TarI
         except tarfile.TarError:
             pass
         stream.seek(position)
-        if position >= size or stream.read(_BLOCK) == bytes(_BLOCK):
+        if position < size and stream.read(_BLOCK) == bytes(_BLOCK):
             return
-        damage.append(f"damaged tar header at byte {position}")
-        yield None
-        position = _next_sound_header(stream, position + _BLOCK, size)
+        if position < size:
+            damage.append(f"damaged tar header at byte {position}")
+            yield None
+            position = _next_sound_header(stream, position + _BLOCK, size)
+    damage.append(_NO_END)
 
 
 def _next_sound_header(stream: Any, position: int, size: int) -> int:

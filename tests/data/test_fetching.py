@@ -1,0 +1,88 @@
+"""d2v_scale.data.fetching and d2v_scale.data.token_cache"""
+
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from d2v_scale.data.fetching import FetchError, ShardCache
+from d2v_scale.data.token_cache import CachedTokens, TokenCache
+
+
+def cache(tmp_path: Path, **options: float) -> ShardCache:
+    values = {"limit_bytes": 1e9, "timeout_s": 5.0, "retries": 0} | options
+    return ShardCache(str(tmp_path / "cache"), **values)  # type: ignore[arg-type]
+
+
+def test_a_command_is_run_once(tmp_path: Path) -> None:
+    url = f"pipe:echo run >> {tmp_path}/runs; echo content"
+    for _ in range(2):
+        assert Path(cache(tmp_path).fetch(url)).read_text() == "content\n"
+    assert (tmp_path / "runs").read_text() == "run\n"
+
+
+def test_a_url_is_opened_by_fsspec(tmp_path: Path) -> None:
+    (tmp_path / "a.tar").write_bytes(b"x" * 3_000_000)
+    assert Path(cache(tmp_path, timeout_s=60).fetch(f"file://{tmp_path}/a.tar")).stat().st_size == 3_000_000
+
+
+@pytest.mark.parametrize(
+    ("command", "reason"),
+    [
+        ("echo no such bucket >&2; exit 3", "status 3: no such bucket"),
+        ("echo half; sleep 100", "silent for"),
+        ("echo half; exec 1>&- 2>&-; sleep 100", "did not end"),
+    ],
+)
+def test_a_command_that_fails_or_hangs_is_given_up_and_leaves_nothing(
+    tmp_path: Path, command: str, reason: str
+) -> None:
+    started = time.monotonic()
+    with pytest.raises(FetchError, match=reason):
+        cache(tmp_path, timeout_s=0.5).fetch(f"pipe:{command}")
+    assert time.monotonic() - started < 20
+    assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".lock"]
+
+
+def test_a_short_shard_is_not_kept(tmp_path: Path) -> None:
+    with pytest.raises(FetchError, match="ended after 4 of 9 bytes"):
+        cache(tmp_path).fetch("pipe:printf 1234", size=9)
+
+
+def test_failures_are_tried_again_and_then_left_alone_for_a_while(tmp_path: Path) -> None:
+    once = f"pipe:test -e {tmp_path}/second && echo good || (touch {tmp_path}/second; exit 1)"
+    assert Path(cache(tmp_path, retries=1).fetch(once)).read_text() == "good\n"
+    ours = cache(tmp_path)
+    bad = f"pipe:echo run >> {tmp_path}/runs; exit 1"
+    for _ in range(3):
+        with pytest.raises(FetchError, match="status 1"):
+            ours.fetch(bad)
+    assert (tmp_path / "runs").read_text() == "run\n"
+
+
+def test_the_shards_used_longest_ago_make_room(tmp_path: Path) -> None:
+    ours = cache(tmp_path, limit_bytes=2500)
+    urls = [f"pipe:head -c 1000 /dev/zero; true {k}" for k in range(3)]
+    for k in (0, 1):
+        os.utime(ours.fetch(urls[k]), (1000 + k, 1000 + k))
+    ours.fetch(urls[0])  # used again, so the other one is the oldest
+    ours.fetch(urls[2])
+    assert [ours.path_of(url).exists() for url in urls] == [True, False, True]
+
+
+def test_tokens_are_shared_between_openings(tmp_path: Path) -> None:
+    lengths = np.array([3, 0, 2])
+    first, second = (TokenCache(str(tmp_path), 1e9, "t").shard("a", lengths) for _ in range(2))
+    assert first.unknown(0, 2) == [0, 1, 2]
+    first.put(0, np.array([7, 8, 9]))
+    first.put(2, np.array([1, 2]))
+    assert second.unknown(0, 2) == [1]
+    assert second.get(1, 5).tolist() == [8, 9, 1, 2]
+    assert TokenCache(str(tmp_path), 1e9, "other").shard("a", lengths).unknown(0, 0) == [0]
+
+
+def test_a_shard_without_documents_has_a_file_too(tmp_path: Path) -> None:
+    assert CachedTokens(tmp_path / "t", np.zeros(0, dtype=np.int64)).unknown(0, 0) == []
+    assert CachedTokens(tmp_path / "u", np.zeros(2, dtype=np.int64)).get(0, 0).tolist() == []

@@ -1,0 +1,127 @@
+"""tools/make_shards.py, index_shards.py, inspect_shards.py and train_tokenizer.py, as a user runs them."""
+
+import importlib
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+from PIL import Image
+from small_shards import documents, image_samples
+
+from d2v_scale.data.config import SourceConfig
+from d2v_scale.data.shard_index import SetIndex
+from d2v_scale.data.shard_set import find_shards
+from d2v_scale.data.writing import write_set
+
+TOOLS = Path(__file__).resolve().parents[2] / "tools"
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Runs a tool's `main` in this process; returns what it printed."""
+    monkeypatch.syspath_prepend(str(TOOLS))
+
+    def call(tool: str, *arguments: object, status: int = 0) -> str:
+        monkeypatch.setattr(sys, "argv", [tool, *map(str, arguments)])
+        code = importlib.import_module(tool).main()
+        printed = capsys.readouterr()
+        assert code == status, printed.err
+        return printed.out + printed.err
+
+    return call
+
+
+def images_folder(root: Path) -> Path:
+    rng = np.random.default_rng(0)
+    for label in ("cat", "dog"):
+        for k in range(6):
+            path = root / label / f"{k}.v1.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(rng.integers(0, 255, (9, 9, 3), dtype=np.uint8)).save(path)
+    return root
+
+
+def test_images_are_converted_once_and_bad_files_are_named(run: Callable[..., str], tmp_path: Path) -> None:
+    source, out = images_folder(tmp_path / "images"), tmp_path / "out"
+    (source / "dog" / "bad.png").write_bytes(b"no image")
+    text = run("make_shards", "images", source, out, "--per-shard", 5, "--max-bad", 0.2)
+    assert "skipped" in text
+    assert "bad.png" in text
+    index = SetIndex.load(out / "train.index.json")
+    assert (index.samples, index.classes, len(index.shards)) == (12, ["cat", "dog"], 3)
+    assert list(index.skipped) == [str(source / "dog" / "bad.png")]
+    before = {path: path.stat().st_mtime_ns for path in out.glob("*.tar")}
+    (out / "train-000001.tar").unlink()
+    run("make_shards", "images", source, out, "--per-shard", 5, "--max-bad", 0.2)
+    after = {path: path.stat().st_mtime_ns for path in out.glob("*.tar")}
+    assert [path.name for path in before if before[path] != after[path]] == ["train-000001.tar"]
+    assert "more than --max-bad" in run("make_shards", "images", source, tmp_path / "other", status=2)
+    assert not (tmp_path / "other" / "train.index.json").exists()
+    # A test split has the classes of the training split.
+    (tmp_path / "test" / "dog").mkdir(parents=True)
+    (source / "dog" / "0.v1.png").rename(tmp_path / "test" / "dog" / "0.png")
+    run("make_shards", "images", tmp_path / "test", out, "--prefix", "test")
+    assert SetIndex.load(out / "test.index.json").classes == ["cat", "dog"]
+
+
+def test_audio_becomes_16_khz_mono_flac(run: Callable[..., str], tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    for k, (rate, kind) in enumerate([(8000, "wav"), (44100, "ogg"), (16000, "flac")]):
+        wave = np.random.default_rng(k).standard_normal((rate, 1 + k % 2)) * 0.1
+        soundfile.write(tmp_path / "in" / f"word{k}_x.{kind}", wave, rate)
+    run("make_shards", "audio", tmp_path / "in", tmp_path / "out", "--label", r"word(\d)_")
+    index = SetIndex.load(tmp_path / "out" / "train.index.json")
+    assert (index.samples, index.classes, index.shards[0].length) == (3, ["0", "1", "2"], 48000)
+    assert find_shards(SourceConfig(shards=str(tmp_path / "out"))).members(0).extensions == ["cls", "flac"]
+
+
+def test_text_is_counted_with_a_tokenizer_that_is_trained_on_the_way(run: Callable[..., str], tmp_path: Path) -> None:
+    lines = [json.dumps({"text": text, "label": "ab"[k % 2]}) for k, text in enumerate(documents(60))]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    run("make_shards", "text", tmp_path / "a.jsonl", tmp_path / "out", "--vocab-size", 320, "--per-shard", 25)
+    index = SetIndex.load(tmp_path / "out" / "train.index.json")
+    assert (index.samples, index.classes, index.tokenizer) == (60, ["a", "b"], "tokenizer.model")
+    ids = ["--tokenizer", tmp_path / "out" / "tokenizer.model", "--ids"]
+    run("make_shards", "text", tmp_path / "a.jsonl", tmp_path / "ids", *ids)
+    stored = SetIndex.load(tmp_path / "ids" / "train.index.json")
+    assert sum(s.length for s in stored.shards) == sum(s.length for s in index.shards)
+    text = run("train_tokenizer", tmp_path / "out" / "train-*.tar", tmp_path / "new.model", "--vocab-size", 310)
+    assert "mask_id 310" in text
+    assert "hold no .txt" in run("train_tokenizer", tmp_path / "ids" / "train-*.tar", tmp_path / "x.model", status=2)
+
+
+@pytest.mark.parametrize("how", ["local", "pipe", "url"])
+def test_existing_shards_are_indexed_where_they_lie(run: Callable[..., str], tmp_path: Path, how: str) -> None:
+    made = write_set(tmp_path / "shards", "train", "vision", image_samples(25), per_shard=10)
+    for path in (tmp_path / "shards").iterdir():
+        path.unlink() if path.suffix != ".tar" else None
+    prefix = {"local": "", "pipe": "pipe:cat ", "url": "file://"}[how]
+    pattern = f"{prefix}{tmp_path}/shards/train-{{000000..000002}}.tar"
+    out = [] if how == "local" else ["--out", tmp_path / "index"]
+    run("index_shards", pattern, "--modality", "vision", *out)
+    target = (tmp_path / "index" if out else tmp_path / "shards") / "train.index.json"
+    index = SetIndex.load(target)
+    assert [(s.samples, s.sha256, s.bytes) for s in index.shards] == [
+        (s.samples, s.sha256, s.bytes) for s in made.shards
+    ]
+    assert index.classes == ["0", "1", "2"]
+    assert find_shards(SourceConfig(shards=str(target))).samples_s.tolist() == [10, 10, 5]
+
+
+def test_inspection_finds_damage_and_draws_masks(run: Callable[..., str], tmp_path: Path) -> None:
+    write_set(tmp_path, "train", "vision", image_samples(25, side=32), per_shard=10, classes=["a", "b", "c"])
+    text = run("inspect_shards", tmp_path, "--out", tmp_path / "preview", "--check", "--steps", 1)
+    assert "3 shards, 25 samples" in text
+    assert "0 of 25 samples lost" in text
+    assert (tmp_path / "preview" / "vision-step-0.png").stat().st_size > 10000
+    tar = tmp_path / "train-000001.tar"
+    content = bytearray(tar.read_bytes())
+    content[2000] ^= 1
+    tar.write_bytes(content)
+    text = run("inspect_shards", tmp_path, "--check", status=2)
+    assert "lost: " in text
+    assert "1 of 25 samples lost" in text
