@@ -84,7 +84,8 @@ class SpeechFeatures(nn.Module):
         super().__init__()
         channels = [1, *(layer[0] for layer in config.conv_layers)]
         self.convs = nn.ModuleList(
-            nn.Conv1d(inputs, *layer, bias=False) for inputs, layer in zip(channels, config.conv_layers, strict=False)
+            nn.Conv1d(inputs, layer[0], layer[1], layer[2], bias=False)
+            for inputs, layer in zip(channels, config.conv_layers, strict=False)
         )
         self.conv_norms = nn.ModuleList(nn.LayerNorm(layer[0]) for layer in config.conv_layers)
         self.norm = nn.LayerNorm(channels[-1])

@@ -1,14 +1,18 @@
 """Export and import through the tools, on small models with random weights of all six kinds."""
 
+import argparse
+import collections
 import dataclasses
 import importlib.util
 import json
 import os
 import pickle
+import sys
 import warnings
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 import tiny_models
 import torch
@@ -255,14 +259,49 @@ def test_a_truncated_hugging_face_folder_is_refused(tmp_path: Path, capsys: pyte
     assert "unexpected: encoder.layer.0.lambda_3" in capsys.readouterr().err
 
 
-def test_a_fairseq_checkpoint_with_configuration_objects_is_read_without_importing_them(tmp_path: Path) -> None:
-    """omegaconf is not installed: its objects are pickled here under its names from stand-ins."""
-    from argparse import Namespace
+def stand_in(monkeypatch: pytest.MonkeyPatch, module: str, name: str) -> type:
+    """A class that pickles as `module.name`, of a package that is not installed."""
+    made = type(name, (), {"__module__": module, "__qualname__": name})
+    parts = module.split(".")
+    for depth in range(1, len(parts) + 1):
+        monkeypatch.setitem(sys.modules, ".".join(parts[:depth]), ModuleType(".".join(parts[:depth])))
+    setattr(sys.modules[module], name, made)
+    return made
 
+
+def wrapped(value: object, node: type, tree: type) -> object:
+    """As omegaconf keeps it: every dictionary and every leaf an object with its content in its state."""
+    if isinstance(value, dict):
+        made = tree()
+        made.__dict__.update(_metadata=None, _content={k: wrapped(v, node, tree) for k, v in value.items()})
+        return made
+    made = node()
+    made.__dict__.update(_metadata=None, _val=value)
+    return made
+
+
+def test_a_fairseq_checkpoint_with_configuration_objects_is_read_without_importing_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "reference"
+    assert tool("export").main([str(checkpoint_of("v1_speech", tmp_path)), str(out), "--to", "fairseq"]) == 0
+    file = out / "checkpoint.pt"
+    content = torch.load(file, weights_only=True)
+    node = stand_in(monkeypatch, "omegaconf.nodes", "AnyNode")
+    tree = stand_in(monkeypatch, "omegaconf.dictconfig", "DictConfig")
+    words = stand_in(monkeypatch, "fairseq.data.dictionary", "Dictionary")
+    content["cfg"] = wrapped(content["cfg"], node, tree)
+    content["task_state"] = {"dictionary": words()}
+    content["extra_state"] = {"best": np.float64(1.5), "meter": collections.defaultdict(int)}
+    torch.save(content, file)
+    monkeypatch.undo()
+    assert open_source(file).reference.model.backbone.heads == 4
+
+
+def test_an_older_fairseq_checkpoint_has_its_settings_in_args(tmp_path: Path) -> None:
     out = tmp_path / "reference"
     assert tool("export").main([str(checkpoint_of("v1_speech", tmp_path)), str(out), "--to", "fairseq"]) == 0
     content = torch.load(out / "checkpoint.pt", weights_only=True)
-    settings = content.pop("cfg")["model"]
-    content["args"] = Namespace(**settings)
+    content["args"] = argparse.Namespace(**content.pop("cfg")["model"])
     torch.save(content, out / "checkpoint.pt")
     assert open_source(out / "checkpoint.pt").reference.model.backbone.heads == 4
