@@ -117,7 +117,7 @@ def check_legal(raw: dict[str, Any], parallel: ParallelConfig, numbers: RecipeNu
     if parallel.pipeline > 1:
         raise ConfigError(
             "parallel.pipeline",
-            f"is {parallel.pipeline}; this version divides blocks (parallel.tensor) and the batch, not the list of layers",
+            f"is {parallel.pipeline}; this version divides blocks and the batch, not the list of layers",
             "Use parallel.pipeline=1; parallel.tensor and ZeRO-3 make room for larger models.",
         )
     for key, neutral, reason in _REFUSED_ZERO_KEYS:
