@@ -95,9 +95,12 @@ class SourcePlan:
         raise AssertionError("unreachable")
 
     def _onwards(self, cursor: Cursor) -> Iterator[Cursor]:
-        """This cursor, then the beginnings of the windows after it, for one epoch."""
+        """This cursor, then the beginnings of the windows after it.
+
+        The one window that has items may be the first of an epoch and the last of the next: two epochs are enough.
+        """
         yield cursor
-        for _ in range(self._order.windows + 1):
+        for _ in range(2 * self._order.windows):
             cursor = Cursor(cursor.epoch, cursor.window + 1)
             if cursor.window >= self._order.windows:
                 cursor = Cursor(cursor.epoch + 1)

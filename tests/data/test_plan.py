@@ -67,6 +67,15 @@ def test_a_new_plan_continues_from_a_cursor(
         assert (planned.length, other) == (expected.length, cursor)
 
 
+def test_empty_shards_that_lie_between_two_epochs_items_are_passed_over() -> None:
+    counts = [0, 0, 0, 0, 3]
+    for seed in range(30):
+        plan, cursor = plain(counts, 1, 2, seed), Cursor()
+        for _ in range(12):
+            batch, cursor = plan.next_batch(cursor)
+            assert len(batch) == 2
+
+
 @settings(deadline=None)
 @given(rows=st.integers(0, 60), parts=st.integers(1, 24))
 def test_shares_are_a_partition_and_even(rows: int, parts: int) -> None:
