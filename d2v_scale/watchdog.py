@@ -78,7 +78,8 @@ class Watchdog:
         self._step: int | None = None
         self._last_beat = time.monotonic()
         self._closed = threading.Event()
-        mine = Peer(rank, socket.gethostname(), os.getpid(), _started(os.getpid()))
+        host = os.environ.get("SLURMD_NODENAME", socket.gethostname())  # the name that Slurm's commands take
+        mine = Peer(rank, host, os.getpid(), _started(os.getpid()))
         self.peers, begun = _exchange(mine, world_size)
         self.hang_dir = self.run_dir / "logs" / f"hang-{begun}"
         # Long enough for every rank's thread to notice, as their last beats lie within one step of each other.
