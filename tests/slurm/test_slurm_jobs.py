@@ -37,6 +37,7 @@ def test_templates_hold_directives_and_little_else(template: str) -> None:
     assert "#SBATCH --signal=B:USR1@" in text or "eval" in template
 
 
+@pytest.mark.slow
 def test_usr1_saves_requeues_and_continues(workplace: Make) -> None:
     """Also: the requeued job runs the code it started with, and the record has no gaps and no repeats."""
     place = workplace(STAND_IN)
