@@ -18,7 +18,9 @@ def main() -> int:
     """Parse arguments, send, say what happened."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run_dirs", metavar="RUN_DIR", type=Path, nargs="+")
-    parser.add_argument("--tracking_uri", help="default: MLFLOW_TRACKING_URI, else mlflow.db beside the run directory")
+    parser.add_argument(
+        "--tracking_uri", help="default: MLFLOW_TRACKING_URI, else where the run is, else mlflow.db beside it"
+    )
     arguments = parser.parse_args()
     if arguments.tracking_uri:
         os.environ["MLFLOW_TRACKING_URI"] = arguments.tracking_uri

@@ -377,6 +377,8 @@ def _reason(error: Exception) -> str:
     text = str(error)
     if "Connection refused" in text:
         return "connection refused"
+    if "Max retries exceeded" in text:  # the library's words for any failure to connect
+        return "no connection"
     return text.splitlines()[0][:200] if text else type(error).__name__
 
 

@@ -9,11 +9,6 @@ STATE_FILE = "mlflow_run.json"
 EVENTS_FILE = "mlflow_events.jsonl"
 
 
-def tracking_uri(run_dir: Path) -> str:
-    """MLFLOW_TRACKING_URI, else a sqlite store beside the run directories, so that sibling runs compare."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{run_dir.resolve().parent / 'mlflow.db'}"
-
-
 @dataclass(kw_only=True)
 class MirrorState:
     """Position of the mirror in the run directory's files. Offsets are bytes."""
@@ -44,6 +39,16 @@ class MirrorState:
     def save(self, run_dir: Path) -> None:
         """Replace the saved state."""
         replace_file(run_dir / STATE_FILE, (json.dumps(asdict(self), indent=1) + "\n").encode())
+
+
+def tracking_uri(run_dir: Path) -> str:
+    """MLFLOW_TRACKING_URI, else the server that has this run, else a sqlite store beside the run directories.
+
+    Beside them, so that sibling runs compare. A resume or a later sync without the variable goes on where the run is.
+    """
+    recorded = MirrorState.load(run_dir).tracking_uri
+    local = f"sqlite:///{run_dir.resolve().parent / 'mlflow.db'}"
+    return os.environ.get("MLFLOW_TRACKING_URI") or (recorded if recorded.startswith("http") else local)
 
 
 def replace_file(path: Path, data: bytes) -> None:

@@ -226,6 +226,22 @@ def test_changed_params_of_a_resume_become_tags_and_evaluations_nested_runs(
     ]
 
 
+def test_without_the_variable_a_run_stays_with_its_server(
+    tmp_path: Path, mlflow_server: MlflowServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_server.uri)
+    run_dir = tmp_path / "run"
+    tracker = started(run_dir, enabled=False)
+    train(run_dir, 1, 5, tracker, pause=0)
+    assert catch_up(run_dir) is not None
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    train(run_dir, 6, 9, tracker, pause=0)
+    tracker.finish("done")
+    assert catch_up(run_dir) is not None
+    assert_complete(mlflow_server.uri, run_dir)
+    assert not (tmp_path / "mlflow.db").exists()
+
+
 def test_a_store_that_was_emptied_is_filled_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mlflow_server: MlflowServer
 ) -> None:
