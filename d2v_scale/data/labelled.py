@@ -34,6 +34,8 @@ class LabelledSet:
     batch_size: int = 64
     limit: int | None = None
     """At most this many samples, spread evenly over the set."""
+    require_labels: bool = True
+    """False: samples without a label are read, too, with label -1."""
 
     def __post_init__(self) -> None:
         source = SourceConfig(shards=self.shards, modality=self.modality)
@@ -45,7 +47,8 @@ class LabelledSet:
         self.classes = self._found.index.classes
         self.tokenizer = self.data.text.tokenizer or self._found.tokenizer
         self._decoder = make_decoder(self.modality, self.data, self.model, self.tokenizer)
-        labelled = [np.flatnonzero(_has_label(self._found.members(k))) for k in range(len(self._found.paths))]
+        wanted = _has_label if self.require_labels else _any_sample
+        labelled = [np.flatnonzero(wanted(self._found.members(k))) for k in range(len(self._found.paths))]
         shard_n = np.repeat(np.arange(len(labelled)), [len(items) for items in labelled])
         item_n = np.concatenate(labelled)
         if len(item_n) == 0:
@@ -76,14 +79,14 @@ class LabelledSet:
         for shard, item in zip(shards, items, strict=True):
             try:
                 sample = store.read(shard, item)
-                _, label = sample.member(("cls",))
                 row = self._decoder.evaluation_row(sample)
-                labels.append(int(bytes(label)))
+                label = int(bytes(sample.member(("cls",))[1])) if sample.has("cls") or self.require_labels else -1
             except SampleFault:
                 continue
             except Exception:  # a decoder raises anything for damaged content
                 continue
             rows.append(row)
+            labels.append(label)
             keys.append(sample.key)
             ids.append(shard << 32 | item)
         if not rows:
@@ -99,6 +102,10 @@ class LabelledSet:
             lost=len(shards) - len(rows),
         )
         return batch, torch.tensor(labels)
+
+
+def _any_sample(members: Members) -> NDArray[np.bool_]:
+    return np.ones(len(members), dtype=bool)
 
 
 def _has_label(members: Members) -> NDArray[np.bool_]:

@@ -56,6 +56,13 @@ class RawSample:
                 return extension, self._content[start : start + size]
         raise self.fault(f"has no .{', .'.join(extensions)}")
 
+    def has(self, extension: str) -> bool:
+        """True when the sample has such a member."""
+        members = self._members
+        if extension not in members.extensions:
+            return False
+        return bool(members.member_size_ne[self._number, members.extensions.index(extension)] >= 0)
+
     def fault(self, reason: str) -> SampleFault:
         """What to raise when this sample cannot be used."""
         return SampleFault(self.shard, self.key, reason)

@@ -1,0 +1,164 @@
+"""Features of a checkpoint over shards, into shards or Parquet: one file for each shard that is read.
+
+    python tools/extract.py runs/vit 'shards/test-*.tar' features/                       # one process
+    srun python tools/extract.py runs/vit 'shards/{000000..000999}.tar' features/        # one process per task
+    torchrun --nproc_per_node 8 tools/extract.py runs/vit 'shards/*.tar' features/ --format shards --pool none
+
+Processes take turns at the shards by RANK and WORLD_SIZE (or SLURM_PROCID and SLURM_NTASKS). A file that is there is
+complete and is not made again, so an interrupted run continues with any number of processes.
+
+Parquet: columns key, label (-1: none), features. Shards: KEY.npy and KEY.cls, with an index. Features are fp32 (D,),
+the mean over the layers and the valid positions, or with `--pool none` fp16 (T, D).
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from d2v_scale.data.config import SourceConfig
+from d2v_scale.data.labelled import LabelledSet
+from d2v_scale.data.shard_index import SetIndex, ShardEntry, atomic_file, index_shard
+from d2v_scale.data.shard_set import INDEX_SUFFIX, find_shards, is_remote
+from d2v_scale.data.writing import is_written, members_file, write_shard
+from d2v_scale.errors import EXIT_BAD_INPUT, DataError, UserError
+from d2v_scale.evaluation.features import mean_over_positions
+from d2v_scale.evaluation.frozen import FrozenEncoder
+
+
+@dataclass
+class Extracted:
+    """Features of one sample."""
+
+    key: str
+    label: int
+    features: NDArray[np.floating]
+
+
+def features_of(
+    encoder: FrozenEncoder, samples: LabelledSet, layers: list[int], pool: str, lost: list[int]
+) -> Iterator[Extracted]:
+    """Features sample by sample; the number of unreadable samples is appended to `lost`."""
+    for batch, labels_b in samples:
+        lost.append(batch.lost)
+        moved = batch.to(encoder.device)
+        with torch.no_grad():
+            states = encoder.hidden_states(moved)
+            mean_btd = torch.stack([states[layer].float() for layer in layers]).mean(dim=0)
+            valid_bt = encoder.valid_positions(moved)
+        if pool == "mean":
+            rows = list(mean_over_positions(mean_btd, valid_bt).cpu().numpy())
+        else:
+            kept = [slice(None)] * len(mean_btd) if valid_bt is None else list(valid_bt)
+            rows = [row[keep].half().cpu().numpy() for row, keep in zip(mean_btd, kept, strict=True)]
+        for key, label, row in zip(batch.keys, labels_b.tolist(), rows, strict=True):
+            yield Extracted(key, label, row)
+
+
+def write_parquet(path: Path, samples: Iterator[Extracted]) -> int:
+    """Write one Parquet file, atomically; returns the number of rows."""
+    import pyarrow  # type: ignore[import-untyped]
+    import pyarrow.parquet  # type: ignore[import-untyped]
+
+    rows = list(samples)
+    kind = pyarrow.list_(pyarrow.float32())
+    if rows and rows[0].features.ndim == 2:
+        kind = pyarrow.list_(kind)
+    columns = {
+        "key": [row.key for row in rows],
+        "label": pyarrow.array([row.label for row in rows], type=pyarrow.int64()),
+        "features": pyarrow.array([row.features.tolist() for row in rows], type=kind),
+    }
+    with atomic_file(path) as temporary:
+        pyarrow.parquet.write_table(pyarrow.table(columns), temporary)
+    return len(rows)
+
+
+def write_tar(path: Path, samples: Iterator[Extracted]) -> int:
+    """Write one shard and its binary index; returns the number of samples."""
+    made = (
+        {"__key__": row.key, "npy": row.features} | ({"cls": row.label} if row.label >= 0 else {}) for row in samples
+    )
+    return write_shard(path, made).samples
+
+
+def extract(arguments: argparse.Namespace) -> None:
+    """Make this process's files. Raises DataError and CheckpointError."""
+    rank, world_size = process_number()
+    encoder = FrozenEncoder.load(arguments.checkpoint, arguments.weights)
+    [modality] = [arguments.modality] if arguments.modality else encoder.recipe.model.modalities[:1]
+    found = find_shards(SourceConfig(shards=arguments.shards, modality=modality))
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    suffix = ".parquet" if arguments.format == "parquet" else ".tar"
+    targets = [arguments.out / (target_name(path) + suffix) for path in found.paths]
+    if len(set(targets)) < len(targets):
+        raise DataError("Two shards have the same file name.", "Extract them into different directories.")
+    recipe = encoder.recipe
+    for number in range(rank, len(targets), world_size):
+        target = targets[number]
+        if target.is_file() and (suffix == ".parquet" or is_written(target)):
+            continue
+        lost: list[int] = []
+        samples = LabelledSet(
+            found.paths[number],
+            modality,
+            recipe.data,
+            recipe.model,
+            batch_size=arguments.batch_size,
+            require_labels=False,
+        )
+        rows = features_of(encoder, samples, arguments.layers, arguments.pool, lost)
+        written = (write_parquet if suffix == ".parquet" else write_tar)(target, rows)
+        print(f"{target}: {written} samples, {len(samples) - written} lost", flush=True)
+    if suffix == ".tar" and found.index is not None and all(is_written(target) for target in targets):
+        entries: list[ShardEntry] = [index_shard(t, members_file(t), t.parent) for t in targets]
+        index = SetIndex(modality=modality, shards=entries, classes=found.index.classes)
+        index.save(arguments.out / f"features{INDEX_SUFFIX}")
+
+
+def target_name(path: str) -> str:
+    """`test-000000` of `/a/test-000000.tar`."""
+    if is_remote(path):
+        raise DataError(f"{path} is not local.", "Copy the shards first.")
+    return Path(path).stem
+
+
+def process_number() -> tuple[int, int]:
+    """This process among those that were started together."""
+    for rank, size in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")):
+        if rank in os.environ and size in os.environ:
+            number, count = int(os.environ[rank]), int(os.environ[size])
+            # The encoder runs in a world of one.
+            os.environ.pop("RANK", None), os.environ.pop("WORLD_SIZE", None)
+            return number, count
+    return 0, 1
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", help="a checkpoint or a run directory")
+    parser.add_argument("shards", help="indexed shards")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--format", choices=["parquet", "shards"], default="parquet")
+    parser.add_argument("--pool", choices=["mean", "none"], default="mean")
+    parser.add_argument("--layers", type=int, nargs="+", default=[-1], help="main blocks that are averaged, from 0")
+    parser.add_argument("--weights", choices=["teacher", "student", "random"], default="teacher")
+    parser.add_argument("--modality", choices=["vision", "speech", "text"], help="where the model has several stems")
+    parser.add_argument("--batch-size", type=int, default=32)
+    arguments = parser.parse_args()
+    try:
+        extract(arguments)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
