@@ -38,8 +38,11 @@ def split_norms(names: str, key: str) -> list[str]:
 def _normalise(x_btd: Tensor, name: str) -> Tensor:
     if name == "layer":
         return F.layer_norm(x_btd, x_btd.shape[-1:], eps=_EPS)
-    variance, mean = torch.var_mean(x_btd, dim=_AXES[name], correction=0, keepdim=True)
-    return (x_btd - mean) * torch.rsqrt(variance + _EPS)
+    axes = _AXES[name]
+    centred_btd = x_btd - x_btd.mean(dim=axes, keepdim=True)
+    # Two passes: as exact as torch.var_mean and several times faster over strided axes on a CPU.
+    variance = centred_btd.square().mean(dim=axes, keepdim=True)
+    return centred_btd.mul_(torch.rsqrt(variance + _EPS))
 
 
 def first_tapped_layer(config: TargetConfig, depth: int) -> int:

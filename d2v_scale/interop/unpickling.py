@@ -57,9 +57,10 @@ def load_pickle(path: Path) -> dict[str, Any]:
     """
     try:
         wanted = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        mapped = True
     except Exception:
         # Not a zip archive: either the old format, which the load below judges, or damaged.
-        wanted = []
+        wanted, mapped = [], False
     refused = [name for name in wanted if name not in _ALLOWED and not name.startswith(_REPLACED)]
     if refused:
         raise CheckpointError(
@@ -70,7 +71,7 @@ def load_pickle(path: Path) -> dict[str, Any]:
     names += [(value, name) for name, value in _ALLOWED.items()]
     try:
         with torch.serialization.safe_globals(names):
-            value = torch.load(path, map_location="cpu", weights_only=True, mmap=bool(wanted) or None)
+            value = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, AttributeError, TypeError) as error:
         reason = str(error).strip().split("\n")[0]
         raise CheckpointError(f"{path} cannot be loaded: {reason}.", "Is the file complete?") from error
