@@ -187,6 +187,7 @@ finish() { # the end of every attempt: status.json decides, exit codes are lost 
     decision=$(python -m d2v_scale.attempts "$run_dir" "$1")
     code=$?
     say "attempt $attempt ended with exit code $code: $decision"
+    ((code == 0)) || say "what the ranks said: $logs/node-*.log"
     [[ $decision == requeue ]] && requeue
     exit "$code"
 }

@@ -77,7 +77,7 @@ def main() -> int:
     print(f"{template}:")
     for name, (value, source) in effective(template, asked, dict(os.environ)).items():
         print(f"  {'--' + name + ('=' + value if value else ''):34}  {source}")
-    command = ["sbatch", *asked, str(template), "--recipe", options.recipe, *for_training]
+    command = ["sbatch", *asked, str(template), *for_training, "--recipe", options.recipe]
     print(shlex.join(command), flush=True)
     if options.dry_run:
         return subprocess.run(["sbatch", "--test-only", *command[1:]], check=False).returncode
