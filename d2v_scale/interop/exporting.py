@@ -94,6 +94,8 @@ def export_huggingface(
         keymap = remote_code_keys(checkpoint.names("student"), recipe.model, modality)
         settings = remote_code_settings(recipe.model, modality)
     out.mkdir(parents=True, exist_ok=True)
+    # First what can be refused, a tokenizer of another size; then the weights.
+    processor_lines = _write_processor(recipe, modality, out, tokenizer)
     write_tensors(export_tensors(keymap, chosen), out)
     lines = chosen.lines()
     if not native:
@@ -102,8 +104,7 @@ def export_huggingface(
             f"no class of transformers computes this model: {MODELLING_FILE.name} does (trust_remote_code=True)"
         )
     _write_json(out / "config.json", settings)
-    lines += _write_processor(recipe, modality, out, tokenizer)
-    return lines
+    return lines + processor_lines
 
 
 def export_safetensors(checkpoint: Checkpoint, recipe: Recipe, out: Path, weights: Weights) -> list[str]:

@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from d2v_scale.checkpoint import open_any, write_single
+from d2v_scale.data import tokenizer
 from d2v_scale.data2vec.config import LossConfig, ObjectiveConfig
 from d2v_scale.evaluation.frozen import recipe_of
 from d2v_scale.interop.importing import convert, open_source
@@ -165,6 +166,17 @@ def test_safetensors_export_holds_every_tensor_under_our_names(tmp_path: Path) -
     assert torch.equal(tensors[name], checkpoint.tensor("teacher", name))
     assert not torch.equal(tensors[name], checkpoint.tensor("student", name))
     assert json.loads((out / "recipe.json").read_text())["name"] == "v1_speech"
+
+
+def test_a_tokenizer_of_another_size_is_refused_before_weights_are_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, out = tmp_path / "tokenizer.model", tmp_path / "hf"
+    tokenizer.train(["some words to count, and some more of them"] * 20, model, vocab_size=290)
+    run = checkpoint_of("v1_text", tmp_path)
+    assert tool("export").main([str(run), str(out), "--tokenizer", str(model)]) == 2
+    assert "<mask>" in capsys.readouterr().err
+    assert not (out / "model.safetensors").exists()
 
 
 def test_large_weights_are_written_in_several_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
