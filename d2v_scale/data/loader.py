@@ -123,7 +123,8 @@ class StepLoader:
         self._dataset = _StepDataset(self.sources, decoders, collators, seed)
         self._step = 0
         self._cursors = [Cursor() for _ in self.sources]
-        self._counters = Counters([source.name for source in self.sources], data.max_bad_ratio)
+        per_epoch = sum(source.items_per_epoch for source in self.sources) / dp_size
+        self._counters = Counters([source.name for source in self.sources], data.max_bad_ratio, per_epoch)
         self._pending: deque[tuple[int, list[Cursor], int]] = deque()
         self._steps: Iterator[DecodedStep] | None = None
 

@@ -83,6 +83,13 @@ class Source:
                 "Index the shards again with tools/index_shards.py --tokenizer.",
             )
 
+    @property
+    def items_per_epoch(self) -> int:
+        """Rows of an epoch (of text packed by document: at least as many)."""
+        if self.modality == "text" and self._data.text.packing == "continuous":
+            return int((-(-self.shards.length_s // (self._block - 1))).sum())
+        return int(self.shards.samples_s.sum())
+
     def open_store(self) -> SampleStore:
         """A reader of the samples, for one process."""
         return open_store(self.shards, self._data)

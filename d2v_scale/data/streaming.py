@@ -72,6 +72,11 @@ class StreamedSource:
             source.shards,
         )
 
+    @property
+    def items_per_epoch(self) -> int:
+        """Not known."""
+        return 0
+
     def plan(self, batch_size: int, unit: str) -> StreamPlan:
         """Batches of `batch_size` rows. Raises ConfigError for units that need an index."""
         if unit == "seconds":

@@ -13,6 +13,7 @@ from small_shards import image_samples
 
 from d2v_scale.data.config import DataConfig, SourceConfig
 from d2v_scale.data.loader import StepLoader
+from d2v_scale.data.plan import Cursor
 from d2v_scale.data.shard_index import Members, SetIndex, ShardEntry, index_shard
 from d2v_scale.data.writing import Sample, members_file, write_shard
 from d2v_scale.data2vec.config import MaskingConfig
@@ -176,6 +177,24 @@ def test_an_alarm_is_raised_above_the_ratio(tmp_path: Path) -> None:
         alarm = loader.alarm()
         assert (alarm is not None) == expected
         assert alarm is None or "20 of 200 samples could not be read" in alarm
+
+
+def test_one_bad_shard_of_many_does_not_end_a_run_in_its_first_steps(tmp_path: Path) -> None:
+    entries = [write_shard(tmp_path / f"a-{k:02d}.tar", image_samples(50)) for k in range(20)]
+    SetIndex(modality="vision", shards=entries).save(tmp_path / "a.index.json")
+    for bad, expected in ((1, False), (20, True)):
+        data = DataConfig(sources=[SourceConfig(shards=str(tmp_path))], workers=0, max_bad_ratio=0.06, window_shards=4)
+        loader = StepLoader(data, MODEL, MASKING, seed=1, global_batch_size=50)
+        # Whichever shards come first are the ones that vanish.
+        first = {int(shard) for shard in loader._plans[0].next_batch(Cursor())[0].shard_n}
+        for shard in sorted(first)[:1] if bad == 1 else range(20):
+            (tmp_path / f"a-{shard:02d}.tar").rename(tmp_path / f"gone-{shard:02d}")
+        for _ in range(4):
+            next(loader)
+        assert loader.counters()["lost"] > 0
+        assert (loader.alarm() is not None) == expected
+        for path in tmp_path.glob("gone-*"):
+            path.rename(tmp_path / f"{path.name.replace('gone', 'a')}.tar")
 
 
 def open_loader(directory: Path, ratio: float = 0.01) -> StepLoader:
