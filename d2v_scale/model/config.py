@@ -49,6 +49,9 @@ class TextStem:
     vocab_size: int = 50265
     max_positions: int = 512
     """Longest sequence, tokens."""
+    position_std: float = 0.02
+    """Standard deviation of the position table at initialisation. Published: 0.02, as the tokens'. In a short run on
+    little data less is better: positions are learned long before words, and targets then tell little else."""
     bos_id: int = 0
     pad_id: int = 1
     eos_id: int = 2
@@ -56,7 +59,9 @@ class TextStem:
     mask_id: int = 50264
 
     def check(self) -> None:
-        """Raises `ConfigError` for special tokens outside the vocabulary or with the same id."""
+        """Raises `ConfigError` for special tokens outside the vocabulary or with the same id, or a negative spread."""
+        if self.position_std < 0:
+            raise ConfigError("model.text.position_std", f"is {self.position_std}", "Give 0 or more.")
         ids = {name: getattr(self, name) for name in ("bos_id", "pad_id", "eos_id", "unk_id", "mask_id")}
         for name, value in ids.items():
             if not 0 <= value < self.vocab_size:

@@ -24,8 +24,8 @@ class TextFeatures(nn.Module):
         self.tokens = nn.Embedding(stem.vocab_size, width, padding_idx=stem.pad_id)
         # Position ids count from pad_id + 1; pads have id pad_id.
         self.positions = nn.Embedding(stem.max_positions + stem.pad_id + 1, width, padding_idx=stem.pad_id)
-        for table in (self.tokens, self.positions):
-            set_rule(table.weight, InitRule("normal", 0.02, zero_row=stem.pad_id))
+        for table, std in ((self.tokens, 0.02), (self.positions, stem.position_std)):
+            set_rule(table.weight, InitRule("normal", std, zero_row=stem.pad_id))
         self.norm = nn.LayerNorm(width)
 
     def forward(self, tokens_bt: Tensor, valid_bt: Tensor | None) -> Tensor:

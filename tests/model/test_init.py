@@ -80,3 +80,14 @@ def test_pad_rows_are_zero_and_beit_divides_output_weights_by_depth() -> None:
         assert 0.9 * bound < block.attention.out.weight.abs().max() <= bound
         assert 0.018 < block.ffn.fc1.weight.abs().max() <= 0.02
         assert torch.equal(block.scale1, torch.full_like(block.scale1, 0.1))
+
+
+def test_the_position_table_has_the_spread_that_is_asked_for() -> None:
+    config = tiny_models.model("v1_text")
+    assert config.text is not None
+    config.text.position_std = 0.002
+    student = Student(config)
+    initialize(student, 1)
+    features = student.stems["text"].features
+    assert features.tokens.weight[2:].std().item() == pytest.approx(0.02, rel=0.1)
+    assert features.positions.weight[2:].std().item() == pytest.approx(0.002, rel=0.1)
