@@ -40,6 +40,10 @@ _ENVIRONMENT = {
 }
 
 
+class Outdated(Exception):
+    """The run was resumed while this mirror, of the attempt before, was still sending."""
+
+
 class Mirror:
     """Repeats one run directory to MLflow. `step()` sends what is there; it raises what MLflow raises."""
 
@@ -55,7 +59,8 @@ class Mirror:
         uri = tracking_uri(run_dir)
         self.state = MirrorState.load(run_dir)
         if self.state.tracking_uri != uri:
-            self.state = MirrorState(tracking_uri=uri, job_key=self.state.job_key or uuid.uuid4().hex)
+            key = self.state.job_key or uuid.uuid4().hex
+            self.state = MirrorState(tracking_uri=uri, job_key=key, generation=self.state.generation)
             self.state.save(run_dir)
         self._make_client: Callable[[], MlflowClient] = lambda: MlflowClient(tracking_uri=uri)
         self._client: MlflowClient | None = None
@@ -63,6 +68,12 @@ class Mirror:
         self._connected = False
         self.refused = 0
         """Points and events that MLflow declared invalid; they stay in the files."""
+
+    def _save(self) -> None:
+        """Remember the position, unless a new attempt of the run has rewritten what the position is in."""
+        if MirrorState.load(self.run_dir).generation != self.state.generation:
+            raise Outdated
+        self.state.save(self.run_dir)
 
     def pending(self) -> int:
         """Bytes not yet sent."""
@@ -80,7 +91,10 @@ class Mirror:
             if getattr(error, "error_code", "") != "RESOURCE_DOES_NOT_EXIST":
                 raise
             # Another store answers at the same address: the run is unknown there, so it gets all of it.
-            self.state = MirrorState(tracking_uri=self.state.tracking_uri, job_key=self.state.job_key)
+            state = self.state
+            self.state = MirrorState(
+                tracking_uri=state.tracking_uri, job_key=state.job_key, generation=state.generation
+            )
             self._connected = False
             self._send()
 
@@ -104,7 +118,7 @@ class Mirror:
             return
         experiment_id = self._ensure_experiment()
         self.state.run_id = self._run_with_key(experiment_id, self.state.job_key, self.run_name, {})
-        self.state.save(self.run_dir)
+        self._save()
 
     def _run_with_key(self, experiment_id: str, key: str, name: str, tags: dict[str, str]) -> str:
         """The id of the run tagged with our key; made if there is none (the answer to its creation may get lost)."""
@@ -154,11 +168,11 @@ class Mirror:
         while (chunk := self._next_chunk()) is not None:
             points, end = chunk
             self.state.metrics_sending = end
-            self.state.save(self.run_dir)
+            self._save()
             for start in range(0, len(points), POINTS_PER_CALL):
                 self._log_points(points[start : start + POINTS_PER_CALL])
             self.state.metrics_offset = end
-            self.state.save(self.run_dir)
+            self._save()
 
     def _send_system(self) -> None:
         """What every node's monitor wrote, under the names that MLflow shows as system metrics."""
@@ -169,7 +183,7 @@ class Mirror:
                 named = {key if key in AXES else prefix + key: value for key, value in record.items()}
                 self._log_points(_points(named, {}))
                 self.state.system_offsets[path.name] = begin + end
-            self.state.save(self.run_dir)
+            self._save()
 
     def _next_chunk(self) -> tuple[list[Any], int] | None:
         """Points of the next lines, up to about one call's worth, and the offset where they end."""
@@ -219,7 +233,7 @@ class Mirror:
                 self.refused += 1
                 print(f"refused at {begin + start}: {event} {error}", file=sys.stderr, flush=True)
             self.state.events_offset = begin + end
-            self.state.save(self.run_dir)
+            self._save()
 
     def _apply(self, event: dict[str, Any]) -> None:
         from mlflow.entities import RunTag
@@ -339,6 +353,8 @@ def follow(run_dir: Path, finish_timeout: float) -> bool:
             mirror = mirror or Mirror(run_dir)
             mirror.step()
             wait = POLL_SECONDS
+        except Outdated:
+            return False
         except Exception as error:  # whatever MLflow or its store raises, the run goes on
             failed = True
             wait = min(MAX_BACKOFF_SECONDS, wait * 2)

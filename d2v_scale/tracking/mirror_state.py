@@ -18,6 +18,8 @@ class MirrorState:
     """The one MLflow run of this training job; empty until a server has answered."""
     job_key: str = ""
     """Ours, a tag of the MLflow run: finds the run again when the answer to its creation was lost."""
+    generation: int = 0
+    """Counts how often metrics.jsonl was rewritten: a mirror that began before must not go on."""
     metrics_offset: int = 0
     """metrics.jsonl up to here is in MLflow."""
     metrics_sending: int = 0

@@ -131,6 +131,7 @@ def supersede(run_dir: Path, after_step: int | None) -> list[dict[str, Any]]:
         target.parent.mkdir(exist_ok=True)
         with target.open("a") as file:
             file.writelines(json.dumps(record) + "\n" for record in moved)
+    state.generation += 1
     # The mirror's offset first: if we die before the rename it only sends again what it sent (which adds nothing).
     state.metrics_offset = state.metrics_sending = offset
     state.save(run_dir)

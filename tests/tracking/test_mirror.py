@@ -14,7 +14,7 @@ from mlflow import MlflowClient
 from mlflow_server import MlflowServer, Proxy, free_port
 
 from d2v_scale.tracking import RunTracker, TrackingConfig, log_evaluation, read_records
-from d2v_scale.tracking.mirror import catch_up
+from d2v_scale.tracking.mirror import Mirror, Outdated, catch_up
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -224,6 +224,26 @@ def test_changed_params_of_a_resume_become_tags_and_evaluations_nested_runs(
     assert [(c.info.run_name, c.data.metrics, c.data.params) for c in children] == [
         ("knn", {"accuracy": 0.5}, {"k": "20"})
     ]
+
+
+def test_an_orphaned_mirror_does_not_overwrite_the_position_of_the_resumed_run(
+    tmp_path: Path, mlflow_server: MlflowServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_server.uri)
+    run_dir = tmp_path / "run"
+    tracker = started(run_dir, enabled=False)
+    train(run_dir, 1, 20, tracker, pause=0)
+    orphan = Mirror(run_dir)
+    orphan.step()
+    train(run_dir, 21, 30, tracker, pause=0)
+    resumed = started(run_dir, resume_step=10, enabled=False)
+    train(run_dir, 11, 40, resumed, pause=0)
+    with pytest.raises(Outdated):
+        orphan.step()
+    resumed.finish("done")
+    assert catch_up(run_dir) is not None
+    found = MlflowClient(mlflow_server.uri).get_metric_history(state(run_dir)["run_id"], "loss")
+    assert [point.step for point in found] == list(range(1, 41))
 
 
 def test_without_the_variable_a_run_stays_with_its_server(
