@@ -128,17 +128,16 @@ def check_same(reference: Path, survivor: Path) -> None:
 
 
 def strikes(kills: int, seed: int) -> list[str | float]:
-    """Every named point on every rank that passes it, then random times."""
-    named: list[str | float] = [
-        f"{point}:{rank}:{nth}"
-        for point, times in POINTS.items()
-        for rank, nth in itertools.product((0, 1), times)
-        if rank == 0 or point not in ONLY_RANK_0
-    ]
+    """Every point at least once, then other passages and ranks, and a quarter at random times."""
     chooser = random.Random(seed)
-    chooser.shuffle(named)
-    share = kills * 3 // 4
-    chosen = named[:share]
+    passages = {
+        point: [f"{point}:{rank}:{nth}" for rank in ((0,) if point in ONLY_RANK_0 else (0, 1)) for nth in times]
+        for point, times in POINTS.items()
+    }
+    for choices in passages.values():
+        chooser.shuffle(choices)
+    turns = itertools.chain.from_iterable(itertools.zip_longest(*passages.values()))
+    chosen: list[str | float] = [strike for strike in turns if strike is not None][: kills * 3 // 4]
     return chosen + [chooser.uniform(0.0, 1.5) for _ in range(kills - len(chosen))]
 
 
