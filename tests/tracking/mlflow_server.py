@@ -50,6 +50,7 @@ class MlflowServer:
                     return
             except OSError:
                 time.sleep(0.2)
+        self.kill()
         raise TimeoutError((self.folder / "server.log").read_text()[-2000:])
 
     def kill(self) -> None:
