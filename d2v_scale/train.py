@@ -15,6 +15,7 @@ if __name__ == "__main__":
 
     sys.exit(_main(sys.argv[1:], _flag))
 
+import contextlib
 import json
 import logging
 import os
@@ -51,7 +52,7 @@ from d2v_scale.signals import Agreement, Stop, StopFlag, StopReason, is_lost_pee
 from d2v_scale.status import outcome_of, write_status
 from d2v_scale.step import Observations, collapse_statistics, train_step
 from d2v_scale.teacher import ShardedTeacher
-from d2v_scale.tracking import RunTracker, SpeedMeter, environment_tags
+from d2v_scale.tracking import RunTracker, SpeedMeter, SystemMonitor, environment_tags, host_values, write_environment
 from d2v_scale.watchdog import Watchdog
 
 log = logging.getLogger("d2v_scale.train")
@@ -214,9 +215,15 @@ def supervise(run: Run, stop_flag: StopFlag) -> int:
     )
     run.tracker.artifact(run.directory / command_line.RECIPE_FILE)
     run.tracker.artifact(run.directory / "ds_config.json")
+    if topology.rank == 0:
+        run.tracker.artifact(write_environment(run.directory))
     agreement = Agreement()
     limit_s = recipe.hang_limit_minutes * 60
-    with Watchdog(run.directory, rank=topology.rank, world_size=topology.world_size, limit_s=limit_s) as watchdog:
+    nodes = SystemMonitor(run.directory) if topology.local_rank == 0 else contextlib.nullcontext()
+    with (
+        nodes,
+        Watchdog(run.directory, rank=topology.rank, world_size=topology.world_size, limit_s=limit_s) as watchdog,
+    ):
         stop = train(run, stop_flag, agreement, watchdog)
         with watchdog.allow(recipe.checkpoint.peer_timeout, "last checkpoint"):
             if (stop is None or stop.reason < StopReason.DATA_STARVED) and run.saved != run.step:
@@ -295,7 +302,7 @@ def record(run: Run, seen: Observations, values: dict[str, float], meter: SpeedM
     decay = ema.decay(run.recipe.objective.ema, max(1, completed))
     figures = {**collapse_statistics(seen, run.topology), **run.teacher.health()}
     values |= {name: float(value) for name, value in figures.items()}
-    speed = meter.read()
+    speed = meter.read() | host_values()
     samples = run.samples
     speed["samples_per_second"] = (samples - run.recorded_samples) / (
         speed["step_seconds"] * (run.step - run.recorded_step)

@@ -33,6 +33,7 @@ for modality in $modalities; do
     run_dir="runs/quickstart-$modality"
     python tools/make_shards.py demo --modality "$modality" demo_data
     deepspeed --num_gpus "$processes" d2v_scale/train.py --recipe "demo_$modality" --run_dir "$run_dir"
+    python tools/draw.py "$run_dir"
     python tools/export.py "$run_dir" "out/quickstart-$modality" --to hf
     python tools/summarize.py "$run_dir" --exported "out/quickstart-$modality"
 done

@@ -49,6 +49,13 @@ class SystemMonitor:
         self._stop.set()
         self._thread.join(timeout=10)
 
+    def __enter__(self) -> "SystemMonitor":
+        self.start()
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.stop()
+
     def _run(self) -> None:
         count = 0
         if self._path.exists():
