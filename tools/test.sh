@@ -17,7 +17,9 @@ done
 bash tools/install.sh demo,test
 export PATH="$PWD/.venv/bin:$PATH" OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 python -c 'import sys, torch; sys.exit(torch.cuda.is_available())' && export DS_ACCELERATOR=cpu
-[ "$with_slurm" -eq 0 ] || bash tests/slurm/install.sh
+if [ "$with_slurm" -eq 1 ]; then
+    bash tests/slurm/install.sh || echo "Slurm could not be installed here: its tests will be skipped." >&2
+fi
 
 ruff check .
 ruff format --check .
