@@ -37,7 +37,7 @@ from d2v_scale.data.batch import Batch
 from d2v_scale.data.labelled import LabelledSet
 from d2v_scale.data.loader import StepLoader
 from d2v_scale.data2vec import ema
-from d2v_scale.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_LOST_PEER, UserError, Verdict
+from d2v_scale.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_LOST_PEER, ConfigError, UserError, Verdict
 from d2v_scale.evaluation.online import OnlineEvaluation
 from d2v_scale.health import HealthMonitor
 from d2v_scale.model.init import initialize
@@ -128,7 +128,14 @@ def configure(recipe: Recipe) -> dict[str, Any]:
         clip=recipe.optim.clip,
         global_batch_size=recipe.global_batch_size if recipe.batch_unit == "samples" else None,
     )
-    return ds_config.resolve(raw, numbers, recipe.parallel, world_size)
+    config = ds_config.resolve(raw, numbers, recipe.parallel, world_size)
+    if len(recipe.model.modalities) > 1 and config["zero_optimization"]["stage"] == 3:
+        raise ConfigError(
+            "zero_optimization.stage",
+            "is 3 with several modalities; DeepSpeed would apply an absent modality's old gradient again",
+            "Use stage 1 or 2.",
+        )
+    return config
 
 
 def build(recipe: Recipe, options: Options, config: dict[str, Any], topology: Topology, directory: Path) -> Run:
