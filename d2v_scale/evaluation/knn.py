@@ -13,6 +13,15 @@ def nearest(features_nd: Tensor, queries_qd: Tensor, k: int, chunk: int = 1024) 
     return torch.cat([top.values for top in found]), torch.cat([top.indices for top in found])
 
 
+def standardised(features_nd: Tensor, queries_qd: Tensor) -> tuple[Tensor, Tensor]:
+    """Both with the mean and spread per dimension of `features_nd` removed.
+
+    Mean-pooled Transformer states share a large common part, beside which cosine similarity sees little else.
+    """
+    mean_d, spread_d = features_nd.mean(dim=0), features_nd.std(dim=0).clamp(min=1e-6)
+    return (features_nd - mean_d) / spread_d, (queries_qd - mean_d) / spread_d
+
+
 def knn(
     features_nd: Tensor,
     labels_n: Tensor,

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from d2v_scale.data.batch import Batch
-from d2v_scale.evaluation import extract, knn, linear_probe, nearest, weighted_layers_probe
+from d2v_scale.evaluation import extract, knn, linear_probe, nearest, standardised, weighted_layers_probe
 from d2v_scale.evaluation.features import mean_over_positions
 
 
@@ -35,6 +35,17 @@ def test_knn_ignores_length_and_does_not_overflow() -> None:
     x, y = blobs(100, 4, 16, 0.1, 0)
     assert knn(x * 1e6, y, x[:20] * 1e-6, y[:20], temperature=1e-4) == 1.0
     assert knn(x[:5], y[:5], x[:5], y[:5], k=20) == 1.0  # fewer examples than k
+
+
+def test_standardising_uncovers_classes_beside_a_large_nuisance() -> None:
+    torch.manual_seed(0)
+    x, y = blobs(400, 4, 16, 0.3, 0)
+    queries, labels = blobs(100, 4, 16, 0.3, 1)
+    x[:, 0], queries[:, 0] = 1e6 * torch.randn(400), 1e6 * torch.randn(100)
+    assert knn(x, y, queries, labels) < 0.6
+    x, queries = standardised(x, queries)
+    assert knn(x, y, queries, labels) > 0.9
+    assert x.mean(dim=0).abs().max() < 1e-4
 
 
 def test_nearest_is_the_same_for_any_chunk() -> None:
