@@ -2,7 +2,7 @@
 
   python tools/probe.py runs/vit --data 'train/*.tar' --test 'test/*.tar' --task linear
 
-knn: 20 nearest neighbours by cosine, each dimension standardised. linear: logistic regression, penalty chosen on a
+knn: 20 nearest neighbours by cosine, of whitened features. linear: logistic regression, penalty chosen on a
 fifth of the training samples. Both for every layer and for the mean of the last four; linear also for a learned
 combination of all layers.
 """
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from d2v_scale.data.labelled import LabelledSet
 from d2v_scale.errors import UserError
-from d2v_scale.evaluation import Features, extract, knn, linear_probe, standardised, weighted_layers_probe
+from d2v_scale.evaluation import Features, extract, knn, linear_probe, weighted_layers_probe, whitened
 from d2v_scale.evaluation.frozen import FrozenEncoder
 from d2v_scale.tracking import log_evaluation
 from d2v_scale.tracking.record import METRICS_FILE
@@ -60,7 +60,7 @@ def probe(arguments: argparse.Namespace) -> dict[str, object]:
 
     def score(x_nd: Tensor, y_n: Tensor, x_qd: Tensor, y_q: Tensor) -> float:
         if arguments.task == "knn":
-            x_nd, x_qd = standardised(x_nd, x_qd)
+            x_nd, x_qd = whitened(x_nd, x_qd)
             return knn(x_nd, y_n, x_qd, y_q, arguments.k)
         return linear_probe(x_nd, y_n, x_qd, y_q).accuracy
 

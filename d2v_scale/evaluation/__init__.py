@@ -1,7 +1,7 @@
 """What representations are worth: k-NN and linear probes on frozen features."""
 
 from d2v_scale.evaluation.features import Features, extract
-from d2v_scale.evaluation.knn import knn, nearest, standardised
+from d2v_scale.evaluation.knn import knn, nearest, whitened
 from d2v_scale.evaluation.probes import ProbeResult, linear_probe, weighted_layers_probe
 
 __all__ = [
@@ -11,6 +11,6 @@ __all__ = [
     "knn",
     "linear_probe",
     "nearest",
-    "standardised",
     "weighted_layers_probe",
+    "whitened",
 ]

@@ -13,13 +13,18 @@ def nearest(features_nd: Tensor, queries_qd: Tensor, k: int, chunk: int = 1024) 
     return torch.cat([top.values for top in found]), torch.cat([top.indices for top in found])
 
 
-def standardised(features_nd: Tensor, queries_qd: Tensor) -> tuple[Tensor, Tensor]:
-    """Both with the mean and spread per dimension of `features_nd` removed.
+def whitened(features_nd: Tensor, queries_qd: Tensor, shrinkage: float = 0.1) -> tuple[Tensor, Tensor]:
+    """Both, centred and turned so that `features_nd` vary alike in every direction; labels play no part.
 
-    Mean-pooled Transformer states share a large common part, beside which cosine similarity sees little else.
+    Mean-pooled Transformer states vary mostly along a few directions (brightness, loudness, frequent words), beside
+    which cosine similarity sees little else. Whitened, k-NN does not depend on how features are mixed or scaled, as a
+    linear probe does not. `shrinkage`, in mean variances, keeps directions that hold next to nothing from counting.
     """
-    mean_d, spread_d = features_nd.mean(dim=0), features_nd.std(dim=0).clamp(min=1e-6)
-    return (features_nd - mean_d) / spread_d, (queries_qd - mean_d) / spread_d
+    mean_d = features_nd.double().mean(dim=0)
+    centred_nd = features_nd.double() - mean_d
+    variance_d, axes_dd = torch.linalg.eigh(centred_nd.T @ centred_nd / features_nd.shape[0])
+    map_dd = axes_dd / (variance_d.clamp(min=0) + shrinkage * variance_d.mean() + 1e-12).sqrt()
+    return (centred_nd @ map_dd).float(), ((queries_qd.double() - mean_d) @ map_dd).float()
 
 
 def knn(

@@ -11,7 +11,7 @@ from torch import Tensor
 from d2v_scale.data.batch import Batch
 from d2v_scale.evaluation.config import EvaluationConfig
 from d2v_scale.evaluation.features import mean_over_positions
-from d2v_scale.evaluation.knn import knn, standardised
+from d2v_scale.evaluation.knn import knn, whitened
 from d2v_scale.model.stack import Student, Teacher
 from d2v_scale.parallel.zero import StudentEngine
 from d2v_scale.teacher import ShardedTeacher
@@ -35,10 +35,10 @@ class OnlineEvaluation:
         self._student, self._teacher = student, teacher
 
     def accuracy(self) -> float:
-        """k-NN accuracy in [0, 1] of the teacher's features. Collective: all ranks must call; all get the value."""
+        """k-NN accuracy in [0, 1] of the teacher's features, whitened. Collective: all ranks must call; all get it."""
         features_nd, labels_n = self._features(self._train)
         queries_qd, labels_q = self._features(self._test)
-        features_nd, queries_qd = standardised(features_nd, queries_qd)
+        features_nd, queries_qd = whitened(features_nd, queries_qd)
         return knn(features_nd, labels_n, queries_qd, labels_q, self.config.k)
 
     def _features(self, batches: LabelledBatches) -> tuple[Tensor, Tensor]:
