@@ -89,12 +89,13 @@ def test_usr1_saves_requeues_and_ends_with_the_same_weights(submit: Callable[...
     assert first.step not in (-1, EVERY), "the stop made a checkpoint of its own"
 
 
+@pytest.mark.slow
 def test_node_down_continues_from_the_newest_checkpoint(submit: Callable[..., Job], uninterrupted: Job) -> None:
     job = submit(env=NO_PREFLIGHT)
     job.wait_for_step(EVERY + 3)
     job.cluster.run("scontrol", "update", "NodeName=n2", "State=DOWN", "Reason=test")
     job.wait_for_state("PENDING", "COMPLETING")
-    # Refused when the node has reported back by itself already.
+    # Refused while the node completes, or when it has reported back by itself.
     job.cluster.run("scontrol", "update", "NodeName=n2", "State=RESUME", check=False)
     assert_same_run(job, uninterrupted)
 
