@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import yaml
 
 from d2v_scale.errors import ConfigError
-from d2v_scale.recipe import Recipe, binding_differences, to_dict
+from d2v_scale.recipe import Recipe, binding_differences, differences, to_dict
 
 RECIPES = Path(__file__).parent / "recipes"
 DEFAULT_RECIPE = "demo_vision"
@@ -182,6 +182,15 @@ def load_recipe(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ConfigError("run_dir", f"{path} is not a recipe", "Choose another --run_dir.")
     return value
+
+
+def changed_from_named(recipe: Recipe) -> dict[str, str]:
+    """Tags `recipe.<key>` for what differs from the recipe of that name in this package; none if there is no such."""
+    if not (RECIPES / f"{recipe.name}.yaml").is_file():
+        return {}
+    named, _ = parse(["--recipe", recipe.name])
+    changed = differences(_plain(to_dict(named)), _plain(to_dict(recipe)))
+    return {f"recipe.{key}": f"{old} -> {new}" for key, (old, new) in changed.items()}
 
 
 def check_same_recipe(recipe: Recipe, run_dir: Path, allow_change: bool) -> None:

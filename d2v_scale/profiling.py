@@ -1,9 +1,12 @@
 """Where the time of a step goes: a trace of chosen steps, and a table of the costliest operations and parts."""
 
+import signal
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -39,6 +42,12 @@ def part(name: str) -> Iterator[None]:
         yield
 
 
+def decoders(student: nn.Module) -> dict[str, nn.Module]:
+    """The student's predictors, under the names that a profile shows."""
+    found = dict(getattr(student, "predictors", {}).items())
+    return {"decoder" if len(found) == 1 else f"decoder {name}": module for name, module in found.items()}
+
+
 class StepProfiler:
     """Profiles a range of steps of one process. The loop calls `begin` before and `end` after every step.
 
@@ -46,13 +55,26 @@ class StepProfiler:
     one rank may profile alone.
     """
 
-    def __init__(self, config: ProfileConfig, run_dir: Path, modules: dict[str, nn.Module] | None = None) -> None:
-        """`modules`: parts that are modules, by name (the decoder); their forward passes are named while profiling."""
+    def __init__(
+        self, config: ProfileConfig, run_dir: Path, modules: dict[str, nn.Module] | None = None, *, rank: int = 0
+    ) -> None:
+        """SIGUSR2 to this process asks for a profile of its next five steps, from now on.
+
+        `modules`: parts that are modules, by name (the decoder); their forward passes are named while profiling.
+        `rank`: others than 0 have it in their files' names.
+        """
         self._bounds = config.bounds()
         self._run_dir = run_dir
         self._modules = modules or {}
         self._profile: Any = None
         self._handles: list[Any] = []
+        self._suffix = f"-rank-{rank:05d}" if rank else ""
+        self._asked = False
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGUSR2, self._on_signal)
+
+    def _on_signal(self, _number: int, _frame: FrameType | None) -> None:
+        self._asked = True
 
     def request(self, next_step: int, count: int = 5) -> None:
         """Profile the next `count` steps, as asked for by a signal; ignored while a profile is being taken."""
@@ -61,6 +83,9 @@ class StepProfiler:
 
     def begin(self, step: int) -> None:
         """Before step number `step` (from 1)."""
+        if self._asked:
+            self._asked = False
+            self.request(step)
         if self._bounds is None or step != self._bounds[0] or self._profile is not None:
             return
         for name, module in self._modules.items():
@@ -83,7 +108,7 @@ class StepProfiler:
         self._profile.__exit__(None, None, None)
         for handle in self._handles:
             handle.remove()
-        name = f"profile-{self._bounds[0]}-{self._bounds[1]}"
+        name = f"profile-{self._bounds[0]}-{self._bounds[1]}{self._suffix}"
         folder = self._run_dir / "logs"
         folder.mkdir(parents=True, exist_ok=True)
         self._profile.export_chrome_trace(str(folder / f"{name}.json.gz"))

@@ -111,6 +111,8 @@ class StopFlag:
         flag = cls(deadline)
         for number in _SIGNALS:
             signal.signal(number, flag._on_signal)
+        # It asks for a profile (d2v_scale.profiling); until there is something to profile it must not kill.
+        signal.signal(signal.SIGUSR2, signal.SIG_IGN)
         return flag
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:

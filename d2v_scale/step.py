@@ -15,6 +15,7 @@ from d2v_scale.parallel.groups import Topology
 from d2v_scale.parallel.zero import StepResult, StudentEngine
 from d2v_scale.profiling import part
 from d2v_scale.teacher import ShardedTeacher
+from d2v_scale.tracking.meters import Stopwatch
 
 
 @dataclass
@@ -30,6 +31,7 @@ class Observations:
     stem_moments: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
     target_rank: Tensor | None = None
     target_cosine: Tensor | None = None
+    ema_time: Stopwatch = field(default_factory=Stopwatch)
 
 
 def count_step(batches: list[Batch], topology: Topology) -> Tensor:
@@ -81,7 +83,7 @@ def train_step(
     with part("optimizer"):
         result = student.step()
     if result.applied:
-        with part("ema"):
+        with part("ema"), observations.ema_time:
             teacher.update(ema.decay(objective.ema, student.completed_updates), measure=observe)
     return result, observations
 

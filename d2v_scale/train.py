@@ -37,6 +37,7 @@ from d2v_scale.data.batch import Batch
 from d2v_scale.data.labelled import LabelledSet
 from d2v_scale.data.loader import StepLoader
 from d2v_scale.data2vec import ema
+from d2v_scale.diagnostics import StepDiagnostics
 from d2v_scale.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_LOST_PEER, ConfigError, UserError, Verdict
 from d2v_scale.evaluation.online import OnlineEvaluation
 from d2v_scale.health import HealthMonitor
@@ -46,7 +47,7 @@ from d2v_scale.optim import make_optimizer, parameter_groups, set_rates
 from d2v_scale.parallel import ds_config, groups
 from d2v_scale.parallel.groups import Topology
 from d2v_scale.parallel.zero import StudentEngine, build_student
-from d2v_scale.profiling import StepProfiler, part
+from d2v_scale.profiling import StepProfiler, decoders, part
 from d2v_scale.recipe import Recipe, to_dict
 from d2v_scale.signals import Agreement, Stop, StopFlag, StopReason, is_lost_peer
 from d2v_scale.status import outcome_of, write_status
@@ -216,7 +217,12 @@ def supervise(run: Run, stop_flag: StopFlag) -> int:
     recipe, topology = run.recipe, run.topology
     run.tracker.start(
         to_dict(recipe),
-        {**environment_tags(), "world_size": topology.world_size, "zero_stage": run.student.stage},
+        {
+            **environment_tags(),
+            **command_line.changed_from_named(recipe),
+            **topology.tags(),
+            "zero_stage": run.student.stage,
+        },
         resume_step=run.step if run.saved >= 0 else None,
         total_steps=last_step(run),
     )
@@ -268,12 +274,15 @@ def train(run: Run, stop_flag: StopFlag, agreement: Agreement, watchdog: Watchdo
         evaluate(run)
     stop_flag.starting = False
     batches = iter(run.loader)
-    profiler = StepProfiler(recipe.profile, run.directory)
+    profiler = StepProfiler(recipe.profile, run.directory, decoders(student.module), rank=run.topology.rank)
+    diagnostics = StepDiagnostics(student, recipe.model.backbone.depth)
     while run.step < end:
         profiler.begin(run.step + 1)
         with part("data"), meter.waiting("data"):
             micro_batches = next(batches)
         logged = run.tracker.due(run.step + 1, end)
+        if logged:
+            diagnostics.arm()
         lr = set_rates(student.optimizer, recipe.optim, student.completed_updates)
         draw = Draw(recipe.seed, run.step)
         result, seen = train_step(student, teacher, micro_batches, recipe.objective, draw, observe=logged)
@@ -286,7 +295,8 @@ def train(run: Run, stop_flag: StopFlag, agreement: Agreement, watchdog: Watchdo
             if student.skipped_in_a_row >= recipe.max_skipped_in_a_row:
                 stop_flag.up(StopReason.NON_FINITE)
         if logged:
-            record(run, seen, {"lr": lr, "grad_norm": result.grad_norm}, meter, monitor)
+            parts = diagnostics.figures(result.grad_norm) if result.applied else {}
+            record(run, seen, {"lr": lr, "grad_norm": result.grad_norm}, parts, meter, monitor)
             if monitor.collapsed:
                 stop_flag.up(StopReason.COLLAPSE)
         if run.step == end or (recipe.evaluation.every and run.step % recipe.evaluation.every == 0):
@@ -303,11 +313,18 @@ def train(run: Run, stop_flag: StopFlag, agreement: Agreement, watchdog: Watchdo
     return None
 
 
-def record(run: Run, seen: Observations, values: dict[str, float], meter: SpeedMeter, monitor: HealthMonitor) -> None:
-    """Write the figures of this step to the record, and judge them. Reads from the device. Collective."""
+def record(
+    run: Run,
+    seen: Observations,
+    values: dict[str, float],
+    parts: dict[str, Tensor],
+    meter: SpeedMeter,
+    monitor: HealthMonitor,
+) -> None:
+    """Record the figures of this step and its `parts`, and judge them. Waits for the device. Collective."""
     completed = run.student.completed_updates
     decay = ema.decay(run.recipe.objective.ema, max(1, completed))
-    figures = {**collapse_statistics(seen, run.topology), **run.teacher.health()}
+    figures = {**collapse_statistics(seen, run.topology), **run.teacher.health(), **parts}
     values |= {name: float(value) for name, value in figures.items()}
     speed = meter.read() | host_values()
     samples = run.samples
@@ -315,7 +332,7 @@ def record(run: Run, seen: Observations, values: dict[str, float], meter: SpeedM
         speed["step_seconds"] * (run.step - run.recorded_step)
     )
     run.recorded_samples, run.recorded_step = samples, run.step
-    values |= speed
+    values |= speed | {"ema_seconds": seen.ema_time.seconds()}
     values |= {"decay": decay, "updates": completed, "skipped_updates": run.student.skipped_updates}
     values |= {f"data/{name}": value for name, value in run.loader.counters().items()}
     run.tracker.log(run.step, samples, values)
@@ -340,7 +357,8 @@ def save(run: Run) -> None:
         "version": __version__,
     }
     held = pieces(run.student, run.teacher)
-    run.writer.save(run.step, held, state(run.student, run.teacher), extra)
+    stall = run.writer.save(run.step, held, state(run.student, run.teacher), extra)
+    run.tracker.log(run.step, run.samples, {"checkpoint_stall_seconds": stall})
     run.saved = run.step
 
 

@@ -79,13 +79,13 @@ class Watchdog:
         self._last_beat = time.monotonic()
         self._closed = threading.Event()
         host = os.environ.get("SLURMD_NODENAME", socket.gethostname())  # the name that Slurm's commands take
+        with contextlib.suppress(ValueError, OSError, AttributeError):  # stderr may have no file descriptor
+            faulthandler.register(signal.SIGQUIT, file=sys.stderr, all_threads=True)
         mine = Peer(rank, host, os.getpid(), _started(os.getpid()))
         self.peers, begun = _exchange(mine, world_size)
         self.hang_dir = self.run_dir / "logs" / f"hang-{begun}"
         # Long enough for every rank's thread to notice, as their last beats lie within one step of each other.
         self._settle_s = min(15.0, max(1.0, limit_s / 4))
-        with contextlib.suppress(ValueError, OSError, AttributeError):  # stderr may have no file descriptor
-            faulthandler.register(signal.SIGUSR2, file=sys.stderr, all_threads=True)
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
 
@@ -174,7 +174,7 @@ class Watchdog:
             (self.hang_dir / f"silent-{peer.rank:05d}.json").write_text(json.dumps(state))
             if state.startswith((_STATES["R"], _STATES["S"])):
                 with contextlib.suppress(OSError):
-                    os.kill(peer.pid, signal.SIGUSR2)  # its Python threads are stuck; this still prints their stacks
+                    os.kill(peer.pid, signal.SIGQUIT)  # its Python threads are stuck; this still prints their stacks
 
     def _reason(self, live: set[int], silent_for_s: float) -> str:
         silent = [peer for peer in self.peers if peer.rank not in live]

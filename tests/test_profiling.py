@@ -1,5 +1,6 @@
 import gzip
 import json
+import signal
 from pathlib import Path
 
 import pytest
@@ -55,3 +56,14 @@ def test_a_request_profiles_the_next_steps(tmp_path: Path) -> None:
 def test_a_wrong_range_is_named(steps: str) -> None:
     with pytest.raises(ConfigError, match=r"profile\.steps"):
         ProfileConfig(steps=steps).bounds()
+
+
+def test_sigusr2_asks_for_a_profile(tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGUSR2)
+    try:
+        profiler = StepProfiler(ProfileConfig(), tmp_path, rank=1)
+        signal.raise_signal(signal.SIGUSR2)
+        student = nn.Linear(64, 64)
+        assert [path.name for path in run_steps(profiler, 6, student, student)] == ["profile-1-5-rank-00001.txt"]
+    finally:
+        signal.signal(signal.SIGUSR2, before)

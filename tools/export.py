@@ -5,6 +5,11 @@ import os
 import sys
 import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from d2v_scale.model.config import Modality
+    from d2v_scale.recipe import Recipe
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -16,7 +21,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--weights", choices=("teacher", "student"), default="teacher", help="whose averaged tensors")
     parser.add_argument("--modality", choices=("vision", "speech", "text"), help="which one, where there are several")
     parser.add_argument("--tokenizer", type=Path, help="sentencepiece model (default: the one of the training data)")
+    parser.add_argument("--log_model", type=Path, metavar="RUN", help="also log it as a model of this run in MLflow")
     options = parser.parse_args(arguments)
+    if options.log_model is not None and options.to != "hf":
+        parser.error("--log_model needs --to hf")
 
     warnings.filterwarnings("ignore")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -57,7 +65,22 @@ def run(options: argparse.Namespace) -> int:
     difference = largest_difference(encoder, options.out, modality, checkpoint)
     passed = difference <= LARGEST_DIFFERENCE
     print(f"largest difference to our encoder on the same input: {difference:.3g} {'PASS' if passed else 'FAIL'}")
+    if passed and options.log_model is not None:
+        print(f"logged as {log_model(options, recipe, modality, checkpoint.step)}")
     return 0 if passed else 1
+
+
+def log_model(options: argparse.Namespace, recipe: "Recipe", modality: "Modality", step: int) -> str:
+    """The URI of the MLflow model, logged to the run that `--log_model` names. Raises UserError if there is none."""
+    from d2v_scale.errors import UserError
+    from d2v_scale.interop import mlflow_model
+    from d2v_scale.tracking.mirror_state import MirrorState, tracking_uri
+
+    state = MirrorState.load(options.log_model)
+    if not state.run_id:
+        raise UserError(f"{options.log_model} has no run in MLflow.", "Run tools/sync_mlflow.py on it first.")
+    uri = tracking_uri(options.log_model)
+    return mlflow_model.log_model(options.out, recipe.model, modality, tracking_uri=uri, run_id=state.run_id, step=step)
 
 
 if __name__ == "__main__":

@@ -64,6 +64,15 @@ class Topology:
     device: torch.device
     mpu: ModelParallelUnit
 
+    def tags(self) -> dict[str, int]:
+        """How the processes share the work, for the record."""
+        return {
+            "world_size": self.world_size,
+            "data_parallel": self.data_parallel_size,
+            "tensor_parallel": self.tensor_size,
+            "pipeline_parallel": self.pipeline_size,
+        }
+
     @property
     def data_parallel_group(self) -> dist.ProcessGroup:
         """The ranks that hold the same slice of the model and split the batch."""

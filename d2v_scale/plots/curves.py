@@ -29,6 +29,7 @@ GROUPS = (
     Group("mean cosine", ("target_cosine", "prediction_cosine")),
     Group("teacher", ("student_teacher_*", "teacher_update_norm", "teacher_norm"), log=True),
     Group("gradient norm", ("grad_norm*", "gradient_norm*"), log=True),
+    Group("update-to-weight ratio", ("update_ratio/*",), log=True),
     Group("learning rate", ("lr", "learning_rate")),
     Group("EMA decay", ("decay", "ema_decay")),
     Group("samples per second", ("samples_per_second",)),
@@ -36,6 +37,7 @@ GROUPS = (
         "share of time or memory", ("*_wait_share", "host_cpu_share", "host_memory_used_share", "data/padding", "mfu*")
     ),
     Group("memory, GiB", ("host_memory_gib", "device_memory_gib", "device_memory_peak_gib")),
+    Group("seconds", ("ema_seconds", "checkpoint_stall_seconds", "step_seconds"), log=True),
     Group("skipped and lost", ("skipped*", "data/lost")),
 )
 

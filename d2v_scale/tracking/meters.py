@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 
 class SpeedMeter:
@@ -45,6 +46,41 @@ class SpeedMeter:
         values |= {f"{name}_wait_share": min(1.0, wait / elapsed) for name, wait in self._waits.items()}
         self._restart()
         return values
+
+
+class Stopwatch:
+    """Times one block without a host synchronisation; the device's time where there is one."""
+
+    def __init__(self) -> None:
+        self._marks: list[Any] = []
+
+    def _mark(self) -> None:
+        import torch
+
+        if torch.cuda.is_available():
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self._marks.append(event)
+        else:
+            self._marks.append(time.perf_counter())
+
+    def __enter__(self) -> "Stopwatch":
+        self._marks = []
+        self._mark()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._mark()
+
+    def seconds(self) -> float:
+        """How long the block took; 0 if it never ran. Waits for the device."""
+        if len(self._marks) < 2:
+            return 0.0
+        begin, end = self._marks
+        if isinstance(begin, float):
+            return end - begin
+        end.synchronize()
+        return begin.elapsed_time(end) / 1000
 
 
 def host_values() -> dict[str, float]:

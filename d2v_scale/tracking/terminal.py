@@ -16,6 +16,7 @@ class Terminal:
         """`live`: rich progress line; default: if stdout is a terminal."""
         self._total = total_steps
         self._shown: dict[str, float] = {}
+        self._checkpoint = ""
         self._started: tuple[float, int] | None = None
         self._progress: Any = None
         if sys.stdout.isatty() if live is None else live:
@@ -35,12 +36,16 @@ class Terminal:
         """Show one record of metrics.jsonl. Values not in it keep their last reading at a terminal."""
         step = record["step"]
         self._started = self._started or (time.monotonic(), step)
+        if "checkpoint_stall_seconds" in record:
+            self._checkpoint = f"checkpoint at {step}"
         fresh = {name: record[name] for name in _SHOWN if name in record}
         self._shown |= fresh
         if self._progress is not None:
-            text = "  ".join([*(_format(name, value) for name, value in self._shown.items()), self._eta(step)])
+            text = "  ".join(
+                [*(_format(name, value) for name, value in self._shown.items()), self._eta(step), self._checkpoint]
+            )
             self._progress.update(self._task, completed=step, values=text)
-        else:
+        elif fresh:  # other lines say nothing that a log needs
             of = f"/{self._total}" if self._total else ""
             parts = [f"step {step}{of}", *(_format(name, value) for name, value in fresh.items()), self._eta(step)]
             print("  ".join(part for part in parts if part), flush=True)

@@ -14,6 +14,7 @@ from torch import Tensor
 from d2v_scale.checkpoint import Checkpoint, training
 from d2v_scale.checkpoint.config import CheckpointConfig
 from d2v_scale.checkpoint.writer import CheckpointWriter
+from d2v_scale.diagnostics import StepDiagnostics
 from d2v_scale.parallel import ds_config, groups, zero
 from d2v_scale.teacher import ShardedTeacher, TeacherConfig
 
@@ -58,9 +59,12 @@ def poisoned(loss: Tensor, student: zero.StudentEngine, poison: dict | None, ste
     return loss
 
 
-def train(case: dict, student: zero.StudentEngine, teacher: ShardedTeacher) -> tuple[list[float], list[float]]:
+def train(
+    case: dict, student: zero.StudentEngine, teacher: ShardedTeacher
+) -> tuple[list[float], list[float], dict[str, float]]:
     kind = tiny_model if case.get("model") == "real" else toy
-    topology, losses, norms = student.topology, [], []
+    topology, losses, norms, parts = student.topology, [], [], {}
+    diagnostics = StepDiagnostics(student, depth=2 if case.get("model") == "real" else 3)
     first, last = case["steps"]
     for step in range(first, last):
         total = torch.zeros(())
@@ -72,17 +76,19 @@ def train(case: dict, student: zero.StudentEngine, teacher: ShardedTeacher) -> t
             total += loss.detach()
             scaled = loss * (topology.data_parallel_size * student.accumulation / count)
             student.backward(poisoned(scaled, student, case.get("poison"), step, micro))
+        diagnostics.arm()
         result = student.step()
         if result.applied:
             check_update(case, teacher, case.get("decay", SETTINGS.decay))
             norms.append(result.grad_norm)
+            parts = {name: float(value) for name, value in diagnostics.figures(result.grad_norm).items()}
         elif before is not None:
             assert step == case["poison"]["step"], f"step {step} was skipped"
             assert bits(student, teacher) == before, "a skipped step changed something"
             assert student.skipped_in_a_row == 1
         dist.all_reduce(total, group=topology.data_parallel_group)
         losses.append(float(total / count))
-    return losses, norms
+    return losses, norms, parts
 
 
 def bits(student: zero.StudentEngine, teacher: ShardedTeacher) -> list[bytes]:
@@ -134,9 +140,9 @@ def run(case: dict, topology: groups.Topology) -> None:
             training.restore_weights(source, student, teacher, reset_teacher=case.get("reset_teacher", False))
         else:
             training.restore(source, student, teacher)
-    losses, norms = train(case, student, teacher)
+    losses, norms, parts = train(case, student, teacher)
     health = {name: float(value) for name, value in teacher.health().items()}
-    extra = {"losses": losses, "norms": norms, "health": health}
+    extra = {"losses": losses, "norms": norms, "health": health, "parts": parts}
     writer = CheckpointWriter.create(Path(case["out"]), CheckpointConfig(peer_timeout=30))
     writer.save(case["steps"][1], training.pieces(student, teacher), training.state(student, teacher), extra)
     assert writer.finish(), writer.poll()

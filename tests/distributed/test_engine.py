@@ -146,6 +146,7 @@ def test_equals_a_plain_loop(folder: Path, one: dict) -> None:
     assert distance(found, expected["teacher"], "teacher") < 2e-6
     assert found.extra["losses"] == pytest.approx(expected["losses"], rel=2e-6)
     assert found.extra["norms"] == pytest.approx(expected["norms"], rel=1e-6)
+    assert found.extra["parts"] == pytest.approx(expected["parts"], rel=1e-3)
 
 
 def test_teacher_health_is_measured(folder: Path) -> None:
@@ -236,6 +237,7 @@ def test_tensor_parallel_equals_one_process(folder: Path, name: str) -> None:
     assert sliced.extra["losses"] == pytest.approx(whole.extra["losses"], rel=2e-6)
     assert sliced.extra["norms"] == pytest.approx(whole.extra["norms"], rel=1e-5)
     assert sliced.extra["health"] == pytest.approx(whole.extra["health"], rel=1e-3)
+    assert sliced.extra["parts"] == pytest.approx(whole.extra["parts"], rel=1e-3)
 
 
 def test_tensor_parallel_checkpoint_loads_without(folder: Path) -> None:

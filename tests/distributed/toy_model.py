@@ -139,7 +139,9 @@ def reference(settings: Settings, skip: tuple[int, ...] = ()) -> dict:
             continue
         loss.backward()
         norms.append(float(nn.utils.clip_grad_norm_(student.parameters(), settings.clip)))
+        before = {name: p.detach().clone() for name, p in weights.items()}
         adam.step()
+        parts = part_figures(weights, before, norms[-1])
         adam.zero_grad()
         with torch.no_grad():
             for name, p in teacher.named_parameters():
@@ -150,9 +152,31 @@ def reference(settings: Settings, skip: tuple[int, ...] = ()) -> dict:
     return {
         "losses": losses,
         "norms": norms,
+        "parts": parts,
         "student": {name: p.detach().clone() for name, p in weights.items()},
         "teacher": {name: p.detach().clone() for name, p in teacher.named_parameters()},
     }
+
+
+def part_figures(weights: dict[str, nn.Parameter], before: dict[str, Tensor], norm: float) -> dict[str, float]:
+    """What `StepDiagnostics` reports of a step, from whole tensors. The gradients are clipped, `norm` is not."""
+    total = torch.cat([p.grad.flatten() for p in weights.values()]).norm()
+    roots = {
+        "stem": ("stem.", "mask_"),
+        "blocks_first": ("blocks.0.",),
+        "blocks_middle": ("blocks.1.",),
+        "blocks_last": ("blocks.2.",),
+        "predictor": ("predictor.",),
+    }
+    figures = {}
+    for part, starts in roots.items():
+        names = [name for name in weights if name.startswith(starts)]
+        gradient = torch.cat([weights[name].grad.flatten() for name in names]).norm()
+        old = torch.cat([before[name].flatten() for name in names])
+        new = torch.cat([weights[name].detach().flatten() for name in names])
+        figures[f"grad_norm/{part}"] = float(norm * gradient / total)
+        figures[f"update_ratio/{part}"] = float((new - old).norm() / old.norm())
+    return figures
 
 
 def count(step: int) -> int:
