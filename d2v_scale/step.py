@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from d2v_scale.breakdown import LossBreakdown
 from d2v_scale.data.batch import Batch
 from d2v_scale.data2vec import ema, loss, statistics
 from d2v_scale.data2vec.config import ObjectiveConfig
@@ -56,12 +57,14 @@ def train_step(
     draw: Draw,
     *,
     observe: bool,
+    breakdown: LossBreakdown | None = None,
 ) -> tuple[StepResult, Observations]:
     """Run one step over this rank's micro-batches. Collective: all ranks must call, with the same modality.
 
     The loss is a sum over masked positions divided by their number over all ranks and micro-batches (spec 1.3), so
     every micro-batch's sum is scaled by data-parallel size x accumulation / count: DeepSpeed divides by both.
-    `observe` also collects what `collapse` needs. The teacher moves if and only if the optimizer stepped.
+    `observe` also collects what `collapse` needs.
+    `breakdown` gets the loss by source. The teacher moves if and only if the optimizer stepped.
     """
     topology = student.topology
     counts = count_step(batches, topology)
@@ -80,6 +83,8 @@ def train_step(
             student.backward(share * factor)
         if observe:
             _observe(observations, output, targets_nd)
+        if breakdown is not None:
+            breakdown.add(batch, output.predictions_nd, targets_nd, objective.loss)
     with part("optimizer"):
         result = student.step()
     if result.applied:

@@ -27,8 +27,10 @@ import torch
 from torch import Tensor
 
 from d2v_scale import __version__, command_line, run_directory
+from d2v_scale.breakdown import LossBreakdown
 from d2v_scale.checkpoint import Checkpoint, find_newest_valid, open_any
 from d2v_scale.checkpoint.find import verify_together
+from d2v_scale.checkpoint.format import MANIFEST, directory_name
 from d2v_scale.checkpoint.training import pieces, restore, restore_weights, state
 from d2v_scale.checkpoint.writer import CheckpointWriter
 from d2v_scale.command_line import Options
@@ -283,9 +285,14 @@ def train(run: Run, stop_flag: StopFlag, agreement: Agreement, watchdog: Watchdo
         logged = run.tracker.due(run.step + 1, end)
         if logged:
             diagnostics.arm()
+        breakdown = LossBreakdown(recipe.data.source_names(), run.topology.device) if logged else None
+        if run.step == 0:
+            run.tracker.preview(micro_batches[0])
         lr = set_rates(student.optimizer, recipe.optim, student.completed_updates)
         draw = Draw(recipe.seed, run.step)
-        result, seen = train_step(student, teacher, micro_batches, recipe.objective, draw, observe=logged)
+        result, seen = train_step(
+            student, teacher, micro_batches, recipe.objective, draw, observe=logged, breakdown=breakdown
+        )
         run.step += 1
         profiler.end(run.step)
         run.rows += seen.rows
@@ -294,8 +301,9 @@ def train(run: Run, stop_flag: StopFlag, agreement: Agreement, watchdog: Watchdo
             log.warning("Step %d was skipped: a loss or gradient was not finite", run.step)
             if student.skipped_in_a_row >= recipe.max_skipped_in_a_row:
                 stop_flag.up(StopReason.NON_FINITE)
-        if logged:
+        if breakdown is not None:
             parts = diagnostics.figures(result.grad_norm) if result.applied else {}
+            parts |= breakdown.figures(student.topology)
             record(run, seen, {"lr": lr, "grad_norm": result.grad_norm}, parts, meter, monitor)
             if monitor.collapsed:
                 stop_flag.up(StopReason.COLLAPSE)
@@ -367,6 +375,8 @@ def report_saves(run: Run) -> None:
     for result in run.writer.poll():
         if result.error is not None:
             log.warning("Checkpoint of step %d could not be written: %s", result.step, result.error)
+        else:
+            run.tracker.checkpoint(run.writer.root / directory_name(result.step), MANIFEST, result.step)
 
 
 def failed(error: Exception, directory: Path | None, is_main: bool) -> int:

@@ -9,7 +9,7 @@ import os
 import sys
 from pathlib import Path
 
-from d2v_scale.tracking.mirror import catch_up
+from d2v_scale.tracking.follow import catch_up
 from d2v_scale.tracking.mirror_state import tracking_uri
 from d2v_scale.tracking.record import METRICS_FILE
 

@@ -112,7 +112,7 @@ def _draw(axes: "Axes", records: Sequence[dict[str, Any]], group: Group, names: 
     axes.grid(alpha=0.3)
     axes.tick_params(which="both", labelsize=8)
     if len(names) > 1 or names[0] != group.title:
-        axes.legend(fontsize=7)
+        axes.legend(fontsize=7, framealpha=0.5)
 
 
 def main() -> int:

@@ -13,11 +13,11 @@ _SLURM = ("JOB_ID", "ARRAY_JOB_ID", "ARRAY_TASK_ID", "JOB_NAME", "JOB_NODELIST",
 
 
 def environment_tags() -> dict[str, str]:
-    """Git revision, versions, host, Slurm ids and restart count. The caller adds world size and topology."""
+    """Git revision, versions, host and Slurm ids. The caller adds the topology, `RunTracker` the restarts."""
     tags = {f"version.{name}": version(name) for name in _VERSIONS}
     tags |= {"version.python": platform.python_version(), "host": platform.node(), "git.revision": git_revision()}
     tags |= {f"slurm.{name.lower()}": os.environ[f"SLURM_{name}"] for name in _SLURM if f"SLURM_{name}" in os.environ}
-    return tags | {"restarts": os.environ.get("SLURM_RESTART_COUNT", "0")}
+    return tags
 
 
 def git_revision() -> str:

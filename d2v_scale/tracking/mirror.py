@@ -8,14 +8,10 @@ A process instead of a thread because creating the sqlite store takes seconds of
 slow the training steps down.
 """
 
-import argparse
-import fcntl
 import json
 import os
 import re
-import select
 import sys
-import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,10 +21,7 @@ from d2v_scale.tracking.mirror_state import EVENTS_FILE, MirrorState, tracking_u
 from d2v_scale.tracking.record import AXES, METRICS_FILE, SUPERSEDED_FILE, parse_lines
 from d2v_scale.tracking.system import node_of, system_files
 
-LOCK_FILE = ".mlflow.lock"
 POINTS_PER_CALL = 1000
-POLL_SECONDS = 1.0
-MAX_BACKOFF_SECONDS = 30.0
 END_OF_RUN = {"done": "FINISHED", "requeue": "SCHEDULED", "failed": "FAILED"}
 _PERMANENT = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST"}
 _ENVIRONMENT = {
@@ -327,103 +320,3 @@ def _read_from(path: Path, offset: int) -> bytes:
     with path.open("rb") as file:
         file.seek(offset)
         return file.read()
-
-
-def quiet_libraries() -> None:
-    """Keep MLflow's and its libraries' chatter (migrations, retries) out of the log."""
-    import logging
-
-    for name in ("alembic", "mlflow", "urllib3"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-
-
-def follow(run_dir: Path, finish_timeout: float) -> bool:
-    """Repeat the run directory until stdin closes or says so, then what is left; False if something stayed behind.
-
-    One line on stdout the first time MLflow does not answer, none afterwards.
-    """
-    parent = os.getppid()
-    mirror: Mirror | None = None
-    warned = False
-    deadline: float | None = None
-    wait = POLL_SECONDS
-    while True:
-        failed = False
-        try:
-            mirror = mirror or Mirror(run_dir)
-            mirror.step()
-            wait = POLL_SECONDS
-        except Outdated:
-            return False
-        except Exception as error:  # whatever MLflow or its store raises, the run goes on
-            failed = True
-            wait = min(MAX_BACKOFF_SECONDS, wait * 2)
-            print(f"{time.strftime('%F %T')} {type(error).__name__}: {error}", file=sys.stderr, flush=True)
-            if not warned:
-                warned = True
-                _tell(
-                    f"MLflow at {tracking_uri(run_dir)} does not take records ({_reason(error)}); metrics.jsonl has "
-                    "them all and they are sent when it answers."
-                )
-        if deadline is not None and mirror is not None and (not mirror.pending() or failed):
-            return not mirror.pending() and not mirror.refused
-        if deadline is not None and time.monotonic() > deadline:
-            return False
-        if deadline is None and _told_to_finish(wait, parent):
-            deadline = time.monotonic() + finish_timeout
-
-
-def catch_up(run_dir: Path) -> Mirror | None:
-    """Send what the run directory holds and MLflow does not, once; raises what MLflow raises.
-
-    None: a mirror is at work on this directory already (the run is in progress on this machine).
-    """
-    quiet_libraries()
-    with (run_dir / LOCK_FILE).open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return None
-        mirror = Mirror(run_dir)
-        mirror.step()
-        return mirror
-
-
-def _reason(error: Exception) -> str:
-    text = str(error)
-    if "Connection refused" in text:
-        return "connection refused"
-    if "Max retries exceeded" in text:  # the library's words for any failure to connect
-        return "no connection"
-    return text.splitlines()[0][:200] if text else type(error).__name__
-
-
-def _tell(message: str) -> None:
-    try:
-        print(message, flush=True)
-    except OSError:  # the run is gone
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-
-
-def _told_to_finish(seconds: float, parent: int) -> bool:
-    """Wait; True when the training process asked for the end or is gone."""
-    readable, _, _ = select.select([sys.stdin], [], [], seconds)
-    return bool(readable) or os.getppid() != parent
-
-
-def main() -> int:
-    """Entry of the companion process that `RunTracker` starts."""
-    parser = argparse.ArgumentParser(description="Follow a run directory and repeat its record to MLflow.")
-    parser.add_argument("run_dir", type=Path)
-    parser.add_argument("--finish-timeout", type=float, default=60.0)
-    arguments = parser.parse_args()
-    quiet_libraries()
-    os.nice(10)
-    with (arguments.run_dir / LOCK_FILE).open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # the mirror of an attempt that just died may still be sending
-        complete = follow(arguments.run_dir, arguments.finish_timeout)
-    return 0 if complete else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())

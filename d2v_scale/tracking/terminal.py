@@ -36,8 +36,6 @@ class Terminal:
         """Show one record of metrics.jsonl. Values not in it keep their last reading at a terminal."""
         step = record["step"]
         self._started = self._started or (time.monotonic(), step)
-        if "checkpoint_stall_seconds" in record:
-            self._checkpoint = f"checkpoint at {step}"
         fresh = {name: record[name] for name in _SHOWN if name in record}
         self._shown |= fresh
         if self._progress is not None:
@@ -56,6 +54,10 @@ class Terminal:
             self._progress.console.print(text, markup=False, highlight=False)
         else:
             print(text, flush=True)
+
+    def checkpoint(self, step: int) -> None:
+        """The newest committed checkpoint is of this step; shown with the next record of a live display."""
+        self._checkpoint = f"checkpoint {step}"
 
     def close(self) -> None:
         """Leave the terminal as it was."""

@@ -7,12 +7,15 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from d2v_scale.tracking.config import TrackingConfig
 from d2v_scale.tracking.mirror_state import EVENTS_FILE, MirrorState, tracking_uri
 from d2v_scale.tracking.record import MetricsLog
 from d2v_scale.tracking.terminal import Terminal
+
+if TYPE_CHECKING:
+    from d2v_scale.data.batch import Batch
 
 STOPPED_TIMEOUT = 3.0
 RunEnd = Literal["done", "requeue", "failed"]
@@ -22,7 +25,7 @@ class RunTracker:
     """metrics.jsonl, the terminal, and MLflow behind them. Everything is a no-op where `is_main` is False.
 
     Nothing here is collective, and nothing of MLflow's can raise or wait: it lives in a process of its own
-    (d2v_scale.tracking.mirror) which follows the files.
+    (d2v_scale.tracking.follow) which follows the files.
     """
 
     def __init__(self, run_dir: Path | str, config: TrackingConfig, is_main: bool) -> None:
@@ -54,9 +57,10 @@ class RunTracker:
         (self.run_dir / "logs").mkdir(exist_ok=True)
         self._log = MetricsLog(self.run_dir, resume_step)
         self._terminal = Terminal(total_steps)
+        restarts = earlier_starts(self.run_dir)
         self._event("begin", experiment=self.config.experiment, run_name=self.config.run_name)
         self._event("params", values=flatten(params))
-        self._event("tags", values={key: str(value) for key, value in tags.items()})
+        self._event("tags", values={key: str(value) for key, value in tags.items()} | {"restarts": str(restarts)})
         if self.config.enabled:
             self._start_mirror()
 
@@ -90,6 +94,28 @@ class RunTracker:
         """Have MLflow keep a file or directory of the run directory, in `folder` of the run's artifacts."""
         if self.is_main and self._log is not None:
             self._event("artifact", path=os.path.relpath(path, self.run_dir), folder=folder)
+
+    def preview(self, batch: "Batch") -> None:
+        """Draw the first batch with its masks to plots/first_batch.png; what goes wrong is said and costs nothing."""
+        if self._log is None:
+            return
+        path = self.run_dir / "plots" / "first_batch.png"
+        try:
+            import torch  # not above: the mirror imports this package and has no use for it
+
+            from d2v_scale.plots.samples import plot_masks
+
+            plot_masks(batch.to(torch.device("cpu")), path)
+        except Exception as error:  # a picture may not end a run
+            self.message(f"The first batch was not drawn ({error}).")
+            return
+        self.artifact(path, "plots")
+
+    def checkpoint(self, directory: Path, manifest: str, step: int) -> None:
+        """Have MLflow keep the manifest of a committed checkpoint, and show the step."""
+        if self._terminal is not None:
+            self._terminal.checkpoint(step)
+        self.artifact(directory / manifest, f"checkpoints/{directory.name}")
 
     def flush(self) -> None:
         """Force the record to disk; before a checkpoint is committed."""
@@ -150,7 +176,7 @@ class RunTracker:
             self.message(f"The curves were not drawn ({error}).")
 
     def _start_mirror(self) -> None:
-        command = [sys.executable, "-m", "d2v_scale.tracking.mirror", str(self.run_dir.resolve())]
+        command = [sys.executable, "-m", "d2v_scale.tracking.follow", str(self.run_dir.resolve())]
         command += ["--finish-timeout", str(self.config.finish_timeout)]
         try:
             with (self.run_dir / "logs" / "mlflow.log").open("ab") as log:
@@ -177,6 +203,13 @@ class RunTracker:
 def log_evaluation(run_dir: Path, name: str, step: int, values: Mapping[str, float], params: Mapping[str, str]) -> None:
     """Record an evaluation of a run (a probe, say) as a nested MLflow run; sent by the run's mirror or `catch_up`."""
     append_event(run_dir, "evaluation", name=name, step=step, values=dict(values), params=dict(params))
+
+
+def earlier_starts(run_dir: Path) -> int:
+    """How often this run was started before: after a requeue, a stop or a crash, under Slurm or by hand."""
+    path = run_dir / EVENTS_FILE
+    lines = path.read_text().splitlines() if path.exists() else []
+    return sum(line.startswith('{"event": "begin"') for line in lines)
 
 
 def append_event(run_dir: Path, event: str, **content: Any) -> None:

@@ -15,7 +15,7 @@ from mlflow import MlflowClient
 from mlflow_server import MlflowServer, free_port
 
 from d2v_scale.tracking import RunTracker, TrackingConfig
-from d2v_scale.tracking.mirror import catch_up
+from d2v_scale.tracking.follow import catch_up
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 COLOURS = "new Set([...plot.querySelectorAll('path.js-line')].map(line => line.style.stroke)).size"

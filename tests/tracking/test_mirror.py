@@ -14,7 +14,8 @@ from mlflow import MlflowClient
 from mlflow_server import MlflowServer, Proxy, free_port
 
 from d2v_scale.tracking import RunTracker, TrackingConfig, log_evaluation, read_records
-from d2v_scale.tracking.mirror import Mirror, Outdated, catch_up
+from d2v_scale.tracking.follow import catch_up
+from d2v_scale.tracking.mirror import Mirror, Outdated
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -7,7 +7,7 @@ from mlflow import MlflowClient
 from mlflow_server import MlflowServer
 
 from d2v_scale.tracking import RunTracker, TrackingConfig
-from d2v_scale.tracking.mirror import catch_up
+from d2v_scale.tracking.follow import catch_up
 from d2v_scale.tracking.system import SystemMonitor, system_files
 
 
