@@ -1,6 +1,6 @@
 """One run, interrupted again and again by random faults, against an uninterrupted one; prints a table of them.
 
-    python tests/slurm/soak.py DIRECTORY [--faults 25] [--seed 0]
+    python tests/slurm/soak.py DIRECTORY [--faults 25] [--seed 0] [--ranks_per_node 2]
 
 Not collected by pytest: 25 faults take about half an hour on two idle cores.
 """
@@ -70,17 +70,18 @@ def main() -> int:
     parser.add_argument("directory", type=Path)
     parser.add_argument("--faults", type=int, default=25)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--ranks_per_node", type=int, default=2, help="processes on each of the two nodes")
     options = parser.parse_args()
-    draw = random.Random(options.seed)
+    draw, ranks = random.Random(options.seed), str(options.ranks_per_node)
     steps = BETWEEN * (options.faults + 1)
     arguments = ["--recipe=demo_vision", f"--optim.max_steps={steps}", f"--checkpoint.every={EVERY}"]
-    arguments += ["--tracking.log_every=1", "--tracking.enabled=false", "--hang_limit_minutes=0.3"]
+    arguments += ["--tracking.log_every=1", "--tracking.enabled=false", "--hang_limit_minutes=0.5"]
     arguments += ["--evaluation.train=null", "--evaluation.test=null"]
     program = Program(tuple(arguments))
     measured: dict[str, list[tuple[int, float]]] = {name: [] for name in FAULTS}
     with Cluster(options.directory / "cluster") as cluster:
         cluster.env["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-        cluster.env |= {"DS_ACCELERATOR": "cpu", "GLOO_SOCKET_IFNAME": "lo", "SBATCH_GPUS_PER_NODE": "2"}
+        cluster.env |= {"DS_ACCELERATOR": "cpu", "GLOO_SOCKET_IFNAME": "lo", "SBATCH_GPUS_PER_NODE": ranks}
         cluster.env |= {"D2V_SCALE_PREFLIGHT": "0"}
         place = Workplace(cluster, options.directory / "repository", program, Path(__file__).resolve().parents[2])
         reference = place.submit("pretrain_base.sh")

@@ -1,0 +1,255 @@
+"""FLOPs of a training sample, counted from the recipe alone.
+
+Convention: 2 FLOPs per multiply-add of matrix products, convolutions and attention (both products, all pairs of
+positions); norms, activations and softmax are not counted. The backward pass is 2 times the forward pass, except that
+the layer which reads the raw input computes no gradient of it (1 time). Recomputation is no useful work and not part of
+these numbers (`SampleCost.recomputed`). Layer drop is not subtracted: a dropped block counts as run.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from d2v_scale.data2vec import masking
+from d2v_scale.errors import ConfigError
+from d2v_scale.model.config import Modality, ModelConfig, TeacherParts
+from d2v_scale.model.layers import LayerKind, LayerSpec, describe
+from d2v_scale.model.speech import frames_of
+from d2v_scale.recipe import Recipe
+
+SAMPLE_RATE = 16_000
+_DRAWN = 64
+"""Masks that the mean number of masked positions is taken over, where it varies."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lengths:
+    """Sequence lengths of one sample of the size that the recipe allows at most."""
+
+    inputs: int
+    """Size of the raw input: samples of audio, tokens, or pixels along a side."""
+    positions: int
+    """T: patches, frames or tokens of the full sample."""
+    kept: int
+    """Positions that the student's blocks see in each row, extra tokens not included."""
+    masked: float
+    """Positions per row that the loss covers, mean."""
+    extra: int
+    """Extra tokens (CLS)."""
+    clones: int
+    """M: rows of the student per sample."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerCost:
+    """FLOPs per sample of one layer: the student's over all of the sample's rows, the teacher's once."""
+
+    layer: LayerSpec
+    forward: float
+    """Student, forward."""
+    backward: float
+    """Student, backward, without recomputation."""
+    teacher: float
+    """Teacher, forward. 0 where the teacher is given the student's values or does not run the layer."""
+
+    @property
+    def total(self) -> float:
+        """Everything a training step does in this layer, for one sample."""
+        return self.forward + self.backward + self.teacher
+
+
+@dataclass(frozen=True)
+class SampleCost:
+    """FLOPs of one training sample: student forward and backward, and the teacher's forward."""
+
+    layers: tuple[LayerCost, ...]
+
+    def _sum(self, *kinds: LayerKind) -> float:
+        return sum(one.forward + one.backward for one in self.layers if one.layer.kind in kinds)
+
+    @cached_property
+    def student(self) -> float:
+        """Student's blocks, prenet included: forward and backward."""
+        return self._sum("block")
+
+    @cached_property
+    def decoder(self) -> float:
+        """Predictor, or 2.0 decoder: forward and backward."""
+        return self._sum("predictor")
+
+    @cached_property
+    def stem(self) -> float:
+        """Stems of both worlds; what the teacher shares counts once."""
+        return self.student_stem + sum(one.teacher for one in self.layers if one.layer.kind in ("features", "context"))
+
+    @cached_property
+    def student_stem(self) -> float:
+        """The student's own stem: forward and backward."""
+        return self._sum("features", "context")
+
+    @cached_property
+    def teacher(self) -> float:
+        """Teacher's blocks, forward."""
+        return sum(one.teacher for one in self.layers if one.layer.kind == "block")
+
+    @property
+    def total(self) -> float:
+        """Student, teacher, decoder and stem."""
+        return self.student + self.teacher + self.decoder + self.stem
+
+    @property
+    def student_only(self) -> float:
+        """Without what the teacher computes."""
+        return self.student + self.decoder + self.student_stem
+
+    @property
+    def recomputed(self) -> float:
+        """What activation checkpointing adds: the student's blocks forward once more."""
+        return sum(one.forward for one in self.layers if one.layer.kind == "block")
+
+
+@dataclass(frozen=True)
+class Utilisation:
+    """Model FLOPs utilisation, as a fraction of the peak."""
+
+    total: float
+    """Counting the teacher as useful work."""
+    student_only: float
+    """Counting what is trained."""
+
+
+def mfu(cost: SampleCost, samples_per_second: float, devices: int, peak_flops: float) -> Utilisation:
+    """Useful FLOP/s of all devices over their peak. `samples_per_second` over all devices, `peak_flops` of one."""
+    rate = samples_per_second / (devices * peak_flops)
+    return Utilisation(total=cost.total * rate, student_only=cost.student_only * rate)
+
+
+def lengths_of(recipe: Recipe, modality: Modality, seconds: float | None = None) -> Lengths:
+    """Lengths of the longest sample the recipe allows; `seconds`: of a recording of this length (speech)."""
+    model, config = recipe.model, recipe.objective.masking
+    grid: tuple[int, int] | None = None
+    if modality == "vision":
+        assert model.vision is not None
+        inputs = model.vision.image_size
+        side = inputs // model.vision.patch_size
+        grid, positions = (side, side), side * side
+    elif modality == "speech":
+        assert model.speech is not None
+        inputs = round((seconds or recipe.data.speech.max_seconds) * SAMPLE_RATE)
+        positions = frames_of(model.speech, inputs)
+        if positions < 2:
+            raise ConfigError("seconds", f"{inputs / SAMPLE_RATE} s of audio are {positions} frames", "Give more.")
+    else:
+        assert model.text is not None
+        inputs = positions = model.text.max_positions
+    ids = np.arange(1 if model.visible_only else _DRAWN)
+    masks = masking.collate(config, length=positions, grid=grid, sample_ids=ids, seed=0, step=0)
+    counted_rt = masks.masked_rt
+    masked = float(counted_rt.sum(1).mean())
+    return Lengths(
+        inputs=inputs,
+        positions=positions,
+        kept=positions - round(masked) if model.visible_only else positions,
+        masked=masked,
+        extra=1 if modality == "vision" else 0,
+        clones=config.clones,
+    )
+
+
+def cost_of(recipe: Recipe, modality: Modality, seconds: float | None = None) -> SampleCost:
+    """FLOPs of one sample of `modality` as the recipe trains it."""
+    return sample_cost(recipe.model, modality, lengths_of(recipe, modality, seconds), recipe.parts())
+
+
+def sample_cost(model: ModelConfig, modality: Modality, lengths: Lengths, parts: TeacherParts) -> SampleCost:
+    """FLOPs of one sample, layer by layer in the order of `describe`, which is what a pipeline is cut from."""
+    return SampleCost(tuple(_layer(model, modality, lengths, parts, layer) for layer in describe(model, modality)))
+
+
+def _layer(
+    model: ModelConfig, modality: Modality, lengths: Lengths, parts: TeacherParts, layer: LayerSpec
+) -> LayerCost:
+    rows = lengths.clones
+    match layer.kind:
+        case "block":
+            student = rows * block_forward(model, lengths.kept + lengths.extra)
+            return _cost(layer, student, block_forward(model, lengths.positions + lengths.extra))
+        case "features":
+            first, *others = _features(model, modality, lengths)
+            own = 0.0 if parts.role(layer.name) == "absent" else 1.0
+            return LayerCost(
+                layer=layer,
+                forward=first + sum(others),
+                backward=first + 2 * sum(others),
+                teacher=own * (first + sum(others)),
+            )
+        case "context":
+            # 2.0 speech: the positional convolutions see every row at full length, blanks included.
+            once = _position_convolutions(model, lengths.positions) if modality == "speech" else 0.0
+            return _cost(layer, rows * once, once)
+        case "predictor":
+            return _cost(layer, rows * sum(_predictor(model, modality, lengths)), 0.0)
+        case _:
+            return _cost(layer, 0.0, 0.0)
+
+
+def _cost(layer: LayerSpec, forward: float, teacher: float) -> LayerCost:
+    return LayerCost(layer=layer, forward=forward, backward=2 * forward, teacher=teacher)
+
+
+def block_forward(model: ModelConfig, length: int) -> float:
+    """FLOPs of one block's forward over one row of `length` positions."""
+    width, ffn = model.backbone.width, model.backbone.ffn
+    linears = 2 * length * (4 * width * width + 2 * width * ffn)
+    attention = 2 * (2 * length * length * width)
+    return linears + attention
+
+
+def _features(model: ModelConfig, modality: Modality, lengths: Lengths) -> list[float]:
+    """Forward of the stem's layers, the one that reads the raw input first."""
+    width = model.backbone.width
+    if modality == "text":
+        return [0.0]
+    if modality == "vision":
+        assert model.vision is not None
+        pixels = model.vision.channels * model.vision.patch_size**2
+        return [2.0 * lengths.positions * pixels * width]
+    assert model.speech is not None
+    costs = []
+    samples, inputs = lengths.inputs, 1
+    for channels, kernel, stride in model.speech.conv_layers:
+        samples = (samples - kernel) // stride + 1
+        costs.append(2.0 * samples * inputs * kernel * channels)
+        inputs = channels
+    return [*costs, 2.0 * samples * inputs * width]
+
+
+def _position_convolutions(model: ModelConfig, length: int) -> float:
+    assert model.speech is not None
+    stem, width = model.speech, model.backbone.width
+    made = length + (stem.pos_conv_kernel + 1) % 2
+    return stem.pos_conv_depth * 2.0 * made * width * (width // stem.pos_conv_groups) * stem.pos_conv_kernel
+
+
+def _predictor(model: ModelConfig, modality: Modality, lengths: Lengths) -> Iterator[float]:
+    """Forward of the predictor's layers over one row."""
+    spec, width = model.predictor, model.backbone.width
+    masked = lengths.masked
+    if spec.kind in ("linear", "mlp"):
+        hidden = 4 if spec.kind == "mlp" else 1
+        yield 2.0 * masked * hidden * width * width
+        return
+    planar = spec.kind == "conv2d" and modality == "vision"
+    made: float = lengths.positions + (spec.kernel + 1) % 2
+    if planar:
+        made = (lengths.positions**0.5 + (spec.kernel + 1) % 2) ** 2
+    inputs = width
+    for _ in range(spec.layers):
+        yield 2.0 * made * spec.width * (inputs // spec.groups) * spec.kernel ** (2 if planar else 1)
+        inputs = spec.width
+    if spec.proj_layers == 1:
+        yield 2.0 * masked * spec.width * width
+    else:
+        yield 2.0 * masked * (spec.width * 2 * spec.width + 2 * spec.width * width)
