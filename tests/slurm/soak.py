@@ -6,11 +6,11 @@ Not collected by pytest: 25 faults take about half an hour on two idle cores.
 """
 
 import argparse
+import json
 import os
 import random
 import signal
 import sys
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -78,7 +78,6 @@ def main() -> int:
     arguments += ["--tracking.log_every=1", "--tracking.enabled=false", "--hang_limit_minutes=0.5"]
     arguments += ["--evaluation.train=null", "--evaluation.test=null"]
     program = Program(tuple(arguments))
-    measured: dict[str, list[tuple[int, float]]] = {name: [] for name in FAULTS}
     with Cluster(options.directory / "cluster") as cluster:
         cluster.env["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         cluster.env |= {"DS_ACCELERATOR": "cpu", "GLOO_SOCKET_IFNAME": "lo", "SBATCH_GPUS_PER_NODE": ranks}
@@ -91,46 +90,62 @@ def main() -> int:
         draw.shuffle(names)
         for index, name in enumerate(names):
             job.wait_for_step(BETWEEN * (index + 1) + draw.randrange(-5, 6), timeout_s=900)
-            began, before, restarts = time.monotonic(), job.records()[-1]["step"], restarts_of(job)
+            step, restarts = job.records()[-1]["step"], restarts_of(job)
+            print(f"{index + 1:3} {name:20} at step {step}", flush=True)
             FAULTS[name](job, place, draw)
-            wait_until(partial(recovered, job, before, restarts), 900, "the run does not recover")
-            seconds = time.monotonic() - began
-            lost = max(0, before - continued_from(job))
-            measured[name].append((lost, seconds))
-            print(f"{index + 1:3} {name:20} at step {before}: {lost} steps lost, {seconds:.0f} s", flush=True)
+            wait_until(partial(recovered, job, restarts), 900, "the run does not recover")
         assert job.wait_for_end(timeout_s=900) == "COMPLETED", job.story()
+        struck = interruptions(job.run_dir)
+        assert len(struck) == options.faults, struck
         same = job.weights() == reference.weights() and job.losses() == reference.losses()
-    print("\n| fault | times | steps done twice (mean) | seconds to the next new step (mean) |\n|---|---|---|---|")
-    for name, values in measured.items():
-        if values:
-            lost_steps, seconds_each = zip(*values, strict=True)
-            print(f"| {name} | {len(values)} | {mean(lost_steps):.1f} | {mean(seconds_each):.0f} |")
+    print_table(names, struck)
     print(f"\n{steps} steps, {options.faults} faults; weights and losses identical to the uninterrupted run: {same}")
     return 0 if same else 1
+
+
+def print_table(names: list[str], struck: list[tuple[int, float]]) -> None:
+    print(
+        "\n| fault | times | steps done twice, mean (most) | seconds without a step, mean (most) |\n|---|---|---|---|"
+    )
+    for fault in FAULTS:
+        values = [value for name, value in zip(names, struck, strict=True) if name == fault]
+        if values:
+            lost, seconds = zip(*values, strict=True)
+            spread = f"{mean(lost):.1f} ({max(lost)}) | {mean(seconds):.0f} ({max(seconds):.0f})"
+            print(f"| {fault} | {len(values)} | {spread} |")
 
 
 def restarts_of(job: Job) -> int:
     return int(job.cluster.job(job.id).get("Restarts", "0"))
 
 
-def recovered(job: Job, step: int, restarts: int) -> bool:
-    """The run has passed `step` in a later attempt than the one that the fault struck."""
+def recovered(job: Job, restarts: int) -> bool:
+    """An attempt later than the one that the fault struck has made a step."""
     facts = job.cluster.job(job.id)
     if facts.get("JobState") == "PENDING" and facts.get("Reason") == "BeginTime":
         job.cluster.release(job.id)
+    hostfile = job.run_dir / f"logs/{job.id}-{restarts + 1}/hostfile"
     records = job.records()
-    return int(facts.get("Restarts", "0")) > restarts and bool(records) and records[-1]["step"] > step
+    return hostfile.is_file() and bool(records) and records[-1]["time"] > hostfile.stat().st_mtime
 
 
-def continued_from(job: Job) -> int:
-    """The step that the current attempt continued from."""
-    return min((record["step"] for record in job.records() if record["time"] > started(job)), default=1) - 1
+def interruptions(run_dir: Path) -> list[tuple[int, float]]:
+    """(steps done twice, seconds from the last step before it to the first one after) of every interruption.
 
-
-def started(job: Job) -> float:
-    """When the current attempt began, Unix time in seconds."""
-    newest = max((job.run_dir / "logs").glob(f"{job.id}-*/hostfile"), key=lambda path: path.stat().st_mtime)
-    return newest.stat().st_mtime
+    From the record: an attempt that continues from a checkpoint moves the records after it to another file.
+    """
+    steps = []
+    for name in ("metrics.jsonl", "logs/metrics_superseded.jsonl"):
+        if (run_dir / name).exists():
+            steps += [json.loads(line) for line in (run_dir / name).read_text().splitlines()]
+    steps = sorted((one for one in steps if "loss" in one), key=lambda one: one["time"])
+    starts = [json.loads(line)["time"] for line in (run_dir / "attempts.jsonl").read_text().splitlines()][:-1]
+    found = []
+    for ended in starts:
+        before = max((one for one in steps if one["time"] <= ended), key=lambda one: one["time"])
+        after = min((one for one in steps if one["time"] > ended), key=lambda one: one["time"])
+        found.append((before["step"] + 1 - after["step"], after["time"] - before["time"]))
+    return found
 
 
 if __name__ == "__main__":
