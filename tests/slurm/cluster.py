@@ -159,6 +159,15 @@ class Cluster:
         time.sleep(3)
         self.run("scontrol", "update", f"JobId={job_id}", "StartTime=now", check=False)
 
+    def revive(self, node: str) -> None:
+        """Bring back a node that was set down. Slurm refuses it while the node completes a job, so more than once."""
+
+        def is_up() -> bool:
+            self.run("scontrol", "update", f"NodeName={node}", "State=RESUME", check=False)
+            return "down" not in self.run("sinfo", "-h", "-N", "-n", node, "-o", "%T", check=False)
+
+        wait_until(is_up, 60, f"{node} stays down; see {self.dir}/log", every_s=1)
+
     def idle(self) -> set[str]:
         """Names of the nodes that wait for work."""
         try:

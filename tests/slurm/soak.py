@@ -46,7 +46,7 @@ def node_down(job: Job, _place: Workplace, draw: random.Random) -> None:
     node = draw.choice(job.cluster.nodes)
     job.cluster.run("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=soak")
     job.wait_for_state("PENDING", "COMPLETING")
-    job.cluster.run("scontrol", "update", f"NodeName={node}", "State=RESUME", check=False)
+    job.cluster.revive(node)
 
 
 def preemption(job: Job, place: Workplace, _draw: random.Random) -> None:

@@ -89,14 +89,12 @@ def test_usr1_saves_requeues_and_ends_with_the_same_weights(submit: Callable[...
     assert first.step not in (-1, EVERY), "the stop made a checkpoint of its own"
 
 
-@pytest.mark.slow
 def test_node_down_continues_from_the_newest_checkpoint(submit: Callable[..., Job], uninterrupted: Job) -> None:
     job = submit(env=NO_PREFLIGHT)
     job.wait_for_step(EVERY + 3)
     job.cluster.run("scontrol", "update", "NodeName=n2", "State=DOWN", "Reason=test")
     job.wait_for_state("PENDING", "COMPLETING")
-    # Refused while the node completes, or when it has reported back by itself.
-    job.cluster.run("scontrol", "update", "NodeName=n2", "State=RESUME", check=False)
+    job.cluster.revive("n2")
     assert_same_run(job, uninterrupted)
 
 
