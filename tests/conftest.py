@@ -1,11 +1,6 @@
-"""Fixtures that any test may ask for; helpers of this folder (`tiny_models`) can be imported by every test."""
-
-import sys
-from pathlib import Path
+"""Fixtures that any test may ask for. What tests share (`tiny_models`) is found through `pythonpath` in pyproject."""
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """The real models in the ZeRO engines with a sharded teacher: the same losses as a plain loop in one process."""
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,6 @@ WORKER = HERE / "sharded_model_worker.py"
 @pytest.fixture(scope="module")
 def recording(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Losses of the plain loop."""
-    sys.path.insert(0, str(HERE))
     import sharded_model_worker as worker
 
     from d2v_scale.parallel import groups

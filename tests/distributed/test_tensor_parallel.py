@@ -1,6 +1,5 @@
 """Tensor parallelism changes nothing: outputs, gradients and weights after several steps equal one process's."""
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,6 @@ WORKER = HERE / "tensor_parallel_worker.py"
 @pytest.fixture(scope="module")
 def recording(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What one process computes for every case."""
-    sys.path.insert(0, str(HERE))
     import tensor_parallel_worker as worker
 
     from d2v_scale.parallel import groups
