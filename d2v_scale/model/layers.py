@@ -27,6 +27,40 @@ class LayerSpec:
     """Main blocks only: the number that `top_k_layers` counts."""
 
 
+@dataclass(frozen=True)
+class Section:
+    """A contiguous part of the list of layers: what one pipeline stage holds.
+
+    It is named by its main blocks [first, last) of `depth`. The stem, with its prenet, belongs to the part that holds
+    block 0; the final norm and the predictor to the part that holds the last block.
+    """
+
+    first: int
+    last: int
+    depth: int
+
+    @classmethod
+    def whole(cls, config: ModelConfig) -> "Section":
+        """All layers."""
+        return cls(0, config.backbone.depth, config.backbone.depth)
+
+    @property
+    def starts(self) -> bool:
+        """Whether the input enters here."""
+        return self.first == 0
+
+    @property
+    def ends(self) -> bool:
+        """Whether predictions and targets leave here."""
+        return self.last == self.depth
+
+    def holds(self, layer: LayerSpec) -> bool:
+        """Whether this layer is in the part."""
+        if layer.main >= 0:
+            return self.first <= layer.main < self.last
+        return self.ends if layer.kind in ("final_norm", "predictor") else self.starts
+
+
 def describe(config: ModelConfig, modality: Modality) -> list[LayerSpec]:
     """The layers that a sample of `modality` passes, in order."""
     stem = f"stems.{modality}"
@@ -59,6 +93,8 @@ class Carry:
     excluded; None: nothing is."""
     extra_tokens: int = 0
     """Leading positions that are not part of the input (CLS)."""
+    position: Tensor | None = None
+    """The parameter that the position bias is made from, where a later part of the layers will need it."""
 
 
 def rows_of(x_btd: Tensor, kept_rs: Tensor | None, clones: int) -> Tensor:

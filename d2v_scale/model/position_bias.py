@@ -11,20 +11,29 @@ from d2v_scale.model.parallel_linear import for_local_heads, local_share, tensor
 
 
 class RelativeBias(nn.Module):
-    """BEiT's relative-position table on a grid x grid image with a CLS token, one for all blocks (spec 3.5)."""
+    """BEiT's relative-position table on a grid x grid image with a CLS token, one for all blocks (spec 3.5).
+
+    `owned`: whether the table is here, or comes with each call from the pipeline stage that has it.
+    """
 
     index: Tensor
 
-    def __init__(self, grid: int, heads: int, init_std: float = 0.0) -> None:
+    def __init__(self, grid: int, heads: int, init_std: float = 0.0, *, owned: bool = True) -> None:
         super().__init__()
         self.local_heads = local_share(heads, "heads")
-        self.table = nn.Parameter(torch.empty((2 * grid - 1) ** 2 + 3, heads))
-        set_rule(self.table, InitRule("normal", init_std) if init_std else ZEROS)
+        if owned:
+            self.table = nn.Parameter(torch.empty((2 * grid - 1) ** 2 + 3, heads))
+            set_rule(self.table, InitRule("normal", init_std) if init_std else ZEROS)
         self.register_buffer("index", relative_index(grid), persistent=False)
 
-    def forward(self) -> Tensor:
-        """(1, local heads, 1 + grid^2, 1 + grid^2); CLS is position 0."""
-        table = for_local_heads(self.table).narrow(1, tensor_rank() * self.local_heads, self.local_heads)
+    @property
+    def parameter(self) -> nn.Parameter:
+        """The table."""
+        return self.table
+
+    def forward(self, table: Tensor | None = None) -> Tensor:
+        """(1, local heads, 1 + grid^2, 1 + grid^2); CLS is position 0. `table`: another stage's, where none is owned."""
+        table = for_local_heads(self.table if table is None else table).narrow(1, tensor_rank() * self.local_heads, self.local_heads)
         size = self.index.shape[0]
         return F.embedding(self.index.flatten(), table).view(size, size, -1).permute(2, 0, 1).contiguous()[None]
 
@@ -43,22 +52,34 @@ def relative_index(grid: int) -> Tensor:
 
 
 class AlibiBias(nn.Module):
-    """ALiBi with a learned scale >= 0 per head, the same for all blocks: -scale * slope * |i - j| (spec 3.6)."""
+    """ALiBi with a learned scale >= 0 per head, the same for all blocks: -scale * slope * |i - j| (spec 3.6).
+
+    `owned`: whether the scale is here, or comes with each call from the pipeline stage that has it.
+    """
 
     exponents: Tensor
 
-    def __init__(self, heads: int) -> None:
+    def __init__(self, heads: int, *, owned: bool = True) -> None:
         super().__init__()
         self.local_heads = local_share(heads, "heads")
-        self.scale = nn.Parameter(torch.empty(heads))
-        set_rule(self.scale, ONES)
+        if owned:
+            self.scale = nn.Parameter(torch.empty(heads))
+            set_rule(self.scale, ONES)
         # Exponents instead of slopes: they are exact in bf16, to which an engine may cast every buffer.
         self.register_buffer("exponents", torch.tensor(slope_exponents(heads)), persistent=False)
 
-    def forward(self, positions_rs: Tensor) -> Tensor:
-        """fp32 (R, local heads, S, S) for the original positions, int64 (R, S), that are left in each row."""
+    @property
+    def parameter(self) -> nn.Parameter:
+        """The scale."""
+        return self.scale
+
+    def forward(self, positions_rs: Tensor, scale: Tensor | None = None) -> Tensor:
+        """fp32 (R, local heads, S, S) for the original positions, int64 (R, S), that are left in each row.
+
+        `scale`: another stage's, where none is owned.
+        """
         first = tensor_rank() * self.local_heads
-        scale = for_local_heads(self.scale).narrow(0, first, self.local_heads).float().clamp(min=0)
+        scale = for_local_heads(self.scale if scale is None else scale).narrow(0, first, self.local_heads).float().clamp(min=0)
         slope = torch.exp2(-self.exponents.narrow(0, first, self.local_heads).float())
         distance = (positions_rs[:, :, None] - positions_rs[:, None, :]).abs().float()
         return -(scale * slope)[None, :, None, None] * distance[:, None]

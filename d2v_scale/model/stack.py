@@ -1,6 +1,5 @@
 """Student and teacher: two stacks from one list of layers."""
 
-import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -16,7 +15,7 @@ from d2v_scale.errors import ConfigError
 from d2v_scale.model.block import Block, beit_depth_scale
 from d2v_scale.model.config import Modality, ModelConfig, TeacherParts
 from d2v_scale.model.init import InitRule
-from d2v_scale.model.layers import Carry, LayerSpec, describe, has_bias
+from d2v_scale.model.layers import Carry, LayerSpec, Section, describe, has_bias
 from d2v_scale.model.position_bias import AlibiBias, RelativeBias, add_padding
 from d2v_scale.model.predictor import ConvPredictor, build_predictor
 from d2v_scale.model.speech import SpeechContext, SpeechFeatures, frames_of
@@ -52,21 +51,30 @@ class StudentOutput(NamedTuple):
 class _Stack(nn.Module):
     """The layers of `describe(config, modality)` that exist here, and how each one moves the carry."""
 
-    def __init__(self, config: ModelConfig, modalities: list[Modality], parts: TeacherParts | None) -> None:
+    def __init__(
+        self, config: ModelConfig, modalities: list[Modality], parts: TeacherParts | None, section: Section | None
+    ) -> None:
         super().__init__()
         self.config = config
         self.modalities = modalities
+        self.section = section or Section.whole(config)
         self.layers = {modality: describe(config, modality) for modality in modalities}
         backbone = config.backbone
 
         def exists(name: str) -> bool:
             return parts is None or parts.role(name) != "absent"
 
-        self.stems = nn.ModuleDict({m: _build_stem(config, m, exists) for m in modalities})
-        self.blocks = nn.ModuleList(_build_block(config, backbone.prenet_depth + i) for i in range(backbone.depth))
-        if backbone.final_norm and exists("final_norm"):
+        self.stems = nn.ModuleDict({m: _build_stem(config, m, exists, self.section) for m in modalities})
+        # Places of blocks that are elsewhere stay empty, so that every parameter has one name in every section.
+        self.blocks = nn.ModuleList(
+            _build_block(config, backbone.prenet_depth + i)
+            if self.section.first <= i < self.section.last
+            else nn.Identity()
+            for i in range(backbone.depth)
+        )
+        if self.section.ends and backbone.final_norm and exists("final_norm"):
             self.final_norm = nn.LayerNorm(backbone.width, backbone.norm_eps)
-        if exists("predictors"):
+        if self.section.ends and exists("predictors"):
             self.predictors = nn.ModuleDict({m: build_predictor(config, m) for m in modalities})
 
     def stem_features(self, batch: Batch) -> Tensor:
@@ -102,36 +110,53 @@ class _Stack(nn.Module):
         stem = self._stem(batch.modality)
         visible_rs = batch.layout.visible_rs if masked and self.config.visible_only else None
         masked_rt = batch.masked_rt if masked else None
+        states_rsd = stem.context(features_btd, masked_rt, visible_rs, valid_bt, batch.clones if masked else 1)
+        carry = self._carry(batch, states_rsd, valid_bt, None, masked=masked)
+        if not self.section.ends and has_bias(self.config, batch.modality):
+            carry.position = stem.bias.parameter
+        return carry
+
+    def _carry(
+        self, batch: Batch, states_rsd: Tensor, valid_bt: Tensor | None, position: Tensor | None, *, masked: bool
+    ) -> Carry:
+        """States with the bias that every block adds to its attention. `position`: the first stage's parameter of it,
+        where this stack has none of its own."""
+        visible_rs = batch.layout.visible_rs if masked and self.config.visible_only else None
         clones = batch.clones if masked else 1
-        states_rsd = stem.context(features_btd, masked_rt, visible_rs, valid_bt, clones)
         rows, length = states_rsd.shape[:2]
-        extra = 1 if batch.modality == "vision" else 0
         bias = None
         if has_bias(self.config, batch.modality):
+            module = self._stem(batch.modality).bias
             if batch.modality == "vision":
-                bias = stem.bias()
+                bias = module(position)
             else:
                 everything_1t = torch.arange(length, device=states_rsd.device)[None]
-                bias = stem.bias(everything_1t if visible_rs is None else visible_rs)
+                bias = module(everything_1t if visible_rs is None else visible_rs, position)
         if valid_bt is not None:
             valid_bt = valid_bt.repeat_interleave(clones, dim=0)
             if visible_rs is not None:
                 valid_bt = valid_bt.gather(1, visible_rs)
         assert bias is None or bias.shape[0] in (1, rows)
-        return Carry(states_rsd, add_padding(bias, valid_bt, states_rsd.dtype), extra)
+        extra = 1 if batch.modality == "vision" else 0
+        return Carry(states_rsd, add_padding(bias, valid_bt, states_rsd.dtype), extra, position)
 
     def _blocks(self, modality: Modality) -> Iterator[tuple[LayerSpec, nn.Module]]:
-        modules = itertools.chain(self._stem(modality).prenet, self.blocks)
-        return zip((layer for layer in self.layers[modality] if layer.kind == "block"), modules, strict=True)
+        """The blocks of this section, prenet included, in order."""
+        for layer in self.layers[modality]:
+            if layer.kind == "block" and self.section.holds(layer):
+                main = layer.main >= 0
+                yield layer, self.blocks[layer.main] if main else self._stem(modality).prenet[layer.index]
 
 
 class Student(_Stack):
     """The network that is trained: it sees a masked sample and predicts the teacher's targets at masked positions."""
 
-    def __init__(self, config: ModelConfig, modalities: list[Modality] | None = None) -> None:
+    def __init__(
+        self, config: ModelConfig, modalities: list[Modality] | None = None, section: Section | None = None
+    ) -> None:
         """Parameters are unfilled until `initialize` or a checkpoint writes them. Torch distributed and megatron's
-        parallel_state must be initialised."""
-        super().__init__(config, config.modalities if modalities is None else modalities, None)
+        parallel_state must be initialised. `section`: the part of the layers to build; None: all."""
+        super().__init__(config, config.modalities if modalities is None else modalities, None, section)
         backbone = config.backbone
         self._has_dropout = bool(backbone.dropout or backbone.attention_dropout or backbone.activation_dropout)
 
@@ -140,25 +165,43 @@ class Student(_Stack):
 
         Under tensor parallelism or ZeRO-3 all ranks of the group must call, with the same modality.
         """
+        carry, features_btd = self.enter(batch)
+        self.run_blocks(batch, carry, draw)
+        predictions_nd, encoder_rsd, cls_rd = self.leave(batch, carry, draw, noise_rtd)
+        return StudentOutput(predictions_nd, features_btd.detach(), encoder_rsd, cls_rd)
+
+    def enter(self, batch: Batch) -> tuple[Carry, Tensor]:
+        """The stem on the masked input: what the first block gets, and the features (B, T, D) before masking."""
         if self.config.visible_only:
             assert batch.layout.visible_rs is not None, "rows of a 2.0 batch must keep equal numbers of positions"
-        inputs = batch.inputs if batch.student_inputs is None else batch.student_inputs
-        valid_bt = self._valid(batch, inputs)
+        inputs = _student_inputs(batch)
         features_btd = self._features(batch, inputs)
-        carry = self._enter(batch, features_btd, valid_bt, masked=True)
+        return self._enter(batch, features_btd, self._valid(batch, inputs), masked=True), features_btd
+
+    def resume(self, batch: Batch, states_rsd: Tensor, position: Tensor | None) -> Carry:
+        """What the first block of a later section gets: the states and `Carry.position` of the section before."""
+        return self._carry(batch, states_rsd, self._valid(batch, _student_inputs(batch)), position, masked=True)
+
+    def run_blocks(self, batch: Batch, carry: Carry, draw: Draw) -> None:
+        """Move the carry through the blocks that are here."""
         scales = self._branch_scales(batch, draw)
         for layer, block in self._blocks(batch.modality):
             if self._dropped(layer, draw):
                 carry.states_rsd = _with_zero_gradient(block, carry.states_rsd)
                 continue
             carry.states_rsd = self._run_block(block, carry, None if scales is None else scales[layer.index])
+
+    def leave(
+        self, batch: Batch, carry: Carry, draw: Draw, noise_rtd: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Predictions (N, D), encoder output (R, S, D) and CLS output (R, D): see `StudentOutput`."""
         x_rsd = carry.states_rsd
         if self.config.backbone.final_norm:
             x_rsd = self.final_norm(x_rsd)
         encoder_rsd = x_rsd[:, carry.extra_tokens :]
         predictions_nd = self._predict(batch, encoder_rsd, draw, noise_rtd)
         cls_rd = x_rsd[:, carry.extra_tokens - 1] if self.config.visible_only and carry.extra_tokens else None
-        return StudentOutput(predictions_nd, features_btd.detach(), encoder_rsd, cls_rd)
+        return predictions_nd, encoder_rsd, cls_rd
 
     def _run_block(self, block: nn.Module, carry: Carry, scale_2r11: Tensor | None) -> Tensor:
         arguments = (carry.states_rsd, carry.attention_bias, scale_2r11)
@@ -215,8 +258,10 @@ class Student(_Stack):
 class Teacher(_Stack):
     """The teacher's own copies of what it runs: frozen, and in eval mode whatever `train()` is called with."""
 
-    def __init__(self, config: ModelConfig, target: TargetConfig, parts: TeacherParts) -> None:
-        super().__init__(config, config.modalities, parts)
+    def __init__(
+        self, config: ModelConfig, target: TargetConfig, parts: TeacherParts, section: Section | None = None
+    ) -> None:
+        super().__init__(config, config.modalities, parts, section)
         self.target = target
         self.first_tap = targets.first_tapped_layer(target, config.backbone.depth)
         self.requires_grad_(False)
@@ -235,13 +280,29 @@ class Teacher(_Stack):
     def forward(self, batch: Batch, features_btd: Tensor | None = None) -> Tensor:
         """Targets, fp32 (B, T, D), of the unmasked samples. `features_btd`: the student's, where they are shared."""
         accumulator = targets.accumulator(self.target)
-        carry = self._enter_unmasked(batch, features_btd)
+        self.run_blocks(batch, self.enter(batch, features_btd), accumulator)
+        return accumulator.finish()
+
+    def enter(self, batch: Batch, features_btd: Tensor | None) -> Carry:
+        """The stem on the unmasked input: what the first block gets."""
+        if self.owns_features(batch.modality):
+            features_btd = self._features(batch, batch.inputs)
+        assert features_btd is not None, f"this teacher shares {batch.modality} features and was given none"
+        # The student's may be of another precision.
+        features_btd = features_btd.to(next(self.blocks.parameters()).dtype)
+        return self._enter(batch, features_btd, self._valid(batch, batch.inputs), masked=False)
+
+    def resume(self, batch: Batch, states_rsd: Tensor, position: Tensor | None) -> Carry:
+        """What the first block of a later section gets: the states and `Carry.position` of the section before."""
+        return self._carry(batch, states_rsd, self._valid(batch, batch.inputs), position, masked=False)
+
+    def run_blocks(self, batch: Batch, carry: Carry, accumulator: targets.TargetAccumulator) -> None:
+        """Move the carry through the blocks that are here, and add their taps."""
         for layer, block in self._blocks(batch.modality):
             carry.states_rsd, ffn_rsd = block(carry.states_rsd, carry.attention_bias, None)
             if layer.main >= self.first_tap:
                 tap_rsd = ffn_rsd if self.target.tap == "ffn" else carry.states_rsd
                 accumulator.add(tap_rsd[:, carry.extra_tokens :])
-        return accumulator.finish()
 
     @torch.no_grad()
     def features(self, batch: Batch, features_btd: Tensor | None, layers: list[int]) -> list[Tensor]:
@@ -250,22 +311,22 @@ class Teacher(_Stack):
         depth = self.config.backbone.depth
         if not all(-depth <= layer < depth for layer in layers):
             raise ConfigError("layers", f"{layers} are not all blocks of a model of depth {depth}.")
-        wanted = {layer % depth for layer in layers}
+        states = self.outputs(batch, self.enter(batch, features_btd), {layer % depth for layer in layers})
+        return [states[layer % depth] for layer in layers]
+
+    @torch.no_grad()
+    def outputs(self, batch: Batch, carry: Carry, wanted: set[int]) -> dict[int, Tensor]:
+        """Move the carry through the blocks that are here; outputs (B, T, D), without CLS, of the `wanted` ones."""
         states = {}
-        carry = self._enter_unmasked(batch, features_btd)
         for layer, block in self._blocks(batch.modality):
             carry.states_rsd, _ = block(carry.states_rsd, carry.attention_bias, None)
             if layer.main in wanted:
                 states[layer.main] = carry.states_rsd[:, carry.extra_tokens :]
-        return [states[layer % depth] for layer in layers]
+        return states
 
-    def _enter_unmasked(self, batch: Batch, features_btd: Tensor | None) -> Carry:
-        if self.owns_features(batch.modality):
-            features_btd = self._features(batch, batch.inputs)
-        assert features_btd is not None, f"this teacher shares {batch.modality} features and was given none"
-        # The student's may be of another precision.
-        features_btd = features_btd.to(next(self.blocks.parameters()).dtype)
-        return self._enter(batch, features_btd, self._valid(batch, batch.inputs), masked=False)
+
+def _student_inputs(batch: Batch) -> Tensor:
+    return batch.inputs if batch.student_inputs is None else batch.student_inputs
 
 
 def _with_zero_gradient(block: nn.Module, states_rsd: Tensor) -> Tensor:
@@ -283,30 +344,37 @@ class Stem(nn.Module):
 
     features: nn.Module
     context: nn.Module
-    bias: nn.Module
+    bias: RelativeBias | AlibiBias
     prenet: nn.ModuleList
 
 
-def _build_stem(config: ModelConfig, modality: Modality, exists: Callable[[str], bool]) -> Stem:
+def _build_stem(config: ModelConfig, modality: Modality, exists: Callable[[str], bool], section: Section) -> Stem:
     prefix = f"stems.{modality}"
     stem = Stem()
+    if has_bias(config, modality):
+        stem.bias = _build_bias(config, modality, section)
+    if not section.starts:
+        return stem
     if exists(f"{prefix}.features"):
         features = {"vision": VisionFeatures, "speech": SpeechFeatures, "text": TextFeatures}
         stem.features = features[modality](config)
     if modality == "vision":
-        assert config.vision is not None
         stem.context = VisionContext(config)
-        if has_bias(config, modality):
-            stem.bias = RelativeBias(grid_of(config.vision), config.backbone.heads, config.vision.relative_std)
     elif modality == "speech":
         own = not config.visible_only and exists(f"{prefix}.context.mask_embedding")
         stem.context = SpeechContext(config, with_mask_embedding=own)
-        if has_bias(config, modality):
-            stem.bias = AlibiBias(config.backbone.heads)
     else:
         stem.context = TextContext()
     stem.prenet = nn.ModuleList(_build_block(config, i) for i in range(config.backbone.prenet_depth))
     return stem
+
+
+def _build_bias(config: ModelConfig, modality: Modality, section: Section) -> RelativeBias | AlibiBias:
+    heads = config.backbone.heads
+    if modality == "speech":
+        return AlibiBias(heads, owned=section.starts)
+    assert config.vision is not None
+    return RelativeBias(grid_of(config.vision), heads, config.vision.relative_std, owned=section.starts)
 
 
 def _build_block(config: ModelConfig, index: int) -> Block:
