@@ -30,8 +30,8 @@ class Observations:
     target_moments: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
     prediction_moments: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
     stem_moments: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
-    target_rank: Tensor | None = None
-    target_cosine: Tensor | None = None
+    alignment: dict[str, Tensor] = field(default_factory=dict)
+    """Effective rank and mean cosine of the last micro-batch's targets and predictions."""
     ema_time: Stopwatch = field(default_factory=Stopwatch)
 
 
@@ -117,14 +117,15 @@ def _observe(observations: Observations, output: StudentOutput, targets_nd: Tens
     observations.target_moments.append(statistics.moments(targets_nd))
     observations.prediction_moments.append(statistics.moments(output.predictions_nd))
     observations.stem_moments.append(statistics.moments(output.features_btd.flatten(0, 1)))
-    observations.target_rank = statistics.effective_rank(targets_nd)
-    observations.target_cosine = statistics.mean_cosine(targets_nd)
+    for name, x_nd in (("target", targets_nd), ("prediction", output.predictions_nd)):
+        observations.alignment[f"{name}_rank"] = statistics.effective_rank(x_nd)
+        observations.alignment[f"{name}_cosine"] = statistics.mean_cosine(x_nd)
 
 
 def collapse_statistics(observations: Observations, topology: Topology) -> dict[str, Tensor]:
     """loss, spread of targets, predictions and stem output over all ranks (spec 1.5); tensors, nothing is waited for.
 
-    `target_rank` and `target_cosine` are of this rank's last micro-batch. Collective: all ranks must call.
+    Effective rank and mean cosine are of this rank's last micro-batch. Collective: all ranks must call.
     """
 
     def spread(parts: list[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
@@ -138,13 +139,10 @@ def collapse_statistics(observations: Observations, topology: Topology) -> dict[
     total_loss = observations.loss.clone()
     if topology.data_parallel_size > 1:
         dist.all_reduce(total_loss, group=topology.data_parallel_group)
-    values = {
+    return {
         "loss": total_loss,
         "target_std": spread(observations.target_moments),
         "prediction_std": spread(observations.prediction_moments),
         "stem_std": spread(observations.stem_moments),
+        **observations.alignment,
     }
-    if observations.target_rank is not None and observations.target_cosine is not None:
-        values["target_rank"] = observations.target_rank
-        values["target_cosine"] = observations.target_cosine
-    return values

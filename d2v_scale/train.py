@@ -27,7 +27,6 @@ import torch
 from torch import Tensor
 
 from d2v_scale import __version__, command_line, run_directory
-from d2v_scale.breakdown import LossBreakdown
 from d2v_scale.checkpoint import Checkpoint, find_newest_valid, open_any
 from d2v_scale.checkpoint.find import verify_together
 from d2v_scale.checkpoint.format import MANIFEST, directory_name
@@ -38,24 +37,22 @@ from d2v_scale.data import demo
 from d2v_scale.data.batch import Batch
 from d2v_scale.data.labelled import LabelledSet
 from d2v_scale.data.loader import StepLoader
-from d2v_scale.data2vec import ema
-from d2v_scale.diagnostics import StepDiagnostics
 from d2v_scale.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_LOST_PEER, ConfigError, UserError, Verdict
 from d2v_scale.evaluation.online import OnlineEvaluation
-from d2v_scale.health import HealthMonitor
 from d2v_scale.model.init import initialize
 from d2v_scale.model.stack import Draw, Student, Teacher
+from d2v_scale.observing import RunObserver
 from d2v_scale.optim import make_optimizer, parameter_groups, set_rates
 from d2v_scale.parallel import ds_config, groups
 from d2v_scale.parallel.groups import Topology
-from d2v_scale.parallel.zero import StudentEngine, build_student
+from d2v_scale.parallel.zero import StepResult, StudentEngine, build_student
 from d2v_scale.profiling import StepProfiler, decoders, part
 from d2v_scale.recipe import Recipe, to_dict
 from d2v_scale.signals import Agreement, Stop, StopFlag, StopReason, is_lost_peer
 from d2v_scale.status import outcome_of, write_status
-from d2v_scale.step import Observations, collapse_statistics, train_step
+from d2v_scale.step import Observations, train_step
 from d2v_scale.teacher import ShardedTeacher
-from d2v_scale.tracking import RunTracker, SpeedMeter, SystemMonitor, environment_tags, host_values, write_environment
+from d2v_scale.tracking import RunTracker, SystemMonitor, environment_tags, write_environment
 from d2v_scale.watchdog import Watchdog
 
 log = logging.getLogger("d2v_scale.train")
@@ -77,14 +74,13 @@ class Run:
     writer: CheckpointWriter
     tracker: RunTracker
     evaluation: OnlineEvaluation | None
+    observer: RunObserver
     rows: Tensor
     """float64 scalar on the device: rows (samples times clones) seen by all ranks since the run began."""
     step: int = 0
     """Steps taken, those included that were skipped because something was not finite."""
     saved: int = -1
     """Step of the last checkpoint begun."""
-    recorded_step: int = 0
-    recorded_samples: int = 0
 
     @property
     def samples(self) -> int:
@@ -176,8 +172,11 @@ def build(recipe: Recipe, options: Options, config: dict[str, Any], topology: To
     writer = CheckpointWriter.create(directory / "checkpoints", recipe.checkpoint)
     tracker = RunTracker(directory, recipe.tracking, is_main=topology.rank == 0)
     evaluation = make_evaluation(recipe, student, teacher)
+    observer = RunObserver(recipe, student, teacher, loader)
     rows = torch.zeros((), dtype=torch.float64, device=topology.device)
-    run = Run(recipe, options, topology, directory, student, teacher, loader, writer, tracker, evaluation, rows)
+    run = Run(
+        recipe, options, topology, directory, student, teacher, loader, writer, tracker, evaluation, observer, rows
+    )
     load(run)
     return run
 
@@ -205,8 +204,8 @@ def load(run: Run) -> None:
         restore(checkpoint, run.student, run.teacher)
         run.step = run.saved = checkpoint.step
         run.rows.fill_(checkpoint.extra["samples"] * run.recipe.objective.masking.clones)
-        run.recorded_step, run.recorded_samples = run.step, run.samples
         run.loader.load_state_dict(checkpoint.extra["data"])
+        run.observer.load_state_dict(checkpoint.extra.get("totals"), checkpoint.extra["data"])
         log.info("Continuing at step %d from %s", run.step, checkpoint.path)
     elif run.options.init_from is not None:
         source: Checkpoint = open_any(run.options.init_from)
@@ -265,47 +264,41 @@ def last_step(run: Run) -> int:
 
 def train(run: Run, stop_flag: StopFlag, agreement: Agreement, watchdog: Watchdog) -> Stop | None:
     """The training loop. Returns why all ranks stop before the last step, None if they reached it. Collective."""
-    recipe, student, teacher = run.recipe, run.student, run.teacher
+    recipe, student, teacher, observer = run.recipe, run.student, run.teacher, run.observer
     end = last_step(run)
     if run.step >= end:
         return None
-    monitor = HealthMonitor(recipe.objective.health)
-    meter = SpeedMeter()
     student.module.train()
     if run.step == 0:
         evaluate(run)
     stop_flag.starting = False
     batches = iter(run.loader)
     profiler = StepProfiler(recipe.profile, run.directory, decoders(student.module), rank=run.topology.rank)
-    diagnostics = StepDiagnostics(student, recipe.model.backbone.depth)
+    observer.start(run.samples)
     while run.step < end:
         profiler.begin(run.step + 1)
-        with part("data"), meter.waiting("data"):
+        with part("data"), observer.meter.waiting("data"):
             micro_batches = next(batches)
         logged = run.tracker.due(run.step + 1, end)
-        if logged:
-            diagnostics.arm()
-        breakdown = LossBreakdown(recipe.data.source_names(), run.topology.device) if logged else None
+        observer.before(micro_batches, logged)
         if run.step == 0:
             run.tracker.preview(micro_batches[0])
         lr = set_rates(student.optimizer, recipe.optim, student.completed_updates)
         draw = Draw(recipe.seed, run.step)
         result, seen = train_step(
-            student, teacher, micro_batches, recipe.objective, draw, observe=logged, breakdown=breakdown
+            student, teacher, micro_batches, recipe.objective, draw, observe=logged, breakdown=observer.breakdown
         )
         run.step += 1
         profiler.end(run.step)
         run.rows += seen.rows
-        meter.step()
+        observer.after()
         if not result.applied:
             log.warning("Step %d was skipped: a loss or gradient was not finite", run.step)
             if student.skipped_in_a_row >= recipe.max_skipped_in_a_row:
                 stop_flag.up(StopReason.NON_FINITE)
-        if breakdown is not None:
-            parts = diagnostics.figures(result.grad_norm) if result.applied else {}
-            parts |= breakdown.figures(student.topology)
-            record(run, seen, {"lr": lr, "grad_norm": result.grad_norm}, parts, meter, monitor)
-            if monitor.collapsed:
+        if logged:
+            record(run, result, seen, lr)
+            if observer.collapsed:
                 stop_flag.up(StopReason.COLLAPSE)
         if run.step == end or (recipe.evaluation.every and run.step % recipe.evaluation.every == 0):
             evaluate(run)
@@ -321,30 +314,12 @@ def train(run: Run, stop_flag: StopFlag, agreement: Agreement, watchdog: Watchdo
     return None
 
 
-def record(
-    run: Run,
-    seen: Observations,
-    values: dict[str, float],
-    parts: dict[str, Tensor],
-    meter: SpeedMeter,
-    monitor: HealthMonitor,
-) -> None:
-    """Record the figures of this step and its `parts`, and judge them. Waits for the device. Collective."""
-    completed = run.student.completed_updates
-    decay = ema.decay(run.recipe.objective.ema, max(1, completed))
-    figures = {**collapse_statistics(seen, run.topology), **run.teacher.health(), **parts}
-    values |= {name: float(value) for name, value in figures.items()}
-    speed = meter.read() | host_values()
+def record(run: Run, result: StepResult, seen: Observations, lr: float) -> None:
+    """Record the figures of this step, and judge them. Waits for the device. Collective."""
     samples = run.samples
-    speed["samples_per_second"] = (samples - run.recorded_samples) / (
-        speed["step_seconds"] * (run.step - run.recorded_step)
-    )
-    run.recorded_samples, run.recorded_step = samples, run.step
-    values |= speed | {"ema_seconds": seen.ema_time.seconds()}
-    values |= {"decay": decay, "updates": completed, "skipped_updates": run.student.skipped_updates}
-    values |= {f"data/{name}": value for name, value in run.loader.counters().items()}
+    values = {**run.observer.figures(result, seen, samples), "lr": lr}
     run.tracker.log(run.step, samples, values)
-    for sign in monitor.observe(values, completed, decay):
+    for sign in run.observer.signs(values):
         run.tracker.message(f"step {run.step}: {sign}")
 
 
@@ -360,6 +335,7 @@ def save(run: Run) -> None:
     extra = {
         "samples": run.samples,
         "data": run.loader.state_dict(),
+        "totals": run.observer.state_dict(),
         "recipe": json.loads(json.dumps(to_dict(run.recipe))),
         "mlflow_run_id": run.tracker.run_id(),
         "version": __version__,

@@ -1,12 +1,10 @@
-"""What was delivered, what was lost and where, and how long the step waited for it."""
+"""What one rank was given, what was lost and where, and how long the step waited for it."""
 
 import logging
 from collections import Counter, deque
+from dataclasses import dataclass, field
 
-import torch
-
-from d2v_scale.data.batch import Batch
-from d2v_scale.data.plan import Cursor
+from d2v_scale.data.plan import Cursor, PlannedBatch
 from d2v_scale.data.reading import Fault
 
 log = logging.getLogger(__name__)
@@ -15,6 +13,50 @@ _NAMED_PER_SHARD = 3
 _SAMPLES_BEFORE_ALARM = 100
 _RECENT_SAMPLES = 500
 _RECENT_RATIO = 0.5
+
+
+@dataclass
+class Tally:
+    """What became of the planned rows of one micro-batch; made where they are decoded."""
+
+    source: str
+    delivered: dict[int, int]
+    """Rows by epoch."""
+    lost: dict[int, int]
+    """Rows by epoch. Streamed shards also count what is damaged without having been planned."""
+    real: int
+    """Values of the inputs that are no padding: tokens, or samples of audio; 0 for images."""
+    padded: int
+    """Values of the inputs, padding included."""
+
+
+@dataclass
+class EpochCount:
+    """Items of one epoch of one source."""
+
+    planned: int = 0
+    """Of all ranks."""
+    left_out: int = 0
+    """Too short to be planned, of all ranks."""
+    delivered: int = 0
+    lost: int = 0
+
+
+@dataclass
+class SourceCount:
+    """Totals of one source."""
+
+    real: int = 0
+    padded: int = 0
+    epochs: dict[int, EpochCount] = field(default_factory=dict)
+
+    def epoch(self, number: int) -> EpochCount:
+        """The counts of an epoch, which begin at 0."""
+        return self.epochs.setdefault(number, EpochCount())
+
+    @property
+    def delivered(self) -> int:
+        return sum(epoch.delivered for epoch in self.epochs.values())
 
 
 class Counters:
@@ -26,59 +68,76 @@ class Counters:
         self._max_bad_ratio = max_bad_ratio
         self._samples_per_epoch = max(samples_per_epoch, _SAMPLES_BEFORE_ALARM)
         self._recent: deque[tuple[int, int]] = deque()
-        self.delivered = 0
         self.lost_by_shard: Counter[str] = Counter()
-        self._delivered_by_source: Counter[str] = Counter()
+        self._counts = {name: SourceCount() for name in sources}
+        self._untaken = {name: SourceCount() for name in sources}
         self._epochs = dict.fromkeys(sources, 0)
         self._planned = 0
         self._waited = 0.0
-        self._real, self._padded = 0, 0
         self._last: Fault | None = None
 
     def count(
-        self, batches: list[Batch], faults: list[Fault], planned_rows: int, waited_s: float, cursors: list[Cursor]
+        self, planned: PlannedBatch, tallies: list[Tally], faults: list[Fault], waited_s: float, cursors: list[Cursor]
     ) -> None:
-        """One step of this rank. `planned_rows` is of all ranks."""
-        for batch in batches:
-            rows = int((batch.sample_ids >= 0).sum()) if batch.sample_ids.device.type == "cpu" else len(batch.keys)
-            rows = 0 if batch.keys == ("",) else rows
-            self.delivered += rows
-            self._delivered_by_source[batch.source] += rows
-            if batch.valid is not None and batch.valid.device == torch.device("cpu"):
-                self._real += int(batch.valid.sum())
-                self._padded += batch.valid.numel()
+        """One step: `planned` for all ranks, and what became of this rank's micro-batches."""
+        name = self._sources[planned.source]
+        for counts in (self._counts[name], self._untaken[name]):
+            for epoch, rows in planned.rows_by_epoch().items():
+                counts.epoch(epoch).planned += rows
+            for epoch, rows in planned.left_out.items():
+                counts.epoch(epoch).left_out += rows
+            for tally in tallies:
+                counts.real += tally.real
+                counts.padded += tally.padded
+                for epoch, rows in tally.delivered.items():
+                    counts.epoch(epoch).delivered += rows
+                for epoch, rows in tally.lost.items():
+                    counts.epoch(epoch).lost += rows
         for fault in faults:
-            self.lost_by_shard[fault.shard] += 1
-            self._last = fault
-            seen = self.lost_by_shard[fault.shard]
-            if seen <= _NAMED_PER_SHARD:
-                log.warning("lost a sample: %s", fault)
-            elif seen & (seen - 1) == 0:
-                log.warning("%s: %d samples lost so far", fault.shard, seen)
-        self._planned += planned_rows
-        self._recent.append((sum(len(batch.keys) for batch in batches if batch.keys != ("",)), len(faults)))
+            self._name(fault)
+        self._planned += len(planned)
+        self._recent.append((sum(sum(tally.delivered.values()) for tally in tallies), len(faults)))
         while sum(map(sum, self._recent)) - sum(self._recent[0]) >= _RECENT_SAMPLES:
             self._recent.popleft()
         self._waited += waited_s
         self._epochs = {name: cursor.epoch for name, cursor in zip(self._sources, cursors, strict=True)}
 
+    def _name(self, fault: Fault) -> None:
+        self.lost_by_shard[fault.shard] += 1
+        self._last = fault
+        seen = self.lost_by_shard[fault.shard]
+        if seen <= _NAMED_PER_SHARD:
+            log.warning("lost a sample: %s", fault)
+        elif seen & (seen - 1) == 0:
+            log.warning("%s: %d samples lost so far", fault.shard, seen)
+
+    def take(self) -> dict[str, SourceCount]:
+        """This rank's counts by source since the last call (`RunTotals` adds them up)."""
+        taken, self._untaken = self._untaken, {name: SourceCount() for name in self._sources}
+        return taken
+
     @property
     def lost(self) -> int:
         return self.lost_by_shard.total()
 
+    @property
+    def delivered(self) -> int:
+        return sum(counts.delivered for counts in self._counts.values())
+
     def values(self) -> dict[str, float]:
         """`delivered`, `lost` and `wait_s` of this rank, `planned` samples of all ranks, `padding` (share of inputs),
         and for each source its `epoch` and `delivered`."""
+        padded = sum(counts.padded for counts in self._counts.values())
         values: dict[str, float] = {
             "delivered": self.delivered,
             "lost": self.lost,
             "planned": self._planned,
             "wait_s": self._waited,
-            "padding": 1 - self._real / self._padded if self._padded else 0.0,
+            "padding": 1 - sum(counts.real for counts in self._counts.values()) / padded if padded else 0.0,
         }
         for name in self._sources:
             values[f"{name}/epoch"] = self._epochs[name]
-            values[f"{name}/delivered"] = self._delivered_by_source[name]
+            values[f"{name}/delivered"] = self._counts[name].delivered
         return values
 
     def alarm(self) -> str | None:

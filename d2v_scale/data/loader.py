@@ -2,18 +2,19 @@
 
 import logging
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from d2v_scale.data.batch import Batch
 from d2v_scale.data.collate import Collator, Decoder, make_decoder, read_rows
 from d2v_scale.data.config import DataConfig
-from d2v_scale.data.counters import Counters
+from d2v_scale.data.counters import Counters, SourceCount, Tally
 from d2v_scale.data.plan import Cursor, Mixture, PlannedBatch
 from d2v_scale.data.reading import Fault, SampleStore
 from d2v_scale.data.source import Source, open_source
@@ -35,8 +36,6 @@ class StepTask:
     step: int
     planned: list[PlannedBatch]
     """One per micro-batch."""
-    planned_rows: int
-    """Rows of the step over all ranks."""
 
 
 @dataclass
@@ -46,10 +45,12 @@ class DecodedStep:
     step: int
     batches: list[Batch]
     faults: list[Fault] = field(default_factory=list)
+    tallies: list[Tally] = field(default_factory=list)
+    """One per micro-batch."""
 
     def pin_memory(self) -> "DecodedStep":
         """Called by the DataLoader's pinning thread."""
-        return DecodedStep(self.step, [batch.pin_memory() for batch in self.batches], self.faults)
+        return replace(self, batches=[batch.pin_memory() for batch in self.batches])
 
 
 class _StepDataset(Dataset[DecodedStep]):
@@ -79,7 +80,24 @@ class _StepDataset(Dataset[DecodedStep]):
             )
             decoded.batches.append(batch)
             decoded.faults += faults
+            decoded.tallies.append(_tally(batch, planned, kept, faults))
         return decoded
+
+
+def _tally(batch: Batch, planned: PlannedBatch, kept: list[int], faults: list[Fault]) -> Tally:
+    delivered_n = np.zeros(len(planned), dtype=bool)
+    delivered_n[kept] = True
+    lost = Counter(planned.epoch_n[~delivered_n].tolist())
+    # A stream hands out samples that nobody planned, and finds damage beside those it was asked for.
+    lost[batch.epoch] += len(faults) - lost.total()
+    padded = batch.inputs.numel() if kept and batch.modality != "vision" else 0
+    return Tally(
+        source=batch.source,
+        delivered=dict(Counter(planned.epoch_n[delivered_n].tolist())),
+        lost=dict(+lost),
+        real=padded if not padded or batch.valid is None else int(batch.valid.sum()),
+        padded=padded,
+    )
 
 
 class StepLoader:
@@ -125,7 +143,7 @@ class StepLoader:
         self._cursors = [Cursor() for _ in self.sources]
         per_epoch = sum(source.items_per_epoch for source in self.sources) / dp_size
         self._counters = Counters([source.name for source in self.sources], data.max_bad_ratio, per_epoch)
-        self._pending: deque[tuple[int, list[Cursor], int]] = deque()
+        self._pending: deque[tuple[int, list[Cursor], PlannedBatch]] = deque()
         self._steps: Iterator[DecodedStep] | None = None
 
     # -- state ---------------------------------------------------------------------------------------------------
@@ -183,15 +201,19 @@ class StepLoader:
                 raise
             raise DataStarved(f"No batch arrived for step {self._step}: {error}") from error
         waited = time.perf_counter() - asked
-        step, cursors, planned_rows = self._pending.popleft()
+        step, cursors, planned = self._pending.popleft()
         assert step == decoded.step == self._step, "steps arrive in order"
-        self._counters.count(decoded.batches, decoded.faults, planned_rows, waited, cursors)
+        self._counters.count(planned, decoded.tallies, decoded.faults, waited, cursors)
         self._step, self._cursors = step + 1, cursors
         return decoded.batches
 
     def counters(self) -> dict[str, float]:
         """Totals of this rank since the start: see `Counters.values`."""
         return self._counters.values()
+
+    def take_counts(self) -> dict[str, SourceCount]:
+        """What this rank was given by source since the last call: see `RunTotals`."""
+        return self._counters.take()
 
     def faults(self) -> dict[str, int]:
         """Lost samples of this rank by shard."""
@@ -228,8 +250,8 @@ class StepLoader:
             source = self._mixture.source_of(step)
             planned, cursors[source] = self._plans[source].next_batch(cursors[source])
             shares = [planned.share(self._first_share + micro, self._shares) for micro in range(self._accumulation)]
-            self._pending.append((step, list(cursors), len(planned)))
-            yield StepTask(step, shares, len(planned))
+            self._pending.append((step, list(cursors), planned))
+            yield StepTask(step, shares)
             step += 1
 
 
@@ -239,7 +261,7 @@ def on_device(steps: Iterator[DecodedStep], device: torch.device) -> Iterator[De
 
     def copied(decoded: DecodedStep) -> tuple[DecodedStep, torch.cuda.Event]:
         with torch.cuda.stream(stream):
-            moved = DecodedStep(decoded.step, [batch.to(device) for batch in decoded.batches], decoded.faults)
+            moved = replace(decoded, batches=[batch.to(device) for batch in decoded.batches])
             return moved, stream.record_event()
 
     ahead: tuple[DecodedStep, torch.cuda.Event] | None = None

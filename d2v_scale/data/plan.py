@@ -5,7 +5,7 @@ A source's position is three integers (`Cursor`), so a run resumes anywhere by p
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,9 +40,16 @@ class PlannedBatch:
     item_n: Ints
     length: int = 0
     """Common length of the rows where they are bucketed by it; 0 elsewhere."""
+    left_out: dict[int, int] = field(default_factory=dict)
+    """Items by epoch that were passed over on the way to this batch, because their length is 0."""
 
     def __len__(self) -> int:
         return len(self.item_n)
+
+    def rows_by_epoch(self) -> dict[int, int]:
+        """How many of the items are of which epoch."""
+        epochs, counts = np.unique(self.epoch_n, return_counts=True)
+        return dict(zip(epochs.tolist(), counts.tolist(), strict=True))
 
     def share(self, part: int, parts: int) -> "PlannedBatch":
         """The `part`th of `parts` contiguous shares, equal but for one item."""
@@ -83,15 +90,20 @@ class SourcePlan:
         self._cost_is_length = cost_is_length
         self._crop_to_shortest = crop_to_shortest
         self._windows: OrderedDict[tuple[int, int], list[PlannedBatch]] = OrderedDict()
+        self._left_out: dict[tuple[int, int], int] = {}
 
     def next_batch(self, cursor: Cursor) -> tuple[PlannedBatch, Cursor]:
         """The batch at `cursor`, and the cursor after it."""
         if self._length_of is None:
             return self._next_items(cursor)
+        left_out: dict[int, int] = {}
         for tried in self._onwards(cursor):
             batches = self._window(tried.epoch, tried.window)
+            if tried.offset == 0 and (passed := self._left_out[tried.epoch, tried.window]):
+                left_out[tried.epoch] = left_out.get(tried.epoch, 0) + passed
             if tried.offset < len(batches):
-                return batches[tried.offset], replace(tried, offset=tried.offset + 1)
+                found = replace(batches[tried.offset], left_out=left_out)
+                return found, replace(tried, offset=tried.offset + 1)
         raise AssertionError("unreachable")
 
     def _onwards(self, cursor: Cursor) -> Iterator[Cursor]:
@@ -140,9 +152,12 @@ class SourcePlan:
         if (epoch, window) not in self._windows:
             shard_n, item_n = self._order.items(epoch, window)
             whole = PlannedBatch(self._number, np.full(len(item_n), epoch), shard_n, item_n)
-            self._windows[epoch, window] = [whole] if self._length_of is None else self._bucket(whole, epoch, window)
+            batches = [whole] if self._length_of is None else self._bucket(whole, epoch, window)
+            self._windows[epoch, window] = batches
+            self._left_out[epoch, window] = len(whole) - sum(map(len, batches))
             if len(self._windows) > _WINDOWS_KEPT:
-                self._windows.popitem(last=False)
+                oldest, _ = self._windows.popitem(last=False)
+                del self._left_out[oldest]
         return self._windows[epoch, window]
 
     def _bucket(self, whole: PlannedBatch, epoch: int, window: int) -> list[PlannedBatch]:

@@ -90,6 +90,11 @@ class Source:
             return int((-(-self.shards.length_s // (self._block - 1))).sum())
         return int(self.shards.samples_s.sum())
 
+    @property
+    def epoch_is_counted(self) -> bool:
+        """Whether `items_per_epoch` is exact."""
+        return self.modality != "text" or self._data.text.packing == "continuous"
+
     def open_store(self) -> SampleStore:
         """A reader of the samples, for one process."""
         return open_store(self.shards, self._data)

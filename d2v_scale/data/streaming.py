@@ -77,6 +77,11 @@ class StreamedSource:
         """Not known."""
         return 0
 
+    @property
+    def epoch_is_counted(self) -> bool:
+        """A stream does not know where an epoch ends."""
+        return False
+
     def plan(self, batch_size: int, unit: str) -> StreamPlan:
         """Batches of `batch_size` rows. Raises ConfigError for units that need an index."""
         if unit == "seconds":

@@ -1,4 +1,4 @@
-"""Signs of collapse: spread, rank and alignment of targets and predictions (spec 1.5).
+"""Signs of collapse: spread, rank and alignment of targets and predictions (spec 1.5); likeness of representations.
 
 Everything returns tensors on the input's device and waits for nothing, so that it may run every step.
 """
@@ -41,3 +41,22 @@ def mean_cosine(x_nd: Tensor) -> Tensor:
     unit_nd = torch.nn.functional.normalize(x_nd.detach().float(), dim=-1)
     n = unit_nd.shape[0]
     return (unit_nd.sum(0).square().sum() - unit_nd.square().sum()) / max(1, n * (n - 1))
+
+
+def linear_cka(x_nd: Tensor, y_ne: Tensor, weight_n: Tensor | None = None) -> Tensor:
+    """Linear centred kernel alignment of two sets of features of the same N samples, in [0, 1].
+
+    ||Y'X||_F^2 / (||X'X||_F ||Y'Y||_F) with centred columns (Kornblith et al. 2019, eq. 4). `weight_n`: how much each
+    sample counts, 0 to leave it out.
+    """
+    kind = torch.float64 if x_nd.device.type == "cpu" else torch.float32
+    weight_n1 = torch.ones_like(x_nd[:, :1], dtype=kind) if weight_n is None else weight_n.to(kind)[:, None]
+
+    def centred(z_nd: Tensor) -> Tensor:
+        z_nd = z_nd.detach().to(kind)
+        return (z_nd - (z_nd * weight_n1).sum(0) / weight_n1.sum().clamp(min=1e-30)) * weight_n1.sqrt()
+
+    x_nd, y_ne = centred(x_nd), centred(y_ne)
+    cross = (y_ne.T @ x_nd).square().sum()
+    own = (x_nd.T @ x_nd).norm() * (y_ne.T @ y_ne).norm()
+    return cross / own.clamp(min=1e-30)

@@ -64,3 +64,8 @@ def preset(name: str) -> Hardware:
     if name.lower() not in PRESETS:
         raise ConfigError("device", f"{name!r} is not known", f"Choose one of {', '.join(PRESETS)}.")
     return PRESETS[name.lower()]
+
+
+def of_device(name: str) -> Hardware | None:
+    """The numbers of the device that a driver calls `name` (say, `NVIDIA H100 80GB HBM3`); None: not known."""
+    return next((one for one in PRESETS.values() if one.name in name.lower()), None)

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from d2v_scale.data2vec.statistics import linear_cka
 from d2v_scale.evaluation.knn import nearest
 from d2v_scale.plots.samples import log_spectrogram, to_image
 
@@ -70,22 +71,11 @@ def _draw_sample(axes: "Axes", sample: Sample) -> None:
         axes.imshow(to_image(sample), interpolation="nearest")
 
 
-def linear_cka(x_nd: Tensor, y_ne: Tensor) -> float:
-    """Linear centred kernel alignment of two sets of features of the same N samples, in [0, 1].
-
-    ||Y'X||_F^2 / (||X'X||_F ||Y'Y||_F) with centred columns (Kornblith et al. 2019, eq. 4).
-    """
-    x_nd, y_ne = (z.double() - z.double().mean(dim=0) for z in (x_nd, y_ne))
-    cross = (y_ne.T @ x_nd).square().sum()
-    own = (x_nd.T @ x_nd).norm() * (y_ne.T @ y_ne).norm()
-    return float(cross / own.clamp(min=1e-30))
-
-
 def plot_cka(rows_lnd: Tensor, columns_lnd: Tensor, path: Path, *, row_name: str, column_name: str) -> Path:
     """Heat map of the linear CKA of every layer of one model with every layer of another, on the same N samples."""
     from matplotlib.figure import Figure
 
-    values = np.array([[linear_cka(x_nd, y_nd) for y_nd in columns_lnd] for x_nd in rows_lnd])
+    values = np.array([[float(linear_cka(x_nd, y_nd)) for y_nd in columns_lnd] for x_nd in rows_lnd])
     figure = Figure(figsize=(1.8 + 0.45 * len(columns_lnd), 1.6 + 0.42 * len(rows_lnd)), layout="constrained")
     axes = figure.add_subplot()
     image = axes.imshow(values, origin="lower", vmin=0, vmax=1, cmap="viridis")

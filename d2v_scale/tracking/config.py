@@ -15,6 +15,8 @@ class TrackingConfig:
     """Name of the run in MLflow; null: the name of the run directory."""
     log_every: int = 10
     """Steps between records. The first and the last step are always recorded."""
+    peak_tflops: float | None = None
+    """Peak of one device, TFLOP/s, that `mfu` is a share of; null: bf16 of A100, H100 or H200, elsewhere no mfu."""
     plot_every: int = 0
     """Steps between pictures in `plots/`; 0: only at the end of the run."""
     finish_timeout: float = 60.0

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from d2v_scale.data2vec.statistics import effective_rank, mean_cosine, moments, std_from_moments
+from d2v_scale.data2vec.statistics import effective_rank, linear_cka, mean_cosine, moments, std_from_moments
 
 
 def sample(n: int = 40, d: int = 8) -> torch.Tensor:
@@ -40,3 +40,16 @@ def test_mean_cosine_equals_the_mean_over_pairs() -> None:
     pairs = [float(unit[i] @ unit[j]) for i in range(9) for j in range(9) if i != j]
     assert float(mean_cosine(x)) == pytest.approx(sum(pairs) / len(pairs), abs=1e-6)
     assert float(mean_cosine(torch.ones(3, 4))) == pytest.approx(1.0, abs=1e-6)
+
+
+def test_cka_ignores_rotation_and_scale_and_tells_unrelated_apart() -> None:
+    x = torch.randn(200, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    rotation, _ = torch.linalg.qr(torch.randn(8, 8, dtype=torch.float64))
+    assert linear_cka(x, 3 * x @ rotation + 5) == pytest.approx(1.0)
+    assert linear_cka(x, torch.randn(200, 8)) < 0.2
+
+
+def test_cka_leaves_out_what_has_no_weight() -> None:
+    x, y = torch.randn(50, 6), torch.randn(50, 4)
+    weight = torch.cat((torch.ones(30), torch.zeros(20)))
+    assert float(linear_cka(x, y, weight)) == pytest.approx(float(linear_cka(x[:30], y[:30])))

@@ -1,0 +1,156 @@
+"""What the whole run was given: over all ranks, and over every restart, for the record and the checkpoint."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from d2v_scale.data.counters import EpochCount, SourceCount
+from d2v_scale.data.source import SAMPLE_RATE, Source
+from d2v_scale.data.streaming import StreamedSource
+from d2v_scale.parallel.groups import Topology
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class _SourceTotals:
+    delivered: int = 0
+    lost: int = 0
+    planned: int = 0
+    real: int = 0
+    """Tokens, or samples of audio."""
+    epochs: dict[int, EpochCount] = field(default_factory=dict)
+    """Those that are not over."""
+    closed: EpochCount | None = None
+    """The last one that is."""
+    unchecked: int = -1
+    """Epochs up to this one were begun by a version that kept no totals."""
+
+
+class RunTotals:
+    """Sums of all ranks' `Counters`. When an epoch is over, it compares what the index promised with what arrived."""
+
+    def __init__(self, sources: Sequence[Source | StreamedSource]) -> None:
+        self._sources = list(sources)
+        self._totals = {source.name: _SourceTotals() for source in sources}
+        self._epochs = {source.name: 0 for source in sources}
+        self._recent = {"tokens": 0, "audio_seconds": 0.0}
+        self._recent_real, self._recent_padded = 0, 0
+
+    # -- state ---------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """For the checkpoint: a few integers per source."""
+        return {
+            name: {
+                "delivered": totals.delivered,
+                "lost": totals.lost,
+                "planned": totals.planned,
+                "real": totals.real,
+                "unchecked": totals.unchecked,
+                "epochs": {str(number): vars(epoch) for number, epoch in totals.epochs.items()},
+            }
+            for name, totals in self._totals.items()
+        }
+
+    def load_state_dict(self, state: dict[str, Any] | None, data: dict[str, Any]) -> None:
+        """Continue from `state`; None: the checkpoint has none. `data`: the loader's state of the same checkpoint."""
+        for name, totals in self._totals.items():
+            if state is None or name not in state:
+                totals.unchecked = data["sources"][name]["epoch"]
+                continue
+            saved = state[name]
+            totals.epochs = {int(number): EpochCount(**epoch) for number, epoch in saved["epochs"].items()}
+            for key in ("delivered", "lost", "planned", "real", "unchecked"):
+                setattr(totals, key, saved[key])
+
+    # -- counting ------------------------------------------------------------------------------------------------
+
+    def collect(self, counts: dict[str, SourceCount], topology: Topology) -> None:
+        """Add what this rank was given since the last call. Waits for the device. Collective: all ranks must call."""
+        flat: list[int] = []
+        for source in self._sources:
+            mine = counts[source.name]
+            flat += [mine.real, mine.padded]
+            for number in sorted(mine.epochs):
+                flat += [mine.epochs[number].delivered, mine.epochs[number].lost]
+        summed = torch.tensor(flat, dtype=torch.float64, device=topology.device)
+        # What was planned is the same on all ranks, and so are the epochs and the length of this list.
+        if topology.data_parallel_size > 1:
+            dist.all_reduce(summed, group=topology.data_parallel_group)
+        numbers = iter(summed.long().tolist())
+        for source in self._sources:
+            self._add(source, counts[source.name], numbers)
+
+    def _add(self, source: Source | StreamedSource, mine: SourceCount, numbers: Any) -> None:
+        totals = self._totals[source.name]
+        real, padded = next(numbers), next(numbers)
+        totals.real += real
+        self._recent_real += real
+        self._recent_padded += padded
+        if source.modality == "text":
+            self._recent["tokens"] += real
+        if source.modality == "speech":
+            self._recent["audio_seconds"] += real / SAMPLE_RATE
+        for number in sorted(mine.epochs):
+            delivered, lost = next(numbers), next(numbers)
+            epoch = totals.epochs.setdefault(number, EpochCount())
+            epoch.planned += mine.epochs[number].planned
+            epoch.left_out += mine.epochs[number].left_out
+            epoch.delivered += delivered
+            epoch.lost += lost
+            totals.planned += mine.epochs[number].planned
+            totals.delivered += delivered
+            totals.lost += lost
+        if totals.epochs:
+            self._epochs[source.name] = max(totals.epochs)
+        for number in [number for number in sorted(totals.epochs) if number < self._epochs[source.name]]:
+            totals.closed = totals.epochs.pop(number)
+            self._check(source, number, totals)
+
+    def _check(self, source: Source | StreamedSource, number: int, totals: _SourceTotals) -> None:
+        epoch = totals.closed
+        assert epoch is not None
+        if number <= totals.unchecked:
+            totals.closed = None
+            return
+        expected = source.items_per_epoch if source.epoch_is_counted else epoch.planned + epoch.left_out
+        told = (
+            f"epoch {number} of {source.name}: {expected} expected, {epoch.delivered} delivered, {epoch.lost} lost, "
+            f"{epoch.left_out} too short"
+        )
+        if expected != epoch.delivered + epoch.lost + epoch.left_out:
+            log.warning("%s: these do not add up", told)
+        elif epoch.lost:
+            log.warning("%s", told)
+
+    # -- record --------------------------------------------------------------------------------------------------
+
+    def figures(self, elapsed_s: float) -> dict[str, float]:
+        """For the record, of the run so far: `tokens`, `audio_seconds` (and per second, since the last call),
+        `data/delivered`, `data/lost`, `data/planned`, `data/padding` (share of the inputs since the last call), and by
+        source `epoch`, `delivered` and of the last whole epoch `epoch_planned`, `epoch_delivered`, `epoch_lost`,
+        `epoch_left_out`."""
+        totals = self._totals.values()
+        values: dict[str, float] = {}
+        for name, modality, unit in (("tokens", "text", 1), ("audio_seconds", "speech", SAMPLE_RATE)):
+            if any(source.modality == modality for source in self._sources):
+                real = sum(self._totals[source.name].real for source in self._sources if source.modality == modality)
+                values[name] = real / unit
+                values[f"{name}_per_second"] = self._recent[name] / elapsed_s
+                self._recent[name] = 0
+        for key in ("delivered", "lost", "planned"):
+            values[f"data/{key}"] = sum(getattr(one, key) for one in totals)
+        values["data/padding"] = 1 - self._recent_real / self._recent_padded if self._recent_padded else 0.0
+        self._recent_real, self._recent_padded = 0, 0
+        for name, one in self._totals.items():
+            values[f"data/{name}/epoch"] = self._epochs[name]
+            values[f"data/{name}/delivered"] = one.delivered
+            if one.closed is not None:
+                values |= {f"data/{name}/epoch_{key}": count for key, count in vars(one.closed).items()}
+                one.closed = None
+        return values

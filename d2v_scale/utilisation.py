@@ -1,0 +1,68 @@
+"""Model FLOPs utilisation of a run: useful FLOPs of what was trained on, over the peak of the devices."""
+
+from functools import lru_cache
+
+import torch
+import torch.distributed as dist
+
+from d2v_scale.data.batch import Batch
+from d2v_scale.model.config import Modality, ModelConfig, TeacherParts
+from d2v_scale.parallel.groups import Topology
+from d2v_scale.planning.flops import Lengths, SampleCost, sample_cost
+from d2v_scale.planning.hardware import of_device
+
+
+class FlopMeter:
+    """Counts the FLOPs of micro-batches by their shapes (padding counts as data), without asking the device."""
+
+    def __init__(
+        self, model: ModelConfig, parts: TeacherParts, topology: Topology, peak_tflops: float | None = None
+    ) -> None:
+        """`peak_tflops`: of one device; None: known for some GPUs by name, and elsewhere there is no utilisation."""
+        self._topology = topology
+        self._peak = None if peak_tflops is None else peak_tflops * 1e12
+        if self._peak is None and topology.device.type == "cuda":
+            known = of_device(torch.cuda.get_device_name(topology.device))
+            self._peak = None if known is None else known.bf16_flops
+        self._flops = [0.0, 0.0]
+        self._visible_only = model.visible_only
+
+        @lru_cache(maxsize=1024)
+        def cost(modality: Modality, lengths: Lengths) -> SampleCost:
+            return sample_cost(model, modality, lengths, parts)
+
+        self._cost = cost
+
+    def count(self, batches: list[Batch]) -> None:
+        """One step of this rank. Local."""
+        for batch in batches:
+            cost = self._cost(batch.modality, lengths_of_batch(batch, self._visible_only))
+            self._flops[0] += batch.inputs.shape[0] * cost.total
+            self._flops[1] += batch.inputs.shape[0] * cost.student_only
+
+    def figures(self, elapsed_s: float) -> dict[str, float]:
+        """Since the last call, `elapsed_s` seconds ago: `tflops_per_device`, and where the peak is known `mfu` (teacher
+        included) and `mfu_student`. Waits for the device. Collective: all ranks must call."""
+        total = torch.tensor(self._flops, dtype=torch.float64, device=self._topology.device)
+        if self._topology.data_parallel_size > 1:
+            dist.all_reduce(total, group=self._topology.data_parallel_group)
+        self._flops = [0.0, 0.0]
+        rate, student_rate = (total / (elapsed_s * self._topology.world_size)).tolist()
+        values = {"tflops_per_device": rate / 1e12}
+        if self._peak is not None:
+            values |= {"mfu": rate / self._peak, "mfu_student": student_rate / self._peak}
+        return values
+
+
+def lengths_of_batch(batch: Batch, visible_only: bool) -> Lengths:
+    """Lengths of a sample of this batch; the masked positions are the mean over its rows."""
+    rows, positions = batch.masked_rt.shape
+    visible_rs = batch.layout.visible_rs
+    return Lengths(
+        inputs=batch.inputs.shape[-1],
+        positions=positions,
+        kept=visible_rs.shape[1] if visible_only and visible_rs is not None else positions,
+        masked=round(batch.layout.masked_n.numel() / max(1, rows)),
+        extra=1 if batch.modality == "vision" else 0,
+        clones=batch.clones,
+    )

@@ -1,0 +1,92 @@
+"""d2v_scale.layer_probe against the same figures computed the slow way."""
+
+import math
+
+import pytest
+import tiny_models
+import torch
+
+from d2v_scale.data2vec.statistics import linear_cka
+from d2v_scale.layer_probe import LayerProbe, attention_entropy
+from d2v_scale.model.config import TeacherParts
+from d2v_scale.model.init import initialize
+from d2v_scale.model.stack import Draw, Student, Teacher
+from d2v_scale.parallel import groups
+
+SEED = 3
+
+
+@pytest.mark.parametrize("name", tiny_models.NAMES)
+def test_every_layer_of_every_model_has_an_entropy_and_a_likeness(name: str) -> None:
+    topology = groups.single_process()
+    config = tiny_models.model(name)
+    student, teacher = Student(config), Teacher(config, tiny_models.target_of(name), TeacherParts())
+    initialize(student, SEED)
+    initialize(teacher, SEED)
+    probe = LayerProbe(student, teacher, topology)
+    batch = tiny_models.batch(name, samples=5, clones=2 if name.startswith("v2") else 1, padded=True)
+    student(batch, Draw(SEED, 0))
+    probe.arm(batch)
+    student(batch, Draw(SEED, 0))
+    teacher(batch)
+    figures = {key: float(value) for key, value in probe.figures().items()}
+    depth = config.backbone.depth
+    for kind in ("attention_entropy", "cka"):
+        layers = [figures[f"{kind}/layer_{index + 1:02d}"] for index in range(depth)]
+        assert all(0 < value < 1 for value in layers), figures
+        assert figures[kind] == pytest.approx(sum(layers) / depth, rel=1e-5)
+    # Disarmed: what follows is not looked at.
+    student(batch, Draw(SEED, 1))
+    assert float(probe.figures()["cka"]) == figures["cka"]
+
+
+def test_networks_that_see_and_compute_the_same_are_alike() -> None:
+    name = "v1_vision"
+    config = tiny_models.model(name)
+    student, teacher = Student(config), Teacher(config, tiny_models.target_of(name), TeacherParts())
+    initialize(student, SEED)
+    initialize(teacher, SEED)
+    batch = tiny_models.batch(name)
+    batch.masked_rt.zero_()
+    probe = LayerProbe(student, teacher, groups.single_process())
+    probe.arm(batch)
+    with torch.no_grad():
+        student(batch, Draw(SEED, 0))
+        teacher(batch)
+    assert float(probe.figures()["cka"]) == pytest.approx(1.0, abs=1e-4)
+
+
+def test_padding_is_not_compared() -> None:
+    name = "v1_text"
+    config = tiny_models.model(name)
+    student, teacher = Student(config), Teacher(config, tiny_models.target_of(name), TeacherParts())
+    initialize(student, SEED)
+    initialize(teacher, SEED + 1)
+    batch = tiny_models.batch(name, samples=4, padded=True)
+    valid_bt = student.valid_positions(batch)
+    assert valid_bt is not None
+    assert not valid_bt.all()
+    states: list[torch.Tensor] = []
+    for block in (student.blocks[1], teacher.blocks[1]):
+        block.register_forward_hook(lambda _m, _i, output: states.append(output[0].detach()))
+    probe = LayerProbe(student, teacher, groups.single_process())
+    probe.arm(batch)
+    student(batch, Draw(SEED, 0))
+    teacher(batch)
+    expected = linear_cka(states[0][valid_bt], states[1][valid_bt])
+    assert float(probe.figures()["cka/layer_02"]) == pytest.approx(float(expected), rel=1e-4)
+
+
+class _Heads:
+    heads, head_dim, split_bias = 2, 4, False
+
+
+def test_entropy_is_1_when_all_is_attended_alike_and_less_when_keys_are_hidden() -> None:
+    qkv = torch.zeros(3, 16, 2 * 3 * 4)
+    assert float(attention_entropy(_Heads(), qkv, None)) == pytest.approx(1.0)
+    valid = torch.zeros(3, 1, 1, 16, dtype=torch.bool)
+    valid[..., :4] = True
+    half = pytest.approx(math.log(4) / math.log(16))
+    assert float(attention_entropy(_Heads(), qkv, valid)) == half
+    hiding = torch.zeros(1, 2, 16, 16).masked_fill(~valid[:1], -math.inf)
+    assert float(attention_entropy(_Heads(), qkv, hiding)) == half
