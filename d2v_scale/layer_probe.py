@@ -5,6 +5,7 @@ forward, the same at every ZeRO stage, and each rank looks at the layers it runs
 """
 
 import math
+from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from d2v_scale.data.batch import Batch
 from d2v_scale.data2vec.statistics import linear_cka
+from d2v_scale.model.block import Block
 from d2v_scale.model.stack import Student, Teacher
 from d2v_scale.parallel.groups import Topology
 
@@ -39,10 +41,10 @@ class LayerProbe:
         self._entropy: dict[int, Tensor] = {}
         self._states: dict[tuple[int, bool], Tensor] = {}
         self._cka: dict[int, Tensor] = {}
-        for index, block in enumerate(student.blocks):
+        for index, block in _here(student):
             self._watch_student(index, block)
             self._watch_states(index, block, of_student=True)
-        for index, block in enumerate(teacher.blocks):
+        for index, block in _here(teacher):
             self._watch_states(index, block, of_student=False)
 
     def arm(self, batch: Batch) -> None:
@@ -118,6 +120,11 @@ class LayerProbe:
         step = -(-student_rsd.shape[0] * student_rsd.shape[1] // POSITIONS)
         x_nd, y_nd = (states_rsd.flatten(0, 1)[::step] for states_rsd in (student_rsd, teacher_rsd))
         return linear_cka(x_nd, y_nd, None if weight_rs is None else weight_rs.flatten()[::step])
+
+
+def _here(network: Student | Teacher) -> Iterator[tuple[int, Block]]:
+    """The main blocks that this rank runs; in a pipeline other stages have the others."""
+    return ((index, block) for index, block in enumerate(network.blocks) if isinstance(block, Block))
 
 
 def attention_entropy(attention: Any, qkv_rsd: Tensor, bias: Tensor | None) -> Tensor:
