@@ -17,7 +17,7 @@ from d2v_scale.data.shard_index import file_sha256
 from d2v_scale.data.shard_set import ShardSet, check_before_start, find_shards
 from d2v_scale.data.streaming import StreamedSource
 from d2v_scale.data2vec.stateless import key
-from d2v_scale.errors import DataError
+from d2v_scale.errors import DataError, DataStarved
 from d2v_scale.model.config import Modality, ModelConfig
 
 log = logging.getLogger(__name__)
@@ -59,7 +59,7 @@ class Source:
         self.fingerprint = shards.fingerprint()
         self._data = data
         self._seed = seed
-        self._lengths = lru_cache(maxsize=_MEMBER_FILES_KEPT)(lambda shard: shards.members(shard).length_n)
+        self._lengths = lru_cache(maxsize=_MEMBER_FILES_KEPT)(self._read_lengths)
         if source.modality == "text":
             assert model.text is not None
             self.tokenizer = Path(data.text.tokenizer) if data.text.tokenizer else shards.tokenizer
@@ -126,6 +126,16 @@ class Source:
         if self.modality == "text":
             options += [self._block, self._data.text.packing]
         return options
+
+    def _read_lengths(self, shard: int) -> NDArray[np.int64]:
+        """Lengths of a shard's samples, which batches are planned from.
+
+        Raises DataStarved: without them ranks would no longer agree on the plan, so one shard cannot be passed over.
+        """
+        try:
+            return self.shards.members(shard).length_n
+        except DataError as error:
+            raise DataStarved(f"Batches of {self.name!r} cannot be planned. {error}") from error
 
     def _items(self, shard: int) -> int:
         """Items of a shard: samples; for text blocks or chunks of documents."""
