@@ -146,19 +146,19 @@ def _bomb() -> bytes:
 
 
 def read_samples(index_file: Path) -> Iterator[Sample]:
-    """The samples of a sound set."""
+    """The samples of a sound set, with a label where they have none."""
     for entry in SetIndex.load(index_file).shards:
         sample: Sample = {}
         with tarfile.open(index_file.parent / entry.path) as tar:
             for member in tar:
                 key, _, extension = member.name.partition(".")
                 if sample and sample["__key__"] != key:
-                    yield sample
+                    yield {"cls": 0, **sample}
                     sample = {}
                 stream = tar.extractfile(member)
                 assert stream is not None
                 sample |= {"__key__": key, extension: stream.read()}
-        yield sample
+        yield {"cls": 0, **sample}
 
 
 if __name__ == "__main__":

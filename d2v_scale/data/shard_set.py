@@ -182,6 +182,13 @@ def check_before_start(shards: ShardSet, source: SourceConfig, max_bad_ratio: fl
     if int(shards.samples_s.sum()) == 0:
         raise DataError(f"The shards of {source.shards!r} hold no sample.", "Check the path.")
     warnings, lost, looked_at = [], 0, 0
+    damaged = [(path, entry.damage) for path, entry in zip(shards.paths, shards.entries, strict=True) if entry.damage]
+    if damaged:
+        # Unreadable documents have no tokens to plan: what they would have given is in no count but this.
+        warnings.append(
+            f"{len(damaged)} of {len(shards.paths)} shards were damaged when they were indexed, the first: "
+            f"{damaged[0][0]}: {'; '.join(damaged[0][1][:3])}"
+        )
     for shard in np.unique(np.linspace(0, len(shards.paths) - 1, _CHECKED_AT_START).astype(int)):
         path, entry = shards.paths[shard], shards.entries[shard]
         if is_remote(path):

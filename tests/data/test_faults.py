@@ -155,6 +155,19 @@ def test_a_longer_tar_than_the_indexed_one_is_refused_before_the_start(tmp_path:
         open_loader(tmp_path)
 
 
+def test_what_was_damaged_when_it_was_indexed_is_said_at_the_start(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    first, _ = two_shards(tmp_path)
+    index = SetIndex.load(tmp_path / "a.index.json")
+    assert caplog.text == ""
+    os.truncate(first, first.stat().st_size // 2)
+    index.shards[0] = index_shard(first, members_file(first), tmp_path)
+    index.save(tmp_path / "a.index.json")
+    open_loader(tmp_path, ratio=0.5)
+    assert f"1 of 2 shards were damaged when they were indexed, the first: {first}: " in caplog.text
+
+
 def test_a_deleted_shard_is_refused_before_the_start(tmp_path: Path) -> None:
     first, _ = two_shards(tmp_path)
     first.unlink()

@@ -1,5 +1,6 @@
 """d2v_scale.data.loader: what a step holds at any world size, worker count and after any stop."""
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,46 @@ def test_all_ranks_together_read_what_one_would(
         for ours, theirs in zip(joined([b for part in parts for b in part]), joined(expected), strict=True):
             assert torch.equal(torch.as_tensor(ours), torch.as_tensor(theirs))
     assert [loader.state_dict() for loader in loaders] == [alone.state_dict()] * ranks
+
+
+@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    attempts=st.lists(st.tuples(st.integers(1, 6), st.sampled_from([0, 0, 1, 2]), st.integers(1, 4)), min_size=2),
+    size=st.integers(10, 40),
+    modality=st.sampled_from(["vision", "speech"]),
+)
+def test_no_stop_and_no_change_of_ranks_and_workers_loses_or_repeats_a_sample(
+    images: Path, sounds: Path, attempts: list[tuple[int, int, int]], size: int, modality: str
+) -> None:
+    """Attempts of (ranks, workers, steps until the stop), one after the other, until two epochs are over."""
+    source = SourceConfig(shards=str(images if modality == "vision" else sounds), modality=modality)  # type: ignore[arg-type]
+    samples = 90 if modality == "vision" else 75
+    state: dict[str, Any] | None = None
+    seen: dict[int, list[int]] = {}
+    for ranks, workers, steps in itertools.cycle(attempts):
+        # One rank with workers says enough about them, and processes are dear.
+        loaders = [
+            make_loader(source, size=size, dp_rank=rank, dp_size=ranks, workers=0 if rank else workers)
+            for rank in range(ranks)
+        ]
+        for loader in loaders:
+            if state is not None:
+                loader.load_state_dict(state)
+        for _ in range(steps):
+            ids = [i for loader in loaders for b in next(loader) if b.keys != ("",) for i in b.sample_ids.tolist()]
+            counts = loaders[0].take_counts()[modality]
+            # Where a batch holds items of two epochs, those of the first come first.
+            for epoch, count in sorted(counts.epochs.items()):
+                seen.setdefault(epoch, []).extend(ids[: count.planned])
+                ids = ids[count.planned :]
+            assert ids == []
+        state = loaders[0].state_dict()
+        for loader in loaders:
+            loader.close()
+        if max(seen) >= 2:
+            break
+    for epoch in range(2):
+        assert len(seen[epoch]) == len(set(seen[epoch])) == samples
 
 
 def test_worker_processes_change_nothing(mixed: list[SourceConfig]) -> None:

@@ -1,5 +1,7 @@
 """d2v_scale.data.plan"""
 
+import time
+import tracemalloc
 from collections import Counter
 
 import numpy as np
@@ -65,6 +67,26 @@ def test_a_new_plan_continues_from_a_cursor(
         planned, other = second.next_batch(other)
         assert items(planned) == items(expected)
         assert (planned.length, other) == (expected.length, cursor)
+
+
+@pytest.mark.parametrize("use_lengths", [False, True])
+def test_a_billion_samples_resume_anywhere_in_the_memory_of_a_few_windows(use_lengths: bool) -> None:
+    order = WindowOrder(100_000, lambda _: 10_000, 16, 1, "s")
+    lengths = np.random.default_rng(0).integers(1, 50, 10_000)
+    plan = SourcePlan(order, 0, 4096, length_of=(lambda _: lengths) if use_lengths else None)
+    tracemalloc.start()
+    started = time.process_time()
+    # Near the end of a window deep in the fourth epoch, and on into the next one.
+    cursor = Cursor(3, 4711, 35 if use_lengths else 159_000)
+    for _ in range(10):
+        batch, cursor = plan.next_batch(cursor)
+        assert 3000 < len(batch) <= 4096
+    seconds = time.process_time() - started
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert (cursor.epoch, cursor.window) == (3, 4712)
+    assert peak < 64e6, f"{peak / 1e6:.1f} MB"
+    assert seconds < 5.0
 
 
 def test_empty_shards_that_lie_between_two_epochs_items_are_passed_over() -> None:

@@ -35,6 +35,21 @@ def test_auto_tokenizer_gives_the_ids_of_sentencepiece(kind: str, tmp_path: Path
     assert loaded.decode(loaded("hello world")["input_ids"], skip_special_tokens=True) == "hello world"
 
 
+def test_ten_thousand_sentences_get_the_same_ids(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    model = tmp_path / "tokenizer.model"
+    tokenizer.train(TEXTS, model, vocab_size=600, kind="bpe")
+    write_tokenizer(model, TextStem(vocab_size=601, mask_id=600, max_positions=64), tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(model))
+    words = " ".join(pydoc_data.topics.topics.values()).split()
+    sentences = list(dict.fromkeys(" ".join(words[k : k + 12]) for k in range(0, len(words), 5)))[:10_000]
+    assert len(sentences) == 10_000
+    found = loaded(sentences)["input_ids"]
+    assert found == [[0, *ids, 2] for ids in pieces.encode(sentences)]
+
+
 def test_a_tokenizer_with_more_pieces_than_the_model_has_is_refused(tmp_path: Path) -> None:
     model = tmp_path / "tokenizer.model"
     tokenizer.train(TEXTS, model, vocab_size=600)
