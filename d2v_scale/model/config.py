@@ -49,6 +49,9 @@ class TextStem:
     vocab_size: int = 50265
     max_positions: int = 512
     """Longest sequence, tokens."""
+    token_std: float = 0.02
+    """Standard deviation of the token table at initialisation. Published: 0.02. What matters is its ratio to the
+    learning rate, since the table's norm follows: the smaller, the sooner words leave their random start."""
     position_std: float = 0.02
     """Standard deviation of the position table at initialisation. Published: 0.02, as the tokens'. In a short run on
     little data less is better: positions are learned long before words, and targets then tell little else."""
@@ -62,6 +65,8 @@ class TextStem:
         """Raises `ConfigError` for special tokens outside the vocabulary or with the same id, or a negative spread."""
         if self.position_std < 0:
             raise ConfigError("model.text.position_std", f"is {self.position_std}", "Give 0 or more.")
+        if not self.token_std > 0:
+            raise ConfigError("model.text.token_std", f"is {self.token_std}", "Give a number above 0.")
         ids = {name: getattr(self, name) for name in ("bos_id", "pad_id", "eos_id", "unk_id", "mask_id")}
         for name, value in ids.items():
             if not 0 <= value < self.vocab_size:
@@ -87,6 +92,9 @@ class Backbone:
     norm_first: bool = False
     """True: pre-norm with layer scale (1.0 vision); False: post-norm."""
     norm_eps: float = 1e-5
+    init_std: float = 0.02
+    """Standard deviation of the blocks' matrices at initialisation (`init: default`). Published: 0.02, at width 768
+    and above. In a narrow model that makes attention add next to nothing to the residual stream."""
     key_bias: bool = True
     """False: the key projection has no bias (1.0 vision)."""
     layer_scale: float = 0.0
@@ -151,6 +159,8 @@ class ModelConfig:
         """Raises `ConfigError` for sizes that do not fit together. Allocates nothing."""
         backbone = self.backbone
         _require_divisor("model.backbone.heads", backbone.heads, "model.backbone.width", backbone.width)
+        if not backbone.init_std > 0:
+            raise ConfigError("model.backbone.init_std", f"is {backbone.init_std}", "Give a number above 0.")
         for name in ("dropout", "attention_dropout", "activation_dropout", "input_dropout", "drop_path", "layer_drop"):
             if not 0 <= getattr(backbone, name) < 1:
                 raise ConfigError(f"model.backbone.{name}", f"is {getattr(backbone, name)}", "It must be in [0, 1).")

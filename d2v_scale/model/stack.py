@@ -380,4 +380,4 @@ def _build_bias(config: ModelConfig, modality: Modality, section: Section) -> Re
 def _build_block(config: ModelConfig, index: int) -> Block:
     if config.init == "beit":
         return Block(config.backbone, rule=BEIT, depth_scale=beit_depth_scale(index))
-    return Block(config.backbone, rule=InitRule("normal", 0.02))
+    return Block(config.backbone, rule=InitRule("normal", config.backbone.init_std))

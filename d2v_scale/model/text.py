@@ -24,7 +24,7 @@ class TextFeatures(nn.Module):
         self.tokens = nn.Embedding(stem.vocab_size, width, padding_idx=stem.pad_id)
         # Position ids count from pad_id + 1; pads have id pad_id.
         self.positions = nn.Embedding(stem.max_positions + stem.pad_id + 1, width, padding_idx=stem.pad_id)
-        for table, std in ((self.tokens, 0.02), (self.positions, stem.position_std)):
+        for table, std in ((self.tokens, stem.token_std), (self.positions, stem.position_std)):
             set_rule(table.weight, InitRule("normal", std, zero_row=stem.pad_id))
         self.norm = nn.LayerNorm(width)
 

@@ -82,12 +82,15 @@ def test_pad_rows_are_zero_and_beit_divides_output_weights_by_depth() -> None:
         assert torch.equal(block.scale1, torch.full_like(block.scale1, 0.1))
 
 
-def test_the_position_table_has_the_spread_that_is_asked_for() -> None:
+def test_the_tables_and_the_blocks_have_the_spread_that_is_asked_for() -> None:
     config = tiny_models.model("v1_text")
     assert config.text is not None
-    config.text.position_std = 0.002
+    config.text.position_std, config.text.token_std, config.backbone.init_std = 0.002, 0.04, 0.07
     student = Student(config)
     initialize(student, 1)
     features = student.stems["text"].features
-    assert features.tokens.weight[2:].std().item() == pytest.approx(0.02, rel=0.1)
+    assert features.tokens.weight[2:].std().item() == pytest.approx(0.04, rel=0.1)
     assert features.positions.weight[2:].std().item() == pytest.approx(0.002, rel=0.1)
+    block = student.blocks[0]
+    for weight in (block.ffn.fc1.weight, block.attention.out.weight):
+        assert weight.std().item() == pytest.approx(0.07, rel=0.1)
