@@ -1,7 +1,7 @@
 """The optimizer and its schedules. Learning rate and epsilon are pure functions of the completed updates."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -105,17 +105,25 @@ def _is_decayed(name: str, shape: torch.Size, config: OptimConfig) -> bool:
 
 
 def parameter_groups(
-    named_parameters: Iterable[tuple[str, torch.nn.Parameter]], config: OptimConfig
+    named_parameters: Iterable[tuple[str, torch.nn.Parameter]],
+    config: OptimConfig,
+    traits: Callable[[str], dict[str, float]] = lambda name: {},
 ) -> list[dict[str, Any]]:
-    """Trainable parameters in at most two groups, decayed and not. Shapes are the full ones, also when partitioned."""
-    decayed: list[torch.nn.Parameter] = []
-    plain: list[torch.nn.Parameter] = []
+    """Trainable parameters in groups: decayed and not, and apart where `traits` of their names differ.
+
+    `traits` become keys of the group (`lr_scale` multiplies its learning rate). Shapes are the full ones, also when
+    partitioned.
+    """
+    groups: dict[tuple[bool, tuple[tuple[str, float], ...]], list[torch.nn.Parameter]] = {}
     for name, parameter in named_parameters:
         if parameter.requires_grad:
             shape = getattr(parameter, "ds_shape", parameter.shape)
-            (decayed if _is_decayed(name, shape, config) else plain).append(parameter)
-    groups = [(decayed, config.weight_decay), (plain, 0.0)]
-    return [{"params": params, "weight_decay": decay} for params, decay in groups if params]
+            plain = not _is_decayed(name, shape, config)
+            groups.setdefault((plain, tuple(traits(name).items())), []).append(parameter)
+    return [
+        {"params": params, "weight_decay": 0.0 if plain else config.weight_decay, **dict(items)}
+        for (plain, items), params in sorted(groups.items(), key=lambda group: group[0])
+    ]
 
 
 def make_optimizer(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.AdamW:

@@ -13,6 +13,7 @@ from d2v_scale.data2vec.config import ObjectiveConfig
 from d2v_scale.data2vec.targets import first_tapped_layer, split_norms
 from d2v_scale.errors import ConfigError
 from d2v_scale.evaluation.config import EvaluationConfig
+from d2v_scale.finetuning.config import TaskConfig
 from d2v_scale.model.config import ModelConfig, TeacherParts
 from d2v_scale.optim import OptimConfig
 from d2v_scale.parallel.groups import ParallelConfig, data_parallel_size
@@ -70,6 +71,8 @@ class Recipe:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     profile: ProfileConfig = field(default_factory=ProfileConfig)
+    task: TaskConfig | None = None
+    """What the encoder is fine-tuned for, on labels; null: it is pretrained."""
 
     def parts(self) -> TeacherParts:
         """The teacher's parts, with the published ones where the recipe names none."""
@@ -86,13 +89,20 @@ class Recipe:
         self.optim.check()
         self.profile.bounds()
         self._check_model()
-        self._check_objective()
+        if self.task is None:
+            self._check_objective()
+        else:
+            self.task.check(self.model, self.parallel.tensor)
         self._check_sizes(world_size)
 
     def _check_model(self) -> None:
         model = self.model
         if not model.modalities:
-            raise ConfigError("model", "has no stem", "Give at least one of model.vision, model.speech, model.text.")
+            raise ConfigError(
+                "model",
+                "has no stem",
+                "Give at least one of model.vision, model.speech, model.text, or to fine-tune --init_from.",
+            )
         model.check()
         if model.visible_only != model.predictor.kind.startswith("conv"):
             raise ConfigError(

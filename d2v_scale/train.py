@@ -15,7 +15,6 @@ if __name__ == "__main__":
 
     sys.exit(_main(sys.argv[1:], _flag))
 
-import contextlib
 import json
 import logging
 import os
@@ -29,7 +28,6 @@ from torch import Tensor
 from d2v_scale import __version__, command_line, run_directory
 from d2v_scale.checkpoint import Checkpoint, find_newest_valid, open_any
 from d2v_scale.checkpoint.find import verify_together
-from d2v_scale.checkpoint.format import MANIFEST, directory_name
 from d2v_scale.checkpoint.training import pieces, restore, restore_weights, state
 from d2v_scale.checkpoint.writer import CheckpointWriter
 from d2v_scale.command_line import Options
@@ -37,8 +35,10 @@ from d2v_scale.data import demo
 from d2v_scale.data.batch import Batch
 from d2v_scale.data.labelled import LabelledSet
 from d2v_scale.data.loader import StepLoader
-from d2v_scale.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_LOST_PEER, ConfigError, UserError, Verdict
+from d2v_scale.errors import EXIT_BAD_INPUT, EXIT_LOST_PEER, ConfigError, UserError, Verdict
 from d2v_scale.evaluation.online import OnlineEvaluation
+from d2v_scale.finetuning import program
+from d2v_scale.finetuning.start import adopt
 from d2v_scale.model.init import initialize
 from d2v_scale.model.stack import Draw, Student, Teacher
 from d2v_scale.observing import RunObserver
@@ -49,10 +49,11 @@ from d2v_scale.parallel.zero import StepResult, StudentEngine, build_student
 from d2v_scale.profiling import StepProfiler, decoders, part
 from d2v_scale.recipe import Recipe, to_dict
 from d2v_scale.signals import Agreement, Stop, StopFlag, StopReason, is_lost_peer
-from d2v_scale.status import outcome_of, write_status
+from d2v_scale.status import write_status
 from d2v_scale.step import Observations, train_step
+from d2v_scale.supervision import last_step, report_saves, supervise
 from d2v_scale.teacher import ShardedTeacher
-from d2v_scale.tracking import RunTracker, SystemMonitor, environment_tags, write_environment
+from d2v_scale.tracking import RunTracker
 from d2v_scale.watchdog import Watchdog
 
 log = logging.getLogger("d2v_scale.train")
@@ -95,12 +96,17 @@ def main(arguments: list[str], stop_flag: StopFlag) -> int:
     directory: Path | None = None
     try:
         recipe, options = command_line.parse(arguments)
+        encoder = None if recipe.task is None else adopt(recipe, options)
         config = configure(recipe)
         topology = groups.initialize(recipe.parallel)
         directory = run_directory.claim(recipe, options, config, topology)
         run_directory.log_to_file(directory, topology.rank)
-        run = build(recipe, options, config, topology, directory)
-        code = supervise(run, stop_flag)
+        if recipe.task is None:
+            run = build(recipe, options, config, topology, directory)
+            code = supervise(run, stop_flag, train, save)
+        else:
+            tuning = program.build(recipe, options, config, topology, directory, encoder)
+            code = supervise(tuning, stop_flag, program.train, program.save)
     except Exception as error:
         code = failed(error, directory, is_main)
         # Peers may still wait in a collective that this rank will never join: leave without saying goodbye.
@@ -213,55 +219,6 @@ def load(run: Run) -> None:
         log.info("Starting from the weights of %s", source.path)
 
 
-def supervise(run: Run, stop_flag: StopFlag) -> int:
-    """Train under the watchdog, save, write status.json and close the record; returns the exit code. Collective."""
-    recipe, topology = run.recipe, run.topology
-    run.tracker.start(
-        to_dict(recipe),
-        {
-            **environment_tags(),
-            **command_line.changed_from_named(recipe),
-            **topology.tags(),
-            "zero_stage": run.student.stage,
-        },
-        resume_step=run.step if run.saved >= 0 else None,
-        total_steps=last_step(run),
-    )
-    run.tracker.artifact(run.directory / command_line.RECIPE_FILE)
-    run.tracker.artifact(run.directory / "ds_config.json")
-    if topology.rank == 0:
-        run.tracker.artifact(write_environment(run.directory))
-    agreement = Agreement()
-    limit_s = recipe.hang_limit_minutes * 60
-    nodes = SystemMonitor(run.directory) if topology.local_rank == 0 else contextlib.nullcontext()
-    with (
-        nodes,
-        Watchdog(run.directory, rank=topology.rank, world_size=topology.world_size, limit_s=limit_s) as watchdog,
-    ):
-        stop = train(run, stop_flag, agreement, watchdog)
-        with watchdog.allow(recipe.checkpoint.peer_timeout, "last checkpoint"):
-            if (stop is None or stop.reason < StopReason.DATA_STARVED) and run.saved != run.step:
-                save(run)
-            committed = run.writer.finish()
-            report_saves(run)
-            agreement.barrier()
-        run.loader.close()
-        reason, code = ("all steps done", EXIT_DONE) if stop is None else (str(stop), stop.exit_code)
-        if not committed:
-            reason, code = f"{reason}, but the last checkpoint could not be written", code or 1
-        # Before MLflow is waited for: whoever asked this run to stop may not leave it that time.
-        if topology.rank == 0:
-            write_status(run.directory, code, reason, run.step)
-        run.tracker.finish(outcome_of(code))
-    return code
-
-
-def last_step(run: Run) -> int:
-    """The step this invocation ends at."""
-    horizon = run.recipe.optim.max_steps
-    return horizon if run.options.stop_at is None else min(horizon, run.options.stop_at)
-
-
 def train(run: Run, stop_flag: StopFlag, agreement: Agreement, watchdog: Watchdog) -> Stop | None:
     """The training loop. Returns why all ranks stop before the last step, None if they reached it. Collective."""
     recipe, student, teacher, observer = run.recipe, run.student, run.teacher, run.observer
@@ -344,15 +301,6 @@ def save(run: Run) -> None:
     stall = run.writer.save(run.step, held, state(run.student, run.teacher), extra)
     run.tracker.log(run.step, run.samples, {"checkpoint_stall_seconds": stall})
     run.saved = run.step
-
-
-def report_saves(run: Run) -> None:
-    """Say what became of checkpoints that were written in the background."""
-    for result in run.writer.poll():
-        if result.error is not None:
-            log.warning("Checkpoint of step %d could not be written: %s", result.step, result.error)
-        else:
-            run.tracker.checkpoint(run.writer.root / directory_name(result.step), MANIFEST, result.step)
 
 
 def failed(error: Exception, directory: Path | None, is_main: bool) -> int:

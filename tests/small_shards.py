@@ -20,13 +20,13 @@ def image_samples(count: int, side: int = 12) -> list[Sample]:
     return samples
 
 
-def sound_samples(count: int, rate: int = 16000) -> list[Sample]:
-    """FLACs of 0.2 to 0.8 seconds."""
+def sound_samples(count: int, rate: int = 16000, seconds: tuple[float, float] = (0.2, 0.8)) -> list[Sample]:
+    """FLACs of noise, their lengths between `seconds`."""
     rng = np.random.default_rng(2)
     samples = []
     for k in range(count):
         content = io.BytesIO()
-        wave = rng.standard_normal(int(rate * rng.uniform(0.2, 0.8))).astype(np.float32) * 0.1
+        wave = rng.standard_normal(int(rate * rng.uniform(*seconds))).astype(np.float32) * 0.1
         soundfile.write(content, wave, rate, format="FLAC")
         samples.append({"__key__": f"sound-{k:04d}", "flac": content.getvalue(), "cls": k % 3})
     return samples

@@ -22,7 +22,8 @@ def test_no_argument_is_the_vision_demo():
 def test_every_packaged_recipe_parses_checks_and_survives_a_round_trip(name, tmp_path):
     recipe, _ = command_line.parse(["--recipe", name])
     assert recipe.name == name
-    recipe.check(world_size=1)
+    if recipe.model.modalities:  # fine-tuning recipes have the model of --init_from
+        recipe.check(world_size=1)
     saved = tmp_path / "recipe.yaml"
     saved.write_text(command_line.dump(recipe))
     again, _ = command_line.parse([f"--recipe={saved}"])

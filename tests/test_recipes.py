@@ -102,3 +102,23 @@ def test_a_recipe_says_where_it_comes_from(name: str) -> None:
     text = Path(RECIPES / f"{name}.yaml").read_text()
     assert text.startswith("# data2vec")
     assert "Source:" in text or "OURS" in text
+
+
+TUNED = sorted(path.stem for path in RECIPES.glob("finetune_*.yaml"))
+
+
+@pytest.mark.parametrize("name", TUNED)
+def test_fine_tuning_recipes_fit_the_models_they_are_for(name: str) -> None:
+    pretrained = {"speech": "d2v1_speech_base", "vision": "d2v1_vision_base", "text": "d2v1_text_base"}
+    recipe, _ = parse(["--recipe", name, "--data", "shards.tar"])
+    [modality] = {source.modality for source in recipe.data.sources}
+    if "v2" in name:
+        pretrained |= {"speech": "d2v2_speech_large", "vision": "d2v2_vision_base"}
+    if not recipe.model.modalities:
+        recipe.model = load(pretrained[modality]).model
+    recipe.check(world_size=1)
+    recipe.data.check(recipe.model.modalities)
+    assert recipe.name == name
+    peak = max(learning_rate(recipe.optim, n) for n in range(0, recipe.optim.max_steps, recipe.optim.max_steps // 200))
+    assert peak == pytest.approx(recipe.optim.lr, rel=0.01)
+    assert Path(RECIPES / f"{name}.yaml").read_text().startswith("# Fine-tuning")

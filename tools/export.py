@@ -40,8 +40,9 @@ def main(arguments: list[str] | None = None) -> int:
 def run(options: argparse.Namespace) -> int:
     """Write the folder, say what is in it, and for Hugging Face prove that it computes the same."""
     from d2v_scale.checkpoint import open_any
-    from d2v_scale.evaluation.frozen import FrozenEncoder, recipe_of
+    from d2v_scale.evaluation.frozen import FrozenEncoder
     from d2v_scale.interop import exporting
+    from d2v_scale.interop.encoder_source import recipe_of
     from d2v_scale.interop.export_check import LARGEST_DIFFERENCE, largest_difference
     from d2v_scale.interop.reference_export import export_reference
 

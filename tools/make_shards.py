@@ -4,6 +4,8 @@
     python tools/make_shards.py images SRC OUT      labels: the folder an image lies in
     python tools/make_shards.py audio SRC OUT       any format soundfile reads, to 16 kHz mono FLAC
     python tools/make_shards.py text SRC OUT        .txt files, or .jsonl with `text` and perhaps `label`
+    python tools/make_shards.py text train.tsv OUT --columns sentence1,sentence2,label     a table of texts or pairs
+    python tools/make_shards.py audio SRC OUT --transcripts FILE    lines `path below SRC, without ending<TAB>text`
 
 Interrupted runs continue where they stopped. A file that cannot be read is skipped, named and counted.
 """
@@ -12,14 +14,13 @@ import argparse
 import hashlib
 import io
 import itertools
-import json
 import os
 import re
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import numpy as np
 
@@ -27,11 +28,12 @@ from d2v_scale.data import demo, speech, text, tokenizer, vision
 from d2v_scale.data.shard_index import SetIndex, ShardEntry, file_sha256
 from d2v_scale.data.shard_jobs import Part, run_all
 from d2v_scale.data.shard_set import INDEX_SUFFIX
+from d2v_scale.data.text_files import Columns, Document, documents, transcripts
 from d2v_scale.data.writing import Sample, is_written, shard_name, write_shard
 from d2v_scale.errors import EXIT_BAD_INPUT, DataError, UserError
 from d2v_scale.model.config import Modality
 
-TEXT_FILES = ("txt", "md", "rst", "jsonl")
+TEXT_FILES = ("txt", "md", "rst", "jsonl", "tsv")
 _NAMED = 1000
 
 MODALITIES: dict[str, Modality] = {"images": "vision", "audio": "speech", "text": "text"}
@@ -45,6 +47,10 @@ class Item:
     path: str | None = None
     content: str = ""
     label: int | None = None
+    second: str | None = None
+    """The other text of a pair."""
+    score: float | None = None
+    transcript: str | None = None
 
 
 @dataclass
@@ -90,6 +96,10 @@ def _samples(job: Job, skipped: dict[str, str]) -> Iterator[Sample]:
             continue
         if item.label is not None:
             sample["cls"] = item.label
+        if item.score is not None:
+            sample["score"] = str(item.score).encode()
+        if item.transcript is not None:
+            sample["txt"] = item.transcript
         yield sample
 
 
@@ -98,11 +108,20 @@ def _convert(job: Job, item: Item, pieces: text.Tokenizer | None) -> Sample:
         document = item.content if item.path is None else Path(item.path).read_text("utf-8")
         if not document.strip():
             raise ValueError("is empty")
-        return {"npy": pieces(document).astype(np.int32)} if pieces else {"txt": document}
+        parts = {"": document} | ({"2": item.second} if item.second is not None else {})
+        if pieces:
+            return {f"npy{which}": _npy(pieces(part).astype(np.int32)) for which, part in parts.items()}
+        return {f"txt{which}": part.encode() for which, part in parts.items()}
     assert item.path is not None
     content = Path(item.path).read_bytes()
     extension = item.path.rsplit(".", 1)[-1].lower()
     return _image(content, extension, job.resize) if job.kind == "images" else _recording(content)
+
+
+def _npy(ids: np.ndarray) -> bytes:
+    out = io.BytesIO()
+    np.save(out, ids)
+    return out.getvalue()
 
 
 def _image(content: bytes, extension: str, resize: int | None) -> Sample:
@@ -186,31 +205,31 @@ def _number(label: str | None, classes: list[str]) -> int | None:
     return None if label is None else classes.index(label)
 
 
-def text_items(files: list[Path], documents: str) -> Iterator[tuple[str, str | None]]:
-    """Documents and their labels. `documents`: a document is a `file`, a `paragraph` or a `line` of a .txt file."""
-    for path in files:
-        with path.open(encoding="utf-8", errors="replace") as stream:
-            if path.suffix == ".jsonl":
-                for line in stream:
-                    record = _parse(line)
-                    yield str(record.get("text", "")), None if record.get("label") is None else str(record["label"])
-            elif documents == "file":
-                yield stream.read(), None
-            elif documents == "line":
-                yield from ((line, None) for line in stream if line.strip())
-            else:
-                for blank, lines in itertools.groupby(stream, lambda line: not line.strip()):
-                    if not blank:
-                        yield "".join(lines), None
+def text_items(found: Iterable[Document], classes: list[str], score: bool) -> Iterator[Item]:
+    """Documents as items. `score`: labels are numbers and not classes."""
+    for number, document in enumerate(found):
+        item = Item(f"{number:08d}", content=document.text, second=document.second)
+        if score and document.label is not None:
+            try:
+                item.score = float(document.label)
+            except ValueError:
+                raise DataError(f"Document {number} has the label {document.label!r}, which is no number.") from None
+        elif document.label is not None:
+            item.label = classes.index(document.label)
+        yield item
 
 
-def _parse(line: str) -> dict[str, Any]:
-    """A line of JSONL; what is none becomes an empty document, which is skipped, named and counted."""
-    try:
-        record = json.loads(line)
-    except ValueError:
-        return {}
-    return record if isinstance(record, dict) else {}
+def transcribed(items: list[Item], source: Path, texts: dict[str, str]) -> list[Item]:
+    """The items with their texts, those without one left out. Raises DataError where no item has any."""
+    for item in items:
+        assert item.path is not None
+        name = Path(_relative(Path(item.path), source)).with_suffix("")
+        item.transcript = texts.get(name.as_posix(), texts.get(name.name))
+    kept = [item for item in items if item.transcript is not None]
+    print(f"{len(kept)} of {len(items)} recordings have a transcript", file=sys.stderr)
+    if not kept:
+        raise DataError("No recording has a transcript.", "Lines are: path below SRC without ending, then the text.")
+    return kept
 
 
 def convert(arguments: argparse.Namespace) -> SetIndex:
@@ -225,16 +244,20 @@ def convert(arguments: argparse.Namespace) -> SetIndex:
     if arguments.command == "text":
         files = find_files(arguments.source, TEXT_FILES, arguments.match)
         model = _tokenizer(arguments, files)
-        labels = {label for _, label in text_items(files, arguments.documents)}
-        classes = _classes(labels, known)
-        items: Iterable[Item] = (
-            Item(f"{number:08d}", content=content, label=_number(label, classes))
-            for number, (content, label) in enumerate(text_items(files, arguments.documents))
-        )
+        columns = Columns.parse(arguments.columns) if arguments.columns else None
+
+        def found() -> Iterator[Document]:
+            return documents(files, arguments.documents, columns)
+
+        classes = [] if arguments.score else _classes((document.label for document in found()), known)
+        items: Iterable[Item] = text_items(found(), classes, arguments.score)
     else:
         extensions = vision.EXTENSIONS if arguments.command == "images" else (*speech.EXTENSIONS, "aif", "au", "oga")
         files = find_files(arguments.source, extensions, arguments.match)
-        items, classes = file_items(arguments.source, files, arguments.label, known)
+        labelled, classes = file_items(arguments.source, files, arguments.label, known)
+        if getattr(arguments, "transcripts", None) is not None:
+            labelled = transcribed(labelled, arguments.source, transcripts(arguments.transcripts))
+        items = labelled
     parts = run_all(_jobs(arguments, items, model), arguments.processes)
     skipped = {name: reason for part in parts for name, reason in part.skipped.items()}
     index = SetIndex(modality=modality, shards=[ShardEntry(**part.entry) for part in parts], classes=classes)
@@ -261,7 +284,9 @@ def _tokenizer(arguments: argparse.Namespace, files: list[Path]) -> Path:
     model = arguments.out / "tokenizer.model"
     if not model.is_file():
         print(f"training a tokenizer of {arguments.vocab_size} pieces: {model}", file=sys.stderr)
-        texts = (content for content, _ in itertools.islice(text_items(files, arguments.documents), 1_000_000))
+        columns = Columns.parse(arguments.columns) if arguments.columns else None
+        first = itertools.islice(documents(files, arguments.documents, columns), 1_000_000)
+        texts = (text for document in first for text in (document.text, document.second) if text)
         tokenizer.train(texts, model, vocab_size=arguments.vocab_size, threads=arguments.processes)
     return model
 
@@ -313,8 +338,14 @@ def make_parser() -> argparse.ArgumentParser:
             command.add_argument("--vocab-size", type=int, default=16000, help="pieces of the trained tokenizer")
             command.add_argument("--documents", choices=["file", "paragraph", "line"], default="file")
             command.add_argument("--ids", action="store_true", help="store token ids instead of text")
+            command.add_argument(
+                "--columns", help="TEXT,LABEL or TEXT,TEXT,LABEL: columns of a .tsv (or numbers), keys of a .jsonl"
+            )
+            command.add_argument("--score", action="store_true", help="labels are numbers, not classes")
         else:
             command.add_argument("--label", help="pattern on the path below SRC whose first group is the label")
+        if name == "audio":
+            command.add_argument("--transcripts", type=Path, help="file with a line for each recording: name, text")
         if name == "images":
             command.add_argument("--resize", type=int, help="shrink to this shorter side, pixels")
     return parser

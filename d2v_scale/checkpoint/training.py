@@ -1,4 +1,4 @@
-"""The training state of the two engines, to a checkpoint and back."""
+"""The training state of the engines, to a checkpoint and back. Fine-tuning has no teacher."""
 
 from typing import Any
 
@@ -11,13 +11,12 @@ from d2v_scale.parallel.zero import StudentEngine
 from d2v_scale.teacher import ShardedTeacher
 
 
-def pieces(student: StudentEngine, teacher: ShardedTeacher) -> list[Piece]:
+def pieces(student: StudentEngine, teacher: ShardedTeacher | None) -> list[Piece]:
     """Views of everything this rank contributes to a checkpoint. Local.
 
     Asserts that student, teacher and Adam agree on the number of updates.
     """
     updates = student.completed_updates
-    assert teacher.completed_updates == updates, f"teacher at {teacher.completed_updates}, student at {updates}"
     assert student.adam_steps() == {updates}, f"Adam at {student.adam_steps()}, student at {updates}"
     found = []
     for shard in student.shards():
@@ -27,24 +26,27 @@ def pieces(student: StudentEngine, teacher: ShardedTeacher) -> list[Piece]:
                 moment = shard.moment(student.optimizer, key)
                 values = torch.zeros(shard.numel) if moment is None else moment
                 found.append(Piece(key, shard.name, shard.shape, shard.slice, shard.start, values))
+    if teacher is None:
+        return found
+    assert teacher.completed_updates == updates, f"teacher at {teacher.completed_updates}, student at {updates}"
     for held in teacher.shards():
         if _writes(held.slice, teacher.topology.tensor_rank):
             found.append(Piece("teacher", held.name, held.shape, held.slice, held.start, held.values))
     return found
 
 
-def state(student: StudentEngine, teacher: ShardedTeacher) -> dict[str, Any]:
+def state(student: StudentEngine, teacher: ShardedTeacher | None) -> dict[str, Any]:
     """The engines' counters."""
-    return {
+    counters = {
         "completed_updates": student.completed_updates,
-        "teacher_updates": teacher.completed_updates,
         "skipped_updates": student.skipped_updates,
         "skipped_in_a_row": student.skipped_in_a_row,
     }
+    return counters if teacher is None else counters | {"teacher_updates": teacher.completed_updates}
 
 
 @torch.no_grad()
-def restore(checkpoint: Checkpoint, student: StudentEngine, teacher: ShardedTeacher) -> None:
+def restore(checkpoint: Checkpoint, student: StudentEngine, teacher: ShardedTeacher | None) -> None:
     """Continue a run: weights, moments, teacher and counters, at any world size, stage and placement. Collective.
 
     Raises CheckpointError, before anything is changed, when the checkpoint is of another model.
@@ -54,8 +56,9 @@ def restore(checkpoint: Checkpoint, student: StudentEngine, teacher: ShardedTeac
     _read_student(checkpoint, student, MOMENTS)
     student.finish_loading(counters["completed_updates"], counters["skipped_updates"])
     student.skipped_in_a_row = counters["skipped_in_a_row"]
-    _read_teacher(checkpoint, teacher)
-    teacher.finish_loading(counters["teacher_updates"])
+    if teacher is not None:
+        _read_teacher(checkpoint, teacher)
+        teacher.finish_loading(counters["teacher_updates"])
 
 
 @torch.no_grad()

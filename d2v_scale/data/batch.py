@@ -52,6 +52,9 @@ class Batch:
     """What the student sees when it is not `inputs` (1.0 text: the tokens with <mask>). int64 (B, T)."""
     sample_ids: Tensor
     """int64 (B,): a name for each sample that is the same at any world size and in every epoch."""
+    labels: Tensor | None = None
+    """Fine-tuning only: int64 (B,) classes, float32 (B,) scores or int64 (B, U) characters; -1 (NaN for scores) where
+    there is none."""
     keys: tuple[str, ...] = ()
     """The samples' keys in their shards, for logs and previews."""
     source: str = ""

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from d2v_scale.data.batch import Batch
+from d2v_scale.data.labels import Labels
 from d2v_scale.data.plan import PlannedBatch
 from d2v_scale.data.reading import Fault, RawSample, SampleFault, Store
 from d2v_scale.data2vec import masking
@@ -23,6 +24,7 @@ class Row(NamedTuple):
 
     key: str
     values: NDArray[Any]
+    label: Any = None
 
 
 @dataclass
@@ -118,13 +120,16 @@ class Collator:
         masks: MaskingConfig,
         compat: CompatConfig,
         seed: int,
+        labels: Labels | None = None,
     ) -> None:
+        """`labels`: how the rows' labels become those of the batch; None: rows have none."""
         self._modality: Modality = modality
         self._decoder = decoder
         self._model = model
         self._masking = masks
         self._compat = compat
         self._seed = seed
+        self._labels = labels
 
     def batch(
         self, rows: list[Row], planned: PlannedBatch, kept: list[int], *, step: int, source: str, lost: int
@@ -146,6 +151,7 @@ class Collator:
                 masked_rt=nothing_rt,
                 student_inputs=stacked.inputs if self._replaces_tokens else None,
                 sample_ids=torch.full((1,), -1),
+                labels=None if self._labels is None else self._labels.stack([None]),
                 keys=("",),
                 **common,
             )
@@ -172,6 +178,7 @@ class Collator:
             masked_rt=torch.from_numpy(masks.masked_rt),
             student_inputs=self._student_tokens(stacked.inputs, masks) if self._replaces_tokens else None,
             sample_ids=torch.from_numpy(ids),
+            labels=None if self._labels is None else self._labels.stack([row.label for row in rows]),
             keys=tuple(row.key for row in rows),
             **common,
         )

@@ -120,6 +120,7 @@ class DataConfig:
         """Read `shards` instead of the recipe's sources: `PATTERN`, or for several stems
         `vision=PATTERN,speech=PATTERN`. Raises ConfigError."""
         parts = re.split(r",(?=(?:vision|speech|text)=)", shards)
+        modalities = modalities or [source.modality for source in self.sources]
         named = [re.fullmatch(r"(vision|speech|text)=(.+)", part) for part in parts]
         if all(named):
             self.sources = [SourceConfig(modality=m[1], shards=m[2]) for m in named if m]  # type: ignore[arg-type]
@@ -142,6 +143,8 @@ class DataConfig:
                 raise ConfigError(
                     f"data.sources.{k}.modality", f"is {source.modality!r}, which the model has no stem for"
                 )
+            if not source.shards:
+                raise ConfigError(f"data.sources.{k}.shards", "is empty", "Name shards with --data.")
             if not source.weight > 0:
                 raise ConfigError(f"data.sources.{k}.weight", f"is {source.weight}", "Give a number above 0.")
         names = self.source_names()

@@ -1,7 +1,7 @@
 """Labelled samples in their stored order, without augmentation: for k-NN and probes."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from d2v_scale.data.batch import Batch
 from d2v_scale.data.collate import make_decoder
 from d2v_scale.data.config import DataConfig, SourceConfig
+from d2v_scale.data.labels import ClassLabels, Labels
 from d2v_scale.data.reading import SampleFault, SampleStore
 from d2v_scale.data.shard_index import Members
 from d2v_scale.data.shard_set import check_before_start, find_shards
@@ -21,7 +22,7 @@ from d2v_scale.model.config import Modality, ModelConfig
 
 @dataclass
 class LabelledSet:
-    """The samples of a set of shards that have a `.cls` label. Iterating is deterministic and needs no other rank.
+    """The samples of a set of shards that have a label. Iterating is deterministic and needs no other rank.
 
     With several ranks, each iterates over the same batches. Samples that cannot be read are left out and counted in
     the batch's `lost`.
@@ -36,6 +37,7 @@ class LabelledSet:
     """At most this many samples, spread evenly over the set."""
     require_labels: bool = True
     """False: samples without a label are read, too, with label -1."""
+    labels: Labels = field(default_factory=ClassLabels)
 
     def __post_init__(self) -> None:
         source = SourceConfig(shards=self.shards, modality=self.modality)
@@ -47,12 +49,13 @@ class LabelledSet:
         self.classes = self._found.index.classes
         self.tokenizer = self.data.text.tokenizer or self._found.tokenizer
         self._decoder = make_decoder(self.modality, self.data, self.model, self.tokenizer)
-        wanted = _has_label if self.require_labels else _any_sample
-        labelled = [np.flatnonzero(wanted(self._found.members(k))) for k in range(len(self._found.paths))]
+        labelled = [np.flatnonzero(self._wanted(self._found.members(k))) for k in range(len(self._found.paths))]
         shard_n = np.repeat(np.arange(len(labelled)), [len(items) for items in labelled])
         item_n = np.concatenate(labelled)
         if len(item_n) == 0:
-            raise DataError(f"No sample of {self.shards!r} has a label (.cls).", "Give labelled shards.")
+            raise DataError(
+                f"No sample of {self.shards!r} has a label (.{self.labels.extension}).", "Give labelled shards."
+            )
         if self.limit is not None and self.limit < len(shard_n):
             chosen = np.linspace(0, len(shard_n) - 1, self.limit).astype(int)
             shard_n, item_n = shard_n[chosen], item_n[chosen]
@@ -63,7 +66,7 @@ class LabelledSet:
         return len(self._shard_n)
 
     def __iter__(self) -> Iterator[tuple[Batch, Tensor]]:
-        """Batches with nothing masked, and their labels int64 (B,)."""
+        """Batches with nothing masked, and their labels as `labels` stacks them (classes: int64 (B,))."""
         store = open_store(self._found, self.data)
         try:
             for start in range(0, len(self), self.batch_size):
@@ -80,7 +83,8 @@ class LabelledSet:
             try:
                 sample = store.read(shard, item)
                 row = self._decoder.evaluation_row(sample)
-                label = int(bytes(sample.member(("cls",))[1])) if sample.has("cls") or self.require_labels else -1
+                known = sample.has(self.labels.extension) or self.require_labels
+                label = self.labels.read(sample) if known else None
             except SampleFault:
                 continue
             except Exception:  # a decoder raises anything for damaged content
@@ -101,14 +105,11 @@ class LabelledSet:
             keys=tuple(keys),
             lost=len(shards) - len(rows),
         )
-        return batch, torch.tensor(labels)
+        return batch, self.labels.stack(labels)
 
-
-def _any_sample(members: Members) -> NDArray[np.bool_]:
-    return np.ones(len(members), dtype=bool)
-
-
-def _has_label(members: Members) -> NDArray[np.bool_]:
-    if "cls" not in members.extensions:
-        return np.zeros(len(members), dtype=bool)
-    return members.member_size_ne[:, members.extensions.index("cls")] > 0
+    def _wanted(self, members: Members) -> NDArray[np.bool_]:
+        if not self.require_labels:
+            return np.ones(len(members), dtype=bool)
+        if self.labels.extension not in members.extensions:
+            return np.zeros(len(members), dtype=bool)
+        return members.member_size_ne[:, members.extensions.index(self.labels.extension)] > 0

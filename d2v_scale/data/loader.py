@@ -3,7 +3,7 @@
 import logging
 import time
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -15,6 +15,7 @@ from d2v_scale.data.batch import Batch
 from d2v_scale.data.collate import Collator, Decoder, make_decoder, read_rows
 from d2v_scale.data.config import DataConfig
 from d2v_scale.data.counters import Counters, SourceCount, Tally
+from d2v_scale.data.labels import Labels
 from d2v_scale.data.plan import Cursor, Mixture, PlannedBatch
 from d2v_scale.data.reading import Fault, SampleStore
 from d2v_scale.data.source import Source, open_source
@@ -57,7 +58,7 @@ class _StepDataset(Dataset[DecodedStep]):
     """Decodes tasks. A copy lives in every worker; files are opened there."""
 
     def __init__(
-        self, sources: list[Source | StreamedSource], decoders: list[Decoder], collators: list[Collator], seed: int
+        self, sources: Sequence[Source | StreamedSource], decoders: list[Decoder], collators: list[Collator], seed: int
     ) -> None:
         self._sources = sources
         self._decoders = decoders
@@ -107,6 +108,9 @@ class StepLoader:
     workers. Samples that cannot be read leave a smaller batch; `alarm()` says when there are too many.
     """
 
+    labels: Labels | None = None
+    """How labels are read; pretraining has none."""
+
     def __init__(
         self,
         data: DataConfig,
@@ -130,12 +134,12 @@ class StepLoader:
         self._first_share = dp_rank * accumulation
         self._accumulation = accumulation
         compat = compat or CompatConfig()
-        self.sources = [open_source(data, k, model, seed, dp_rank, dp_size) for k in range(len(data.sources))]
+        self.sources = self._open_sources(model, seed, dp_rank, dp_size)
         self._plans = [source.plan(global_batch_size, batch_unit) for source in self.sources]
         self._mixture = Mixture([source.weight for source in data.sources], data.temperature, seed)
-        decoders = [make_decoder(source.modality, data, model, source.tokenizer) for source in self.sources]
+        decoders = [self._make_decoder(source, model) for source in self.sources]
         collators = [
-            Collator(source.modality, decoder, model, masking, compat, seed)
+            Collator(source.modality, decoder, model, masking, compat, seed, self.labels)
             for source, decoder in zip(self.sources, decoders, strict=True)
         ]
         self._dataset = _StepDataset(self.sources, decoders, collators, seed)
@@ -145,6 +149,15 @@ class StepLoader:
         self._counters = Counters([source.name for source in self.sources], data.max_bad_ratio, per_epoch)
         self._pending: deque[tuple[int, list[Cursor], PlannedBatch]] = deque()
         self._steps: Iterator[DecodedStep] | None = None
+
+    def _open_sources(
+        self, model: ModelConfig, seed: int, dp_rank: int, dp_size: int
+    ) -> Sequence[Source | StreamedSource]:
+        data = self._data
+        return [open_source(data, k, model, seed, dp_rank, dp_size) for k in range(len(data.sources))]
+
+    def _make_decoder(self, source: Source | StreamedSource, model: ModelConfig) -> Decoder:
+        return make_decoder(source.modality, self._data, model, source.tokenizer)
 
     # -- state ---------------------------------------------------------------------------------------------------
 

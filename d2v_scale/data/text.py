@@ -18,6 +18,7 @@ from d2v_scale.errors import ConfigError, DataError
 from d2v_scale.model.config import TextStem
 
 EXTENSIONS = ("npy", "txt")
+SECOND_EXTENSIONS = ("npy2", "txt2")
 _SHARDS_KEPT = 64
 
 Tokens = NDArray[np.int64]
@@ -142,8 +143,22 @@ class TextDecoder:
         return self._left_key, tokens
 
     def evaluation_row(self, sample: RawSample) -> Tokens:
-        """The document's beginning."""
-        return np.concatenate(([self._stem.bos_id], document(sample, self._tokenizer)[: self._block]))
+        """The document's beginning, or a pair of texts: <s> first </s> </s> second </s>, the longer one shortened."""
+        first = document(sample, self._tokenizer)
+        if not any(sample.has(extension) for extension in SECOND_EXTENSIONS):
+            return np.concatenate(([self._stem.bos_id], self._shortened(first, self._block)))
+        extension, content = sample.member(SECOND_EXTENSIONS)
+        second = tokens_of(extension.removesuffix("2"), bytes(content), self._tokenizer)
+        room = self._block - 1
+        kept = min(len(first), max(room - len(second), room - room // 2))
+        pair = self._shortened(first, kept), self._shortened(second, room - kept)
+        return np.concatenate(([self._stem.bos_id], pair[0], [self._stem.eos_id], pair[1]))
+
+    def _shortened(self, tokens: Tokens, length: int) -> Tokens:
+        """At most `length` tokens, the last one still </s>."""
+        if len(tokens) <= length:
+            return tokens
+        return np.concatenate((tokens[: length - 1], [self._stem.eos_id]))
 
     def stack(self, rows: list[Tokens]) -> Stacked:
         """int64 (B, T)."""

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageEnhance
+from PIL import Image, ImageEnhance, ImageOps
 
 from d2v_scale.data.collate import Row, Stacked
 from d2v_scale.data.config import VisionData
@@ -71,15 +71,18 @@ class VisionDecoder:
         self._shift_c11 = (-mean / std)[:, None, None]
 
     def training_row(self, store: Store, shard: int, item: int, length: int, draws: NDArray[np.float64]) -> Row:
-        """Crop, flip and jitter by `draws`, uniforms in [0, 1): uint8 (side, side, channels)."""
+        """A view of the image: uint8 (side, side, channels)."""
         sample = store.read(shard, item)
+        return Row(sample.key, np.asarray(self.view(sample, draws)))
+
+    def view(self, sample: RawSample, draws: NDArray[np.float64]) -> Image.Image:
+        """Crop, flip and jitter by `draws`, uniforms in [0, 1)."""
         image = self._open(sample)
         resized = self._resize(image, crop_box(*image.size, self._config, draws))
         u_flip, u_order, *u_jitter = draws[4 * _TRIES : 4 * _TRIES + 5].tolist()
         if any(self._config.jitter):
             resized = self._jitter(resized, u_order, u_jitter)
-        pixels = np.asarray(resized)
-        return Row(sample.key, pixels[:, ::-1] if u_flip < self._config.flip else pixels)
+        return ImageOps.mirror(resized) if u_flip < self._config.flip else resized
 
     def evaluation_row(self, sample: RawSample) -> Pixels:
         """The centre crop: uint8 (side, side, channels)."""

@@ -169,7 +169,7 @@ def _fairseq_settings(content: Mapping[str, Any], path: Path) -> dict[str, Any]:
     return model
 
 
-class _Folder(Mapping[str, Tensor]):
+class Folder(Mapping[str, Tensor]):
     """Tensors of a folder's safetensors files, read when asked for."""
 
     def __init__(self, path: Path) -> None:
@@ -198,16 +198,16 @@ def _huggingface(path: Path) -> Source:
         settings = json.loads((path / "config.json").read_text())
     except ValueError as error:
         raise CheckpointError(f"{path / 'config.json'} is not JSON: {error}.") from error
-    tensors: Mapping[str, Tensor] = _Folder(path)
+    tensors: Mapping[str, Tensor] = Folder(path)
     if not tensors and (path / "pytorch_model.bin").exists():
         tensors = load_pickle(path / "pytorch_model.bin")
     if not tensors:
         raise CheckpointError(f"{path} holds no model.safetensors.", "Give a complete Hugging Face folder.")
-    renamed = {_without_prefix(key): tensors[key] for key in tensors}
+    renamed = {without_prefix(key): tensors[key] for key in tensors}
     reference = from_huggingface(settings, _shapes(renamed))
     keymap = huggingface_keys(reference.model, reference.modality)
     return Source(reference, keymap, renamed, None, "Hugging Face folder")
 
 
-def _without_prefix(key: str) -> str:
+def without_prefix(key: str) -> str:
     return next((key.removeprefix(prefix) for prefix in PREFIXES if key.startswith(prefix)), key)

@@ -37,13 +37,16 @@ class SpeechFeatures(nn.Module):
             self.conv_norms.append(nn.LayerNorm(outputs))
         self.norm = nn.LayerNorm(channels[-1])
         self.proj = nn.Linear(channels[-1], config.backbone.width)
+        self.frozen_convs = False
+        """Fine-tuning: no gradient reaches the convolutions."""
 
     def forward(self, wave_bn: Tensor) -> Tensor:
         """(B, samples) at 16 kHz to (B, T, D)."""
         x_bct = wave_bn.to(self.proj.weight.dtype)[:, None]
-        for conv, norm in zip(self.convs, self.conv_norms, strict=True):
-            # A strided convolution over channels-last memory is slower on the CPU.
-            x_bct = F.gelu(norm(conv(x_bct.contiguous()).transpose(1, 2)).transpose(1, 2))
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen_convs):
+            for conv, norm in zip(self.convs, self.conv_norms, strict=True):
+                # A strided convolution over channels-last memory is slower on the CPU.
+                x_bct = F.gelu(norm(conv(x_bct.contiguous()).transpose(1, 2)).transpose(1, 2))
         return self.proj(self.norm(x_bct.transpose(1, 2)))
 
 
@@ -65,6 +68,8 @@ class SpeechContext(nn.Module):
             for _ in range(stem.pos_conv_depth)
         )
         self.norm = nn.LayerNorm(width, config.backbone.norm_eps)
+        self.channel_mask = (0.0, 64)
+        """Fine-tuning: share of the channels in spans that are zero while training, and a span's length."""
 
     def forward(
         self,
@@ -86,6 +91,9 @@ class SpeechContext(nn.Module):
         if valid_bt is not None and not self.visible_only:
             # 1.0 only: the reference's 2.0 lets padded frames through.
             x_rtd = torch.where(valid_bt.repeat_interleave(clones, dim=0)[..., None], x_rtd, zeros)
+        if self.training and self.channel_mask[0] > 0:
+            hidden_rd = masked_channels(x_rtd.shape[0], x_rtd.shape[-1], *self.channel_mask, x_rtd.device)
+            x_rtd = x_rtd.masked_fill(hidden_rd[:, None], 0.0)
         positions_rtd = self._positions(x_rtd)
         if visible_rs is None:
             x_rsd = x_rtd + positions_rtd
@@ -100,3 +108,18 @@ class SpeechContext(nn.Module):
             x_rtd = conv(x_rtd.transpose(1, 2))[..., :length].transpose(1, 2)
             x_rtd = F.gelu(F.layer_norm(x_rtd, x_rtd.shape[-1:], eps=1e-5).transpose(1, 2)).transpose(1, 2)
         return x_rtd
+
+
+def masked_channels(rows: int, width: int, share: float, length: int, device: torch.device) -> Tensor:
+    """bool (R, D), True: hidden. int(share * D / length + u) spans a row with distinct starts (spec 2.1).
+
+    Drawn like dropout, from torch's global generator.
+    """
+    counts_r = (share * width / length + torch.rand(rows, device=device)).long()
+    places = width - length + 1
+    most = min(int(share * width / length) + 1, places)
+    starts_rn = torch.rand(rows, places, device=device).topk(most, dim=1).indices
+    at = torch.arange(width, device=device)
+    inside_rnd = (at >= starts_rn[..., None]) & (at < starts_rn[..., None] + length)
+    used_rn = torch.arange(most, device=device) < counts_r[:, None]
+    return (inside_rnd & used_rn[..., None]).any(dim=1)

@@ -152,11 +152,16 @@ class Student(_Stack):
     """The network that is trained: it sees a masked sample and predicts the teacher's targets at masked positions."""
 
     def __init__(
-        self, config: ModelConfig, modalities: list[Modality] | None = None, section: Section | None = None
+        self,
+        config: ModelConfig,
+        modalities: list[Modality] | None = None,
+        section: Section | None = None,
+        parts: TeacherParts | None = None,
     ) -> None:
         """Parameters are unfilled until `initialize` or a checkpoint writes them. Torch distributed and megatron's
-        parallel_state must be initialised. `section`: the part of the layers to build; None: all."""
-        super().__init__(config, config.modalities if modalities is None else modalities, None, section)
+        parallel_state must be initialised. `section`: the part of the layers to build; None: all. `parts`: what of
+        them exists here; None: all."""
+        super().__init__(config, config.modalities if modalities is None else modalities, parts, section)
         backbone = config.backbone
         self._has_dropout = bool(backbone.dropout or backbone.attention_dropout or backbone.activation_dropout)
 

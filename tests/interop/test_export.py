@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from d2v_scale.checkpoint import open_any, write_single
 from d2v_scale.data import tokenizer
 from d2v_scale.data2vec.config import LossConfig, ObjectiveConfig
-from d2v_scale.evaluation.frozen import recipe_of
+from d2v_scale.interop.encoder_source import recipe_of
 from d2v_scale.interop.importing import convert, open_source
 from d2v_scale.model.stack import Student
 from d2v_scale.recipe import Recipe, to_dict

@@ -13,6 +13,7 @@ from PIL import Image
 from small_shards import documents, image_samples
 
 from d2v_scale.data.config import SourceConfig
+from d2v_scale.data.reading import SampleStore
 from d2v_scale.data.shard_index import SetIndex
 from d2v_scale.data.shard_set import find_shards
 from d2v_scale.data.writing import write_set
@@ -125,3 +126,36 @@ def test_inspection_finds_damage_and_draws_masks(run: Callable[..., str], tmp_pa
     text = run("inspect_shards", tmp_path, "--check", status=2)
     assert "lost: " in text
     assert "1 of 25 samples lost" in text
+
+
+def test_a_table_of_pairs_becomes_shards_with_both_texts_and_labels(run: Callable[..., str], tmp_path: Path) -> None:
+    rows = [f'{k}\tfirst "text {k}\tsecond text {k}\t{["no", "yes"][k % 2]}' for k in range(30)]
+    (tmp_path / "train.tsv").write_text("\n".join(["index\tsentence1\tsentence2\tlabel", *rows]) + "\n")
+    common = ["text", str(tmp_path / "train.tsv")]
+    columns = ["--columns", "sentence1,sentence2,label", "--vocab-size", "290", "--processes", "1"]
+    run("make_shards", *common, tmp_path / "a", *columns)
+    found = find_shards(SourceConfig(shards=str(tmp_path / "a"), modality="text"))
+    assert found.index is not None
+    assert found.index.classes == ["no", "yes"]
+    sample = SampleStore(found).read(0, 3)
+    members = {name: bytes(sample.member((name,))[1]).decode() for name in ("txt", "txt2", "cls")}
+    assert members == {"txt": 'first "text 3', "txt2": "second text 3", "cls": "1"}
+    numbered = ["--columns", "2,1", "--score", "--vocab-size", "290", "--processes", "1"]
+    (tmp_path / "plain.tsv").write_text("\n".join(f"{k / 2}\tsome text {k}" for k in range(30)))
+    run("make_shards", "text", tmp_path / "plain.tsv", tmp_path / "b", *numbered)
+    sample = SampleStore(find_shards(SourceConfig(shards=str(tmp_path / "b"), modality="text"))).read(0, 3)
+    assert float(bytes(sample.member(("score",))[1])) == 1.5
+    assert "sentence1, sentence2" in run("make_shards", *common, tmp_path / "c", "--columns", "no,label", status=2)
+
+
+def test_recordings_get_the_transcripts_that_a_file_has(run: Callable[..., str], tmp_path: Path) -> None:
+    for number in range(3):
+        folder = tmp_path / "src" / "speaker"
+        folder.mkdir(parents=True, exist_ok=True)
+        soundfile.write(folder / f"take-{number}.wav", np.zeros(4000, dtype=np.float32), 16000)
+    (tmp_path / "texts").write_text("speaker/take-0 HELLO THERE\ntake-2\tGOOD BYE\n")
+    call = ["audio", str(tmp_path / "src"), str(tmp_path / "out"), "--transcripts", str(tmp_path / "texts")]
+    assert "2 of 3 recordings" in run("make_shards", *call, "--processes", "1")
+    store = SampleStore(find_shards(SourceConfig(shards=str(tmp_path / "out"), modality="speech")))
+    texts = {bytes(store.read(0, number).member(("txt",))[1]).decode() for number in range(len(store.members(0)))}
+    assert texts == {"HELLO THERE", "GOOD BYE"}

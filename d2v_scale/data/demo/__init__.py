@@ -19,7 +19,7 @@ from d2v_scale.model.config import Modality
 log = logging.getLogger(__name__)
 
 ROOT = "demo_data"
-VERSION = "1"
+VERSION = "2"
 
 
 def write(modality: Modality, root: Path) -> Path:

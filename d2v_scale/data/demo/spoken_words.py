@@ -105,4 +105,4 @@ def _spoken(synthesizer: Synthesizer, voices: list[str]) -> Iterator[Sample]:
                 wave = synthesizer.speak(word, voice, rate, pitch)
                 soundfile.write(content, wave, SAMPLE_RATE, format="FLAC", subtype="PCM_16")
                 key = f"{word}-{voice.replace('+', '-')}-{rate}"
-                yield {"__key__": key, "flac": content.getvalue(), "cls": label}
+                yield {"__key__": key, "flac": content.getvalue(), "cls": label, "txt": word}

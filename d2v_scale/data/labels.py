@@ -1,0 +1,113 @@
+"""Labels beside the data of a sample: classes (`.cls`), scores (`.score`), transcripts (`.txt` beside a recording)."""
+
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from d2v_scale.data.reading import RawSample
+
+LETTERS = "ETAONIHSRDLUMWCFGYPBVK'XJQZ"
+"""English letters in the order of the published CTC models; with the five pieces before them, 32."""
+
+_SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "|"]
+
+
+class Labels(Protocol):
+    """How the label of a sample is read, and labels become a tensor."""
+
+    extension: str
+    """The member that holds the label."""
+
+    def read(self, sample: RawSample) -> Any:
+        """The label of a sample. Raises SampleFault or ValueError."""
+
+    def stack(self, labels: list[Any]) -> Tensor:
+        """Labels of a batch. None stands for a row without."""
+
+
+class ClassLabels:
+    """An integer from 0 in `.cls`; int64 (B,), -1: none."""
+
+    extension = "cls"
+
+    def read(self, sample: RawSample) -> int:
+        """The class."""
+        return int(_text(sample, self.extension))
+
+    def stack(self, labels: list[int | None]) -> Tensor:
+        """int64 (B,)."""
+        return torch.tensor([-1 if label is None else label for label in labels], dtype=torch.int64)
+
+
+class Scores:
+    """A number in `.score`; float32 (B,), NaN: none."""
+
+    extension = "score"
+
+    def read(self, sample: RawSample) -> float:
+        """The score."""
+        return float(_text(sample, self.extension))
+
+    def stack(self, labels: list[float | None]) -> Tensor:
+        """float32 (B,)."""
+        return torch.tensor([float("nan") if label is None else label for label in labels], dtype=torch.float32)
+
+
+class Vocabulary:
+    """Characters as the outputs of a CTC head: number 0 is the blank, 4 the space between words."""
+
+    blank = 0
+    unknown = 3
+    space = 4
+
+    def __init__(self, letters: str = LETTERS) -> None:
+        self.pieces = [*_SPECIAL, *letters]
+        self._number = {piece: number for number, piece in enumerate(self.pieces)} | {" ": self.space}
+
+    def __len__(self) -> int:
+        return len(self.pieces)
+
+    def encode(self, text: str) -> NDArray[np.int64]:
+        """Numbers of a text (U,); a letter is taken in the case that the vocabulary has, others are <unk>."""
+        words = " ".join(text.split())
+        return np.array([self._find(character) for character in words], dtype=np.int64)
+
+    def _find(self, character: str) -> int:
+        for written in (character, character.upper(), character.lower()):
+            if written in self._number:
+                return self._number[written]
+        return self.unknown
+
+    def decode(self, numbers: list[int]) -> str:
+        """The text of numbers that hold no repeats any more; pieces that are no characters are left out."""
+        characters = [" " if n == self.space else self.pieces[n] for n in numbers if n >= self.space]
+        return " ".join("".join(characters).split())
+
+
+class Transcripts:
+    """A text in `.txt`; int64 (B, U) numbers of its characters, filled with -1."""
+
+    extension = "txt"
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        self.vocabulary = vocabulary
+
+    def read(self, sample: RawSample) -> NDArray[np.int64]:
+        """The characters (U,)."""
+        return self.vocabulary.encode(_text(sample, self.extension))
+
+    def stack(self, labels: list[NDArray[np.int64] | None]) -> Tensor:
+        """int64 (B, U)."""
+        rows = [np.zeros(0, dtype=np.int64) if label is None else label for label in labels]
+        longest = max((len(row) for row in rows), default=0)
+        filled = np.full((len(rows), max(1, longest)), -1, dtype=np.int64)
+        for k, row in enumerate(rows):
+            filled[k, : len(row)] = row
+        return torch.from_numpy(filled)
+
+
+def _text(sample: RawSample, extension: str) -> str:
+    return bytes(sample.member((extension,))[1]).decode("utf-8")

@@ -1,0 +1,1 @@
+"""Fine-tuning an encoder on labels: classes, scores or transcripts."""

@@ -1,0 +1,130 @@
+"""What an encoder is fine-tuned for, and how gently."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from d2v_scale.data.labels import LETTERS
+from d2v_scale.data2vec.config import MaskingConfig
+from d2v_scale.errors import ConfigError
+from d2v_scale.model.config import ModelConfig
+
+Metric = Literal["accuracy", "f1", "matthews", "pearson", "spearman", "wer", "cer"]
+
+
+@dataclass(kw_only=True)
+class BackboneOverrides:
+    """Regularisation of the pretrained blocks while they are fine-tuned; null: as in the checkpoint's recipe."""
+
+    dropout: float | None = None
+    attention_dropout: float | None = None
+    activation_dropout: float | None = None
+    input_dropout: float | None = None
+    drop_path: float | None = None
+    layer_drop: float | None = None
+
+
+@dataclass(kw_only=True)
+class CtcConfig:
+    """Characters, and what is hidden from the encoder while it learns them (spec 7.1)."""
+
+    letters: str = LETTERS
+    """Characters that the head predicts, beside the blank, <unk> and the space between words."""
+    time_mask: float = 0.65
+    """Fraction of the frames in masked spans, before overlaps; 0: none."""
+    time_mask_length: int = 10
+    """Frames of a span."""
+    noise_std: float = 0.01
+    """2.0: standard deviation of what replaces masked frames; 0: zeros. 1.0 has a learned vector."""
+    channel_mask: float = 0.5
+    """Fraction of the channels in masked spans; they are zero at every frame."""
+    channel_mask_length: int = 64
+    beam: int = 1
+    """Width of the beam that evaluation decodes with; 1: greedy. There is no language model."""
+
+
+@dataclass(kw_only=True)
+class ImageConfig:
+    """Augmentation of labelled images (spec 7.2), beside the crop, flip and jitter of `data.vision`."""
+
+    rand_augment: float = 0.0
+    """Magnitude of two random operations an image, 0-10 (published: 9); 0: none."""
+    rand_augment_std: float = 0.5
+    """Standard deviation of that magnitude."""
+    erase: float = 0.0
+    """Probability that a rectangle is replaced by noise."""
+    mixup: float = 0.0
+    """Alpha of the Beta distribution that images are mixed with; 0: not."""
+    cutmix: float = 0.0
+    """The same for rectangles pasted from another image."""
+    mix_probability: float = 1.0
+    """Share of the steps that mix."""
+
+
+@dataclass(kw_only=True)
+class TaskConfig:
+    """One downstream task. The encoder is the one of `--init_from`, or starts from scratch without it."""
+
+    kind: Literal["classify", "regress", "ctc"] = "classify"
+    """`classify`: `.cls`; `regress`: `.score`; `ctc`: the characters of `.txt`, from recordings."""
+    weights: Literal["teacher", "student"] = "teacher"
+    """Whose weights `--init_from` gives: the teacher's averages (what it shares is the student's), or the student's."""
+    classes: int | None = None
+    """Outputs of a classifier; null: the classes that the shards' index names."""
+    label_smoothing: float = 0.0
+    layer_decay: float = 1.0
+    """Each block's learning rate is this times that of the block above it."""
+    stem_decay: bool | None = None
+    """Whether the stem's goes on below the first block's; null: as published (1.0: yes, 2.0: full rate)."""
+    freeze_updates: int = 0
+    """Updates during which only the head learns."""
+    frozen: list[str] = field(default_factory=list)
+    """Parameters that never change, by prefix of their names; the convolutions of speech are always among them."""
+    metrics: list[Metric] = field(default_factory=list)
+    """What evaluation measures; empty: accuracy, Pearson, or WER and CER."""
+    backbone: BackboneOverrides = field(default_factory=BackboneOverrides)
+    ctc: CtcConfig = field(default_factory=CtcConfig)
+    image: ImageConfig = field(default_factory=ImageConfig)
+
+    def check(self, model: ModelConfig, tensor_parallel: int = 1) -> None:
+        """Raises ConfigError for what contradicts itself or the model."""
+        if len(model.modalities) != 1:
+            raise ConfigError("task", f"needs a model of one modality, this one has {', '.join(model.modalities)}")
+        if self.kind == "ctc" and model.speech is None:
+            raise ConfigError("task.kind", "is 'ctc'", "It needs a speech model.")
+        if tensor_parallel > 1:
+            raise ConfigError("parallel.tensor", f"is {tensor_parallel}", "Fine-tuning divides the batch only.")
+        if self.classes is not None and self.classes < 2:
+            raise ConfigError("task.classes", f"is {self.classes}", "Give at least 2.")
+        if not 0 < self.layer_decay <= 1:
+            raise ConfigError("task.layer_decay", f"is {self.layer_decay}", "Give a number above 0, at most 1.")
+        if self.ctc.beam < 1:
+            raise ConfigError("task.ctc.beam", f"is {self.ctc.beam}", "Give at least 1 (greedy).")
+        if len(set(self.ctc.letters)) < len(self.ctc.letters) or set("| ") & set(self.ctc.letters):
+            raise ConfigError("task.ctc.letters", "has a letter twice, or a space", "Spaces have their own place.")
+        width = model.backbone.width
+        if self.kind == "ctc" and self.ctc.channel_mask > 0 and not 0 < self.ctc.channel_mask_length < width:
+            raise ConfigError(
+                "task.ctc.channel_mask_length", f"is {self.ctc.channel_mask_length} of {width} channels", "Shorten it."
+            )
+        wrong = [metric for metric in self.metrics if metric not in METRICS[self.kind]]
+        if wrong:
+            raise ConfigError("task.metrics", f"has {wrong[0]!r}", f"For {self.kind} there are: {METRICS[self.kind]}.")
+
+    def chosen_metrics(self) -> list[Metric]:
+        """What evaluation measures."""
+        defaults: dict[str, list[Metric]] = {"classify": ["accuracy"], "regress": ["pearson"], "ctc": ["wer", "cer"]}
+        return self.metrics or defaults[self.kind]
+
+    def masking(self) -> MaskingConfig:
+        """Frames that are hidden in training; nothing but for CTC."""
+        if self.kind != "ctc" or self.ctc.time_mask == 0:
+            # Of the kinds, only this one can mask nothing at all.
+            return MaskingConfig(kind="spans", starts="anywhere", prob=0.0)
+        return MaskingConfig(kind="spans", prob=self.ctc.time_mask, length=self.ctc.time_mask_length)
+
+
+METRICS: dict[str, list[Metric]] = {
+    "classify": ["accuracy", "f1", "matthews"],
+    "regress": ["pearson", "spearman"],
+    "ctc": ["wer", "cer"],
+}

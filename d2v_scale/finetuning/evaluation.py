@@ -1,0 +1,101 @@
+"""A fine-tuned model on held-out labelled samples, divided over the ranks."""
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from d2v_scale.data.batch import Batch
+from d2v_scale.data.labelled import LabelledSet
+from d2v_scale.data.labels import Vocabulary
+from d2v_scale.finetuning import metrics
+from d2v_scale.finetuning.config import TaskConfig
+from d2v_scale.finetuning.decoding import beam_search, greedy
+from d2v_scale.finetuning.loading import labels_of
+from d2v_scale.finetuning.model import TaskModel
+from d2v_scale.finetuning.step import frames_of
+from d2v_scale.model.stack import Draw
+from d2v_scale.parallel.zero import StudentEngine
+from d2v_scale.recipe import Recipe
+
+LabelledBatches = Sequence[tuple[Batch, Tensor]]
+
+Answers = list[tuple[Any, Any]]
+"""What was said of each sample, and its label: numbers or texts."""
+
+
+def answers(task: TaskConfig, logits: Tensor, labels: Tensor, frames_b: Tensor | None) -> Answers:
+    """Of a batch: (class, class), (score, score) or (text, text)."""
+    if task.kind == "classify":
+        return list(zip(logits.argmax(dim=-1).tolist(), labels.tolist(), strict=True))
+    if task.kind == "regress":
+        return list(zip(logits[:, 0].tolist(), labels.tolist(), strict=True))
+    assert frames_b is not None
+    vocabulary = Vocabulary(task.ctc.letters)
+    found = []
+    log_probs_btc = logits.float().log_softmax(dim=-1).cpu().numpy()
+    for log_probs_tc, frames, characters_u in zip(log_probs_btc, frames_b.tolist(), labels.tolist(), strict=True):
+        frames_tc = log_probs_tc[:frames]
+        heard = greedy(frames_tc) if task.ctc.beam == 1 else beam_search(frames_tc, task.ctc.beam)
+        spoken = [number for number in characters_u if number >= 0]
+        found.append((vocabulary.decode(heard), vocabulary.decode(spoken)))
+    return found
+
+
+def measure(task: TaskConfig, found: Answers) -> dict[str, float]:
+    """The task's metrics of all answers."""
+    guessed, labels = [guess for guess, _ in found], [label for _, label in found]
+    if task.kind == "ctc":
+        return metrics.of_texts(guessed, labels, task.chosen_metrics())
+    of = metrics.of_classes if task.kind == "classify" else metrics.of_scores
+    return of(np.array(guessed), np.array(labels), task.chosen_metrics())
+
+
+class TaskEvaluation:
+    """The recipe's held-out set, which every rank keeps in memory."""
+
+    def __init__(self, task: TaskConfig, batches: LabelledBatches, student: StudentEngine) -> None:
+        self._task, self._batches, self._student = task, batches, student
+
+    @classmethod
+    def of(cls, recipe: Recipe, student: StudentEngine) -> "TaskEvaluation | None":
+        """The set that `evaluation.test` names; None where it names none. Raises DataError."""
+        config, task = recipe.evaluation, recipe.task
+        assert task is not None
+        if config.test is None:
+            return None
+        [modality] = recipe.model.modalities
+        labelled = LabelledSet(
+            config.test, modality, recipe.data, recipe.model, limit=config.max_test, labels=labels_of(task)
+        )
+        return cls(task, list(labelled), student)
+
+    @torch.no_grad()
+    def measure(self) -> dict[str, float]:
+        """The task's metrics. Collective: all ranks must call; all get the same."""
+        student, topology = self._student, self._student.topology
+        rank, size = topology.data_parallel_rank, topology.data_parallel_size
+        was_training = student.module.training
+        student.module.eval()
+        mine: list[tuple[int, Answers]] = []
+        # A rank that has run out repeats the last batch: a sharded forward needs every rank.
+        for turn in range(-(-len(self._batches) // size)):
+            index = min(turn * size + rank, len(self._batches) - 1)
+            mine.append((index, self._answers(*self._batches[index])))
+        student.module.train(was_training)
+        everyone = [mine]
+        if size > 1:
+            everyone = [[] for _ in range(size)]
+            dist.all_gather_object(everyone, mine, group=topology.data_parallel_group)
+        found = dict(pair for part in everyone for pair in part)
+        return measure(self._task, [answer for index in range(len(self._batches)) for answer in found[index]])
+
+    def _answers(self, batch: Batch, labels: Tensor) -> Answers:
+        batch = batch.to(self._student.topology.device)
+        logits = self._student(batch, Draw(0, 0))
+        model = cast(TaskModel, self._student.module)
+        frames_b = frames_of(model, batch, logits) if self._task.kind == "ctc" else None
+        return answers(self._task, logits, labels, frames_b)

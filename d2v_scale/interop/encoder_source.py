@@ -1,0 +1,162 @@
+"""An encoder from wherever it is: a checkpoint or run directory, an exported folder, public weights of Hugging Face."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from d2v_scale.checkpoint import Checkpoint, open_any
+from d2v_scale.errors import CheckpointError
+from d2v_scale.interop.huggingface import huggingface_keys, is_native
+from d2v_scale.interop.importing import Folder, open_source, without_prefix
+from d2v_scale.interop.keymap import KeyMap, import_tensors
+from d2v_scale.interop.remote_code import remote_code_keys
+from d2v_scale.model.init import full_shape_of, write_local
+from d2v_scale.model.stack import Student
+from d2v_scale.recipe import Recipe, to_dict
+
+EXPORT_FILE = "d2v_scale.json"
+"""In an exported folder: the recipe, and which checkpoint of which run it is."""
+
+Weights = Literal["teacher", "student"]
+
+
+@dataclass
+class EncoderSource:
+    """An encoder's recipe and tensors in our names."""
+
+    path: Path
+    recipe: Recipe
+    read: Callable[[str], Tensor | None]
+    """The fp32 tensor of a name; None where there is none."""
+    step: int = 0
+    run_dir: Path | None = None
+    """The run that made it, where it is known."""
+    classes: list[str] | None = None
+    """Of a fine-tuned classifier: the names of its outputs."""
+
+
+def open_encoder(path: str | Path, weights: Weights = "teacher") -> EncoderSource:
+    """Open any of the kinds above. Raises CheckpointError.
+
+    `teacher`: averaged tensors from the teacher, shared ones (conv stack, embeddings) from the student; `student`: all
+    from the student. An exported folder holds one of the two, and `weights` is without effect.
+    """
+    path = Path(path)
+    if (path / "config.json").is_file() or (path / EXPORT_FILE).is_file():
+        return _exported(path)
+    checkpoint = open_any(path)
+    extra = checkpoint.extra
+    return EncoderSource(
+        checkpoint.path,
+        recipe_of(checkpoint),
+        _reader(checkpoint, weights),
+        checkpoint.step,
+        checkpoint.path.parent.parent,
+        extra.get("classes"),
+    )
+
+
+def recipe_of(checkpoint: Checkpoint) -> Recipe:
+    """The recipe a checkpoint was made with, as the checkpoint holds it. Raises CheckpointError."""
+    values = checkpoint.extra.get("recipe")
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{checkpoint.path} does not say which recipe it was made with.")
+    return parse_recipe(values, checkpoint.path)
+
+
+def parse_recipe(values: dict[str, Any], path: Path) -> Recipe:
+    """A recipe from plain values. Raises CheckpointError, which names `path`."""
+    from jsonargparse import ArgumentError, ArgumentParser
+
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(Recipe)
+    try:
+        sections = parser.instantiate(parser.parse_object(values))
+    except ArgumentError as error:
+        raise CheckpointError(f"{path} was made with a recipe that does not fit: {error}.") from error
+    return Recipe(**{field.name: sections[field.name] for field in dataclasses.fields(Recipe)})
+
+
+def export_note(recipe: Recipe, checkpoint: Checkpoint, weights: str) -> dict[str, Any]:
+    """What EXPORT_FILE holds."""
+    return {
+        "recipe": json.loads(json.dumps(to_dict(recipe))),
+        "step": checkpoint.step,
+        "weights": weights,
+        "run_dir": str(checkpoint.path.resolve().parent.parent),
+        "classes": checkpoint.extra.get("classes"),
+    }
+
+
+def _reader(checkpoint: Checkpoint, weights: Weights) -> Callable[[str], Tensor | None]:
+    order = ("teacher", "student") if weights == "teacher" else ("student",)
+    held = {kind: set(checkpoint.names(kind)) for kind in order if kind in checkpoint.kinds()}
+
+    def read(name: str) -> Tensor | None:
+        kind = next((kind for kind, names in held.items() if name in names), None)
+        return None if kind is None else checkpoint.tensor(kind, name)
+
+    return read
+
+
+def _exported(path: Path) -> EncoderSource:
+    if not (path / EXPORT_FILE).is_file():
+        source = open_source(path)
+        reference = source.reference
+        ours, report = import_tensors(source.keymap, source.student)
+        report.require_complete(str(path))
+        recipe = Recipe(name=path.name, model=reference.model, objective=reference.objective)
+        return EncoderSource(path, recipe, ours.get)
+    try:
+        note = json.loads((path / EXPORT_FILE).read_text())
+        recipe = parse_recipe(note["recipe"], path / EXPORT_FILE)
+    except (ValueError, KeyError, OSError) as error:
+        raise CheckpointError(f"{path / EXPORT_FILE} is damaged ({error}).", "Export it again.") from error
+    tensors = Folder(path)
+    if (path / "config.json").is_file():
+        foreign = {without_prefix(name): tensors[name] for name in tensors}
+        ours = import_tensors(_keymap(recipe), foreign)[0]
+    else:
+        ours = dict(tensors)
+    return EncoderSource(path, recipe, ours.get, note["step"], Path(note["run_dir"]), note.get("classes"))
+
+
+def _keymap(recipe: Recipe) -> KeyMap:
+    modality = recipe.model.modalities[0]
+    if is_native(recipe.model, modality):
+        return huggingface_keys(recipe.model, modality)
+    with torch.device("meta"):
+        names = [name for name, _ in Student(recipe.model).named_parameters()]
+    return remote_code_keys(names, recipe.model, modality)
+
+
+# Parameters that only masking needs: an encoder that was exported for fine-tuning may lack them.
+_OPTIONAL = ("mask_embedding", "mask_token")
+
+
+@torch.no_grad()
+def write_encoder(module: nn.Module, source: EncoderSource) -> None:
+    """Copy every parameter of `module` but its head's from `source`, whatever holds them (ZeRO-3 shards, too). Local.
+
+    Raises CheckpointError when one is nowhere to be found, or of another shape.
+    """
+    named = {name: p for name, p in module.named_parameters() if not name.startswith("head.")}
+    missing = []
+    for name, parameter in named.items():
+        tensor = source.read(name)
+        if tensor is None:
+            if not name.endswith(_OPTIONAL):
+                missing.append(name)
+            continue
+        if tuple(tensor.shape) != full_shape_of(parameter):
+            shapes = f"is {tuple(tensor.shape)}, the recipe's model has {full_shape_of(parameter)}"
+            raise CheckpointError(f"{source.path}: {name} {shapes}.")
+        write_local(parameter, tensor.float())
+    if missing:
+        raise CheckpointError(f"{source.path} lacks {len(missing)} of {len(named)} tensors: {', '.join(missing[:5])}.")

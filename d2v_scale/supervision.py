@@ -1,0 +1,99 @@
+"""What surrounds a training loop, whatever it trains: watchdog, last checkpoint, verdict, record."""
+
+import contextlib
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+from d2v_scale import command_line
+from d2v_scale.checkpoint.format import MANIFEST, directory_name
+from d2v_scale.checkpoint.writer import CheckpointWriter
+from d2v_scale.command_line import Options
+from d2v_scale.data.loader import StepLoader
+from d2v_scale.errors import EXIT_DONE
+from d2v_scale.parallel.groups import Topology
+from d2v_scale.parallel.zero import StudentEngine
+from d2v_scale.recipe import Recipe, to_dict
+from d2v_scale.signals import Agreement, Stop, StopFlag, StopReason
+from d2v_scale.status import outcome_of, write_status
+from d2v_scale.tracking import RunTracker, SystemMonitor, environment_tags, write_environment
+from d2v_scale.watchdog import Watchdog
+
+log = logging.getLogger("d2v_scale.train")
+
+
+class AnyRun(Protocol):
+    """What pretraining and fine-tuning runs have in common."""
+
+    recipe: Recipe
+    options: Options
+    topology: Topology
+    directory: Path
+    student: StudentEngine
+    writer: CheckpointWriter
+    tracker: RunTracker
+    step: int
+    saved: int
+
+    @property
+    def loader(self) -> StepLoader:
+        """Where its batches come from."""
+
+
+def supervise(run: AnyRun, stop_flag: StopFlag, train: Callable[..., Stop | None], save: Callable[..., None]) -> int:
+    """Train under the watchdog, save, write status.json and close the record; returns the exit code. Collective."""
+    recipe, topology = run.recipe, run.topology
+    run.tracker.start(
+        to_dict(recipe),
+        {
+            **environment_tags(),
+            **command_line.changed_from_named(recipe),
+            **topology.tags(),
+            "zero_stage": run.student.stage,
+        },
+        resume_step=run.step if run.saved >= 0 else None,
+        total_steps=last_step(run),
+    )
+    run.tracker.artifact(run.directory / command_line.RECIPE_FILE)
+    run.tracker.artifact(run.directory / "ds_config.json")
+    if topology.rank == 0:
+        run.tracker.artifact(write_environment(run.directory))
+    agreement = Agreement()
+    limit_s = recipe.hang_limit_minutes * 60
+    nodes = SystemMonitor(run.directory) if topology.local_rank == 0 else contextlib.nullcontext()
+    with (
+        nodes,
+        Watchdog(run.directory, rank=topology.rank, world_size=topology.world_size, limit_s=limit_s) as watchdog,
+    ):
+        stop = train(run, stop_flag, agreement, watchdog)
+        with watchdog.allow(recipe.checkpoint.peer_timeout, "last checkpoint"):
+            if (stop is None or stop.reason < StopReason.DATA_STARVED) and run.saved != run.step:
+                save(run)
+            committed = run.writer.finish()
+            report_saves(run)
+            agreement.barrier()
+        run.loader.close()
+        reason, code = ("all steps done", EXIT_DONE) if stop is None else (str(stop), stop.exit_code)
+        if not committed:
+            reason, code = f"{reason}, but the last checkpoint could not be written", code or 1
+        # Before MLflow is waited for: whoever asked this run to stop may not leave it that time.
+        if topology.rank == 0:
+            write_status(run.directory, code, reason, run.step)
+        run.tracker.finish(outcome_of(code))
+    return code
+
+
+def last_step(run: AnyRun) -> int:
+    """The step this invocation ends at."""
+    horizon = run.recipe.optim.max_steps
+    return horizon if run.options.stop_at is None else min(horizon, run.options.stop_at)
+
+
+def report_saves(run: AnyRun) -> None:
+    """Say what became of checkpoints that were written in the background."""
+    for result in run.writer.poll():
+        if result.error is not None:
+            log.warning("Checkpoint of step %d could not be written: %s", result.step, result.error)
+        else:
+            run.tracker.checkpoint(run.writer.root / directory_name(result.step), MANIFEST, result.step)

@@ -1,0 +1,118 @@
+"""Labelled samples from shards: whole, with their labels, in an order that survives a stop and another world size."""
+
+from pathlib import Path
+
+import pytest
+import tiny_models
+import torch
+from small_shards import documents, image_samples, sound_samples
+
+from d2v_scale.data import tokenizer
+from d2v_scale.data.config import DataConfig, SourceConfig, SpeechData
+from d2v_scale.data.labels import Scores, Vocabulary
+from d2v_scale.data.speech import measure
+from d2v_scale.data.text import TokenCounter
+from d2v_scale.data.writing import write_set
+from d2v_scale.errors import DataError
+from d2v_scale.finetuning.config import CtcConfig, ImageConfig, TaskConfig
+from d2v_scale.finetuning.loading import LabelledLoader
+from d2v_scale.model.config import Modality, ModelConfig, TextStem, VisionStem
+
+TEXTS = ["One", "two three", "café"]
+
+
+def loader(task: TaskConfig, model: ModelConfig, shards: Path, modality: Modality, **options) -> LabelledLoader:  # type: ignore[no-untyped-def]
+    data = DataConfig(sources=[SourceConfig(shards=str(shards), modality=modality)], workers=0)
+    data.speech = SpeechData(max_seconds=0.5)
+    options = {"seed": 1, "global_batch_size": 4, **options}
+    return LabelledLoader(task, data, model, **options)
+
+
+@pytest.fixture
+def recordings(tmp_path: Path) -> Path:
+    samples = [sample | {"txt": TEXTS[k % 3]} for k, sample in enumerate(sound_samples(24))]
+    write_set(tmp_path, "train", "speech", samples, per_shard=10, measure=measure)
+    return tmp_path
+
+
+def test_recordings_come_whole_with_their_transcripts_and_long_ones_are_left_out(recordings: Path) -> None:
+    task = TaskConfig(kind="ctc", ctc=CtcConfig(letters="abcdefghijklmnopqrstuvwxyz"))
+    loaded = loader(task, tiny_models.model("v1_speech"), recordings, "speech")
+    seen: dict[str, int] = {}
+    vocabulary = Vocabulary(task.ctc.letters)
+    for _ in range(12):
+        [batch] = next(loaded)
+        assert batch.labels is not None
+        for row, sample_key in enumerate(batch.keys):
+            length = batch.inputs.shape[1] if batch.valid is None else int(batch.valid[row].sum())
+            seen[sample_key] = length
+            text = TEXTS[int(sample_key[-4:]) % 3].lower()
+            said = vocabulary.decode([number for number in batch.labels[row].tolist() if number >= 0])
+            assert said == text.replace("é", "")
+    short = {s["__key__"]: measure({"flac": s["flac"]}) for s in sound_samples(24)}
+    assert seen == {name: length for name, length in short.items() if length <= 8000}
+    assert min(seen.values()) < max(seen.values())
+
+
+def test_every_rank_has_its_share_and_a_stopped_loader_continues(recordings: Path) -> None:
+    task, model = TaskConfig(kind="classify"), tiny_models.model("v1_speech")
+    alone = loader(task, model, recordings, "speech")
+    whole = [next(alone)[0] for _ in range(4)]
+    state = alone.state_dict()
+    after = next(alone)[0]
+    pair = [loader(task, model, recordings, "speech", dp_rank=rank, dp_size=2) for rank in range(2)]
+    for expected in whole:
+        parts = [next(one)[0] for one in pair]
+        assert sum((part.keys for part in parts), ()) == expected.keys
+    continued = loader(task, model, recordings, "speech")
+    continued.load_state_dict(state)
+    assert next(continued)[0].keys == after.keys
+    assert set(torch.cat([batch.labels for batch in whole if batch.labels is not None]).tolist()) == {0, 1, 2}
+
+
+def test_images_are_augmented_by_draws_of_their_own(tmp_path: Path) -> None:
+    write_set(tmp_path, "train", "vision", image_samples(8, side=16), per_shard=10, classes=["a", "b", "c"])
+    model = ModelConfig(vision=VisionStem(image_size=16, patch_size=4))
+    plain = loader(TaskConfig(), model, tmp_path, "vision", global_batch_size=8)
+    strong = [TaskConfig(image=ImageConfig(rand_augment=9.0)) for _ in range(2)]
+    first, again = (next(loader(task, model, tmp_path, "vision", global_batch_size=8))[0] for task in strong)
+    batch = next(plain)[0]
+    assert torch.equal(first.inputs, again.inputs)
+    assert first.keys == batch.keys
+    assert not torch.equal(first.inputs, batch.inputs)
+    assert plain.classes == ["a", "b", "c"]
+
+
+def test_pairs_of_texts_are_joined_and_the_longer_one_is_shortened(tmp_path: Path) -> None:
+    texts = documents(12)
+    model_file = tmp_path / "tokenizer.model"
+    tokenizer.train(texts * 5, model_file, vocab_size=300)
+    long = " ".join(texts)
+    samples = [
+        {"__key__": f"{k}", "txt": long if k == 0 else "a fox", "txt2": "a dog", "score": f"{k / 2}"} for k in range(4)
+    ]
+    write_set(tmp_path, "train", "text", samples, per_shard=10, measure=TokenCounter(model_file), tokenizer=model_file)
+    stem = TextStem(vocab_size=301, max_positions=24, mask_id=300)
+    loaded = loader(TaskConfig(kind="regress"), ModelConfig(text=stem), tmp_path, "text")
+    [batch] = next(loaded)
+    rows = dict(zip(batch.keys, batch.inputs, strict=True))
+    dog = rows["1"][rows["1"] != stem.pad_id].tolist()
+    assert dog[0] == stem.bos_id
+    ends = [at for at, token in enumerate(dog) if token == stem.eos_id]
+    assert len(ends) == 3
+    assert ends[1] == ends[0] + 1
+    assert ends[2] == len(dog) - 1
+    second = dog[ends[1] :]
+    full = rows["0"].tolist()
+    assert len(full) == 24
+    assert full[-len(second) :] == second, "the short text is whole"
+    assert full[-len(second) - 1] == stem.eos_id
+    assert isinstance(loaded.labels, Scores)
+    assert dict(zip(batch.keys, batch.labels.tolist(), strict=True)) == {"0": 0.0, "1": 0.5, "2": 1.0, "3": 1.5}  # type: ignore[union-attr]
+
+
+def test_shards_without_an_index_are_refused(recordings: Path) -> None:
+    for index in recordings.glob("*.index*"):
+        index.unlink()
+    with pytest.raises(DataError, match="index"):
+        loader(TaskConfig(), tiny_models.model("v1_speech"), recordings, "speech")
