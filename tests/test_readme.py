@@ -63,6 +63,8 @@ STAND_INS: dict[str, list[str] | None] = {
     ],
     "deepspeed d2v_scale/train.py --help": ["d2v_scale/train.py", "--help"],
     "sbatch slurm/pretrain_large.sh --data '/shards/in1k-{000000..001281}.tar'": None,
+    ".venv/bin/python tools/plan.py --recipe d2v2_vision_7b --nodes 32 --gpus 8 --device h100": None,
+    ".venv/bin/python tools/plan.py --table --device h100": None,
     ".venv/bin/mlflow ui --backend-store-uri sqlite:///runs/mlflow.db": None,
     ".venv/bin/python tools/report.py runs/a runs/b --out report.html": [
         *["tools/report.py", "runs/vit", "runs/vit", "--out", "report.html"]

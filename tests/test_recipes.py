@@ -34,6 +34,8 @@ PUBLISHED_PARAMETERS = {
     "d2v2_text_large_a": (354_309_120, 31_070_464),
     "d2v2_text_large_b": (354_309_120, 31_070_464),
 }
+# Sizes that nobody has published: nothing to compare the exact numbers with.
+OUR_BILLIONS = {"d2v2_vision_1b": 1.1, "d2v2_speech_1b": 1.0, "d2v2_vision_7b": 6.9}
 # Positions of a typical input, and how many of them are masked where that number is fixed.
 FIXED_MASKS = {
     "d2v2_speech_base": (780, 390),
@@ -59,7 +61,7 @@ def load(name: str) -> Recipe:
 
 
 def test_every_published_recipe_is_listed_here() -> None:
-    assert {path.stem for path in RECIPES.glob("d2v*.yaml")} == set(PUBLISHED_PARAMETERS)
+    assert {path.stem for path in RECIPES.glob("d2v*.yaml")} == {*PUBLISHED_PARAMETERS, *OUR_BILLIONS}
 
 
 @pytest.mark.parametrize("name", PUBLISHED_PARAMETERS)
@@ -89,7 +91,18 @@ def test_acceptance_3_masked_positions_are_the_published_number(name: str) -> No
     assert set(masks.masked_rt.sum(1).tolist()) == {count}
 
 
-@pytest.mark.parametrize("name", PUBLISHED_PARAMETERS)
+@pytest.mark.parametrize("name", OUR_BILLIONS)
+def test_sizes_of_our_own_are_what_they_are_called(name: str) -> None:
+    recipe = load(name)
+    recipe.check(world_size=64)
+    assert recipe.name == name
+    with torch.device("meta"):
+        student = Student(recipe.model)
+    count = sum(parameter.numel() for parameter in student.parameters())
+    assert round(count / 1e9, 1) == OUR_BILLIONS[name]
+
+
+@pytest.mark.parametrize("name", [*PUBLISHED_PARAMETERS, *OUR_BILLIONS])
 def test_schedules_reach_their_peak_and_end_low(name: str) -> None:
     optim = load(name).optim
     peak = max(learning_rate(optim, n) for n in range(0, optim.max_steps, max(1, optim.max_steps // 2000)))
@@ -97,7 +110,7 @@ def test_schedules_reach_their_peak_and_end_low(name: str) -> None:
     assert learning_rate(optim, optim.max_steps) <= 0.011 * optim.lr
 
 
-@pytest.mark.parametrize("name", PUBLISHED_PARAMETERS)
+@pytest.mark.parametrize("name", [*PUBLISHED_PARAMETERS, *OUR_BILLIONS])
 def test_a_recipe_says_where_it_comes_from(name: str) -> None:
     text = Path(RECIPES / f"{name}.yaml").read_text()
     assert text.startswith("# data2vec")

@@ -1,76 +1,210 @@
-"""What a recipe costs on a cluster, before a job is queued: FLOPs, and the rate the loader must keep up.
+"""What a recipe costs on a cluster, before a job is queued: FLOPs, memory, traffic, and how to divide the work.
 
-    python tools/plan.py --recipe d2v2_vision_huge14 --nodes 32 --gpus 8 --device h100
+    python tools/plan.py --recipe d2v2_vision_huge14 --nodes 32 --gpus 8 --device h100 [--KEY VALUE ...]
+    python tools/plan.py --table --device h100
 
-Nothing is allocated. The times are estimates from the peak of the device and the utilisation that `--mfu` assumes;
-memory, traffic between devices and pipelines are not estimated.
+Lists the legal topologies, fastest first, and those that do not fit in memory with what is missing. Further arguments
+are recipe keys, as train.py takes them. `--table`: students of 0.3, 1, 7 and 30 billion parameters on 8 to 1024
+devices, as Markdown. Nothing is allocated. All times are estimates, from peak numbers and an assumed utilisation;
+bytes held and bytes sent are counted, and agree with measured ones in the tests.
 """
 
 import argparse
+import contextlib
+import io
+import logging
+import os
 import sys
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parent.parent)
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[0] = str(ROOT)
 
 from d2v_scale import command_line  # noqa: E402
-from d2v_scale.errors import ConfigError, UserError  # noqa: E402
-from d2v_scale.planning import flops, hardware  # noqa: E402
+from d2v_scale.errors import UserError  # noqa: E402
+from d2v_scale.planning import flops, hardware, stages, traffic  # noqa: E402
+from d2v_scale.planning.job import ModelSizes, samples_per_step  # noqa: E402
+from d2v_scale.planning.search import Cluster, Option, describe, search  # noqa: E402
 from d2v_scale.recipe import Recipe  # noqa: E402
 
+GB = 1e9
 
-def samples_per_step(recipe: Recipe, lengths: flops.Lengths) -> float:
-    """Samples of the longest length that make one optimizer step."""
-    match recipe.batch_unit:
-        case "seconds":
-            return recipe.global_batch_size * flops.SAMPLE_RATE / lengths.inputs
-        case "tokens":
-            return recipe.global_batch_size / lengths.inputs
-    return recipe.global_batch_size
+# Students of the table: recipe, and the keys that make it another size.
+TABLE_SIZES: dict[str, list[str]] = {
+    "0.3B": ["--recipe=d2v2_vision_large"],
+    "1B": ["--recipe=d2v2_vision_1b"],
+    "7B": ["--recipe=d2v2_vision_7b"],
+    "30B": [
+        "--recipe=d2v2_vision_7b",
+        *["--model.backbone.width=7168", "--model.backbone.heads=56", "--model.backbone.ffn=28672"],
+        *["--model.backbone.depth=48", "--objective.target.top_k_layers=36"],
+    ],
+}
+TABLE_NODES = (1, 8, 32, 128)
+TABLE_BATCH = 1024
 
 
-def report(recipe: Recipe, devices: int, nodes: int, device: hardware.Hardware, assumed: float) -> list[str]:
-    """The plan as lines of text."""
-    lines = [f"{recipe.name} on {devices} x {device.name} ({device.bf16_flops / 1e12:.0f} TFLOP/s bf16 peak each)"]
+def workload(recipe: Recipe) -> list[str]:
+    """What a sample and a step are."""
+    lines = []
     for modality in recipe.model.modalities:
-        lengths = flops.lengths_of(recipe, modality)
-        cost = flops.cost_of(recipe, modality)
-        count = samples_per_step(recipe, lengths)
-        if count < devices:
-            shown = f"{recipe.global_batch_size} {recipe.batch_unit} are {count:.0f} samples of {modality}"
-            raise ConfigError(
-                "global_batch_size", f"{shown} a step, fewer than {devices} devices", "Take fewer devices."
-            )
-        seconds = cost.total * count / (devices * device.bf16_flops * assumed)
+        lengths, cost = flops.lengths_of(recipe, modality), flops.cost_of(recipe, modality)
         parts = {"student": cost.student, "teacher": cost.teacher, "decoder": cost.decoder, "stem": cost.stem}
-        hours = seconds * recipe.optim.max_steps / 3600
         lines += [
             f"{modality}: {lengths.positions} positions, {lengths.kept} kept, {lengths.masked:.0f} masked, "
             f"{lengths.clones} masks a sample",
             f"  FLOPs of a sample    {cost.total / 1e9:.1f} G: "
             + ", ".join(f"{name} {value / cost.total:.1%}" for name, value in parts.items()),
-            f"  samples of a step    {count:.0f}, {count / devices:.2f} on each device",
-            f"  estimated step       {seconds:.3f} s at an assumed utilisation of {assumed:.0%}",
-            f"  loader rate needed   {count / seconds:.0f} samples/s, {count / seconds / nodes:.0f} on each node",
-            f"  estimated run        {hours:.1f} h for {recipe.optim.max_steps} steps",
+            f"  samples of a step    {samples_per_step(recipe, lengths):.0f}",
         ]
     return lines
 
 
+def row(option: Option) -> str:
+    """One line of the list."""
+    job, budget = option.job, option.budget
+    micro = min(job.micro_batch(modality) for modality in job.costs)
+    kept = "recomputed" if job.recipe.model.activation_checkpointing else "kept"
+    missing = []
+    if option.missing_device:
+        missing.append(f"{option.missing_device / GB:.0f} GB of device memory")
+    if option.missing_host:
+        missing.append(f"{option.missing_host / GB:.0f} GB of host memory")
+    return (
+        f"{job.parallel.tensor:3d} {job.parallel.pipeline:3d} {job.data:5d}  {option.deepspeed_config:29s}"
+        f"{micro:7.1f} {job.recipe.accumulation:5d}  {kept:10s}  {job.recipe.teacher.placement:7s}"
+        f"{budget.device_total / GB:8.1f} {budget.host_total / GB:8.1f} {option.seconds:9.3f}"
+        + (f"  lacks {' and '.join(missing)}" if missing else "")
+    )
+
+
+HEADING = " TP  PP    DP  DeepSpeed JSON                 micro  acc.  activations teacher GB/device  GB host    step s"
+
+
+def details(option: Option, cluster: Cluster) -> list[str]:
+    """The best option in full."""
+    job, budget = option.job, option.budget
+    lines = ["start it with  " + " ".join(f"--{key} {str(value).lower()}" for key, value in describe(option).items())]
+    for place, held in (("device", budget.device), ("host", budget.host)):
+        shown = ", ".join(f"{name} {size / GB:.2f}" for name, size in held.items() if size)
+        if shown:
+            lines.append(f"  GB on each {place:6s}    {shown}")
+    for modality, time in option.times.items():
+        sent = traffic.transfers(job, modality, cluster.devices_per_node)
+        lines += [f"  {modality}, each device and step:"]
+        lines += [
+            f"    {one.name:22s} {one.within / GB:9.3f} GB within the node, {one.between / GB:.3f} GB between nodes"
+            + (" (overlaps)" if one.hidden else "")
+            for one in sent
+        ]
+        lines.append(
+            f"    estimated step         {time.total:.3f} s: products {time.compute:.3f} s, "
+            f"transfers {time.exposed:.3f} s and {time.hidden:.3f} s overlapping, updates {time.update:.3f} s"
+        )
+        if job.parallel.pipeline > 1:
+            even = stages.even_bubble(job.parallel.pipeline, job.recipe.accumulation)
+            shares = ", ".join(f"{share:.1%}" for share in job.split.shares)
+            lines.append(f"    bubble                 {time.bubble:.1%} ({even:.1%} if stages were equal: {shares})")
+        rate = job.step_samples(modality) / time.total
+        hours = time.total * job.recipe.optim.max_steps / 3600
+        lines += [
+            f"    loader rate needed     {rate:.0f} samples/s, {rate / cluster.nodes:.1f} on each node",
+            f"    estimated run          {hours:.1f} h for {job.recipe.optim.max_steps} steps",
+        ]
+    return lines
+
+
+def report(recipe: Recipe, cluster: Cluster, shown: int) -> list[str]:
+    """The plan as lines of text."""
+    device = cluster.device
+    sizes = ModelSizes.of(recipe)
+    found = search(recipe, cluster, sizes, ROOT / "ds_configs")
+    parameters = sum(one.numel for one in sizes.student)
+    lines = [
+        f"{recipe.name} ({parameters / 1e9:.2f} billion parameters) on {cluster.world_size} x {device.name}: "
+        f"{device.bf16_flops / 1e12:.0f} TFLOP/s bf16 peak of which {cluster.utilisation:.0%} are assumed, "
+        f"{device.memory_bytes / GB:.0f} GB",
+        *workload(recipe),
+        "",
+        f"{len(found.fitting)} topologies fit, fastest first (estimated):",
+    ]
+    if found.fitting:
+        lines += [HEADING, *(row(option) for option in found.fitting[:shown]), "", *details(found.fitting[0], cluster)]
+    if found.too_large:
+        lines += ["", f"{len(found.too_large)} do not fit:", HEADING, *(row(one) for one in found.too_large[:shown])]
+    if found.refused:
+        lines += ["", f"{len(found.refused)} are refused, such as:"]
+        reasons = {reason: place for place, reason in reversed(found.refused.items())}
+        lines += [f"  {place}: {reason}" for reason, place in list(reasons.items())[-shown:]]
+    return lines
+
+
+def table(device: hardware.Hardware, utilisation: float) -> list[str]:
+    """Markdown: the fastest way to train each size on each number of devices."""
+    lines = [
+        "| student | devices | TP x PP x DP | DeepSpeed | micro-batch x accumulation | GB a device | step, s "
+        "| images/s |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for size, arguments in TABLE_SIZES.items():
+        recipe, _ = command_line.parse([*arguments, f"--global_batch_size={TABLE_BATCH}"])
+        sizes = ModelSizes.of(recipe)
+        for nodes in TABLE_NODES:
+            cluster = Cluster(nodes=nodes, devices_per_node=8, device=device, utilisation=utilisation)
+            fitting = search(recipe, cluster, sizes, ROOT / "ds_configs").fitting
+            if not fitting:
+                lines.append(f"| {size} | {cluster.world_size} | does not fit | | | | | |")
+                continue
+            job = fitting[0].job
+            kept = ", recomputed" if job.recipe.model.activation_checkpointing else ""
+            host = ", teacher in host memory" if job.recipe.teacher.placement == "cpu" else ""
+            lines.append(
+                f"| {size} | {cluster.world_size} | {job.parallel.tensor} x {job.parallel.pipeline} x {job.data} | "
+                f"`{fitting[0].deepspeed_config}`{kept}{host} | {job.micro_batch('vision'):.0f} x "
+                f"{job.recipe.accumulation} | {fitting[0].budget.device_total / GB:.0f} | {fitting[0].seconds:.2f} | "
+                f"{TABLE_BATCH / fitting[0].seconds:.0f} |"
+            )
+    return lines
+
+
+def form_groups() -> None:
+    """A world of one, which modules need to be described; quietly."""
+    from d2v_scale.parallel import groups
+
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    logging.disable(logging.WARNING)
+    with contextlib.redirect_stdout(io.StringIO()):
+        groups.single_process()
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipe", required=True, help="recipe of the package or a YAML file")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--recipe", help="recipe of the package or a YAML file")
     parser.add_argument("--nodes", type=int, default=1, help="number of nodes")
     parser.add_argument("--gpus", type=int, default=8, help="devices on each node")
     parser.add_argument("--device", default="h100", help=f"one of {', '.join(hardware.PRESETS)}")
     parser.add_argument("--mfu", type=float, default=0.4, help="assumed utilisation of the peak, as a fraction")
-    options = parser.parse_args()
+    parser.add_argument("--show", type=int, default=8, help="rows of each list")
+    parser.add_argument("--table", action="store_true", help="sizes by devices, instead of one recipe")
+    options, keys = parser.parse_known_args()
     if options.nodes < 1 or options.gpus < 1 or not 0 < options.mfu <= 1:
         print("error: nodes and gpus start at 1, mfu is above 0 and at most 1", file=sys.stderr)
         return 2
+    if options.table is (options.recipe is not None):
+        print("error: give --recipe or --table", file=sys.stderr)
+        return 2
     try:
-        recipe, _ = command_line.parse([f"--recipe={options.recipe}"])
         device = hardware.preset(options.device)
-        print("\n".join(report(recipe, options.nodes * options.gpus, options.nodes, device, options.mfu)))
+        if options.table:
+            form_groups()
+            print("\n".join(table(device, options.mfu)))
+            return 0
+        recipe, _ = command_line.parse([f"--recipe={options.recipe}", *keys])
+        cluster = Cluster(nodes=options.nodes, devices_per_node=options.gpus, device=device, utilisation=options.mfu)
+        form_groups()
+        print("\n".join(report(recipe, cluster, options.show)))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

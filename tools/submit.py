@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-TEMPLATES = ("base", "large", "huge")
+TEMPLATES = ("base", "large", "huge", "1b", "7b")
 
 
 def template_of(recipe: str) -> Path:

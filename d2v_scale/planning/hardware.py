@@ -24,9 +24,12 @@ class Hardware:
     """PCIe between a device and host memory, bytes/s in one direction."""
     host_bytes: float
     """Host memory per device."""
+    host_memory_bandwidth: float
+    """Host memory, bytes/s per device."""
 
 
-H100 = Hardware(  # SXM5 80 GB; NVLink 4; one 400 Gb/s adapter per device; PCIe 5 x16; 2 TB per node of 8 (DGX H100)
+H100 = Hardware(  # SXM5 80 GB; NVLink 4; one 400 Gb/s adapter per device; PCIe 5 x16; 2 TB per node of 8 (DGX H100),
+    # whose two processors have eight channels of DDR5-4800 each
     name="h100",
     bf16_flops=989.4e12,
     memory_bytes=80e9,
@@ -35,6 +38,7 @@ H100 = Hardware(  # SXM5 80 GB; NVLink 4; one 400 Gb/s adapter per device; PCIe 
     network_bandwidth=50e9,
     host_bandwidth=64e9,
     host_bytes=250e9,
+    host_memory_bandwidth=76.8e9,
 )
 H200 = Hardware(  # SXM 141 GB; otherwise as H100 (DGX H200)
     name="h200",
@@ -45,8 +49,10 @@ H200 = Hardware(  # SXM 141 GB; otherwise as H100 (DGX H200)
     network_bandwidth=50e9,
     host_bandwidth=64e9,
     host_bytes=250e9,
+    host_memory_bandwidth=76.8e9,
 )
-A100 = Hardware(  # SXM4 80 GB; NVLink 3; one 200 Gb/s adapter per device; PCIe 4 x16; 2 TB per node of 8 (DGX A100)
+A100 = Hardware(  # SXM4 80 GB; NVLink 3; one 200 Gb/s adapter per device; PCIe 4 x16; 2 TB per node of 8 (DGX A100),
+    # whose two processors have eight channels of DDR4-3200 each
     name="a100",
     bf16_flops=312e12,
     memory_bytes=80e9,
@@ -55,7 +61,11 @@ A100 = Hardware(  # SXM4 80 GB; NVLink 3; one 200 Gb/s adapter per device; PCIe 
     network_bandwidth=25e9,
     host_bandwidth=32e9,
     host_bytes=250e9,
+    host_memory_bandwidth=51.2e9,
 )
+BANDWIDTH_REACHED = 0.8
+"""Share of every peak bandwidth that is assumed to be reached."""
+
 PRESETS = {one.name: one for one in (H100, H200, A100)}
 
 

@@ -34,6 +34,14 @@ class StageSplit:
         total = sum(self.costs)
         return tuple(cost / total for cost in self.costs)
 
+    def stage_of(self, name: str) -> int:
+        """The stage that holds a layer or parameter."""
+        first, _, rest = name.partition(".")
+        if first == "blocks":
+            block = int(rest.partition(".")[0])
+            return next(stage for stage, blocks in enumerate(self.blocks) if block in blocks)
+        return 0 if first == "stems" else len(self.blocks) - 1
+
     def idle(self, micro_batches: int) -> tuple[float, ...]:
         """Share of a step that each stage waits, predicted from its FLOPs; communication is taken to cost nothing.
 

@@ -1,8 +1,11 @@
 """plan.py answers from the recipe alone, and refuses what cannot be."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 PROGRAM = Path(__file__).resolve().parents[2] / "tools/plan.py"
 
@@ -11,16 +14,38 @@ def plan(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, str(PROGRAM), *arguments], capture_output=True, text=True)
 
 
-def test_estimates_follow_from_flops_and_peak() -> None:
-    done = plan("--recipe", "d2v2_vision_huge14", "--nodes", "4", "--gpus", "8", "--device", "h100", "--mfu", "0.5")
+def test_the_largest_recipe_on_its_cluster() -> None:
+    done = plan("--recipe", "d2v2_vision_7b", "--nodes", "32", "--gpus", "8", "--device", "h100", "--mfu", "0.5")
     assert done.returncode == 0, done.stderr
+    assert "6.88 billion parameters) on 256 x h100" in done.stdout
     assert "256 positions, 64 kept, 192 masked, 16 masks a sample" in done.stdout
     gflops = float(done.stdout.split("FLOPs of a sample")[1].split()[0])
-    seconds = float(done.stdout.split("estimated step")[1].split()[0])
-    assert abs(seconds - 256 * gflops * 1e9 / (32 * 989.4e12 * 0.5)) < 1e-3
+    products = float(re.search(r"products ([\d.]+) s", done.stdout)[1])
+    assert abs(products - 1024 * gflops * 1e9 / (256 * 989.4e12 * 0.5)) < 1e-3
+    for shown in ("topologies fit", "GB on each device", "weight gather", "loader rate needed", "estimated run"):
+        assert shown in done.stdout
 
 
-def test_fewer_samples_than_devices_is_refused() -> None:
-    done = plan("--recipe", "d2v2_text_base", "--nodes", "32")
-    assert done.returncode == 2
-    assert "64 samples of text a step, fewer than 256 devices" in done.stderr
+def test_what_does_not_fit_is_said_with_what_is_missing() -> None:
+    done = plan("--recipe", "d2v2_vision_7b", "--nodes", "1", "--device", "a100", "--model.backbone.depth", "120")
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"zero1\.json .* lacks \d+ GB of device memory", done.stdout)
+
+
+def test_bad_input_is_refused() -> None:
+    for arguments, said in (
+        (["--recipe", "d2v2_text_base", "--device", "tpu"], "device: 'tpu' is not known"),
+        (["--recipe", "no_such_recipe"], "no_such_recipe"),
+        (["--recipe", "d2v2_text_base", "--nodes", "0"], "nodes and gpus start at 1"),
+        (["--device", "h100"], "give --recipe or --table"),
+    ):
+        done = plan(*arguments)
+        assert done.returncode == 2, arguments
+        assert said in done.stderr
+
+
+@pytest.mark.slow
+def test_the_table_of_the_readme_is_what_the_command_prints() -> None:
+    done = plan("--table", "--device", "h100")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout in (PROGRAM.parents[1] / "README.md").read_text()

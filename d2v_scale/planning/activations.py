@@ -1,0 +1,151 @@
+"""Bytes that the student's forward pass keeps for its backward pass, layer by layer, counted from the sizes alone.
+
+Counted as autograd saves them: the input of every matrix product, convolution, norm and activation, once per storage,
+in the precision of the forward pass; means and roots of norms in fp32. A layer's bytes include its input.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from d2v_scale.model.config import Modality, ModelConfig
+from d2v_scale.model.layers import LayerSpec, describe, has_bias
+from d2v_scale.planning.flops import Lengths
+
+_NORM = 8
+"""Bytes a norm keeps of each position beside its input: mean and reciprocal root, fp32."""
+_INDEX = 8
+"""Bytes of an index."""
+
+
+@dataclass(frozen=True)
+class LayerActivations:
+    """Bytes that one layer keeps for one micro-batch on one device."""
+
+    layer: LayerSpec
+    saved: float
+    """Without activation checkpointing."""
+    kept: float
+    """With it: of a block only the input; everything of other layers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """How a micro-batch is computed."""
+
+    samples: float
+    """Samples of the micro-batch on each data-parallel rank."""
+    itemsize: int
+    """Bytes of a value in the forward pass: 2 in bf16, 4 in fp32."""
+    tensor: int = 1
+    """Tensor-parallel size."""
+    kernels: Literal["cuda", "cpu"] = "cuda"
+    """`cpu`: torch keeps attention weights where the attention bias trains, and dropout masks as values."""
+
+
+def activations(
+    model: ModelConfig, modality: Modality, lengths: Lengths, setting: Setting
+) -> tuple[LayerActivations, ...]:
+    """What each layer of `describe` keeps of a micro-batch of samples of these lengths."""
+    found = []
+    for layer in describe(model, modality):
+        saved = _saved(model, modality, lengths, setting, layer)
+        kept = _block_input(model, lengths, setting) if layer.kind == "block" else saved
+        found.append(LayerActivations(layer, saved, kept))
+    return tuple(found)
+
+
+def loss_bytes(model: ModelConfig, lengths: Lengths, samples: float) -> float:
+    """Targets and errors at masked positions, fp32."""
+    return 2 * 4 * samples * lengths.clones * lengths.masked * model.backbone.width
+
+
+def teacher_bytes(model: ModelConfig, lengths: Lengths, setting: Setting) -> float:
+    """What the teacher's forward pass needs at once: a block's states and the fp32 sum of taps, with a temporary."""
+    width, ffn = model.backbone.width, model.backbone.ffn
+    rows = setting.samples * (lengths.positions + lengths.extra)
+    block = setting.itemsize * rows * (4 * width + max(4 * width, 2 * ffn) / setting.tensor)
+    return block + 3 * 4 * setting.samples * lengths.positions * width
+
+
+def _saved(model: ModelConfig, modality: Modality, lengths: Lengths, setting: Setting, layer: LayerSpec) -> float:
+    size, width, rows = setting.itemsize, model.backbone.width, setting.samples * lengths.clones
+    inside = rows * (lengths.kept + lengths.extra)
+    match layer.kind:
+        case "block":
+            return _block(model, modality, lengths, setting)
+        case "features" if modality == "vision":
+            assert model.vision is not None
+            return size * setting.samples * model.vision.channels * lengths.inputs**2
+        case "features" if modality == "text":
+            return setting.samples * lengths.positions * (size * width + _NORM + _INDEX)
+        case "features":
+            return _speech_features(model, lengths, setting)
+        case "context" if modality == "text":
+            return _INDEX * rows * lengths.kept if model.visible_only else 0.0
+        case "context" if modality == "vision":
+            normed = inside * (size * width + _NORM) + _INDEX * rows * lengths.kept
+            return normed if model.visible_only else rows * lengths.positions
+        case "context":
+            assert model.speech is not None
+            full = rows * lengths.positions
+            convolutions = model.speech.pos_conv_depth * full * (3 * size * width + _NORM)
+            chosen = 2 * _INDEX * inside if model.visible_only else 0.0
+            return convolutions + full + chosen + inside * (size * width + _NORM)
+        case "bias" if modality == "speech":
+            pairs = inside * (lengths.kept + lengths.extra)
+            return 4 * pairs + (
+                size * pairs * model.backbone.heads / setting.tensor if setting.kernels == "cuda" else 0
+            )
+        case "bias":
+            pairs = (lengths.positions + lengths.extra) ** 2
+            return pairs * (_INDEX + (size * model.backbone.heads / setting.tensor if setting.kernels == "cuda" else 0))
+        case "final_norm":
+            return inside * (size * width + _NORM)
+        case _:
+            return _predictor(model, lengths, setting)
+
+
+def _block_input(model: ModelConfig, lengths: Lengths, setting: Setting) -> float:
+    positions = setting.samples * lengths.clones * (lengths.kept + lengths.extra)
+    return setting.itemsize * positions * model.backbone.width
+
+
+def _block(model: ModelConfig, modality: Modality, lengths: Lengths, setting: Setting) -> float:
+    backbone, size = model.backbone, setting.itemsize
+    length = lengths.kept + lengths.extra
+    positions = setting.samples * lengths.clones * length
+    plain = setting.kernels == "cpu" and has_bias(model, modality)
+    # Inputs of the two norms and of the two halves; in post-norm blocks the norms' outputs are those inputs.
+    whole = (4 + (2 if backbone.layer_scale else 0)) * backbone.width
+    queries = 3 if backbone.key_bias or plain else 5
+    split = (queries + 1) * backbone.width + 2 * backbone.ffn
+    if plain:
+        split += backbone.heads * length
+    dropped: float = 2 * backbone.width if backbone.dropout else 0
+    dropped += backbone.ffn / setting.tensor if backbone.activation_dropout else 0
+    masks = dropped * (1 if setting.kernels == "cuda" else size)
+    logits = 0 if plain else 4 * backbone.heads / setting.tensor
+    return positions * (size * (whole + split / setting.tensor) + 2 * _NORM + logits + masks)
+
+
+def _speech_features(model: ModelConfig, lengths: Lengths, setting: Setting) -> float:
+    assert model.speech is not None
+    length, total = lengths.inputs, float(setting.itemsize * lengths.inputs)
+    for channels, kernel, stride in model.speech.conv_layers:
+        length = (length - kernel) // stride + 1
+        total += length * (3 * setting.itemsize * channels + _NORM)
+    total += length * (setting.itemsize * channels + _NORM)
+    return setting.samples * total
+
+
+def _predictor(model: ModelConfig, lengths: Lengths, setting: Setting) -> float:
+    spec, width, size = model.predictor, model.backbone.width, setting.itemsize
+    rows = setting.samples * lengths.clones
+    masked = rows * lengths.masked
+    if spec.kind in ("linear", "mlp"):
+        return masked * size * width * (5 if spec.kind == "mlp" else 1)
+    full = rows * lengths.positions
+    inputs = [width, *[spec.width] * (spec.layers - 1)]
+    convolutions = sum(full * (size * (each + 2 * spec.width) + _NORM) for each in inputs)
+    projected = masked * (size * spec.width * (5 if spec.proj_layers == 2 else 1) + 2 * _INDEX)
+    return convolutions + projected + rows * lengths.kept * (size * width + _INDEX)

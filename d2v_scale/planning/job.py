@@ -1,0 +1,167 @@
+"""A recipe on some processes with a DeepSpeed configuration: the numbers that memory, traffic and time are made of."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from d2v_scale.model.config import Modality
+from d2v_scale.model.layers import describe
+from d2v_scale.model.stack import Student, Teacher
+from d2v_scale.parallel import ds_config
+from d2v_scale.parallel.groups import ParallelConfig, data_parallel_size
+from d2v_scale.parallel.shards import global_shapes
+from d2v_scale.planning import flops, stages
+from d2v_scale.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class TensorSize:
+    """One parameter."""
+
+    name: str
+    numel: int
+    """Of the whole tensor."""
+    sliced: bool
+    """Divided over the tensor-parallel ranks."""
+
+    def local(self, tensor: int) -> int:
+        """Elements on each of `tensor` ranks."""
+        return self.numel // tensor if self.sliced else self.numel
+
+
+@dataclass(frozen=True)
+class ModelSizes:
+    """The parameters of a recipe's student and teacher, in the order of the modules."""
+
+    student: tuple[TensorSize, ...]
+    teacher: tuple[TensorSize, ...]
+    decayed: frozenset[str]
+    """Names of the student's matrices, which the optimizer may keep in a group of their own."""
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> "ModelSizes":
+        """Read from modules on the meta device, which hold no values. Process groups must be formed."""
+        with torch.device("meta"):
+            student = Student(recipe.model)
+            teacher = Teacher(recipe.model, recipe.objective.target, recipe.parts())
+        return cls(_sizes(student), _sizes(teacher), frozenset(n for n, p in student.named_parameters() if p.dim() > 1))
+
+
+def _sizes(module: torch.nn.Module) -> tuple[TensorSize, ...]:
+    from megatron.core import parallel_state
+
+    shapes = global_shapes(module, parallel_state.get_tensor_model_parallel_world_size())
+    sliced = {n for n, p in module.named_parameters() if getattr(p, "tensor_model_parallel", False)}
+    return tuple(TensorSize(name, torch.Size(shape).numel(), name in sliced) for name, shape in shapes.items())
+
+
+@dataclass(frozen=True)
+class Job:
+    """One way to run a recipe. Only legal ones can be made (`Job.of`)."""
+
+    recipe: Recipe
+    world_size: int
+    config: dict[str, Any]
+    """As DeepSpeed gets it (`ds_config.resolve`)."""
+    sizes: ModelSizes
+    split: stages.StageSplit
+    costs: dict[Modality, flops.SampleCost]
+    lengths: dict[Modality, flops.Lengths]
+    stage_tensors: tuple[tuple[tuple[TensorSize, ...], tuple[TensorSize, ...]], ...]
+    """For each pipeline stage the student's parameters and the teacher's."""
+
+    @classmethod
+    def of(cls, recipe: Recipe, raw: dict[str, Any], world_size: int, sizes: ModelSizes) -> "Job":
+        """Check and complete a combination as training does. `raw`: the DeepSpeed JSON. Raises ConfigError."""
+        recipe.check(world_size)
+        samples = recipe.global_batch_size if recipe.batch_unit == "samples" else None
+        numbers = ds_config.RecipeNumbers(
+            precision=recipe.resolved_precision(has_gpu=True),
+            accumulation=recipe.accumulation,
+            clip=recipe.optim.clip,
+            global_batch_size=samples,
+        )
+        config = ds_config.resolve(raw, numbers, recipe.parallel, world_size)
+        split = stages.stage_blocks(recipe, recipe.parallel.pipeline)
+        costs = {modality: flops.cost_of(recipe, modality) for modality in recipe.model.modalities}
+        lengths = {modality: flops.lengths_of(recipe, modality) for modality in recipe.model.modalities}
+
+        def in_stage(tensors: tuple[TensorSize, ...], index: int) -> tuple[TensorSize, ...]:
+            return tuple(one for one in tensors if split.stage_of(one.name) == index)
+
+        held = tuple((in_stage(sizes.student, i), in_stage(sizes.teacher, i)) for i in range(recipe.parallel.pipeline))
+        return cls(recipe, world_size, config, sizes, split, costs, lengths, held)
+
+    def varied(self, *, accumulation: int, checkpointing: bool, placement: Literal["device", "cpu"]) -> "Job":
+        """The same with another number of micro-batches, other activations kept, the teacher elsewhere. Raises
+        ConfigError where it does not fit the batch."""
+        recipe = dataclasses.replace(
+            self.recipe,
+            accumulation=accumulation,
+            model=dataclasses.replace(self.recipe.model, activation_checkpointing=checkpointing),
+            teacher=dataclasses.replace(self.recipe.teacher, placement=placement),
+        )
+        recipe.check(self.world_size)
+        config = {**self.config, "gradient_accumulation_steps": accumulation}
+        return dataclasses.replace(self, recipe=recipe, config=config)
+
+    @property
+    def parallel(self) -> ParallelConfig:
+        """How the world is divided."""
+        return self.recipe.parallel
+
+    @property
+    def data(self) -> int:
+        """Data-parallel size."""
+        return data_parallel_size(self.parallel, self.world_size)
+
+    @property
+    def zero(self) -> dict[str, Any]:
+        """The ZeRO section of DeepSpeed's configuration."""
+        section: dict[str, Any] = self.config["zero_optimization"]
+        return section
+
+    @property
+    def stage(self) -> int:
+        """ZeRO stage of the student."""
+        return int(self.zero["stage"])
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a compute weight."""
+        return 2 if self.config["bf16"]["enabled"] else 4
+
+    @property
+    def teacher_itemsize(self) -> int:
+        """Bytes of a weight that the teacher computes with."""
+        dtype: Literal["auto", "fp32", "bf16"] = self.recipe.teacher.dtype
+        return {"auto": self.itemsize, "fp32": 4, "bf16": 2}[dtype]
+
+    def offloads(self, what: Literal["optimizer", "param"]) -> bool:
+        """Whether DeepSpeed keeps the optimizer or the weights in host memory."""
+        return (self.zero.get(f"offload_{what}") or {}).get("device", "none") != "none"
+
+    def step_samples(self, modality: Modality) -> float:
+        """Samples of the longest length that make one optimizer step."""
+        return samples_per_step(self.recipe, self.lengths[modality])
+
+    def micro_batch(self, modality: Modality) -> float:
+        """Samples of one micro-batch on one data-parallel rank."""
+        return self.step_samples(modality) / (self.data * self.recipe.accumulation)
+
+    def layers_of(self, modality: Modality, index: int) -> list[int]:
+        """Positions in `describe` of the layers of a pipeline stage."""
+        layers = describe(self.recipe.model, modality)
+        return [position for position, layer in enumerate(layers) if self.split.stage_of(layer.name) == index]
+
+
+def samples_per_step(recipe: Recipe, lengths: flops.Lengths) -> float:
+    """Samples of the longest length that make one optimizer step."""
+    match recipe.batch_unit:
+        case "seconds":
+            return recipe.global_batch_size * flops.SAMPLE_RATE / lengths.inputs
+        case "tokens":
+            return recipe.global_batch_size / lengths.inputs
+    return recipe.global_batch_size

@@ -1,0 +1,20 @@
+#!/bin/bash
+# Pretrain a model of seven billion parameters: sbatch slurm/pretrain_7b.sh --data '/shards/in1k-{0000..1281}.tar' [train.py arguments]
+#SBATCH --job-name=d2v-7b
+#SBATCH --nodes=32
+#SBATCH --gpus-per-node=8
+#SBATCH --exclusive
+#SBATCH --mem=0
+#SBATCH --time=2-00:00:00
+#SBATCH --signal=B:USR1@300
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%j.out
+
+# This file runs as a copy in Slurm's spool: the repository is where the original lies, or where it was submitted.
+command=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=\([^ ]*\).*/\1/p')
+repository=${command%/slurm/*}
+[[ -f $repository/slurm/lib.sh ]] || repository=$SLURM_SUBMIT_DIR
+source "$repository/slurm/lib.sh" || exit 2
+
+train d2v2_vision_7b zero3.json "$@"

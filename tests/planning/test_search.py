@@ -1,0 +1,74 @@
+"""What the search keeps, drops and prefers."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+from plan_jobs import planned
+
+from d2v_scale import command_line
+from d2v_scale.planning import hardware, memory
+from d2v_scale.planning.job import ModelSizes
+from d2v_scale.planning.search import Cluster, Search, search
+from d2v_scale.planning.step_time import step_time
+
+pytestmark = pytest.mark.usefixtures("world_of_one")
+
+CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
+
+
+def found_for(name: str, nodes: int, device: hardware.Hardware = hardware.H100) -> tuple[Search, Cluster]:
+    recipe = command_line.parse([f"--recipe={name}"])[0]
+    cluster = Cluster(nodes=nodes, devices_per_node=8, device=device, utilisation=0.4)
+    return search(recipe, cluster, ModelSizes.of(recipe), CONFIGS), cluster
+
+
+def test_options_that_fit_come_fastest_first_and_do_fit() -> None:
+    found, cluster = found_for("d2v2_vision_huge14", 2)
+    assert found.fitting
+    seconds = [option.seconds for option in found.fitting]
+    assert seconds == sorted(seconds)
+    limit = cluster.device.memory_bytes * (1 - memory.RESERVED)
+    assert all(option.budget.device_total <= limit for option in found.fitting)
+    assert all(option.budget.device_total > limit for option in found.too_large if option.missing_device)
+
+
+def test_a_small_device_leaves_fewer_options_and_says_what_is_missing() -> None:
+    small = dataclasses.replace(hardware.A100, memory_bytes=12e9)
+    found, _ = found_for("d2v2_vision_7b", 1, small)
+    assert not [
+        option for option in found.fitting if option.deepspeed_config == "zero1.json" and not option.missing_host
+    ]
+    assert all(option.missing_device > 0 or option.missing_host > 0 for option in found.too_large)
+    missing = [option.missing_device + option.missing_host for option in found.too_large]
+    assert missing == sorted(missing)
+
+
+def test_what_the_program_would_refuse_is_refused_with_its_reason() -> None:
+    recipe = command_line.parse(["--recipe=d2v2_vision_base"])[0]
+    cluster = Cluster(nodes=1, devices_per_node=8, device=hardware.H100, utilisation=0.4)
+    found = search(recipe, cluster, ModelSizes.of(recipe), CONFIGS)
+    assert "8 does not divide the 12 heads" in found.refused["tensor 8, pipeline 1, zero1.json"]
+
+
+def test_a_batch_smaller_than_the_ranks_is_refused_with_the_numbers() -> None:
+    found, _ = found_for("d2v2_speech_large", 32)
+    assert (
+        "960 seconds are 48 samples of the longest length a step, fewer than 256"
+        in found.refused["tensor 1, pipeline 1, zero3.json"]
+    )
+
+
+def test_time_follows_the_peak_while_products_dominate() -> None:
+    job = planned("d2v2_vision_huge14", 3, 8, accumulation=1)
+    half, full = (step_time(job, "vision", hardware.H100, 8, utilisation) for utilisation in (0.2, 0.4))
+    assert half.compute == pytest.approx(2 * full.compute)
+    cost = job.costs["vision"]
+    assert full.compute == pytest.approx(256 * cost.total / (8 * hardware.H100.bf16_flops * 0.4))
+    assert full.total >= full.compute + full.exposed
+
+
+def test_a_slow_network_is_felt() -> None:
+    job = planned("d2v2_vision_huge14", 1, 16)
+    slow = dataclasses.replace(hardware.H100, network_bandwidth=1e8)
+    assert step_time(job, "vision", slow, 8, 0.4).total > 2 * step_time(job, "vision", hardware.H100, 8, 0.4).total
