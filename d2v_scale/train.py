@@ -32,8 +32,6 @@ from d2v_scale.checkpoint.training import pieces, restore, restore_weights, stat
 from d2v_scale.checkpoint.writer import CheckpointWriter
 from d2v_scale.command_line import Options
 from d2v_scale.data import demo
-from d2v_scale.data.batch import Batch
-from d2v_scale.data.labelled import LabelledSet
 from d2v_scale.data.loader import StepLoader
 from d2v_scale.errors import EXIT_BAD_INPUT, EXIT_LOST_PEER, ConfigError, UserError, Verdict
 from d2v_scale.evaluation.online import OnlineEvaluation
@@ -177,7 +175,7 @@ def build(recipe: Recipe, options: Options, config: dict[str, Any], topology: To
     )
     writer = CheckpointWriter.create(directory / "checkpoints", recipe.checkpoint)
     tracker = RunTracker(directory, recipe.tracking, is_main=topology.rank == 0)
-    evaluation = make_evaluation(recipe, student, teacher)
+    evaluation = OnlineEvaluation.of(recipe, student, teacher)
     observer = RunObserver(recipe, student, teacher, loader)
     rows = torch.zeros((), dtype=torch.float64, device=topology.device)
     run = Run(
@@ -185,20 +183,6 @@ def build(recipe: Recipe, options: Options, config: dict[str, Any], topology: To
     )
     load(run)
     return run
-
-
-def make_evaluation(recipe: Recipe, student: StudentEngine, teacher: ShardedTeacher) -> OnlineEvaluation | None:
-    """k-NN on the recipe's labelled shards, which are decoded once; None where it names none."""
-    config = recipe.evaluation
-    if config.train is None or config.test is None:
-        return None
-    modality = recipe.model.modalities[0]
-
-    def batches(shards: str, limit: int) -> list[tuple[Batch, Tensor]]:
-        return list(LabelledSet(shards, modality, recipe.data, recipe.model, limit=limit))
-
-    train_set, test_set = batches(config.train, config.max_train), batches(config.test, config.max_test)
-    return OnlineEvaluation(config, train_set, test_set, student, teacher)
 
 
 def load(run: Run) -> None:
@@ -259,6 +243,8 @@ def train(run: Run, stop_flag: StopFlag, agreement: Agreement, watchdog: Watchdo
                 stop_flag.up(StopReason.COLLAPSE)
         if run.step == end or (recipe.evaluation.every and run.step % recipe.evaluation.every == 0):
             evaluate(run)
+        if run.step == end or (recipe.tracking.plot_every and run.step % recipe.tracking.plot_every == 0):
+            draw_pictures(run)
         if run.step % recipe.checkpoint.every == 0:
             save(run)
         report_saves(run)
@@ -284,6 +270,12 @@ def evaluate(run: Run) -> None:
     """k-NN accuracy of the teacher to the record, where the recipe names labelled shards. Collective."""
     if run.evaluation is not None:
         run.tracker.log(run.step, run.samples, {"knn_accuracy": run.evaluation.accuracy()})
+
+
+def draw_pictures(run: Run) -> None:
+    """Have pictures drawn of what the teacher makes of labelled samples, where there are some. Collective."""
+    if run.evaluation is not None:
+        run.tracker.gallery(run.evaluation.gallery(run.recipe, run.step))
 
 
 def save(run: Run) -> None:

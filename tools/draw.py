@@ -5,16 +5,17 @@ python tools/draw.py runs/vit [--data 'test/*.tar']
 
 import argparse
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from d2v_scale.data.labelled import LabelledSet
 from d2v_scale.errors import UserError
+from d2v_scale.evaluation.features import mean_over_positions
 from d2v_scale.evaluation.frozen import FrozenEncoder
 from d2v_scale.plots.curves import plot_health
-from d2v_scale.plots.gallery import draw_gallery
+from d2v_scale.plots.gallery import Gallery, draw_gallery
 from d2v_scale.tracking.tracker import append_event
 
 
@@ -49,33 +50,27 @@ def draw(run: Path, data: str | None, samples: int) -> list[Path]:
     batch, labels_b = next(iter(labelled))
     moved = batch.to(teacher.device)
     names = labelled.classes or []
-    labels = [names[label] if label < len(names) else str(label) for label in labels_b.tolist()]
+    valid_bt = teacher.valid_positions(moved)
+
+    def pooled(states: list[Tensor]) -> Tensor:
+        return torch.stack([mean_over_positions(x_btd, valid_bt) for x_btd in states]).cpu()
+
     with torch.no_grad():
         teacher_states = teacher.hidden_states(moved)
         student_states = FrozenEncoder.load(run, "student").hidden_states(moved)
-    return paths + draw_gallery(
-        run / "plots",
-        batch,
-        labels,
-        teacher_states,
-        teacher.valid_positions(moved),
+    gallery = Gallery(
+        batch=batch,
+        labels=[names[label] if label < len(names) else str(label) for label in labels_b.tolist()],
+        valid_bt=None if valid_bt is None else valid_bt.cpu(),
+        teacher_lnd=pooled(teacher_states),
+        first_btd=teacher_states[-1][:8].cpu(),
         masks=recipe.objective.masking,
         seed=recipe.seed,
         step=teacher.step,
-        student_lbtd=student_states,
-        decode=decoder(labelled),
+        tokenizer=str(labelled.tokenizer) if labelled.tokenizer else None,
+        student_lnd=pooled(student_states),
     )
-
-
-def decoder(labelled: LabelledSet) -> Callable[[list[int]], str] | None:
-    """Token ids to text, for a text set."""
-    if labelled.modality != "text" or labelled.tokenizer is None:
-        return None
-    import sentencepiece
-
-    processor = sentencepiece.SentencePieceProcessor(model_file=str(labelled.tokenizer))
-    size = processor.get_piece_size()
-    return lambda ids: processor.decode([token for token in ids if token < size])
+    return paths + draw_gallery(run / "plots", gallery)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""k-NN accuracy of the teacher while it trains."""
+"""What the teacher's representations are worth while it trains: k-NN accuracy, and pictures."""
 
 from collections.abc import Sequence
-from typing import cast
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -9,14 +10,27 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from d2v_scale.data.batch import Batch
+from d2v_scale.data.labelled import LabelledSet
 from d2v_scale.evaluation.config import EvaluationConfig
 from d2v_scale.evaluation.features import mean_over_positions
 from d2v_scale.evaluation.knn import knn, whitened
 from d2v_scale.model.stack import Student, Teacher
 from d2v_scale.parallel.zero import StudentEngine
+from d2v_scale.plots.gallery import Gallery
+from d2v_scale.recipe import Recipe
 from d2v_scale.teacher import ShardedTeacher
 
 LabelledBatches = Sequence[tuple[Batch, Tensor]]
+_PICTURED_AT_ONCE = 8
+"""Samples of which all blocks' outputs are held at the same time."""
+
+
+@dataclass(frozen=True)
+class LabelNames:
+    """How labels and tokens of a labelled set are shown."""
+
+    classes: list[str]
+    tokenizer: str | None
 
 
 class OnlineEvaluation:
@@ -29,10 +43,26 @@ class OnlineEvaluation:
         test: LabelledBatches,
         student: StudentEngine,
         teacher: ShardedTeacher,
+        names: LabelNames,
     ) -> None:
         self.config = config
+        self._names = names
         self._train, self._test = train, test
         self._student, self._teacher = student, teacher
+
+    @classmethod
+    def of(cls, recipe: Recipe, student: StudentEngine, teacher: ShardedTeacher) -> "OnlineEvaluation | None":
+        """On the recipe's labelled shards, which are decoded once; None where it names none."""
+        config = recipe.evaluation
+        if config.train is None or config.test is None:
+            return None
+
+        def labelled(shards: str, limit: int) -> LabelledSet:
+            return LabelledSet(shards, recipe.model.modalities[0], recipe.data, recipe.model, limit=limit)
+
+        test = labelled(config.test, config.max_test)
+        names = LabelNames(test.classes, str(test.tokenizer) if test.tokenizer else None)
+        return cls(config, list(labelled(config.train, config.max_train)), list(test), student, teacher, names)
 
     def accuracy(self) -> float:
         """k-NN accuracy in [0, 1] of the teacher's features, whitened. Collective: all ranks must call; all get it."""
@@ -59,9 +89,39 @@ class OnlineEvaluation:
         labels = [labels_b for _, labels_b in batches]
         return torch.cat([found[index] for index in range(len(batches))]), torch.cat(labels)
 
-    @torch.no_grad()
     def _pooled(self, batch: Batch) -> Tensor:
         """(B, D) on the CPU: mean over positions of each chosen layer, standardised, then the mean over layers."""
+        depth = self._depth
+        pooled_lbd, _ = self._states(batch, [layer for layer in self.config.layers if -depth <= layer < depth])
+        return F.layer_norm(pooled_lbd, pooled_lbd.shape[-1:]).mean(0).cpu()
+
+    def gallery(self, recipe: Recipe, step: int) -> Gallery:
+        """What pictures of the first batch of the test set are drawn from. Collective: all ranks must call."""
+        batch, labels_b = self._test[0]
+        everything = list(range(self._depth))
+        parts = [rows(batch, start, start + _PICTURED_AT_ONCE) for start in range(0, len(labels_b), _PICTURED_AT_ONCE)]
+        found = [(pooled.cpu(), last.float().cpu()) for pooled, last in (self._states(p, everything) for p in parts)]
+        classes = self._names.classes
+        valid_bt = cast(Teacher, self._teacher.module).valid_positions(batch)
+        return Gallery(
+            batch=batch,
+            labels=[classes[label] if label < len(classes) else str(label) for label in labels_b.tolist()],
+            valid_bt=valid_bt,
+            teacher_lnd=torch.cat([pooled for pooled, _ in found], dim=1),
+            first_btd=found[0][1],
+            masks=recipe.objective.masking,
+            seed=recipe.seed,
+            step=step,
+            tokenizer=self._names.tokenizer,
+        )
+
+    @property
+    def _depth(self) -> int:
+        return cast(Teacher, self._teacher.module).config.backbone.depth
+
+    @torch.no_grad()
+    def _states(self, batch: Batch, layers: list[int]) -> tuple[Tensor, Tensor]:
+        """Of these blocks: the outputs' means over positions (L, B, D), and the last one's output (B, T, D)."""
         module, teacher = cast(Student, self._student.module), cast(Teacher, self._teacher.module)
         batch = batch.to(self._student.topology.device)
         shared = None
@@ -70,8 +130,13 @@ class OnlineEvaluation:
             module.eval()
             shared = module.stem_features(batch)
             module.train(was_training)
-        depth = teacher.config.backbone.depth
-        layers = [layer for layer in self.config.layers if -depth <= layer < depth]
+        states = self._teacher.features(batch, shared, layers)
         valid_bt = teacher.valid_positions(batch)
-        pooled = [mean_over_positions(x_btd, valid_bt) for x_btd in self._teacher.features(batch, shared, layers)]
-        return torch.stack([F.layer_norm(x_bd, x_bd.shape[-1:]) for x_bd in pooled]).mean(0).cpu()
+        return torch.stack([mean_over_positions(x_btd, valid_bt) for x_btd in states]), states[-1]
+
+
+def rows(batch: Batch, start: int, stop: int) -> Batch:
+    """Some samples of a batch in which nothing is masked."""
+    cut: dict[str, Any] = {name: getattr(batch, name)[start:stop] for name in ("inputs", "masked_rt", "sample_ids")}
+    cut |= {"valid": None if batch.valid is None else batch.valid[start:stop], "layout": None}
+    return replace(batch, **cut, keys=batch.keys[start:stop])

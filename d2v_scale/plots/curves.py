@@ -12,6 +12,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
+LAYER = "/layer_"
+"""In the name of a value that there is one of for every layer."""
+
+
 class Group(NamedTuple):
     """Values that are drawn on one pair of axes."""
 
@@ -30,12 +34,13 @@ GROUPS = (
     Group("teacher", ("student_teacher_*", "teacher_update_norm", "teacher_norm"), log=True),
     Group("gradient norm", ("grad_norm*", "gradient_norm*"), log=True),
     Group("update-to-weight ratio", ("update_ratio/*",), log=True),
+    Group("attention entropy, share of the widest", ("attention_entropy*",)),
+    Group("likeness (CKA) of student and teacher", ("cka*",)),
     Group("learning rate", ("lr", "learning_rate")),
     Group("EMA decay", ("decay", "ema_decay")),
-    Group("samples per second", ("samples_per_second",)),
-    Group(
-        "share of time or memory", ("*_wait_share", "host_cpu_share", "host_memory_used_share", "data/padding", "mfu*")
-    ),
+    Group("per second", ("samples_per_second", "tokens_per_second", "audio_seconds_per_second"), log=True),
+    Group("model FLOPs utilisation", ("mfu*",)),
+    Group("share of time or memory", ("*_wait_share", "host_cpu_share", "host_memory_used_share", "data/padding")),
     Group("memory, GiB", ("host_memory_gib", "device_memory_gib", "device_memory_peak_gib")),
     Group("seconds", ("ema_seconds", "checkpoint_stall_seconds", "step_seconds"), log=True),
     Group("skipped and lost", ("skipped*", "data/lost")),
@@ -95,12 +100,19 @@ def _draw(axes: "Axes", records: Sequence[dict[str, Any]], group: Group, names: 
     import math
 
     positive = False
+    layers = [name for name in names if LAYER in name]
     for name in names:
         x, y = series(records, name)
         finite = [(a, b) for a, b in zip(x, y, strict=True) if math.isfinite(b)]
         marker = "o" if len(finite) < 15 else ""
         axes.plot(
-            [a for a, _ in finite], [b for _, b in finite], marker=marker, markersize=3, linewidth=1.2, label=name
+            [a for a, _ in finite],
+            [b for _, b in finite],
+            marker=marker,
+            markersize=3,
+            linewidth=1.2,
+            label=name if name not in layers[1:-1] else None,
+            color=_colour_of_depth(layers.index(name), len(layers)) if name in layers else "black" if layers else None,
         )
         broken = [a for a, b in zip(x, y, strict=True) if not math.isfinite(b)]
         if broken:
@@ -113,6 +125,12 @@ def _draw(axes: "Axes", records: Sequence[dict[str, Any]], group: Group, names: 
     axes.tick_params(which="both", labelsize=8)
     if len(names) > 1 or names[0] != group.title:
         axes.legend(fontsize=7, framealpha=0.5)
+
+
+def _colour_of_depth(index: int, depth: int) -> tuple[float, float, float, float]:
+    from matplotlib import colormaps
+
+    return colormaps["viridis"](index / max(1, depth - 1))
 
 
 def main() -> int:

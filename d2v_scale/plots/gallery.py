@@ -1,8 +1,14 @@
-"""All pictures of one encoder on one labelled batch: what it hides, what it sees, what it finds alike."""
+"""All pictures of one encoder on one labelled batch: what it hides, what it sees, what it finds alike.
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+A run collects a `Gallery` in its ranks and has it drawn by a process of its own, the program in this file.
+"""
+
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,52 +16,72 @@ from torch import Tensor
 from d2v_scale.data.batch import Batch, Layout
 from d2v_scale.data2vec import masking
 from d2v_scale.data2vec.config import MaskingConfig
-from d2v_scale.evaluation.features import mean_over_positions
 from d2v_scale.plots.relations import Sample, plot_cka, plot_neighbours
 from d2v_scale.plots.samples import SAMPLE_RATE, plot_masks, plot_pca, plot_similarity
 
+_LAST_LAYERS = 4
+_BATCH_FIELDS = ("modality", "inputs", "valid", "masked_rt", "sample_ids", "keys")
 
-def draw_gallery(
-    folder: Path,
-    batch: Batch,
-    labels: Sequence[str],
-    teacher_lbtd: Sequence[Tensor],
-    valid_bt: Tensor | None,
-    *,
-    masks: MaskingConfig,
-    seed: int,
-    step: int,
-    student_lbtd: Sequence[Tensor] | None = None,
-    decode: Callable[[list[int]], str] | None = None,
-) -> list[Path]:
-    """Draw what fits the modality into `folder`; returns the files.
 
-    `teacher_lbtd`, `student_lbtd`: outputs of the main blocks on the whole batch, nothing masked. `masks`: how the run
-    masks; the pictures show the masks of these samples at `step`. `decode`: token ids to text.
-    """
-    teacher = [x_btd.float().cpu() for x_btd in teacher_lbtd]
-    valid_bt = None if valid_bt is None else valid_bt.cpu()
-    batch = batch.to(torch.device("cpu"))
+@dataclass(kw_only=True)
+class Gallery:
+    """What the pictures are drawn from, on the CPU. N samples, L main blocks."""
+
+    batch: Batch
+    """The samples, nothing masked."""
+    labels: list[str]
+    valid_bt: Tensor | None
+    """True where a position is real; None: all are."""
+    teacher_lnd: Tensor
+    """Outputs of the teacher's blocks, mean over the valid positions, float32."""
+    first_btd: Tensor
+    """The last block's output for the first samples, float32."""
+    masks: MaskingConfig
+    seed: int
+    step: int
+    tokenizer: str | None = None
+    """Sentencepiece model, for text."""
+    student_lnd: Tensor | None = None
+    """As `teacher_lnd`; None: the teacher is compared with itself."""
+
+    def save(self, path: Path) -> None:
+        """Write it, for another process to draw."""
+        held: dict[str, Any] = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        held["batch"] = {name: getattr(self.batch, name) for name in _BATCH_FIELDS}
+        held["masks"] = asdict(self.masks)
+        torch.save(held, path)
+
+    @classmethod
+    def load(cls, path: Path) -> "Gallery":
+        """What `save` wrote."""
+        held = torch.load(path, weights_only=True)
+        batch = Batch(**held.pop("batch"))
+        return cls(batch=batch, masks=MaskingConfig(**held.pop("masks")), **held)
+
+
+def draw_gallery(folder: Path, gallery: Gallery) -> list[Path]:
+    """Draw what fits the modality into `folder`; returns the files."""
+    batch, labels, valid_bt = gallery.batch, gallery.labels, gallery.valid_bt
+    decode = _decoder(gallery.tokenizer)
     word = None if decode is None else (lambda token: decode([token]))
-    paths = [plot_masks(masked(batch, valid_bt, masks, seed, step), folder / "masks.png", decode=word)]
-    pooled = torch.stack([mean_over_positions(x_btd, valid_bt) for x_btd in teacher])
-    features = torch.nn.functional.layer_norm(pooled[-4:], pooled.shape[-1:]).mean(dim=0)
+    shown = masked(batch, valid_bt, gallery.masks, gallery.seed, gallery.step)
+    paths = [plot_masks(shown, folder / "masks.png", decode=word)]
+    chosen = gallery.teacher_lnd[-_LAST_LAYERS:]
+    features = torch.nn.functional.layer_norm(chosen, chosen.shape[-1:]).mean(dim=0)
     # Pooled features share a large part; without it the cosines would all be near 1.
     features = features - features.mean(dim=0)
     samples = [_sample(batch, row, decode) for row in range(len(labels))]
     paths.append(plot_neighbours(features, samples, labels, folder / "neighbours.png"))
+    first_btd = gallery.first_btd
     if batch.modality == "vision":
-        paths.append(plot_pca(batch.inputs, teacher[-1], folder / "pca.png"))
+        paths.append(plot_pca(batch.inputs[: len(first_btd)], first_btd, folder / "pca.png"))
     if batch.modality == "speech":
-        frames = teacher[-1].shape[1] if valid_bt is None else int(valid_bt[0].sum())
+        frames = first_btd.shape[1] if valid_bt is None else int(valid_bt[0].sum())
         wave = batch.inputs[0] if batch.valid is None else batch.inputs[0, : int(batch.valid[0].sum())]
         title = f"teacher's frames: {labels[0]}, {wave.shape[0] / SAMPLE_RATE:.2f} s"
-        paths.append(plot_similarity(wave, teacher[-1][0, :frames], folder / "similarity.png", title=title))
-    other = (
-        pooled if student_lbtd is None else torch.stack([mean_over_positions(x, valid_bt) for x in _cpu(student_lbtd)])
-    )
-    name = "teacher" if student_lbtd is None else "student"
-    paths.append(plot_cka(pooled, other, folder / "cka.png", row_name="teacher", column_name=name))
+        paths.append(plot_similarity(wave, first_btd[0, :frames], folder / "similarity.png", title=title))
+    other, name = (gallery.teacher_lnd, "teacher") if gallery.student_lnd is None else (gallery.student_lnd, "student")
+    paths.append(plot_cka(gallery.teacher_lnd, other, folder / "cka.png", row_name="teacher", column_name=name))
     return paths
 
 
@@ -76,8 +102,15 @@ def masked(batch: Batch, valid_bt: Tensor | None, config: MaskingConfig, seed: i
     return replace(batch, masked_rt=masked_rt, layout=Layout.of(masked_rt))
 
 
-def _cpu(layers: Sequence[Tensor]) -> list[Tensor]:
-    return [x_btd.float().cpu() for x_btd in layers]
+def _decoder(tokenizer: str | None) -> Callable[[list[int]], str] | None:
+    """Token ids to text."""
+    if tokenizer is None:
+        return None
+    import sentencepiece
+
+    processor = sentencepiece.SentencePieceProcessor(model_file=tokenizer)
+    size = processor.get_piece_size()
+    return lambda ids: processor.decode([token for token in ids if token < size])
 
 
 def _sample(batch: Batch, row: int, decode: Callable[[list[int]], str] | None) -> Sample:
@@ -88,3 +121,22 @@ def _sample(batch: Batch, row: int, decode: Callable[[list[int]], str] | None) -
         return sample
     ids: list[int] = sample.tolist()
     return decode(ids) if decode else " ".join(map(str, ids))
+
+
+def main() -> int:
+    """Draw a saved gallery into a run directory's plots and have MLflow keep them: what `RunTracker` starts."""
+    from d2v_scale.tracking.tracker import append_event
+
+    run_dir, saved = Path(sys.argv[1]), Path(sys.argv[2])
+    os.nice(10)
+    try:
+        paths = draw_gallery(run_dir / "plots", Gallery.load(saved))
+    finally:
+        saved.unlink(missing_ok=True)
+    for path in paths:
+        append_event(run_dir, "artifact", path=str(path.relative_to(run_dir)), folder="plots")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

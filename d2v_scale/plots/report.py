@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from d2v_scale.plots.curves import GROUPS, names_of, series
+from d2v_scale.plots.curves import GROUPS, LAYER, names_of, series
 from d2v_scale.tracking.summary import RunSummary, recipe_differences
 
 AXES = {"step": "step", "samples": "samples seen", "hours": "hours of wall clock"}
@@ -136,6 +136,7 @@ def _panels(summaries: Sequence[RunSummary], colours: Sequence[str], axis: str, 
     groups = []
     for group in GROUPS:
         names = list(dict.fromkeys(name for summary in summaries for name in names_of(summary.records, group)))
+        names = [name for name in names if LAYER not in name]  # their mean is enough to compare runs by
         if names:
             groups.append((group, names))
     if not groups:

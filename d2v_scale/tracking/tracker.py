@@ -16,8 +16,10 @@ from d2v_scale.tracking.terminal import Terminal
 
 if TYPE_CHECKING:
     from d2v_scale.data.batch import Batch
+    from d2v_scale.plots.gallery import Gallery
 
 STOPPED_TIMEOUT = 3.0
+DRAWING_TIMEOUT = 60.0
 RunEnd = Literal["done", "requeue", "failed"]
 
 
@@ -82,7 +84,7 @@ class RunTracker:
                 f"{self._log.path} takes no lines ({self._log.trouble}); they are kept in memory and tried again."
             )
         if self.config.plot_every and step % self.config.plot_every == 0:
-            self._plot(wait=False)
+            self._draw("d2v_scale.plots.curves")
         self._relay()
 
     def message(self, text: str) -> None:
@@ -111,6 +113,19 @@ class RunTracker:
             return
         self.artifact(path, "plots")
 
+    def gallery(self, gallery: "Gallery") -> None:
+        """Have pictures drawn of labelled samples and what the teacher makes of them, by a process of its own."""
+        if self._log is None:
+            return
+        saved = self.run_dir / "plots" / f".gallery-{gallery.step}.pt"
+        try:
+            saved.parent.mkdir(exist_ok=True)
+            gallery.save(saved)
+        except OSError as error:
+            self.message(f"The pictures of step {gallery.step} were not drawn ({error}).")
+            return
+        self._draw("d2v_scale.plots.gallery", str(saved.resolve()))
+
     def checkpoint(self, directory: Path, manifest: str, step: int) -> None:
         """Have MLflow keep the manifest of a committed checkpoint, and show the step."""
         if self._terminal is not None:
@@ -136,7 +151,8 @@ class RunTracker:
         self._log.close()
         self._log = None
         if status != "requeue":  # the next attempt draws
-            self._plot(wait=True)
+            self._draw("d2v_scale.plots.curves")
+            self._wait_for_drawings()
         self._event("status", status=status)
         if self._mirror is not None:
             try:
@@ -163,17 +179,24 @@ class RunTracker:
         except OSError as error:
             self.message(f"{self.run_dir / EVENTS_FILE} takes no lines ({error}): MLflow will not hear of {event}.")
 
-    def _plot(self, wait: bool) -> None:
-        """Have the curves drawn into plots/health.png, by a process of its own: drawing is seconds of pure Python."""
-        command = [sys.executable, "-m", "d2v_scale.plots.curves", str(self.run_dir.resolve())]
+    def _draw(self, program: str, *arguments: str) -> None:
+        """Start a program that draws into plots/: drawing is seconds of pure Python."""
+        command = [sys.executable, "-m", program, str(self.run_dir.resolve()), *arguments]
         try:
             with (self.run_dir / "logs" / "plots.log").open("ab") as log:
                 process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
             self._drawing = [p for p in [*self._drawing, process] if p.poll() is None]
-            if wait:
-                process.wait(timeout=60)
-        except (OSError, subprocess.SubprocessError) as error:
-            self.message(f"The curves were not drawn ({error}).")
+        except OSError as error:
+            self.message(f"Nothing was drawn ({error}).")
+
+    def _wait_for_drawings(self) -> None:
+        deadline = time.monotonic() + DRAWING_TIMEOUT
+        for process in self._drawing:
+            try:
+                process.wait(timeout=max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                self.message(f"Pictures are not finished after {DRAWING_TIMEOUT:.0f} s; they will be in plots/ later.")
+                return
 
     def _start_mirror(self) -> None:
         command = [sys.executable, "-m", "d2v_scale.tracking.follow", str(self.run_dir.resolve())]

@@ -5,7 +5,7 @@ import torch
 
 from d2v_scale.data.batch import Batch
 from d2v_scale.data2vec.config import MaskingConfig
-from d2v_scale.plots.gallery import draw_gallery, masked
+from d2v_scale.plots.gallery import Gallery, draw_gallery, masked
 
 
 def labelled(modality: str) -> tuple[Batch, torch.Tensor | None]:
@@ -35,20 +35,20 @@ def labelled(modality: str) -> tuple[Batch, torch.Tensor | None]:
 )
 def test_every_modality_has_its_pictures(tmp_path: Path, modality: str, masks: MaskingConfig, own: str | None) -> None:
     batch, valid_bt = labelled(modality)
-    states = [torch.randn(6, 16, 8) for _ in range(3)]
-    decode = (lambda ids: " ".join(f"w{i}" for i in ids)) if modality == "text" else None
-    paths = draw_gallery(
-        tmp_path,
-        batch,
-        list("ababab"),
-        states,
-        valid_bt,
+    states = torch.randn(3, 6, 8)
+    gallery = Gallery(
+        batch=batch,
+        labels=list("ababab"),
+        valid_bt=valid_bt,
+        teacher_lnd=states,
+        first_btd=torch.randn(6, 16, 8),
         masks=masks,
         seed=1,
         step=5,
-        student_lbtd=states,
-        decode=decode,
+        student_lnd=states + 1 if modality == "vision" else None,
     )
+    gallery.save(tmp_path / "saved.pt")
+    paths = draw_gallery(tmp_path, Gallery.load(tmp_path / "saved.pt"))
     assert {path.name for path in paths} == {"masks.png", "neighbours.png", "cka.png"} | ({own} if own else set())
     assert all(path.stat().st_size > 5000 for path in paths)
 
