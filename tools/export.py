@@ -1,4 +1,4 @@
-"""Export a checkpoint's encoder: for Hugging Face, as plain safetensors, or in the reference's names."""
+"""Export an encoder, or a fine-tuned model: for Hugging Face, as plain safetensors, or in the reference's names."""
 
 import argparse
 import os
@@ -40,14 +40,21 @@ def main(arguments: list[str] | None = None) -> int:
 def run(options: argparse.Namespace) -> int:
     """Write the folder, say what is in it, and for Hugging Face prove that it computes the same."""
     from d2v_scale.checkpoint import open_any
+    from d2v_scale.errors import UserError
     from d2v_scale.evaluation.frozen import FrozenEncoder
+    from d2v_scale.finetuning.predictor import TaskPredictor
     from d2v_scale.interop import exporting
     from d2v_scale.interop.encoder_source import recipe_of
-    from d2v_scale.interop.export_check import LARGEST_DIFFERENCE, largest_difference
+    from d2v_scale.interop.export_check import LARGEST_DIFFERENCE, largest_difference, largest_logit_difference
     from d2v_scale.interop.reference_export import export_reference
 
     checkpoint = open_any(options.checkpoint)
     recipe = recipe_of(checkpoint)
+    if recipe.task is not None:
+        if options.to == "fairseq":
+            raise UserError("A fine-tuned model has no form of the reference's here.", "Use --to hf or safetensors.")
+        # Its weights are the student's: there is no teacher.
+        options.weights = "student"
     modality = exporting.pick_modality(recipe, options.modality)
     print(f"{checkpoint.path}: {recipe.name}, {modality}, weights of the {options.weights}")
     if options.to == "fairseq":
@@ -62,10 +69,13 @@ def run(options: argparse.Namespace) -> int:
     print(f"wrote {options.out}")
     if options.to != "hf":
         return 0
-    encoder = FrozenEncoder.load(checkpoint.path, options.weights)
-    difference = largest_difference(encoder, options.out, modality, checkpoint)
+    if recipe.task is not None:
+        difference = largest_logit_difference(TaskPredictor.load(checkpoint.path), options.out, modality)
+    else:
+        encoder = FrozenEncoder.load(checkpoint.path, options.weights)
+        difference = largest_difference(encoder, options.out, modality, checkpoint)
     passed = difference <= LARGEST_DIFFERENCE
-    print(f"largest difference to our encoder on the same input: {difference:.3g} {'PASS' if passed else 'FAIL'}")
+    print(f"largest difference to our model on the same input: {difference:.3g} {'PASS' if passed else 'FAIL'}")
     if passed and options.log_model is not None:
         print(f"logged as {log_model(options, recipe, modality, checkpoint.step)}")
     return 0 if passed else 1

@@ -16,6 +16,7 @@ from d2v_scale.interop.huggingface import huggingface_keys, is_native
 from d2v_scale.interop.importing import Folder, open_source, without_prefix
 from d2v_scale.interop.keymap import KeyMap, import_tensors
 from d2v_scale.interop.remote_code import remote_code_keys
+from d2v_scale.interop.task_heads import add_head
 from d2v_scale.model.init import full_shape_of, write_local
 from d2v_scale.model.stack import Student
 from d2v_scale.recipe import Recipe, to_dict
@@ -128,25 +129,34 @@ def _exported(path: Path) -> EncoderSource:
 
 
 def _keymap(recipe: Recipe) -> KeyMap:
-    modality = recipe.model.modalities[0]
-    if is_native(recipe.model, modality):
-        return huggingface_keys(recipe.model, modality)
-    with torch.device("meta"):
-        names = [name for name, _ in Student(recipe.model).named_parameters()]
-    return remote_code_keys(names, recipe.model, modality)
+    model, [modality, *_] = recipe.model, recipe.model.modalities
+    if is_native(model, modality):
+        keys = huggingface_keys(model, modality)
+    else:
+        with torch.device("meta"):
+            names = [name for name, _ in Student(model).named_parameters()]
+        keys = remote_code_keys(names, model, modality)
+    if recipe.task is not None:
+        add_head(keys, recipe.task, model, modality)
+    return keys
 
 
 # Parameters that only masking needs: an encoder that was exported for fine-tuning may lack them.
 _OPTIONAL = ("mask_embedding", "mask_token")
 
 
-@torch.no_grad()
 def write_encoder(module: nn.Module, source: EncoderSource) -> None:
     """Copy every parameter of `module` but its head's from `source`, whatever holds them (ZeRO-3 shards, too). Local.
 
     Raises CheckpointError when one is nowhere to be found, or of another shape.
     """
-    named = {name: p for name, p in module.named_parameters() if not name.startswith("head.")}
+    write_tensors(module, source, "head.")
+
+
+@torch.no_grad()
+def write_tensors(module: nn.Module, source: EncoderSource, but: str) -> None:
+    """As `write_encoder`, of all parameters, or but those below the prefix `but`."""
+    named = {name: p for name, p in module.named_parameters() if not but or not name.startswith(but)}
     missing = []
     for name, parameter in named.items():
         tensor = source.read(name)

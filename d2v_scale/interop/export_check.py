@@ -10,7 +10,9 @@ from torch import Tensor
 from d2v_scale.checkpoint import Checkpoint
 from d2v_scale.data.batch import Batch
 from d2v_scale.evaluation.frozen import FrozenEncoder
+from d2v_scale.finetuning.predictor import TaskPredictor
 from d2v_scale.interop.exporting import ChosenWeights
+from d2v_scale.interop.task_heads import auto_class
 from d2v_scale.model.config import Modality, ModelConfig
 
 LARGEST_DIFFERENCE = 1e-4
@@ -39,6 +41,19 @@ def largest_difference(encoder: FrozenEncoder, folder: Path, modality: Modality,
         pairs.append((normed, theirs.last_hidden_state[:, extra:]))
     valid = encoder.valid_positions(batch)
     return max(float(_at(valid, mine - other).abs().max()) for mine, other in pairs)
+
+
+@torch.no_grad()
+def largest_logit_difference(predictor: TaskPredictor, folder: Path, modality: Modality) -> float:
+    """Largest absolute difference between the logits of a fine-tuned model and of its exported folder."""
+    import transformers
+
+    loader = getattr(transformers, auto_class(predictor.task, modality))
+    exported: Any = loader.from_pretrained(folder, trust_remote_code=True).eval().float()
+    batch, arguments = _inputs(predictor.recipe.model, modality)
+    ours, theirs = predictor.logits(batch.to(predictor.device)).cpu(), exported(**arguments).logits
+    valid = predictor.model.valid_positions(batch) if predictor.task.kind == "ctc" else None
+    return float(_at(valid, ours - theirs).abs().max())
 
 
 def _at(valid_bt: Tensor | None, x_btd: Tensor) -> Tensor:

@@ -12,14 +12,17 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from d2v_scale.checkpoint import Checkpoint
+from d2v_scale.data.labels import Vocabulary
 from d2v_scale.data.shard_set import find_shards
 from d2v_scale.errors import CheckpointError, DataError
+from d2v_scale.interop.encoder_source import EXPORT_FILE, export_note
 from d2v_scale.interop.huggingface import huggingface_keys, huggingface_settings, is_native
 from d2v_scale.interop.keymap import export_tensors
 from d2v_scale.interop.remote_code import MODELLING_FILE, remote_code_keys, remote_code_settings
+from d2v_scale.interop.task_heads import add_head, head_settings, prefixed, write_ctc_tokenizer
 from d2v_scale.interop.tokenizer_files import write_tokenizer
 from d2v_scale.model.config import Modality
-from d2v_scale.recipe import Recipe, to_dict
+from d2v_scale.recipe import Recipe
 
 Weights = Literal["teacher", "student"]
 FILE_BYTES = 2 << 30
@@ -93,10 +96,17 @@ def export_huggingface(
     else:
         keymap = remote_code_keys(checkpoint.names("student"), recipe.model, modality)
         settings = remote_code_settings(recipe.model, modality)
+    task = recipe.task
+    if task is not None:
+        add_head(keymap, task, recipe.model, modality)
+        settings |= head_settings(task, recipe.model, modality, checkpoint.extra.get("classes"))
     out.mkdir(parents=True, exist_ok=True)
     # First what can be refused, a tokenizer of another size; then the weights.
     processor_lines = _write_processor(recipe, modality, out, tokenizer)
-    write_tensors(export_tensors(keymap, chosen), out)
+    tensors = export_tensors(keymap, chosen)
+    if task is not None:
+        tensors = ((prefixed(name, recipe.model, modality), tensor) for name, tensor in tensors)
+    write_tensors(tensors, out)
     lines = chosen.lines()
     if not native:
         shutil.copyfile(MODELLING_FILE, out / MODELLING_FILE.name)
@@ -104,6 +114,7 @@ def export_huggingface(
             f"no class of transformers computes this model: {MODELLING_FILE.name} does (trust_remote_code=True)"
         )
     _write_json(out / "config.json", settings)
+    _write_json(out / EXPORT_FILE, export_note(recipe, checkpoint, weights))
     return lines + processor_lines
 
 
@@ -119,7 +130,7 @@ def export_safetensors(checkpoint: Checkpoint, recipe: Recipe, out: Path, weight
 
     out.mkdir(parents=True, exist_ok=True)
     write_tensors(everything(), out)
-    _write_json(out / "recipe.json", to_dict(recipe))
+    _write_json(out / EXPORT_FILE, export_note(recipe, checkpoint, weights))
     return chosen.lines()
 
 
@@ -177,6 +188,9 @@ def _write_processor(recipe: Recipe, modality: Modality, out: Path, tokenizer: P
             "do_normalize": recipe.data.speech.normalize,
             "return_attention_mask": True,
         }
+        if recipe.task is not None and recipe.task.kind == "ctc":
+            write_ctc_tokenizer(Vocabulary(recipe.task.ctc.letters), out)
+            settings["processor_class"] = "Wav2Vec2Processor"
     else:
         assert recipe.model.vision is not None
         side, data, channels = recipe.model.vision.image_size, recipe.data.vision, recipe.model.vision.channels
@@ -193,6 +207,10 @@ def _write_processor(recipe: Recipe, modality: Modality, out: Path, tokenizer: P
             "image_std": data.std[:channels],
             "do_reduce_labels": False,
         }
+        if recipe.task is not None and data.evaluation_crop < 1:
+            whole = round(side / data.evaluation_crop)
+            settings |= {"size": {"shortest_edge": whole}, "do_center_crop": True}
+            settings["crop_size"] = {"height": side, "width": side}
     _write_json(out / "preprocessor_config.json", settings)
     return []
 

@@ -36,7 +36,7 @@ CLASSES: dict[Modality, str] = {
     "vision": "Data2VecVisionModel",
 }
 # Task models hold the encoder under one of these.
-PREFIXES = ("data2vec_audio.", "data2vec_text.", "data2vec_vision.")
+PREFIXES = ("data2vec_audio.", "data2vec_text.", "data2vec_vision.", "data2vec2.")
 _HEADS = ("pooler.", "lm_head.", "classifier.", "qa_outputs.", "projector.", "decode_head.", "auxiliary_head.")
 
 

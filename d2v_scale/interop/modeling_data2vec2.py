@@ -16,7 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutput
+from transformers.modeling_outputs import (
+    BaseModelOutput,
+    CausalLMOutput,
+    ImageClassifierOutput,
+    SequenceClassifierOutput,
+)
 
 # What a class of another architecture would read from config.json: sizes that none can be built with.
 NO_OTHER_CLASS = {"hidden_size": 1, "num_attention_heads": 2}
@@ -46,6 +51,8 @@ class Data2Vec2Config(PretrainedConfig):
         pos_conv_kernel=19,
         pos_conv_groups=16,
         alibi=True,
+        vocab_size=32,
+        classifier_proj_size=256,
         **kwargs,
     ):
         self.modality = modality
@@ -65,6 +72,8 @@ class Data2Vec2Config(PretrainedConfig):
         self.pos_conv_kernel = pos_conv_kernel
         self.pos_conv_groups = pos_conv_groups
         self.alibi = alibi
+        self.vocab_size = vocab_size
+        self.classifier_proj_size = classifier_proj_size
         super().__init__(**{key: value for key, value in kwargs.items() if key not in NO_OTHER_CLASS})
 
     @property
@@ -294,3 +303,96 @@ class Data2Vec2Model(PreTrainedModel):
         if return_dict is False:
             return (x, hidden) if hidden is not None else (x,)
         return BaseModelOutput(last_hidden_state=x, hidden_states=hidden)
+
+
+class Data2Vec2ForCTC(PreTrainedModel):
+    """A character, or the blank (number `pad_token_id`), at every frame of speech."""
+
+    config_class = Data2Vec2Config
+    base_model_prefix = "data2vec2"
+    main_input_name = "input_values"
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.data2vec2 = Data2Vec2Model(config)
+        self.lm_head = nn.Linear(config.width, config.vocab_size)
+        self.post_init()
+
+    _init_weights = Data2Vec2Model._init_weights
+
+    def forward(self, input_values=None, attention_mask=None, labels=None, output_hidden_states=None, **kwargs):
+        """`labels`: characters (B, U), filled with -100."""
+        outputs = self.data2vec2(
+            input_values=input_values, attention_mask=attention_mask, output_hidden_states=output_hidden_states
+        )
+        logits = self.lm_head(outputs.last_hidden_state)
+        loss = None
+        if labels is not None:
+            mask = torch.ones_like(input_values) if attention_mask is None else attention_mask
+            loss = F.ctc_loss(
+                logits.float().log_softmax(-1).transpose(0, 1),
+                labels.clamp(min=0),
+                self.data2vec2.frames_of(mask.long().sum(-1)),
+                (labels >= 0).sum(-1),
+                blank=self.config.pad_token_id,
+                reduction="sum",
+                zero_infinity=True,
+            )
+        return CausalLMOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
+
+
+class Data2Vec2ForImageClassification(PreTrainedModel):
+    """Mean of the patches, norm, linear."""
+
+    config_class = Data2Vec2Config
+    base_model_prefix = "data2vec2"
+    main_input_name = "pixel_values"
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.data2vec2 = Data2Vec2Model(config)
+        self.head_norm = nn.LayerNorm(config.width, 1e-6)
+        self.classifier = nn.Linear(config.width, config.num_labels)
+        self.post_init()
+
+    _init_weights = Data2Vec2Model._init_weights
+
+    def forward(self, pixel_values=None, labels=None, output_hidden_states=None, **kwargs):
+        """`labels`: classes (B,)."""
+        outputs = self.data2vec2(pixel_values=pixel_values, output_hidden_states=output_hidden_states)
+        logits = self.classifier(self.head_norm(outputs.last_hidden_state[:, 1:].mean(1)))
+        loss = None if labels is None else F.cross_entropy(logits, labels)
+        return ImageClassifierOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
+
+
+class Data2Vec2ForSequenceClassification(PreTrainedModel):
+    """Speech: linear, mean over the real frames, linear."""
+
+    config_class = Data2Vec2Config
+    base_model_prefix = "data2vec2"
+    main_input_name = "input_values"
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.data2vec2 = Data2Vec2Model(config)
+        self.projector = nn.Linear(config.width, config.classifier_proj_size)
+        self.classifier = nn.Linear(config.classifier_proj_size, config.num_labels)
+        self.post_init()
+
+    _init_weights = Data2Vec2Model._init_weights
+
+    def forward(self, input_values=None, attention_mask=None, labels=None, output_hidden_states=None, **kwargs):
+        """`labels`: classes (B,)."""
+        outputs = self.data2vec2(
+            input_values=input_values, attention_mask=attention_mask, output_hidden_states=output_hidden_states
+        )
+        x = self.projector(outputs.last_hidden_state)
+        if attention_mask is not None:
+            frames = self.data2vec2.frames_of(attention_mask.long().sum(-1))
+            real = torch.arange(x.shape[1], device=x.device)[None] < frames[:, None]
+            x = (x * real[..., None]).sum(1) / real.sum(1, keepdim=True)
+        else:
+            x = x.mean(1)
+        logits = self.classifier(x)
+        loss = None if labels is None else F.cross_entropy(logits, labels)
+        return SequenceClassifierOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)

@@ -165,7 +165,7 @@ def test_safetensors_export_holds_every_tensor_under_our_names(tmp_path: Path) -
     name = "blocks.0.ffn.fc1.weight"
     assert torch.equal(tensors[name], checkpoint.tensor("teacher", name))
     assert not torch.equal(tensors[name], checkpoint.tensor("student", name))
-    assert json.loads((out / "recipe.json").read_text())["name"] == "v1_speech"
+    assert json.loads((out / "d2v_scale.json").read_text())["recipe"]["name"] == "v1_speech"
 
 
 def test_a_tokenizer_of_another_size_is_refused_before_weights_are_written(
