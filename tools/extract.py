@@ -1,4 +1,4 @@
-"""Features of a checkpoint over shards, into shards or Parquet: one file for each shard that is read.
+"""Features of a checkpoint or an exported folder over shards, into shards or Parquet: one file for each shard that is read.
 
     python tools/extract.py runs/vit 'shards/test-*.tar' features/                       # one process
     srun python tools/extract.py runs/vit 'shards/{000000..000999}.tar' features/        # one process per task
@@ -142,7 +142,7 @@ def process_number() -> tuple[int, int]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", help="a checkpoint or a run directory")
+    parser.add_argument("checkpoint", help="a checkpoint, a run directory or an exported folder")
     parser.add_argument("shards", help="indexed shards")
     parser.add_argument("out", type=Path)
     parser.add_argument("--format", choices=["parquet", "shards"], default="parquet")

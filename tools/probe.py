@@ -1,10 +1,13 @@
-"""Measure what a checkpoint's frozen features are worth on labelled shards.
+"""Measure what an encoder is worth on labelled shards: a checkpoint, a run, an exported folder or imported weights.
 
   python tools/probe.py runs/vit --data 'train/*.tar' --test 'test/*.tar' --task linear
 
 knn: 20 nearest neighbours by cosine, of whitened features. linear: logistic regression, penalty chosen on a
 fifth of the training samples. Both for every layer and for the mean of the last four; linear also for a learned
-combination of all layers.
+combination of all layers. attentive: a learned query attends to all positions of the last layer.
+
+ctc: characters at every frame, from the `.txt` beside recordings; WER and CER. classify: a fine-tuned classifier's own
+answers. A fine-tuned ctc model's own head is measured, too; on another encoder a linear one is trained.
 """
 
 import argparse
@@ -17,9 +20,26 @@ import torch
 from torch import Tensor
 
 from d2v_scale.data.labelled import LabelledSet
+from d2v_scale.data.labels import LETTERS, ClassLabels, Labels
 from d2v_scale.errors import UserError
 from d2v_scale.evaluation import Features, extract, knn, linear_probe, weighted_layers_probe, whitened
 from d2v_scale.evaluation.frozen import FrozenEncoder
+from d2v_scale.evaluation.position_probes import (
+    PositionLinear,
+    States,
+    attentive_accuracy,
+    extract_states,
+    predictions,
+    train_probe,
+)
+from d2v_scale.finetuning.config import CtcConfig, TaskConfig
+from d2v_scale.finetuning.evaluation import answers, measure
+from d2v_scale.finetuning.loading import labels_of
+from d2v_scale.finetuning.model import outputs_of
+from d2v_scale.finetuning.predictor import TaskPredictor
+from d2v_scale.finetuning.step import ctc_loss_sum
+from d2v_scale.interop.encoder_source import open_encoder
+from d2v_scale.recipe import Recipe
 from d2v_scale.tracking import log_evaluation
 from d2v_scale.tracking.record import METRICS_FILE
 
@@ -27,13 +47,18 @@ LAST_LAYERS = 4
 Score = Callable[[Tensor, Tensor, Tensor, Tensor], float]
 
 
+TASKS = ("knn", "linear", "attentive", "ctc", "classify")
+
+
 def main() -> int:
     """Parse arguments, extract features, fit, print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", help="a checkpoint, or a run directory (its newest checkpoint)")
+    parser.add_argument("checkpoint", help="a checkpoint, a run directory (its newest checkpoint), an exported folder")
     parser.add_argument("--data", help="labelled training shards; default: the recipe's evaluation.train")
     parser.add_argument("--test", help="labelled held-out shards; default: the recipe's evaluation.test")
-    parser.add_argument("--task", choices=["knn", "linear"], default="knn")
+    parser.add_argument("--task", choices=TASKS, default="knn")
+    parser.add_argument("--letters", default=LETTERS, help="characters that a new ctc head predicts")
+    parser.add_argument("--beam", type=int, default=1, help="width of the beam that ctc decodes with; 1: greedy")
     parser.add_argument("--weights", choices=["teacher", "student", "random"], default="teacher")
     parser.add_argument("--limit", type=int, help="at most this many samples of each set")
     parser.add_argument("--batch_size", type=int, default=64)
@@ -53,10 +78,42 @@ def main() -> int:
 
 
 def probe(arguments: argparse.Namespace) -> dict[str, object]:
-    """The result: accuracies by layer, and what they are of."""
+    """The result: scores, and what they are of."""
+    if arguments.task in ("classify", "ctc"):
+        task = open_encoder(arguments.checkpoint).recipe.task
+        if task is not None and (task.kind == "ctc") == (arguments.task == "ctc"):
+            return own_head(arguments)
+        if arguments.task == "classify":
+            raise UserError(
+                f"{arguments.checkpoint} has no classifier of its own.",
+                "Use --task linear or attentive, or fine-tune it.",
+            )
     encoder = FrozenEncoder.load(arguments.checkpoint, arguments.weights)
-    train = features_of(encoder, arguments.data or encoder.recipe.evaluation.train, "--data", arguments)
-    test = features_of(encoder, arguments.test or encoder.recipe.evaluation.test, "--test", arguments)
+    of_positions = arguments.task in ("attentive", "ctc")
+    scores, sizes, chance = (position_scores if of_positions else pooled_scores)(encoder, arguments)
+    result: dict[str, object] = {
+        "checkpoint": str(encoder.source),
+        "step": encoder.step,
+        "weights": encoder.weights,
+        "task": arguments.task,
+        "train_samples": sizes[0],
+        "test_samples": sizes[1],
+        "error" if arguments.task == "ctc" else "accuracy": scores,
+    }
+    if chance is not None:
+        result["chance"] = chance
+    tell_mlflow(encoder.run_dir, encoder.step, encoder.weights, arguments.task, scores)
+    return result
+
+
+Scores = tuple[dict[str, float], tuple[int, int], float | None]
+"""Scores by name, training and held-out samples, share of the most frequent class."""
+
+
+def pooled_scores(encoder: FrozenEncoder, arguments: argparse.Namespace) -> Scores:
+    """k-NN or linear probe of mean-pooled layers."""
+    train = features_of(encoder, "--data", arguments)
+    test = features_of(encoder, "--test", arguments)
 
     def score(x_nd: Tensor, y_n: Tensor, x_qd: Tensor, y_q: Tensor) -> float:
         if arguments.task == "knn":
@@ -71,47 +128,106 @@ def probe(arguments: argparse.Namespace) -> dict[str, object]:
     if arguments.task == "linear":
         weighted = weighted_layers_probe(train.layers_lnd, train.labels_n, test.layers_lnd, test.labels_n)
         accuracies["learned combination"] = weighted.accuracy
-    result: dict[str, object] = {
-        "checkpoint": str(encoder.source),
-        "step": encoder.step,
-        "weights": encoder.weights,
+    return accuracies, (len(train.labels_n), len(test.labels_n)), most_frequent(test.labels_n)
+
+
+def position_scores(encoder: FrozenEncoder, arguments: argparse.Namespace) -> Scores:
+    """Attentive pooling, or a new CTC head, on the last layer."""
+    task = TaskConfig(kind="ctc", ctc=CtcConfig(letters=arguments.letters, beam=arguments.beam))
+    labels = labels_of(task) if arguments.task == "ctc" else ClassLabels()
+    train, test = (states_of(encoder, option, arguments, labels) for option in ("--data", "--test"))
+    sizes = sum(len(batch.labels) for batch in train), sum(len(batch.labels) for batch in test)
+    if arguments.task == "attentive":
+        accuracy = attentive_accuracy(train, test, encoder.device)
+        return {"attentive pooling": accuracy}, sizes, most_frequent(torch.cat([batch.labels for batch in test]))
+    width, outputs = train[0].states_btd.shape[-1], outputs_of(task)
+
+    def loss(logits_btc: Tensor, states: States) -> Tensor:
+        device = logits_btc.device
+        return ctc_loss_sum(logits_btc, states.labels.to(device), states.valid_bt.sum(dim=1).to(device))
+
+    head, _ = train_probe(lambda: PositionLinear(width, outputs), train, loss, device=encoder.device)
+    found = []
+    for logits_btc, states in zip(predictions(head, test, encoder.device), test, strict=True):
+        found += answers(task, logits_btc, states.labels, states.valid_bt.sum(dim=1))
+    return measure(task, found), sizes, None
+
+
+def own_head(arguments: argparse.Namespace) -> dict[str, object]:
+    """What a fine-tuned model says of the held-out samples."""
+    predictor = TaskPredictor.load(arguments.checkpoint)
+    predictor.task.ctc.beam = arguments.beam
+    shards = shards_of(predictor.recipe, "--test", arguments)
+    labels = labels_of(predictor.task)
+    found = []
+    for batch, labels_b in labelled(predictor.recipe, shards, arguments, labels):
+        found += predictor.answers(batch, labels_b)
+    scores = measure(predictor.task, found)
+    source = predictor.source
+    tell_mlflow(source.run_dir, source.step, "student", arguments.task, scores)
+    return {
+        "checkpoint": str(source.path),
+        "step": source.step,
+        "weights": "fine-tuned",
         "task": arguments.task,
-        "train_samples": len(train.labels_n),
-        "test_samples": len(test.labels_n),
-        "chance": torch.bincount(test.labels_n).max().item() / len(test.labels_n),
-        "accuracy": accuracies,
+        "test_samples": len(found),
+        "error" if arguments.task == "ctc" else "accuracy": scores,
     }
-    tell_mlflow(encoder, arguments.task, accuracies)
-    return result
 
 
-def features_of(encoder: FrozenEncoder, shards: str | None, option: str, arguments: argparse.Namespace) -> Features:
-    """Features of one labelled set."""
-    if shards is None:
+def most_frequent(labels_n: Tensor) -> float:
+    """What always guessing the most frequent class is worth."""
+    return torch.bincount(labels_n).max().item() / len(labels_n)
+
+
+def shards_of(recipe: Recipe, option: str, arguments: argparse.Namespace) -> str:
+    """The shards of an option, or of the recipe. Raises UserError."""
+    given, of_recipe = arguments.test, recipe.evaluation.test
+    if option == "--data":
+        given, of_recipe = arguments.data, recipe.evaluation.train
+    if (given or of_recipe) is None:
         raise UserError("The recipe names no labelled shards.", f"Give them with {option}.")
-    modality = encoder.recipe.model.modalities[0]
-    recipe = encoder.recipe
-    labelled = LabelledSet(shards, modality, recipe.data, recipe.model, arguments.batch_size, arguments.limit)
-    return extract(encoder.hidden_states, labelled, encoder.valid_positions, encoder.device)
+    return given or of_recipe
 
 
-def tell_mlflow(encoder: FrozenEncoder, task: str, accuracies: dict[str, float]) -> None:
-    """A nested run under the training run, if the checkpoint lies in a run directory."""
-    run_dir = encoder.source.parent.parent
-    if (run_dir / METRICS_FILE).exists():
-        values = {f"probe/{name}": value for name, value in accuracies.items()}
-        log_evaluation(
-            run_dir, f"{task} {encoder.weights}", encoder.step, values, {"weights": encoder.weights, "task": task}
-        )
+def labelled(recipe: Recipe, shards: str, arguments: argparse.Namespace, labels: Labels) -> LabelledSet:
+    """One labelled set, read for the recipe's model."""
+    modality = recipe.model.modalities[0]
+    return LabelledSet(
+        shards, modality, recipe.data, recipe.model, arguments.batch_size, arguments.limit, labels=labels
+    )
+
+
+def features_of(encoder: FrozenEncoder, option: str, arguments: argparse.Namespace) -> Features:
+    """Pooled features of one labelled set."""
+    found = labelled(encoder.recipe, shards_of(encoder.recipe, option, arguments), arguments, ClassLabels())
+    return extract(encoder.hidden_states, found, encoder.valid_positions, encoder.device)
+
+
+def states_of(encoder: FrozenEncoder, option: str, arguments: argparse.Namespace, labels: Labels) -> list[States]:
+    """Features of every position of one labelled set."""
+    found = labelled(encoder.recipe, shards_of(encoder.recipe, option, arguments), arguments, labels)
+    return extract_states(encoder.hidden_states, found, encoder.valid_positions, encoder.device)
+
+
+def tell_mlflow(run_dir: Path | None, step: int, weights: str, task: str, scores: dict[str, float]) -> None:
+    """A nested run under the training run, where that is known and its directory is still there."""
+    if run_dir is not None and (run_dir / METRICS_FILE).exists():
+        values = {f"probe/{name}": value for name, value in scores.items()}
+        log_evaluation(run_dir, f"{task} {weights}", step, values, {"weights": weights, "task": task})
         print(f"Recorded in {run_dir}; tools/sync_mlflow.py sends it if the run is over.")
 
 
 def print_table(result: dict[str, object]) -> None:
     """For people."""
     print(f"{result['task']} on {result['weights']} features of {result['checkpoint']}")
-    print(f"{result['train_samples']} training and {result['test_samples']} held-out samples")
-    assert isinstance(result["accuracy"], dict)
-    for name, value in {**result["accuracy"], "most frequent class": result["chance"]}.items():
+    trained = f"{result['train_samples']} training and " if "train_samples" in result else ""
+    print(f"{trained}{result['test_samples']} held-out samples")
+    scores = result.get("accuracy", result.get("error"))
+    assert isinstance(scores, dict)
+    if "chance" in result:
+        scores = {**scores, "most frequent class": result["chance"]}
+    for name, value in scores.items():
         print(f"  {name:24s} {value:.3f}")
 
 

@@ -1,0 +1,107 @@
+"""tools/probe.py on runs, exported folders and fine-tuned models."""
+
+import importlib
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import tiny_models
+import torch
+from small_shards import image_samples, sound_samples
+
+from d2v_scale.checkpoint import write_single
+from d2v_scale.data.speech import measure
+from d2v_scale.data.writing import write_set
+from d2v_scale.data2vec.config import ObjectiveConfig
+from d2v_scale.finetuning.config import CtcConfig, TaskConfig
+from d2v_scale.finetuning.model import TaskModel
+from d2v_scale.model.init import initialize
+from d2v_scale.model.stack import Student
+from d2v_scale.recipe import Recipe, to_dict
+
+TOOLS = Path(__file__).resolve().parents[2] / "tools"
+Run = Callable[..., int]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, world_of_one: None) -> Run:
+    """Runs a tool's `main` in this process; returns its exit code."""
+    monkeypatch.syspath_prepend(str(TOOLS))
+
+    def call(tool: str, *arguments: object) -> int:
+        monkeypatch.setattr(sys, "argv", [tool, *map(str, arguments)])
+        return importlib.import_module(tool).main()
+
+    return call
+
+
+def checkpoint(path: Path, name: str, task: TaskConfig | None = None) -> Path:
+    recipe = Recipe(
+        name=name,
+        model=tiny_models.model(name),
+        task=task,
+        objective=ObjectiveConfig(target=tiny_models.target_of(name)),
+    )
+    module: torch.nn.Module = Student(recipe.model) if task is None else TaskModel(recipe.model, task)
+    initialize(module, 1)
+    tensors = {n: p.detach() for n, p in module.named_parameters()}
+    extra = {"recipe": json.loads(json.dumps(to_dict(recipe)))}
+    write_single(path / "checkpoints", tensors, tensors if task is None else None, extra)
+    (path / "metrics.jsonl").write_text("")
+    return path
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    write_set(tmp_path / "images", "train", "vision", image_samples(24, side=16), per_shard=30, classes=["a", "b", "c"])
+    return tmp_path / "images"
+
+
+@pytest.mark.parametrize("name", ["v1_vision", "v2_vision"])
+def test_an_exported_folder_scores_as_the_run_it_is_from_and_is_recorded_there(
+    name: str, run: Run, images: Path, tmp_path: Path
+) -> None:
+    made = checkpoint(tmp_path / "run", name)
+    scores = []
+    export = importlib.import_module("export").main
+    assert export([str(made), str(tmp_path / "hf")]) == 0
+    assert export([str(made), str(tmp_path / "plain"), "--to", "safetensors"]) == 0
+    for source in (made, tmp_path / "hf", tmp_path / "plain"):
+        out = tmp_path / "result.json"
+        assert run("probe", source, "--data", images, "--test", images, "--k", 3, "--out", out) == 0
+        scores.append(json.loads(out.read_text())["accuracy"])
+    assert scores[0] == scores[1] == scores[2]
+    events = (made / "mlflow_events.jsonl").read_text().splitlines()
+    assert [json.loads(event)["event"] for event in events] == ["evaluation"] * 3
+
+
+def test_attentive_and_a_classifiers_own_answers(
+    run: Run, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shards = ["--data", images, "--test", images, "--batch_size", 6]
+    plain, tuned = (
+        checkpoint(tmp_path / "a", "v1_vision"),
+        checkpoint(tmp_path / "b", "v1_vision", TaskConfig(classes=3)),
+    )
+    assert run("probe", plain, *shards, "--task", "attentive") == 0
+    assert "attentive pooling" in capsys.readouterr().out
+    assert run("probe", tuned, *shards, "--task", "classify") == 0
+    assert "accuracy" in capsys.readouterr().out
+    assert run("probe", plain, *shards, "--task", "classify") == 2
+    assert "no classifier" in capsys.readouterr().err
+
+
+def test_ctc_on_frozen_features_and_with_a_models_own_head(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shards = tmp_path / "speech"
+    samples = [sample | {"txt": ["ab", "ba"][k % 2]} for k, sample in enumerate(sound_samples(12))]
+    write_set(shards, "train", "speech", samples, per_shard=20, measure=measure)
+    task = TaskConfig(kind="ctc", ctc=CtcConfig(letters="ab"))
+    for made in (checkpoint(tmp_path / "a", "v1_speech"), checkpoint(tmp_path / "b", "v2_speech", task)):
+        call = [made, "--data", shards, "--test", shards, "--task", "ctc", "--letters", "ab", "--beam", 3]
+        assert run("probe", *call, "--out", tmp_path / "result.json") == 0
+        assert json.loads((tmp_path / "result.json").read_text())["error"].keys() == {"wer", "cer"}
+    assert "wer" in capsys.readouterr().out
