@@ -1,4 +1,4 @@
-"""Features of a checkpoint or an exported folder over shards, into shards or Parquet: one file for each shard that is read.
+"""Features of an encoder over shards, into shards or Parquet: one file for each shard that is read.
 
     python tools/extract.py runs/vit 'shards/test-*.tar' features/                       # one process
     srun python tools/extract.py runs/vit 'shards/{000000..000999}.tar' features/        # one process per task
