@@ -1,7 +1,9 @@
 """Submit a training to Slurm: picks the recipe's template, shows what Slurm is asked for, submits, says where to look.
 
     python tools/submit.py --recipe d2v2_vision_large --nodes 8 --data '/shards/in1k-{0000..1281}.tar' --optim.lr 1e-3
+    python tools/submit.py --recipe d2v2_vision_7b --nodes 32 --device h100 --data '/shards/in1k-{0000..1281}.tar'
 
+With --device the topology and the DeepSpeed JSON are those that tools/plan.py finds fastest among those that fit.
 Options of this tool come first by name; everything else goes to train.py. SBATCH_* variables of slurm/site.env count.
 """
 
@@ -52,6 +54,26 @@ def effective(template: Path, asked: list[str], environment: dict[str, str]) -> 
     return found
 
 
+PLANNED = "start it with"
+"""Begins the line of tools/plan.py that holds the arguments of its best option."""
+
+
+def planned(options: argparse.Namespace, for_training: list[str], nodes: int, gpus: int) -> list[str] | None:
+    """Arguments of train.py that tools/plan.py proposes and the user did not give; None: nothing fits."""
+    program = [sys.executable, str(REPOSITORY / "tools" / "plan.py"), "--recipe", options.recipe, "--show", "1"]
+    program += ["--nodes", str(nodes), "--gpus", str(gpus), "--device", options.device, *for_training]
+    done = subprocess.run(program, stdout=subprocess.PIPE, text=True, check=False)
+    print(done.stdout, flush=True)
+    line = next((line for line in done.stdout.splitlines() if line.startswith(PLANNED)), None)
+    if done.returncode != 0 or line is None:
+        return None
+    words = line.removeprefix(PLANNED).split()
+    proposed = dict(zip(words[::2], words[1::2], strict=True))
+    proposed["--deepspeed_config"] = str(REPOSITORY / proposed["--deepspeed_config"])
+    chosen = {name for name in proposed if _argument(for_training, name.removeprefix("--")) is not None}
+    return [word for name, value in proposed.items() if name not in chosen for word in (name, value)]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -59,6 +81,7 @@ def main() -> int:
     parser.add_argument("--recipe", required=True, help="recipe of the package or a YAML file")
     parser.add_argument("--nodes", type=int, help="number of nodes")
     parser.add_argument("--gpus", help="GPUs on each node, such as 8 or h100:8")
+    parser.add_argument("--device", help="plan the topology for this kind of GPU: h100, h200, a100")
     parser.add_argument("--time", help="time limit, such as 2-00:00:00; the job continues after it")
     parser.add_argument("--partition", help="partition")
     parser.add_argument("--job_name", help="name of the job and of its run directory")
@@ -74,8 +97,16 @@ def main() -> int:
         print("error: no sbatch here: run this on a login node of the cluster", file=sys.stderr)
         return 2
     asked = sbatch_options(options)
+    holds = effective(template, asked, dict(os.environ))
+    if options.device is not None:
+        gpus = int(holds.get("gpus-per-node", ("8", ""))[0].rpartition(":")[2])
+        proposed = planned(options, for_training, int(holds.get("nodes", ("1", ""))[0]), gpus)
+        if proposed is None:
+            print("error: tools/plan.py finds no way to train this on that many devices", file=sys.stderr)
+            return 2
+        for_training += proposed
     print(f"{template}:")
-    for name, (value, source) in effective(template, asked, dict(os.environ)).items():
+    for name, (value, source) in holds.items():
         print(f"  {'--' + name + ('=' + value if value else ''):34}  {source}")
     command = ["sbatch", *asked, str(template), *for_training, "--recipe", options.recipe]
     print(shlex.join(command), flush=True)
@@ -85,7 +116,7 @@ def main() -> int:
     if done.returncode != 0:
         return done.returncode
     job = done.stdout.strip().split(";")[0]
-    name = options.job_name or effective(template, asked, dict(os.environ)).get("job-name", (template.stem, ""))[0]
+    name = options.job_name or holds.get("job-name", (template.stem, ""))[0]
     run_dir = _argument(for_training, "run_dir") or f"{os.environ.get('D2V_SCALE_RUNS', 'runs')}/{name}-{job}"
     print(
         f"job {job}\n"

@@ -1,5 +1,6 @@
 """What a person sees of a run: a live line at a terminal, plain lines in a log file."""
 
+import contextlib
 import sys
 import time
 from collections.abc import Mapping
@@ -46,14 +47,14 @@ class Terminal:
         elif fresh:  # other lines say nothing that a log needs
             of = f"/{self._total}" if self._total else ""
             parts = [f"step {step}{of}", *(_format(name, value) for name, value in fresh.items()), self._eta(step)]
-            print("  ".join(part for part in parts if part), flush=True)
+            _print("  ".join(part for part in parts if part))
 
     def message(self, text: str) -> None:
         """One line above the live display."""
         if self._progress is not None:
             self._progress.console.print(text, markup=False, highlight=False)
         else:
-            print(text, flush=True)
+            _print(text)
 
     def checkpoint(self, step: int) -> None:
         """The newest committed checkpoint is of this step; shown with the next record of a live display."""
@@ -70,6 +71,12 @@ class Terminal:
         seconds = (time.monotonic() - self._started[0]) / (step - self._started[1]) * (self._total - step)
         hours, rest = divmod(int(seconds), 3600)
         return f"eta {hours}:{rest // 60:02d}:{rest % 60:02d}"
+
+
+def _print(text: str) -> None:
+    """A line on stdout. Where that is a file on a full disk, the line is kept for later and the run goes on."""
+    with contextlib.suppress(OSError):
+        print(text, flush=True)
 
 
 def _format(name: str, value: float) -> str:

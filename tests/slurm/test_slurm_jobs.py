@@ -66,6 +66,19 @@ def test_bad_configuration_is_not_requeued(workplace: Make) -> None:
 
 
 @pytest.mark.slow
+def test_a_finished_run_that_somebody_requeues_does_not_train_again(workplace: Make) -> None:
+    place = workplace(STAND_IN)
+    job = place.submit("pretrain_base.sh", "--optim.max_steps=3", env=NO_PREFLIGHT)
+    assert job.wait_for_end() == "COMPLETED", job.story()
+    before = job.records()
+    place.cluster.run("scontrol", "requeue", job.id)
+    assert job.wait_for_end() == "COMPLETED", job.story()
+    assert "this run is finished" in job.output.read_text()
+    assert job.records() == before
+    assert len(job.attempts) == 1
+
+
+@pytest.mark.slow
 def test_equal_failures_end_after_the_limit(workplace: Make) -> None:
     env = NO_PREFLIGHT | {"D2V_SCALE_MAX_FAILURES": "2"}
     job = workplace(STAND_IN).submit("pretrain_huge.sh", f"--fail={errors.EXIT_DATA_STARVED}", env=env)

@@ -1,13 +1,16 @@
 """The training program under the real templates: every interruption ends with the weights of an uninterrupted run."""
 
+import contextlib
 import json
 import os
 import signal
+import subprocess
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from cluster import Cluster
+from cluster import Cluster, wait_until
 from jobs import Job, Program, Workplace
 
 from d2v_scale import errors
@@ -136,6 +139,55 @@ def test_mistake_in_the_recipe_is_not_requeued(place: Workplace) -> None:
     job = place.submit("pretrain_base.sh", "--optim.learning_rate=1")
     assert job.wait_for_end() == "FAILED"
     assert [attempt.exit_code for attempt in job.attempts] == [errors.EXIT_BAD_INPUT]
+
+
+@pytest.fixture
+def small_disk(place: Workplace) -> Iterator[Path]:
+    """A file system of its own under the next job's run directory, for two checkpoints and a half."""
+    run_dir = place.dir / "runs" / f"pretrain_base-{len(place.jobs)}"
+    run_dir.mkdir(parents=True)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(run_dir)], capture_output=True)
+    if mounted.returncode != 0:
+        pytest.skip(f"cannot mount a small file system here: {mounted.stderr.decode().strip()}")
+    yield run_dir
+    place.close()
+    subprocess.run(["umount", "--lazy", str(run_dir)], check=True)
+
+
+@pytest.mark.slow
+def test_a_full_shared_directory_costs_a_checkpoint_and_no_step(
+    place: Workplace, uninterrupted: Job, small_disk: Path
+) -> None:
+    """Full from step 23 on, with a checkpoint due at 40; there is room again before the end."""
+    job = place.submit("pretrain_base.sh", env=NO_PREFLIGHT)
+    assert job.run_dir == small_disk
+    job.wait_for_step(EVERY + 3)
+    fill(small_disk / "ballast")
+    log = small_disk / "logs" / "rank-00000.log"
+    wait_until(lambda: not job.pids("train.py") or record_stands_still(job), 120, job.story())
+    (small_disk / "ballast").unlink()
+    assert_same_run(job, uninterrupted)
+    assert [attempt.exit_code for attempt in job.attempts] == [errors.EXIT_DONE], job.story()
+    told = log.read_text() + "".join(path.read_text() for path in small_disk.glob("logs/*/node-*.log"))
+    assert "takes no lines" in told
+    assert job.losses() == uninterrupted.losses()
+
+
+def fill(path: Path) -> None:
+    """Take all the room there is."""
+    with path.open("wb", buffering=0) as ballast, contextlib.suppress(OSError):
+        while True:
+            ballast.write(bytes(1 << 16))
+    with path.open("ab", buffering=0) as ballast, contextlib.suppress(OSError):
+        while True:
+            ballast.write(bytes(1))
+
+
+def record_stands_still(job: Job) -> bool:
+    """The run goes on, but its record gets no more lines."""
+    before = len(job.records())
+    time.sleep(5)
+    return len(job.records()) == before
 
 
 @pytest.mark.slow

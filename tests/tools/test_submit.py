@@ -44,6 +44,28 @@ def test_what_holds_in_the_end_is_shown_with_its_origin(tmp_path: Path) -> None:
     assert shown["--signal=B:USR1@300"] == "template"
 
 
+def test_the_topology_is_planned_for_a_kind_of_gpu(tmp_path: Path) -> None:
+    arguments = ("--nodes", "4", "--gpus", "h100:8", "--device", "h100", "--data", "/shards/{0..9}.tar")
+    done, asked = submit(tmp_path, "--recipe", "d2v2_vision_7b", *arguments, "--accumulation", "2")
+    assert done.returncode == 0, done.stderr
+    assert "topologies fit, fastest first" in done.stdout
+    config = Path(asked[asked.index("--deepspeed_config") + 1])
+    assert config.is_file()
+    assert config.is_absolute()
+    assert {"--parallel.tensor", "--parallel.pipeline", "--teacher.placement"} <= set(asked)
+    assert [asked[i + 1] for i, word in enumerate(asked) if word == "--accumulation"] == ["2"], "the user's counts"
+
+
+def test_a_model_that_does_not_fit_is_not_submitted(tmp_path: Path) -> None:
+    arguments = ("--nodes", "1", "--gpus", "1", "--device", "a100", "--data", "/shards/{0..9}.tar")
+    thirty_billion = ("--model.backbone.width=7168", "--model.backbone.heads=56", "--model.backbone.ffn=28672")
+    depth = ("--model.backbone.depth=48", "--objective.target.top_k_layers=36")
+    done, asked = submit(tmp_path, "--recipe", "d2v2_vision_7b", *arguments, *thirty_billion, *depth)
+    assert done.returncode == 2
+    assert "finds no way" in done.stderr
+    assert asked == []
+
+
 def test_dry_run_only_lets_slurm_check(tmp_path: Path) -> None:
     done, asked = submit(tmp_path, "--recipe", "d2v2_vision_huge14", "--dry-run")
     assert asked[0] == "--test-only"

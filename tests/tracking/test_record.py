@@ -1,3 +1,4 @@
+import contextlib
 import errno
 import json
 import math
@@ -118,6 +119,17 @@ def test_plain_lines_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> N
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "step 10/100  loss 0.5123  data wait 2.0%"
     assert lines[1].startswith("step 20/100  k-NN 0.8  eta 0:00:00")
+
+
+def test_a_log_file_on_a_full_disk_does_not_end_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    full = open("/dev/full", "w")  # noqa: SIM115
+    monkeypatch.setattr("sys.stdout", full)
+    terminal = Terminal(100, live=False)
+    terminal.record({"step": 10, "loss": 0.5})
+    terminal.message("hello")
+    monkeypatch.undo()
+    with contextlib.suppress(OSError):
+        full.close()
 
 
 def test_live_line_at_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
