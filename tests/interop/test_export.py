@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import pickle
+import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -317,3 +318,52 @@ def test_an_older_fairseq_checkpoint_has_its_settings_in_args(tmp_path: Path) ->
     content["args"] = argparse.Namespace(**content.pop("cfg")["model"])
     torch.save(content, out / "checkpoint.pt")
     assert open_source(out / "checkpoint.pt").reference.model.backbone.heads == 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["v2_vision", "v1_text"])
+def test_a_model_logged_to_mlflow_is_served_by_its_command(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`mlflow models predict --env-manager local` gives what the exported folder gives; the run knows the model."""
+    from mlflow import MlflowClient
+    from transformers import AutoModel
+
+    from d2v_scale.tracking import RunTracker, TrackingConfig
+    from d2v_scale.tracking.follow import catch_up
+    from d2v_scale.tracking.mirror_state import MirrorState
+
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    run, out = checkpoint_of(name, tmp_path), tmp_path / "hf"
+    tracker = RunTracker(run, TrackingConfig(enabled=False), is_main=True)
+    tracker.start({}, {})
+    tracker.log(1, 1, {"loss": 1.0})
+    tracker.finish("done")
+    catch_up(run)
+    assert tool("export").main([str(run), str(out), "--log_model", str(run)]) == 0
+
+    client = MlflowClient(uri)
+    found = client.get_run(MirrorState.load(run).run_id)
+    assert found.info.status == "FINISHED"
+    (logged,) = client.search_logged_models([found.info.experiment_id])
+    assert logged.source_run_id == found.info.run_id
+
+    values = torch.randn(2, 3, 16, 16) if name == "v2_vision" else torch.randint(5, 38, (2, 12))
+    (tmp_path / "input.json").write_text(json.dumps({"inputs": values.tolist()}))
+    command = [sys.executable, "-m", "mlflow", "models", "predict", "--env-manager", "local", "-t", "json"]
+    command += [
+        "-m",
+        f"models:/{logged.model_id}",
+        "-i",
+        str(tmp_path / "input.json"),
+        "-o",
+        str(tmp_path / "out.json"),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    answer = torch.tensor(json.loads((tmp_path / "out.json").read_text())["predictions"])
+    with torch.no_grad():
+        states_btd = AutoModel.from_pretrained(out, trust_remote_code=True).eval()(values).last_hidden_state
+    expected = (states_btd[:, 1:] if name == "v2_vision" else states_btd).mean(dim=1)
+    assert torch.allclose(answer, expected, atol=1e-5)
