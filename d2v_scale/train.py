@@ -267,9 +267,9 @@ def record(run: Run, result: StepResult, seen: Observations, lr: float) -> None:
 
 
 def evaluate(run: Run) -> None:
-    """k-NN accuracy of the teacher to the record, where the recipe names labelled shards. Collective."""
+    """k-NN accuracy and held-out loss to the record, where the recipe names labelled shards. Collective."""
     if run.evaluation is not None:
-        run.tracker.log(run.step, run.samples, {"knn_accuracy": run.evaluation.accuracy()})
+        run.tracker.log(run.step, run.samples, run.evaluation.figures())
 
 
 def draw_pictures(run: Run) -> None:

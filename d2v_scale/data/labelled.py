@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -9,13 +10,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from d2v_scale.data.batch import Batch
-from d2v_scale.data.collate import make_decoder
+from d2v_scale.data.collate import Collator, Row, make_decoder
 from d2v_scale.data.config import DataConfig, SourceConfig
 from d2v_scale.data.labels import ClassLabels, Labels
+from d2v_scale.data.plan import PlannedBatch
 from d2v_scale.data.reading import SampleFault, SampleStore
 from d2v_scale.data.shard_index import Members
 from d2v_scale.data.shard_set import check_before_start, find_shards
 from d2v_scale.data.source import open_store
+from d2v_scale.data2vec.config import CompatConfig, MaskingConfig
 from d2v_scale.errors import DataError
 from d2v_scale.model.config import Modality, ModelConfig
 
@@ -38,6 +41,8 @@ class LabelledSet:
     require_labels: bool = True
     """False: samples without a label are read, too, with label -1."""
     labels: Labels = field(default_factory=ClassLabels)
+    masking: MaskingConfig | None = None
+    """Mask like this, the same positions at every reading; null: nothing is masked."""
 
     def __post_init__(self) -> None:
         source = SourceConfig(shards=self.shards, modality=self.modality)
@@ -66,7 +71,7 @@ class LabelledSet:
         return len(self._shard_n)
 
     def __iter__(self) -> Iterator[tuple[Batch, Tensor]]:
-        """Batches with nothing masked, and their labels as `labels` stacks them (classes: int64 (B,))."""
+        """Batches, and their labels as `labels` stacks them (classes: int64 (B,))."""
         store = open_store(self._found, self.data)
         try:
             for start in range(0, len(self), self.batch_size):
@@ -95,6 +100,8 @@ class LabelledSet:
             ids.append(shard << 32 | item)
         if not rows:
             return None
+        if self.masking is not None:
+            return self._masked(rows, keys, np.array(ids), lost=len(shards) - len(rows)), self.labels.stack(labels)
         stacked = self._decoder.stack(rows)
         batch = Batch(
             modality=self.modality,
@@ -113,3 +120,11 @@ class LabelledSet:
         if self.labels.extension not in members.extensions:
             return np.zeros(len(members), dtype=bool)
         return members.member_size_ne[:, members.extensions.index(self.labels.extension)] > 0
+
+    def _masked(self, rows: list[NDArray[Any]], keys: list[str], id_n: NDArray[np.int64], lost: int) -> Batch:
+        """The batch as a training step of number 0 and seed 0 would mask it."""
+        assert self.masking is not None
+        collator = Collator(self.modality, self._decoder, self.model, self.masking, CompatConfig(), seed=0)
+        planned = PlannedBatch(0, np.zeros_like(id_n), id_n >> 32, id_n & (2**32 - 1))
+        named = [Row(key, row) for key, row in zip(keys, rows, strict=True)]
+        return collator.batch(named, planned, list(range(len(rows))), step=0, source="held out", lost=lost)

@@ -2,7 +2,7 @@
 
 from d2v_scale.evaluation.features import Features, extract
 from d2v_scale.evaluation.knn import knn, nearest, whitened
-from d2v_scale.evaluation.probes import ProbeResult, linear_probe, weighted_layers_probe
+from d2v_scale.evaluation.probes import ProbeResult, linear_probe, score, weighted_layers_probe
 
 __all__ = [
     "Features",
@@ -11,6 +11,7 @@ __all__ = [
     "knn",
     "linear_probe",
     "nearest",
+    "score",
     "weighted_layers_probe",
     "whitened",
 ]

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 @dataclass(kw_only=True)
 class EvaluationConfig:
-    """k-nearest-neighbour accuracy of the teacher's features on a small labelled split."""
+    """k-nearest-neighbour accuracy of the teacher's features on a small labelled split, and the masked loss on it."""
 
     train: str | None = None
     """Labelled shards that neighbours are taken from; null: no evaluation."""
@@ -21,3 +21,5 @@ class EvaluationConfig:
     """Samples to take neighbours from."""
     max_test: int = 1000
     """Samples to classify."""
+    max_masked: int = 256
+    """Samples of the test split whose masked loss is measured, always with the same masks."""

@@ -55,6 +55,14 @@ class FrozenEncoder:
         model.to(topology.device)
         return cls(model, recipe, topology.device, source.path, source.step, weights, source.run_dir)
 
+    @classmethod
+    def untrained(cls, recipe: Recipe) -> "FrozenEncoder":
+        """The encoder as a run of this recipe begins, without a checkpoint."""
+        topology = groups.single_process()
+        model = Teacher(recipe.model, recipe.objective.target, TeacherParts())
+        initialize(model, recipe.seed)
+        return cls(model.to(topology.device), recipe, topology.device, Path(), 0, "random")
+
     def hidden_states(self, batch: Batch) -> list[Tensor]:
         """The output (B, T, D) of every main block on a batch on this encoder's device, nothing masked, no CLS."""
         return self.model.features(batch, None, list(range(self.recipe.model.backbone.depth)))

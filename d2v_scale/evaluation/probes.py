@@ -6,6 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from d2v_scale.evaluation.knn import knn, whitened
+
 PENALTIES = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
 
 
@@ -48,6 +50,25 @@ def linear_probe(
     best = max(scores)[1]
     accuracy = fitted(best, x, y).score(queries_qd.float().cpu().numpy(), labels_q.cpu().numpy())  # type: ignore[attr-defined]
     return ProbeResult(accuracy=float(accuracy), penalty=best)
+
+
+def score(
+    features_nd: Tensor,
+    labels_n: Tensor,
+    queries_qd: Tensor,
+    labels_q: Tensor,
+    *,
+    best_of_plain_and_whitened: bool = False,
+) -> dict[str, float]:
+    """`knn` (k 20, of whitened features) and `linear` accuracy in [0, 1] on the queries.
+
+    `best_of_plain_and_whitened`: for baselines, which get the better of both k-NN.
+    """
+    white_nd, white_qd = whitened(features_nd, queries_qd)
+    accuracy = knn(white_nd, labels_n, white_qd, labels_q)
+    if best_of_plain_and_whitened:
+        accuracy = max(accuracy, knn(features_nd, labels_n, queries_qd, labels_q))
+    return {"knn": accuracy, "linear": linear_probe(features_nd, labels_n, queries_qd, labels_q).accuracy}
 
 
 def _strata(y: np.ndarray) -> np.ndarray | None:

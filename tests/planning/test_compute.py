@@ -1,0 +1,48 @@
+"""Runs of equal compute."""
+
+from pathlib import Path
+
+import pytest
+from small_shards import sound_samples
+
+from d2v_scale.command_line import parse
+from d2v_scale.data.speech import measure
+from d2v_scale.data.writing import write_set
+from d2v_scale.planning.compute import mean_length, step_flops, steps_for
+from d2v_scale.planning.flops import cost_of
+from d2v_scale.recipe import Recipe
+
+
+def recipe_of(name: str) -> Recipe:
+    return parse([f"--recipe={name}"])[0]
+
+
+def test_a_step_is_its_samples_and_steps_are_what_the_budget_holds() -> None:
+    recipe = recipe_of("tiny1_vision")
+    assert step_flops(recipe, "") == 32 * cost_of(recipe, "vision").total
+    assert steps_for(recipe, "", 100.4 * step_flops(recipe, "")) == 100
+    assert steps_for(recipe, "", 1.0) == 1
+
+
+def test_both_versions_get_the_same_compute() -> None:
+    first, second = recipe_of("tiny1_vision"), recipe_of("tiny2_vision")
+    budget = 500 * step_flops(first, "")
+    assert steps_for(second, "", budget) * step_flops(second, "") == pytest.approx(budget, rel=0.01)
+
+
+def test_recordings_count_by_their_mean_length(tmp_path: Path) -> None:
+    write_set(tmp_path, "train", "speech", sound_samples(20), per_shard=10, measure=measure, classes=["a", "b", "c"])
+    recipe, shards = recipe_of("tiny1_speech"), str(tmp_path / "train-*.tar")
+    length = mean_length(recipe, shards)
+    assert 0.2 * 16000 < length < 0.8 * 16000
+    assert step_flops(recipe, shards) == pytest.approx(32 * cost_of(recipe, "speech", seconds=length / 16000).total)
+
+
+@pytest.mark.parametrize("modality", ["vision", "speech", "text"])
+def test_the_tiny_recipes_of_a_modality_have_the_same_encoder(modality: str) -> None:
+    first, second = (recipe_of(f"tiny{version}_{modality}") for version in (1, 2))
+    for name in ("width", "depth", "heads", "ffn"):
+        assert getattr(first.model.backbone, name) == getattr(second.model.backbone, name)
+    assert not first.model.visible_only
+    assert second.model.visible_only
+    assert second.objective.masking.clones > 1

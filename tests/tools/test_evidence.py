@@ -1,0 +1,120 @@
+"""The evidence: sets of the layout are found whatever their names and classes, results are kept, mistakes are said."""
+
+import json
+import os
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+from PIL import Image
+
+TOOLS = Path(__file__).resolve().parents[2] / "tools"
+sys.path.append(str(TOOLS))
+
+import evidence_sets  # noqa: E402
+import evidence_table  # noqa: E402
+
+from d2v_scale.data.shard_index import SetIndex  # noqa: E402
+from d2v_scale.errors import UserError  # noqa: E402
+
+
+def write_images(root: Path, per_class: int = 12) -> None:
+    rng = np.random.default_rng(0)
+    for split in ("train", "test"):
+        for label, brightness in (("dark", 60), ("bright", 190)):
+            folder = root / "shapes" / split / label
+            folder.mkdir(parents=True)
+            for k in range(per_class):
+                pixels = rng.integers(brightness - 50, brightness + 50, (24, 30, 3))
+                Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{k}.jpg")
+
+
+def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(TOOLS / "evidence.py"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=900, env=environment)
+
+
+def test_takes_0_to_4_of_every_label_and_speaker_are_test(tmp_path: Path) -> None:
+    recordings = tmp_path / "data" / "words" / "recordings"
+    recordings.mkdir(parents=True)
+    for label in ("yes", "no"):
+        for speaker in ("ann", "bo"):
+            for take in (0, 4, 5, 10, 14):
+                soundfile.write(recordings / f"{label}_{speaker}_{take}.wav", np.full(4000, 0.1), 8000)
+    found = evidence_sets.prepare(tmp_path / "data", tmp_path / "out", ["speech"])["speech"]
+    train, test = SetIndex.load(Path(found.train)), SetIndex.load(Path(found.test))
+    assert (train.samples, test.samples) == (12, 8)
+    assert train.classes == test.classes == ["no", "yes"]
+    assert found.name == "words"
+    assert sum(shard.length for shard in test.shards) == 8 * 8000  # 16 kHz
+
+
+def test_every_fifth_row_is_test_and_archives_are_unpacked(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    rows = [f'"{k % 2}","Title {k}","A story of {k} words, about {k % 7} things and a fox."' for k in range(400)]
+    (tmp_path / "ag_news_small.csv").write_text("\n".join(rows))
+    with tarfile.open(data / "news.tar.gz", "w:gz") as tar:
+        tar.add(tmp_path / "ag_news_small.csv", "ag_news_small.csv")
+    out = tmp_path / "out"
+    for split, wanted in (("train", 320), ("test", 80)):
+        evidence_sets._unpacked(data, out)
+        lines = evidence_sets._news(out / "ag_news_small.csv", split, out).read_text().splitlines()
+        assert len(lines) == wanted
+    assert json.loads(lines[0]) == {"text": "Title 4. A story of 4 words, about 4 things and a fox.", "label": "0"}
+
+
+@pytest.mark.parametrize("what", ["missing", "empty", "no text"])
+def test_wrong_folders_are_said_before_anything_starts(what: str, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    if what != "missing":
+        data.mkdir()
+    if what == "no text":
+        (data / "ag_news.csv").write_text("1\n2\n")
+    expected = {"missing": "is not a folder", "empty": "holds no set for text", "no text": r"without text \(row 1\)"}
+    with pytest.raises(UserError, match=expected[what]):
+        evidence_sets.prepare(data, tmp_path / "out", ["text"])
+
+
+def test_the_table_has_means_spreads_and_where_2_0_catches_up() -> None:
+    results = [{"modality": "vision", "row": "raw", "seed": 1, "steps": 1, "knn": 0.3, "linear": 0.35}]
+    for seed, gain in ((1, 0.0), (2, 0.02), (3, 0.04)):
+        common = {"modality": "vision", "seed": seed, "steps": 40}
+        for row in ("random 1.0", "random 2.0"):
+            results.append({**common, "row": row, "knn": 0.2, "linear": 0.25})
+        results.append({**common, "row": "supervised", "accuracy": 0.5})
+        for row, last in (("1.0", 0.4), ("2.0", 0.6)):
+            signs = {"held_out_loss": 1 - gain, "held_out_explained": gain}
+            curve = [{"step": step, "knn_accuracy": last * step / 40 + gain, **signs} for step in (0, 20, 40)]
+            results.append({**common, "row": row, "knn": last + gain, "linear": last + gain, "curve": curve})
+    text = evidence_table.table(results, {"vision": "shapes"}, {"vision": 1e12})
+    assert "| shapes (vision) | data2vec 2.0 | 40 | 62.0 ± 2.0 | 62.0 ± 2.0 |" in text
+    assert "| shapes (vision) | labels only, from scratch | 40 |  | 50.0 ± 0.0 |" in text
+    assert "reaches 1.0's last k-NN at 100% of the compute" in text
+    warning = evidence_table.early_warning(results)
+    assert "| held-out loss | -1.00 (n 6) |" in warning
+    assert "| k-NN | +1.00 (n 6) |" in warning
+
+
+@pytest.mark.slow
+def test_the_whole_way_and_nothing_twice(tmp_path: Path) -> None:
+    write_images(tmp_path / "data")
+    arguments = ("--data", tmp_path / "data", "--out", tmp_path / "out", "--modalities", "vision", "--jobs", "2")
+    arguments += ("--seeds", "1", "--compute", "0.01")
+    done = run(*arguments)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "| shapes (vision) | data2vec 2.0 |" in (tmp_path / "out" / "evidence.md").read_text()
+    about = json.loads((tmp_path / "out" / "evidence.json").read_text())
+    assert {result["row"] for result in about["results"]} == {
+        *("raw", "random 1.0", "random 2.0", "supervised", "1.0", "2.0")
+    }
+    again = run(*arguments)
+    assert "6 results, 6 of them finished before" in again.stdout
+    refused = run("--data", tmp_path / "nothing", "--out", tmp_path / "out")
+    assert refused.returncode == 2
+    assert "is not a folder" in refused.stderr

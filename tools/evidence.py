@@ -1,0 +1,266 @@
+"""Does it learn? Small models on real sets: data2vec against random weights, labels alone, and raw features.
+
+  bash tools/evidence.sh [--data DIR] [--quick]
+
+DIR holds sets (or archives of them, *.tar.gz) laid out as
+  vision   NAME/{train,test}/CLASS/*.jpg
+  speech   NAME/recordings/LABEL_SPEAKER_TAKE.wav     test: takes 0-4 of every label and speaker
+  text     NAME.csv with class, title, text, no header; test: every fifth row
+Every row is k-NN and a linear probe on frozen features (mean over positions, last four blocks) of the same labelled
+split, over seeds. Pretraining runs of 1.0 and 2.0 get the same FLOPs, and so do the supervised ones. What is finished
+is not repeated: start again after an interruption. Writes evidence.md and evidence.json to --out.
+"""
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, get_args
+
+from evidence_sets import RealSet, default_folder, prepare
+from evidence_table import early_warning, table
+
+from d2v_scale.errors import EXIT_BAD_INPUT, UserError
+from d2v_scale.model.config import Modality
+from d2v_scale.recipe import Recipe
+
+ROOT = Path(__file__).resolve().parent.parent
+VERSIONS = ("1.0", "2.0")
+LEARNED = ("supervised", *VERSIONS)
+MAX_TRAIN, MAX_TEST = 5000, 2000
+QUICK = {"seeds": 1, "compute": 0.3}
+EVALUATIONS = 4
+"""k-NN this often during pretraining."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One cell of the table: a row at one seed."""
+
+    modality: Modality
+    row: str
+    """raw, random 1.0, random 2.0, supervised, 1.0 or 2.0."""
+    seed: int
+    real: RealSet
+    steps: int
+    stretched: tuple[str, ...]
+    """Arguments that stretch what the recipe counts in steps to this many."""
+    out: Path
+
+    @property
+    def version(self) -> str:
+        """The recipe's; what is not of one version takes 1.0's encoder."""
+        return "2.0" if self.row.endswith("2.0") else "1.0"
+
+    @property
+    def recipe_name(self) -> str:
+        return f"tiny{self.version[0]}_{self.modality}"
+
+    @property
+    def name(self) -> str:
+        return f"{self.modality}-{self.row.replace(' ', '-')}-s{self.seed}"
+
+    @property
+    def digest(self) -> str:
+        """Of all that the result depends on."""
+        recipe = (ROOT / "d2v_scale" / "recipes" / f"{self.recipe_name}.yaml").read_bytes()
+        data = b"".join(Path(index).read_bytes() for index in (self.real.train, self.real.test))
+        return hashlib.sha256(recipe + data + repr((self.row, self.seed, self.steps)).encode()).hexdigest()[:16]
+
+    @property
+    def result(self) -> Path:
+        return self.out / "results" / f"{self.name}.json"
+
+    def is_done(self) -> bool:
+        return self.result.is_file() and json.loads(self.result.read_text())["digest"] == self.digest
+
+    def arguments(self) -> list[str]:
+        """Of train.py."""
+        every = max(1, self.steps // EVALUATIONS)
+        return [
+            *(f"--recipe={self.recipe_name}", f"--seed={self.seed}", f"--data={self.real.train}", "--data.workers=0"),
+            *(f"--optim.max_steps={self.steps}", f"--checkpoint.every={self.steps}", "--tracking.enabled=false"),
+            *(f"--evaluation.train={self.real.train}", f"--evaluation.test={self.real.test}"),
+            *self.stretched,
+            *(f"--evaluation.every={every}", f"--evaluation.max_train={MAX_TRAIN // 2}"),
+        ]
+
+
+def run(job: Job) -> dict[str, Any]:
+    """Do one job and write its result. Runs in a process of its own."""
+    import torch
+
+    from d2v_scale.command_line import parse
+    from d2v_scale.data.labelled import LabelledSet
+    from d2v_scale.evaluation import extract, score, supervised
+    from d2v_scale.evaluation.frozen import FrozenEncoder
+    from d2v_scale.evaluation.raw import raw_features
+    from d2v_scale.parallel.groups import single_process
+
+    torch.set_num_threads(1)
+    began = time.monotonic()
+    recipe, _ = parse(job.arguments())
+    single_process()
+
+    def labelled(shards: str, limit: int) -> LabelledSet:
+        return LabelledSet(shards, job.modality, recipe.data, recipe.model, limit=limit)
+
+    train, test = labelled(job.real.train, MAX_TRAIN), labelled(job.real.test, MAX_TEST)
+    figures: dict[str, Any] = {}
+    encoder: FrozenEncoder | None = None
+    if job.row == "raw":
+        pair = raw_features(train, recipe.model), raw_features(test, recipe.model)
+        figures |= score(*pair[0], *pair[1], best_of_plain_and_whitened=True)
+    elif job.row == "supervised":
+        model = supervised.train_from_scratch(recipe, train, job.steps)
+        figures["accuracy"] = supervised.accuracy(model, test)
+    elif job.row in VERSIONS:
+        directory = job.out / "runs" / f"{job.name}-{job.digest}"
+        figures |= pretrain(job, directory)
+        encoder = FrozenEncoder.load(directory)
+    else:
+        encoder = FrozenEncoder.untrained(recipe)
+    if encoder is not None:
+        a, b = (extract(encoder.hidden_states, part, encoder.valid_positions, encoder.device) for part in (train, test))
+        figures |= score(a.last(4), a.labels_n, b.last(4), b.labels_n)
+    result = {"modality": job.modality, "row": job.row, "seed": job.seed, "digest": job.digest, "steps": job.steps}
+    result |= {"minutes": (time.monotonic() - began) / 60, **figures}
+    job.result.parent.mkdir(parents=True, exist_ok=True)
+    job.result.write_text(json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def pretrain(job: Job, directory: Path) -> dict[str, Any]:
+    """Run train.py to its end (an interrupted run continues); what its record says."""
+    command = [sys.executable, str(ROOT / "d2v_scale" / "train.py"), *job.arguments(), f"--run_dir={directory}"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+        raise UserError(f"{job.name} ended with code {done.returncode}: {' '.join(lines) or done.stderr[-800:]}")
+    records = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    last = [record for record in records if "target_rank" in record][-1]
+    curve = [
+        {key: record[key] for key in ("step", *WATCHED) if key in record} for record in records if WATCHED[0] in record
+    ]
+    return {"curve": curve, "target_std": last["target_std"], "target_rank": last["target_rank"], "loss": last["loss"]}
+
+
+WATCHED = ("knn_accuracy", "held_out_loss", "held_out_explained")
+
+
+def plan(sets: dict[Modality, RealSet], seeds: int, compute: float, out: Path) -> tuple[list[Job], dict[str, float]]:
+    """All jobs, seed by seed and the longest first, and each modality's FLOPs of one run."""
+    from d2v_scale.command_line import parse
+    from d2v_scale.planning.compute import sample_cost_on, step_flops, steps_for
+
+    jobs, budgets = [], {}
+    for modality, real in sets.items():
+        recipes = {v: parse([f"--recipe=tiny{v[0]}_{modality}", f"--data={real.train}"])[0] for v in VERSIONS}
+        first = recipes["1.0"]
+        budgets[modality] = compute * first.optim.max_steps * step_flops(first, real.train)
+        steps = {version: steps_for(recipe, real.train, budgets[modality]) for version, recipe in recipes.items()}
+        # A supervised step is the student's forward and backward over 32 unmasked samples: three forwards.
+        forward = sample_cost_on(first, real.train)
+        steps["supervised"] = max(1, round(budgets[modality] / (32 * 3 * (forward.teacher + forward.student_stem / 3))))
+        for row in ("2.0", "1.0", "supervised", "random 1.0", "random 2.0", "raw"):
+            for seed in range(1, 2 if row == "raw" else seeds + 1):
+                taken = steps.get(row, 1)
+                stretched = stretch(recipes["2.0" if row.endswith("2.0") else "1.0"], taken)
+                jobs.append(Job(modality, row, seed, real, taken, stretched, out))
+    return sorted(jobs, key=lambda job: (job.seed, job.row not in LEARNED)), budgets
+
+
+def stretch(recipe: Recipe, steps: int) -> tuple[str, ...]:
+    """Warm-up and the teacher's annealing, as shares of the run as in the recipe."""
+    share = steps / recipe.optim.max_steps
+    return (
+        f"--optim.warmup_steps={int(recipe.optim.warmup_steps * share)}",
+        f"--objective.ema.anneal_steps={max(1, round(recipe.objective.ema.anneal_steps * share))}",
+    )
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, help="folder of the sets; default: data here or in a folder beside")
+    parser.add_argument("--out", type=Path, help="default: out/evidence, with --quick out/evidence-quick")
+    parser.add_argument("--quick", action="store_true", help=f"{QUICK['compute']} of the compute, one seed")
+    parser.add_argument("--modalities", nargs="+", choices=get_args(Modality), default=list(get_args(Modality)))
+    parser.add_argument("--seeds", type=int, help="default: 3")
+    parser.add_argument("--compute", type=float, help="share of the recipes' steps; default: 1")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes side by side")
+    return parser
+
+
+def main() -> int:
+    """Prepare, run, print."""
+    arguments = make_parser().parse_args()
+    quick = arguments.quick
+    seeds = arguments.seeds or (int(QUICK["seeds"]) if quick else 3)
+    compute = arguments.compute or (QUICK["compute"] if quick else 1.0)
+    out = (arguments.out or ROOT / "out" / ("evidence-quick" if quick else "evidence")).resolve()
+    os.environ["OMP_NUM_THREADS"] = "1"
+    began = time.monotonic()
+    try:
+        if seeds < 1 or compute <= 0 or arguments.jobs < 1:
+            raise UserError("--seeds, --compute and --jobs must be positive.")
+        sets = prepare((arguments.data or default_folder(ROOT)).resolve(), out, arguments.modalities)
+        jobs, budgets = plan(sets, seeds, compute, out)
+        results = run_all(jobs, arguments.jobs)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    report(results, sets, budgets, out, (time.monotonic() - began) / 60)
+    return 0
+
+
+def run_all(jobs: list[Job], processes: int) -> list[dict[str, Any]]:
+    """Run what is not done yet; the results of all, in the order of `jobs`."""
+    waiting = [job for job in jobs if not job.is_done()]
+    print(f"{len(jobs)} results, {len(jobs) - len(waiting)} of them finished before", flush=True)
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        running = {pool.submit(run, job): job for job in waiting}
+        for number, future in enumerate(as_completed(running), 1):
+            try:
+                result = future.result()
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+            scores = ", ".join(f"{key} {result[key]:.3f}" for key in ("knn", "linear", "accuracy") if key in result)
+            print(
+                f"[{number}/{len(waiting)}] {running[future].name}: {scores} ({result['minutes']:.1f} min)", flush=True
+            )
+    return [json.loads(job.result.read_text()) for job in jobs]
+
+
+def report(
+    results: list[dict[str, Any]], sets: dict[Modality, RealSet], budgets: dict[str, float], out: Path, minutes: float
+) -> None:
+    """Print the table; write it and everything behind it."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    text = table(results, {modality: real.name for modality, real in sets.items()}, budgets)
+    text += "\n" + early_warning(results)
+    print("\n" + text)
+    (out / "evidence.md").write_text(text)
+    about = {
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "commit": commit.stdout.strip(),
+        "minutes": minutes,
+        "flops_per_run": budgets,
+        "sets": {modality: dataclasses.asdict(real) for modality, real in sets.items()},
+        "results": results,
+    }
+    (out / "evidence.json").write_text(json.dumps(about, indent=1) + "\n")
+    print(f"Written: {out / 'evidence.md'}, {out / 'evidence.json'}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,99 @@
+"""The results of tools/evidence.py for people: one table, and how early the record tells how a run will end."""
+
+from collections import defaultdict
+from typing import Any
+
+import numpy as np
+
+from d2v_scale.evaluation.raw import RAW_NAMES
+
+ROWS = {
+    "random 1.0": "random init, 1.0",
+    "random 2.0": "random init, 2.0",
+    "supervised": "labels only, from scratch",
+    "1.0": "data2vec 1.0",
+    "2.0": "data2vec 2.0",
+}
+_SIGNS = {"knn_accuracy": "k-NN", "held_out_loss": "held-out loss", "held_out_explained": "held-out share explained"}
+
+
+def table(results: list[dict[str, Any]], names: dict[str, str], budgets: dict[str, float]) -> str:
+    """A Markdown table: mean and standard deviation over seeds, in percent."""
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
+    for result in results:
+        groups[result["modality"], result["row"]].append(result)
+    lines = [
+        "| set | features | steps | k-NN | linear | target std | target rank |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    notes = []
+    for modality, name in names.items():
+        for row, label in {"raw": RAW_NAMES[modality], **ROWS}.items():
+            found = groups[modality, row]
+            cells = [
+                f"{name} ({modality})",
+                label,
+                str(found[0]["steps"]) if row in ("supervised", "1.0", "2.0") else "",
+            ]
+            linear = "accuracy" if row == "supervised" else "linear"
+            cells += [_percent(found, "knn"), _percent(found, linear)]
+            cells += [_mean(found, "target_std", 2), _mean(found, "target_rank", 1)]
+            lines.append("| " + " | ".join(cells) + " |")
+        notes.append(f"- {name}: {budgets[modality]:.2e} FLOPs a run. {_catching_up(groups, modality)}")
+    return "\n".join([*lines, "", *notes, ""])
+
+
+def _percent(results: list[dict[str, Any]], key: str) -> str:
+    values = [100 * result[key] for result in results if key in result]
+    if not values:
+        return ""
+    return f"{np.mean(values):.1f}" + (f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else "")
+
+
+def _mean(results: list[dict[str, Any]], key: str, digits: int) -> str:
+    values = [result[key] for result in results if key in result]
+    return f"{np.mean(values):.{digits}f}" if values else ""
+
+
+def _catching_up(groups: dict[tuple[str, str], list[dict[str, Any]]], modality: str) -> str:
+    """At which share of the compute 2.0's k-NN, as measured during training, first was 1.0's last."""
+    curves = {
+        version: np.mean(
+            [[point["knn_accuracy"] for point in run["curve"]] for run in groups[modality, version]], axis=0
+        )
+        for version in ("1.0", "2.0")
+    }
+    steps = [point["step"] for point in groups[modality, "2.0"][0]["curve"]]
+    reached = np.flatnonzero(curves["2.0"] >= curves["1.0"][-1])
+    if len(reached) == 0:
+        return "2.0 does not reach 1.0's k-NN in the same compute."
+    return f"2.0 reaches 1.0's last k-NN at {steps[reached[0]] / steps[-1]:.0%} of the compute."
+
+
+def early_warning(results: list[dict[str, Any]]) -> str:
+    """How what is recorded half-way correlates with the linear probe in the end, over all runs of a modality.
+
+    Within a version, since losses of 1.0 and 2.0 are of different targets: the mean of each version is subtracted.
+    """
+    lines = ["| half-way, in the record | " + " | ".join(RAW_NAMES) + " |", "|---|" + "---|" * len(RAW_NAMES)]
+    runs = [result for result in results if result.get("curve")]
+    for sign, label in _SIGNS.items():
+        cells = []
+        for modality in RAW_NAMES:
+            x, y = [], []
+            for version in ("1.0", "2.0"):
+                chosen = [run for run in runs if run["modality"] == modality and run["row"] == version]
+                early = np.array([_half_way(run["curve"], sign) for run in chosen])
+                late = np.array([run["linear"] for run in chosen])
+                x += list(early - early.mean()) if len(early) else []
+                y += list(late - late.mean()) if len(late) else []
+            usable = len(x) > 2 and np.std(x) > 0 and np.std(y) > 0 and not np.isnan(x).any()
+            cells.append(f"{np.corrcoef(x, y)[0, 1]:+.2f} (n {len(x)})" if usable else "")
+        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _half_way(curve: list[dict[str, float]], key: str) -> float:
+    middle = curve[-1]["step"] / 2
+    point = min(curve, key=lambda point: abs(point["step"] - middle))
+    return point.get(key, float("nan"))
