@@ -1,7 +1,6 @@
 """The loss of a logged step by data source and by how much of a row was hidden."""
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from d2v_scale.data.batch import Batch
@@ -40,10 +39,9 @@ class LossBreakdown:
     def figures(self, topology: Topology) -> dict[str, Tensor]:
         """`loss/<source>` (where there are several) and `loss/masked_<from>_<to>` in percent, for those that occurred.
 
-        Waits for the device. Collective over the data-parallel group.
+        Waits for the device. Collective: all ranks must call.
         """
-        if topology.data_parallel_size > 1:
-            dist.all_reduce(self._sums, group=topology.data_parallel_group)
+        topology.sum_over_model(self._sums)
         totals, counts = self._sums.tolist()
         width = 100 // BUCKETS
         names = [*self._sources, *(f"masked_{i * width}_{(i + 1) * width}" for i in range(BUCKETS))]

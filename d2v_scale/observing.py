@@ -11,10 +11,11 @@ from d2v_scale.data2vec import ema
 from d2v_scale.diagnostics import StepDiagnostics
 from d2v_scale.health import HealthMonitor
 from d2v_scale.layer_probe import LayerProbe
+from d2v_scale.parallel.pipeline import PipelineStudent
 from d2v_scale.parallel.zero import StepResult, StudentEngine
 from d2v_scale.recipe import Recipe
 from d2v_scale.step import Observations, collapse_statistics
-from d2v_scale.teacher import ShardedTeacher
+from d2v_scale.teacher import EmaTeacher
 from d2v_scale.tracking import SpeedMeter, host_values
 from d2v_scale.utilisation import FlopMeter
 
@@ -22,7 +23,7 @@ from d2v_scale.utilisation import FlopMeter
 class RunObserver:
     """Call `before` and `after` around every step, and `figures` after those that are logged."""
 
-    def __init__(self, recipe: Recipe, student: StudentEngine, teacher: ShardedTeacher, loader: StepLoader) -> None:
+    def __init__(self, recipe: Recipe, student: StudentEngine, teacher: EmaTeacher, loader: StepLoader) -> None:
         self._recipe, self._student, self._teacher, self._loader = recipe, student, teacher, loader
         self._topology = student.topology
         self._diagnostics = StepDiagnostics(student, recipe.model.backbone.depth)
@@ -32,6 +33,8 @@ class RunObserver:
         self._monitor = HealthMonitor(recipe.objective.health)
         self._recorded_samples = 0
         self._steps = 0
+        self.records = 0
+        """Logged steps of this process."""
         self.meter = SpeedMeter()
         self.breakdown: LossBreakdown | None = None
         """Where the step in progress puts its loss by source; None: it is not logged."""
@@ -74,6 +77,8 @@ class RunObserver:
         elapsed = speed["step_seconds"] * self._steps
         self._totals.collect(self._loader.take_counts(), self._topology)
         completed = self._student.completed_updates
+        if isinstance(self._student, PipelineStudent):
+            values |= {f"pipeline_idle/stage_{i}": share for i, share in enumerate(self._student.idle_shares)}
         values |= {
             **speed,
             **host_values(),
@@ -87,6 +92,7 @@ class RunObserver:
             **self._flops.figures(elapsed),
         }
         self._recorded_samples, self._steps = samples, 0
+        self.records += 1
         return values
 
     def signs(self, values: dict[str, float]) -> list[str]:

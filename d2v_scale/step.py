@@ -1,6 +1,7 @@
 """One optimizer step: student forward, teacher forward, loss, backward, verdict, teacher update."""
 
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -11,28 +12,47 @@ from d2v_scale.data.batch import Batch
 from d2v_scale.data2vec import ema, loss, statistics
 from d2v_scale.data2vec.config import ObjectiveConfig
 from d2v_scale.data2vec.stateless import key
-from d2v_scale.model.stack import Draw, StudentOutput
+from d2v_scale.model.stack import Draw, Student
 from d2v_scale.parallel.groups import Topology
+from d2v_scale.parallel.pipeline import PipelineStudent
+from d2v_scale.parallel.stage_teacher import StageTeacher
 from d2v_scale.parallel.zero import StepResult, StudentEngine
 from d2v_scale.profiling import part
-from d2v_scale.teacher import ShardedTeacher
+from d2v_scale.teacher import EmaTeacher, ShardedTeacher
 from d2v_scale.tracking.meters import Stopwatch
+
+TARGETS, PREDICTIONS, STEM = range(3)
+"""Rows of `Observations.moments`."""
 
 
 @dataclass
 class Observations:
-    """What the step leaves for the log, on the device and summed over this rank's micro-batches; read when logging."""
+    """What the step leaves for the log, on the device and summed over this rank's micro-batches; read when logging.
+
+    In a pipeline each stage fills in what it sees, and what others see stays zero.
+    """
 
     loss: Tensor
     """This rank's share of the step's loss: the sum over ranks is the loss."""
     rows: Tensor
     """Rows (samples times clones) of the whole step."""
-    target_moments: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
-    prediction_moments: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
-    stem_moments: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
-    alignment: dict[str, Tensor] = field(default_factory=dict)
-    """Effective rank and mean cosine of the last micro-batch's targets and predictions."""
+    moments: Tensor
+    """float64 (3, 1 + 2D): count, sum and sum of squares over the channels of targets, predictions and stem output."""
+    alignment: Tensor
+    """float32 (4,): effective rank and mean cosine of this rank's last targets, and of its last predictions."""
     ema_time: Stopwatch = field(default_factory=Stopwatch)
+
+    @classmethod
+    def empty(cls, rows: Tensor, width: int, device: torch.device) -> "Observations":
+        """Nothing seen yet."""
+        zero = torch.zeros((), dtype=torch.float64, device=device)
+        moments = torch.zeros(3, 1 + 2 * width, dtype=torch.float64, device=device)
+        return cls(zero, rows, moments, torch.zeros(4, device=device))
+
+    def count(self, what: int, x_nd: Tensor) -> None:
+        """Add the moments of these vectors (N, D)."""
+        count, total_d, square_d = statistics.moments(x_nd)
+        self.moments[what] += torch.cat((count[None], total_d, square_d))
 
 
 def count_step(batches: list[Batch], topology: Topology) -> Tensor:
@@ -44,14 +64,64 @@ def count_step(batches: list[Batch], topology: Topology) -> Tensor:
     masked = sum(batch.layout.masked_n.numel() for batch in batches)
     rows = sum(batch.masked_rt.shape[0] for batch in batches)
     counts = torch.tensor([masked, rows], dtype=torch.float64).to(topology.device, non_blocking=True)
-    if topology.data_parallel_size > 1:
-        dist.all_reduce(counts, group=topology.data_parallel_group)
+    topology.sum_over_replicas(counts)
     return counts.clamp(min=1)
+
+
+class StepLoss:
+    """The objective of one step: what every micro-batch adds to it, and what is observed on the way.
+
+    The loss is a sum over masked positions divided by their number over all ranks and micro-batches (spec 1.3), so
+    every micro-batch's sum is scaled by data-parallel size x accumulation / count: DeepSpeed divides by both.
+    """
+
+    def __init__(
+        self,
+        objective: ObjectiveConfig,
+        batches: list[Batch],
+        topology: Topology,
+        width: int,
+        breakdown: LossBreakdown | None,
+        *,
+        observe: bool,
+    ) -> None:
+        """Collective over the data-parallel group: all its ranks must call."""
+        self._config = objective.loss
+        self._counts = count_step(batches, topology)
+        self._factor = topology.data_parallel_size * len(batches)
+        self._breakdown = breakdown
+        self._observe = observe
+        self.seen = Observations.empty(self._counts[1], width, topology.device)
+
+    def entered(self, features_btd: Tensor) -> None:
+        """The stem has made these features of a micro-batch."""
+        if self._observe:
+            self.seen.count(STEM, features_btd.flatten(0, 1))
+
+    def share(self, batch: Batch, predictions_nd: Tensor, cls_rd: Tensor | None, targets_btd: Tensor) -> Tensor:
+        """What a micro-batch adds to the loss, scaled for DeepSpeed's division."""
+        width = targets_btd.shape[-1]
+        targets_nd = masked_targets(targets_btd, batch)
+        total = loss.masked_loss_sum(predictions_nd, targets_nd, self._config, width)
+        share = total / self._counts[0].float()
+        if self._config.cls_weight > 0:
+            assert cls_rd is not None, "a CLS loss needs a CLS token"
+            share = share + loss.cls_loss_sum(cls_rd, targets_btd, self._config, width) / self._counts[1].float()
+        self.seen.loss += share.detach()
+        if self._observe:
+            self.seen.count(TARGETS, targets_nd)
+            self.seen.count(PREDICTIONS, predictions_nd)
+            looks = (statistics.effective_rank, statistics.mean_cosine)
+            found = [look(x_nd) for x_nd in (targets_nd, predictions_nd) for look in looks]
+            self.seen.alignment = torch.stack(found).float()
+        if self._breakdown is not None:
+            self._breakdown.add(batch, predictions_nd, targets_nd, self._config)
+        return share * self._factor
 
 
 def train_step(
     student: StudentEngine,
-    teacher: ShardedTeacher,
+    teacher: EmaTeacher,
     batches: list[Batch],
     objective: ObjectiveConfig,
     draw: Draw,
@@ -61,36 +131,33 @@ def train_step(
 ) -> tuple[StepResult, Observations]:
     """Run one step over this rank's micro-batches. Collective: all ranks must call, with the same modality.
 
-    The loss is a sum over masked positions divided by their number over all ranks and micro-batches (spec 1.3), so
-    every micro-batch's sum is scaled by data-parallel size x accumulation / count: DeepSpeed divides by both.
-    `observe` also collects what `collapse` needs.
-    `breakdown` gets the loss by source. The teacher moves if and only if the optimizer stepped.
+    `observe` also collects what `collapse_statistics` needs. `breakdown` gets the loss by source. The teacher moves if
+    and only if the optimizer stepped.
     """
-    topology = student.topology
-    counts = count_step(batches, topology)
-    factor = topology.data_parallel_size * len(batches)
-    observations = Observations(torch.zeros((), dtype=torch.float64, device=topology.device), counts[1])
-    for micro, batch in enumerate(batches):
-        torch.manual_seed(key(draw.seed, "dropout", draw.step, topology.data_parallel_rank, micro) >> 1)
-        with part("student"):
-            output = student(batch, draw)
-        with part("teacher"):
-            targets_btd = teacher(batch, output.features_btd)
-        targets_nd = masked_targets(targets_btd, batch)
-        share = _loss_share(output, targets_btd, targets_nd, objective, counts)
-        observations.loss += share.detach()
-        with part("backward"):
-            student.backward(share * factor)
-        if observe:
-            _observe(observations, output, targets_nd)
-        if breakdown is not None:
-            breakdown.add(batch, output.predictions_nd, targets_nd, objective.loss)
-    with part("optimizer"):
-        result = student.step()
+    width = cast(Student, student.module).config.backbone.width
+    step_loss = StepLoss(objective, batches, student.topology, width, breakdown, observe=observe)
+    if isinstance(student, PipelineStudent):
+        assert isinstance(teacher, StageTeacher)
+        teacher.prepare()
+        result = student.train_batch(batches, draw, step_loss, measure=observe)
+    else:
+        assert isinstance(teacher, ShardedTeacher)
+        for micro, batch in enumerate(batches):
+            torch.manual_seed(key(draw.seed, "dropout", draw.step, student.topology.data_parallel_rank, micro) >> 1)
+            with part("student"):
+                output = student(batch, draw)
+            step_loss.entered(output.features_btd)
+            with part("teacher"):
+                targets_btd = teacher(batch, output.features_btd)
+            share = step_loss.share(batch, output.predictions_nd, output.cls_rd, targets_btd)
+            with part("backward"):
+                student.backward(share)
+        with part("optimizer"):
+            result = student.step()
     if result.applied:
-        with part("ema"), observations.ema_time:
+        with part("ema"), step_loss.seen.ema_time:
             teacher.update(ema.decay(objective.ema, student.completed_updates), measure=observe)
-    return result, observations
+    return result, step_loss.seen
 
 
 def masked_targets(targets_btd: Tensor, batch: Batch) -> Tensor:
@@ -102,47 +169,29 @@ def masked_targets(targets_btd: Tensor, batch: Batch) -> Tensor:
     return targets_btd.reshape(samples * length, width).index_select(0, rows_n)
 
 
-def _loss_share(
-    output: StudentOutput, targets_btd: Tensor, targets_nd: Tensor, objective: ObjectiveConfig, counts: Tensor
-) -> Tensor:
-    width = targets_btd.shape[-1]
-    share = loss.masked_loss_sum(output.predictions_nd, targets_nd, objective.loss, width) / counts[0].float()
-    if objective.loss.cls_weight > 0:
-        assert output.cls_rd is not None, "a CLS loss needs a CLS token"
-        share = share + loss.cls_loss_sum(output.cls_rd, targets_btd, objective.loss, width) / counts[1].float()
-    return share
-
-
-def _observe(observations: Observations, output: StudentOutput, targets_nd: Tensor) -> None:
-    observations.target_moments.append(statistics.moments(targets_nd))
-    observations.prediction_moments.append(statistics.moments(output.predictions_nd))
-    observations.stem_moments.append(statistics.moments(output.features_btd.flatten(0, 1)))
-    for name, x_nd in (("target", targets_nd), ("prediction", output.predictions_nd)):
-        observations.alignment[f"{name}_rank"] = statistics.effective_rank(x_nd)
-        observations.alignment[f"{name}_cosine"] = statistics.mean_cosine(x_nd)
-
-
 def collapse_statistics(observations: Observations, topology: Topology) -> dict[str, Tensor]:
     """loss, spread of targets, predictions and stem output over all ranks (spec 1.5); tensors, nothing is waited for.
 
-    Effective rank and mean cosine are of this rank's last micro-batch. Collective: all ranks must call.
+    Effective rank and mean cosine are of one rank's last micro-batch. Collective: all ranks must call.
     """
+    sums = torch.cat((observations.loss[None], observations.moments.flatten()))
+    topology.sum_over_model(sums)
+    alignment = observations.alignment.clone()
+    if topology.pipeline_size > 1:
+        dist.all_reduce(alignment, group=topology.pipeline_group)
 
-    def spread(parts: list[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
-        count, total_d, square_d = (torch.stack(part).sum(0) for part in zip(*parts, strict=True))
-        packed = torch.cat((count[None], total_d, square_d))
-        if topology.data_parallel_size > 1:
-            dist.all_reduce(packed, group=topology.data_parallel_group)
-        width = total_d.numel()
-        return statistics.std_from_moments(packed[0], packed[1 : 1 + width], packed[1 + width :])
+    def spread(what: int) -> Tensor:
+        row = sums[1:].view_as(observations.moments)[what]
+        width = (row.numel() - 1) // 2
+        return statistics.std_from_moments(row[0], row[1 : 1 + width], row[1 + width :])
 
-    total_loss = observations.loss.clone()
-    if topology.data_parallel_size > 1:
-        dist.all_reduce(total_loss, group=topology.data_parallel_group)
     return {
-        "loss": total_loss,
-        "target_std": spread(observations.target_moments),
-        "prediction_std": spread(observations.prediction_moments),
-        "stem_std": spread(observations.stem_moments),
-        **observations.alignment,
+        "loss": sums[0],
+        "target_std": spread(TARGETS),
+        "prediction_std": spread(PREDICTIONS),
+        "stem_std": spread(STEM),
+        "target_rank": alignment[0],
+        "target_cosine": alignment[1],
+        "prediction_rank": alignment[2],
+        "prediction_cosine": alignment[3],
     }

@@ -7,9 +7,10 @@ is local: no collective, no gathered tensor. Its truth is fp32; the forward pass
 bf16 weight, because those stages cut their masters without regard to parameters.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from d2v_scale.errors import ConfigError
 from d2v_scale.parallel import ds_config
 from d2v_scale.parallel.groups import Topology
 from d2v_scale.parallel.host_update import HostUpdate
-from d2v_scale.parallel.shards import TensorSlice, full_shape, partition_range, tensor_slice
+from d2v_scale.parallel.shards import TensorSlice, full_shape, global_shapes, partition_range, tensor_slice
 from d2v_scale.parallel.zero import StudentEngine, construct
 
 CHUNK = 1 << 24
@@ -34,6 +35,11 @@ class TeacherConfig:
     """Where its fp32 values are: with the compute device, or in host memory."""
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
     """Precision of its forward pass. `auto`: the student's."""
+
+    def precision(self, student_config: dict[str, Any]) -> Literal["fp32", "bf16"]:
+        """The precision of the forward pass beside a student with this DeepSpeed configuration."""
+        student: Literal["fp32", "bf16"] = "bf16" if student_config["bf16"]["enabled"] else "fp32"
+        return student if self.dtype == "auto" else self.dtype
 
 
 @dataclass(frozen=True)
@@ -61,6 +67,19 @@ class TeacherShard:
         return self.values.numel()
 
 
+@dataclass(frozen=True)
+class HeldRange:
+    """A range of a teacher parameter that this rank is to hold in fp32."""
+
+    name: str
+    parameter: Tensor
+    start: int
+    range: Tensor
+    """What the forward pass reads: flat, in its precision."""
+    source: Tensor
+    """The student's values."""
+
+
 class _Entry(nn.Module):
     """The root of the teacher's engine. Every kind of pass enters here, where ZeRO-3 starts its bookkeeping."""
 
@@ -78,56 +97,35 @@ class _Entry(nn.Module):
         return super().train(False)
 
 
-class ShardedTeacher:
-    """The teacher's values, its forward pass and its update.
+class EmaTeacher(ABC):
+    """The teacher's fp32 values on this rank, and their update from the student's.
 
-    `make` builds the module; `role(name)` says of each of its parameters whether it is `averaged` or `copied`.
-    Parameters are matched to the student's by name. Collective to construct.
+    What a topology adds is where the values come from and who runs the forward pass: `ShardedTeacher` under ZeRO,
+    `parallel.stage_teacher.StageTeacher` in a pipeline.
     """
 
-    def __init__(
-        self,
-        make: Callable[[], nn.Module],
-        student: StudentEngine,
-        config: TeacherConfig,
-        student_config: dict[str, Any],
-        topology: Topology,
-        role: Callable[[str], str],
-    ) -> None:
-        import deepspeed
+    module: nn.Module
+    """The teacher, or the part of it that is here."""
 
-        student_precision = "bf16" if student_config["bf16"]["enabled"] else "fp32"
-        precision = cast(Literal["fp32", "bf16"], student_precision if config.dtype == "auto" else config.dtype)
-        on_host = config.placement == "cpu"
-        # In bf16 the small compute copy stays on the device; in fp32 it is the truth itself and moves to the host.
-        engine_config = ds_config.teacher_config(student_config, precision, offload=on_host and precision == "fp32")
-        entry = _Entry(construct(make, engine_config, topology)).requires_grad_(False)
-        self.engine, *_ = deepspeed.initialize(
-            model=entry, config=engine_config, mpu=topology.mpu, dist_init_required=False
-        )
-        self.engine.eval()
-        self.module: nn.Module = entry.teacher
+    def __init__(self, student: StudentEngine, topology: Topology) -> None:
         self.student = student
         self.topology = topology
         self.completed_updates = 0
         """Updates since the start of the run; always equal to the student's."""
         self._measured = torch.zeros(3, dtype=torch.float64)
         self._last_decay = 1.0
-        self._shards = self._match(role, torch.device("cpu") if on_host else topology.device)
-        self._batches = _batches(self._shards)
+        self._shards: list[TeacherShard] = []
+        self._batches: list[tuple[bool, list[TeacherShard]]] = []
         self._host_update: HostUpdate | None = None
-        if on_host and topology.device.type == "cuda":
-            self._host_update = HostUpdate(topology.device, CHUNK)
-            student.before_step.append(self._host_update.wait)
+
+    def _hold(self, shards: list[TeacherShard], on_host: bool) -> None:
+        """Take these ranges, with the student's values, to update from now on."""
+        self._shards = shards
+        self._batches = _batches(shards)
+        if on_host and self.topology.device.type == "cuda":
+            self._host_update = HostUpdate(self.topology.device, CHUNK)
+            self.student.before_step.append(self._host_update.wait)
         self.copy_student()
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The forward pass (targets), without gradient. Collective: every rank must call."""
-        return self._run("forward", args, kwargs)
-
-    def features(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's `features`: hidden states for evaluation, without gradient. Collective."""
-        return self._run("features", args, kwargs)
 
     @torch.no_grad()
     def update(self, decay: float, measure: bool = False) -> None:
@@ -156,7 +154,7 @@ class ShardedTeacher:
                 torch._foreach_lerp_(values, sources, 1 - decay)
             else:
                 torch._foreach_copy_(values, sources)
-            _refresh_compute(shards)
+            self._refresh(shards)
 
     @torch.no_grad()
     def copy_student(self) -> None:
@@ -164,7 +162,7 @@ class ShardedTeacher:
         self.wait()
         for shard in self._shards:
             shard.values.copy_(shard.source)
-        _refresh_compute(self._shards)
+        self._refresh(self._shards)
 
     def shards(self) -> list[TeacherShard]:
         """The ranges this rank holds, for checkpoints. Local. After writing to `values` call `finish_loading`."""
@@ -175,7 +173,7 @@ class ShardedTeacher:
         """Make the compute copy follow values that were written through `shards`. Local."""
         self.completed_updates = completed_updates
         with torch.no_grad():
-            _refresh_compute(self._shards)
+            self._refresh(self._shards)
 
     def health(self) -> dict[str, Tensor]:
         """Figures of the last update with `measure`, as 0-dim tensors. Collective; no host synchronisation.
@@ -199,15 +197,23 @@ class ShardedTeacher:
         if self._host_update is not None:
             self._host_update.wait()
 
-    def destroy(self) -> None:
-        """Remove DeepSpeed's hooks and buffers."""
-        self.wait()
-        self.engine.destroy()
+    @abstractmethod
+    def features(self, batch: Any, features_btd: Tensor | None, layers: list[int]) -> list[Tensor]:
+        """The module's `features`: hidden states for evaluation, without gradient. Collective."""
 
-    def _run(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def global_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of all of the teacher's parameters as one process would have them. Collective in a pipeline."""
+        return self.student.over_stages(global_shapes(self.module, self.topology.tensor_size))
+
+    def destroy(self) -> None:
+        """Remove hooks and buffers."""
         self.wait()
-        with torch.no_grad():
-            return self.engine(method, args, kwargs)
+
+    def _refresh(self, shards: list[TeacherShard]) -> None:
+        """Make what the forward pass reads follow the fp32 values of these ranges."""
+        pairs = [(shard.compute, shard.values) for shard in shards if shard.compute is not None]
+        if pairs:
+            torch._foreach_copy_([compute for compute, _ in pairs], [values for _, values in pairs])
 
     def _measure(self) -> None:
         self.wait()
@@ -221,45 +227,35 @@ class ShardedTeacher:
                 sums[1] += torch.stack(torch._foreach_norm(values)).square().sum()
         self._measured = sums
 
-    def _match(self, role: Callable[[str], str], device: torch.device) -> list[TeacherShard]:
-        """Pair this rank's ranges of the teacher with the student's, by name, and give each its fp32 values."""
+    def _with_values(
+        self, ranges: list[HeldRange], role: Callable[[str], str], device: torch.device
+    ) -> list[TeacherShard]:
+        """The ranges with their fp32 values on `device`: one allocation, in which a range that the forward pass reads
+        directly needs no place."""
         place = self.topology
         parameters = dict(self.student.module.named_parameters())
-        student_ranges = {shard.name: shard for shard in self.student.shards()} if self.student.stage == 3 else {}
-        wanted = []
-        for name, parameter in self.module.named_parameters():
+        direct = [held.range.dtype == torch.float32 and held.range.device == device for held in ranges]
+        own = sum(held.range.numel() for held, one_tensor in zip(ranges, direct, strict=True) if not one_tensor)
+        self._values = torch.empty(own, dtype=torch.float32, device=device)
+        shards, offset = [], 0
+        for held, one_tensor in zip(ranges, direct, strict=True):
+            name, numel = held.name, held.range.numel()
             if name not in parameters:
                 raise ConfigError("teacher", f"parameter {name} has no counterpart in the student")
             assert role(name) in ("averaged", "copied"), f"{name} is {role(name)!r} but the teacher owns it"
-            assert full_shape(parameter) == full_shape(parameters[name]), f"{name} differs in shape from the student's"
-            start, numel = partition_range(parameter, place.data_parallel_rank)
-            if numel:
-                wanted.append((name, parameter, start, numel))
-        # One allocation; ranges that the forward pass reads directly need no place in it.
-        cuts = [parameter.ds_tensor.data for _, parameter, _, _ in wanted]  # type: ignore[attr-defined]
-        one_tensor = [cut.dtype == torch.float32 and cut.device == device for cut in cuts]
-        own = sum(numel for (*_, numel), direct in zip(wanted, one_tensor, strict=True) if not direct)
-        self._values = torch.empty(own, dtype=torch.float32, device=device)
-        shards, offset = [], 0
-        for (name, parameter, start, numel), held, direct in zip(wanted, cuts, one_tensor, strict=True):
-            compute = held.narrow(0, 0, numel)
-            if self.student.stage == 3:
-                ours = student_ranges[name]
-                assert (ours.start, ours.numel) == (start, numel), f"{name}: student and teacher are cut differently"
-                source = ours.weight
-            else:
-                source = parameters[name].data.view(-1).narrow(0, start, numel)
-            values = compute if direct else self._values.narrow(0, offset, numel)
-            offset += 0 if direct else numel
-            cut = tensor_slice(parameter, place.tensor_rank, place.tensor_size)
+            shape = full_shape(held.parameter)
+            assert shape == full_shape(parameters[name]), f"{name} differs in shape from the student's"
+            values = held.range if one_tensor else self._values.narrow(0, offset, numel)
+            offset += 0 if one_tensor else numel
+            cut = tensor_slice(held.parameter, place.tensor_rank, place.tensor_size)
             shard = TeacherShard(
                 name,
-                full_shape(parameter),
+                shape,
                 cut,
-                start,
+                held.start,
                 values,
-                None if direct else compute,
-                source,
+                None if one_tensor else held.range,
+                held.source,
                 role(name) == "averaged",
                 cut is not None or place.tensor_rank == 0,
             )
@@ -267,10 +263,74 @@ class ShardedTeacher:
         return shards
 
 
-def _refresh_compute(shards: list[TeacherShard]) -> None:
-    pairs = [(shard.compute, shard.values) for shard in shards if shard.compute is not None]
-    if pairs:
-        torch._foreach_copy_([compute for compute, _ in pairs], [values for _, values in pairs])
+class ShardedTeacher(EmaTeacher):
+    """The teacher's values, its forward pass and its update, under ZeRO.
+
+    `make` builds the module; `role(name)` says of each of its parameters whether it is `averaged` or `copied`.
+    Parameters are matched to the student's by name. Collective to construct.
+    """
+
+    def __init__(
+        self,
+        make: Callable[[], nn.Module],
+        student: StudentEngine,
+        config: TeacherConfig,
+        student_config: dict[str, Any],
+        topology: Topology,
+        role: Callable[[str], str],
+    ) -> None:
+        import deepspeed
+
+        super().__init__(student, topology)
+        precision = config.precision(student_config)
+        on_host = config.placement == "cpu"
+        # In bf16 the small compute copy stays on the device; in fp32 it is the truth itself and moves to the host.
+        engine_config = ds_config.teacher_config(student_config, precision, offload=on_host and precision == "fp32")
+        entry = _Entry(construct(make, engine_config, topology)).requires_grad_(False)
+        self.engine, *_ = deepspeed.initialize(
+            model=entry, config=engine_config, mpu=topology.mpu, dist_init_required=False
+        )
+        self.engine.eval()
+        self.module = entry.teacher
+        self._hold(self._match(role, torch.device("cpu") if on_host else topology.device), on_host)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The forward pass (targets), without gradient. Collective: every rank must call."""
+        return self._run("forward", args, kwargs)
+
+    def features(self, batch: Any, features_btd: Tensor | None, layers: list[int]) -> list[Tensor]:
+        """The module's `features`: hidden states for evaluation, without gradient. Collective."""
+        return self._run("features", (batch, features_btd, layers), {})
+
+    def destroy(self) -> None:
+        """Remove DeepSpeed's hooks and buffers."""
+        super().destroy()
+        self.engine.destroy()
+
+    def _run(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self.wait()
+        with torch.no_grad():
+            return self.engine(method, args, kwargs)
+
+    def _match(self, role: Callable[[str], str], device: torch.device) -> list[TeacherShard]:
+        """Pair this rank's ranges of the teacher with the student's."""
+        rank = self.topology.data_parallel_rank
+        parameters = dict(self.student.module.named_parameters())
+        student_ranges = {shard.name: shard for shard in self.student.shards()} if self.student.stage == 3 else {}
+        ranges = []
+        for name, parameter in self.module.named_parameters():
+            start, numel = partition_range(parameter, rank)
+            if not numel:
+                continue
+            if self.student.stage == 3:
+                ours = student_ranges[name]
+                assert (ours.start, ours.numel) == (start, numel), f"{name}: student and teacher are cut differently"
+                source = ours.weight
+            else:
+                source = parameters[name].data.view(-1).narrow(0, start, numel)
+            held = parameter.ds_tensor.data.narrow(0, 0, numel)  # type: ignore[attr-defined]
+            ranges.append(HeldRange(name, parameter, start, held, source))
+        return self._with_values(ranges, role, device)
 
 
 def _batches(shards: list[TeacherShard]) -> list[tuple[bool, list[TeacherShard]]]:

@@ -33,24 +33,26 @@ from d2v_scale.checkpoint.writer import CheckpointWriter
 from d2v_scale.command_line import Options
 from d2v_scale.data import demo
 from d2v_scale.data.loader import StepLoader
+from d2v_scale.engines import build_engines, check_pipeline
 from d2v_scale.errors import EXIT_BAD_INPUT, EXIT_LOST_PEER, ConfigError, UserError, Verdict
 from d2v_scale.evaluation.online import OnlineEvaluation
 from d2v_scale.finetuning import program
 from d2v_scale.finetuning.start import adopt
-from d2v_scale.model.init import initialize
-from d2v_scale.model.stack import Draw, Student, Teacher
+from d2v_scale.model.stack import Draw
 from d2v_scale.observing import RunObserver
-from d2v_scale.optim import make_optimizer, parameter_groups, set_rates
+from d2v_scale.optim import set_rates
 from d2v_scale.parallel import ds_config, groups
+from d2v_scale.parallel.feed import SharedFeed
 from d2v_scale.parallel.groups import Topology
-from d2v_scale.parallel.zero import StepResult, StudentEngine, build_student
+from d2v_scale.parallel.pipeline import PipelineStudent
+from d2v_scale.parallel.zero import StepResult, StudentEngine
 from d2v_scale.profiling import StepProfiler, decoders, part
 from d2v_scale.recipe import Recipe, to_dict
 from d2v_scale.signals import Agreement, Stop, StopFlag, StopReason, is_lost_peer
 from d2v_scale.status import write_status
 from d2v_scale.step import Observations, train_step
 from d2v_scale.supervision import last_step, report_saves, supervise
-from d2v_scale.teacher import ShardedTeacher
+from d2v_scale.teacher import EmaTeacher
 from d2v_scale.tracking import RunTracker
 from d2v_scale.watchdog import Watchdog
 
@@ -68,7 +70,7 @@ class Run:
     topology: Topology
     directory: Path
     student: StudentEngine
-    teacher: ShardedTeacher
+    teacher: EmaTeacher
     loader: StepLoader
     writer: CheckpointWriter
     tracker: RunTracker
@@ -132,6 +134,8 @@ def configure(recipe: Recipe) -> dict[str, Any]:
         global_batch_size=recipe.global_batch_size if recipe.batch_unit == "samples" else None,
     )
     config = ds_config.resolve(raw, numbers, recipe.parallel, world_size)
+    if recipe.parallel.pipeline > 1:
+        check_pipeline(recipe)
     if len(recipe.model.modalities) > 1 and config["zero_optimization"]["stage"] == 3:
         raise ConfigError(
             "zero_optimization.stage",
@@ -143,7 +147,6 @@ def configure(recipe: Recipe) -> dict[str, Any]:
 
 def build(recipe: Recipe, options: Options, config: dict[str, Any], topology: Topology, directory: Path) -> Run:
     """All parts of the run, restored from the newest checkpoint if there is one. Collective: all ranks must call."""
-    parts = recipe.parts()
     demo.ensure([*(source.shards for source in recipe.data.sources), recipe.evaluation.train, recipe.evaluation.test])
     loader = StepLoader(
         recipe.data,
@@ -158,21 +161,7 @@ def build(recipe: Recipe, options: Options, config: dict[str, Any], topology: To
         dp_size=topology.data_parallel_size,
         device=topology.device,
     )
-    student = build_student(
-        lambda: Student(recipe.model),
-        config,
-        lambda named: make_optimizer(parameter_groups(named, recipe.optim), recipe.optim),
-        topology,
-        lambda module: initialize(module, recipe.seed),
-    )
-    teacher = ShardedTeacher(
-        lambda: Teacher(recipe.model, recipe.objective.target, parts),
-        student,
-        recipe.teacher,
-        config,
-        topology,
-        parts.role,
-    )
+    student, teacher = build_engines(recipe, config, topology)
     writer = CheckpointWriter.create(directory / "checkpoints", recipe.checkpoint)
     tracker = RunTracker(directory, recipe.tracking, is_main=topology.rank == 0)
     evaluation = OnlineEvaluation.of(recipe, student, teacher)
@@ -213,7 +202,7 @@ def train(run: Run, stop_flag: StopFlag, agreement: Agreement, watchdog: Watchdo
     if run.step == 0:
         evaluate(run)
     stop_flag.starting = False
-    batches = iter(run.loader)
+    batches = SharedFeed(run.loader, run.topology)
     profiler = StepProfiler(recipe.profile, run.directory, decoders(student.module), rank=run.topology.rank)
     observer.start(run.samples)
     while run.step < end:
@@ -262,6 +251,8 @@ def record(run: Run, result: StepResult, seen: Observations, lr: float) -> None:
     samples = run.samples
     values = {**run.observer.figures(result, seen, samples), "lr": lr}
     run.tracker.log(run.step, samples, values)
+    if isinstance(run.student, PipelineStudent) and run.observer.records == 2:
+        run.tracker.message(run.student.describe_idle())
     for sign in run.observer.signs(values):
         run.tracker.message(f"step {run.step}: {sign}")
 

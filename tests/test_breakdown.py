@@ -8,7 +8,8 @@ from d2v_scale.data2vec.config import LossConfig
 
 
 class OneProcess:
-    data_parallel_size = 1
+    def sum_over_model(self, x: torch.Tensor) -> None:
+        del x
 
 
 def test_the_loss_by_source_and_by_masked_share_adds_up() -> None:

@@ -61,6 +61,8 @@ STAND_INS: dict[str, list[str] | None] = {
     "deepspeed d2v_scale/train.py --resume runs/vit --stop_at 100000": [
         *["d2v_scale/train.py", "--resume", "runs/vit", "--stop_at", "3"]
     ],
+    "deepspeed --num_gpus 4 d2v_scale/train.py --parallel.pipeline 2 --parallel.tensor 2 "
+    "--deepspeed_config ds_configs/pipeline.json": None,
     "deepspeed d2v_scale/train.py --help": ["d2v_scale/train.py", "--help"],
     "sbatch slurm/pretrain_large.sh --data '/shards/in1k-{000000..001281}.tar'": None,
     ".venv/bin/python tools/plan.py --recipe d2v2_vision_7b --nodes 32 --gpus 8 --device h100": None,

@@ -84,13 +84,13 @@ def batch(name: str, samples: int = 3, clones: int = 1, padded: bool = False, se
         length = 19
         inputs = torch.randn(samples, WAVE, generator=generator)
         if padded:
-            valid = torch.arange(WAVE)[None] < torch.tensor([WAVE - 900 * i for i in range(samples)])[:, None]
+            valid = torch.arange(WAVE)[None] < torch.tensor([WAVE - 900 * (i % 4) for i in range(samples)])[:, None]
             inputs = inputs * valid
     else:
         length = 20
         inputs = torch.randint(4, 39, (samples, length), generator=generator)
         if padded:
-            valid = torch.arange(length)[None] < torch.tensor([length - 4 * i for i in range(samples)])[:, None]
+            valid = torch.arange(length)[None] < torch.tensor([length - 4 * (i % 4) for i in range(samples)])[:, None]
             inputs = torch.where(valid, inputs, 1)
     rows = samples * clones
     ragged = name.startswith("v1")

@@ -6,12 +6,12 @@ import torch
 
 from d2v_scale.checkpoint.format import Piece
 from d2v_scale.checkpoint.reader import Checkpoint
-from d2v_scale.parallel.shards import MOMENTS, TensorSlice, global_shapes
+from d2v_scale.parallel.shards import MOMENTS, TensorSlice
 from d2v_scale.parallel.zero import StudentEngine
-from d2v_scale.teacher import ShardedTeacher
+from d2v_scale.teacher import EmaTeacher
 
 
-def pieces(student: StudentEngine, teacher: ShardedTeacher | None) -> list[Piece]:
+def pieces(student: StudentEngine, teacher: EmaTeacher | None) -> list[Piece]:
     """Views of everything this rank contributes to a checkpoint. Local.
 
     Asserts that student, teacher and Adam agree on the number of updates.
@@ -35,7 +35,7 @@ def pieces(student: StudentEngine, teacher: ShardedTeacher | None) -> list[Piece
     return found
 
 
-def state(student: StudentEngine, teacher: ShardedTeacher | None) -> dict[str, Any]:
+def state(student: StudentEngine, teacher: EmaTeacher | None) -> dict[str, Any]:
     """The engines' counters."""
     counters = {
         "completed_updates": student.completed_updates,
@@ -46,7 +46,7 @@ def state(student: StudentEngine, teacher: ShardedTeacher | None) -> dict[str, A
 
 
 @torch.no_grad()
-def restore(checkpoint: Checkpoint, student: StudentEngine, teacher: ShardedTeacher | None) -> None:
+def restore(checkpoint: Checkpoint, student: StudentEngine, teacher: EmaTeacher | None) -> None:
     """Continue a run: weights, moments, teacher and counters, at any world size, stage and placement. Collective.
 
     Raises CheckpointError, before anything is changed, when the checkpoint is of another model.
@@ -63,7 +63,7 @@ def restore(checkpoint: Checkpoint, student: StudentEngine, teacher: ShardedTeac
 
 @torch.no_grad()
 def restore_weights(
-    checkpoint: Checkpoint, student: StudentEngine, teacher: ShardedTeacher, reset_teacher: bool = False
+    checkpoint: Checkpoint, student: StudentEngine, teacher: EmaTeacher, reset_teacher: bool = False
 ) -> None:
     """Start a new run from weights: no moments, counters at zero. Collective.
 
@@ -93,20 +93,19 @@ def _read_student(checkpoint: Checkpoint, student: StudentEngine, moments: tuple
                 moment.zero_()
 
 
-def _read_teacher(checkpoint: Checkpoint, teacher: ShardedTeacher) -> None:
+def _read_teacher(checkpoint: Checkpoint, teacher: EmaTeacher) -> None:
     for held in teacher.shards():
         held.values.copy_(checkpoint.read("teacher", held.name, held.slice, held.start, held.numel))
 
 
 def _check(
-    checkpoint: Checkpoint, student: StudentEngine, teacher: ShardedTeacher | None, moments: tuple[str, ...]
+    checkpoint: Checkpoint, student: StudentEngine, teacher: EmaTeacher | None, moments: tuple[str, ...]
 ) -> None:
-    size = student.topology.tensor_size
-    expected = global_shapes(student.module, size)
+    expected = student.global_shapes()
     for kind in ("student", *moments):
         checkpoint.check_names(kind, expected)
     if teacher is not None:
-        checkpoint.check_names("teacher", global_shapes(teacher.module, size))
+        checkpoint.check_names("teacher", teacher.global_shapes())
 
 
 def _writes(cut: TensorSlice | None, tensor_rank: int) -> bool:

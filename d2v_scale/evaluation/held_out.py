@@ -17,18 +17,21 @@ from d2v_scale.data2vec.config import LossConfig
 from d2v_scale.model.stack import Draw, Student
 from d2v_scale.parallel.zero import StudentEngine
 from d2v_scale.step import masked_targets
-from d2v_scale.teacher import ShardedTeacher
+from d2v_scale.teacher import EmaTeacher, ShardedTeacher
 
 
 @torch.no_grad()
 def held_out_figures(
-    batches: Sequence[Batch], student: StudentEngine, teacher: ShardedTeacher, config: LossConfig
+    batches: Sequence[Batch], student: StudentEngine, teacher: EmaTeacher, config: LossConfig
 ) -> dict[str, float]:
     """`held_out_loss` (mean over masked positions) and `held_out_explained` (1 - squared error / variance of targets).
 
-    Each data-parallel rank computes every W-th batch. Collective: all ranks must call; all get the same.
+    Each data-parallel rank computes every W-th batch. Not measured in a pipeline, where it is empty. Collective: all
+    ranks must call; all get the same.
     """
     topology = student.topology
+    if not isinstance(teacher, ShardedTeacher):
+        return {}
     rank, size = topology.data_parallel_rank, topology.data_parallel_size
     module = cast(Student, student.module)
     was_training = module.training

@@ -20,7 +20,7 @@ from d2v_scale.model.stack import Student, Teacher
 from d2v_scale.parallel.zero import StudentEngine
 from d2v_scale.plots.gallery import Gallery
 from d2v_scale.recipe import Recipe
-from d2v_scale.teacher import ShardedTeacher
+from d2v_scale.teacher import EmaTeacher
 
 LabelledBatches = Sequence[tuple[Batch, Tensor]]
 _PICTURED_AT_ONCE = 8
@@ -44,7 +44,7 @@ class OnlineEvaluation:
         train: LabelledBatches,
         test: LabelledBatches,
         student: StudentEngine,
-        teacher: ShardedTeacher,
+        teacher: EmaTeacher,
         names: LabelNames,
         masked: Sequence[Batch],
         loss: LossConfig,
@@ -56,7 +56,7 @@ class OnlineEvaluation:
         self._student, self._teacher = student, teacher
 
     @classmethod
-    def of(cls, recipe: Recipe, student: StudentEngine, teacher: ShardedTeacher) -> "OnlineEvaluation | None":
+    def of(cls, recipe: Recipe, student: StudentEngine, teacher: EmaTeacher) -> "OnlineEvaluation | None":
         """On the recipe's labelled shards, which are decoded once; None where it names none."""
         config = recipe.evaluation
         if config.train is None or config.test is None:
@@ -138,7 +138,7 @@ class OnlineEvaluation:
         module, teacher = cast(Student, self._student.module), cast(Teacher, self._teacher.module)
         batch = batch.to(self._student.topology.device)
         shared = None
-        if not teacher.owns_features(batch.modality):
+        if teacher.section.starts and not teacher.owns_features(batch.modality):
             was_training = module.training
             module.eval()
             shared = module.stem_features(batch)

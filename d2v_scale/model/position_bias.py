@@ -32,8 +32,10 @@ class RelativeBias(nn.Module):
         return self.table
 
     def forward(self, table: Tensor | None = None) -> Tensor:
-        """(1, local heads, 1 + grid^2, 1 + grid^2); CLS is position 0. `table`: another stage's, where none is owned."""
-        table = for_local_heads(self.table if table is None else table).narrow(1, tensor_rank() * self.local_heads, self.local_heads)
+        """(1, local heads, 1 + grid^2, 1 + grid^2); CLS is position 0. `table`: another stage's, if none is owned."""
+        table = for_local_heads(self.table if table is None else table).narrow(
+            1, tensor_rank() * self.local_heads, self.local_heads
+        )
         size = self.index.shape[0]
         return F.embedding(self.index.flatten(), table).view(size, size, -1).permute(2, 0, 1).contiguous()[None]
 
@@ -79,7 +81,12 @@ class AlibiBias(nn.Module):
         `scale`: another stage's, where none is owned.
         """
         first = tensor_rank() * self.local_heads
-        scale = for_local_heads(self.scale if scale is None else scale).narrow(0, first, self.local_heads).float().clamp(min=0)
+        scale = (
+            for_local_heads(self.scale if scale is None else scale)
+            .narrow(0, first, self.local_heads)
+            .float()
+            .clamp(min=0)
+        )
         slope = torch.exp2(-self.exponents.narrow(0, first, self.local_heads).float())
         distance = (positions_rs[:, :, None] - positions_rs[:, None, :]).abs().float()
         return -(scale * slope)[None, :, None, None] * distance[:, None]

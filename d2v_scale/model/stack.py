@@ -314,10 +314,16 @@ class Teacher(_Stack):
         """Outputs (B, T, D) of these main blocks on the unmasked input, without CLS; negative numbers count from the
         end. Pool them over `valid_positions(batch)`."""
         depth = self.config.backbone.depth
+        wanted = {layer % depth for layer in self.check_layers(layers)}
+        states = self.outputs(batch, self.enter(batch, features_btd), wanted)
+        return [states[layer % depth] for layer in layers]
+
+    def check_layers(self, layers: list[int]) -> list[int]:
+        """The same list. Raises ConfigError unless all are numbers of main blocks."""
+        depth = self.config.backbone.depth
         if not all(-depth <= layer < depth for layer in layers):
             raise ConfigError("layers", f"{layers} are not all blocks of a model of depth {depth}.")
-        states = self.outputs(batch, self.enter(batch, features_btd), {layer % depth for layer in layers})
-        return [states[layer % depth] for layer in layers]
+        return layers
 
     @torch.no_grad()
     def outputs(self, batch: Batch, carry: Carry, wanted: set[int]) -> dict[int, Tensor]:

@@ -73,6 +73,8 @@ def resolve(raw: dict[str, Any], numbers: RecipeNumbers, parallel: ParallelConfi
         config["bf16"]["check_grad_overflow"] = True
         if not _bf16_stage1(raw):
             config.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
+    if parallel.pipeline > 1:
+        config["pipeline"] = {**raw.get("pipeline", {}), "pipe_partitioned": False, "grad_partitioned": False}
     config["zero_allow_untested_optimizer"] = True
     config["zero_force_ds_cpu_optimizer"] = False
     config.setdefault("steps_per_print", 1_000_000_000)
@@ -114,12 +116,13 @@ def check_legal(raw: dict[str, Any], parallel: ParallelConfig, numbers: RecipeNu
             f"is {stage} with parallel.pipeline={parallel.pipeline}; DeepSpeed's pipeline works with ZeRO-1 only",
             "Use stage 1 with the pipeline, or parallel.pipeline=1 with stage 2 or 3.",
         )
-    if parallel.pipeline > 1:
-        raise ConfigError(
-            "parallel.pipeline",
-            f"is {parallel.pipeline}; this version divides blocks and the batch, not the list of layers",
-            "Use parallel.pipeline=1; parallel.tensor and ZeRO-3 make room for larger models.",
-        )
+    for key in ("pipe_partitioned", "grad_partitioned"):
+        if raw.get("pipeline", {}).get(key):
+            raise ConfigError(
+                f"pipeline.{key}",
+                "is true; more than one tensor with a gradient travels between the stages",
+                "Set false or remove it.",
+            )
     for key, neutral, reason in _REFUSED_ZERO_KEYS:
         if zero.get(key, neutral) != neutral:
             raise ConfigError(

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from d2v_scale.errors import ConfigError
 
@@ -82,6 +83,33 @@ class Topology:
     def tensor_group(self) -> dist.ProcessGroup:
         """The ranks that share every block's matrices."""
         return self.mpu.get_tensor_model_parallel_group()
+
+    @property
+    def pipeline_group(self) -> dist.ProcessGroup:
+        """The ranks that share the list of layers, first stage first."""
+        return self.mpu.get_pipeline_model_parallel_group()
+
+    @property
+    def model_group(self) -> dist.ProcessGroup:
+        """The ranks that together hold one copy of the model; they work on the same micro-batches."""
+        return self.mpu.get_model_parallel_group()
+
+    @property
+    def model_size(self) -> int:
+        """How many ranks hold one copy of the model together."""
+        return self.tensor_size * self.pipeline_size
+
+    def sum_over_replicas(self, x: Tensor) -> None:
+        """Add what the data-parallel ranks counted, in place. Collective over them."""
+        if self.data_parallel_size > 1:
+            dist.all_reduce(x, group=self.data_parallel_group)
+
+    def sum_over_model(self, x: Tensor) -> None:
+        """Add what data-parallel ranks and pipeline stages counted, in place; a stage that has not seen a thing has
+        zeros for it. Collective over both groups."""
+        self.sum_over_replicas(x)
+        if self.pipeline_size > 1:
+            dist.all_reduce(x, group=self.pipeline_group)
 
 
 def data_parallel_size(config: ParallelConfig, world_size: int) -> int:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from d2v_scale import faults
 from d2v_scale.parallel.groups import Topology
-from d2v_scale.parallel.shards import MOMENTS, Shard, student_shards
+from d2v_scale.parallel.shards import MOMENTS, Shard, global_shapes, student_shards
 
 NamedParameters = list[tuple[str, nn.Parameter]]
 
@@ -54,15 +54,10 @@ class StudentEngine:
         return self.engine(*args, **kwargs)
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradient of one micro-batch. Collective.
-
-        A loss that is not finite makes the whole gradient NaN, even where its own gradient is finite (a constant
-        NaN), so that the verdict needs nothing but the gradient norm that DeepSpeed reduces anyway. No host sync.
-        """
+        """Add the gradient of one micro-batch. Collective. No host sync."""
         faults.point("backward")
         assert self._micro_batches < self.accumulation, "more micro-batches than gradient_accumulation_steps"
-        poison = torch.where(torch.isfinite(loss.detach()), 1.0, float("nan"))
-        self.engine.backward(loss * poison)
+        self.engine.backward(poisoned(loss))
         self._micro_batches += 1
         if self._micro_batches < self.accumulation:
             self.engine.step()
@@ -79,6 +74,10 @@ class StudentEngine:
             wait()
         self._micro_batches = 0
         self.engine.step()
+        return self._verdict()
+
+    def _verdict(self) -> StepResult:
+        """What became of the step that DeepSpeed has just taken."""
         applied = bool(self.engine.was_step_applied())
         if applied:
             self.completed_updates += 1
@@ -99,6 +98,14 @@ class StudentEngine:
             gradients = self.engine.optimizer.averaged_gradients
             for group in gradients:
                 gradients[group] = None
+
+    def over_stages(self, part: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+        """The union of what every pipeline stage gives; there is one stage here."""
+        return part
+
+    def global_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of all of the student's parameters as one process would have them. Collective in a pipeline."""
+        return self.over_stages(global_shapes(self.module, self.topology.tensor_size))
 
     def shards(self) -> list[Shard]:
         """The ranges of fp32 weights (and moments) this rank holds. Local."""
@@ -148,6 +155,15 @@ class StudentEngine:
     def _masters(self) -> list[nn.Parameter]:
         zero = self.engine.optimizer
         return zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups
+
+
+def poisoned(loss: Tensor) -> Tensor:
+    """The loss, whose whole gradient is NaN where it is not finite itself.
+
+    Even a loss like a constant NaN, whose own gradient is finite, then shows in the gradient norm that DeepSpeed
+    reduces anyway: the verdict needs nothing else.
+    """
+    return loss * torch.where(torch.isfinite(loss.detach()), 1.0, float("nan"))
 
 
 def construct(make: Callable[[], nn.Module], ds_config: dict[str, Any], topology: Topology) -> nn.Module:

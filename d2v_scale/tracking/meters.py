@@ -64,13 +64,21 @@ class Stopwatch:
         else:
             self._marks.append(time.perf_counter())
 
-    def __enter__(self) -> "Stopwatch":
+    def start(self) -> None:
+        """Begin; an earlier time is forgotten."""
         self._marks = []
         self._mark()
+
+    def stop(self) -> None:
+        """End."""
+        self._mark()
+
+    def __enter__(self) -> "Stopwatch":
+        self.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._mark()
+        self.stop()
 
     def seconds(self) -> float:
         """How long the block took; 0 if it never ran. Waits for the device."""

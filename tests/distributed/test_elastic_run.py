@@ -1,4 +1,4 @@
-"""The training program, stopped and resumed on other processes: 4 at ZeRO-3, then 2 that share blocks at ZeRO-1."""
+"""The training program, stopped and resumed on other processes: 4 at ZeRO-3, 2 that share blocks, 4 in a pipeline."""
 
 import json
 from pathlib import Path
@@ -36,10 +36,13 @@ def test_a_run_moves_between_topologies(tmp_path: Path) -> None:
     zero3, zero1 = ROOT / "ds_configs" / "zero3.json", ROOT / "ds_configs" / "zero1.json"
     train(4, **recipe, run_dir=moved, stop_at=4, deepspeed_config=zero3, teacher__placement="cpu")
     train(2, resume=moved, stop_at=9, deepspeed_config=zero1, parallel__tensor=2)
-    train(1, **recipe, run_dir=still, stop_at=9)
+    pipeline = ROOT / "ds_configs" / "pipeline.json"
+    divided = {"parallel__tensor": 2, "parallel__pipeline": 2, "accumulation": 2}
+    train(4, resume=moved, stop_at=13, deepspeed_config=pipeline, **divided)
+    train(1, **recipe, run_dir=still, stop_at=13)
     assert losses(moved) == pytest.approx(losses(still), rel=2e-6)
     found, expected = open_any(moved), open_any(still)
-    assert found.step == expected.step == 9
+    assert found.step == expected.step == 13
     assert found.extra["data"] == expected.extra["data"]
     for kind in ("student", "teacher"):
         for name in expected.names(kind):

@@ -96,10 +96,13 @@ def test_pipeline_needs_stage_1(stage: int) -> None:
         resolve({"zero_optimization": {"stage": stage}}, pipeline=2)
 
 
-def test_a_pipeline_is_refused_rather_than_ignored() -> None:
+def test_a_pipeline_sends_whole_tensors() -> None:
+    """Several tensors with a gradient travel between the stages, and DeepSpeed can cut only one of them."""
+    config = resolve({"zero_optimization": {"stage": 1}}, pipeline=2)
+    assert config["pipeline"] == {"pipe_partitioned": False, "grad_partitioned": False}
     with pytest.raises(ConfigError) as caught:
-        resolve({"zero_optimization": {"stage": 1}}, pipeline=2)
-    assert caught.value.key == "parallel.pipeline"
+        resolve({"zero_optimization": {"stage": 1}, "pipeline": {"pipe_partitioned": True}}, pipeline=2)
+    assert caught.value.key == "pipeline.pipe_partitioned"
 
 
 def test_compiling_at_stage_3_needs_a_torch_that_computes_gradients(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,79 @@
+"""The student and the teacher of a recipe, in the engines that a topology calls for."""
+
+import logging
+from typing import Any, cast
+
+from d2v_scale.errors import ConfigError
+from d2v_scale.model.init import initialize
+from d2v_scale.model.layers import Section
+from d2v_scale.model.stack import Student, Teacher
+from d2v_scale.optim import make_optimizer, parameter_groups
+from d2v_scale.parallel.groups import Topology
+from d2v_scale.parallel.pipeline import build_pipeline
+from d2v_scale.parallel.stage_teacher import StageTeacher
+from d2v_scale.parallel.zero import NamedParameters, StudentEngine, build_student
+from d2v_scale.planning.stages import StageSplit, even_bubble, stage_blocks
+from d2v_scale.recipe import Recipe
+from d2v_scale.teacher import EmaTeacher, ShardedTeacher
+
+log = logging.getLogger("d2v_scale.train")
+
+
+def build_engines(recipe: Recipe, config: dict[str, Any], topology: Topology) -> tuple[StudentEngine, EmaTeacher]:
+    """Both engines, with initial weights; `config` is DeepSpeed's, resolved. Collective: all ranks must call."""
+    parts, target = recipe.parts(), recipe.objective.target
+
+    def optimizer(named: NamedParameters) -> Any:
+        return make_optimizer(parameter_groups(named, recipe.optim), recipe.optim)
+
+    if topology.pipeline_size == 1:
+        student = build_student(
+            lambda: Student(recipe.model),
+            config,
+            optimizer,
+            topology,
+            lambda module: initialize(module, recipe.seed),
+        )
+        return student, ShardedTeacher(
+            lambda: Teacher(recipe.model, target, parts), student, recipe.teacher, config, topology, parts.role
+        )
+    split = stage_blocks(recipe, topology.pipeline_size)
+    if topology.rank == 0:
+        log.info("%s", describe_split(split, recipe.accumulation))
+    blocks = split.blocks[topology.pipeline_rank]
+    section = Section(blocks.start, blocks.stop, recipe.model.backbone.depth)
+    stage = build_pipeline(
+        lambda: Student(recipe.model, section=section),
+        config,
+        optimizer,
+        topology,
+        lambda module: initialize(module, recipe.seed),
+    )
+    teacher = StageTeacher(
+        lambda: Teacher(recipe.model, target, parts, section), stage, recipe.teacher, config, topology, parts.role
+    )
+    stage.pipeline_stage.accompany(cast(Teacher, teacher.module))
+    return stage, teacher
+
+
+def check_pipeline(recipe: Recipe) -> None:
+    """Raises ConfigError where the recipe's layers cannot be divided over its stages. Forms no process group."""
+    if recipe.task is not None:
+        raise ConfigError("parallel.pipeline", f"is {recipe.parallel.pipeline}", "Fine-tuning divides the batch only.")
+    if recipe.model.backbone.width % 2:
+        raise ConfigError("model.backbone.width", "is odd, which a pipeline cannot send in bf16", "Give an even width.")
+    stage_blocks(recipe, recipe.parallel.pipeline)
+
+
+def describe_split(split: StageSplit, micro_batches: int) -> str:
+    """The stages, their shares of the work, and how much of a step they will wait."""
+    stages = ", ".join(
+        f"{number}: blocks {blocks.start}-{blocks.stop - 1} ({share:.0%})"
+        for number, (blocks, share) in enumerate(zip(split.blocks, split.shares, strict=True))
+    )
+    even = even_bubble(len(split.blocks), micro_batches)
+    few = " Few micro-batches: raise `accumulation` to wait less." if micro_batches < 2 * len(split.blocks) else ""
+    return (
+        f"Pipeline stages {stages}; predicted idle share {split.bubble(micro_batches):.0%}, "
+        f"{even:.0%} = (p-1)/(m+p-1) if stages were equal.{few}"
+    )

@@ -1,0 +1,83 @@
+"""One reader for every copy of the model: its first rank reads the batches, the others get them from it.
+
+Ranks that share one copy of the model (tensor parallel, pipeline) must see the same samples and masks. Reading once
+makes that certain, also when a sample cannot be read, and leaves the decoding to as many processes as there are copies.
+"""
+
+from collections.abc import Iterator
+from dataclasses import fields
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from d2v_scale.data.batch import Batch, Layout
+from d2v_scale.parallel.groups import Topology
+
+
+class SharedFeed:
+    """The steps of `steps` on all ranks of a copy of the model; only its first rank asks for them.
+
+    Iterating is collective over `topology.model_group`: all its ranks must call. An error of the reader is raised on
+    all of them.
+    """
+
+    def __init__(self, steps: Iterator[list[Batch]], topology: Topology) -> None:
+        self._steps = steps
+        self._topology = topology
+        self._reads = topology.model_size == 1 or dist.get_rank(topology.model_group) == 0
+
+    def __iter__(self) -> "SharedFeed":
+        return self
+
+    def __next__(self) -> list[Batch]:
+        """The micro-batches of the next step, on the device."""
+        if self._topology.model_size == 1:
+            return next(self._steps)
+        said: list[Any] = [None]
+        batches: list[Batch] = []
+        if self._reads:
+            try:
+                batches = next(self._steps)
+                said = [[_description(batch) for batch in batches]]
+            except Exception as error:
+                said = [error]
+        group = self._topology.model_group
+        dist.broadcast_object_list(said, group=group, group_src=0)
+        if isinstance(said[0], Exception):
+            raise said[0]
+        if not self._reads:
+            batches = [_empty(description, self._topology.device) for description in said[0]]
+        for batch in batches:
+            for tensor in _tensors(batch).values():
+                dist.broadcast(tensor, group=group, group_src=0)
+        return batches
+
+
+def _tensors(batch: Batch) -> dict[str, Tensor]:
+    """Every tensor of a batch under the name of its field, contiguous."""
+    named = {field.name: getattr(batch, field.name) for field in fields(batch)}
+    named |= {"layout.masked_n": batch.layout.masked_n, "layout.visible_rs": batch.layout.visible_rs}
+    return {name: value for name, value in named.items() if isinstance(value, Tensor)}
+
+
+def _description(batch: Batch) -> dict[str, Any]:
+    """A batch without its tensors' values."""
+    tensors = _tensors(batch)
+    assert all(tensor.is_contiguous() for tensor in tensors.values())
+    described: dict[str, Any] = {name: (tuple(value.shape), value.dtype) for name, value in tensors.items()}
+    plain = {field.name: getattr(batch, field.name) for field in fields(batch)}
+    return {
+        "tensors": described,
+        "plain": {name: v for name, v in plain.items() if name != "layout" and not isinstance(v, Tensor)},
+    }
+
+
+def _empty(description: dict[str, Any], device: torch.device) -> Batch:
+    """A batch of this description, its tensors not yet filled."""
+    tensors: dict[str, Any] = {
+        name: torch.empty(shape, dtype=dtype, device=device) for name, (shape, dtype) in description["tensors"].items()
+    }
+    layout = Layout(masked_n=tensors.pop("layout.masked_n"), visible_rs=tensors.pop("layout.visible_rs", None))
+    return Batch(**description["plain"], **tensors, layout=layout)

@@ -1,0 +1,254 @@
+"""The student in DeepSpeed's pipeline, and beside it, in every stage, the teacher of the same layers.
+
+Every stage holds a section of the one list of layers. A micro-batch's student states, teacher states and running sum of
+taps travel together, so targets arrive where the predictions are made, and each stage updates its teacher alone. The
+batch itself does not travel: every rank of the pipeline has it (`feed`).
+
+DeepSpeed wants a gradient for every float that crosses a boundary. The student's states have one, and so has the
+parameter of the position bias, which all blocks use and the first stage owns. The teacher's tensors have none: they
+cross as int32 with the same bits.
+"""
+
+import contextlib
+import io
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from d2v_scale import faults
+from d2v_scale.data.batch import Batch
+from d2v_scale.data2vec import targets
+from d2v_scale.data2vec.stateless import key
+from d2v_scale.model.layers import Carry, has_bias
+from d2v_scale.model.stack import Draw, Student, Teacher
+from d2v_scale.parallel.groups import Topology
+from d2v_scale.parallel.zero import NamedParameters, StepResult, StudentEngine, poisoned
+from d2v_scale.profiling import part
+from d2v_scale.tracking.meters import Stopwatch
+
+
+class Objective(Protocol):
+    """What a step makes of its micro-batches: `step.StepLoss`."""
+
+    def entered(self, features_btd: Tensor) -> None:
+        """The stem has run."""
+
+    def share(self, batch: Batch, predictions_nd: Tensor, cls_rd: Tensor | None, targets_btd: Tensor) -> Tensor:
+        """What this micro-batch adds to the loss, scaled for DeepSpeed's division; a scalar with gradient."""
+
+
+class Stage(nn.Module):
+    """The layers of one stage: the student's, which DeepSpeed trains, and the teacher's, which ride along."""
+
+    def __init__(self, student: Student) -> None:
+        super().__init__()
+        self.student = student
+        self.passes: list[Stopwatch] = []
+        """The forward and backward passes since `begin`."""
+        self._work: deque[tuple[Batch, int]] = deque()
+        # In a list, so that DeepSpeed sees the student's parameters only.
+        self._teacher: list[Teacher] = []
+        self._draw = Draw(0, 0)
+        self._objective: Objective | None = None
+
+    def accompany(self, teacher: Teacher) -> None:
+        """Run this part of the teacher from now on."""
+        self._teacher = [teacher]
+
+    def begin(self, batches: list[Batch], draw: Draw, objective: Objective, data_parallel_rank: int) -> None:
+        """Give the micro-batches of one step, in the order in which they will be run."""
+        self._draw, self._objective, self.passes = draw, objective, []
+        # Each stage drops other elements, and other ones in every micro-batch.
+        place = (data_parallel_rank, self.student.section.first)
+        seeds = [key(draw.seed, "dropout", draw.step, *place, micro) >> 1 for micro in range(len(batches))]
+        self._work = deque(zip(batches, seeds, strict=True))
+
+    def forward(self, received: Tensor | tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
+        """One micro-batch through this stage; the last one returns its share of the loss."""
+        faults.point("forward")
+        with self.timed_pass():
+            batch, seed = self._work.popleft()
+            torch.manual_seed(seed)
+            return self._run(batch, received)
+
+    def timed_pass(self) -> Stopwatch:
+        """A stopwatch for the pass that follows."""
+        self.passes.append(Stopwatch())
+        return self.passes[-1]
+
+    def _run(self, batch: Batch, received: Tensor | tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
+        student, (teacher,), section = self.student, self._teacher, self.student.section
+        assert self._objective is not None
+        total_btd = None
+        features_btd = None
+        with part("student"):
+            if section.starts:
+                carry, features_btd = student.enter(batch)
+                self._objective.entered(features_btd)
+            else:
+                arrived = _unpack(cast(tuple[Tensor, ...], received), teacher, batch)
+                states_rsd, position, teacher_states_bsd, teacher_position, total_btd = arrived
+                carry = student.resume(batch, states_rsd, position)
+            student.run_blocks(batch, carry, self._draw)
+        with part("teacher"), torch.no_grad():
+            if section.starts:
+                assert features_btd is not None
+                teacher_carry = teacher.enter(batch, features_btd.detach())
+            else:
+                teacher_carry = teacher.resume(batch, teacher_states_bsd, teacher_position)
+            taps = targets.accumulator(teacher.target, total_btd, max(0, section.first - teacher.first_tap))
+            teacher.run_blocks(batch, teacher_carry, taps)
+        if not section.ends:
+            return _pack(carry, teacher_carry, taps.total_btd)
+        with part("student"):
+            predictions_nd, _, cls_rd = student.leave(batch, carry, self._draw)
+        return poisoned(self._objective.share(batch, predictions_nd, cls_rd, taps.finish()))
+
+
+def _pack(carry: Carry, teacher_carry: Carry, total_btd: Tensor | None) -> tuple[Tensor, ...]:
+    """What the next stage gets, tensors with gradient first."""
+    positions, teacher_positions = [], []
+    if carry.position is not None:
+        assert teacher_carry.position is not None
+        # A copy: a parameter itself would collect the later stages' gradient outside DeepSpeed's bookkeeping.
+        positions, teacher_positions = [carry.position.clone()], [_as_int(teacher_carry.position.float())]
+    totals = [] if total_btd is None else [_as_int(total_btd)]
+    return (carry.states_rsd, *positions, _as_int(teacher_carry.states_rsd), *teacher_positions, *totals)
+
+
+def _unpack(
+    received: tuple[Tensor, ...], teacher: Teacher, batch: Batch
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None]:
+    """Student states, its position parameter, teacher states, its position parameter, sum of taps."""
+    parts = iter(received)
+    with_bias = has_bias(teacher.config, batch.modality)
+    dtype = next(teacher.parameters()).dtype
+    states_rsd = next(parts)
+    position = next(parts) if with_bias else None
+    teacher_states_bsd = next(parts).view(dtype)
+    teacher_position = next(parts).view(torch.float32).to(dtype) if with_bias else None
+    total_btd = next(parts).view(torch.float32) if teacher.section.first > teacher.first_tap else None
+    assert next(parts, None) is None, "the stages disagree about what travels"
+    return states_rsd, position, teacher_states_bsd, teacher_position, total_btd
+
+
+def _as_int(x: Tensor) -> Tensor:
+    """The same bits as int32, which DeepSpeed expects no gradient for (a bf16 tensor's last axis must be even)."""
+    return x.detach().contiguous().view(torch.int32)
+
+
+class PipelineStudent(StudentEngine):
+    """This rank's stage of the student inside DeepSpeed's pipeline engine, at ZeRO stage 1."""
+
+    def __init__(self, engine: Any, ds_config: dict[str, Any], topology: Topology, stage: Stage) -> None:
+        from deepspeed.runtime.pipe import schedule
+
+        super().__init__(engine, ds_config, topology)
+        self.module = stage.student
+        self.pipeline_stage = stage
+        self.idle_shares: list[float] = []
+        """By stage: the share of the last measured step's forward and backward passes that it waited for others."""
+        self._schedule = Stopwatch()
+        # DeepSpeed would hand out one buffer for tensors of different types, and reuse one that is still read.
+        engine._allocate_or_extend_buffers = self._new_buffer
+        engine._INSTRUCTION_MAP = {
+            **engine._INSTRUCTION_MAP,
+            schedule.BackwardPass: self._backward_pass,
+            schedule.ReduceGrads: self._reduce_gradients,
+        }
+        self.optimizer.register_step_pre_hook(self._before_step)
+
+    def train_batch(self, batches: list[Batch], draw: Draw, objective: Objective, *, measure: bool) -> StepResult:
+        """Forward, backward and optimizer step of all micro-batches on every rank, or no step on any. Collective.
+
+        `measure` also sets `idle_shares`, for which the host waits for the device.
+        """
+        assert len(batches) == self.accumulation, "as many micro-batches as gradient_accumulation_steps"
+        self.pipeline_stage.begin(batches, draw, objective, self.topology.data_parallel_rank)
+        self._schedule.start()
+        with part("pipeline"):
+            self.engine.train_batch(_nothing(self.topology.device))
+        if measure:
+            self._measure_idle()
+        return self._verdict()
+
+    def describe_idle(self) -> str:
+        """The measured idle shares beside what equal stages would have. The first step is slower than others."""
+        stages = ", ".join(f"{stage}: {share:.0%}" for stage, share in enumerate(self.idle_shares))
+        count = len(self.idle_shares)
+        even = (count - 1) / (self.accumulation + count - 1)
+        return f"Pipeline idle share, measured, of stage {stages}; (p-1)/(m+p-1) = {even:.0%}"
+
+    def over_stages(self, part: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+        """The union of what the stages give, in their order. Collective over the pipeline."""
+        parts: list[Any] = [None] * self.topology.pipeline_size
+        dist.all_gather_object(parts, part, group=self.topology.pipeline_group)
+        return {name: shape for one in parts for name, shape in one.items()}
+
+    def _measure_idle(self) -> None:
+        busy = sum(watch.seconds() for watch in self.pipeline_stage.passes)
+        own = torch.tensor([busy, self._schedule.seconds()], device=self.topology.device)
+        every = [torch.empty_like(own) for _ in range(self.topology.pipeline_size)]
+        dist.all_gather(every, own, group=self.topology.pipeline_group)
+        stages = torch.stack(every).tolist()
+        longest = max(span for _, span in stages)
+        self.idle_shares = [1 - busy / longest for busy, _ in stages]
+
+    def _backward_pass(self, engine: Any, buffer_id: int) -> None:
+        faults.point("backward")
+        with self.pipeline_stage.timed_pass(), part("backward"):
+            type(engine)._exec_backward_pass(engine, buffer_id)
+
+    def _reduce_gradients(self, engine: Any) -> None:
+        self._schedule.stop()
+        type(engine)._exec_reduce_grads(engine)
+
+    def _before_step(self, *_: Any) -> None:
+        faults.point("optimizer")
+        for wait in self.before_step:
+            wait()
+
+    def _new_buffer(self, _index: int, shape: list[int], dtype: torch.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=self.topology.device)
+
+
+def _nothing(device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    """What DeepSpeed loads instead of batches: `Stage.begin` has them."""
+    nothing = torch.zeros(1, dtype=torch.int32, device=device)
+    while True:
+        yield nothing, nothing
+
+
+def build_pipeline(
+    make: Callable[[], Student],
+    ds_config: dict[str, Any],
+    make_optimizer: Callable[[NamedParameters], torch.optim.Optimizer],
+    topology: Topology,
+    initialize: Callable[[nn.Module], None] | None = None,
+) -> PipelineStudent:
+    """Build this rank's stage of the student and its engine from a resolved DeepSpeed configuration. Collective.
+
+    `make` builds the section of this stage; the rest is as in `zero.build_student`.
+    """
+    import deepspeed
+    from deepspeed.pipe import PipelineModule
+    from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+
+    student = make()
+    if initialize is not None:
+        initialize(student)
+    stage = Stage(student)
+    place = PipeModelDataParallelTopology(
+        num_pp=topology.pipeline_size, num_mp=topology.tensor_size, num_dp=topology.data_parallel_size
+    )
+    # One DeepSpeed layer a stage: where to cut is ours to say. It prints a line that says nothing.
+    layers = [stage if index == topology.pipeline_rank else nn.Identity() for index in range(topology.pipeline_size)]
+    with contextlib.redirect_stdout(io.StringIO()):
+        module = PipelineModule(layers, topology=place, partition_method="uniform", dynamic_shape=True)
+    optimizer = make_optimizer([(name, p) for name, p in student.named_parameters() if p.requires_grad])
+    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=ds_config, dist_init_required=False)
+    return PipelineStudent(engine, ds_config, topology, stage)

@@ -1,0 +1,204 @@
+"""One model, several topologies: every way to divide it computes what one process computes."""
+
+import json
+from pathlib import Path
+
+import pytest
+import tiny_models
+from launch import run_ranks
+
+from d2v_scale.checkpoint import Checkpoint, find_newest_valid
+from d2v_scale.checkpoint.format import directory_name
+
+WORKER = Path(__file__).with_name("topology_worker.py")
+STEPS = 5
+
+# Name, ranks, and what the case says.
+TOPOLOGIES: dict[str, tuple[int, dict]] = {
+    "pp2": (2, {"pipeline": 2, "accumulation": 4}),
+    "tp2": (2, {"tensor": 2, "accumulation": 4}),
+    "pp4": (4, {"pipeline": 4, "accumulation": 4}),
+    "pp2 x dp2": (4, {"pipeline": 2, "accumulation": 2}),
+    "pp2 x dp2, cpu teacher, offload": (
+        4,
+        {"pipeline": 2, "accumulation": 2, "placement": "cpu", "zero": {"offload_optimizer": {"device": "cpu"}}},
+    ),
+    "tp4": (4, {"tensor": 4, "accumulation": 4}),
+    "tp2 x dp2, ZeRO-1": (4, {"tensor": 2, "accumulation": 2}),
+    "tp2 x dp2, ZeRO-3": (4, {"tensor": 2, "accumulation": 2, "stage": 3}),
+    "tp2 x pp2": (4, {"tensor": 2, "pipeline": 2, "accumulation": 4}),
+}
+
+
+def train(root: Path, world_size: int, cases: list[dict]) -> dict[str, Checkpoint]:
+    """Run the cases in one launch; the checkpoint of each."""
+    for case in cases:
+        case.setdefault("steps", [0, STEPS])
+        case["out"] = str(root / case["name"].replace(" ", "_"))
+    listed = root / f"cases-{world_size}-{len(cases)}.json"
+    listed.write_text(json.dumps(cases))
+    run_ranks(world_size, WORKER, str(listed), timeout=600)
+    found = {case["name"]: find_newest_valid(Path(case["out"]))[0] for case in cases}
+    assert all(found.values()), found
+    return found  # type: ignore[return-value]
+
+
+def differences(ours: Checkpoint, reference: Checkpoint) -> dict[str, float]:
+    """The largest differences: loss and gradient norm relative, student and teacher absolute."""
+
+    def relative(name: str) -> float:
+        pairs = zip(ours.extra[name], reference.extra[name], strict=True)
+        return max(abs(a - b) / abs(b) for a, b in pairs)
+
+    def absolute(kind: str) -> float:
+        assert set(ours.names(kind)) == set(reference.names(kind))
+        return max(
+            float((ours.tensor(kind, name) - reference.tensor(kind, name)).abs().max()) for name in ours.names(kind)
+        )
+
+    assert set(reference.extra["figures"]) == set(ours.extra["figures"])
+    # Rank and cosine are of one rank's last micro-batch, which is another one at another number of replicas.
+    local = ("target_rank", "target_cosine", "prediction_rank", "prediction_cosine")
+    figures = {name: value for name, value in reference.extra["figures"].items() if name not in local}
+    observed = max(abs(ours.extra["figures"][k] - v) / max(abs(v), 1e-3) for k, v in figures.items())
+    return {
+        "loss": relative("losses"),
+        "gradient norm": relative("norms"),
+        "student": absolute("student"),
+        "teacher": absolute("teacher"),
+        "figures": observed,
+    }
+
+
+LIMITS = {"loss": 2e-6, "gradient norm": 1e-5, "student": 2e-5, "teacher": 2e-5, "figures": 2e-3}
+
+
+def cases_of(topology: str, models: tuple[str, ...]) -> list[dict]:
+    """Activation checkpointing in every second model."""
+    settings = TOPOLOGIES[topology][1]
+    return [
+        {"name": f"{model} {topology}", "model": model, "checkpointing": index % 2 == 1, **settings}
+        for index, model in enumerate(models)
+    ]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("topologies")
+
+
+@pytest.fixture(scope="module")
+def references(root: Path) -> dict[str, Checkpoint]:
+    """What one process computes."""
+    cases = [{"name": model, "model": model, "accumulation": 4} for model in tiny_models.NAMES]
+    poisoned = {"name": "skipping", "model": "v2_vision", "accumulation": 4, "poisoned_step": 2}
+    return train(root, 1, [*cases, poisoned])
+
+
+def compare(found: dict[str, Checkpoint], references: dict[str, Checkpoint]) -> list[tuple[str, dict[str, float]]]:
+    return [(name, differences(checkpoint, references[name.split()[0]])) for name, checkpoint in found.items()]
+
+
+def within_limits(rows: list[tuple[str, dict[str, float]]]) -> None:
+    for name, found in rows:
+        for what, limit in LIMITS.items():
+            assert found[what] <= limit, f"{name}: {what} differs by {found[what]:.1e}"
+
+
+def test_two_ranks_compute_what_one_does(root: Path, references: dict[str, Checkpoint]) -> None:
+    cases = cases_of("pp2", tiny_models.NAMES) + cases_of("tp2", ("v2_speech",))
+    low = {"name": "bf16", "model": "v1_vision", "precision": "bf16", **TOPOLOGIES["pp2"][1]}
+    found = train(root, 2, [*cases, low])
+    bf16 = found.pop("bf16")
+    within_limits(compare(found, references))
+    assert bf16.extra["losses"] == pytest.approx(references["v1_vision"].extra["losses"], rel=1e-3)
+
+
+def test_a_step_that_is_not_finite_is_skipped_by_every_stage(
+    on_four_ranks: dict[str, Checkpoint], references: dict[str, Checkpoint]
+) -> None:
+    """A NaN in one micro-batch of one replica: no stage of any replica moves, and the run goes on as one process."""
+    ours, reference = on_four_ranks["skipping in a pipeline"], references["skipping"]
+    assert ours.manifest.state == reference.manifest.state
+    assert ours.manifest.state["skipped_updates"] == 1
+    within_limits([("skipping", differences(ours, reference))])
+
+
+@pytest.fixture(scope="module")
+def on_four_ranks(root: Path) -> dict[str, Checkpoint]:
+    """Some models in some topologies; then `a` in TP2 x PP2, and `b`, which goes on with it in ZeRO-3."""
+    return train(
+        root,
+        4,
+        [
+            *cases_of("pp4", ("v2_vision", "v1_speech")),
+            *cases_of("pp2 x dp2", ("v1_vision", "v2_text")),
+            *cases_of("pp2 x dp2, cpu teacher, offload", ("v2_speech",)),
+            *cases_of("tp2 x pp2", ("v1_vision", "v2_speech")),
+            {"name": "skipping in a pipeline", "model": "v2_vision", "poisoned_step": 2, **TOPOLOGIES["pp2 x dp2"][1]},
+            {"name": "a", "model": "v1_vision", "steps": [0, 2], **TOPOLOGIES["tp2 x pp2"][1]},
+            {
+                "name": "b",
+                "model": "v1_vision",
+                "stage": 3,
+                "accumulation": 1,
+                "steps": [2, 4],
+                "load": path(root, "a", 2),
+            },
+        ],
+    )
+
+
+def test_four_ranks_compute_what_one_does(
+    on_four_ranks: dict[str, Checkpoint], references: dict[str, Checkpoint]
+) -> None:
+    within_limits(compare({n: c for n, c in on_four_ranks.items() if n.split()[0] in references}, references))
+
+
+def test_checkpoints_cross_topologies(root: Path, on_four_ranks: dict[str, Checkpoint]) -> None:
+    """TP2 x PP2, then ZeRO-3 on four ranks, then one process, then TP2 x PP2: as if nothing had happened."""
+    alone = [
+        {"name": "straight", "model": "v1_vision", "accumulation": 4, "steps": [0, 8]},
+        {"name": "c", "model": "v1_vision", "accumulation": 4, "steps": [4, 6], "load": path(root, "b", 4)},
+    ]
+    straight = train(root, 1, alone)["straight"]
+    divided = TOPOLOGIES["tp2 x pp2"][1]
+    back = {"name": "d", "model": "v1_vision", "steps": [6, 8], "load": path(root, "c", 6), **divided}
+    ours = train(root, 4, [back])["d"]
+    for kind in ("student", "teacher", "exp_avg", "exp_avg_sq"):
+        for name in straight.names(kind):
+            difference = float((ours.tensor(kind, name) - straight.tensor(kind, name)).abs().max())
+            assert difference <= 2e-5, (kind, name, difference)
+
+
+def path(root: Path, case: str, step: int) -> str:
+    """Where a case leaves its checkpoint."""
+    return str(root / case / directory_name(step))
+
+
+@pytest.mark.slow
+def test_every_topology_computes_what_one_process_does(
+    root: Path, references: dict[str, Checkpoint], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every model in every topology, with and without activation checkpointing."""
+    rows = []
+    for world_size in (2, 4):
+        cases = []
+        for topology in (name for name, (ranks, _) in TOPOLOGIES.items() if ranks == world_size):
+            for case in cases_of(topology, tiny_models.NAMES):
+                cases += [case, {**case, "name": f"{case['name']} *", "checkpointing": not case["checkpointing"]}]
+        rows += compare(train(root, world_size, cases), references)
+    with capsys.disabled():
+        print(report(rows))
+    within_limits(rows)
+
+
+def report(rows: list[tuple[str, dict[str, float]]]) -> str:
+    """A table: the largest difference of each topology over models, with and without activation checkpointing."""
+    lines = ["", "| topology | loss | gradient norm | student | teacher |", "|---|---|---|---|---|"]
+    for topology in TOPOLOGIES:
+        found = [values for name, values in rows if name.split(" ", 1)[1].removesuffix(" *") == topology]
+        worst = {what: max(values[what] for values in found) for what in LIMITS}
+        cells = " | ".join(f"{worst[what]:.1e}" for what in ("loss", "gradient norm", "student", "teacher"))
+        lines.append(f"| {topology} | {cells} |")
+    return "\n".join(lines)

@@ -1,0 +1,175 @@
+"""One rank: small models trained through the real step in several topologies (`topology_worker.py CASES.json`).
+
+Each case ends in a checkpoint that also holds the loss and gradient norm of every step.
+"""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import tiny_models
+import torch
+import torch.distributed as dist
+
+from d2v_scale.checkpoint import Checkpoint, training
+from d2v_scale.checkpoint.config import CheckpointConfig
+from d2v_scale.checkpoint.writer import CheckpointWriter
+from d2v_scale.data.batch import Batch
+from d2v_scale.data2vec.config import EmaConfig, LossConfig, MaskingConfig, ObjectiveConfig
+from d2v_scale.engines import build_engines
+from d2v_scale.model.stack import Draw
+from d2v_scale.optim import OptimConfig, set_rates
+from d2v_scale.parallel import ds_config, groups
+from d2v_scale.parallel.feed import SharedFeed
+from d2v_scale.recipe import Recipe
+from d2v_scale.step import collapse_statistics, train_step
+from d2v_scale.teacher import TeacherConfig
+
+SAMPLES = 8
+SHARES = 4
+"""Micro-batches of a step over all replicas, the same in every topology."""
+
+
+def recipe_of(case: dict) -> Recipe:
+    name = case["model"]
+    model = tiny_models.model(name, depth=4, drop_path=0.2)
+    model.activation_checkpointing = case.get("checkpointing", False)
+    target = dataclasses.replace(tiny_models.target_of(name), top_k_layers=3)
+    loss = LossConfig(cls_weight=0.5 if name == "v2_vision" else 0.0)
+    return Recipe(
+        model=model,
+        objective=ObjectiveConfig(
+            masking=MaskingConfig(kind="random", clones=clones(name)),
+            target=target,
+            loss=loss,
+            ema=EmaConfig(start=0.9, end=0.9),
+        ),
+        optim=OptimConfig(lr=1e-3, schedule="constant", max_steps=100, eps=1e-4, clip=0.05),
+        teacher=TeacherConfig(placement=case.get("placement", "device")),
+        parallel=groups.ParallelConfig(tensor=case.get("tensor", 1), pipeline=case.get("pipeline", 1)),
+        accumulation=case["accumulation"],
+    )
+
+
+def clones(name: str) -> int:
+    return 2 if name.startswith("v2") else 1
+
+
+def micro_batches(name: str, step: int, topology: groups.Topology, accumulation: int) -> list[Batch]:
+    whole = tiny_models.batch(name, samples=SAMPLES, clones=clones(name), padded="vision" not in name, seed=step)
+    return [
+        part_of(whole, micro * topology.data_parallel_size + topology.data_parallel_rank)
+        for micro in range(accumulation)
+    ]
+
+
+def part_of(batch: Batch, index: int) -> Batch:
+    share = SAMPLES // SHARES
+    rows, samples = share * batch.clones, slice(index * share, (index + 1) * share)
+    return dataclasses.replace(
+        batch,
+        inputs=batch.inputs[samples],
+        valid=None if batch.valid is None else batch.valid[samples],
+        student_inputs=None if batch.student_inputs is None else batch.student_inputs[samples],
+        masked_rt=batch.masked_rt[index * rows : (index + 1) * rows],
+        sample_ids=batch.sample_ids[samples],
+        layout=None,
+    )
+
+
+def run(case: dict, topology: groups.Topology) -> None:
+    recipe = recipe_of(case)
+    assert topology.data_parallel_size * recipe.accumulation == SHARES, case
+    precision = case.get("precision", "fp32")
+    numbers = ds_config.RecipeNumbers(precision=precision, accumulation=recipe.accumulation, clip=recipe.optim.clip)
+    raw = {"zero_optimization": {"stage": case.get("stage", 1), **case.get("zero", {})}}
+    config = ds_config.resolve(raw, numbers, recipe.parallel, topology.world_size)
+    student, teacher = build_engines(recipe, config, topology)
+    if "load" in case:
+        training.restore(Checkpoint.open(case["load"]), student, teacher)
+    student.module.train()
+    first, last = case["steps"]
+    steps = (micro_batches(case["model"], step, topology, recipe.accumulation) for step in range(first, last))
+    # Who does not read gets its batches from the rank that does.
+    reads = topology.model_size == 1 or dist.get_rank(topology.model_group) == 0
+    feed = SharedFeed(steps if reads else iter(()), topology)
+    losses, norms, figures = [], [], {}
+    for step in range(first, last):
+        set_rates(student.optimizer, recipe.optim, student.completed_updates)
+        batches = next(feed)
+        if step == case.get("poisoned_step") and topology.data_parallel_rank == 0:
+            batches[-1].inputs.fill_(float("nan"))
+        result, seen = train_step(student, teacher, batches, recipe.objective, Draw(1, step), observe=True)
+        assert result.applied == (step != case.get("poisoned_step")), f"step {step}: {result}"
+        if not result.applied:
+            continue
+        figures = {name: float(value) for name, value in collapse_statistics(seen, topology).items()}
+        losses.append(figures.pop("loss"))
+        norms.append(result.grad_norm)
+    figures |= {name: float(value) for name, value in teacher.health().items()}
+    figures |= {
+        f"feature {i}": float(x.double().square().sum()) for i, x in enumerate(evaluate(student, teacher, case))
+    }
+    replicated_parameters_agree(case, student, topology)
+    extra = {"losses": losses, "norms": norms, "figures": figures}
+    writer = CheckpointWriter.create(Path(case["out"]), CheckpointConfig(peer_timeout=30))
+    writer.save(last, training.pieces(student, teacher), training.state(student, teacher), extra)
+    assert writer.finish(), writer.poll()
+    teacher.destroy()
+    student.destroy()
+
+
+def evaluate(student, teacher, case: dict) -> list[torch.Tensor]:
+    """Hidden states of an evaluation batch, as the in-training probe asks for them."""
+    batch = tiny_models.batch(case["model"], samples=2, seed=99)
+    shared = None
+    if teacher.module.section.starts and not teacher.module.owns_features(batch.modality):
+        student.module.eval()
+        with torch.no_grad():
+            shared = student.module.stem_features(batch)
+        student.module.train()
+    return teacher.features(batch, shared, [0, -1])
+
+
+def replicated_parameters_agree(case: dict, student, topology: groups.Topology) -> None:
+    """Bitwise over the tensor-parallel ranks: a missing gradient reduction lets copies drift apart unseen."""
+    if topology.tensor_size == 1 or student.stage == 3:
+        return
+    for name, parameter in student.module.named_parameters():
+        if not getattr(parameter, "tensor_model_parallel", False):
+            copies = [torch.empty_like(parameter.data) for _ in range(topology.tensor_size)]
+            dist.all_gather(copies, parameter.data.contiguous(), group=topology.tensor_group)
+            assert all(torch.equal(copies[0], other) for other in copies), f"{case['name']}: {name} drifts apart"
+
+
+def main() -> None:
+    from megatron.core import parallel_state
+
+    cases = json.loads(Path(sys.argv[1]).read_text())
+    topology = groups.initialize(groups.ParallelConfig())
+    held = (1, 1)
+    for case in cases:
+        wanted = (case.get("tensor", 1), case.get("pipeline", 1))
+        if wanted != held:
+            # Other groups in the same processes: a launch costs more than a case.
+            parallel_state.destroy_model_parallel()
+            topology = groups._divide(groups.ParallelConfig(tensor=wanted[0], pipeline=wanted[1]), topology.device)
+            held = wanted
+        try:
+            run(case, topology)
+        except BaseException:
+            import traceback
+
+            print(f"case {case['name']} failed on rank {topology.rank}", flush=True)
+            traceback.print_exc()
+            sys.stdout.flush()
+            # The other ranks wait in a collective; the launcher ends them.
+            sys.exit(1)
+    groups.shutdown()
+
+
+if __name__ == "__main__":
+    main()
