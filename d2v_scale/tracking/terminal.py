@@ -1,4 +1,4 @@
-"""What a person sees of a run: a live line at a terminal, plain lines in a log file."""
+"""What a person sees of a run: a live view at a terminal, plain lines in a log file."""
 
 import contextlib
 import sys
@@ -14,24 +14,21 @@ class Terminal:
     """Prints records. `message` is for everything else that a person should read."""
 
     def __init__(self, total_steps: int | None, live: bool | None = None) -> None:
-        """`live`: rich progress line; default: if stdout is a terminal."""
+        """`live`: a bar and the newest values below it; default: if stdout is a terminal."""
         self._total = total_steps
         self._shown: dict[str, float] = {}
         self._checkpoint = ""
         self._started: tuple[float, int] | None = None
-        self._progress: Any = None
+        self._live: Any = None
         if sys.stdout.isatty() if live is None else live:
+            from rich.live import Live
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-            self._progress = Progress(
-                TextColumn("step"),
-                MofNCompleteColumn(),
-                BarColumn(bar_width=20),
-                TextColumn("{task.fields[values]}"),
-                TimeElapsedColumn(),
-            )
-            self._task = self._progress.add_task("", total=total_steps, values="")
-            self._progress.start()
+            bar = (TextColumn("step"), MofNCompleteColumn(), BarColumn(bar_width=20))
+            self._progress = Progress(*bar, TextColumn("{task.fields[eta]}"), TextColumn("after"), TimeElapsedColumn())
+            self._task = self._progress.add_task("", total=total_steps, eta="")
+            self._live = Live(self._progress, refresh_per_second=4)
+            self._live.start()
 
     def record(self, record: Mapping[str, Any]) -> None:
         """Show one record of metrics.jsonl. Values not in it keep their last reading at a terminal."""
@@ -39,11 +36,14 @@ class Terminal:
         self._started = self._started or (time.monotonic(), step)
         fresh = {name: record[name] for name in _SHOWN if name in record}
         self._shown |= fresh
-        if self._progress is not None:
-            text = "  ".join(
-                [*(_format(name, value) for name, value in self._shown.items()), self._eta(step), self._checkpoint]
-            )
-            self._progress.update(self._task, completed=step, values=text)
+        if self._live is not None:
+            from rich.console import Group
+            from rich.text import Text
+
+            values = [_format(name, value) for name, value in self._shown.items()]
+            self._progress.update(self._task, completed=step, eta=self._eta(step))
+            # A text of its own goes on in the next line of a narrow terminal.
+            self._live.update(Group(self._progress, Text("  ".join(filter(None, [*values, self._checkpoint])))))
         elif fresh:  # other lines say nothing that a log needs
             of = f"/{self._total}" if self._total else ""
             parts = [f"step {step}{of}", *(_format(name, value) for name, value in fresh.items()), self._eta(step)]
@@ -51,8 +51,8 @@ class Terminal:
 
     def message(self, text: str) -> None:
         """One line above the live display."""
-        if self._progress is not None:
-            self._progress.console.print(text, markup=False, highlight=False)
+        if self._live is not None:
+            self._live.console.print(text, markup=False, highlight=False)
         else:
             _print(text)
 
@@ -62,8 +62,8 @@ class Terminal:
 
     def close(self) -> None:
         """Leave the terminal as it was."""
-        if self._progress is not None:
-            self._progress.stop()
+        if self._live is not None:
+            self._live.stop()
 
     def _eta(self, step: int) -> str:
         if self._started is None or not self._total or step <= self._started[1]:

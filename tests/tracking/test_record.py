@@ -3,6 +3,7 @@ import errno
 import json
 import math
 import os
+import re
 import time
 from pathlib import Path
 
@@ -132,16 +133,27 @@ def test_a_log_file_on_a_full_disk_does_not_end_the_run(monkeypatch: pytest.Monk
         full.close()
 
 
-def test_live_line_at_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("columns", [60, 200])
+def test_live_view_shows_everything_at_any_width(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, columns: int
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("FORCE_COLOR", "1")
     terminal = Terminal(100, live=True)
-    terminal.record({"step": 10, "loss": 0.5})
+    values = {"loss": 0.5, "samples_per_second": 364.8, "mfu": 0.41, "data_wait_share": 0.02, "decay": 0.99, "lr": 1e-3}
+    terminal.record({"step": 10, **values})
+    terminal.record({"step": 10, "knn_accuracy": 0.75})
     terminal.message("a [bracketed] message")
-    terminal.record({"step": 100, "loss": 0.25})
+    terminal.checkpoint(50)
+    terminal.record({"step": 80, **values, "loss": 0.25})
     terminal.close()
     output = capsys.readouterr().out
     assert "a [bracketed] message" in output
-    assert "100/100" in output
-    assert "0.25" in output
+    last = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", output[output.rindex("80/100") - 40 :])
+    for shown in ("80/100", "loss 0.25", "k-NN 0.75", "samples/s 364.8", "mfu 41.0%", "data wait 2.0%", "eta 0:00:"):
+        assert shown in " ".join(last.split()), (shown, last)
+    assert "checkpoint 50" in " ".join(last.split())
 
 
 def test_flatten_names_nested_keys() -> None:
