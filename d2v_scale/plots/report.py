@@ -78,7 +78,7 @@ def _number(value: float | None, form: str = ".4g") -> str:
 
 def _overview(summaries: Sequence[RunSummary], colours: Sequence[str]) -> str:
     head = ["run", "ended", "steps", "samples", "hours", "loss first", "loss last", "k-NN first", "k-NN best",
-            "k-NN last", "samples/s", "data wait", "incidents"]  # fmt: skip
+            "k-NN last", "samples/s", "MFU", "data wait", "incidents"]  # fmt: skip
     rows = []
     for summary, colour in zip(summaries, colours, strict=True):
         knn = next((name for name in ("knn_accuracy", "knn") if summary.last(name) is not None), "knn")
@@ -95,6 +95,7 @@ def _overview(summaries: Sequence[RunSummary], colours: Sequence[str]) -> str:
                 _number(summary.best(knn), ".3f"),
                 _number(summary.last(knn), ".3f"),
                 _number(summary.median("samples_per_second"), ",.0f"),
+                _number(summary.median("mfu"), ".1%"),
                 _number(summary.median("data_wait_share"), ".1%"),
                 str(len(summary.incidents)),
             ]
