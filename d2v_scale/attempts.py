@@ -113,12 +113,18 @@ def main() -> int:
     attempt = ended(read_status(run_dir), srun_code, newest_checkpoint(run_dir))
     where = {"job": os.environ.get("SLURM_JOB_ID", ""), "nodes": os.environ.get("SLURM_JOB_NODELIST", "")}
     line = json.dumps(asdict(attempt) | where | {"time": time.time()})
+    unrecorded: OSError | None = None
+    earlier = read_attempts(run_dir)
     try:
         with (run_dir / ATTEMPTS_FILE).open("a") as file:
             file.write(line + "\n")
     except OSError as error:
+        unrecorded = error
         print(f"attempt not recorded: {error}", file=sys.stderr)
-    decision = decide([*read_attempts(run_dir)[:-1], attempt], max_failures)
+    decision = decide([*earlier, attempt], max_failures)
+    if unrecorded is not None and decision.requeue and not attempt.was_asked_to_stop:
+        # A full disk, most likely: failures that nobody counts would go on for ever.
+        decision = Decision(False, f"not requeued, as attempts cannot be counted ({unrecorded}): {attempt.reason}")
     print("requeue" if decision.requeue else "stop")
     print(decision.why, file=sys.stderr)
     return attempt.exit_code

@@ -4,7 +4,8 @@ import pytest
 
 from d2v_scale import attempts, errors
 from d2v_scale.attempts import Attempt, decide, ended
-from d2v_scale.status import Status
+from d2v_scale.signals import StopReason
+from d2v_scale.status import Status, write_status
 
 ASKED = Attempt(errors.EXIT_REQUEUE, "SIGUSR1 received (rank 3)", 40)
 HUNG = Attempt(errors.EXIT_REQUEUE, "silent: rank 3 (process 12 on n2) is stopped", 40)
@@ -72,3 +73,17 @@ def test_attempts_are_recorded_and_a_torn_line_is_left_out(
     assert [one.exit_code for one in attempts.read_attempts(tmp_path)] == [14, 14]
     attempts.main()
     assert capsys.readouterr().out == "stop\n"
+
+
+def test_failures_that_cannot_be_counted_are_not_requeued(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "attempts.jsonl").mkdir()  # takes no line, like a file on a full disk
+    monkeypatch.setattr("sys.argv", ["attempts", str(tmp_path), "9"])
+    assert attempts.main() == errors.EXIT_LOST_PEER
+    told = capsys.readouterr()
+    assert told.out == "stop\n"
+    assert "attempts cannot be counted" in told.err
+    write_status(tmp_path, errors.EXIT_REQUEUE, StopReason.USR1.text)
+    assert attempts.main() == errors.EXIT_REQUEUE
+    assert capsys.readouterr().out == "requeue\n"
