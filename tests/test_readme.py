@@ -88,6 +88,13 @@ STAND_INS: dict[str, list[str] | None] = {
     ".venv/bin/python tools/probe.py runs/vit --data 'shards/train-*.tar' --test 'shards/val-*.tar' --task knn": [
         *["tools/probe.py", "runs/vit", "--data", "shards/*.tar", "--test", "shards/*.tar", "--task", "knn"]
     ],
+    "bash tools/evidence.sh --data DIR": None,
+    ".venv/bin/python tools/sweep.py tiny2_vision --grid objective.masking.clones=1,4 --equal_compute --seeds 1 2 "
+    "--out out/masks -- --data 'shards/*.tar'": [
+        *["tools/sweep.py", "tiny2_vision", "--grid", "objective.masking.clones=1,4", "--seeds", "1", "--out", "masks"],
+        *["--", "--data", "shards/*.tar", "--optim.max_steps", "1", "--optim.warmup_steps", "0"],
+        *["--global_batch_size", "4", "--tracking.enabled", "false", "--data.workers", "0"],
+    ],
 }
 
 
