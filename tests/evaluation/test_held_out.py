@@ -19,6 +19,7 @@ from d2v_scale.data2vec.config import LossConfig, MaskingConfig
 from d2v_scale.evaluation.held_out import held_out_figures
 from d2v_scale.model.config import ModelConfig, TextStem
 from d2v_scale.step import masked_targets
+from d2v_scale.teacher import ShardedTeacher
 
 TARGETS = torch.randn(9, 16, 32, generator=torch.Generator().manual_seed(0))
 
@@ -36,6 +37,14 @@ class Module(torch.nn.Module):
         return SimpleNamespace(predictions_nd=masked_targets(targets_of(batch), batch) + self.error, features_btd=None)
 
 
+class TeacherOfFixedTargets(ShardedTeacher):
+    def __init__(self) -> None:
+        """Nothing of the real one is needed."""
+
+    def __call__(self, batch: Batch, features: object) -> torch.Tensor:
+        return targets_of(batch)
+
+
 def targets_of(batch: Batch) -> torch.Tensor:
     return TARGETS[batch.sample_ids % len(TARGETS)]
 
@@ -43,9 +52,7 @@ def targets_of(batch: Batch) -> torch.Tensor:
 def figures(batches: list[Batch], error: float) -> dict[str, float]:
     topology = SimpleNamespace(data_parallel_rank=0, data_parallel_size=1, device=torch.device("cpu"))
     student = SimpleNamespace(module=Module(error).train(), topology=topology)
-    found = held_out_figures(
-        batches, cast(Any, student), cast(Any, lambda batch, features: targets_of(batch)), LossConfig()
-    )
+    found = held_out_figures(batches, cast(Any, student), TeacherOfFixedTargets(), LossConfig())
     assert student.module.training
     return found
 
