@@ -63,7 +63,7 @@ def _draw_sample(axes: "Axes", sample: Sample) -> None:
     if isinstance(sample, str):
         shown = textwrap.shorten(sample, 380, placeholder=" …")
         axes.text(
-            0.03, 0.95, textwrap.fill(shown, 46), fontsize=5.5, va="top", transform=axes.transAxes, parse_math=False
+            0.03, 0.95, textwrap.fill(shown, 40), fontsize=6.5, va="top", transform=axes.transAxes, parse_math=False
         )
     elif sample.dim() == 1:
         axes.imshow(log_spectrogram(sample), origin="lower", aspect="auto", cmap="magma")
