@@ -3,7 +3,6 @@
 from typing import Any
 
 import plan_worker
-import pytest
 
 from d2v_scale import command_line
 from d2v_scale.parallel.groups import ParallelConfig
@@ -30,15 +29,26 @@ CASES: dict[int, list[dict[str, Any]]] = {
         },
         {"name": "t2_z1", "zero": {"stage": 1}, "precision": "bf16", "tensor": 2},
         {"name": "t2_recomputed", "zero": {"stage": 1}, "precision": "bf16", "tensor": 2, "checkpointing": True},
+        {"name": "p2", "zero": {"stage": 1}, "precision": "bf16", "pipeline": 2, "accumulation": 4},
     ],
     4: [
         {"name": "z1_fp32", "zero": {"stage": 1}, "precision": "fp32", "placement": "cpu"},
         {"name": "z3_released", "zero": RELEASED, "precision": "bf16"},
         {"name": "t2_z3", "zero": {"stage": 3}, "precision": "bf16", "tensor": 2},
         {"name": "t2_z2", "zero": {"stage": 2}, "precision": "bf16", "tensor": 2},
+        {"name": "p2_d2", "zero": {"stage": 1}, "precision": "bf16", "pipeline": 2, "accumulation": 2},
+        {"name": "p2_d2_fp32", "zero": {"stage": 1}, "precision": "fp32", "pipeline": 2, "accumulation": 2},
+        {"name": "t2_p2", "zero": {"stage": 1}, "precision": "bf16", "tensor": 2, "pipeline": 2, "accumulation": 2},
     ],
 }
 IDS = [(world_size, case["name"]) for world_size, cases in CASES.items() for case in cases]
+
+
+def stages_of(measured: dict[str, Any]) -> list[list[dict[str, Any]]]:
+    """The ranks of each pipeline stage: megatron counts tensor, then data, then pipeline."""
+    ranks, count = measured["ranks"], measured["case"].get("pipeline", 1)
+    each = len(ranks) // count
+    return [ranks[stage * each : (stage + 1) * each] for stage in range(count)]
 
 
 def job_of(measured: dict[str, Any]) -> Job:
@@ -60,8 +70,6 @@ def planned(
     placement: str = "device",
 ) -> Job:
     """A recipe of the package on some ranks."""
-    if pipeline > 1:
-        pytest.importorskip("d2v_scale.parallel.pipeline")
     recipe = command_line.parse([f"--recipe={name}"])[0]
     recipe.parallel = ParallelConfig(tensor=tensor, pipeline=pipeline)
     recipe.accumulation = accumulation

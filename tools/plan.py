@@ -70,15 +70,18 @@ def row(option: Option) -> str:
         missing.append(f"{option.missing_device / GB:.0f} GB of device memory")
     if option.missing_host:
         missing.append(f"{option.missing_host / GB:.0f} GB of host memory")
+    bubble = max(time.bubble for time in option.times.values())
     return (
-        f"{job.parallel.tensor:3d} {job.parallel.pipeline:3d} {job.data:5d}  {option.deepspeed_config:29s}"
-        f"{micro:7.1f} {job.recipe.accumulation:5d}  {kept:10s}  {job.recipe.teacher.placement:7s}"
-        f"{budget.device_total / GB:8.1f} {budget.host_total / GB:8.1f} {option.seconds:9.3f}"
+        f"{job.parallel.tensor:3d} {job.parallel.pipeline:3d} {job.data:5d}  {option.deepspeed_config:28s}"
+        f"{micro:6.1f} {job.recipe.accumulation:5d}  {kept:11s} {job.recipe.teacher.placement:7s}"
+        f"{budget.device_total / GB:9.1f} {budget.host_total / GB:8.1f} {bubble:7.1%} {option.seconds:8.3f}"
         + (f"  lacks {' and '.join(missing)}" if missing else "")
     )
 
 
-HEADING = " TP  PP    DP  DeepSpeed JSON                 micro  acc.  activations teacher GB/device  GB host    step s"
+HEADING = (
+    " TP  PP    DP  DeepSpeed JSON              micro  acc.  activations teacher GB/device  GB host  bubble   step s"
+)
 
 
 def details(option: Option, cluster: Cluster) -> list[str]:

@@ -7,13 +7,14 @@ from torch import Tensor
 
 from d2v_scale.parallel.shards import MOMENTS
 from d2v_scale.parallel.zero import StudentEngine
-from d2v_scale.teacher import ShardedTeacher
+from d2v_scale.teacher import EmaTeacher
 
 CLASSES = ("weights", "gradients", "master and moments", "teacher fp32", "teacher compute")
 
 
-def held_bytes(student: StudentEngine, teacher: ShardedTeacher) -> dict[str, int]:
-    """Bytes per class. Local. Gradients are there between the last `backward` and `step`.
+def held_bytes(student: StudentEngine, teacher: EmaTeacher) -> dict[str, int]:
+    """Bytes per class. Local. Gradients are there between the last `backward` and `step`. In a
+    pipeline: of this stage.
 
     A storage is counted once, for the first class that holds it: in fp32 the teacher's compute copy is its fp32 part,
     and at stages 1 and 2 in fp32 the master is a copy of this rank's part of the weights.
@@ -40,7 +41,7 @@ def held_bytes(student: StudentEngine, teacher: ShardedTeacher) -> dict[str, int
         "gradients": size(_gradients(student)),
         "master and moments": size([*masters, *moments]),
         "teacher fp32": size(shard.values for shard in shards),
-        "teacher compute": size(t for p in teacher_parameters for t in (p, p.ds_tensor)),  # type: ignore[attr-defined]
+        "teacher compute": size(t for p in teacher_parameters for t in (p, getattr(p, "ds_tensor", p))),
     }
     assert tuple(sizes) == CLASSES
     return sizes

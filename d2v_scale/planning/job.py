@@ -71,6 +71,8 @@ class Job:
     lengths: dict[Modality, flops.Lengths]
     stage_tensors: tuple[tuple[tuple[TensorSize, ...], tuple[TensorSize, ...]], ...]
     """For each pipeline stage the student's parameters and the teacher's."""
+    stage_layers: dict[Modality, tuple[tuple[int, ...], ...]]
+    """For each pipeline stage the positions of its layers in `describe`."""
 
     @classmethod
     def of(cls, recipe: Recipe, raw: dict[str, Any], world_size: int, sizes: ModelSizes) -> "Job":
@@ -91,8 +93,14 @@ class Job:
         def in_stage(tensors: tuple[TensorSize, ...], index: int) -> tuple[TensorSize, ...]:
             return tuple(one for one in tensors if split.stage_of(one.name) == index)
 
-        held = tuple((in_stage(sizes.student, i), in_stage(sizes.teacher, i)) for i in range(recipe.parallel.pipeline))
-        return cls(recipe, world_size, config, sizes, split, costs, lengths, held)
+        def layers_of(modality: Modality, index: int) -> tuple[int, ...]:
+            layers = enumerate(describe(recipe.model, modality))
+            return tuple(position for position, layer in layers if split.stage_of(layer.name) == index)
+
+        indices = range(recipe.parallel.pipeline)
+        held = tuple((in_stage(sizes.student, index), in_stage(sizes.teacher, index)) for index in indices)
+        run = {modality: tuple(layers_of(modality, index) for index in indices) for modality in costs}
+        return cls(recipe, world_size, config, sizes, split, costs, lengths, held, run)
 
     def varied(self, *, accumulation: int, checkpointing: bool, placement: Literal["device", "cpu"]) -> "Job":
         """The same with another number of micro-batches, other activations kept, the teacher elsewhere. Raises
@@ -150,11 +158,6 @@ class Job:
     def micro_batch(self, modality: Modality) -> float:
         """Samples of one micro-batch on one data-parallel rank."""
         return self.step_samples(modality) / (self.data * self.recipe.accumulation)
-
-    def layers_of(self, modality: Modality, index: int) -> list[int]:
-        """Positions in `describe` of the layers of a pipeline stage."""
-        layers = describe(self.recipe.model, modality)
-        return [position for position, layer in enumerate(layers) if self.split.stage_of(layer.name) == index]
 
 
 def samples_per_step(recipe: Recipe, lengths: flops.Lengths) -> float:

@@ -105,7 +105,7 @@ def stage_activations(job: Job, stage: int, modality: Modality) -> float:
     samples = job.micro_batch(modality)
     setting = activations.Setting(samples=samples, itemsize=job.itemsize, tensor=job.parallel.tensor)
     every = activations.activations(model, modality, lengths, setting)
-    layers = [every[position] for position in job.layers_of(modality, stage)]
+    layers = [every[position] for position in job.stage_layers[modality][stage]]
     whole = sum(one.saved for one in layers)
     if model.activation_checkpointing:
         blocks = [one.saved for one in layers if one.layer.kind == "block"]

@@ -70,11 +70,12 @@ class Hop(Transfer):
 def transfers(job: Job, modality: Modality, devices_per_node: int) -> list[Transfer]:
     """What the busiest pipeline stage sends for one step of `modality`."""
     count = job.parallel.pipeline
-    found = [_stage_transfers(job, modality, devices_per_node, stage) for stage in range(count)]
+    found = [stage_transfers(job, modality, devices_per_node, stage) for stage in range(count)]
     return max(found, key=lambda stage: sum(one.sent for one in stage))
 
 
-def _stage_transfers(job: Job, modality: Modality, devices_per_node: int, stage: int) -> list[Transfer]:
+def stage_transfers(job: Job, modality: Modality, devices_per_node: int, stage: int) -> list[Transfer]:
+    """What each device of one pipeline stage sends for one step of `modality`."""
     found = [*_replicas(job, devices_per_node, stage), *_slices(job, modality, devices_per_node, stage)]
     found += _hops(job, modality, devices_per_node, stage)
     return [one for one in found if one.sent > 0]
@@ -113,7 +114,7 @@ def _slices(job: Job, modality: Modality, devices_per_node: int, stage: int) -> 
     """Between tensor-parallel ranks: two sums a block and pass."""
     model, lengths = job.recipe.model, job.lengths[modality]
     layers = job.costs[modality].layers
-    blocks = sum(layers[i].layer.kind == "block" for i in job.layers_of(modality, stage))
+    blocks = sum(layers[i].layer.kind == "block" for i in job.stage_layers[modality][stage])
     samples = job.step_samples(modality) / job.data
     width = model.backbone.width
     states = job.itemsize * samples * lengths.clones * (lengths.kept + lengths.extra) * width

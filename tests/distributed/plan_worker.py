@@ -2,33 +2,38 @@
 
     plan_worker.py CASES.json OUT.json
 
-A case: name, tensor, zero (the JSON's `zero_optimization`), precision, placement, accumulation, checkpointing.
+A case: name, tensor, pipeline, zero (the JSON's `zero_optimization`), precision, placement, accumulation,
+checkpointing.
 Rank 0 writes for every case what each rank held and what each rank communicated.
 """
 
+import itertools
 import json
 import os
 import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.pipe import schedule
+from megatron.core import parallel_state
 
 from d2v_scale.data.batch import Batch
 from d2v_scale.data2vec.config import MaskingConfig, ObjectiveConfig, TargetConfig
-from d2v_scale.data2vec.loss import masked_loss_sum
+from d2v_scale.engines import build_engines
 from d2v_scale.model.config import Backbone, ModelConfig, Predictor, VisionStem
-from d2v_scale.model.init import initialize
-from d2v_scale.model.stack import Draw, Student, Teacher
-from d2v_scale.optim import OptimConfig, make_optimizer, parameter_groups
+from d2v_scale.model.stack import Draw
+from d2v_scale.optim import OptimConfig
 from d2v_scale.parallel import ds_config, groups
 from d2v_scale.parallel.memory import held_bytes
-from d2v_scale.parallel.zero import build_student
+from d2v_scale.parallel.pipeline import PipelineStudent
+from d2v_scale.parallel.zero import StudentEngine
 from d2v_scale.recipe import Recipe
-from d2v_scale.step import masked_targets
-from d2v_scale.teacher import ShardedTeacher, TeacherConfig
+from d2v_scale.step import train_step
+from d2v_scale.teacher import TeacherConfig
 
 SAMPLES, CLONES, KEPT = 2, 3, 4
 """Of each micro-batch and data-parallel rank; patches kept of 16."""
@@ -45,12 +50,12 @@ def recipe_of(case: dict[str, Any], world_size: int) -> Recipe:
         predictor=decoder,
         activation_checkpointing=case.get("checkpointing", False),
     )
-    parallel = groups.ParallelConfig(tensor=case.get("tensor", 1))
+    parallel = groups.ParallelConfig(tensor=case.get("tensor", 1), pipeline=case.get("pipeline", 1))
     accumulation = case.get("accumulation", 1)
     return Recipe(
         model=model,
         objective=ObjectiveConfig(
-            masking=MaskingConfig(kind="random", prob=0.75, clones=CLONES), target=TargetConfig(top_k_layers=2)
+            masking=MaskingConfig(kind="random", prob=0.75, clones=CLONES), target=TargetConfig(top_k_layers=3)
         ),
         teacher=TeacherConfig(placement=case.get("placement", "device")),
         precision=case["precision"],
@@ -68,7 +73,7 @@ def zero_of(case: dict[str, Any]) -> dict[str, Any]:
 
 
 class Traffic:
-    """Bytes that a ring sends from this rank, by kind of collective and size of the group, while `counting`."""
+    """Bytes that a ring sends from this rank, by kind of collective, while `counting`."""
 
     def __init__(self) -> None:
         self.counting = False
@@ -84,7 +89,8 @@ class Traffic:
         def counted(group: Any, *args: Any, **kwargs: Any) -> Any:
             if self.counting:
                 count = group.size()
-                self.sent[f"{name} {count}"] += passes * _bytes(args[whole]) * (count - 1) / count
+                others = 1 if name == "send" else (count - 1) / count
+                self.sent[name] += passes * _bytes(args[whole]) * others
             return original(group, *args, **kwargs)
 
         setattr(dist.ProcessGroup, name, counted)
@@ -93,6 +99,7 @@ class Traffic:
 # Name; how often a ring passes the whole; which argument is the whole, output or input.
 _COLLECTIVES = [
     ("allreduce", 2.0, 0),
+    ("send", 1.0, 0),
     ("broadcast", 1.0, 0),
     ("reduce", 1.0, 0),
     *((name, 1.0, 0) for name in ("allgather", "_allgather_base", "all_gather_single")),
@@ -107,6 +114,33 @@ def _bytes(value: Any) -> int:
     return value.nbytes if isinstance(value, torch.Tensor) else sum(_bytes(each) for each in value)
 
 
+def batch_of(generator: torch.Generator) -> Batch:
+    """One micro-batch."""
+    order = torch.rand(SAMPLES * CLONES, 16, generator=generator).argsort(1)
+    return Batch(
+        modality="vision",
+        inputs=torch.randn(SAMPLES, 3, 16, 16, generator=generator),
+        valid=None,
+        masked_rt=order >= KEPT,
+        sample_ids=torch.arange(SAMPLES),
+    )
+
+
+def before_update(student: StudentEngine, call: Callable[[], None]) -> None:
+    """Call when the gradients of a step are complete. In a pipeline the optimizer's own hook comes too late."""
+    if not isinstance(student, PipelineStudent):
+        student.before_step.append(call)
+        return
+    instructions = student.engine._INSTRUCTION_MAP
+    reduce = instructions[schedule.ReduceGrads]
+
+    def reduce_and_call(engine: Any) -> None:
+        reduce(engine)
+        call()
+
+    student.engine._INSTRUCTION_MAP = {**instructions, schedule.ReduceGrads: reduce_and_call}
+
+
 def measure(case: dict[str, Any], traffic: Traffic) -> dict[str, Any]:
     """Three steps: DeepSpeed learns the order of modules in the first two, and the last one is measured."""
     world_size = dist.get_world_size() if dist.is_initialized() else int(os.environ["WORLD_SIZE"])
@@ -116,40 +150,16 @@ def measure(case: dict[str, Any], traffic: Traffic) -> dict[str, Any]:
         precision=case["precision"], accumulation=recipe.accumulation, global_batch_size=recipe.global_batch_size
     )
     config = ds_config.resolve(zero_of(case), numbers, recipe.parallel, world_size)
-    student = build_student(
-        lambda: Student(recipe.model),
-        config,
-        lambda named: make_optimizer(parameter_groups(named, recipe.optim), recipe.optim),
-        topology,
-        lambda module: initialize(module, 0),
-    )
-    teacher = ShardedTeacher(
-        lambda: Teacher(recipe.model, recipe.objective.target, recipe.parts()),
-        student,
-        recipe.teacher,
-        config,
-        topology,
-        recipe.parts().role,
-    )
+    student, teacher = build_engines(recipe, config, topology)
+    student.module.train()
     generator = torch.Generator().manual_seed(topology.data_parallel_rank)
+    held: dict[str, int] = {}
+    before_update(student, lambda: held.update(held_bytes(student, teacher)))
     for step in range(3):
         traffic.counting = step == 2
-        for _ in range(recipe.accumulation):
-            order = torch.rand(SAMPLES * CLONES, 16, generator=generator).argsort(1)
-            batch = Batch(
-                modality="vision",
-                inputs=torch.randn(SAMPLES, 3, 16, 16, generator=generator),
-                valid=None,
-                masked_rt=order >= KEPT,
-                sample_ids=torch.arange(SAMPLES),
-            )
-            output = student(batch, Draw(seed=0, step=step))
-            targets = masked_targets(teacher(batch, output.features_btd), batch)
-            loss = masked_loss_sum(output.predictions_nd, targets, recipe.objective.loss, recipe.model.backbone.width)
-            student.backward(loss)
-        held = held_bytes(student, teacher)
-        assert student.step().applied
-        teacher.update(0.99)
+        batches = [batch_of(generator) for _ in range(recipe.accumulation)]
+        result, _ = train_step(student, teacher, batches, recipe.objective, Draw(seed=0, step=step), observe=False)
+        assert result.applied
     traffic.counting = False
     found = {"held": held, "sent": dict(traffic.sent)}
     traffic.sent.clear()
@@ -163,17 +173,14 @@ def measure(case: dict[str, Any], traffic: Traffic) -> dict[str, Any]:
 def main() -> None:
     cases, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
     traffic, done = Traffic(), []
-    for tensor in sorted({case.get("tensor", 1) for case in cases}):
-        for case in cases:
-            if case.get("tensor", 1) == tensor:
-                done.append(measure(case, traffic))
-        if torch.distributed.get_rank() == 0:
-            out.write_text(json.dumps(done))
-        from megatron.core import parallel_state
-
-        parallel_state.destroy_model_parallel()
-    dist.barrier()
-    dist.destroy_process_group()
+    for _, alike in itertools.groupby(cases, key=lambda case: (case.get("tensor", 1), case.get("pipeline", 1))):
+        if parallel_state.model_parallel_is_initialized():
+            # Other groups in the same processes: a launch costs more than a case.
+            parallel_state.destroy_model_parallel()
+        done += [measure(case, traffic) for case in alike]
+    if dist.get_rank() == 0:
+        out.write_text(json.dumps(done))
+    groups.shutdown()
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from typing import Any
 
 import pytest
-from plan_jobs import IDS, job_of, planned
+from plan_jobs import IDS, job_of, planned, stages_of
 
 from d2v_scale.planning import memory
 
@@ -12,11 +12,12 @@ pytestmark = pytest.mark.usefixtures("world_of_one")
 
 @pytest.mark.parametrize("key", IDS, ids=str)
 def test_held_bytes_are_those_planned(key: tuple[int, str], measured: dict[Any, dict[str, Any]]) -> None:
-    job, ranks = job_of(measured[key]), measured[key]["ranks"]
-    device, host = memory.held(job, 0)
-    for name in device:
-        most = max(rank["held"][name] for rank in ranks)
-        assert device[name] + host.get(name, 0) == pytest.approx(most, rel=0.05), name
+    job = job_of(measured[key])
+    for stage, ranks in enumerate(stages_of(measured[key])):
+        device, host = memory.held(job, stage)
+        for name in device:
+            most = max(rank["held"][name] for rank in ranks)
+            assert device[name] + host.get(name, 0) == pytest.approx(most, rel=0.05), (stage, name)
 
 
 @pytest.mark.parametrize("zero", [1, 2, 3])

@@ -3,11 +3,20 @@
 from typing import Any
 
 import pytest
-from plan_jobs import IDS, job_of, planned
+from plan_jobs import IDS, job_of, planned, stages_of
 
 from d2v_scale.planning import traffic
 
 pytestmark = pytest.mark.usefixtures("world_of_one")
+
+
+KINDS = {
+    "gather": {"teacher gather", "weight gather"},
+    "reduce_scatter": {"gradient scatter"},
+    "allreduce": {"gradient all-reduce", "tensor-parallel sums"},
+    "send": {"between stages"},
+}
+"""Part of a collective's name -> what is planned to use it."""
 
 
 def sent(job: Any, devices_per_node: int = 8) -> dict[str, float]:
@@ -16,17 +25,15 @@ def sent(job: Any, devices_per_node: int = 8) -> dict[str, float]:
 
 @pytest.mark.parametrize("key", IDS, ids=str)
 def test_collectives_send_what_was_planned(key: tuple[int, str], measured: dict[Any, dict[str, Any]]) -> None:
-    job, ranks = job_of(measured[key]), measured[key]["ranks"]
-    by_kind = {"gather": 0.0, "scatter": 0.0, "reduce": 0.0}
-    for name, size in sent(job).items():
-        kind = "gather" if "gather" in name else "scatter" if "scatter" in name else "reduce"
-        by_kind[kind] += size
-    for kind, planned_bytes in by_kind.items():
-        most = max(sum(n for name, n in rank["sent"].items() if kind in name.split()[0]) for rank in ranks)
-        if kind == "reduce":
-            most = max(sum(n for name, n in rank["sent"].items() if name.startswith("allreduce")) for rank in ranks)
-        # Norms, counts and verdicts: a few numbers.
-        assert planned_bytes == pytest.approx(most, rel=0.05, abs=100), kind
+    job = job_of(measured[key])
+    for stage, ranks in enumerate(stages_of(measured[key])):
+        found = dict.fromkeys(KINDS, 0.0)
+        for one in traffic.stage_transfers(job, "vision", 8, stage):
+            found[next(kind for kind, names in KINDS.items() if one.name in names)] += one.sent
+        for kind, size in found.items():
+            most = max(sum(n for name, n in rank["sent"].items() if kind in name) for rank in ranks)
+            # Norms, counts, verdicts and the shapes of what is sent: a few numbers.
+            assert size == pytest.approx(most, rel=0.05, abs=1000), (stage, kind)
 
 
 def test_what_crosses_nodes_is_shared_by_a_node() -> None:
