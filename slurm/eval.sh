@@ -1,6 +1,8 @@
 #!/bin/bash
-# Measure what a run's features are worth (k-NN or linear probe) on one GPU:
+# Measure what an encoder is worth (k-NN, linear, attentive or CTC probe, or a fine-tuned model's own head) on one GPU:
 #   sbatch slurm/eval.sh runs/d2v-base-7 --task linear --data '/shards/train-*.tar' --test '/shards/val-*.tar'
+# A running job deletes old checkpoints: measure an export of its teacher. The result goes to the run's record, too:
+#   python tools/export.py runs/d2v-base-7 exports/now --to safetensors && sbatch slurm/eval.sh exports/now --task linear
 #SBATCH --job-name=d2v-eval
 #SBATCH --nodes=1
 #SBATCH --gpus-per-node=1

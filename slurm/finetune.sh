@@ -1,6 +1,7 @@
 #!/bin/bash
-# Continue from trained weights on other data, as a run of its own with a new schedule:
-#   sbatch slurm/finetune.sh runs/d2v-base-7 --recipe d2v2_vision_base --data '/shards/own-{0000..0099}.tar'
+# Fine-tune a pretrained encoder on labelled shards, as a run of its own (recipes: d2v_scale/recipes/finetune_*.yaml):
+#   sbatch slurm/finetune.sh runs/d2v-base-7 --recipe finetune_speech_base_100h --data '/shards/clean-100-*.tar' \
+#          --evaluation.test '/shards/dev-other-*.tar'
 #SBATCH --job-name=d2v-finetune
 #SBATCH --nodes=1
 #SBATCH --gpus-per-node=8
@@ -18,5 +19,5 @@ repository=${command%/slurm/*}
 [[ -f $repository/slurm/lib.sh ]] || repository=$SLURM_SUBMIT_DIR
 source "$repository/slurm/lib.sh" || exit 2
 
-checkpoint=${1:?the first argument is a run directory or a checkpoint to start from}
-train d2v2_vision_base zero1.json --init_from "$checkpoint" "${@:2}"
+checkpoint=${1:?the first argument is a run directory, a checkpoint or an exported folder to start from}
+train finetune_vision_v2_base zero1.json --init_from "$checkpoint" "${@:2}"

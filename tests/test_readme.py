@@ -78,6 +78,26 @@ STAND_INS: dict[str, list[str] | None] = {
         "--to",
         "hf",
     ],
+    "deepspeed d2v_scale/train.py --recipe finetune_vision_v2_base --init_from runs/vit --data '/shards/train-*.tar' "
+    "--evaluation.test '/shards/val-*.tar' --run_dir runs/tuned": [
+        *["d2v_scale/train.py", "--recipe", "finetune_vision_v2_base", "--init_from", "runs/vit", "--stop_at", "2"],
+        *["--data", "shards/*.tar", "--evaluation.test", "shards/*.tar", "--run_dir", "runs/tuned"],
+        *["--global_batch_size", "4", "--tracking.enabled", "false", "--data.workers", "0"],
+    ],
+    ".venv/bin/python tools/probe.py runs/tuned --test '/shards/val-*.tar' --task classify": [
+        *["tools/probe.py", "runs/tuned", "--test", "shards/*.tar", "--task", "classify"]
+    ],
+    ".venv/bin/python tools/export.py runs/tuned out/tuned --to hf": [
+        *["tools/export.py", "runs/tuned", "out/tuned", "--to", "hf"]
+    ],
+    ".venv/bin/python tools/make_shards.py text train.tsv OUT --columns sentence1,sentence2,label --tokenizer "
+    "tokenizer.model": [
+        *["tools/make_shards.py", "text", "train.tsv", "pairs", "--columns", "sentence1,sentence2,label"],
+        *["--tokenizer", "text/tokenizer.model"],
+    ],
+    ".venv/bin/python tools/make_shards.py audio SRC OUT --transcripts transcripts.txt": [
+        *["tools/make_shards.py", "audio", "waves", "spoken", "--transcripts", "transcripts.txt"]
+    ],
     ".venv/bin/python tools/import_weights.py checkpoint.pt out/checkpoint": [
         *["tools/import_weights.py", "out/vit", "out/checkpoint"]
     ],
@@ -135,6 +155,8 @@ def workplace(tmp_path_factory):
             Image.fromarray(pixels).save(folder / "src" / label / f"{n}.png")
     (folder / "waves").mkdir()
     soundfile.write(folder / "waves" / "tone.wav", np.sin(np.arange(8000) / 5), 8000)
+    (folder / "transcripts.txt").write_text("tone A LONG NOTE\n")
+    (folder / "train.tsv").write_text("sentence1\tsentence2\tlabel\nhello\tgood bye\t0\ngood day\tgood day\t1\n")
     (folder / "prose").mkdir()
     (folder / "prose" / "story.txt").write_text("Once upon a time there was a teacher who followed a student.\n" * 40)
     Image.fromarray(rng.integers(0, 255, (30, 30, 3), dtype=np.uint8)).save(folder / "image.png")

@@ -1,6 +1,7 @@
 """The templates on a real Slurm, with the stand-in for the training program: what the job does in every kind of end."""
 
 import os
+import re
 import signal
 import subprocess
 import time
@@ -11,7 +12,7 @@ import pytest
 from cluster import Cluster, wait_until
 from jobs import STAND_IN, Program, Workplace
 
-from d2v_scale import errors
+from d2v_scale import command_line, errors
 
 pytestmark = pytest.mark.slurm
 
@@ -35,6 +36,23 @@ def test_templates_hold_directives_and_little_else(template: str) -> None:
     lines = [line for line in text.splitlines() if line.strip() and not line.startswith("#")]
     assert len(lines) <= 8, lines
     assert "#SBATCH --signal=B:USR1@" in text or "eval" in template
+
+
+def test_what_templates_name_is_there_and_fine_tuning_has_a_task() -> None:
+    for template in TEMPLATES:
+        text = (Path(__file__).parents[2] / "slurm" / template).read_text()
+        for recipe, deepspeed in re.findall(r"^train (\w+) (\w+\.json)", text, re.MULTILINE):
+            assert (command_line.RECIPES / f"{recipe}.yaml").is_file()
+            assert (Path(__file__).parents[2] / "ds_configs" / deepspeed).is_file()
+            tuned = command_line.parse(["--recipe", recipe])[0].task is not None
+            assert tuned == (template == "finetune.sh")
+
+
+@pytest.mark.slow
+def test_fine_tuning_starts_from_its_first_argument(workplace: Make) -> None:
+    job = workplace(STAND_IN).submit("finetune.sh", "runs/pretrained", "--optim.max_steps=3", env=NO_PREFLIGHT)
+    assert job.wait_for_end() == "COMPLETED", job.story()
+    assert "--init_from runs/pretrained" in job.story()
 
 
 @pytest.mark.slow
