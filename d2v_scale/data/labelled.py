@@ -72,13 +72,22 @@ class LabelledSet:
 
     def __iter__(self) -> Iterator[tuple[Batch, Tensor]]:
         """Batches, and their labels as `labels` stacks them (classes: int64 (B,))."""
+        for batch in self.share(0, 1):
+            if batch is not None:
+                yield batch
+
+    @property
+    def batches(self) -> int:
+        """Batches of an iteration, readable or not."""
+        return -(-len(self) // self.batch_size)
+
+    def share(self, part: int, parts: int) -> Iterator[tuple[Batch, Tensor] | None]:
+        """Batch number `part` and every `parts`-th after it; None for one of which nothing can be read."""
         store = open_store(self._found, self.data)
         try:
-            for start in range(0, len(self), self.batch_size):
-                rows = slice(start, start + self.batch_size)
-                batch = self._batch(store, self._shard_n[rows].tolist(), self._item_n[rows].tolist())
-                if batch is not None:
-                    yield batch
+            for number in range(part, self.batches, parts):
+                rows = slice(number * self.batch_size, (number + 1) * self.batch_size)
+                yield self._batch(store, self._shard_n[rows].tolist(), self._item_n[rows].tolist())
         finally:
             store.close()
 

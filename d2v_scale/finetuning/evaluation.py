@@ -1,6 +1,5 @@
 """A fine-tuned model on held-out labelled samples, divided over the ranks."""
 
-from collections.abc import Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -11,6 +10,7 @@ from torch import Tensor
 from d2v_scale.data.batch import Batch
 from d2v_scale.data.labelled import LabelledSet
 from d2v_scale.data.labels import Vocabulary
+from d2v_scale.errors import DataError
 from d2v_scale.finetuning import metrics
 from d2v_scale.finetuning.config import TaskConfig
 from d2v_scale.finetuning.decoding import beam_search, greedy
@@ -20,8 +20,6 @@ from d2v_scale.finetuning.step import frames_of
 from d2v_scale.model.stack import Draw
 from d2v_scale.parallel.zero import StudentEngine
 from d2v_scale.recipe import Recipe
-
-LabelledBatches = Sequence[tuple[Batch, Tensor]]
 
 Answers = list[tuple[Any, Any]]
 """What was said of each sample, and its label: numbers or texts."""
@@ -55,10 +53,15 @@ def measure(task: TaskConfig, found: Answers) -> dict[str, float]:
 
 
 class TaskEvaluation:
-    """The recipe's held-out set, which every rank keeps in memory."""
+    """The recipe's held-out set; each rank decodes and answers its share."""
 
-    def __init__(self, task: TaskConfig, batches: LabelledBatches, student: StudentEngine) -> None:
-        self._task, self._batches, self._student = task, batches, student
+    def __init__(self, task: TaskConfig, labelled: LabelledSet, student: StudentEngine) -> None:
+        """Raises DataError when nothing of the set can be read."""
+        self._task, self._labelled, self._student = task, labelled, student
+        first = next(iter(labelled), None)
+        if first is None:
+            raise DataError(f"No sample of {labelled.shards!r} can be read.", "See tools/inspect_shards.py.")
+        self._spare = first
 
     @classmethod
     def of(cls, recipe: Recipe, student: StudentEngine) -> "TaskEvaluation | None":
@@ -71,7 +74,7 @@ class TaskEvaluation:
         labelled = LabelledSet(
             config.test, modality, recipe.data, recipe.model, limit=config.max_test, labels=labels_of(task)
         )
-        return cls(task, list(labelled), student)
+        return cls(task, labelled, student)
 
     @torch.no_grad()
     def measure(self) -> dict[str, float]:
@@ -80,18 +83,19 @@ class TaskEvaluation:
         rank, size = topology.data_parallel_rank, topology.data_parallel_size
         was_training = student.module.training
         student.module.eval()
-        mine: list[tuple[int, Answers]] = []
-        # A rank that has run out repeats the last batch: a sharded forward needs every rank.
-        for turn in range(-(-len(self._batches) // size)):
-            index = min(turn * size + rank, len(self._batches) - 1)
-            mine.append((index, self._answers(*self._batches[index])))
+        mine: Answers = []
+        batches = self._labelled.share(rank, size)
+        for _ in range(-(-self._labelled.batches // size)):
+            # A rank without a batch answers another one in vain: a sharded forward needs every rank.
+            batch = next(batches, None)
+            found = self._answers(*(batch or self._spare))
+            mine += found if batch is not None else []
         student.module.train(was_training)
         everyone = [mine]
         if size > 1:
             everyone = [[] for _ in range(size)]
             dist.all_gather_object(everyone, mine, group=topology.data_parallel_group)
-        found = dict(pair for part in everyone for pair in part)
-        return measure(self._task, [answer for index in range(len(self._batches)) for answer in found[index]])
+        return measure(self._task, [answer for part in everyone for answer in part])
 
     def _answers(self, batch: Batch, labels: Tensor) -> Answers:
         batch = batch.to(self._student.topology.device)

@@ -4,6 +4,8 @@ What a step holds is a pure function of the configuration, the seed and the posi
 """
 
 import logging
+from collections import OrderedDict
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -15,7 +17,8 @@ from d2v_scale.data.labels import ClassLabels, Labels, Scores, Transcripts, Voca
 from d2v_scale.data.loader import StepLoader
 from d2v_scale.data.order import WindowOrder
 from d2v_scale.data.plan import SourcePlan
-from d2v_scale.data.reading import RawSample, Store
+from d2v_scale.data.reading import RawSample, SampleFault, SampleStore, Store
+from d2v_scale.data.shard_index import Members
 from d2v_scale.data.shard_set import check_before_start, find_shards
 from d2v_scale.data.source import SAMPLE_RATE, Source
 from d2v_scale.data.streaming import StreamedSource
@@ -28,6 +31,8 @@ from d2v_scale.model.config import ModelConfig
 
 log = logging.getLogger(__name__)
 
+_SHARDS_KEPT = 64
+
 
 def labels_of(task: TaskConfig) -> Labels:
     """How the labels of a task are read."""
@@ -36,33 +41,48 @@ def labels_of(task: TaskConfig) -> Labels:
     return ClassLabels() if task.kind == "classify" else Scores()
 
 
+def labelled_numbers(members: Members, extension: str) -> NDArray[np.int64]:
+    """Numbers of a shard's samples that have a label, which are the items of a plan."""
+    if extension not in members.extensions:
+        return np.zeros(0, dtype=np.int64)
+    return np.flatnonzero(members.member_size_ne[:, members.extensions.index(extension)] > 0)
+
+
 class LabelledSource(Source):
-    """Shards whose items are whole samples, for every modality."""
+    """Shards whose items are whole samples with a label, for every modality."""
 
-    def __init__(self, data: DataConfig, number: int, model: ModelConfig, seed: int, *, keep_long: bool) -> None:
-        """Finds and checks the shards. `keep_long`: recordings above `data.speech.max_seconds` are cut, not left out.
-
-        Raises DataError.
+    def __init__(
+        self, data: DataConfig, number: int, model: ModelConfig, seed: int, *, extension: str, keep_long: bool
+    ) -> None:
+        """Finds and checks the shards. `extension`: the member that holds a label. `keep_long`: recordings above
+        `data.speech.max_seconds` are cut, not left out. Raises DataError.
         """
         source = data.sources[number]
         shards = find_shards(source)
         if not shards.indexed:
             raise DataError(f"The shards of {source.shards!r} have no index.", "Make one with tools/index_shards.py.")
+        first = range(min(_SHARDS_KEPT, len(shards.paths)))
+        if not any(len(labelled_numbers(shards.members(shard), extension)) for shard in first):
+            raise DataError(f"No sample of {source.shards!r} has a label (.{extension}).", "Give labelled shards.")
         for warning in check_before_start(shards, source, data.max_bad_ratio):
             log.warning("%s", warning)
         super().__init__(shards, source, data.source_names()[number], data, model, seed)
         self._keep_long = keep_long
+        self._extension = extension
+        self._labelled = lru_cache(maxsize=_SHARDS_KEPT)(
+            lambda shard: labelled_numbers(shards.members(shard), extension)
+        )
 
     @property
     def items_per_epoch(self) -> int:
-        """Samples."""
+        """Samples; those without a label, too."""
         return int(self.shards.samples_s.sum())
 
     def plan(self, batch_size: int, unit: str) -> SourcePlan:
         """Batches of `batch_size` samples, or seconds; recordings of a batch are of nearly the same length."""
         if unit == "tokens":
             raise ConfigError("batch_unit", "is 'tokens'", "Fine-tuning counts samples, or seconds of speech.")
-        options = [self._data.window_shards, *self._plan_options(), int(self._keep_long)]
+        options = [self._data.window_shards, *self._plan_options(), self._extension, int(self._keep_long)]
         self.fingerprint = key(self.fingerprint, self._seed, batch_size, unit, "labelled", *options) >> 2
         order = WindowOrder(len(self.shards.paths), self._items, self._data.window_shards, self._seed, self.name)
         number = self._data.source_names().index(self.name)
@@ -73,15 +93,15 @@ class LabelledSource(Source):
         return SourcePlan(order, number, size, length_of=self._usable_lengths, cost_is_length=seconds)
 
     def _items(self, shard: int) -> int:
-        return self.shards.entries[shard].samples
+        return len(self._labelled(shard))
 
     def _usable_lengths(self, shard: int) -> NDArray[np.int64]:
         """Samples at 16 kHz; 0 where the recording is too short, or too long for its transcript to be cut."""
         length_n = self._speech_lengths(shard)
-        if self._keep_long:
-            return length_n
-        longest = round(self._data.speech.max_seconds * SAMPLE_RATE)
-        return np.where(np.asarray(self._lengths(shard)) > longest, 0, length_n)
+        if not self._keep_long:
+            longest = round(self._data.speech.max_seconds * SAMPLE_RATE)
+            length_n = np.where(np.asarray(self._lengths(shard)) > longest, 0, length_n)
+        return length_n[self._labelled(shard)]
 
 
 class LabelledDecoder:
@@ -93,18 +113,34 @@ class LabelledDecoder:
         self._decoder = decoder
         self._labels = labels
         self._augment = augment
+        self._numbers: OrderedDict[int, NDArray[np.int64]] = OrderedDict()
 
     def training_row(self, store: Store, shard: int, item: int, length: int, draws: NDArray[np.float64]) -> Row:
         """The whole sample, an image augmented, and its label."""
         del length
-        sample = store.read(shard, item)
-        label = self._labels.read(sample)
+        assert isinstance(store, SampleStore)
+        sample = store.read(shard, int(self._labelled(store, shard)[item]))
+        try:
+            return Row(sample.key, self._values(sample, draws), self._labels.read(sample))
+        except SampleFault:
+            raise
+        except Exception as error:  # a decoder raises anything for damaged content
+            raise sample.fault(f"cannot be decoded: {type(error).__name__}: {error}") from error
+
+    def _labelled(self, store: SampleStore, shard: int) -> NDArray[np.int64]:
+        if shard not in self._numbers:
+            self._numbers[shard] = labelled_numbers(store.members(shard), self._labels.extension)
+            if len(self._numbers) > _SHARDS_KEPT:
+                self._numbers.popitem(last=False)
+        return self._numbers[shard]
+
+    def _values(self, sample: RawSample, draws: NDArray[np.float64]) -> NDArray[Any]:
         if not isinstance(self._decoder, VisionDecoder):
-            return Row(sample.key, self._decoder.evaluation_row(sample), label)
+            return self._decoder.evaluation_row(sample)
         image = self._decoder.view(sample, draws)
         if self._augment is not None:
             image = self._augment(image, draws[self._decoder.draws :])
-        return Row(sample.key, np.asarray(image), label)
+        return np.asarray(image)
 
     def evaluation_row(self, sample: RawSample) -> NDArray[Any]:
         """The sample without randomness."""
@@ -136,9 +172,12 @@ class LabelledLoader(StepLoader):
 
     def _open_sources(self, model: ModelConfig, seed: int, dp_rank: int, dp_size: int) -> list[LabelledSource]:
         del dp_rank, dp_size
-        keep_long = self._task.kind != "ctc"
-        numbers = range(len(self._data.sources))
-        return [LabelledSource(self._data, number, model, seed, keep_long=keep_long) for number in numbers]
+        assert self.labels is not None
+        extension, keep_long = self.labels.extension, self._task.kind != "ctc"
+        return [
+            LabelledSource(self._data, number, model, seed, extension=extension, keep_long=keep_long)
+            for number in range(len(self._data.sources))
+        ]
 
     def _make_decoder(self, source: Source | StreamedSource, model: ModelConfig) -> Decoder:
         image = self._task.image

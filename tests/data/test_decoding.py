@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from small_shards import documents
+from small_shards import documents, image_samples
 
 from d2v_scale.data import speech, vision
 from d2v_scale.data.config import DataConfig, SourceConfig, SpeechData, VisionData
@@ -19,6 +19,7 @@ from d2v_scale.data.labelled import LabelledSet
 from d2v_scale.data.loader import StepLoader
 from d2v_scale.data.reading import SampleFault
 from d2v_scale.data.text import Tokenizer, chunks_of_documents
+from d2v_scale.data.writing import write_set
 from d2v_scale.data2vec.config import MaskingConfig
 from d2v_scale.errors import ConfigError, DataError
 from d2v_scale.model.config import ModelConfig, SpeechStem, TextStem, VisionStem
@@ -223,3 +224,16 @@ def test_labelled_sets_have_every_label_in_order(images: Path) -> None:
     assert labels == [k % 3 for k in range(90)]
     assert labelled.classes == ["a", "b", "c"]
     assert sum(len(b.keys) for b, _ in LabelledSet(str(images), "vision", DataConfig(), model, limit=13)) == 13
+
+
+def test_shares_of_a_labelled_set_are_all_of_it(tmp_path: Path) -> None:
+    samples = image_samples(10)
+    for number in (4, 5):
+        samples[number]["png"] = b"no image"
+    write_set(tmp_path, "test", "vision", samples, per_shard=10)
+    model = ModelConfig(vision=VisionStem(image_size=8, patch_size=4))
+    labelled = LabelledSet(str(tmp_path), "vision", DataConfig(max_bad_ratio=0.5), model, batch_size=2)
+    whole = [batch.keys for batch, _ in labelled]
+    assert labelled.batches == 5
+    shares = [[None if found is None else found[0].keys for found in labelled.share(part, 2)] for part in range(2)]
+    assert shares == [[whole[0], None, whole[3]], [whole[1], whole[2]]]

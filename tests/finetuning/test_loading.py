@@ -111,7 +111,28 @@ def test_pairs_of_texts_are_joined_and_the_longer_one_is_shortened(tmp_path: Pat
     assert dict(zip(batch.keys, batch.labels.tolist(), strict=True)) == {"0": 0.0, "1": 0.5, "2": 1.0, "3": 1.5}  # type: ignore[union-attr]
 
 
-def test_shards_without_an_index_are_refused(recordings: Path) -> None:
+def test_samples_without_a_label_are_passed_over_and_a_bad_one_is_named(tmp_path: Path) -> None:
+    samples = image_samples(12, side=16)
+    for number in range(0, 12, 2):
+        del samples[number]["cls"]
+    samples[5]["cls"] = "no number"  # type: ignore[assignment]
+    for sample in samples:
+        if "cls" in sample:
+            sample["cls"] = str(sample["cls"]).encode()
+    write_set(tmp_path, "train", "vision", samples, per_shard=7)
+    model = ModelConfig(vision=VisionStem(image_size=16, patch_size=4))
+    loaded = loader(TaskConfig(), model, tmp_path, "vision", global_batch_size=6)
+    [batch] = next(loaded)
+    assert sorted(batch.keys) == [f"image-{number:04d}" for number in (1, 3, 7, 9, 11)]
+    assert batch.lost == 1
+    labels = dict(zip(batch.keys, batch.labels.tolist(), strict=True))  # type: ignore[union-attr]
+    assert all(label == int(sample_key[-4:]) % 3 for sample_key, label in labels.items())
+    assert list(loaded.faults().values()) == [1]
+
+
+def test_shards_without_labels_or_an_index_are_refused(recordings: Path) -> None:
+    with pytest.raises(DataError, match=r"has a label \(.score\)"):
+        loader(TaskConfig(kind="regress"), tiny_models.model("v1_speech"), recordings, "speech")
     for index in recordings.glob("*.index*"):
         index.unlink()
     with pytest.raises(DataError, match="index"):

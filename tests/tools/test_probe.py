@@ -73,6 +73,12 @@ def test_an_exported_folder_scores_as_the_run_it_is_from_and_is_recorded_there(
         assert run("probe", source, "--data", images, "--test", images, "--k", 3, "--out", out) == 0
         scores.append(json.loads(out.read_text())["accuracy"])
     assert scores[0] == scores[1] == scores[2]
+    if name == "v1_vision":
+        # As somebody else's weights: nothing but what transformers writes.
+        (tmp_path / "hf" / "d2v_scale.json").unlink()
+        foreign = ["--data", images, "--test", images, "--k", 3, "--out", tmp_path / "result.json"]
+        assert run("probe", tmp_path / "hf", *foreign) == 0
+        assert json.loads((tmp_path / "result.json").read_text())["accuracy"] == scores[0]
     events = (made / "mlflow_events.jsonl").read_text().splitlines()
     assert [json.loads(event)["event"] for event in events] == ["evaluation"] * 3
 
