@@ -65,7 +65,7 @@ def speech_recipe(tmp_path: Path) -> dict[str, object]:
 
 
 def test_a_stopped_run_continues_on_other_processes_and_its_encoder_waits(tmp_path: Path, world_of_one: None) -> None:
-    """Two ranks at ZeRO-3 until step 4, then one at ZeRO-1; the encoder learns from update 2 on."""
+    """Two ranks at ZeRO-3 until step 2, then one at ZeRO-1; the encoder learns from update 2 on."""
     recipe, _ = parse(["--recipe", "demo_speech"])
     tensors = pretrained(tmp_path / "pretrained", recipe)
     options = speech_recipe(tmp_path) | {"task__freeze_updates": 2}
@@ -80,7 +80,6 @@ def test_a_stopped_run_continues_on_other_processes_and_its_encoder_waits(tmp_pa
             assert torch.equal(frozen.tensor("student", name), tensors[kind][name]), name
     assert "teacher" not in frozen.kinds()
     # The encoder it began with may be gone by now.
-    train(2, resume=moved, stop_at=4)
     train(1, resume=moved, stop_at=7, deepspeed_config=ROOT / "ds_configs" / "zero1.json")
     train(1, **options, **init, run_dir=still, stop_at=7)
     assert losses(moved) == pytest.approx(losses(still), rel=1e-5)
@@ -89,10 +88,10 @@ def test_a_stopped_run_continues_on_other_processes_and_its_encoder_waits(tmp_pa
     for name in expected.names("student"):
         difference = (found.tensor("student", name) - expected.tensor("student", name)).abs().max()
         assert float(difference) < 1e-5, name
-        moves = not torch.equal(expected.tensor("student", name), frozen.tensor("student", name))
-        assert moves != (name.startswith(CONVS) or (name.endswith("mask_embedding") and not moves)), name
+        moved_on = not torch.equal(expected.tensor("student", name), frozen.tensor("student", name))
+        assert moved_on != name.startswith(CONVS), name
     measured = [record for record in records(moved) if "test/wer" in record]
-    assert {record["step"] for record in measured} == {0, 2, 4, 7}
+    assert {record["step"] for record in measured} == {0, 2, 7}
 
 
 def test_images_start_from_the_student_where_the_recipe_says_so(tmp_path: Path, world_of_one: None) -> None:
