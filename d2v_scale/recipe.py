@@ -92,7 +92,7 @@ class Recipe:
         if self.task is None:
             self._check_objective()
         else:
-            self.task.check(self.model, self.parallel.tensor)
+            self.task.check(self.model, self.parallel.tensor * self.parallel.pipeline)
         self._check_sizes(world_size)
 
     def _check_model(self) -> None:

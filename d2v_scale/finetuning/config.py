@@ -85,14 +85,15 @@ class TaskConfig:
     ctc: CtcConfig = field(default_factory=CtcConfig)
     image: ImageConfig = field(default_factory=ImageConfig)
 
-    def check(self, model: ModelConfig, tensor_parallel: int = 1) -> None:
-        """Raises ConfigError for what contradicts itself or the model."""
+    def check(self, model: ModelConfig, model_parallel: int = 1) -> None:
+        """Raises ConfigError for what contradicts itself or the model, of which `model_parallel` ranks share a copy."""
         if len(model.modalities) != 1:
             raise ConfigError("task", f"needs a model of one modality, this one has {', '.join(model.modalities)}")
         if self.kind == "ctc" and model.speech is None:
             raise ConfigError("task.kind", "is 'ctc'", "It needs a speech model.")
-        if tensor_parallel > 1:
-            raise ConfigError("parallel.tensor", f"is {tensor_parallel}", "Fine-tuning divides the batch only.")
+        if model_parallel > 1:
+            remedy = "Fine-tuning divides the batch only: set tensor and pipeline to 1, and use ZeRO-3 for room."
+            raise ConfigError("parallel", f"divides the model over {model_parallel} processes", remedy)
         if self.classes is not None and self.classes < 2:
             raise ConfigError("task.classes", f"is {self.classes}", "Give at least 2.")
         if not 0 < self.layer_decay <= 1:
