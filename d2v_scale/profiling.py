@@ -2,6 +2,7 @@
 
 import signal
 import threading
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,11 +36,38 @@ class ProfileConfig:
         return int(first), int(last)
 
 
+_clock: dict[str, float] | None = None
+
+
 @contextmanager
 def part(name: str) -> Iterator[None]:
     """Name what runs in this block (student, teacher, ema, data, ...) for the profile; next to free without."""
     with torch.profiler.record_function(_PREFIX + name):
+        if _clock is None:
+            yield
+            return
+        begin = time.perf_counter()
         yield
+        _wait()
+        _clock[name] = _clock.get(name, 0.0) + time.perf_counter() - begin
+
+
+@contextmanager
+def seconds_of_parts() -> Iterator[dict[str, float]]:
+    """Wall seconds of every `part` that runs inside, filled in as they end. Waits for the device after each of them."""
+    global _clock
+    assert _clock is None, "parts are being timed already"
+    _wait()
+    _clock = {}
+    try:
+        yield _clock
+    finally:
+        _clock = None
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def decoders(student: nn.Module) -> dict[str, nn.Module]:

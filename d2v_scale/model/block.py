@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from d2v_scale.model import cpu_ops
 from d2v_scale.model.attention import SelfAttention
 from d2v_scale.model.config import Backbone
 from d2v_scale.model.init import InitRule, set_rule
@@ -25,7 +26,7 @@ class FeedForward(nn.Module):
     def forward(self, x_rsd: Tensor) -> Tensor:
         """(R, S, D) to (R, S, D)."""
         hidden, _ = self.fc1(x_rsd)
-        out, _ = self.fc2(F.dropout(F.gelu(hidden), self.dropout, self.training))
+        out, _ = self.fc2(cpu_ops.dropout(F.gelu(hidden), self.dropout, self.training))
         return out
 
 
@@ -65,7 +66,7 @@ class Block(nn.Module):
         return self.norm2(x_rsd + self._branch(tap_rsd, 1, branch_scale_2r11)), tap_rsd
 
     def _branch(self, x_rsd: Tensor, which: int, branch_scale_2r11: Tensor | None) -> Tensor:
-        x_rsd = F.dropout(x_rsd, self.dropout, self.training)
+        x_rsd = cpu_ops.dropout(x_rsd, self.dropout, self.training)
         if self.scaled:
             x_rsd = x_rsd * (self.scale2 if which else self.scale1)
         return x_rsd if branch_scale_2r11 is None else x_rsd * branch_scale_2r11[which].to(x_rsd.dtype)

@@ -14,6 +14,7 @@ from megatron.core.tensor_parallel import (
 from torch import Tensor, nn
 
 from d2v_scale.errors import ConfigError
+from d2v_scale.model import cpu_ops
 from d2v_scale.model.init import InitRule, linear_rules
 
 
@@ -48,9 +49,29 @@ def _no_init(weight: Tensor) -> None:
     del weight
 
 
+class _Column(ColumnParallelLinear):
+    """megatron's, with the product from `cpu_ops` where that applies."""
+
+    def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        # With several tensor-parallel ranks megatron starts the all-reduce of the input's gradient in here.
+        if cpu_ops.applies(input) and not kwargs["allreduce_dgrad"]:
+            return cpu_ops.linear(input, weight, kwargs["bias"])
+        return super()._forward_impl(input, weight, *args, **kwargs)
+
+
+class _Row(RowParallelLinear):
+    """megatron's, with the product from `cpu_ops` where that applies."""
+
+    def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(local inputs) to (full outputs, None)."""
+        if cpu_ops.applies(input_) and tensor_size() == 1:
+            return cpu_ops.linear(input_, self.weight, self.bias), None
+        return super().forward(input_)
+
+
 def column_linear(inputs: int, outputs: int, *, bias: bool, rule: InitRule) -> nn.Module:
     """Linear whose outputs are split over the tensor-parallel ranks; forward returns (local outputs, None)."""
-    layer: Any = ColumnParallelLinear(
+    layer: Any = _Column(
         inputs,
         outputs,
         config=_megatron_config(torch.get_default_dtype()),
@@ -67,7 +88,7 @@ def column_linear(inputs: int, outputs: int, *, bias: bool, rule: InitRule) -> n
 
 def row_linear(inputs: int, outputs: int, *, rule: InitRule) -> nn.Module:
     """Linear whose inputs are split over the tensor-parallel ranks; forward returns (full outputs, None)."""
-    layer: Any = RowParallelLinear(
+    layer: Any = _Row(
         inputs,
         outputs,
         config=_megatron_config(torch.get_default_dtype()),

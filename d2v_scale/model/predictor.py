@@ -7,8 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from d2v_scale.model import cpu_ops
 from d2v_scale.model.config import Modality, ModelConfig
 from d2v_scale.model.init import InitRule, linear_rules
+from d2v_scale.model.norm_gelu import norm_gelu
 from d2v_scale.model.vision import BEIT
 
 SMALL = InitRule("normal", 0.02)
@@ -19,7 +21,7 @@ class LinearPredictor(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.proj = nn.Linear(config.backbone.width, config.backbone.width)
+        self.proj = cpu_ops.Linear(config.backbone.width, config.backbone.width)
         if config.init == "beit":
             linear_rules(self.proj, BEIT)
 
@@ -34,8 +36,8 @@ class MlpPredictor(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         width = config.backbone.width
-        self.fc1 = nn.Linear(width, 2 * width)
-        self.fc2 = nn.Linear(2 * width, width)
+        self.fc1 = cpu_ops.Linear(width, 2 * width)
+        self.fc2 = cpu_ops.Linear(2 * width, width)
         for layer in (self.fc1, self.fc2):
             linear_rules(layer, SMALL)
 
@@ -61,11 +63,11 @@ class ConvPredictor(nn.Module):
         )
         self.proj_layers = spec.proj_layers
         if spec.proj_layers == 1:
-            self.proj = nn.Linear(spec.width, width)
+            self.proj = cpu_ops.Linear(spec.width, width)
             projections = [self.proj]
         else:
-            self.proj1 = nn.Linear(spec.width, 2 * spec.width)
-            self.proj2 = nn.Linear(2 * spec.width, width)
+            self.proj1 = cpu_ops.Linear(spec.width, 2 * spec.width)
+            self.proj2 = cpu_ops.Linear(2 * spec.width, width)
             projections = [self.proj1, self.proj2]
         if modality == "text":
             for layer in projections:
@@ -74,7 +76,7 @@ class ConvPredictor(nn.Module):
     def forward(self, visible_rsd: Tensor, visible_rs: Tensor, masked_n: Tensor, noise_nd: Tensor) -> Tensor:
         """Visible states (R, S, D) at `visible_rs` and noise (N, D) at flat `masked_n` to predictions (N, D)."""
         rows, kept, width = visible_rsd.shape
-        visible_rsd = F.dropout(visible_rsd, self.dropout, self.training)
+        visible_rsd = cpu_ops.dropout(visible_rsd, self.dropout, self.training)
         length = kept + masked_n.shape[0] // max(1, rows)
         index_n = (torch.arange(rows, device=visible_rs.device)[:, None] * length + visible_rs).flatten()
         x_nd = visible_rsd.new_empty(rows * length, width)
@@ -92,7 +94,7 @@ class ConvPredictor(nn.Module):
         out = conv(x.movedim(-1, 1)).movedim(1, -1)
         # An even kernel makes one position too many at each end.
         out = out[:, : x.shape[1], : x.shape[2]] if self.planar else out[:, : x.shape[1]]
-        out = F.gelu(F.layer_norm(out, out.shape[-1:], eps=1e-5).movedim(-1, 1)).movedim(1, -1)
+        out = norm_gelu(out, None, None, 1e-5)
         return out + x if self.residual and out.shape[-1] == x.shape[-1] else out
 
 

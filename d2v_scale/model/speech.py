@@ -4,12 +4,13 @@ import math
 from typing import TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from d2v_scale.model import cpu_ops
 from d2v_scale.model.config import ModelConfig, SpeechStem
 from d2v_scale.model.init import InitRule, set_rule
 from d2v_scale.model.layers import rows_of
+from d2v_scale.model.norm_gelu import NormGelu, norm_gelu
 
 Count = TypeVar("Count", int, Tensor)
 
@@ -34,20 +35,23 @@ class SpeechFeatures(nn.Module):
             conv = nn.Conv1d(inputs, outputs, kernel, stride, bias=False)
             set_rule(conv.weight, InitRule("normal", math.sqrt(2.0 / (inputs * kernel))))
             self.convs.append(conv)
-            self.conv_norms.append(nn.LayerNorm(outputs))
+            self.conv_norms.append(NormGelu(outputs))
         self.norm = nn.LayerNorm(channels[-1])
-        self.proj = nn.Linear(channels[-1], config.backbone.width)
+        self.proj = cpu_ops.Linear(channels[-1], config.backbone.width)
         self.frozen_convs = False
         """Fine-tuning: no gradient reaches the convolutions."""
 
     def forward(self, wave_bn: Tensor) -> Tensor:
         """(B, samples) at 16 kHz to (B, T, D)."""
-        x_bct = wave_bn.to(self.proj.weight.dtype)[:, None]
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen_convs):
-            for conv, norm in zip(self.convs, self.conv_norms, strict=True):
-                # A strided convolution over channels-last memory is slower on the CPU.
-                x_bct = F.gelu(norm(conv(x_bct.contiguous()).transpose(1, 2)).transpose(1, 2))
-        return self.proj(self.norm(x_bct.transpose(1, 2)))
+            x_btc = self._convolve(wave_bn.to(self.proj.weight.dtype))
+        return self.proj(self.norm(x_btc))
+
+    def _convolve(self, wave_bn: Tensor) -> Tensor:
+        x_bct = wave_bn[:, None]
+        for conv, norm in zip(self.convs, self.conv_norms, strict=True):
+            x_bct = norm(conv(x_bct.contiguous()).transpose(1, 2)).transpose(1, 2)
+        return x_bct.transpose(1, 2)
 
 
 class SpeechContext(nn.Module):
@@ -99,14 +103,14 @@ class SpeechContext(nn.Module):
             x_rsd = x_rtd + positions_rtd
         else:
             x_rsd = rows_of(features_btd, visible_rs, clones) + rows_of(positions_rtd, visible_rs, 1)
-        return F.dropout(self.norm(x_rsd), self.dropout, self.training)
+        return cpu_ops.dropout(self.norm(x_rsd), self.dropout, self.training)
 
     def _positions(self, x_rtd: Tensor) -> Tensor:
         length = x_rtd.shape[1]
         for conv in self.pos_convs:
             # An even kernel makes one frame too many at the end.
             x_rtd = conv(x_rtd.transpose(1, 2))[..., :length].transpose(1, 2)
-            x_rtd = F.gelu(F.layer_norm(x_rtd, x_rtd.shape[-1:], eps=1e-5).transpose(1, 2)).transpose(1, 2)
+            x_rtd = norm_gelu(x_rtd, None, None, 1e-5)
         return x_rtd
 
 

@@ -1,10 +1,10 @@
 """Token ids to embeddings, and those to what the blocks see."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from d2v_scale.errors import DataError
+from d2v_scale.model import cpu_ops
 from d2v_scale.model.config import ModelConfig
 from d2v_scale.model.init import InitRule, set_rule
 from d2v_scale.model.layers import rows_of
@@ -40,7 +40,7 @@ class TextFeatures(nn.Module):
         else:
             positions_bt = valid_bt.cumsum(dim=1) * valid_bt + self.pad_id
         x_btd = self.norm(self.tokens(tokens_bt) + self.positions(positions_bt))
-        x_btd = F.dropout(x_btd, self.dropout, self.training)
+        x_btd = cpu_ops.dropout(x_btd, self.dropout, self.training)
         return x_btd if valid_bt is None or not self.zero_pads else x_btd * valid_bt[..., None]
 
 

@@ -3,9 +3,9 @@
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from d2v_scale.model import cpu_ops
 from d2v_scale.model.config import ModelConfig, VisionStem
 from d2v_scale.model.init import InitRule, linear_rules, set_rule
 from d2v_scale.model.layers import rows_of
@@ -79,4 +79,4 @@ class VisionContext(nn.Module):
         x_rsd = torch.cat((self.cls.expand(x_rsd.shape[0], -1, -1), x_rsd), dim=1)
         if self.norm is not None:
             x_rsd = self.norm(x_rsd)
-        return F.dropout(x_rsd, self.dropout, self.training)
+        return cpu_ops.dropout(x_rsd, self.dropout, self.training)

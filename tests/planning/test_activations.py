@@ -5,11 +5,18 @@ import tiny_models
 import torch
 from torch import Tensor
 
+from d2v_scale.model import cpu_ops
 from d2v_scale.model.config import ModelConfig
 from d2v_scale.model.stack import Draw, Student
 from d2v_scale.planning import activations, flops
 
-pytestmark = pytest.mark.usefixtures("world_of_one")
+pytestmark = pytest.mark.usefixtures("world_of_one", "plain_operators")
+
+
+@pytest.fixture
+def plain_operators(monkeypatch: pytest.MonkeyPatch) -> None:
+    # On paper is what PyTorch's own operators save.
+    monkeypatch.setattr(cpu_ops, "applies", lambda x: False)
 
 
 def lengths_of(name: str, model: ModelConfig, batch: object) -> flops.Lengths:

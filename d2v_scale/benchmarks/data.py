@@ -1,7 +1,5 @@
 """Samples per CPU second of the data plane against plain webdataset, which decodes, crops and batches the same samples.
 
-    python tools/bench_data.py [--modality vision|speech|text|all] [--pairs 7]
-
 Both sides run in this process, one after the other in turns. The second table is ours alone with one and with two
 worker processes, whose CPU time counts as well. Each row ends in a ratio: above 1 means better than the peer.
 """
@@ -10,7 +8,6 @@ import argparse
 import io
 import resource
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -230,21 +227,20 @@ def scale(case: Case, pairs: int) -> None:
     )
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `bench.py data`."""
     parser.add_argument("--modality", choices=[*get_args(Modality), "all"], default="all")
     parser.add_argument("--pairs", type=int, default=7)
-    arguments = parser.parse_args()
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print one row a modality against webdataset, then one with two workers against one."""
     torch.set_num_threads(1)
-    wanted = get_args(Modality) if arguments.modality == "all" else (arguments.modality,)
+    wanted = get_args(Modality) if options.modality == "all" else (options.modality,)
     with tempfile.TemporaryDirectory() as root:
         cases = [make_case(modality, Path(root)) for modality in wanted]
         for case in cases:
-            compare(case, arguments.pairs)
+            compare(case, options.pairs)
         for case in cases:
-            scale(case, max(1, arguments.pairs // 2))
+            scale(case, max(1, options.pairs // 2))
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

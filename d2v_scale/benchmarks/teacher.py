@@ -1,24 +1,29 @@
-"""Cost of the teacher's update: `python tools/bench_teacher.py [--width 512] [--depth 8] [--rounds 30]`.
+"""Cost of the teacher's update against one bare `lerp_` over the same bytes.
 
 One process, this machine's device. One row a case: the update, the least it could cost (one bare `lerp_` over the same
 bytes, and in bf16 the cast into the compute copy), and their ratio. Rounds alternate; the fastest of each counts.
 """
 
 import argparse
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parent.parent)
+import torch
+from torch import Tensor
+
+from d2v_scale.data2vec.config import TargetConfig
+from d2v_scale.model.config import Backbone, ModelConfig, TeacherParts, VisionStem
+from d2v_scale.model.init import initialize
+from d2v_scale.model.stack import Student, Teacher
+from d2v_scale.parallel import ds_config, groups
+from d2v_scale.parallel.zero import StudentEngine, build_student
+from d2v_scale.teacher import ShardedTeacher, TeacherConfig
 
 DECAY = 0.999
 
 
 def fastest(functions: list[Callable[[], object]], rounds: int) -> list[float]:
     """Seconds of the fastest round of each function, taken in turns."""
-    import torch
-
     best = [float("inf")] * len(functions)
     for _ in range(rounds):
         for index, function in enumerate(functions):
@@ -32,24 +37,15 @@ def fastest(functions: list[Callable[[], object]], rounds: int) -> list[float]:
     return best
 
 
-def main() -> None:
-    """Print the rows."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `bench.py teacher`."""
     parser.add_argument("--width", type=int, default=512, help="channels of the model")
     parser.add_argument("--depth", type=int, default=8, help="blocks of the model")
     parser.add_argument("--rounds", type=int, default=30, help="repetitions of each case")
-    options = parser.parse_args()
 
-    import torch
 
-    from d2v_scale.data2vec.config import TargetConfig
-    from d2v_scale.model.config import Backbone, ModelConfig, TeacherParts, VisionStem
-    from d2v_scale.model.init import initialize
-    from d2v_scale.model.stack import Student, Teacher
-    from d2v_scale.parallel import ds_config, groups
-    from d2v_scale.parallel.zero import build_student
-    from d2v_scale.teacher import ShardedTeacher, TeacherConfig
-
+def run(options: argparse.Namespace) -> int:
+    """Print the rows."""
     topology = groups.single_process()
     width = options.width
     backbone = Backbone(width=width, heads=8, ffn=4 * width, depth=options.depth, norm_first=True)
@@ -83,12 +79,17 @@ def main() -> None:
                 source = source.to(source_dtype)
                 compute = torch.empty(count, dtype=torch.bfloat16, device=topology.device)
 
-                def update(student=student, teacher=teacher) -> None:
+                def update(student: StudentEngine = student, teacher: ShardedTeacher = teacher) -> None:
                     student.completed_updates += 1
                     teacher.update(DECAY)
                     teacher.wait()
 
-                def bare(values=values, source=source, compute=compute, precision=precision) -> None:
+                def bare(
+                    values: Tensor = values,
+                    source: Tensor = source,
+                    compute: Tensor = compute,
+                    precision: str = precision,
+                ) -> None:
                     values.lerp_(source.float(), 1 - DECAY)
                     if precision == "bf16":
                         compute.copy_(values)
@@ -102,7 +103,4 @@ def main() -> None:
                 teacher.destroy()
                 student.destroy()
     groups.shutdown()
-
-
-if __name__ == "__main__":
-    main()
+    return 0

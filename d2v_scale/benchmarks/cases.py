@@ -1,0 +1,123 @@
+"""What is measured: published recipes cut down to a size for a CPU, and synthetic batches for any recipe."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from d2v_scale import command_line
+from d2v_scale.data.batch import Batch
+from d2v_scale.data2vec import masking
+from d2v_scale.errors import UserError
+from d2v_scale.model.config import Modality
+from d2v_scale.model.speech import frames_of
+from d2v_scale.recipe import Recipe
+
+SAMPLE_RATE = 16_000
+
+_SPEECH = ("width=256", "heads=4", "ffn=1024", "depth=6", "layer_drop=0")
+_OTHER = ("width=384", "heads=6", "ffn=1536", "layer_drop=0")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One recipe at one batch size."""
+
+    name: str
+    recipe: Recipe
+    samples: int
+    """Samples of one step."""
+    length: int
+    """Audio samples or tokens of each; an image has the recipe's size."""
+
+    @property
+    def modality(self) -> Modality:
+        """The recipe's only modality."""
+        return self.recipe.model.modalities[0]
+
+    def batch(self, step: int = 0) -> Batch:
+        """A batch of noise with the recipe's masks, the same for the same `step`. On the CPU."""
+        model, modality = self.recipe.model, self.modality
+        generator = torch.Generator().manual_seed(step)
+        sample_ids = np.arange(self.samples) + step * self.samples
+        length: int | None = None
+        grid: tuple[int, int] | None = None
+        if modality == "vision":
+            assert model.vision is not None
+            size, side = model.vision.image_size, model.vision.image_size // model.vision.patch_size
+            inputs = torch.randn(self.samples, model.vision.channels, size, size, generator=generator)
+            grid = (side, side)
+        elif modality == "speech":
+            assert model.speech is not None
+            inputs = torch.randn(self.samples, self.length, generator=generator)
+            length = frames_of(model.speech, self.length)
+        else:
+            assert model.text is not None
+            inputs = torch.randint(4, model.text.mask_id, (self.samples, self.length), generator=generator)
+            length = self.length
+        masks = masking.collate(
+            self.recipe.objective.masking, length=length, grid=grid, sample_ids=sample_ids, seed=1, step=step
+        )
+        masked_rt = torch.from_numpy(masks.masked_rt)
+        student_inputs = None
+        if modality == "text" and not model.visible_only:
+            assert model.text is not None
+            student_inputs = torch.where(masked_rt, model.text.mask_id, inputs)
+        return Batch(
+            modality=modality,
+            inputs=inputs,
+            valid=None,
+            masked_rt=masked_rt,
+            student_inputs=student_inputs,
+            sample_ids=torch.from_numpy(sample_ids),
+        )
+
+
+def _small(recipe: str, backbone: tuple[str, ...], *options: str) -> list[str]:
+    return ["--recipe", recipe, *(f"--model.backbone.{one}" for one in backbone), *(f"--{one}" for one in options)]
+
+
+_TOP_3, _TOP_4, _TOP_5, _TOP_6 = (f"objective.target.top_k_layers={k}" for k in (3, 4, 5, 6))
+
+# Command line, samples of a step, length of a sample. The 2.0 base decoders are published at width 384 or 768.
+_CASES: dict[str, tuple[list[str], int, int]] = {
+    "v1_speech": (_small("d2v1_speech_base", _SPEECH, _TOP_4), 4, 80_000),
+    "v1_vision": (
+        _small("d2v1_vision_base", (*_OTHER, "depth=6", "drop_path=0.1", "attention_dropout=0"), _TOP_3),
+        8,
+        0,
+    ),
+    "v1_text": (_small("d2v1_text_base", (*_OTHER, "depth=6"), _TOP_5), 8, 256),
+    "v2_speech": (_small("d2v2_speech_base", _SPEECH, _TOP_4, "model.predictor.width=128"), 4, 80_000),
+    "v2_vision": (
+        _small(
+            "d2v2_vision_base",
+            (*_OTHER, "depth=4", "prenet_depth=2", "drop_path=0"),
+            _TOP_4,
+            "model.predictor.width=384",
+        ),
+        8,
+        0,
+    ),
+    "v2_text": (
+        _small("d2v2_text_base", (*_OTHER, "depth=6", "prenet_depth=0"), _TOP_6, "model.predictor.width=384"),
+        8,
+        256,
+    ),
+}
+
+NAMES = tuple(_CASES)
+
+
+def case(name: str, samples: int | None = None, length: int | None = None, options: tuple[str, ...] = ()) -> Case:
+    """A case of `NAMES`, or any recipe by name or path. `options`: further recipe options.
+
+    `samples` defaults to 8 and `length` to 5 s of sound or 512 tokens for a recipe that is not of `NAMES`. Raises
+    UserError for a recipe that does not exist or has several modalities.
+    """
+    arguments, its_samples, its_length = _CASES.get(name, (["--recipe", name], 8, 0))
+    recipe, _ = command_line.parse([*arguments, *options])
+    if len(recipe.model.modalities) != 1:
+        raise UserError(f"{name} has several modalities.", "Name a recipe of one.")
+    default = {"speech": 5 * SAMPLE_RATE, "text": 512, "vision": 0}[recipe.model.modalities[0]]
+    return Case(name, recipe, samples or its_samples, length or its_length or default)

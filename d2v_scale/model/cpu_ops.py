@@ -1,0 +1,75 @@
+"""Operations that PyTorch does slowly on a CPU in fp32, done faster. Elsewhere they are PyTorch's own.
+
+oneDNN multiplies about twice as fast as the BLAS that `F.linear` calls on processors which that does not know (AMD's),
+and as fast on the others. Its `_linear_pointwise` is the operator that `torch.compile` puts in `F.linear`'s place.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def applies(x: Tensor) -> bool:
+    """Whether this module's own versions are used for `x`: fp32 on a CPU, outside a compiled region."""
+    return _HAS_ONEDNN and x.device.type == "cpu" and x.dtype == torch.float32 and not torch.compiler.is_compiling()
+
+
+def product(a_nk: Tensor, b_mk: Tensor, bias_m: Tensor | None = None) -> Tensor:
+    """(N, K) times the transpose of (M, K), plus a bias: (N, M). Rows may be strided but may not overlap; no gradient.
+
+    Call only where `applies`.
+    """
+    return torch.ops.mkldnn._linear_pointwise(a_nk, b_mk, bias_m, "none", [], "")
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_nk: Tensor, weight_mk: Tensor, bias_m: Tensor | None) -> Tensor:
+        # The parameter itself, not its values: ZeRO-3 puts them in place again before the backward pass.
+        ctx.save_for_backward(x_nk, weight_mk)
+        return product(x_nk, weight_mk, bias_m)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_nm: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        x_nk, weight_mk = ctx.saved_tensors
+        wants_x, wants_weight, wants_bias = ctx.needs_input_grad
+        grad_x = product(grad_nm, weight_mk.t()) if wants_x else None
+        grad_weight = product(grad_nm.t(), x_nk.t()) if wants_weight else None
+        return grad_x, grad_weight, grad_nm.sum(0) if wants_bias else None
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`F.linear`: (..., K) with weight (M, K) to (..., M)."""
+    if not applies(x) or x.numel() == 0:
+        return F.linear(x, weight, bias)
+    rows = x.reshape(-1, x.shape[-1])
+    return _Linear.apply(rows, weight, bias).view(*x.shape[:-1], weight.shape[0])
+
+
+class Linear(torch.nn.Linear):
+    """`nn.Linear` through `linear`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in_features) to (..., out_features)."""
+        return linear(x, self.weight, self.bias)
+
+
+def dropout(x: Tensor, rate: float, training: bool) -> Tensor:
+    """`F.dropout`. On a CPU each element is decided by 16 random bits, so a rate is met to 1 / 131072."""
+    if not training or rate == 0 or not applies(x):
+        return F.dropout(x, rate, training)
+    return x * keep_factor(x.shape, rate)
+
+
+def keep_factor(shape: torch.Size, rate: float) -> Tensor:
+    """0 with probability `rate`, else 1 / (1 - rate); fp32, from torch's global CPU generator."""
+    count = shape.numel()
+    words = torch.empty((count + 3) // 4, dtype=torch.int64).random_(-(1 << 63), None)
+    bits = words.view(torch.int16)[:count].view(shape)
+    dropped = round(rate * 65536)
+    return (bits >= dropped - 32768).to(torch.float32).mul_(65536 / (65536 - dropped))

@@ -1,0 +1,40 @@
+"""Ratios against a peer measured in the same run: `python tools/bench.py {step,data,teacher} [--help]`.
+
+Every row of a case ends in its ratio; above 1 means better than the peer, unless the row says otherwise.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+
+def main(arguments: list[str]) -> int:
+    """Run the benchmark named by the first argument; returns the exit code."""
+    from d2v_scale.benchmarks import data, step, teacher
+    from d2v_scale.errors import EXIT_BAD_INPUT, UserError
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True, metavar="BENCHMARK")
+    for name, module in {"step": step, "data": data, "teacher": teacher}.items():
+        command = commands.add_parser(
+            name,
+            help=(module.__doc__ or "").splitlines()[0],
+            description=module.__doc__,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        module.add_arguments(command)
+        command.set_defaults(run=module.run, takes_recipe_keys=module is step)
+    options, options.overrides = parser.parse_known_args(arguments)
+    if options.overrides and not options.takes_recipe_keys:
+        parser.error(f"unrecognized arguments: {' '.join(options.overrides)}")
+    try:
+        return options.run(options)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
