@@ -198,6 +198,13 @@ activate() { # the Python environment
     source "$D2V_SCALE_ACTIVATE" || die "cannot source $D2V_SCALE_ACTIVATE"
 }
 
+read_point() { # sets point: this task's arguments of train.py, its line of the list that tools/sweep.py --slurm made
+    local points
+    mapfile -t points < "$D2V_SCALE_SWEEP"
+    [[ -n ${points[SLURM_ARRAY_TASK_ID]:-} ]] || die "$D2V_SCALE_SWEEP has no line $((SLURM_ARRAY_TASK_ID + 1))"
+    eval "point=(${points[SLURM_ARRAY_TASK_ID]})" # quoted by the program that wrote it
+}
+
 check_programs() {
     local program wanted=(python)
     [[ -n ${D2V_SCALE_RUN_IN:-}${D2V_SCALE_SRUN_OPTIONS:-} ]] || wanted+=(deepspeed)

@@ -18,14 +18,7 @@ repository=${command%/slurm/*}
 [[ -f $repository/slurm/lib.sh ]] || repository=$SLURM_SUBMIT_DIR
 source "$repository/slurm/lib.sh" || exit 2
 
-# Points of tools/sweep.py --slurm: one line of train.py's arguments for each task.
-if [[ -n ${D2V_SCALE_SWEEP:-} ]]; then
-    mapfile -t points < "$D2V_SCALE_SWEEP"
-    [[ -n ${points[SLURM_ARRAY_TASK_ID]:-} ]] || die "$D2V_SCALE_SWEEP has no line $((SLURM_ARRAY_TASK_ID + 1))"
-    eval "point=(${points[SLURM_ARRAY_TASK_ID]})" # quoted by the program that wrote it
-    train d2v2_vision_base zero1.json "${point[@]}" "$@"
-    exit
-fi
-
 learning_rates=(2.5e-4 5e-4 1e-3 2e-3)
-train d2v2_vision_base zero1.json --optim.lr "${learning_rates[SLURM_ARRAY_TASK_ID]}" "$@"
+point=(--optim.lr "${learning_rates[SLURM_ARRAY_TASK_ID]:-}")
+[[ -z ${D2V_SCALE_SWEEP:-} ]] || read_point # tools/sweep.py --slurm has made a list
+train d2v2_vision_base zero1.json "${point[@]}" "$@"
