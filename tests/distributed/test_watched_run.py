@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import pytest
 from launch import ROOT, run_ranks
 
 from d2v_scale.data import demo
@@ -67,6 +68,7 @@ def train(run_dir: Path, shards: Path, steps: int) -> list[dict]:
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_a_run_shows_its_health_and_goes_on_counting_after_a_restart(tmp_path: Path) -> None:
     shards = demo.write("vision", tmp_path / "demo_data")
     run_dir = tmp_path / "run"
