@@ -77,3 +77,10 @@ def describe_split(split: StageSplit, micro_batches: int) -> str:
         f"Pipeline stages {stages}; predicted idle share {split.bubble(micro_batches):.0%}, "
         f"{even:.0%} = (p-1)/(m+p-1) if stages were equal.{few}"
     )
+
+
+def describe_idle(shares: list[float], micro_batches: int) -> str:
+    """The measured idle share of every stage (`PipelineStudent.idle_shares`) beside what equal stages would have."""
+    stages = ", ".join(f"{stage}: {share:.0%}" for stage, share in enumerate(shares))
+    even = even_bubble(len(shares), micro_batches)
+    return f"Pipeline idle share, measured, of stage {stages}; (p-1)/(m+p-1) = {even:.0%}"

@@ -33,7 +33,7 @@ from d2v_scale.checkpoint.writer import CheckpointWriter
 from d2v_scale.command_line import Options
 from d2v_scale.data import demo
 from d2v_scale.data.loader import StepLoader
-from d2v_scale.engines import build_engines, check_pipeline
+from d2v_scale.engines import build_engines, check_pipeline, describe_idle
 from d2v_scale.errors import EXIT_BAD_INPUT, EXIT_LOST_PEER, ConfigError, UserError, Verdict
 from d2v_scale.evaluation.online import OnlineEvaluation
 from d2v_scale.finetuning import program
@@ -252,7 +252,7 @@ def record(run: Run, result: StepResult, seen: Observations, lr: float) -> None:
     values = {**run.observer.figures(result, seen, samples), "lr": lr}
     run.tracker.log(run.step, samples, values)
     if isinstance(run.student, PipelineStudent) and run.observer.records == 2:
-        run.tracker.message(run.student.describe_idle())
+        run.tracker.message(describe_idle(run.student.idle_shares, run.recipe.accumulation))
     for sign in run.observer.signs(values):
         run.tracker.message(f"step {run.step}: {sign}")
 

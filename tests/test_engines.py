@@ -3,7 +3,7 @@
 import pytest
 
 from d2v_scale import command_line
-from d2v_scale.engines import check_pipeline, describe_split
+from d2v_scale.engines import check_pipeline, describe_idle, describe_split
 from d2v_scale.errors import ConfigError
 from d2v_scale.planning.stages import StageSplit
 from d2v_scale.train import configure
@@ -30,3 +30,8 @@ def test_the_split_is_described_with_its_bubble() -> None:
         "Pipeline stages 0: blocks 0-2 (50%), 1: blocks 3-5 (50%); predicted idle share 25%, "
         "25% = (p-1)/(m+p-1) if stages were equal. Few micro-batches: raise `accumulation` to wait less."
     )
+
+
+def test_the_measured_idle_share_stands_beside_that_of_equal_stages() -> None:
+    said = describe_idle([0.48, 0.59], 1)
+    assert said == "Pipeline idle share, measured, of stage 0: 48%, 1: 59%; (p-1)/(m+p-1) = 50%"

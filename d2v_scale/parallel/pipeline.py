@@ -176,13 +176,6 @@ class PipelineStudent(StudentEngine):
             self._measure_idle()
         return self._verdict()
 
-    def describe_idle(self) -> str:
-        """The measured idle shares beside what equal stages would have. The first step is slower than others."""
-        stages = ", ".join(f"{stage}: {share:.0%}" for stage, share in enumerate(self.idle_shares))
-        count = len(self.idle_shares)
-        even = (count - 1) / (self.accumulation + count - 1)
-        return f"Pipeline idle share, measured, of stage {stages}; (p-1)/(m+p-1) = {even:.0%}"
-
     def over_stages(self, part: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
         """The union of what the stages give, in their order. Collective over the pipeline."""
         parts: list[Any] = [None] * self.topology.pipeline_size
