@@ -20,8 +20,13 @@ class StepResult:
 
     applied: bool
     """False: the loss or a gradient was not finite somewhere, and no rank changed anything."""
-    grad_norm: float
-    """Global gradient norm before clipping; inf when not applied."""
+    norm: Tensor | float
+    """`grad_norm` where DeepSpeed keeps it: on the device."""
+
+    @property
+    def grad_norm(self) -> float:
+        """Global gradient norm before clipping; inf when not applied. Waits for the device."""
+        return float(self.norm)
 
 
 class StudentEngine:
@@ -65,8 +70,7 @@ class StudentEngine:
     def step(self) -> StepResult:
         """Clip and step on every rank, or on none. Collective.
 
-        DeepSpeed reads the global gradient norm back to the host at this point; the verdict rests on that number
-        and costs no further synchronisation.
+        DeepSpeed asks the device for the verdict before it steps, which is the one time that the host waits in a step.
         """
         assert self._micro_batches == self.accumulation, "fewer micro-batches than gradient_accumulation_steps"
         faults.point("optimizer")
@@ -86,7 +90,7 @@ class StudentEngine:
             self.skipped_updates += 1
             self.skipped_in_a_row += 1
             self._forget_gradients()
-        return StepResult(applied, float(self.engine.get_global_grad_norm()))
+        return StepResult(applied, self.engine.get_global_grad_norm())
 
     def _forget_gradients(self) -> None:
         """Drop what a skipped step has accumulated.

@@ -1,0 +1,107 @@
+"""One optimizer step of every kind of model."""
+
+from collections.abc import Callable
+
+import host_syncs
+import pytest
+import tiny_models
+import torch
+
+from d2v_scale.data2vec.config import LossConfig, ObjectiveConfig
+from d2v_scale.engines import build_engines
+from d2v_scale.model.config import TeacherParts
+from d2v_scale.model.stack import Draw
+from d2v_scale.parallel import ds_config, groups
+from d2v_scale.recipe import Recipe
+from d2v_scale.step import train_step
+
+OF_EVERY_KIND = {"dropout": 0.1, "attention_dropout": 0.1, "drop_path": 0.2, "layer_drop": 0.3}
+
+
+def train(name: str, stage: int, precision: str, checkpointing: bool, ignore: Callable[[bool], None]) -> None:
+    """Five steps of a small model, with everything on that draws or skips; the first three are ignored."""
+    topology = groups.single_process()
+    model = tiny_models.model(name, **OF_EVERY_KIND)
+    model.activation_checkpointing = checkpointing
+    loss = LossConfig(cls_weight=0.01 if name == "v2_vision" else 0.0)
+    recipe = Recipe(
+        model=model,
+        objective=ObjectiveConfig(target=tiny_models.target_of(name), loss=loss),
+        teacher_parts=TeacherParts.published(model),
+        accumulation=2,
+    )
+    numbers = ds_config.RecipeNumbers(precision=precision, accumulation=2, clip=1.0)
+    config = ds_config.resolve({"zero_optimization": {"stage": stage}}, numbers, recipe.parallel, 1)
+    student, teacher = build_engines(recipe, config, topology)
+    student.module.train()
+    clones = 2 if name.startswith("v2") else 1
+    padded = not name.endswith("vision")
+    batches = [tiny_models.batch(name, 2, clones, padded, seed).to(topology.device) for seed in range(2)]
+    for step in range(5):
+        ignore(step < 3)
+        train_step(student, teacher, batches, recipe.objective, Draw(1, step), observe=False)
+    ignore(True)
+    teacher.destroy()
+    student.destroy()
+
+
+@pytest.mark.usefixtures("world_of_one")
+@pytest.mark.parametrize("name", tiny_models.NAMES)
+def test_no_model_waits_for_the_device(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = 3 if name in ("v1_vision", "v2_speech") else 1
+    with host_syncs.recorded(monkeypatch) as syncs:
+        train(name, stage, "fp32", name == "v2_text", lambda value: setattr(syncs, "ignoring", value))
+    assert not syncs.found, syncs
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.usefixtures("world_of_one")
+@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("name", tiny_models.NAMES)
+def test_no_model_waits_for_a_gpu(name: str, stage: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As above, asked of the device itself. DeepSpeed's verdict on the gradient waits, once a step."""
+    from deepspeed.runtime.zero import stage3, stage_1_and_2
+
+    def unguarded(invalid: Callable[[object], bool]) -> Callable[[object], bool]:
+        def call(norm: object) -> bool:
+            mode = torch.cuda.get_sync_debug_mode()
+            torch.cuda.set_sync_debug_mode("default")
+            found = invalid(norm)
+            torch.cuda.set_sync_debug_mode(mode)
+            return found
+
+        return call
+
+    for module in (stage_1_and_2, stage3):
+        if hasattr(module, "is_invalid_grad_norm"):
+            monkeypatch.setattr(module, "is_invalid_grad_norm", unguarded(module.is_invalid_grad_norm))
+    try:
+        train(name, stage, "bf16", False, lambda value: torch.cuda.set_sync_debug_mode("default" if value else "error"))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_reads_of_values_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The recorder itself: whatever reads a value is counted, what computes is not."""
+    x = torch.arange(4.0)
+    reads: list[Callable[[], object]] = [
+        lambda: x[0].item(),
+        lambda: x.tolist(),
+        lambda: x.cpu(),
+        lambda: x.numpy(),
+        lambda: bool(x[0]),
+        lambda: int(x[1]),
+        lambda: x[x > 1],
+        lambda: x.repeat_interleave(torch.tensor([1, 2, 3, 4])),
+        lambda: torch.equal(x, x),
+    ]
+    with host_syncs.recorded(monkeypatch) as syncs:
+        syncs.ignoring = False
+        for read in reads:
+            syncs.found.clear()
+            read()
+            assert syncs.found.total() >= 1, read
+        syncs.found.clear()
+        x.repeat_interleave(2).index_select(0, torch.tensor([1])).add(x.sum()).to(torch.float64)
+    assert not syncs.found, syncs
