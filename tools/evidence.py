@@ -12,10 +12,12 @@ is not repeated: start again after an interruption. Writes evidence.md and evide
 """
 
 import argparse
+import ctypes
 import dataclasses
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -138,10 +140,17 @@ def run(job: Job) -> dict[str, Any]:
     return result
 
 
+def end_with_parent() -> None:
+    """Have the kernel terminate this process when the one that started it is gone, however it went (Linux only)."""
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+
+
 def pretrain(job: Job, directory: Path) -> dict[str, Any]:
     """Run train.py to its end (an interrupted run continues); what its record says."""
     command = [sys.executable, str(ROOT / "d2v_scale" / "train.py"), *job.arguments(), f"--run_dir={directory}"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, preexec_fn=end_with_parent)
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
         raise UserError(f"{job.name} ended with code {done.returncode}: {' '.join(lines) or done.stderr[-800:]}")
@@ -226,7 +235,7 @@ def run_all(jobs: list[Job], processes: int) -> list[dict[str, Any]]:
     """Run what is not done yet; the results of all, in the order of `jobs`."""
     waiting = [job for job in jobs if not job.is_done()]
     print(f"{len(jobs)} results, {len(jobs) - len(waiting)} of them finished before", flush=True)
-    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn"), initializer=end_with_parent) as pool:
         running = {pool.submit(run, job): job for job in waiting}
         for number, future in enumerate(as_completed(running), 1):
             try:
