@@ -1,19 +1,20 @@
 """What surrounds a training loop, whatever it trains: watchdog, last checkpoint, verdict, record."""
 
 import contextlib
+import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
-from d2v_scale import command_line
+from d2v_scale import __version__, command_line
 from d2v_scale.checkpoint.format import MANIFEST, directory_name
 from d2v_scale.checkpoint.writer import CheckpointWriter
 from d2v_scale.command_line import Options
 from d2v_scale.data.loader import StepLoader
 from d2v_scale.errors import EXIT_DONE
 from d2v_scale.parallel.groups import Topology
-from d2v_scale.parallel.zero import StudentEngine
+from d2v_scale.parallel.zero import StepResult, StudentEngine
 from d2v_scale.recipe import Recipe, to_dict
 from d2v_scale.signals import Agreement, Stop, StopFlag, StopReason
 from d2v_scale.status import outcome_of, write_status
@@ -39,6 +40,10 @@ class AnyRun(Protocol):
     @property
     def loader(self) -> StepLoader:
         """Where its batches come from."""
+
+    @property
+    def samples(self) -> int:
+        """Samples seen by all ranks since the run began. Waits for the device."""
 
 
 def supervise(run: AnyRun, stop_flag: StopFlag, train: Callable[..., Stop | None], save: Callable[..., None]) -> int:
@@ -97,3 +102,22 @@ def report_saves(run: AnyRun) -> None:
             log.warning("Checkpoint of step %d could not be written: %s", result.step, result.error)
         else:
             run.tracker.checkpoint(run.writer.root / directory_name(result.step), MANIFEST, result.step)
+
+
+def judge(run: AnyRun, result: StepResult, stop_flag: StopFlag) -> None:
+    """Say that a step was skipped; stop the run when too many were, one after the other."""
+    if not result.applied:
+        log.warning("Step %d was skipped: a loss or gradient was not finite", run.step)
+        if run.student.skipped_in_a_row >= run.recipe.max_skipped_in_a_row:
+            stop_flag.up(StopReason.NON_FINITE)
+
+
+def facts(run: AnyRun) -> dict[str, Any]:
+    """What every checkpoint says of its run beside weights and moments. Collective."""
+    return {
+        "samples": run.samples,
+        "data": run.loader.state_dict(),
+        "recipe": json.loads(json.dumps(to_dict(run.recipe))),
+        "mlflow_run_id": run.tracker.run_id(),
+        "version": __version__,
+    }

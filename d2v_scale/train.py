@@ -15,7 +15,6 @@ if __name__ == "__main__":
 
     sys.exit(_main(sys.argv[1:], _flag))
 
-import json
 import logging
 import os
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from d2v_scale import __version__, command_line, run_directory
+from d2v_scale import command_line, run_directory
 from d2v_scale.checkpoint import Checkpoint, find_newest_valid, open_any
 from d2v_scale.checkpoint.find import verify_together
 from d2v_scale.checkpoint.training import pieces, restore, restore_weights, state
@@ -47,11 +46,11 @@ from d2v_scale.parallel.groups import Topology
 from d2v_scale.parallel.pipeline import PipelineStudent
 from d2v_scale.parallel.zero import StepResult, StudentEngine
 from d2v_scale.profiling import StepProfiler, decoders, part
-from d2v_scale.recipe import Recipe, to_dict
+from d2v_scale.recipe import Recipe
 from d2v_scale.signals import Agreement, Stop, StopFlag, StopReason, is_lost_peer
 from d2v_scale.status import write_status
 from d2v_scale.step import Observations, train_step
-from d2v_scale.supervision import last_step, report_saves, supervise
+from d2v_scale.supervision import facts, judge, last_step, report_saves, supervise
 from d2v_scale.teacher import EmaTeacher
 from d2v_scale.tracking import RunTracker
 from d2v_scale.watchdog import Watchdog
@@ -222,10 +221,7 @@ def train(run: Run, stop_flag: StopFlag, agreement: Agreement, watchdog: Watchdo
         profiler.end(run.step)
         run.rows += seen.rows
         observer.after()
-        if not result.applied:
-            log.warning("Step %d was skipped: a loss or gradient was not finite", run.step)
-            if student.skipped_in_a_row >= recipe.max_skipped_in_a_row:
-                stop_flag.up(StopReason.NON_FINITE)
+        judge(run, result, stop_flag)
         if logged:
             record(run, result, seen, lr)
             if observer.collapsed:
@@ -272,14 +268,7 @@ def draw_pictures(run: Run) -> None:
 def save(run: Run) -> None:
     """Begin a checkpoint of this step; the loop waits for the snapshot only. Collective."""
     run.tracker.flush()
-    extra = {
-        "samples": run.samples,
-        "data": run.loader.state_dict(),
-        "totals": run.observer.state_dict(),
-        "recipe": json.loads(json.dumps(to_dict(run.recipe))),
-        "mlflow_run_id": run.tracker.run_id(),
-        "version": __version__,
-    }
+    extra = {**facts(run), "totals": run.observer.state_dict()}
     held = pieces(run.student, run.teacher)
     stall = run.writer.save(run.step, held, state(run.student, run.teacher), extra)
     run.tracker.log(run.step, run.samples, {"checkpoint_stall_seconds": stall})

@@ -1,5 +1,6 @@
 """Linear probes: a logistic regression on frozen features, with the penalty chosen on a part of the training set."""
 
+import warnings
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,6 +36,7 @@ def linear_probe(
     The penalty (sum of squared weights / 2, against the mean log-loss times N) is chosen on a held-back fifth of the
     training examples, stratified by class; the model is then refitted on all of them. The queries play no part.
     """
+    from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import train_test_split
     from sklearn.pipeline import make_pipeline
@@ -43,7 +45,10 @@ def linear_probe(
     x, y = features_nd.float().cpu().numpy(), labels_n.cpu().numpy()
 
     def fitted(penalty: float, x: np.ndarray, y: np.ndarray) -> object:
-        return make_pipeline(StandardScaler(), LogisticRegression(C=1 / penalty, max_iter=500, tol=1e-3)).fit(x, y)
+        with warnings.catch_warnings():
+            # A weak penalty may not converge in time; the held-back examples judge what it came to.
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            return make_pipeline(StandardScaler(), LogisticRegression(C=1 / penalty, max_iter=500, tol=1e-3)).fit(x, y)
 
     fit_x, held_x, fit_y, held_y = train_test_split(x, y, test_size=0.2, random_state=seed, stratify=_strata(y))
     scores = [(fitted(penalty, fit_x, fit_y).score(held_x, held_y), penalty) for penalty in penalties]  # type: ignore[attr-defined]

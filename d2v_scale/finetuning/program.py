@@ -1,6 +1,5 @@
 """Fine-tuning, from the built parts to the last checkpoint: what `train.py` runs when the recipe has a `task`."""
 
-import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +8,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from d2v_scale import __version__
 from d2v_scale.checkpoint import find_newest_valid
 from d2v_scale.checkpoint.find import verify_together
 from d2v_scale.checkpoint.training import pieces, restore, state
@@ -29,9 +27,9 @@ from d2v_scale.optim import make_optimizer, parameter_groups
 from d2v_scale.parallel.groups import Topology
 from d2v_scale.parallel.zero import StudentEngine, build_student
 from d2v_scale.profiling import StepProfiler, part
-from d2v_scale.recipe import Recipe, to_dict
+from d2v_scale.recipe import Recipe
 from d2v_scale.signals import Agreement, Stop, StopFlag, StopReason
-from d2v_scale.supervision import last_step, report_saves
+from d2v_scale.supervision import facts, judge, last_step, report_saves
 from d2v_scale.tracking import RunTracker, SpeedMeter, host_values
 from d2v_scale.watchdog import Watchdog
 
@@ -163,10 +161,7 @@ def train(run: TaskRun, stop_flag: StopFlag, agreement: Agreement, watchdog: Wat
         profiler.end(run.step)
         run.rows += seen.rows
         meter.step()
-        if not result.applied:
-            log.warning("Step %d was skipped: a loss or gradient was not finite", run.step)
-            if student.skipped_in_a_row >= recipe.max_skipped_in_a_row:
-                stop_flag.up(StopReason.NON_FINITE)
+        judge(run, result, stop_flag)
         if run.tracker.due(run.step, end):
             record(run, seen, {"lr": lr, "grad_norm": result.grad_norm}, meter)
         if run.step == end or (recipe.evaluation.every and run.step % recipe.evaluation.every == 0):
@@ -209,14 +204,7 @@ def evaluate(run: TaskRun) -> None:
 def save(run: TaskRun) -> None:
     """Begin a checkpoint of this step; the loop waits for the snapshot only. Collective."""
     run.tracker.flush()
-    extra = {
-        "samples": run.samples,
-        "data": run.loader.state_dict(),
-        "recipe": json.loads(json.dumps(to_dict(run.recipe))),
-        "classes": run.loader.classes,
-        "mlflow_run_id": run.tracker.run_id(),
-        "version": __version__,
-    }
+    extra = {**facts(run), "classes": run.loader.classes}
     stall = run.writer.save(run.step, pieces(run.student, None), state(run.student, None), extra)
     run.tracker.log(run.step, run.samples, {"checkpoint_stall_seconds": stall})
     run.saved = run.step
