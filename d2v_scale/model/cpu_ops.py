@@ -4,11 +4,15 @@ oneDNN multiplies about twice as fast as the BLAS that `F.linear` calls on proce
 and as fast on the others. Its `_linear_pointwise` is the operator that `torch.compile` puts in `F.linear`'s place.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+PIECE_ROWS = 2048
+"""Rows handled at once where several operations follow each other: they stay in the cache."""
 
 _HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
@@ -24,6 +28,11 @@ def product(a_nk: Tensor, b_mk: Tensor, bias_m: Tensor | None = None) -> Tensor:
     Call only where `applies`.
     """
     return torch.ops.mkldnn._linear_pointwise(a_nk, b_mk, bias_m, "none", [], "")
+
+
+def pieces(count: int) -> Iterator[slice]:
+    """`count` rows in slices of `PIECE_ROWS`."""
+    return (slice(first, min(first + PIECE_ROWS, count)) for first in range(0, count, PIECE_ROWS))
 
 
 class _Linear(torch.autograd.Function):

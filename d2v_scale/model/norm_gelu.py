@@ -1,6 +1,5 @@
 """GELU of a layer norm, on a CPU piece by piece while the values are in cache."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -8,9 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from d2v_scale.model import cpu_ops
-
-_ROWS = 2048
-"""Rows handled at once where several operations follow each other: they stay in the cache."""
+from d2v_scale.model.cpu_ops import pieces
 
 
 class NormGelu(nn.LayerNorm):
@@ -28,17 +25,13 @@ def norm_gelu(x: Tensor, weight_c: Tensor | None, bias_c: Tensor | None, eps: fl
     return _NormGelu.apply(x.reshape(-1, x.shape[-1]), weight_c, bias_c, eps).view(x.shape)
 
 
-def _pieces(count: int) -> Iterator[slice]:
-    return (slice(first, min(first + _ROWS, count)) for first in range(0, count, _ROWS))
-
-
 class _NormGelu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_nc: Tensor, weight_c: Tensor | None, bias_c: Tensor | None, eps: float) -> Tensor:
         ctx.save_for_backward(x_nc, weight_c, bias_c)
         ctx.eps = eps
         out_nc = torch.empty_like(x_nc)
-        for piece in _pieces(x_nc.shape[0]):
+        for piece in pieces(x_nc.shape[0]):
             out_nc[piece] = F.gelu(F.layer_norm(x_nc[piece], x_nc.shape[1:], weight_c, bias_c, eps))
         return out_nc
 
@@ -50,7 +43,7 @@ class _NormGelu(torch.autograd.Function):
         grad_x = torch.empty_like(x_nc)
         grad_weight = torch.zeros_like(weight_c) if affine else None
         grad_bias = torch.zeros_like(bias_c) if affine else None
-        for piece in _pieces(x_nc.shape[0]):
+        for piece in pieces(x_nc.shape[0]):
             x = x_nc[piece]
             normed, mean, rstd = torch.native_layer_norm(x, x.shape[1:], weight_c, bias_c, ctx.eps)
             grad = torch.ops.aten.gelu_backward(grad_nc[piece], normed)

@@ -6,7 +6,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from d2v_scale.model import cpu_ops
+from d2v_scale.model import conv_rows, cpu_ops
 from d2v_scale.model.config import ModelConfig, SpeechStem
 from d2v_scale.model.init import InitRule, set_rule
 from d2v_scale.model.layers import rows_of
@@ -32,7 +32,7 @@ class SpeechFeatures(nn.Module):
         self.convs = nn.ModuleList()
         self.conv_norms = nn.ModuleList()
         for inputs, (outputs, kernel, stride) in zip(channels, config.speech.conv_layers, strict=False):
-            conv = nn.Conv1d(inputs, outputs, kernel, stride, bias=False)
+            conv = conv_rows.FrameConv(inputs, outputs, kernel, stride, bias=False)
             set_rule(conv.weight, InitRule("normal", math.sqrt(2.0 / (inputs * kernel))))
             self.convs.append(conv)
             self.conv_norms.append(NormGelu(outputs))
@@ -48,6 +48,11 @@ class SpeechFeatures(nn.Module):
         return self.proj(self.norm(x_btc))
 
     def _convolve(self, wave_bn: Tensor) -> Tensor:
+        if conv_rows.applies(wave_bn, self.convs):
+            x_nc, rows, frames = conv_rows.to_rows(wave_bn, self.convs)
+            for conv, norm in zip(self.convs, self.conv_norms, strict=True):
+                x_nc = norm(conv(x_nc))
+            return x_nc.view(len(wave_bn), rows, -1)[:, :frames]
         x_bct = wave_bn[:, None]
         for conv, norm in zip(self.convs, self.conv_norms, strict=True):
             x_bct = norm(conv(x_bct.contiguous()).transpose(1, 2)).transpose(1, 2)

@@ -3,9 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from d2v_scale.model import cpu_ops, norm_gelu
+from d2v_scale.model import conv_rows, cpu_ops, norm_gelu
 
 pytestmark = pytest.mark.skipif(not cpu_ops.applies(torch.zeros(1)), reason="this PyTorch has no oneDNN")
 
@@ -51,7 +51,7 @@ def test_dropout_drops_its_share_scales_the_rest_and_repeats_with_the_seed() -> 
 
 
 def test_norm_gelu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(norm_gelu, "_ROWS", 8)
+    monkeypatch.setattr(cpu_ops, "PIECE_ROWS", 8)
     x, weight, bias = torch.randn(3, 7, 24), torch.randn(24), torch.randn(24)
 
     def plain(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
@@ -59,3 +59,56 @@ def test_norm_gelu(monkeypatch: pytest.MonkeyPatch) -> None:
 
     assert_same(gradients(lambda *a: norm_gelu.norm_gelu(*a, 1e-5), x, weight, bias), gradients(plain, x, weight, bias))
     assert_same(gradients(lambda x: norm_gelu.norm_gelu(x, None, None, 1e-5), x), gradients(plain, x))
+
+
+@pytest.mark.parametrize(
+    ("layers", "samples"),
+    [
+        ([(8, 10, 5), *[(8, 3, 2)] * 4, *[(8, 2, 2)] * 2], 3001),
+        ([(6, 10, 5), (8, 4, 2), (4, 5, 2), (4, 2, 2)], 1001),
+        ([(8, 3, 3), (4, 1, 1), (4, 2, 3)], 300),
+    ],
+)
+def test_convolutions_over_rows(layers: list, samples: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_ops, "PIECE_ROWS", 50)
+    convs, inputs = nn.ModuleList(), 1
+    for outputs, kernel, stride in layers:
+        convs.append(conv_rows.FrameConv(inputs, outputs, kernel, stride, bias=False))
+        inputs = outputs
+    wave = torch.randn(3, samples)
+
+    def over_rows(*weights: Tensor) -> Tensor:
+        x, rows, frames = conv_rows.to_rows(wave, convs)
+        for conv, weight in zip(convs, weights, strict=True):
+            x = conv_rows._Conv.apply(x, weight, conv.stride[0])
+        return x.view(3, rows, -1)[:, :frames]
+
+    def over_channels(*weights: Tensor) -> Tensor:
+        x = wave[:, None]
+        for conv, weight in zip(convs, weights, strict=True):
+            x = F.conv1d(x, weight, stride=conv.stride)
+        return x.transpose(1, 2)
+
+    weights = [conv.weight for conv in convs]
+    assert_same(gradients(over_rows, *weights), gradients(over_channels, *weights))
+
+
+def test_narrow_convolutions_are_pytorchs() -> None:
+    wave = torch.zeros(1, 100)
+    for channels, over_rows in ((64, False), (128, True)):
+        assert conv_rows.applies(wave, nn.ModuleList([conv_rows.FrameConv(1, channels, 3, 2)])) is over_rows
+    assert not conv_rows.applies(wave.double(), nn.ModuleList([conv_rows.FrameConv(1, 128, 3, 2)]))
+
+
+def test_wide_convolutions_over_rows_are_close_to_double_precision() -> None:
+    torch.manual_seed(0)
+    convs = nn.ModuleList(
+        [conv_rows.FrameConv(1, 512, 10, 5, bias=False), conv_rows.FrameConv(512, 512, 3, 2, bias=False)]
+    )
+    wave = torch.randn(2, 800)
+    exact = convs.double()[1](convs[0](wave.double()[:, None])).transpose(1, 2)
+    convs.float()
+    x, rows, frames = conv_rows.to_rows(wave, convs)
+    for conv in convs:
+        x = conv(x)
+    assert (x.view(2, rows, -1)[:, :frames] - exact).abs().amax() < 1e-5 * exact.abs().amax()
