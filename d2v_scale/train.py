@@ -211,7 +211,7 @@ def train(run: Run, stop_flag: StopFlag, agreement: Agreement, watchdog: Watchdo
         logged = run.tracker.due(run.step + 1, end)
         observer.before(micro_batches, logged)
         if run.step == 0:
-            run.tracker.preview(micro_batches[0])
+            run.tracker.preview(micro_batches[0], run.loader.tokenizer(micro_batches[0].source))
         lr = set_rates(student.optimizer, recipe.optim, student.completed_updates)
         draw = Draw(recipe.seed, run.step)
         result, seen = train_step(

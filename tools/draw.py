@@ -15,7 +15,7 @@ from d2v_scale.errors import UserError
 from d2v_scale.evaluation.features import mean_over_positions
 from d2v_scale.evaluation.frozen import FrozenEncoder
 from d2v_scale.plots.curves import plot_health
-from d2v_scale.plots.gallery import Gallery, draw_gallery
+from d2v_scale.plots.gallery import FIRST, Gallery, draw_gallery
 from d2v_scale.tracking.tracker import append_event
 
 
@@ -63,7 +63,7 @@ def draw(run: Path, data: str | None, samples: int) -> list[Path]:
         labels=[names[label] if label < len(names) else str(label) for label in labels_b.tolist()],
         valid_bt=None if valid_bt is None else valid_bt.cpu(),
         teacher_lnd=pooled(teacher_states),
-        first_btd=teacher_states[-1][:8].cpu(),
+        first_btd=teacher_states[-1][:FIRST].cpu(),
         masks=recipe.objective.masking,
         seed=recipe.seed,
         step=teacher.step,

@@ -5,6 +5,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -158,6 +159,10 @@ class StepLoader:
 
     def _make_decoder(self, source: Source | StreamedSource, model: ModelConfig) -> Decoder:
         return make_decoder(source.modality, self._data, model, source.tokenizer)
+
+    def tokenizer(self, source: str) -> Path | None:
+        """The sentencepiece model of a source's text, by the source's name; None where there is none."""
+        return next((one.tokenizer for one in self.sources if one.name == source), None)
 
     # -- state ---------------------------------------------------------------------------------------------------
 

@@ -18,11 +18,15 @@ from d2v_scale.evaluation.held_out import held_out_figures
 from d2v_scale.evaluation.knn import knn, whitened
 from d2v_scale.model.stack import Student, Teacher
 from d2v_scale.parallel.zero import StudentEngine
-from d2v_scale.plots.gallery import Gallery
+from d2v_scale.plots.gallery import FIRST, Gallery
 from d2v_scale.recipe import Recipe
 from d2v_scale.teacher import EmaTeacher
 
 LabelledBatches = Sequence[tuple[Batch, Tensor]]
+_PICTURED = 256
+"""Samples among which neighbours are looked for in pictures, at most,"""
+_PICTURED_BYTES = 128 * 2**20
+"""and how large they may be."""
 _PICTURED_AT_ONCE = 8
 """Samples of which all blocks' outputs are held at the same time."""
 
@@ -109,11 +113,17 @@ class OnlineEvaluation:
         return F.layer_norm(pooled_lbd, pooled_lbd.shape[-1:]).mean(0).cpu()
 
     def gallery(self, recipe: Recipe, step: int) -> Gallery:
-        """What pictures of the first batch of the test set are drawn from. Collective: all ranks must call."""
-        batch, labels_b = self._test[0]
+        """What pictures of the first batches of the test set are drawn from. Collective: all ranks must call."""
+        batch, labels_b = first_batches(self._test, _PICTURED, _PICTURED_BYTES)
         everything = list(range(self._depth))
         parts = [rows(batch, start, start + _PICTURED_AT_ONCE) for start in range(0, len(labels_b), _PICTURED_AT_ONCE)]
-        found = [(pooled.cpu(), last.float().cpu()) for pooled, last in (self._states(p, everything) for p in parts)]
+        found = []
+        for index, part in enumerate(parts):
+            pooled_lbd, last_btd = self._states(part, everything)
+            # Of the later ones only the means are drawn.
+            found.append(
+                (pooled_lbd.cpu(), last_btd.float().cpu() if index * _PICTURED_AT_ONCE < FIRST else last_btd[:0])
+            )
         classes = self._names.classes
         valid_bt = cast(Teacher, self._teacher.module).valid_positions(batch)
         return Gallery(
@@ -121,7 +131,7 @@ class OnlineEvaluation:
             labels=[classes[label] if label < len(classes) else str(label) for label in labels_b.tolist()],
             valid_bt=valid_bt,
             teacher_lnd=torch.cat([pooled for pooled, _ in found], dim=1),
-            first_btd=found[0][1],
+            first_btd=torch.cat([last for _, last in found[: FIRST // _PICTURED_AT_ONCE]]),
             masks=recipe.objective.masking,
             seed=recipe.seed,
             step=step,
@@ -146,6 +156,43 @@ class OnlineEvaluation:
         states = self._teacher.features(batch, shared, layers)
         valid_bt = teacher.valid_positions(batch)
         return torch.stack([mean_over_positions(x_btd, valid_bt) for x_btd in states]), states[-1]
+
+
+def first_batches(batches: LabelledBatches, samples: int, size: int) -> tuple[Batch, Tensor]:
+    """The first batches as one, padded to the longest; the first one at least, as long as all fit the limits.
+
+    `size`: of the inputs, bytes. Nothing may be masked in them.
+    """
+    taken: list[tuple[Batch, Tensor]] = []
+    for batch, labels_b in batches:
+        longest = max(one.inputs[0].nbytes for one, _ in [*taken, (batch, labels_b)])
+        count = sum(len(labels) for _, labels in taken) + len(labels_b)
+        if taken and (count > samples or count * longest > size):
+            break
+        taken.append((batch, labels_b))
+    first = taken[0][0]
+    if len(taken) == 1:
+        return first, taken[0][1]
+    length = max(one.inputs.shape[-1] for one, _ in taken)
+    positions = max(one.masked_rt.shape[1] for one, _ in taken)
+
+    def padded(x: Tensor, wanted: int) -> Tensor:
+        return F.pad(x, (0, wanted - x.shape[-1]))
+
+    def valid(one: Batch) -> Tensor:
+        return torch.ones_like(one.inputs, dtype=torch.bool) if one.valid is None else one.valid
+
+    has_lengths = first.modality != "vision"
+    cut: dict[str, Any] = {"layout": None, "keys": tuple(key for one, _ in taken for key in one.keys)}
+    joined = replace(
+        first,
+        **cut,
+        inputs=torch.cat([padded(one.inputs, length) for one, _ in taken]),
+        valid=torch.cat([padded(valid(one), length) for one, _ in taken]) if has_lengths else None,
+        masked_rt=torch.cat([padded(one.masked_rt, positions) for one, _ in taken]),
+        sample_ids=torch.cat([one.sample_ids for one, _ in taken]),
+    )
+    return joined, torch.cat([labels_b for _, labels_b in taken])
 
 
 def rows(batch: Batch, start: int, stop: int) -> Batch:

@@ -32,7 +32,7 @@ GROUPS = (
     Group("effective rank", ("target_rank", "prediction_rank")),
     Group("mean cosine", ("target_cosine", "prediction_cosine")),
     Group("teacher", ("student_teacher_*", "teacher_update_norm", "teacher_norm"), log=True),
-    Group("gradient norm", ("grad_norm*", "gradient_norm*"), log=True),
+    Group("gradient norm", ("grad_norm", "grad_norm/*"), log=True),
     Group("update-to-weight ratio", ("update_ratio/*",), log=True),
     Group("attention entropy, share of the widest", ("attention_entropy*",)),
     Group("likeness (CKA) of student and teacher", ("cka*",)),
@@ -45,6 +45,8 @@ GROUPS = (
     Group("seconds", ("ema_seconds", "checkpoint_stall_seconds", "step_seconds"), log=True),
     Group("skipped and lost", ("skipped*", "data/lost")),
 )
+_LINES_IN_LEGEND_INSIDE = 3
+"""A legend of more lines stands below its panel, where it covers nothing."""
 
 
 def series(records: Sequence[dict[str, Any]], name: str, axis: str = "step") -> tuple[list[float], list[float]]:
@@ -54,18 +56,32 @@ def series(records: Sequence[dict[str, Any]], name: str, axis: str = "step") -> 
 
 
 def names_of(records: Sequence[dict[str, Any]], group: Group) -> list[str]:
-    """The recorded names that belong to a group, in order of first appearance."""
+    """The recorded names that belong to a group: in the group's order, then in order of first appearance."""
     seen = {name: None for record in records for name in record}
 
-    def belongs(name: str) -> bool:
-        return any(
+    def belongs(name: str, wanted: str) -> bool:
+        return (
             name == wanted
             or (wanted.endswith("*") and name.startswith(wanted[:-1]))
             or (wanted.startswith("*") and name.endswith(wanted[1:]))
-            for wanted in group.names
         )
 
-    return [name for name in seen if belongs(name)]
+    return list(dict.fromkeys(name for wanted in group.names for name in seen if belongs(name, wanted)))
+
+
+def finish_axes(axes: "Axes", group: Group, values: Sequence[float], lines: int) -> None:
+    """Scale, title, grid and legend of a panel on which `values` are drawn by so many named `lines`."""
+    if group.log and any(value > 0 for value in values):
+        axes.set_yscale("log", nonpositive="mask")
+    elif values and min(values) == max(values) == 0:
+        axes.set_ylim(0, 1)  # around zero, matplotlib would go below it
+    axes.set_title(group.title, fontsize=10)
+    axes.grid(alpha=0.3)
+    axes.tick_params(which="both", labelsize=8)
+    if lines > _LINES_IN_LEGEND_INSIDE:
+        axes.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, frameon=False)
+    elif lines > 0:
+        axes.legend(fontsize=7, framealpha=0.5)
 
 
 def plot_health(run_dir: Path, path: Path | None = None) -> Path | None:
@@ -99,7 +115,7 @@ def plot_health(run_dir: Path, path: Path | None = None) -> Path | None:
 def _draw(axes: "Axes", records: Sequence[dict[str, Any]], group: Group, names: list[str]) -> None:
     import math
 
-    positive = False
+    drawn: list[float] = []
     layers = [name for name in names if LAYER in name]
     for name in names:
         x, y = series(records, name)
@@ -117,14 +133,9 @@ def _draw(axes: "Axes", records: Sequence[dict[str, Any]], group: Group, names: 
         broken = [a for a, b in zip(x, y, strict=True) if not math.isfinite(b)]
         if broken:
             axes.plot(broken, [0.02] * len(broken), "x", color="red", transform=axes.get_xaxis_transform())
-        positive = positive or any(b > 0 for _, b in finite)
-    if group.log and positive:
-        axes.set_yscale("log", nonpositive="mask")
-    axes.set_title(group.title, fontsize=10)
-    axes.grid(alpha=0.3)
-    axes.tick_params(which="both", labelsize=8)
-    if len(names) > 1 or names[0] != group.title:
-        axes.legend(fontsize=7, framealpha=0.5)
+        drawn += [b for _, b in finite]
+    shown = [name for name in names if name not in layers[1:-1]]
+    finish_axes(axes, group, drawn, 0 if names == [group.title] else len(shown))
 
 
 def _colour_of_depth(index: int, depth: int) -> tuple[float, float, float, float]:

@@ -14,11 +14,15 @@ import torch
 from torch import Tensor
 
 from d2v_scale.data.batch import Batch, Layout
+from d2v_scale.data.text import Tokenizer
 from d2v_scale.data2vec import masking
 from d2v_scale.data2vec.config import MaskingConfig
+from d2v_scale.evaluation.knn import whitened
 from d2v_scale.plots.relations import Sample, plot_cka, plot_neighbours
 from d2v_scale.plots.samples import SAMPLE_RATE, plot_masks, plot_pca, plot_similarity
 
+FIRST = 16
+"""Samples of which every position is held: what all of them share at a position can be told from the rest."""
 _LAST_LAYERS = 4
 _BATCH_FIELDS = ("modality", "inputs", "valid", "masked_rt", "sample_ids", "keys")
 
@@ -35,7 +39,7 @@ class Gallery:
     teacher_lnd: Tensor
     """Outputs of the teacher's blocks, mean over the valid positions, float32."""
     first_btd: Tensor
-    """The last block's output for the first samples, float32."""
+    """The last block's output for the first samples (`FIRST`), float32."""
     masks: MaskingConfig
     seed: int
     step: int
@@ -63,13 +67,12 @@ def draw_gallery(folder: Path, gallery: Gallery) -> list[Path]:
     """Draw what fits the modality into `folder`; returns the files."""
     batch, labels, valid_bt = gallery.batch, gallery.labels, gallery.valid_bt
     decode = _decoder(gallery.tokenizer)
-    word = None if decode is None else (lambda token: decode([token]))
+    word = Tokenizer(Path(gallery.tokenizer)).piece if gallery.tokenizer else None
     shown = masked(batch, valid_bt, gallery.masks, gallery.seed, gallery.step)
     paths = [plot_masks(shown, folder / "masks.png", decode=word)]
     chosen = gallery.teacher_lnd[-_LAST_LAYERS:]
     features = torch.nn.functional.layer_norm(chosen, chosen.shape[-1:]).mean(dim=0)
-    # Pooled features share a large part; without it the cosines would all be near 1.
-    features = features - features.mean(dim=0)
+    features, _ = whitened(features, features)  # as for the k-NN accuracy
     samples = [_sample(batch, row, decode) for row in range(len(labels))]
     paths.append(plot_neighbours(features, samples, labels, folder / "neighbours.png"))
     first_btd = gallery.first_btd

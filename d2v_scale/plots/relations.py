@@ -29,7 +29,10 @@ def plot_neighbours(
     queries: int = 8,
     neighbours: int = 5,
 ) -> Path:
-    """Each row: a sample and the others nearest to it by cosine similarity, framed green if of the same label."""
+    """Each row: a sample and the others nearest to it by cosine similarity, framed green if of the same label.
+
+    The sample's own title says how many others have its label, so how many green ones there could be.
+    """
     from matplotlib.figure import Figure
 
     queries = min(queries, len(samples))
@@ -44,14 +47,16 @@ def plot_neighbours(
         for column, (item, score) in enumerate([(query, 1.0), *found[:neighbours]]):
             axes = figure.add_subplot(queries, columns, row * columns + column + 1)
             _draw_sample(axes, samples[item])
-            title = labels[item] if column == 0 else f"{labels[item]}  {score:.2f}"
+            others = list(labels).count(labels[item]) - 1
+            title = f"{labels[item]} ({others} more)" if column == 0 else f"{labels[item]}  {score:.2f}"
             axes.set_title(title, fontsize=8, fontweight="bold" if column == 0 else "normal", pad=2)
             colour = "black" if column == 0 else ("#2a9d4a" if labels[item] == labels[query] else "#c8402f")
             for spine in axes.spines.values():
                 spine.set_visible(True)
                 spine.set_color(colour)
                 spine.set_linewidth(2.0)
-    figure.suptitle("left: a sample; then its nearest neighbours (green: same label) and their cosine", fontsize=10)
+    title = f"left: a sample; then its nearest of {len(samples) - 1} others (green: same label) and their cosine"
+    figure.suptitle(title, fontsize=10)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     return path
@@ -61,10 +66,11 @@ def _draw_sample(axes: "Axes", sample: Sample) -> None:
     axes.set_xticks([], [])
     axes.set_yticks([], [])
     if isinstance(sample, str):
-        shown = textwrap.shorten(sample, 380, placeholder=" …")
-        axes.text(
-            0.03, 0.95, textwrap.fill(shown, 40), fontsize=6.5, va="top", transform=axes.transAxes, parse_math=False
-        )
+        shown = textwrap.fill(textwrap.shorten(sample, 380, placeholder=" …"), 40)
+        place = {"va": "top", "transform": axes.transAxes, "parse_math": False}
+        # Clipped: 40 wide characters would reach over the frame, and the layout make room for them.
+        text = axes.text(0.03, 0.95, shown, fontsize=6.5, clip_on=True, **place)  # type: ignore[arg-type]
+        text.set_in_layout(False)
     elif sample.dim() == 1:
         axes.imshow(log_spectrogram(sample), origin="lower", aspect="auto", cmap="magma")
     else:
@@ -94,6 +100,7 @@ def plot_cka(rows_lnd: Tensor, columns_lnd: Tensor, path: Path, *, row_name: str
     axes.set_yticks(range(len(rows_lnd)), [str(layer + 1) for layer in range(len(rows_lnd))])
     axes.set_xlabel(f"layer of the {column_name}")
     axes.set_ylabel(f"layer of the {row_name}")
+    axes.set_title(f"{rows_lnd.shape[1]} samples, mean over positions", fontsize=8)
     figure.colorbar(image, ax=axes, label="linear CKA", shrink=0.8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)

@@ -3,15 +3,20 @@
 import base64
 import html
 import io
+import math
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from d2v_scale.plots.curves import GROUPS, LAYER, names_of, series
+from d2v_scale.plots.curves import GROUPS, LAYER, finish_axes, names_of, series
 from d2v_scale.tracking.summary import RunSummary, recipe_differences
 
 AXES = {"step": "step", "samples": "samples seen", "hours": "hours of wall clock"}
-_LINES = ("-", "--", ":", "-.")
+_DASHES: tuple[tuple[float, ...], ...] = (
+    *((), (5, 2), (1, 1.5), (6, 2, 1, 2)),
+    *((9, 3), (3, 1, 1, 1, 1, 1), (1, 4), (9, 2, 3, 2)),
+)
+"""On and off lengths, in widths of the line: as many as a panel has names."""
 _MAX_POINTS = 1000
 
 _STYLE = """
@@ -148,24 +153,19 @@ def _panels(summaries: Sequence[RunSummary], colours: Sequence[str], axis: str, 
         figure = Figure(figsize=(4.1 * columns, 2.9 * rows), layout="constrained")
         for index, (group, names) in enumerate(groups):
             axes = figure.add_subplot(rows, columns, index + 1)
-            positive = False
+            drawn: list[float] = []
             for summary, colour in zip(summaries, colours, strict=True):
                 for number, name in enumerate(names):
                     x, y = series(summary.records, name, axis)
                     keep = slice(None, None, max(1, len(x) // _MAX_POINTS))
-                    style = {"linestyle": _LINES[number % len(_LINES)], "linewidth": 1.3, "color": colour}
+                    style = {"dashes": _DASHES[number % len(_DASHES)], "linewidth": 1.3, "color": colour}
                     axes.plot(x[keep], y[keep], marker="o" if len(x) < 15 else "", markersize=3, **style)  # type: ignore[arg-type]
-                    positive = positive or any(value > 0 for value in y)
-            if group.log and positive:
-                axes.set_yscale("log", nonpositive="mask")
-            axes.set_title(group.title, fontsize=10)
-            axes.set_xlabel(label, fontsize=8)
-            axes.grid(alpha=0.3)
-            axes.tick_params(which="both", labelsize=7)
+                    drawn += [value for value in y if math.isfinite(value)]
             if len(names) > 1:
                 for number, name in enumerate(names):
-                    axes.plot([], [], color="black", linestyle=_LINES[number % len(_LINES)], label=name)
-                axes.legend(fontsize=7)
+                    axes.plot([], [], color="black", dashes=_DASHES[number % len(_DASHES)], label=name)
+            finish_axes(axes, group, drawn, len(names) if len(names) > 1 else 0)
+            axes.set_xlabel(label, fontsize=8, loc="right")
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg")
     svg = buffer.getvalue()

@@ -97,17 +97,22 @@ class RunTracker:
         if self.is_main and self._log is not None:
             self._event("artifact", path=os.path.relpath(path, self.run_dir), folder=folder)
 
-    def preview(self, batch: "Batch") -> None:
-        """Draw the first batch with its masks to plots/first_batch.png; what goes wrong is said and costs nothing."""
+    def preview(self, batch: "Batch", tokenizer: Path | None = None) -> None:
+        """Draw the first batch with its masks to plots/first_batch.png; what goes wrong is said and costs nothing.
+
+        `tokenizer`: of a batch of text, so that its words are shown instead of their ids.
+        """
         if self._log is None:
             return
         path = self.run_dir / "plots" / "first_batch.png"
         try:
             import torch  # not above: the mirror imports this package and has no use for it
 
+            from d2v_scale.data.text import Tokenizer
             from d2v_scale.plots.samples import plot_masks
 
-            plot_masks(batch.to(torch.device("cpu")), path)
+            decode = Tokenizer(tokenizer).piece if tokenizer else None
+            plot_masks(batch.to(torch.device("cpu")), path, decode=decode)
         except Exception as error:  # a picture may not end a run
             self.message(f"The first batch was not drawn ({error}).")
             return

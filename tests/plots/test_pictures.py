@@ -4,10 +4,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 
 from d2v_scale.data.batch import Batch
-from d2v_scale.plots.curves import GROUPS, names_of, plot_health, series
+from d2v_scale.plots.curves import GROUPS, finish_axes, names_of, plot_health, series
 from d2v_scale.plots.relations import plot_cka, plot_neighbours
 from d2v_scale.plots.samples import plot_masks, plot_pca, plot_similarity, principal_colours, to_image
 from d2v_scale.tracking.record import MetricsLog
@@ -51,6 +52,15 @@ def test_neighbours_are_drawn(tmp_path: Path, samples: list[torch.Tensor] | list
     assert is_picture(path)
 
 
+def test_wide_text_stays_in_its_frame(tmp_path: Path) -> None:
+    plain = plot_neighbours(torch.eye(3), ["a b"] * 3, ["x"] * 3, tmp_path / "plain.png")
+    wide = plot_neighbours(torch.eye(3), ["a " + "=" * 39 + " b"] * 3, ["x"] * 3, tmp_path / "wide.png")
+    frames = [np.asarray(Image.open(path).convert("L")) < 250 for path in (plain, wide)]
+    between = ~frames[0].any(axis=0)
+    assert between.any()
+    assert not frames[1][:, between].any()
+
+
 def test_one_colour_means_one_thing() -> None:
     features = torch.zeros(2, 4, 8)
     features[0, :2] = features[1, 2:] = torch.randn(8)
@@ -76,6 +86,22 @@ def test_health_panel_shows_non_finite_points(tmp_path: Path) -> None:
     assert (tmp_path / "plots" / "health.png").exists()
 
 
+def test_a_long_legend_covers_no_curve() -> None:
+    axes = Figure().add_subplot()
+    for name in "abcd":
+        axes.plot([0, 1], [0, 1], label=name)
+    finish_axes(axes, GROUPS[0], [0.0, 1.0], lines=4)
+    axes.figure.canvas.draw()
+    assert axes.get_legend().get_window_extent().y1 < axes.get_window_extent().y0
+
+
+def test_counters_of_nothing_lie_on_the_lower_edge() -> None:
+    axes = Figure().add_subplot()
+    axes.plot([0, 1], [0, 0], label="skipped")
+    finish_axes(axes, GROUPS[-1], [0.0, 0.0], lines=1)
+    assert axes.get_ylim()[0] == 0
+
+
 def test_series_and_groups() -> None:
     records = [
         {"step": 1, "samples": 8, "loss": 2.0},
@@ -84,5 +110,7 @@ def test_series_and_groups() -> None:
     assert series(records, "knn_teacher", "samples") == ([16.0], [0.5])
     found = {group.title: names_of(records, group) for group in GROUPS}
     assert found["loss"] == ["loss"]
+    later = [{"step": 0, "held_out_loss": 1.0}, {"step": 1, "loss": 2.0, "loss/a": 1.0}]
+    assert names_of(later, GROUPS[0]) == ["loss", "held_out_loss", "loss/a"]
     assert found["k-NN and probe accuracy"] == ["knn_teacher"]
     assert found["share of time or memory"] == ["data_wait_share"]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from d2v_scale.plots.curves import plot_health
-from d2v_scale.plots.report import write_report
+from d2v_scale.plots.report import _panels, write_report
 from d2v_scale.tracking import RunTracker, TrackingConfig
 from d2v_scale.tracking.summary import RunSummary, recipe_differences
 
@@ -68,6 +68,17 @@ def test_a_comparison_is_one_page_without_outside_links(tmp_path: Path) -> None:
     assert set(re.findall(r'xlink:href="#([^"]+)"', page)) | set(re.findall(r"url\(#([^)]+)\)", page)) <= set(
         identifiers
     )
+
+
+def test_every_name_of_a_panel_has_a_line_style_of_its_own(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / "a", 1e-3), make_run(tmp_path / "b", 2e-3)]
+    summary = RunSummary.load(runs[0])
+    parts = [f"grad_norm/{part}" for part in ("stem", "blocks_first", "blocks_middle", "blocks_last", "predictor")]
+    for record in summary.records:
+        record |= dict.fromkeys(parts, 1.0)
+    panel = _panels([summary], ["#112233"], "step", "step")
+    styles = {style for style in re.findall(r'style="([^"]*)"', panel) if "#112233" in style and "fill: none" in style}
+    assert len(styles) == 1 + len(parts)  # the total's is solid
 
 
 def test_summary_finds_what_happened(tmp_path: Path) -> None:
