@@ -32,6 +32,7 @@ FREE_TO_CHANGE = (
     "profile",
     "teacher.placement",
     "model.activation_checkpointing",
+    "model.compile",
     "max_skipped_in_a_row",
     "hang_limit_minutes",
 )

@@ -130,6 +130,7 @@ def configure(recipe: Recipe) -> dict[str, Any]:
         precision=recipe.resolved_precision(has_gpu),
         accumulation=recipe.accumulation,
         clip=recipe.optim.clip,
+        compile=recipe.model.compile,
         global_batch_size=recipe.global_batch_size if recipe.batch_unit == "samples" else None,
     )
     config = ds_config.resolve(raw, numbers, recipe.parallel, world_size)

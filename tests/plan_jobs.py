@@ -34,6 +34,7 @@ CASES: dict[int, list[dict[str, Any]]] = {
     4: [
         {"name": "z1_fp32", "zero": {"stage": 1}, "precision": "fp32", "placement": "cpu"},
         {"name": "z3_released", "zero": RELEASED, "precision": "bf16"},
+        {"name": "z3_released_one_mask", "zero": RELEASED, "precision": "bf16", "clones": 1},
         {"name": "t2_z3", "zero": {"stage": 3}, "precision": "bf16", "tensor": 2},
         {"name": "t2_z2", "zero": {"stage": 2}, "precision": "bf16", "tensor": 2},
         {"name": "p2_d2", "zero": {"stage": 1}, "precision": "bf16", "pipeline": 2, "accumulation": 2},

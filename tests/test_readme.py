@@ -108,6 +108,7 @@ STAND_INS: dict[str, list[str] | None] = {
     ".venv/bin/python tools/probe.py runs/vit --data 'shards/train-*.tar' --test 'shards/val-*.tar' --task knn": [
         *["tools/probe.py", "runs/vit", "--data", "shards/*.tar", "--test", "shards/*.tar", "--task", "knn"]
     ],
+    "bash tools/bench_gpu.sh": None,
     "bash tools/evidence.sh --data DIR": None,
     ".venv/bin/python tools/sweep.py tiny2_vision --grid objective.masking.clones=1,4 --equal_compute --seeds 1 2 "
     "--out out/masks -- --data 'shards/*.tar'": [

@@ -98,8 +98,13 @@ def test_sizes_of_our_own_are_what_they_are_called(name: str) -> None:
     assert recipe.name == name
     with torch.device("meta"):
         student = Student(recipe.model)
+        teacher = Teacher(recipe.model, recipe.objective.target, recipe.parts())
     count = sum(parameter.numel() for parameter in student.parameters())
     assert round(count / 1e9, 1) == OUR_BILLIONS[name]
+    # Built without a byte of values.
+    for tensor in (*student.parameters(), *student.buffers(), *teacher.parameters(), *teacher.buffers()):
+        assert tensor.is_meta
+        assert tensor.untyped_storage().data_ptr() == 0
 
 
 @pytest.mark.parametrize("name", [*PUBLISHED_PARAMETERS, *OUR_BILLIONS])

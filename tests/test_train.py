@@ -1,5 +1,7 @@
 """The training loop of the program, run in this process."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import host_syncs
@@ -38,3 +40,20 @@ def test_no_step_between_log_steps_waits_for_the_device(
     run.student.destroy()
     assert logged == [True, False, False, True, False, False, False, True]
     assert not syncs.found, syncs
+
+
+def test_importing_the_program_imports_nothing_that_it_may_not_need() -> None:
+    program = "import sys, d2v_scale.train; print(*{name.partition('.')[0] for name in sys.modules})"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    loaded = set(done.stdout.split())
+    assert "d2v_scale" in loaded
+    assert not loaded & {
+        "mlflow",
+        "transformers",
+        "matplotlib",
+        "pandas",
+        "sklearn",
+        "scipy",
+        "torchaudio",
+        "deepspeed",
+    }

@@ -86,11 +86,11 @@ def photographs(count: int) -> Iterator[Sample]:
         yield {"__key__": f"photograph-{k:05d}", "jpg": content.getvalue(), "cls": k % 10}
 
 
-def recordings(count: int) -> Iterator[Sample]:
-    """FLACs of filtered noise, 8 to 16 s at 16 kHz."""
+def recordings(count: int, shortest: float = 8, longest: float = 16) -> Iterator[Sample]:
+    """FLACs of filtered noise at 16 kHz; lengths in seconds."""
     rng = np.random.default_rng(0)
     for k in range(count):
-        noise = rng.standard_normal(int(16000 * rng.uniform(8, 16)))
+        noise = rng.standard_normal(int(16000 * rng.uniform(shortest, longest)))
         wave = np.convolve(noise, np.hanning(24) / 12, mode="same") * 0.1
         content = io.BytesIO()
         soundfile.write(content, wave.astype(np.float32), 16000, format="FLAC")

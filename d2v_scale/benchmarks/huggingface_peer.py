@@ -254,7 +254,7 @@ class _Decoder(nn.Module):
     def forward(self, visible_rsd: Tensor, masked_rt: Tensor, noise_rtd: Tensor) -> Tensor:
         rows, length = masked_rt.shape
         x = noise_rtd.clone()
-        x[~masked_rt] = self.dropout(visible_rsd).flatten(0, 1)
+        x[~masked_rt] = self.dropout(visible_rsd).flatten(0, 1).to(x.dtype)
         side = math.isqrt(length)
         x = x.transpose(1, 2)
         x = x.reshape(rows, -1, side, side) if self.planar else x

@@ -33,6 +33,8 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """One Transformer block. `depth_scale` divides the output weights at initialisation (beit: sqrt(2 i))."""
 
+    compiled = False
+
     def __init__(self, config: Backbone, *, rule: InitRule, depth_scale: float = 1.0) -> None:
         super().__init__()
         out_rule = InitRule(rule.kind, rule.a / depth_scale, rule.b / depth_scale)
@@ -48,6 +50,11 @@ class Block(nn.Module):
             self.scale2 = nn.Parameter(torch.empty(config.width))
             for scale in (self.scale1, self.scale2):
                 set_rule(scale, InitRule("constant", config.layer_scale))
+
+    def compile_forward(self) -> None:
+        """Run `forward` through torch.compile from now on. Hooks on the block, ZeRO-3's among them, stay outside."""
+        self.forward = torch.compile(self.forward)  # type: ignore[method-assign]
+        self.compiled = True
 
     def forward(
         self, x_rsd: Tensor, attention_bias: Tensor | None, branch_scale_2r11: Tensor | None

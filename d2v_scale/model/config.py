@@ -146,6 +146,9 @@ class ModelConfig:
     predictor: Predictor = field(default_factory=Predictor)
     activation_checkpointing: bool = False
     """Recompute blocks in the backward pass (torch, non-reentrant)."""
+    compile: bool = False
+    """Compile every block with torch.compile (needs a C++ compiler on a CPU, Triton on a GPU). Logged steps run
+    uncompiled, since they look into the blocks."""
     init: Literal["default", "beit"] = "default"
     """`beit`: truncated normals and depth-scaled output weights (1.0 vision, spec 3.7)."""
 

@@ -52,6 +52,13 @@ def _no_init(weight: Tensor) -> None:
 class _Column(ColumnParallelLinear):
     """megatron's, with the product from `cpu_ops` where that applies."""
 
+    def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        """(full inputs) to (local outputs, None)."""
+        if torch.compiler.is_compiling() and tensor_size() == 1:
+            # megatron's own warns on the way, and each warning would cut the graph in two.
+            return cpu_ops.linear(input_, self.weight, self.bias), None
+        return super().forward(input_, *args, **kwargs)
+
     def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         # With several tensor-parallel ranks megatron starts the all-reduce of the input's gradient in here.
         if cpu_ops.applies(input) and not kwargs["allreduce_dgrad"]:
@@ -64,7 +71,7 @@ class _Row(RowParallelLinear):
 
     def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
         """(local inputs) to (full outputs, None)."""
-        if cpu_ops.applies(input_) and tensor_size() == 1:
+        if (cpu_ops.applies(input_) or torch.compiler.is_compiling()) and tensor_size() == 1:
             return cpu_ops.linear(input_, self.weight, self.bias), None
         return super().forward(input_)
 

@@ -76,6 +76,10 @@ class _Stack(nn.Module):
             self.final_norm = nn.LayerNorm(backbone.width, backbone.norm_eps)
         if self.section.ends and exists("predictors"):
             self.predictors = nn.ModuleDict({m: build_predictor(config, m) for m in modalities})
+        if config.compile:
+            for module in self.modules():
+                if isinstance(module, Block):
+                    module.compile_forward()
 
     def stem_features(self, batch: Batch) -> Tensor:
         """Features (B, T, D) of the unmasked input, with this stack's own stem, e.g. for evaluation."""

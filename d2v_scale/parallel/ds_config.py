@@ -85,9 +85,12 @@ def teacher_config(config: dict[str, Any], precision: Literal["fp32", "bf16"], o
     """DeepSpeed's configuration for the teacher's engine: ZeRO-3 without an optimizer, whatever the student's stage.
 
     The persistence threshold is 0: a parameter that stays gathered would serve stale values after an update.
+    `memory_efficient_linear` saves memory in the backward pass, which a teacher has none of, and would replace
+    `torch.nn.functional.linear` in the whole process, the student's too: torch 2.11 compiles it to zero gradients.
     """
     stage3 = {k: v for k, v in config["zero_optimization"].items() if k.startswith("stage3_")}
     zero: dict[str, Any] = {**stage3, "stage": 3, "stage3_param_persistence_threshold": 0}
+    zero["memory_efficient_linear"] = False
     if offload:
         zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     return {
@@ -144,6 +147,13 @@ def check_legal(raw: dict[str, Any], parallel: ParallelConfig, numbers: RecipeNu
             "data_types.grad_accum_dtype",
             f"is {accumulate!r} with stage 1 in bf16; DeepSpeed then holds all gradients in fp32 on every rank",
             "Use stage 2, which accumulates its share in fp32, or leave the key out.",
+        )
+    if numbers.compile and parallel.tensor * parallel.pipeline > 1:
+        raise ConfigError(
+            "model.compile",
+            f"is true with parallel.tensor={parallel.tensor}, parallel.pipeline={parallel.pipeline}; blocks are "
+            "compiled under ZeRO alone",
+            "Set it to false, or divide the model by ZeRO-3.",
         )
     if (
         numbers.compile

@@ -179,7 +179,12 @@ def construct(make: Callable[[], nn.Module], ds_config: dict[str, Any], topology
     with deepspeed.zero.Init(
         config_dict_or_path=ds_config, data_parallel_group=topology.data_parallel_group, mpu=topology.mpu
     ):
-        return make()
+        module = make()
+    for part in module.modules():
+        if getattr(part, "compiled", False):
+            # Gathered as a whole, so that no hook of ZeRO-3 lies inside what is compiled.
+            deepspeed.utils.set_z3_leaf_module(part, True)
+    return module
 
 
 def build_student(

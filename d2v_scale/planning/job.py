@@ -83,6 +83,7 @@ class Job:
             precision=recipe.resolved_precision(has_gpu=True),
             accumulation=recipe.accumulation,
             clip=recipe.optim.clip,
+            compile=recipe.model.compile,
             global_batch_size=samples,
         )
         config = ds_config.resolve(raw, numbers, recipe.parallel, world_size)

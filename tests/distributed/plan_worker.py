@@ -2,7 +2,7 @@
 
     plan_worker.py CASES.json OUT.json
 
-A case: name, tensor, pipeline, zero (the JSON's `zero_optimization`), precision, placement, accumulation,
+A case: name, tensor, pipeline, zero (the JSON's `zero_optimization`), precision, placement, accumulation, clones,
 checkpointing.
 Rank 0 writes for every case what each rank held and what each rank communicated.
 """
@@ -33,7 +33,7 @@ from d2v_scale.parallel.pipeline import PipelineStudent
 from d2v_scale.parallel.zero import StudentEngine
 from d2v_scale.recipe import Recipe
 from d2v_scale.step import train_step
-from d2v_scale.teacher import TeacherConfig
+from d2v_scale.teacher import EmaTeacher, ShardedTeacher, TeacherConfig
 
 SAMPLES, CLONES, KEPT = 2, 3, 4
 """Of each micro-batch and data-parallel rank; patches kept of 16."""
@@ -55,7 +55,8 @@ def recipe_of(case: dict[str, Any], world_size: int) -> Recipe:
     return Recipe(
         model=model,
         objective=ObjectiveConfig(
-            masking=MaskingConfig(kind="random", prob=0.75, clones=CLONES), target=TargetConfig(top_k_layers=3)
+            masking=MaskingConfig(kind="random", prob=0.75, clones=case.get("clones", CLONES)),
+            target=TargetConfig(top_k_layers=3),
         ),
         teacher=TeacherConfig(placement=case.get("placement", "device")),
         precision=case["precision"],
@@ -73,10 +74,14 @@ def zero_of(case: dict[str, Any]) -> dict[str, Any]:
 
 
 class Traffic:
-    """Bytes that a ring sends from this rank, by kind of collective, while `counting`."""
+    """Bytes that a ring sends from this rank, by kind of collective, while `counting`.
+
+    Those of the teacher's forward pass have `teacher` before their kind.
+    """
 
     def __init__(self) -> None:
         self.counting = False
+        self._prefix = ""
         self.sent: Counter[str] = Counter()
         # Names differ between versions of torch.
         for name, passes, whole in _COLLECTIVES:
@@ -90,10 +95,24 @@ class Traffic:
             if self.counting:
                 count = group.size()
                 others = 1 if name == "send" else (count - 1) / count
-                self.sent[name] += passes * _bytes(args[whole]) * others
+                self.sent[self._prefix + name] += passes * _bytes(args[whole]) * others
             return original(group, *args, **kwargs)
 
         setattr(dist.ProcessGroup, name, counted)
+
+    def watch(self, teacher: EmaTeacher) -> None:
+        """Tell this teacher's forward passes apart. In a pipeline there are none."""
+        if not isinstance(teacher, ShardedTeacher):
+            return
+        run = teacher._run
+
+        def marked(*args: Any) -> Any:
+            self._prefix = "teacher "
+            found = run(*args)
+            self._prefix = ""
+            return found
+
+        teacher._run = marked  # type: ignore[method-assign]
 
 
 # Name; how often a ring passes the whole; which argument is the whole, output or input.
@@ -114,9 +133,9 @@ def _bytes(value: Any) -> int:
     return value.nbytes if isinstance(value, torch.Tensor) else sum(_bytes(each) for each in value)
 
 
-def batch_of(generator: torch.Generator) -> Batch:
+def batch_of(generator: torch.Generator, clones: int) -> Batch:
     """One micro-batch."""
-    order = torch.rand(SAMPLES * CLONES, 16, generator=generator).argsort(1)
+    order = torch.rand(SAMPLES * clones, 16, generator=generator).argsort(1)
     return Batch(
         modality="vision",
         inputs=torch.randn(SAMPLES, 3, 16, 16, generator=generator),
@@ -152,12 +171,13 @@ def measure(case: dict[str, Any], traffic: Traffic) -> dict[str, Any]:
     config = ds_config.resolve(zero_of(case), numbers, recipe.parallel, world_size)
     student, teacher = build_engines(recipe, config, topology)
     student.module.train()
+    traffic.watch(teacher)
     generator = torch.Generator().manual_seed(topology.data_parallel_rank)
     held: dict[str, int] = {}
     before_update(student, lambda: held.update(held_bytes(student, teacher)))
     for step in range(3):
         traffic.counting = step == 2
-        batches = [batch_of(generator) for _ in range(recipe.accumulation)]
+        batches = [batch_of(generator, recipe.objective.masking.clones) for _ in range(recipe.accumulation)]
         result, _ = train_step(student, teacher, batches, recipe.objective, Draw(seed=0, step=step), observe=False)
         assert result.applied
     traffic.counting = False

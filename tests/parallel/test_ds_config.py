@@ -116,6 +116,18 @@ def test_compiling_at_stage_3_needs_a_torch_that_computes_gradients(monkeypatch:
     resolve({"zero_optimization": {"stage": 3}}, compiled)
 
 
+@pytest.mark.parametrize("divided", ["tensor", "pipeline"])
+def test_blocks_are_compiled_under_zero_alone(divided: str) -> None:
+    with pytest.raises(ConfigError, match=r"model\.compile"):
+        resolve({}, RecipeNumbers(precision="fp32", compile=True), **{divided: 2})
+
+
+def test_a_teacher_leaves_the_functions_of_torch_alone() -> None:
+    student = resolve({"zero_optimization": {"stage": 3}})
+    zero = ds_config.teacher_config(student, "bf16", offload=False)["zero_optimization"]
+    assert zero["memory_efficient_linear"] is False
+
+
 def test_bf16_at_stage_1_does_not_hold_all_gradients_in_fp32() -> None:
     bf16 = RecipeNumbers(precision="bf16")
     assert "data_types" not in resolve({}, bf16)

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import plan_worker
 import pytest
 from plan_jobs import IDS, job_of, planned, stages_of
 
@@ -34,6 +35,27 @@ def test_collectives_send_what_was_planned(key: tuple[int, str], measured: dict[
             most = max(sum(n for name, n in rank["sent"].items() if kind in name) for rank in ranks)
             # Norms, counts, verdicts and the shapes of what is sent: a few numbers.
             assert size == pytest.approx(most, rel=0.05, abs=1000), (stage, kind)
+
+
+def test_a_step_at_zero3_sends_three_times_the_student_and_once_the_teacher(
+    measured: dict[Any, dict[str, Any]],
+) -> None:
+    """Student: gathered for forward and backward, gradients scattered. Teacher: gathered once, whatever M."""
+    shared, others = {}, 3 / 4
+    for name, clones in (("z3_released", plan_worker.CLONES), ("z3_released_one_mask", 1)):
+        case = measured[4, name]
+        job = job_of(case)
+        assert job.recipe.objective.masking.clones == clones
+        student, teacher = (2 * sum(one.numel for one in tensors) for tensors in job.stage_tensors[0])
+        for rank in case["ranks"]:
+            sent = {kind: size for kind, size in rank["sent"].items() if "gather" in kind or "scatter" in kind}
+            of_teacher = sum(size for kind, size in sent.items() if kind.startswith("teacher "))
+            assert of_teacher == pytest.approx(teacher * others, rel=1e-6)
+            # Small parameters stay gathered between forward and backward.
+            assert sum(sent.values()) - of_teacher == pytest.approx(3 * student * others, rel=0.01)
+        shared[name] = case["ranks"]
+    one, several = shared.values()
+    assert [rank["sent"] for rank in one] == [rank["sent"] for rank in several]
 
 
 def test_what_crosses_nodes_is_shared_by_a_node() -> None:

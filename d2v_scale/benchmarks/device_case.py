@@ -1,0 +1,250 @@
+"""One row of the table of `bench.py device`, in a process of its own: `python -m ... SPEC.json ROW.json`.
+
+It prepares what needs no device, waits for a line on stdin, measures, and writes the row, first after the timing and
+again after what may still fail (reading data, the profile).
+"""
+
+import gc
+import json
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from d2v_scale.benchmarks import cases
+from d2v_scale.benchmarks.cases import SAMPLE_RATE, Case
+from d2v_scale.benchmarks.huggingface_peer import HuggingFacePeer
+from d2v_scale.benchmarks.sides import Ours, Side
+from d2v_scale.data.batch import Batch
+from d2v_scale.model.stack import Draw
+from d2v_scale.optim import set_rates
+from d2v_scale.parallel import groups
+from d2v_scale.parallel.groups import Topology
+from d2v_scale.planning import hardware
+from d2v_scale.planning.flops import mfu, sample_cost
+from d2v_scale.profiling import ProfileConfig, StepProfiler, decoders
+from d2v_scale.step import Observations, train_step
+from d2v_scale.utilisation import lengths_of_batch
+
+
+@dataclass(kw_only=True)
+class Spec:
+    """What one process measures."""
+
+    model: str
+    """What the table calls it."""
+    variant: str
+    recipe: str
+    options: tuple[str, ...]
+    """Recipe options."""
+    peer: bool = False
+    """Measure the Hugging Face peer under bf16 autocast instead of this project."""
+    samples: int
+    """Of a step; halved until it fits the device."""
+    length: int
+    """Audio samples of each recording."""
+    warmup: int
+    steps: int
+    """Steps of a block; three blocks are timed, and the median counts."""
+    details: str | None = None
+    """Folder for a trace and the table of the costliest operations; also measures the wait for data."""
+    workers: int = 0
+    """Processes that decode, for the wait for data."""
+
+
+class _AutocastPeer(HuggingFacePeer):
+    """fp32 weights, forward passes in bf16: what a script would do on a GPU."""
+
+    def _loss(self, batch: Batch, noise_rtd: Tensor | None) -> Tensor:
+        with torch.autocast(batch.inputs.device.type, dtype=torch.bfloat16):
+            return super()._loss(batch, noise_rtd)
+
+
+class Measured:
+    """One side on this process's device."""
+
+    def __init__(self, spec: Spec, samples: int, topology: Topology) -> None:
+        self.spec, self.topology = spec, topology
+        self.case = cases.case(spec.recipe, samples, spec.length, spec.options)
+        self.side: Side
+        if spec.peer:
+            self.side = _AutocastPeer(self.case, topology.device)
+        else:
+            self.side = Ours(self.case, topology, "bf16")
+        self.batches = [self.case.batch(step).to(topology.device) for step in range(2)]
+        self.grad_norm: float | None = None
+        self._number = 0
+
+    def step(self, batch: Batch | None = None) -> Observations | None:
+        """One step; what ours leaves for the log."""
+        self._number += 1
+        batch = batch or self.batches[self._number % 2]
+        if not isinstance(self.side, Ours):
+            self.side.step(batch, self._number)
+            return None
+        recipe, student = self.case.recipe, self.side.student
+        set_rates(student.optimizer, recipe.optim, recipe.optim.warmup_steps)
+        result, seen = train_step(
+            student, self.side.teacher, [batch], recipe.objective, Draw(1, self._number), observe=False
+        )
+        if self.grad_norm is None:
+            self.grad_norm = result.grad_norm
+        return seen
+
+    def loss(self) -> float:
+        """Of the first batch before any step. Sides with the same weights, masks and noise agree."""
+        batch = self.batches[0]
+        rows, length = batch.masked_rt.shape
+        torch.manual_seed(0)
+        noise_rtd = torch.randn(rows, length, self.case.recipe.model.backbone.width, device=batch.inputs.device) * 0.01
+        return self.side.loss(batch, noise_rtd)
+
+    def blocks(self) -> tuple[list[float], float]:
+        """Seconds of a step in each of three blocks, after the warm-up; seconds of the EMA in a step of the last."""
+        for _ in range(self.spec.warmup):
+            self.step()
+        seconds, seen = [], []
+        for _ in range(3):
+            _wait()
+            begin = time.perf_counter()
+            seen = [self.step() for _ in range(self.spec.steps)]
+            _wait()
+            seconds.append((time.perf_counter() - begin) / self.spec.steps)
+        return seconds, statistics.mean(0.0 if one is None else one.ema_time.seconds() for one in seen)
+
+    def describe(self, peak_flops: float | None) -> dict[str, Any]:
+        """The row without what `details` adds."""
+        row: dict[str, Any] = {"samples": self.case.samples, "loss": self.loss()}
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        seconds, ema = self.blocks()
+        step = statistics.median(seconds)
+        recipe, batch = self.case.recipe, self.batches[0]
+        lengths = lengths_of_batch(batch, recipe.model.visible_only)
+        cost = sample_cost(recipe.model, self.case.modality, lengths, recipe.parts())
+        row |= {
+            "step_seconds": step,
+            "step_seconds_of_blocks": seconds,
+            "samples_per_second": self.case.samples / step,
+            "gflops_per_sample": cost.total / 1e9,
+            "gflops_per_sample_student": cost.student_only / 1e9,
+            "grad_norm": self.grad_norm,
+        }
+        if peak_flops is not None:
+            row |= asdict(mfu(cost, row["samples_per_second"], 1, peak_flops))
+        if torch.cuda.is_available():
+            row["peak_gib"] = torch.cuda.max_memory_allocated() / 1024**3
+        if not self.spec.peer:
+            row["ema_share"] = ema / step
+        return row
+
+    def data_wait(self, folder: Path) -> float:
+        """Share of the time that steps on decoded shards wait for the next batch."""
+        from d2v_scale.data.config import SourceConfig
+        from d2v_scale.data.loader import StepLoader
+        from d2v_scale.tracking.meters import SpeedMeter
+
+        recipe = self.case.recipe
+        data = recipe.data
+        data.sources = [SourceConfig(shards=str(folder / "train-*.tar"), modality=self.case.modality)]
+        data.workers = self.spec.workers
+        if self.case.modality == "speech":
+            data.speech.min_seconds = data.speech.max_seconds = self.spec.length / SAMPLE_RATE
+        loader = StepLoader(
+            data,
+            recipe.model,
+            recipe.objective.masking,
+            recipe.objective.compat,
+            seed=1,
+            global_batch_size=self.case.samples,
+            device=self.topology.device,
+        )
+        meter = SpeedMeter()
+        for number in range(self.spec.warmup + 3 * self.spec.steps):
+            if number == self.spec.warmup:
+                _wait()
+                meter.read()
+            with meter.waiting("data"):
+                batch = next(loader)[0]
+            self.step(batch)
+        _wait()
+        share = meter.read()["data_wait_share"]
+        loader.close()
+        return share
+
+    def profile(self, folder: Path) -> str:
+        """Leave a trace of one step in `folder`; the table of its costliest operations."""
+        assert isinstance(self.side, Ours)
+        profiler = StepProfiler(ProfileConfig(steps="1:1"), folder, decoders(self.side.student.module))
+        profiler.begin(1)
+        self.step()
+        table = profiler.end(1)
+        assert table is not None
+        return table.read_text()
+
+
+def write_shards(case: Case, folder: Path, count: int, length: int) -> None:
+    """Photographs or recordings to decode."""
+    from d2v_scale.benchmarks.data import photographs, recordings
+    from d2v_scale.data import speech
+    from d2v_scale.data.writing import write_set
+
+    if case.modality == "vision":
+        write_set(folder, "train", "vision", list(photographs(count)), per_shard=64)
+        return
+    seconds = length / SAMPLE_RATE
+    samples = list(recordings(count, seconds, 1.5 * seconds))
+    write_set(folder, "train", "speech", samples, per_shard=16, measure=speech.measure)
+
+
+def measure(spec: Spec, row_file: Path) -> None:
+    """Fill the row, at half the samples as often as the device's memory asks for."""
+    with tempfile.TemporaryDirectory() as folder:
+        shards, problem = Path(folder), ""
+        if spec.details is not None:
+            try:
+                case = cases.case(spec.recipe, spec.samples, spec.length, spec.options)
+                write_shards(case, shards, max(4 * spec.samples, 32), spec.length)
+            except ImportError as error:
+                problem = f"data wait not measured: {error}"
+        sys.stdin.readline()
+        topology = groups.single_process()
+        known = hardware.of_device(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+        samples = spec.samples
+        while True:
+            try:
+                measured = Measured(spec, samples, topology)
+                row = measured.describe(None if known is None else known.bf16_flops)
+                break
+            except torch.OutOfMemoryError:
+                if samples == 1:
+                    raise
+                samples //= 2
+            measured = None  # type: ignore[assignment]
+            gc.collect()
+            torch.cuda.empty_cache()
+        row_file.write_text(json.dumps(row))
+        if spec.details is not None:
+            row["operations"] = measured.profile(Path(spec.details))
+            row_file.write_text(json.dumps(row))
+            if not problem:
+                row["data_wait_share"] = measured.data_wait(shards)
+            row["note"] = problem
+            row_file.write_text(json.dumps(row))
+        measured.side.close()
+        groups.shutdown()
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    measure(Spec(**json.loads(Path(sys.argv[1]).read_text())), Path(sys.argv[2]))

@@ -1,0 +1,48 @@
+#!/usr/bin/env bash
+# Speed and memory of whole steps on one GPU, in under ten minutes. Usage:
+#   bash tools/bench_gpu.sh [--out DIR] [--wheels DIR] [--tests] [--dry_run] [--minutes N]
+#     --out DIR     where table.md, results.json, operations.txt and the traces go (default: $OUT, else out/bench_gpu)
+#     --wheels DIR  without a network, beside an installed PyTorch: install what this project needs and the machine lacks
+#                   from these wheels into a temporary folder. Collect them where there is a network, for the Python of
+#                   the GPU machine: pip download --no-deps --only-binary=:all: --python-version 3.12 -d DIR NAME ...
+#     --tests       first run the tests marked gpu, in four of the ten minutes
+#     --dry_run     tiny models on whatever device there is: a rehearsal
+# Uses .venv where there is one, else python3.
+set -euo pipefail
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+
+out="${OUT:-$root/out/bench_gpu}" wheels="" tests=0 minutes=9 arguments=()
+while [ $# -gt 0 ]; do
+    case "$1" in
+        --out) out="$2"; shift ;;
+        --wheels) wheels="$2"; shift ;;
+        --tests) tests=1 minutes=5 ;;
+        *) arguments+=("$1") ;;
+    esac
+    shift
+done
+
+python=python3
+[ -x "$root/.venv/bin/python" ] && python="$root/.venv/bin/python"
+export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
+if [ -n "$wheels" ]; then
+    site="$(mktemp -d)"
+    trap 'rm -rf "$site"' EXIT
+    "$python" -m pip install --quiet --no-index --no-deps --no-compile --target "$site" "$wheels"/*.whl
+    export PYTHONPATH="$PYTHONPATH:$site"
+fi
+for package in torch deepspeed megatron.core transformers jsonargparse; do
+    "$python" -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('$package') is None)" 2>/dev/null || {
+        echo "error: $python lacks $package. Install the project (pip install -e .), or give --wheels DIR." >&2
+        exit 2
+    }
+done
+
+code=0
+if [ "$tests" -eq 1 ]; then
+    (cd "$root" && timeout 240 "$python" -m pytest -m gpu -p no:cacheprovider) || code=$?
+fi
+mkdir -p "$out"
+export TORCHINDUCTOR_CACHE_DIR="${TORCHINDUCTOR_CACHE_DIR:-$(mktemp -d)}"
+"$python" "$root/tools/bench.py" device --out "$out" --minutes "$minutes" "${arguments[@]}" || code=$?
+exit "$code"
