@@ -5,6 +5,7 @@ Every section is defined beside what it configures. A recipe is YAML; the resolv
 
 import dataclasses
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 from d2v_scale.checkpoint.config import CheckpointConfig
@@ -161,12 +162,19 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> d
     """Dotted keys whose values differ, each with the old and the new value."""
     found: dict[str, tuple[Any, Any]] = {}
     for name in sorted(old.keys() | new.keys()):
-        before, after = old.get(name), new.get(name)
+        before, after = _numbered(old.get(name)), _numbered(new.get(name))
         if isinstance(before, dict) and isinstance(after, dict):
             found |= differences(before, after, f"{prefix}{name}.")
         elif _plain(before) != _plain(after):
             found[f"{prefix}{name}"] = (before, after)
     return found
+
+
+def _numbered(value: Any) -> Any:
+    """A list of sections as a section with a key for each; anything else as it is."""
+    if isinstance(value, (list, tuple)) and value and all(isinstance(item, dict) for item in value):
+        return {str(number): item for number, item in enumerate(value)}
+    return value
 
 
 def _plain(value: Any) -> Any:
@@ -182,5 +190,5 @@ def binding_differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, t
     return {
         name: values
         for name, values in differences(old, new).items()
-        if not any(name == prefix or name.startswith(prefix + ".") for prefix in free)
+        if not any(fnmatchcase(name, prefix) or fnmatchcase(name, prefix + ".*") for prefix in free)
     }

@@ -105,6 +105,17 @@ def test_binding_differences_leave_out_where_and_how_a_run_runs():
     assert list(binding_differences(old, to_dict(new))) == ["optim.clip"]
 
 
+def test_a_resumed_run_may_move_its_shards_but_not_change_their_weights():
+    old, _ = command_line.parse(["--data", "vision=a.tar,speech=b.tar"])
+    new, _ = command_line.parse(["--data", "vision=c.tar,speech=d.tar"])
+    new.data.sources[1].index = "d.index.json"
+    assert binding_differences(to_dict(old), to_dict(new)) == {}
+    new.data.sources[1].weight = 3.0
+    assert binding_differences(to_dict(old), to_dict(new)) == {"data.sources.1.weight": (1.0, 3.0)}
+    del new.data.sources[1]
+    assert list(binding_differences(to_dict(old), to_dict(new))) == ["data.sources.1"]
+
+
 def test_default_run_directory_is_the_jobs_own_under_slurm(monkeypatch):
     recipe, _ = command_line.parse([])
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)

@@ -112,6 +112,7 @@ def extract(arguments: argparse.Namespace) -> None:
             recipe.model,
             batch_size=arguments.batch_size,
             require_labels=False,
+            found=found.one(number),
         )
         rows = features_of(encoder, samples, arguments.layers, arguments.pool, lost)
         written = (write_parquet if suffix == ".parquet" else write_tar)(target, rows)

@@ -38,6 +38,7 @@ class Job:
     members: Path
     modality: Modality
     tokenizer: Path | None
+    tokenizer_sha256: str | None
     cache: Path
 
     @property
@@ -46,7 +47,7 @@ class Job:
 
     def digest(self) -> str:
         stat = None if is_remote(self.path) else os.stat(self.path)
-        inputs = (self.path, stat and (stat.st_size, stat.st_mtime_ns), self.modality, self.tokenizer)
+        inputs = (self.path, stat and (stat.st_size, stat.st_mtime_ns), self.modality, self.tokenizer_sha256)
         return hashlib.sha256(repr(inputs).encode()).hexdigest()
 
     def is_done(self) -> bool:
@@ -122,9 +123,11 @@ def _paths(pattern: str) -> list[str]:
 
 
 def _jobs(paths: list[str], out: Path, name: str, arguments: argparse.Namespace, cache: Path) -> Iterator[Job]:
+    model = arguments.tokenizer
+    checksum = None if model is None else file_sha256(model)
     for number, path in enumerate(paths):
         stem = f"{name}-{number:06d}" if is_remote(path) else Path(path).stem
-        yield Job(path, out / f"{stem}.index", arguments.modality, arguments.tokenizer, cache)
+        yield Job(path, out / f"{stem}.index", arguments.modality, model, checksum, cache)
 
 
 def _common_name(paths: list[str]) -> str:

@@ -62,6 +62,7 @@ class Job:
     items: list[Item]
     resize: int | None = None
     tokenizer: Path | None = None
+    tokenizer_sha256: str | None = None
     ids: bool = False
 
     @property
@@ -79,7 +80,7 @@ class Job:
         return Part("", asdict(entry), skipped)
 
     def digest(self) -> str:
-        state = hashlib.sha256(repr((self.kind, self.resize, self.ids, self.tokenizer)).encode())
+        state = hashlib.sha256(repr((self.kind, self.resize, self.ids, self.tokenizer_sha256)).encode())
         for item in self.items:
             stat = os.stat(item.path) if item.path else None
             state.update(repr((item, stat and (stat.st_size, stat.st_mtime_ns))).encode())
@@ -293,13 +294,20 @@ def _tokenizer(arguments: argparse.Namespace, files: list[Path]) -> Path:
 
 def _jobs(arguments: argparse.Namespace, items: Iterable[Item], model: Path | None) -> Iterator[Job]:
     iterator = iter(items)
+    checksum = None if model is None else file_sha256(model)
     for number in itertools.count():
         chosen = list(itertools.islice(iterator, arguments.per_shard))
         if not chosen:
             return
         tar = arguments.out / shard_name(arguments.prefix, number)
         yield Job(
-            arguments.command, tar, chosen, getattr(arguments, "resize", None), model, getattr(arguments, "ids", False)
+            arguments.command,
+            tar,
+            chosen,
+            getattr(arguments, "resize", None),
+            model,
+            checksum,
+            getattr(arguments, "ids", False),
         )
 
 

@@ -103,7 +103,8 @@ class DataConfig:
     FREE_TO_CHANGE: ClassVar[tuple[str, ...]] = tuple(
         f"data.{name}"
         for name in (
-            "sources",
+            "sources.*.shards",
+            "sources.*.index",
             "workers",
             "prefetch",
             "timeout_s",
@@ -114,7 +115,8 @@ class DataConfig:
             "max_bad_ratio",
         )
     )
-    """Keys that a resumed run may change. A set with other contents is refused by its fingerprint, wherever it lies."""
+    """Keys that a resumed run may change; `*` stands for a number. A set with other contents is refused by its
+    fingerprint, wherever it lies."""
 
     def read_from(self, shards: str, modalities: list[Modality]) -> None:
         """Read `shards` instead of the recipe's sources: `PATTERN`, or for several stems

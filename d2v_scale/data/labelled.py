@@ -16,7 +16,7 @@ from d2v_scale.data.labels import ClassLabels, Labels
 from d2v_scale.data.plan import PlannedBatch
 from d2v_scale.data.reading import SampleFault, SampleStore
 from d2v_scale.data.shard_index import Members
-from d2v_scale.data.shard_set import check_before_start, find_shards
+from d2v_scale.data.shard_set import ShardSet, check_before_start, find_shards
 from d2v_scale.data.source import open_store
 from d2v_scale.data2vec.config import CompatConfig, MaskingConfig
 from d2v_scale.errors import DataError
@@ -43,10 +43,12 @@ class LabelledSet:
     labels: Labels = field(default_factory=ClassLabels)
     masking: MaskingConfig | None = None
     """Mask like this, the same positions at every reading; null: nothing is masked."""
+    found: ShardSet | None = None
+    """The shards, where the caller has found them; null: those of the pattern."""
 
     def __post_init__(self) -> None:
         source = SourceConfig(shards=self.shards, modality=self.modality)
-        self._found = find_shards(source)
+        self._found = self.found or find_shards(source)
         if not self._found.indexed:
             raise DataError(f"The shards of {self.shards!r} have no index.", "Make one with tools/index_shards.py.")
         check_before_start(self._found, source, self.data.max_bad_ratio)

@@ -70,6 +70,13 @@ class ShardSet:
             )
         return members
 
+    def one(self, shard: int) -> "ShardSet":
+        """This shard alone, still with its index, wherever that lies. Raises DataError where there is none."""
+        if not self.indexed:
+            raise DataError(f"The shard {self.paths[shard]} has no index.", "Make one with tools/index_shards.py.")
+        part = slice(shard, shard + 1)
+        return ShardSet(self.paths[part], self.entries[part], self.member_files[part], self.index, self.index_file)
+
     @property
     def tokenizer(self) -> Path | None:
         """The tokenizer that the index names."""
@@ -130,9 +137,7 @@ def _beside(paths: list[str], pattern: str) -> ShardSet:
     if unknown:
         raise DataError(f"{len(unknown)} shards are in no index, the first is {unknown[0]}.", _REINDEX)
     hits = [hit for hit in found if hit is not None]
-    gone = sorted(
-        path for path in known.keys() - {os.path.normpath(path) for path in paths} if fnmatch.fnmatch(path, pattern)
-    )
+    gone = sorted(path for path in known.keys() - {os.path.normpath(path) for path in paths} if _matches(path, pattern))
     if gone:
         raise DataError(f"{len(gone)} shards are in the index but do not exist, the first is {gone[0]}.", _REINDEX)
     return _join(paths, hits)
@@ -153,18 +158,52 @@ def _join(paths: list[str], hits: list[tuple[Path, SetIndex, ShardEntry]]) -> Sh
 
 
 def _from_index(index_file: Path, pattern: str) -> ShardSet:
-    """The shards that an index file lists, all of them or those that `pattern` names."""
+    """The shards that an index file lists, all of them or those that `pattern` names. Raises DataError where it names
+    one that is not in the index."""
     index = SetIndex.load(index_file)
-    wanted = set(braceexpand.braceexpand(pattern)) if pattern else None
-    hits, paths = [], []
-    for entry in index.shards:
-        path = entry.path if is_remote(entry.path) else os.path.join(index_file.parent, entry.path)
-        if wanted is None or path in wanted or entry.path in wanted:
-            hits.append((index_file, index, entry))
-            paths.append(path)
-    if not hits:
-        raise DataError(f"{index_file} lists no shard that matches {pattern!r}.", "Check the pattern.")
-    return _join(paths, hits)
+    found = {
+        entry.path if is_remote(entry.path) else os.path.join(index_file.parent, entry.path): entry
+        for entry in index.shards
+    }
+    if pattern:
+        found = _chosen(found, pattern, index_file)
+    return _join(list(found), [(index_file, index, entry) for entry in found.values()])
+
+
+def _chosen(found: dict[str, ShardEntry], pattern: str, index_file: Path) -> dict[str, ShardEntry]:
+    """The shards of an index that `pattern` names, in the index's order."""
+    if not is_remote(pattern) and os.path.isdir(pattern):
+        pattern = os.path.join(pattern, "*.tar")
+    listed = {_absolute(path): path for path in found} | {entry.path: path for path, entry in found.items()}
+    wanted: list[str] = []
+    for name in braceexpand.braceexpand(pattern):
+        if is_remote(name) or not glob.has_magic(name):
+            wanted.append(name if name in listed else _absolute(name))
+            continue
+        # A glob names what is in the index and what is there, in the index or not.
+        named = [path for path in listed if _matches(path, name)] + [_absolute(path) for path in glob.glob(name)]
+        wanted += named or [name]
+    missing = [name for name in wanted if name not in listed]
+    if missing:
+        raise DataError(
+            f"{index_file} does not list {len(missing)} of the shards of {pattern!r}, the first is {missing[0]}.",
+            "Correct the pattern, or make the index again with tools/index_shards.py.",
+        )
+    chosen = {listed[name] for name in wanted}
+    return {path: entry for path, entry in found.items() if path in chosen}
+
+
+def _absolute(path: str) -> str:
+    """The same for all ways to write a local path; what is not local as it is."""
+    return path if is_remote(path) else os.path.abspath(path)
+
+
+def _matches(path: str, pattern: str) -> bool:
+    """Whether `glob` would find the local `path`, however the two are written."""
+    if is_remote(path):
+        return False
+    names, patterns = Path(_absolute(path)).parts, Path(_absolute(pattern)).parts
+    return len(names) == len(patterns) and all(map(fnmatch.fnmatchcase, names, patterns))
 
 
 def check_before_start(shards: ShardSet, source: SourceConfig, max_bad_ratio: float) -> list[str]:

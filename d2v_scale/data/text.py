@@ -1,6 +1,7 @@
 """Documents: tokenise, cut into blocks that start with <s>. A block is a pure function of the shard and its number."""
 
 import io
+import logging
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from d2v_scale.data.shard_index import file_sha256
 from d2v_scale.data.token_cache import TokenCache
 from d2v_scale.errors import ConfigError, DataError
 from d2v_scale.model.config import TextStem
+
+log = logging.getLogger(__name__)
 
 EXTENSIONS = ("npy", "txt")
 SECOND_EXTENSIONS = ("npy2", "txt2")
@@ -105,6 +108,7 @@ class TextDecoder:
             self._tokenizer = Tokenizer(tokenizer)
             self._tokenizer.check(stem)
             self._cache = TokenCache(data.cache_dir, data.cache_gib * 2**30, file_sha256(tokenizer))
+        self._cache_failed = False
         self._left = np.zeros(0, dtype=np.int64)
         self._left_key = ""
         self._layouts: OrderedDict[int, tuple[Tokens, Tokens, tuple[Tokens, Tokens, Tokens]]] = OrderedDict()
@@ -189,15 +193,24 @@ class TextDecoder:
     def _stream(self, store: SampleStore, shard: int, first: int, last: int, start: int, stop: int) -> Tokens:
         """Tokens `start` to `stop` of the shard's stream of documents, which the documents `first` to `last` hold."""
         length_n, _, _ = self._layout_of(store, shard)
-        if self._cache is None or "txt" not in store.members(shard).extensions:
-            documents = [self._document(store, shard, number) for number in range(first, last + 1) if length_n[number]]
-            begin = int(length_n[:first].sum())
-            return np.concatenate(documents)[start - begin : stop - begin]
-        cached = self._cache.shard(store.sha256(shard), length_n)
-        for number in cached.unknown(first, last):
-            if length_n[number]:
-                cached.put(number, self._document(store, shard, number))
-        return cached.get(start, stop)
+        known: dict[int, Tokens] = {}
+        if self._cache is not None and "txt" in store.members(shard).extensions:
+            try:
+                cached = self._cache.shard(store.sha256(shard), length_n)
+                for number in cached.unknown(first, last):
+                    if length_n[number]:
+                        known[number] = self._document(store, shard, number)
+                        cached.put(number, known[number])
+                return cached.get(start, stop)
+            except OSError as error:
+                # The cache saves time; without it the same tokens come more slowly.
+                if not self._cache_failed:
+                    log.warning("Tokens are not kept (data.cache_dir): %s", error)
+                self._cache_failed = True
+        numbers = [number for number in range(first, last + 1) if length_n[number]]
+        documents = [known[n] if n in known else self._document(store, shard, n) for n in numbers]
+        begin = int(length_n[:first].sum())
+        return np.concatenate(documents)[start - begin : stop - begin]
 
     def _document(self, store: SampleStore, shard: int, number: int) -> Tokens:
         sample = store.read(shard, number)

@@ -41,10 +41,15 @@ class CachedTokens:
         return (first + np.flatnonzero(self._known_n[first : last + 1] == 0)).tolist()
 
     def put(self, number: int, tokens: Tokens) -> None:
-        """Keep a document's tokens. Raises OSError, such as for a full disk."""
+        """Keep a document's tokens, all of them or none. Raises OSError, such as for a full disk."""
         start = int(self.end_n[number] - self._length_n[number])
         # Written with a system call: storing through the map would end the process on a full disk.
-        os.pwrite(self._descriptor, tokens.astype("<i4").tobytes(), self._tokens_at + 4 * start)
+        content = memoryview(tokens.astype("<i4").tobytes())
+        at = self._tokens_at + 4 * start
+        while content:
+            # A nearly full disk takes a part; the next call says that it is full.
+            written = os.pwrite(self._descriptor, content, at)
+            content, at = content[written:], at + written
         os.pwrite(self._descriptor, b"\1", number)
 
     def get(self, start: int, stop: int) -> Tokens:

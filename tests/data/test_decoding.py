@@ -237,3 +237,25 @@ def test_shares_of_a_labelled_set_are_all_of_it(tmp_path: Path) -> None:
     assert labelled.batches == 5
     shares = [[None if found is None else found[0].keys for found in labelled.share(part, 2)] for part in range(2)]
     assert shares == [[whole[0], None, whole[3]], [whole[1], whole[2]]]
+
+
+def test_text_is_tokenised_all_the_same_where_its_cache_cannot_be_written(
+    texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = ModelConfig(text=TextStem(vocab_size=331, mask_id=330, max_positions=32))
+    source = SourceConfig(shards=str(texts), modality="text")
+
+    def first_steps(name: str) -> list[torch.Tensor]:
+        data = DataConfig(sources=[source], workers=0, cache_dir=str(tmp_path / name))
+        loader = StepLoader(data, model, MaskingConfig(kind="random"), seed=1, global_batch_size=8)
+        return [next(loader)[0].inputs for _ in range(3)]
+
+    expected = first_steps("sound")
+
+    def full(*_: object) -> int:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("os.pwrite", full)
+    for found, wanted in zip(first_steps("full"), expected, strict=True):
+        assert torch.equal(found, wanted)
+    assert caplog.text.count("No space left") == 1

@@ -1,5 +1,6 @@
 """d2v_scale.data.fetching and d2v_scale.data.token_cache"""
 
+import errno
 import os
 import time
 from pathlib import Path
@@ -81,6 +82,30 @@ def test_tokens_are_shared_between_openings(tmp_path: Path) -> None:
     assert second.unknown(0, 2) == [1]
     assert second.get(1, 5).tolist() == [8, 9, 1, 2]
     assert TokenCache(str(tmp_path), 1e9, "other").shard("a", lengths).unknown(0, 0) == [0]
+
+
+def test_a_short_write_on_a_nearly_full_disk_leaves_no_zeros_to_be_served(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, room = os.pwrite, 5
+
+    def nearly_full(descriptor: int, content: bytes, at: int) -> int:
+        nonlocal room
+        if room == 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        taken = content[:room]
+        room -= len(taken)
+        return write(descriptor, taken, at)
+
+    cached = CachedTokens(tmp_path / "t", np.array([3, 2]))
+    monkeypatch.setattr(os, "pwrite", nearly_full)
+    with pytest.raises(OSError, match="No space"):
+        cached.put(0, np.array([7, 8, 9]))
+    assert cached.unknown(0, 1) == [0, 1]
+    room = 1000
+    # Whoever writes a document again writes all of it.
+    cached.put(0, np.array([7, 8, 9]))
+    assert cached.get(0, 3).tolist() == [7, 8, 9]
 
 
 def test_a_shard_without_documents_has_a_file_too(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from d2v_scale.data.batch import Batch
 from d2v_scale.data.config import SourceConfig
 from d2v_scale.data.reading import SampleStore
+from d2v_scale.data.shard_index import SetIndex
 from d2v_scale.data.shard_set import find_shards
 from d2v_scale.data.writing import write_set
 from d2v_scale.evaluation.frozen import FrozenEncoder
@@ -45,8 +46,7 @@ def extract(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., in
     monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2] / "tools"))
     monkeypatch.setattr(FrozenEncoder, "load", lambda *_: Colours())
 
-    def call(*arguments: object) -> int:
-        shards = tmp_path / "shards" / "test-*.tar"
+    def call(*arguments: object, shards: Path = tmp_path / "shards" / "test-*.tar") -> int:
         monkeypatch.setattr(sys, "argv", ["extract", "checkpoint", str(shards), *map(str, arguments)])
         return importlib.import_module("extract").main()
 
@@ -80,3 +80,15 @@ def test_features_of_every_position_become_shards_that_can_be_read(extract: Call
 
     assert np.load(io.BytesIO(sample.member(("npy",))[1])).shape == (4, 3)
     assert sample.key == "image-0024"
+
+
+def test_the_index_of_the_shards_may_lie_elsewhere(extract: Callable[..., int], tmp_path: Path) -> None:
+    index = SetIndex.load(tmp_path / "shards" / "test.index.json")
+    for entry in index.shards:
+        entry.path = f"../shards/{entry.path}"
+        (tmp_path / "indexes").mkdir(exist_ok=True)
+        (tmp_path / "shards" / entry.members).rename(tmp_path / "indexes" / entry.members)
+    (tmp_path / "shards" / "test.index.json").unlink()
+    index.save(tmp_path / "indexes" / "test.index.json")
+    assert extract(tmp_path / "out", shards=tmp_path / "indexes" / "test.index.json") == 0
+    assert pyarrow.parquet.read_table(tmp_path / "out" / "test-000002.parquet").num_rows == 5

@@ -12,9 +12,10 @@ import soundfile
 from PIL import Image
 from small_shards import documents, image_samples
 
+from d2v_scale.data import tokenizer
 from d2v_scale.data.config import SourceConfig
 from d2v_scale.data.reading import SampleStore
-from d2v_scale.data.shard_index import SetIndex
+from d2v_scale.data.shard_index import SetIndex, file_sha256
 from d2v_scale.data.shard_set import find_shards
 from d2v_scale.data.writing import write_set
 
@@ -93,6 +94,27 @@ def test_text_is_counted_with_a_tokenizer_that_is_trained_on_the_way(run: Callab
     text = run("train_tokenizer", tmp_path / "out" / "train-*.tar", tmp_path / "new.model", "--vocab-size", 310)
     assert "mask_id 310" in text
     assert "hold no .txt" in run("train_tokenizer", tmp_path / "ids" / "train-*.tar", tmp_path / "x.model", status=2)
+
+
+def test_a_tokenizer_trained_again_at_its_path_counts_again(run: Callable[..., str], tmp_path: Path) -> None:
+    texts = documents(60)
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    model, out, ids = tmp_path / "t.model", tmp_path / "out", tmp_path / "ids"
+    made = ["text", tmp_path / "a.jsonl"]
+    given = ["--tokenizer", model, "--processes", 1]
+    lengths: dict[Path, list[int]] = {out: [], ids: []}
+    for size in (290, 330):
+        tokenizer.train(texts, model, vocab_size=size)
+        run("make_shards", *made, out, *given)
+        run("make_shards", *made, ids, *given, "--ids")
+        for folder in (out, ids):
+            lengths[folder].append(sum(shard.length for shard in SetIndex.load(folder / "train.index.json").shards))
+        run("index_shards", out / "train-000000.tar", "--modality", "text", *given)
+        again = SetIndex.load(out / "train.index.json")
+        assert again.shards[0].length == lengths[out][-1]
+        assert again.tokenizer_sha256 == file_sha256(model)
+    assert lengths[out] == lengths[ids]
+    assert lengths[out][0] > lengths[out][1]
 
 
 @pytest.mark.parametrize("how", ["local", "pipe", "url"])

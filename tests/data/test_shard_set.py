@@ -1,0 +1,56 @@
+"""d2v_scale.data.shard_set: which shards a source names."""
+
+import os
+from pathlib import Path
+
+import pytest
+from small_shards import image_samples
+
+from d2v_scale.data.config import SourceConfig
+from d2v_scale.data.shard_index import SetIndex
+from d2v_scale.data.shard_set import find_shards
+from d2v_scale.data.writing import write_set
+from d2v_scale.errors import DataError
+
+
+@pytest.fixture
+def shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Four shards in `shards`, which is in the working directory."""
+    monkeypatch.chdir(tmp_path)
+    write_set(Path("shards"), "train", "vision", image_samples(8), per_shard=2)
+    return tmp_path / "shards"
+
+
+@pytest.mark.parametrize("pattern", ["./shards/*.tar", "shards/train-*.tar", "{}/*.tar", "shards"])
+def test_a_deleted_shard_is_missed_however_the_pattern_is_written(shards: Path, pattern: str) -> None:
+    pattern = pattern.format(shards)
+    assert len(find_shards(SourceConfig(shards=pattern)).paths) == 4
+    (shards / "train-000002.tar").unlink()
+    with pytest.raises(DataError, match="1 shards are in the index but do not exist"):
+        find_shards(SourceConfig(shards=pattern))
+
+
+@pytest.mark.parametrize(
+    "pattern", ["./shards/train-{000000..000003}.tar", "shards/*.tar", "{}/train-*.tar", "train-{000000..000003}.tar"]
+)
+def test_shards_that_are_not_in_a_given_index_do_not_vanish(shards: Path, pattern: str) -> None:
+    pattern = pattern if ".." in pattern else pattern.format(shards)
+    index_file = shards / "train.index.json"
+    source = SourceConfig(shards=pattern, index=str(index_file))
+    assert len(find_shards(source).paths) == 4
+    index = SetIndex.load(index_file)
+    del index.shards[1]
+    index.save(index_file)
+    with pytest.raises(DataError, match=r"does not list 1 of the shards .* the first is .*train-000001\.tar"):
+        find_shards(source)
+
+
+def test_a_given_index_may_lie_elsewhere_and_be_used_in_part(shards: Path) -> None:
+    index = SetIndex.load(shards / "train.index.json")
+    for entry in index.shards:
+        entry.path, entry.members = f"../shards/{entry.path}", f"../shards/{entry.members}"
+    index.save(shards.parent / "indexes" / "all.index.json")
+    source = SourceConfig(shards="shards/train-00000[12].tar", index="indexes/all.index.json")
+    found = find_shards(source)
+    assert [os.path.basename(path) for path in found.paths] == ["train-000001.tar", "train-000002.tar"]
+    assert found.one(1).members(0).keys_n[0] == b"image-0004"
