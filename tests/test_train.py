@@ -42,18 +42,24 @@ def test_no_step_between_log_steps_waits_for_the_device(
     assert not syncs.found, syncs
 
 
-def test_importing_the_program_imports_nothing_that_it_may_not_need() -> None:
-    program = "import sys, d2v_scale.train; print(*{name.partition('.')[0] for name in sys.modules})"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+@pytest.mark.parametrize(
+    ("program", "needless"),
+    [
+        ("import d2v_scale.train", "mlflow transformers matplotlib pandas sklearn scipy torchaudio deepspeed"),
+        (
+            "from d2v_scale.parallel import groups; groups.single_process(); import deepspeed",
+            "mlflow transformers matplotlib pandas sklearn torchaudio",
+        ),
+    ],
+)
+def test_starting_imports_nothing_that_it_may_not_need(program: str, needless: str) -> None:
+    listing = "import sys; print(*{name.partition('.')[0] for name in sys.modules})"
+    done = subprocess.run([sys.executable, "-c", f"{program}; {listing}"], capture_output=True, text=True, check=True)
     loaded = set(done.stdout.split())
     assert "d2v_scale" in loaded
-    assert not loaded & {
-        "mlflow",
-        "transformers",
-        "matplotlib",
-        "pandas",
-        "sklearn",
-        "scipy",
-        "torchaudio",
-        "deepspeed",
-    }
+    assert not loaded & set(needless.split())
+
+
+def test_mlflow_can_be_imported_after_deepspeed() -> None:
+    program = "from d2v_scale.parallel import groups; groups.single_process(); import mlflow; print(mlflow.__version__)"
+    subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)

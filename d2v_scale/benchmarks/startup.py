@@ -27,7 +27,7 @@ if deepspeed.accelerator.get_accelerator().device_name() == "cpu":
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 deepspeed.init_distributed(verbose=False)
 dist.barrier()
-open(sys.argv[1], "w").write("done\\n")
+open(sys.argv[-1], "w").write("done\\n")
 dist.destroy_process_group()
 """
 
@@ -91,8 +91,9 @@ def _until(job: list[str], sign: Path, ranks: int, limit_s: float, folder: Path)
             start_new_session=True,
         )
         try:
-            while not (sign.exists() and sign.stat().st_size):
-                if process.poll() not in (None, 0) or time.perf_counter() - begin > limit_s:
+            while not _has_content(sign):
+                ended = process.poll() is not None and not _has_content(sign)
+                if ended or time.perf_counter() - begin > limit_s:
                     raise UserError(
                         f"A job did not reach its first step:\n{log.read_text()[-1000:]}", "See its output."
                     )
@@ -104,3 +105,7 @@ def _until(job: list[str], sign: Path, ranks: int, limit_s: float, folder: Path)
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
     return elapsed
+
+
+def _has_content(path: Path) -> bool:
+    return path.exists() and path.stat().st_size > 0

@@ -7,7 +7,9 @@ data, then pipeline); DeepSpeed reads them through `ModelParallelUnit`.
 import contextlib
 import logging
 import os
+import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -225,7 +227,8 @@ def _prepare_accelerator() -> None:
         if "OMP_NUM_THREADS" not in os.environ:
             os.environ["OMP_NUM_THREADS"] = "1"
             torch.set_num_threads(1)
-    import deepspeed
+    with _without("mlflow"):
+        import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(os.environ.get("D2V_DEEPSPEED_LOG", "WARNING"))
     if on_cpu:
@@ -233,6 +236,22 @@ def _prepare_accelerator() -> None:
         with contextlib.suppress(AttributeError):
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     _clear_stale_locks()
+
+
+@contextlib.contextmanager
+def _without(module: str) -> Iterator[None]:
+    """Importing `module` fails inside, unless it is there already.
+
+    DeepSpeed's autotuner, which nothing here uses, imports MLflow where it can: seconds of every start.
+    """
+    if module in sys.modules:
+        yield
+        return
+    sys.modules[module] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules[module]
 
 
 def _clear_stale_locks() -> None:
