@@ -38,6 +38,8 @@ def main() -> None:
     student = construct(lambda: Student(recipe.model), config, topology)
     initialize(student, recipe.seed)
     found = {"before": before, "peak": memory("VmHWM"), "after": memory("VmRSS")}
+    found["held"] = sum(p.ds_tensor.untyped_storage().nbytes() for p in student.parameters())
+    found["gathered"] = sum(p.untyped_storage().nbytes() for p in student.parameters())
     ranks: list[Any] = [None] * topology.world_size
     dist.all_gather_object(ranks, found)
     sizes = {name: torch.Size(full_shape_of(p)).numel() for name, p in student.named_parameters()}
