@@ -73,6 +73,10 @@ def resolve(raw: dict[str, Any], numbers: RecipeNumbers, parallel: ParallelConfi
         config["bf16"]["check_grad_overflow"] = True
         if not _bf16_stage1(raw):
             config.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
+    zero = config["zero_optimization"]
+    if zero["stage"] == 1 and replicas == 1 and parallel.pipeline == 1 and "offload_optimizer" not in zero:
+        # Where nothing is reduced, the buffer for it only costs a copy of every gradient.
+        zero.setdefault("contiguous_gradients", False)
     if parallel.pipeline > 1:
         config["pipeline"] = {**raw.get("pipeline", {}), "pipe_partitioned": False, "grad_partitioned": False}
     config["zero_allow_untested_optimizer"] = True
