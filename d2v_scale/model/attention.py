@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from d2v_scale.data2vec import stateless
+from d2v_scale.model import cpu_attention
 from d2v_scale.model.config import Backbone
 from d2v_scale.model.init import ZEROS, InitRule
 from d2v_scale.model.parallel_linear import (
@@ -45,9 +46,17 @@ class SelfAttention(nn.Module):
             v = v + self.v_bias.view(self.heads, 1, self.head_dim)
         dropout = self.dropout if self.training else 0.0
         with _own_generator(x_rsd.device) if dropout and tensor_size() > 1 else contextlib.nullcontext():
-            mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=attention_bias, dropout_p=dropout)
-        out, _ = self.out(mixed.transpose(1, 2).reshape(rows, length, self.heads * self.head_dim))
+            mixed_rshd = _attend(q, k, v, attention_bias, dropout)
+        out, _ = self.out(mixed_rshd.reshape(rows, length, self.heads * self.head_dim))
         return out
+
+
+def _attend(q_rhsd: Tensor, k_rhsd: Tensor, v_rhsd: Tensor, bias: Tensor | None, dropout: float) -> Tensor:
+    """(R, S, H, d) of q, k and v, (R, H, S, d) each."""
+    if cpu_attention.applies(q_rhsd, bias):
+        return cpu_attention.attend(q_rhsd, k_rhsd, v_rhsd, bias, dropout)
+    mixed_rhsd = F.scaled_dot_product_attention(q_rhsd, k_rhsd, v_rhsd, attn_mask=bias, dropout_p=dropout)
+    return mixed_rhsd.transpose(1, 2)
 
 
 @contextlib.contextmanager

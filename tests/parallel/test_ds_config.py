@@ -32,6 +32,13 @@ def test_clipping_is_always_written_out() -> None:
     assert resolve({}, RecipeNumbers(precision="fp32"))["gradient_clipping"] == 0.0
 
 
+def test_one_replica_at_stage_1_has_no_reduction_buffer() -> None:
+    assert resolve({}, world_size=1)["zero_optimization"]["contiguous_gradients"] is False
+    assert "contiguous_gradients" not in resolve({}, world_size=2)["zero_optimization"]
+    asked = {"stage": 1, "contiguous_gradients": True}
+    assert resolve({"zero_optimization": asked}, world_size=1)["zero_optimization"] == asked
+
+
 def test_tensor_parallel_ranks_share_a_batch() -> None:
     assert resolve({}, world_size=4, tensor=2)["train_micro_batch_size_per_gpu"] == 6
 
