@@ -109,6 +109,13 @@ STAND_INS: dict[str, list[str] | None] = {
         *["tools/probe.py", "runs/vit", "--data", "shards/*.tar", "--test", "shards/*.tar", "--task", "knn"]
     ],
     "bash tools/bench_gpu.sh": None,
+    ".venv/bin/python tools/bench.py step --peer hf --all": [
+        *["tools/bench.py", "step", "--recipe", "v1_text", "--samples", "2", "--length", "32", "--rounds", "1"],
+        *["--warmup", "0", "--model.backbone.width=32", "--model.backbone.heads=4", "--model.backbone.ffn=64"],
+    ],
+    ".venv/bin/python tools/bench.py growth --out growth.png": [
+        *["tools/bench.py", "growth", "--out", "growth.png", "--rounds", "1", "--sweeps", "clones", "--worlds"]
+    ],
     "bash tools/evidence.sh --data DIR": None,
     ".venv/bin/python tools/sweep.py tiny2_vision --grid objective.masking.clones=1,4 --equal_compute --seeds 1 2 "
     "--out out/masks -- --data 'shards/*.tar'": [

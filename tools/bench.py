@@ -1,4 +1,4 @@
-"""Ratios against a peer measured in the same run: `python tools/bench.py {step,data,teacher,startup,device} [--help]`.
+"""Ratios measured within one run, against a peer or between sizes: `python tools/bench.py BENCHMARK [--help]`.
 
 Every row of a case ends in its ratio; above 1 means better than the peer, unless the row says otherwise.
 """
@@ -11,7 +11,7 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 
-BENCHMARKS = ("step", "data", "teacher", "startup", "device")
+BENCHMARKS = ("step", "growth", "data", "teacher", "startup", "device")
 
 
 def main(arguments: list[str]) -> int:
