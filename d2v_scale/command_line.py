@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import difflib
+import json
 import os
 import re
 import types
@@ -13,12 +14,14 @@ from typing import Any, NoReturn
 
 import yaml
 
+from d2v_scale.checkpoint.format import MARKER
 from d2v_scale.errors import ConfigError
 from d2v_scale.recipe import Recipe, binding_differences, differences, to_dict
 
 RECIPES = Path(__file__).parent / "recipes"
 DEFAULT_RECIPE = "demo_vision"
 RECIPE_FILE = "recipe.yaml"
+START_FILE = "start.json"
 
 _EPILOG = """Recipes: a name from d2v_scale/recipes or a YAML file. Keys given after it override it, e.g.
 `--recipe d2v2_vision_base --optim.lr 1e-3 --model.backbone.depth 24`. Without arguments: the vision demo.
@@ -61,7 +64,24 @@ def parse(arguments: list[str]) -> tuple[Recipe, Options]:
     recipe = Recipe(**{f.name: sections[f.name] for f in dataclasses.fields(Recipe)})
     if shards is not None:
         recipe.data.read_from(shards, recipe.model.modalities)
-    return recipe, Options(**given)
+    options = Options(**given)
+    if options.resume is not None and options.init_from is None:
+        options.init_from, options.reset_teacher = _began_from(Path(options.resume))
+    return recipe, options
+
+
+def note_start(run_dir: Path, options: Options) -> None:
+    """Keep in the run directory what the run begins from: until its first checkpoint a resumption needs it."""
+    if options.init_from is not None:
+        text = json.dumps({"init_from": str(Path(options.init_from).resolve()), "reset_teacher": options.reset_teacher})
+        (run_dir / START_FILE).write_text(text + "\n")
+
+
+def _began_from(run_dir: Path) -> tuple[str | None, bool]:
+    if any((run_dir / "checkpoints").glob(f"step-*/{MARKER}")) or not (run_dir / START_FILE).is_file():
+        return None, False
+    start = json.loads((run_dir / START_FILE).read_text())
+    return start["init_from"], start["reset_teacher"]
 
 
 def _make_parser() -> Any:

@@ -4,6 +4,8 @@
 file and the remedy, and end the program with exit code 2. The verdicts are conclusions a run comes to about itself.
 """
 
+from typing import Any
+
 EXIT_DONE = 0
 EXIT_BAD_INPUT = 2
 EXIT_REQUEUE = 10
@@ -19,6 +21,16 @@ class UserError(ValueError):
     def __init__(self, message: str, remedy: str = "") -> None:
         ended = message if message.endswith((".", "?", "!")) else f"{message}."
         super().__init__(f"{ended} {remedy}".strip())
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Rank 0 sends what it found to the others, who raise it too."""
+        return _rebuilt, (type(self), str(self), vars(self))
+
+
+def _rebuilt(kind: type[UserError], text: str, state: dict[str, Any]) -> UserError:
+    error = kind.__new__(kind, text)
+    vars(error).update(state)
+    return error
 
 
 class ConfigError(UserError):

@@ -1,7 +1,10 @@
 """The directory that holds everything of a run, and who may use it."""
 
+import errno
+import fcntl
 import json
 import logging
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -15,17 +18,25 @@ from d2v_scale.command_line import (
     default_run_dir,
     dump,
     load_recipe,
+    note_start,
 )
 from d2v_scale.errors import UserError
 from d2v_scale.parallel.groups import Topology
 from d2v_scale.recipe import Recipe, differences, to_dict
 from d2v_scale.status import begin
 
+LOCK_FILE = ".lock"
+LOCK_WAIT_S = 30.0
+"""For a run that was just killed to be gone."""
+
+log = logging.getLogger(__name__)
+
 
 def claim(recipe: Recipe, options: Options, ds_config: dict[str, Any], topology: Topology) -> Path:
     """Choose the run directory, make it if needed, and write the resolved configuration into it.
 
-    A directory with the same recipe continues that run; with another recipe it is refused on every rank (ConfigError).
+    A directory with the same recipe continues that run; with another recipe it is refused on every rank (ConfigError),
+    and so is one that another program trains in (UserError).
     A change that `--allow_recipe_change` permits is recorded in recipe_changes.jsonl. Collective: all ranks must call.
     """
     answer: list[Any] = [None, None]
@@ -45,12 +56,46 @@ def _problem(run_dir: Path, recipe: Recipe, options: Options, ds_config: dict[st
     """Write the configuration; what went wrong is returned, so that every rank can raise it."""
     try:
         check_same_recipe(recipe, run_dir, options.allow_recipe_change)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        lock(run_dir)
         _write(run_dir, recipe, ds_config)
+        note_start(run_dir, options)
     except UserError as error:
         return error
     except OSError as error:
         return UserError(f"The run directory {run_dir} cannot be written: {error}.", "Choose another --run_dir.")
     return None
+
+
+def lock(run_dir: Path, wait_s: float = LOCK_WAIT_S) -> None:
+    """Keep other programs out of the run directory as long as this process lives: two would move each other's records
+    and remove each other's unfinished checkpoints. Rank 0. Raises UserError if one is still there after `wait_s`.
+
+    A POSIX lock, which child processes do not inherit. The lock of a node that went down may outlive it: an attempt of
+    the same Slurm job takes no notice of it, and neither does a file system without locks.
+    """
+    file = os.open(run_dir / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
+    deadline = time.monotonic() + wait_s
+    while True:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                log.warning("%s cannot be locked (%s): see that no other program trains in it.", run_dir, error)
+                break
+        holder = os.pread(file, 4096, 0).decode(errors="replace").strip()
+        if holder.endswith(f"Slurm job {os.environ.get('SLURM_JOB_ID')}"):
+            log.warning("%s is still locked by an earlier attempt of this job, %s.", run_dir, holder)
+            break
+        if time.monotonic() >= deadline:
+            os.close(file)
+            raise UserError(f"Another program trains in {run_dir}: {holder}", "Wait for its end or stop it.")
+        time.sleep(0.5)
+    os.ftruncate(file, 0)
+    job = f", Slurm job {os.environ['SLURM_JOB_ID']}" if "SLURM_JOB_ID" in os.environ else ""
+    os.pwrite(file, f"process {os.getpid()} on {os.uname().nodename}{job}\n".encode(), 0)
+    # The file stays open: closing it would unlock it.
 
 
 def _write(run_dir: Path, recipe: Recipe, ds_config: dict[str, Any]) -> None:

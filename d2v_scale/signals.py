@@ -98,6 +98,8 @@ class StopFlag:
         self.starting = True
         """Until the first step there is nothing to save: Ctrl-C then ends the process at once."""
         self._reason: StopReason | None = None
+        self.detail = ""
+        """What the user is to know of the reason."""
 
     @classmethod
     def install(cls, deadline: float | None = None) -> "StopFlag":
@@ -120,10 +122,10 @@ class StopFlag:
             os._exit(EXIT_REQUEUE)
         self.up(_SIGNALS[signal.Signals(number)])
 
-    def up(self, reason: StopReason) -> None:
+    def up(self, reason: StopReason, detail: str = "") -> None:
         """Raise the flag. A verdict of the loop outweighs a signal; of two signals the first stays."""
         if self._reason is None or reason >= StopReason.DATA_STARVED > self._reason:
-            self._reason = reason
+            self._reason, self.detail = reason, detail
 
     def raised(self) -> StopReason | None:
         """Why this process wants to stop, None if it does not."""
@@ -194,6 +196,24 @@ class Agreement:
             work.wait()
         value = int(flag)
         return Stop(StopReason(value >> _RANK_BITS), value & ((1 << _RANK_BITS) - 1)) if value else None
+
+    def conclude(self) -> Stop | None:
+        """The agreed value of the last edge, for a loop that came to its end: a verdict still counts there, a wish to
+        stop does not. Collective: all ranks must call."""
+        agreed = self._collect()
+        return agreed if agreed is not None and agreed.reason >= StopReason.DATA_STARVED else None
+
+    def gather(self, mine: Any) -> list[Any]:
+        """What every rank hands in, by rank. Collective: all ranks must call. Raises LostPeer."""
+        if self._group is None:
+            return [mine]
+        import torch.distributed as dist
+
+        self._collect()
+        everyone: list[Any] = [None] * dist.get_world_size()
+        with _peers_present("the last exchange"):
+            dist.all_gather_object(everyone, mine, group=self._group)
+        return everyone
 
     def barrier(self) -> None:
         """Wait for all ranks: after it, everything a rank wrote before it is written. Raises LostPeer."""

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import logging
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
@@ -78,8 +79,12 @@ def supervise(run: AnyRun, stop_flag: StopFlag, train: Callable[..., Stop | None
             committed = run.writer.finish()
             report_saves(run)
             agreement.barrier()
-        run.loader.close()
         reason, code = ("all steps done", EXIT_DONE) if stop is None else (str(stop), stop.exit_code)
+        details = agreement.gather(stop_flag.detail)
+        if stop is not None and details[stop.rank]:
+            reason = f"{reason}: {details[stop.rank]}"
+        report_losses(run, agreement)
+        run.loader.close()
         if not committed:
             reason, code = f"{reason}, but the last checkpoint could not be written", code or 1
         # Before MLflow is waited for: whoever asked this run to stop may not leave it that time.
@@ -104,12 +109,31 @@ def report_saves(run: AnyRun) -> None:
             run.tracker.checkpoint(run.writer.root / directory_name(result.step), MANIFEST, result.step)
 
 
+def report_losses(run: AnyRun, agreement: Agreement) -> None:
+    """Write how many samples of each shard this invocation lost, to lost_samples.json and MLflow. Collective."""
+    lost: Counter[str] = Counter()
+    for of_rank in agreement.gather(run.loader.faults()):
+        lost.update(of_rank)
+    if lost and run.topology.rank == 0:
+        path = run.directory / "lost_samples.json"
+        try:
+            path.write_text(json.dumps(dict(lost.most_common()), indent=1) + "\n")
+        except OSError as error:
+            log.warning("%s cannot be written: %s", path, error)
+        run.tracker.artifact(path)
+        log.warning("%d samples were lost, most in %s: see %s", lost.total(), *lost.most_common(1)[0][:1], path)
+
+
 def judge(run: AnyRun, result: StepResult, stop_flag: StopFlag) -> None:
-    """Say that a step was skipped; stop the run when too many were, one after the other."""
+    """Say that a step was skipped; stop the run when too many were in a row, or when too many samples are lost."""
     if not result.applied:
         log.warning("Step %d was skipped: a loss or gradient was not finite", run.step)
         if run.student.skipped_in_a_row >= run.recipe.max_skipped_in_a_row:
-            stop_flag.up(StopReason.NON_FINITE)
+            stop_flag.up(StopReason.NON_FINITE, f"{run.student.skipped_in_a_row} steps were skipped in a row")
+    alarm = run.loader.alarm()
+    if alarm is not None:
+        log.error("%s", alarm)
+        stop_flag.up(StopReason.DATA_STARVED, alarm)
 
 
 def facts(run: AnyRun) -> dict[str, Any]:

@@ -26,7 +26,6 @@ from torch import Tensor
 
 from d2v_scale import command_line, run_directory
 from d2v_scale.checkpoint import Checkpoint, find_newest_valid, open_any
-from d2v_scale.checkpoint.find import verify_together
 from d2v_scale.checkpoint.training import pieces, restore, restore_weights, state
 from d2v_scale.checkpoint.writer import CheckpointWriter
 from d2v_scale.command_line import Options
@@ -176,9 +175,7 @@ def build(recipe: Recipe, options: Options, config: dict[str, Any], topology: To
 
 def load(run: Run) -> None:
     """Continue from the newest valid checkpoint of the run directory, or start from `--init_from`. Collective."""
-    checkpoint, skipped = find_newest_valid(run.directory / "checkpoints", verify_together)
-    for bad in skipped:
-        log.warning("Skipped checkpoint %s: %s", bad.path, bad.reason)
+    checkpoint, _ = find_newest_valid(run.directory / "checkpoints", together=True)
     if checkpoint is not None:
         restore(checkpoint, run.student, run.teacher)
         run.step = run.saved = checkpoint.step
@@ -187,7 +184,7 @@ def load(run: Run) -> None:
         run.observer.load_state_dict(checkpoint.extra.get("totals"), checkpoint.extra["data"])
         log.info("Continuing at step %d from %s", run.step, checkpoint.path)
     elif run.options.init_from is not None:
-        source: Checkpoint = open_any(run.options.init_from)
+        source: Checkpoint = open_any(run.options.init_from, together=True)
         restore_weights(source, run.student, run.teacher, reset_teacher=run.options.reset_teacher)
         log.info("Starting from the weights of %s", source.path)
 
@@ -224,9 +221,9 @@ def train(run: Run, stop_flag: StopFlag, agreement: Agreement, watchdog: Watchdo
         observer.after()
         judge(run, result, stop_flag)
         if logged:
-            record(run, result, seen, lr)
+            signs = record(run, result, seen, lr)
             if observer.collapsed:
-                stop_flag.up(StopReason.COLLAPSE)
+                stop_flag.up(StopReason.COLLAPSE, "; ".join(signs))
         if run.step == end or (recipe.evaluation.every and run.step % recipe.evaluation.every == 0):
             evaluate(run)
         if run.step == end or (recipe.tracking.plot_every and run.step % recipe.tracking.plot_every == 0):
@@ -234,24 +231,24 @@ def train(run: Run, stop_flag: StopFlag, agreement: Agreement, watchdog: Watchdo
         if run.step % recipe.checkpoint.every == 0:
             save(run)
         report_saves(run)
-        if run.loader.alarm() is not None:
-            stop_flag.up(StopReason.DATA_STARVED)
         watchdog.beat(run.step)
         stop = agreement.agree(stop_flag.raised())
         if stop is not None:
             return stop
-    return None
+    return agreement.conclude()
 
 
-def record(run: Run, result: StepResult, seen: Observations, lr: float) -> None:
-    """Record the figures of this step, and judge them. Waits for the device. Collective."""
+def record(run: Run, result: StepResult, seen: Observations, lr: float) -> list[str]:
+    """Record the figures of this step; what is unhealthy about them. Waits for the device. Collective."""
     samples = run.samples
     values = {**run.observer.figures(result, seen, samples), "lr": lr}
     run.tracker.log(run.step, samples, values)
     if isinstance(run.student, PipelineStudent) and run.observer.records == 2:
         run.tracker.message(describe_idle(run.student.idle_shares, run.recipe.accumulation))
-    for sign in run.observer.signs(values):
+    signs = run.observer.signs(values)
+    for sign in signs:
         run.tracker.message(f"step {run.step}: {sign}")
+    return signs
 
 
 def evaluate(run: Run) -> None:

@@ -12,6 +12,7 @@ plot are read from the runs' metrics.jsonl and written to OUT.
 """
 
 import argparse
+import hashlib
 import itertools
 import json
 import os
@@ -85,7 +86,9 @@ def points_of(options: argparse.Namespace) -> list[Point]:
             given += equal_compute(base, recipe)
         name = "-".join(f"{key.rpartition('.')[2]}_{value}" for key, value in settings) or "recipe"
         for seed in options.seeds:
-            run_dir = (options.out / "runs" / f"{name}-s{seed}").resolve()
+            # Runs of other settings in the same folder are other runs.
+            digest = hashlib.sha256("\0".join(given).encode()).hexdigest()[:6]
+            run_dir = (options.out / "runs" / f"{name}-s{seed}-{digest}").resolve()
             arguments = (*given, f"--seed={seed}", f"--run_dir={run_dir}")
             points.append(Point(settings, seed, arguments, run_dir))
     return points

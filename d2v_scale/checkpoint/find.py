@@ -1,7 +1,6 @@
 """Finding the checkpoint to go on from."""
 
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,8 +9,6 @@ from d2v_scale.checkpoint.reader import Checkpoint
 from d2v_scale.errors import CheckpointError
 
 log = logging.getLogger(__name__)
-
-Verify = Callable[[Checkpoint], str | None]
 
 
 @dataclass(frozen=True)
@@ -22,70 +19,72 @@ class Skipped:
     reason: str
 
 
-def verify_alone(checkpoint: Checkpoint) -> str | None:
-    """Check all files; the reason against it, or None."""
-    try:
-        checkpoint.verify()
-    except CheckpointError as error:
-        return str(error)
-    return None
-
-
-def verify_together(checkpoint: Checkpoint) -> str | None:
-    """Each rank checks its share of the files. Collective: all ranks must call; all get the same answer."""
-    import torch.distributed as dist
-
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    reason = None
-    try:
-        checkpoint.verify(files=range(rank, len(checkpoint.manifest.files), world_size))
-    except CheckpointError as error:
-        reason = str(error)
-    reasons: list[str | None] = [None] * world_size
-    dist.all_gather_object(reasons, reason)
-    return next((r for r in reasons if r is not None), None)
-
-
-def find_newest_valid(directory: str | Path, verify: Verify = verify_alone) -> tuple[Checkpoint | None, list[Skipped]]:
+def find_newest_valid(directory: str | Path, *, together: bool = False) -> tuple[Checkpoint | None, list[Skipped]]:
     """The valid checkpoint with the highest step under `directory`, and those that were skipped, each with a warning.
 
     (None, []) when there are none at all. Raises CheckpointError when there are some and none is valid, or when one
-    was written by a newer version. With `verify=verify_together` all ranks must call.
+    was written by a newer version. `together`: all ranks must call; they look through rank 0's list (a file system may
+    not show the newest one to everybody yet), share the work of verifying, and get the same answer.
     """
+    paths = sorted(Path(directory).glob("step-*"), reverse=True)
+    if together:
+        paths = _of_rank_0(paths)
     skipped: list[Skipped] = []
-    for path in sorted(Path(directory).glob("step-*"), reverse=True):
-        try:
-            checkpoint = Checkpoint.open(path)
-        except CheckpointError as error:
-            if "checkpoint format" in str(error):
-                raise
-            reason: str | None = str(error)
-        else:
-            reason = verify(checkpoint)
-            if reason is None:
-                return checkpoint, skipped
-        skipped.append(Skipped(path, reason or ""))
-        log.warning("skipping checkpoint %s: %s", path.name, reason)
+    for path in paths:
+        checkpoint, reasons = _opened(path, together)
+        if checkpoint is not None and not reasons:
+            return checkpoint, skipped
+        for reason in reasons:
+            if "checkpoint format" in reason:
+                raise CheckpointError(reason)
+        skipped.append(Skipped(path, reasons[0]))
+        log.warning("skipping checkpoint %s: %s", path.name, reasons[0])
     if any((s.path / MARKER).exists() for s in skipped):
-        reasons = "; ".join(s.reason for s in skipped)
-        raise CheckpointError(f"{directory} holds no valid checkpoint: {reasons}", "Restore one, or start a new run.")
+        told = "; ".join(s.reason for s in skipped)
+        raise CheckpointError(f"{directory} holds no valid checkpoint: {told}", "Restore one, or start a new run.")
     return None, skipped
 
 
-def open_any(path: str | Path) -> Checkpoint:
+def _opened(path: Path, together: bool) -> tuple[Checkpoint | None, list[str]]:
+    """A checkpoint, and what speaks against it: here, or with `together` on any rank."""
+    import torch.distributed as dist
+
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
+    checkpoint, reason = None, None
+    try:
+        checkpoint = Checkpoint.open(path)
+        checkpoint.verify(files=range(rank, len(checkpoint.manifest.files), world_size))
+    except CheckpointError as error:
+        reason = str(error)
+    reasons: list[str | None] = [reason] * world_size
+    if together:
+        dist.all_gather_object(reasons, reason)
+    return checkpoint, [reason for reason in reasons if reason is not None]
+
+
+def _of_rank_0(paths: list[Path]) -> list[Path]:
+    import torch.distributed as dist
+
+    listed = [[str(path) for path in paths]]
+    dist.broadcast_object_list(listed, src=0)
+    return [Path(path) for path in listed[0]]
+
+
+def open_any(path: str | Path, *, together: bool = False) -> Checkpoint:
     """Open a checkpoint, the newest valid one of a `checkpoints` directory, or that of a run directory.
 
-    Raises CheckpointError when there is none.
+    `together`: all ranks must call, and share the work of verifying. Raises CheckpointError when there is none.
     """
     path = Path(path)
     if not path.exists():
         raise CheckpointError(f"{path} does not exist.")
     if any(path.glob("rank-*")) or (path / "manifest.json").exists():
-        checkpoint = Checkpoint.open(path)
-        checkpoint.verify()
+        checkpoint, reasons = _opened(path, together)
+        if checkpoint is None or reasons:
+            raise CheckpointError(reasons[0])
         return checkpoint
     for directory in (path / "checkpoints", path):
-        found, _ = find_newest_valid(directory)
+        found, _ = find_newest_valid(directory, together=together)
         if found is not None:
             return found
     raise CheckpointError(f"{path} holds no checkpoint.", "Give a run directory or a step-... directory.")

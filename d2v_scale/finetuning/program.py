@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from d2v_scale.checkpoint import find_newest_valid
-from d2v_scale.checkpoint.find import verify_together
 from d2v_scale.checkpoint.training import pieces, restore, state
 from d2v_scale.checkpoint.writer import CheckpointWriter
 from d2v_scale.command_line import Options
@@ -28,7 +27,7 @@ from d2v_scale.parallel.groups import Topology
 from d2v_scale.parallel.zero import StudentEngine, build_student
 from d2v_scale.profiling import StepProfiler, part
 from d2v_scale.recipe import Recipe
-from d2v_scale.signals import Agreement, Stop, StopFlag, StopReason
+from d2v_scale.signals import Agreement, Stop, StopFlag
 from d2v_scale.supervision import facts, judge, last_step, report_saves
 from d2v_scale.tracking import RunTracker, SpeedMeter, host_values
 from d2v_scale.watchdog import Watchdog
@@ -121,7 +120,7 @@ def build(
 
 def load(run: TaskRun, encoder: EncoderSource | None) -> None:
     """Continue from the newest valid checkpoint of the run directory, if there is one. Collective."""
-    checkpoint, _ = find_newest_valid(run.directory / "checkpoints", verify_together)
+    checkpoint, _ = find_newest_valid(run.directory / "checkpoints", together=True)
     if checkpoint is None:
         log.info("Starting from %s", "scratch" if encoder is None else f"the encoder of {encoder.path}")
         return
@@ -169,13 +168,11 @@ def train(run: TaskRun, stop_flag: StopFlag, agreement: Agreement, watchdog: Wat
         if run.step % recipe.checkpoint.every == 0:
             save(run)
         report_saves(run)
-        if run.loader.alarm() is not None:
-            stop_flag.up(StopReason.DATA_STARVED)
         watchdog.beat(run.step)
         stop = agreement.agree(stop_flag.raised())
         if stop is not None:
             return stop
-    return None
+    return agreement.conclude()
 
 
 def record(run: TaskRun, seen: TaskObservations, values: dict[str, float], meter: SpeedMeter) -> None:

@@ -8,8 +8,10 @@ import sys
 import time
 from pathlib import Path
 
+from d2v_scale.status import read_status
 from d2v_scale.tracking.mirror import Mirror, Outdated
 from d2v_scale.tracking.mirror_state import tracking_uri
+from d2v_scale.tracking.tracker import append_event, earlier_starts, has_ended
 
 LOCK_FILE = ".mlflow.lock"
 POLL_SECONDS = 1.0
@@ -30,6 +32,7 @@ def follow(run_dir: Path, finish_timeout: float) -> bool:
     One line on stdout the first time MLflow does not answer, none afterwards.
     """
     parent = os.getppid()
+    starts = earlier_starts(run_dir)
     mirror: Mirror | None = None
     warned = False
     deadline: float | None = None
@@ -58,6 +61,16 @@ def follow(run_dir: Path, finish_timeout: float) -> bool:
             return False
         if deadline is None and _told_to_finish(wait, parent):
             deadline = time.monotonic() + finish_timeout
+            if os.getppid() != parent:
+                note_sudden_end(run_dir, starts)
+
+
+def note_sudden_end(run_dir: Path, starts: int) -> None:
+    """The run is gone without a word: MLflow hears what status.json says of it, or that it failed; not where the next
+    attempt has begun (`starts`: how many had when this one did)."""
+    if earlier_starts(run_dir) == starts and not has_ended(run_dir):
+        status = read_status(run_dir)
+        append_event(run_dir, "status", status="failed" if status is None else status.outcome)
 
 
 def catch_up(run_dir: Path) -> Mirror | None:

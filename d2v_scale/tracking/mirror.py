@@ -306,8 +306,13 @@ def _events(data: bytes) -> Iterator[tuple[int, int, dict[str, Any]]]:
     end = 0
     for line in data.splitlines(keepends=True):
         start, end = end, end + len(line)
-        if line.endswith(b"\n"):
-            yield start, end, json.loads(line)
+        if not line.endswith(b"\n"):
+            return
+        try:
+            event = json.loads(line)
+        except ValueError:  # torn by a kill or a full disk: it must not stand in the way of all that follow
+            continue
+        yield start, end, event
 
 
 def _size(path: Path) -> int:

@@ -67,7 +67,10 @@ class MetricsLog:
     def flush(self) -> None:
         """Force the record to disk; call it before a checkpoint is committed, so that no power loss leaves a gap."""
         self._drain()
-        os.fsync(self._file)
+        try:
+            os.fsync(self._file)
+        except OSError as error:  # network file systems may say only here that they are full
+            self.trouble = error
 
     def close(self) -> None:
         """Flush and close; no more records."""

@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
 from d2v_scale.tracking.config import TrackingConfig
 from d2v_scale.tracking.mirror_state import EVENTS_FILE, MirrorState, tracking_uri
@@ -235,15 +235,32 @@ def log_evaluation(run_dir: Path, name: str, step: int, values: Mapping[str, flo
 
 def earlier_starts(run_dir: Path) -> int:
     """How often this run was started before: after a requeue, a stop or a crash, under Slurm or by hand."""
+    return _milestones(run_dir).count("begin")
+
+
+def has_ended(run_dir: Path) -> bool:
+    """Whether the newest attempt has said how it ended."""
+    return _milestones(run_dir)[-1:] == ["status"]
+
+
+def _milestones(run_dir: Path) -> list[str]:
     path = run_dir / EVENTS_FILE
-    lines = path.read_text().splitlines() if path.exists() else []
-    return sum(line.startswith('{"event": "begin"') for line in lines)
+    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+    return [event for line in lines for event in ("begin", "status") if line.startswith(f'{{"event": "{event}"')]
 
 
 def append_event(run_dir: Path, event: str, **content: Any) -> None:
     """One line in mlflow_events.jsonl: something other than a metric that MLflow is to know of the run."""
-    with (run_dir / EVENTS_FILE).open("a") as file:
-        file.write(json.dumps({"event": event, "time": time.time(), **content}) + "\n")
+    line = json.dumps({"event": event, "time": time.time(), **content}) + "\n"
+    with (run_dir / EVENTS_FILE).open("ab+") as file:
+        if file.tell() and _last_byte(file) != b"\n":
+            file.write(b"\n")
+        file.write(line.encode())
+
+
+def _last_byte(file: BinaryIO) -> bytes:
+    file.seek(-1, os.SEEK_END)
+    return file.read(1)
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

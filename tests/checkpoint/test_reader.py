@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from launch import run_ranks
 
 from d2v_scale.checkpoint import Checkpoint, find_newest_valid, open_any, write_single
 from d2v_scale.checkpoint.config import CheckpointConfig
@@ -159,6 +160,11 @@ def test_a_damaged_checkpoint_is_skipped_with_a_warning(two: Path, damage, reaso
     assert "step-00000002" in caplog.text
     with pytest.raises(CheckpointError):
         open_any(two / "step-00000002")
+
+
+def test_all_ranks_go_on_from_the_same_checkpoint_though_one_sees_the_newest_late(two: Path) -> None:
+    run_ranks(2, Path(__file__).with_name("listing_worker.py"), str(two))
+    assert [(two / f"found-{rank}").read_text() for rank in (0, 1)] == ["1 ['step-00000002']"] * 2
 
 
 def test_nothing_valid_is_an_error_and_nothing_at_all_is_not(two: Path, tmp_path: Path) -> None:

@@ -58,7 +58,9 @@ def run_ranks(
         outputs = [process.communicate(timeout=timeout)[0] for process in processes]
     except subprocess.TimeoutExpired:
         stop(processes)
-        text = "\n".join(process.stdout.read() if process.stdout else "" for process in processes)
+        text = "\n".join(
+            process.stdout.read() if process.stdout and not process.stdout.closed else "" for process in processes
+        )
         raise AssertionError(f"ranks did not finish within {timeout} s\n{text[-6000:]}") from None
     finally:
         stop(processes)

@@ -5,7 +5,13 @@ import pytest
 import torch
 
 from d2v_scale.data.batch import Batch
+from d2v_scale.errors import EXIT_LOST_PEER
+from d2v_scale.status import write_status
 from d2v_scale.tracking import RunTracker, TrackingConfig
+from d2v_scale.tracking.follow import note_sudden_end
+from d2v_scale.tracking.mirror import _events
+from d2v_scale.tracking.mirror_state import EVENTS_FILE
+from d2v_scale.tracking.tracker import append_event
 
 
 def started(run_dir: Path) -> RunTracker:
@@ -43,3 +49,28 @@ def test_the_first_batch_is_drawn_and_a_failure_is_only_said(
     assert (tmp_path / "plots" / "first_batch.png").exists() is not broken
     assert ("was not drawn" in capsys.readouterr().out) is broken
     assert len(events(tmp_path, "artifact")) == (0 if broken else 1)
+
+
+def test_a_torn_event_costs_itself_and_nothing_else(tmp_path: Path) -> None:
+    append_event(tmp_path, "begin")
+    with (tmp_path / EVENTS_FILE).open("a") as file:
+        file.write('{"event": "params", "values": {"a": ')
+    append_event(tmp_path, "status", status="done")
+    data = (tmp_path / EVENTS_FILE).read_bytes()
+    found = list(_events(data))
+    assert [event["event"] for _, _, event in found] == ["begin", "status"]
+    assert found[-1][1] == len(data)
+
+
+def test_a_run_that_was_killed_does_not_stay_running(tmp_path: Path) -> None:
+    append_event(tmp_path, "begin")
+    note_sudden_end(tmp_path, starts=1)
+    assert b'"status": "failed"' in (tmp_path / EVENTS_FILE).read_bytes()
+    note_sudden_end(tmp_path, starts=1)
+    append_event(tmp_path, "begin")
+    note_sudden_end(tmp_path, starts=1)  # of the first attempt, while the second runs
+    write_status(tmp_path, EXIT_LOST_PEER, "rank 3 is gone")
+    note_sudden_end(tmp_path, starts=2)
+    events = [event for _, _, event in _events((tmp_path / EVENTS_FILE).read_bytes())]
+    assert [event["event"] for event in events] == ["begin", "status", "begin", "status"]
+    assert events[-1]["status"] == "requeue"
