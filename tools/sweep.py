@@ -158,10 +158,27 @@ def collect(points: list[Point], out: Path) -> str:
         steps = "/".join(str(number) for number in sorted({max(int(r["step"]) for r in records) for records in runs}))
         cells = [_cell(runs, *column) for column in COLUMNS.values()]
         lines.append(f"| {label} | {len(runs)} | {steps} | " + " | ".join(cells) + " |")
+    lines += ["", *early_signs([records for runs in groups.values() for records in runs])]
     text = "\n".join(lines) + "\n"
     (out / "sweep.md").write_text(text)
     plot(groups, out / "sweep.png")
     return text
+
+
+def early_signs(runs: list[list[dict[str, Any]]]) -> list[str]:
+    """How what was recorded half-way correlates with the last k-NN accuracy over all runs of the sweep."""
+    lines = []
+    for label, (name, _, _) in COLUMNS.items():
+        pairs = []
+        for records in runs:
+            (steps, values), (_, accuracies) = series(records, name), series(records, "knn_accuracy")
+            if len(steps) and len(accuracies):
+                half = max(int(record["step"]) for record in records) / 2
+                pairs.append((values[int(np.argmin(np.abs(np.asarray(steps) - half)))], accuracies[-1]))
+        early, last = np.array(pairs).T if pairs else (np.zeros(0), np.zeros(0))
+        if len(pairs) > 2 and np.std(early) > 0 and np.std(last) > 0:
+            lines.append(f"- {label} half-way and k-NN in the end: r = {np.corrcoef(early, last)[0, 1]:+.2f}")
+    return lines
 
 
 def _cell(runs: list[list[dict[str, Any]]], name: str, factor: float, digits: int) -> str:

@@ -68,11 +68,14 @@ def test_the_table_is_read_from_the_records(tmp_path: Path) -> None:
     points = sweep.points_of(options(tmp_path, "objective.masking.clones=1,4"))
     for point, final in zip(points, (0.30, 0.34, 0.40, 0.42), strict=True):
         point.run_dir.mkdir(parents=True)
-        records = [{"step": 0, "knn_accuracy": 0.2}, {"step": 50, "knn_accuracy": final}]
+        records = [{"step": 0, "knn_accuracy": 0.2}, {"step": 25, "loss": 1 - final}]
+        records += [{"step": 50, "knn_accuracy": final, "loss": 0.5}]
         (point.run_dir / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     text = sweep.collect(points, tmp_path)
     assert "| clones 1 | 2 | 50 | 32.0 ± 2.8 |" in text
     assert "| clones 4 | 2 | 50 | 41.0 ± 1.4 |" in text
+    assert "- loss half-way and k-NN in the end: r = -1.00" in text
+    assert "k-NN half-way" not in text  # it is the same for all runs
     assert (tmp_path / "sweep.png").stat().st_size > 1000
 
 
