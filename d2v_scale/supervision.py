@@ -142,6 +142,7 @@ def facts(run: AnyRun) -> dict[str, Any]:
         "samples": run.samples,
         "data": run.loader.state_dict(),
         "recipe": json.loads(json.dumps(to_dict(run.recipe))),
+        "tokenizer_sha256": run.loader.tokenizer_sha256(),
         "mlflow_run_id": run.tracker.run_id(),
         "version": __version__,
     }

@@ -168,6 +168,7 @@ WATCHED = ("knn_accuracy", "held_out_loss", "held_out_explained")
 def plan(sets: dict[Modality, RealSet], seeds: int, compute: float, out: Path) -> tuple[list[Job], dict[str, float]]:
     """All jobs, seed by seed and the longest first, and each modality's FLOPs of one run."""
     from d2v_scale.command_line import parse
+    from d2v_scale.evaluation.supervised import BATCH_SIZE
     from d2v_scale.planning.compute import sample_cost_on, step_flops, steps_for
 
     jobs, budgets = [], {}
@@ -176,9 +177,10 @@ def plan(sets: dict[Modality, RealSet], seeds: int, compute: float, out: Path) -
         first = recipes["1.0"]
         budgets[modality] = compute * first.optim.max_steps * step_flops(first, real.train)
         steps = {version: steps_for(recipe, real.train, budgets[modality]) for version, recipe in recipes.items()}
-        # A supervised step is the student's forward and backward over 32 unmasked samples: three forwards.
+        # A supervised step is the student's forward and backward over unmasked samples: three forwards.
         forward = sample_cost_on(first, real.train)
-        steps["supervised"] = max(1, round(budgets[modality] / (32 * 3 * (forward.teacher + forward.student_stem / 3))))
+        step = BATCH_SIZE * 3 * (forward.teacher + forward.student_stem / 3)
+        steps["supervised"] = max(1, round(budgets[modality] / step))
         for row in ("2.0", "1.0", "supervised", "random 1.0", "random 2.0", "raw"):
             for seed in range(1, 2 if row == "raw" else seeds + 1):
                 taken = steps.get(row, 1)

@@ -25,6 +25,7 @@ from typing import get_args
 import numpy as np
 
 from d2v_scale.data import demo, speech, text, tokenizer, vision
+from d2v_scale.data.config import SAMPLE_RATE
 from d2v_scale.data.shard_index import SetIndex, ShardEntry, file_sha256
 from d2v_scale.data.shard_jobs import Part, run_all
 from d2v_scale.data.shard_set import INDEX_SUFFIX
@@ -146,10 +147,10 @@ def _recording(content: bytes) -> Sample:
     wave = speech.decode(content)
     if len(wave) == 0:
         raise ValueError("has no samples")
-    if (info.format, info.samplerate, info.channels) == ("FLAC", speech.SAMPLE_RATE, 1):
+    if (info.format, info.samplerate, info.channels) == ("FLAC", SAMPLE_RATE, 1):
         return {"flac": content}
     out = io.BytesIO()
-    soundfile.write(out, wave.clip(-1, 1), speech.SAMPLE_RATE, format="FLAC", subtype="PCM_16")
+    soundfile.write(out, wave.clip(-1, 1), SAMPLE_RATE, format="FLAC", subtype="PCM_16")
     return {"flac": out.getvalue()}
 
 

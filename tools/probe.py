@@ -19,10 +19,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from d2v_scale.data.class_names import agreed_classes
 from d2v_scale.data.labelled import LabelledSet
 from d2v_scale.data.labels import LETTERS, ClassLabels, Labels
 from d2v_scale.errors import UserError
-from d2v_scale.evaluation import Features, extract, knn, linear_probe, weighted_layers_probe, whitened
+from d2v_scale.evaluation import extract, knn, linear_probe, weighted_layers_probe, whitened
 from d2v_scale.evaluation.frozen import FrozenEncoder
 from d2v_scale.evaluation.position_probes import (
     PositionLinear,
@@ -38,7 +39,7 @@ from d2v_scale.finetuning.loading import labels_of
 from d2v_scale.finetuning.model import outputs_of
 from d2v_scale.finetuning.predictor import TaskPredictor
 from d2v_scale.finetuning.step import ctc_loss_sum
-from d2v_scale.interop.encoder_source import open_encoder
+from d2v_scale.interop.encoder_source import check_tokenizer, open_encoder
 from d2v_scale.recipe import Recipe
 from d2v_scale.tracking import log_evaluation
 from d2v_scale.tracking.record import METRICS_FILE
@@ -96,8 +97,7 @@ def probe(arguments: argparse.Namespace) -> dict[str, object]:
         "step": encoder.step,
         "weights": encoder.weights,
         "task": arguments.task,
-        "train_samples": sizes[0],
-        "test_samples": sizes[1],
+        **sizes,
         "error" if arguments.task == "ctc" else "accuracy": scores,
     }
     if chance is not None:
@@ -106,14 +106,14 @@ def probe(arguments: argparse.Namespace) -> dict[str, object]:
     return result
 
 
-Scores = tuple[dict[str, float], tuple[int, int], float | None]
-"""Scores by name, training and held-out samples, share of the most frequent class."""
+Scores = tuple[dict[str, float], dict[str, int], float | None]
+"""Scores by name, samples that were read or lost by set, share of the most frequent class."""
 
 
 def pooled_scores(encoder: FrozenEncoder, arguments: argparse.Namespace) -> Scores:
     """k-NN or linear probe of mean-pooled layers."""
-    train = features_of(encoder, "--data", arguments)
-    test = features_of(encoder, "--test", arguments)
+    sets = sets_of(encoder, arguments, ClassLabels())
+    train, test = (extract(encoder.hidden_states, one, encoder.valid_positions, encoder.device) for one in sets)
 
     def score(x_nd: Tensor, y_n: Tensor, x_qd: Tensor, y_q: Tensor) -> float:
         if arguments.task == "knn":
@@ -128,15 +128,17 @@ def pooled_scores(encoder: FrozenEncoder, arguments: argparse.Namespace) -> Scor
     if arguments.task == "linear":
         weighted = weighted_layers_probe(train.layers_lnd, train.labels_n, test.layers_lnd, test.labels_n)
         accuracies["learned combination"] = weighted.accuracy
-    return accuracies, (len(train.labels_n), len(test.labels_n)), most_frequent(test.labels_n)
+    sizes = counts(sets, len(train.labels_n), len(test.labels_n))
+    return accuracies, sizes, most_frequent(test.labels_n)
 
 
 def position_scores(encoder: FrozenEncoder, arguments: argparse.Namespace) -> Scores:
     """Attentive pooling, or a new CTC head, on the last layer."""
     task = TaskConfig(kind="ctc", ctc=CtcConfig(letters=arguments.letters, beam=arguments.beam))
     labels = labels_of(task) if arguments.task == "ctc" else ClassLabels()
-    train, test = (states_of(encoder, option, arguments, labels) for option in ("--data", "--test"))
-    sizes = sum(len(batch.labels) for batch in train), sum(len(batch.labels) for batch in test)
+    sets = sets_of(encoder, arguments, labels)
+    train, test = (extract_states(encoder.hidden_states, one, encoder.valid_positions, encoder.device) for one in sets)
+    sizes = counts(sets, *(sum(len(batch.labels) for batch in batches) for batches in (train, test)))
     if arguments.task == "attentive":
         accuracy = attentive_accuracy(train, test, encoder.device)
         return {"attentive pooling": accuracy}, sizes, most_frequent(torch.cat([batch.labels for batch in test]))
@@ -159,11 +161,14 @@ def own_head(arguments: argparse.Namespace) -> dict[str, object]:
     predictor.task.ctc.beam = arguments.beam
     shards = shards_of(predictor.recipe, "--test", arguments)
     labels = labels_of(predictor.task)
+    source = predictor.source
+    samples = labelled(predictor.recipe, shards, arguments, labels)
+    check_tokenizer(source.path, source.tokenizer_sha256, shards, samples.tokenizer_sha256)
+    agreed_classes([(str(source.path), source.classes or []), (shards, samples.classes)])
     found = []
-    for batch, labels_b in labelled(predictor.recipe, shards, arguments, labels):
+    for batch, labels_b in samples:
         found += predictor.answers(batch, labels_b)
     scores = measure(predictor.task, found)
-    source = predictor.source
     tell_mlflow(source.run_dir, source.step, "student", arguments.task, scores)
     return {
         "checkpoint": str(source.path),
@@ -171,6 +176,7 @@ def own_head(arguments: argparse.Namespace) -> dict[str, object]:
         "weights": "fine-tuned",
         "task": arguments.task,
         "test_samples": len(found),
+        "test_lost": len(samples) - len(found),
         "error" if arguments.task == "ctc" else "accuracy": scores,
     }
 
@@ -191,23 +197,31 @@ def shards_of(recipe: Recipe, option: str, arguments: argparse.Namespace) -> str
 
 
 def labelled(recipe: Recipe, shards: str, arguments: argparse.Namespace, labels: Labels) -> LabelledSet:
-    """One labelled set, read for the recipe's model."""
+    """One labelled set, read for the recipe's model. Raises DataError where nothing of it can be read."""
     modality = recipe.model.modalities[0]
-    return LabelledSet(
+    found = LabelledSet(
         shards, modality, recipe.data, recipe.model, arguments.batch_size, arguments.limit, labels=labels
     )
+    if next(iter(found), None) is None:
+        raise found.nothing_readable()
+    return found
 
 
-def features_of(encoder: FrozenEncoder, option: str, arguments: argparse.Namespace) -> Features:
-    """Pooled features of one labelled set."""
-    found = labelled(encoder.recipe, shards_of(encoder.recipe, option, arguments), arguments, ClassLabels())
-    return extract(encoder.hidden_states, found, encoder.valid_positions, encoder.device)
+def sets_of(encoder: FrozenEncoder, arguments: argparse.Namespace, labels: Labels) -> list[LabelledSet]:
+    """The training and the held-out set. Raises DataError where they do not fit each other or the encoder."""
+    sets = []
+    for option in ("--data", "--test"):
+        sets.append(labelled(encoder.recipe, shards_of(encoder.recipe, option, arguments), arguments, labels))
+        shards, checksum = sets[-1].shards, sets[-1].tokenizer_sha256
+        check_tokenizer(encoder.source, encoder.tokenizer_sha256, shards, checksum)
+    agreed_classes([(one.shards, one.classes) for one in sets])
+    return sets
 
 
-def states_of(encoder: FrozenEncoder, option: str, arguments: argparse.Namespace, labels: Labels) -> list[States]:
-    """Features of every position of one labelled set."""
-    found = labelled(encoder.recipe, shards_of(encoder.recipe, option, arguments), arguments, labels)
-    return extract_states(encoder.hidden_states, found, encoder.valid_positions, encoder.device)
+def counts(sets: list[LabelledSet], train: int, test: int) -> dict[str, int]:
+    """Of the samples of both sets: how many were read, and how many were lost."""
+    sizes = {"train_samples": train, "test_samples": test}
+    return {**sizes, "train_lost": len(sets[0]) - train, "test_lost": len(sets[1]) - test}
 
 
 def tell_mlflow(run_dir: Path | None, step: int, weights: str, task: str, scores: dict[str, float]) -> None:
@@ -223,6 +237,9 @@ def print_table(result: dict[str, object]) -> None:
     print(f"{result['task']} on {result['weights']} features of {result['checkpoint']}")
     trained = f"{result['train_samples']} training and " if "train_samples" in result else ""
     print(f"{trained}{result['test_samples']} held-out samples")
+    lost = {name: result.get(f"{name}_lost", 0) for name in ("train", "test")}
+    if any(lost.values()):
+        print(f"lost: {lost['train']} training and {lost['test']} held-out samples")
     scores = result.get("accuracy", result.get("error"))
     assert isinstance(scores, dict)
     if "chance" in result:

@@ -7,13 +7,12 @@ import torch
 
 from d2v_scale import command_line
 from d2v_scale.data.batch import Batch
+from d2v_scale.data.config import SAMPLE_RATE
 from d2v_scale.data2vec import masking
 from d2v_scale.errors import UserError
 from d2v_scale.model.config import Modality
 from d2v_scale.model.speech import frames_of
 from d2v_scale.recipe import Recipe
-
-SAMPLE_RATE = 16_000
 
 _SPEECH = ("width=256", "heads=4", "ffn=1024", "depth=6", "layer_drop=0")
 _OTHER = ("width=384", "heads=6", "ffn=1536", "layer_drop=0")

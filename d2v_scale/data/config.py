@@ -8,6 +8,9 @@ from typing import ClassVar, Literal
 from d2v_scale.errors import ConfigError
 from d2v_scale.model.config import Modality
 
+SAMPLE_RATE = 16_000
+"""Samples of audio a second, of every waveform and every length."""
+
 
 @dataclass(kw_only=True)
 class SourceConfig:

@@ -37,7 +37,7 @@ class EpochCount:
     planned: int = 0
     """Of all ranks."""
     left_out: int = 0
-    """Too short to be planned, of all ranks."""
+    """Too short to be planned, or too long for a transcript; of all ranks."""
     delivered: int = 0
     lost: int = 0
 

@@ -1,7 +1,9 @@
 """Labelled samples in their stored order, without augmentation: for k-NN and probes."""
 
+import logging
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,17 +12,22 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from d2v_scale.data.batch import Batch
+from d2v_scale.data.class_names import agreed_classes
 from d2v_scale.data.collate import Collator, Row, make_decoder
-from d2v_scale.data.config import DataConfig, SourceConfig
-from d2v_scale.data.labels import ClassLabels, Labels
+from d2v_scale.data.config import SAMPLE_RATE, DataConfig, SourceConfig
+from d2v_scale.data.labels import ClassLabels, Labels, Transcripts
 from d2v_scale.data.plan import PlannedBatch
-from d2v_scale.data.reading import SampleFault, SampleStore
-from d2v_scale.data.shard_index import Members
+from d2v_scale.data.reading import Fault, SampleFault, SampleStore
+from d2v_scale.data.shard_index import Members, file_sha256
 from d2v_scale.data.shard_set import ShardSet, check_before_start, find_shards
 from d2v_scale.data.source import open_store
 from d2v_scale.data2vec.config import CompatConfig, MaskingConfig
 from d2v_scale.errors import DataError
 from d2v_scale.model.config import Modality, ModelConfig
+
+log = logging.getLogger(__name__)
+
+_NAMED = 3
 
 
 @dataclass
@@ -28,7 +35,8 @@ class LabelledSet:
     """The samples of a set of shards that have a label. Iterating is deterministic and needs no other rank.
 
     With several ranks, each iterates over the same batches. Samples that cannot be read are left out and counted in
-    the batch's `lost`.
+    the batch's `lost`; the first of them are logged. With transcripts, recordings are not cut at
+    `data.speech.max_seconds`.
     """
 
     shards: str
@@ -52,11 +60,17 @@ class LabelledSet:
         if not self._found.indexed:
             raise DataError(f"The shards of {self.shards!r} have no index.", "Make one with tools/index_shards.py.")
         check_before_start(self._found, source, self.data.max_bad_ratio)
-        assert self._found.index is not None
-        self.classes = self._found.index.classes
-        self.tokenizer = self.data.text.tokenizer or self._found.tokenizer
-        self._decoder = make_decoder(self.modality, self.data, self.model, self.tokenizer)
-        labelled = [np.flatnonzero(self._wanted(self._found.members(k))) for k in range(len(self._found.paths))]
+        self.classes = agreed_classes(self._found.class_names)
+        self.tokenizer = Path(self.data.text.tokenizer) if self.data.text.tokenizer else self._found.tokenizer
+        if self.modality == "text":
+            self._found.require_tokenizer(self.shards, self.tokenizer)
+        self._faults: list[Fault] = []
+        labelled, longest = [], 0
+        for k in range(len(self._found.paths)):
+            members = self._found.members(k)
+            labelled.append(np.flatnonzero(self._wanted(members)))
+            longest = max(longest, int(members.length_n[labelled[-1]].max(initial=0)))
+        self._decoder = make_decoder(self.modality, self._decoded(longest), self.model, self.tokenizer)
         shard_n = np.repeat(np.arange(len(labelled)), [len(items) for items in labelled])
         item_n = np.concatenate(labelled)
         if len(item_n) == 0:
@@ -78,6 +92,16 @@ class LabelledSet:
             if batch is not None:
                 yield batch
 
+    def read(self) -> list[tuple[Batch, Tensor]]:
+        """All batches, in memory; says how many samples were lost. Raises DataError where all were."""
+        found = list(self)
+        lost = len(self) - sum(len(batch.keys) for batch, _ in found)
+        if not found:
+            raise self.nothing_readable()
+        if lost:
+            log.warning("%d of %d labelled samples of %s are lost", lost, len(self), self.shards)
+        return found
+
     @property
     def batches(self) -> int:
         """Batches of an iteration, readable or not."""
@@ -93,6 +117,35 @@ class LabelledSet:
         finally:
             store.close()
 
+    @property
+    def tokenizer_sha256(self) -> str | None:
+        """Checksum of the tokenizer that ids are of; None where it is not known or there is no text."""
+        if self.modality != "text":
+            return None
+        if self.tokenizer is not None and "npy" not in self._found.members(0).extensions:
+            return file_sha256(self.tokenizer)
+        assert self._found.index is not None
+        return self._found.index.tokenizer_sha256
+
+    def nothing_readable(self) -> DataError:
+        """What to raise where every sample was lost."""
+        first = f", the first: {self._faults[0]}" if self._faults else ""
+        return DataError(f"No sample of {self.shards!r} can be read{first}.", "See tools/inspect_shards.py.")
+
+    def _decoded(self, longest: int) -> DataConfig:
+        """How to decode. `longest`: of the recordings, samples."""
+        if self.modality != "speech" or not isinstance(self.labels, Transcripts):
+            return self.data
+        # A transcript is of the whole recording: words that were cut off would count as errors.
+        seconds = max(self.data.speech.max_seconds, longest / SAMPLE_RATE)
+        return replace(self.data, speech=replace(self.data.speech, max_seconds=seconds))
+
+    def _lose(self, fault: Fault) -> None:
+        """Log the first faults, each once however often the set is read."""
+        if fault not in self._faults and len(self._faults) < _NAMED:
+            self._faults.append(fault)
+            log.warning("lost a labelled sample: %s", fault)
+
     def _batch(self, store: SampleStore, shards: list[int], items: list[int]) -> tuple[Batch, Tensor] | None:
         rows, labels, keys, ids = [], [], [], []
         for shard, item in zip(shards, items, strict=True):
@@ -101,9 +154,11 @@ class LabelledSet:
                 row = self._decoder.evaluation_row(sample)
                 known = sample.has(self.labels.extension) or self.require_labels
                 label = self.labels.read(sample) if known else None
-            except SampleFault:
+            except SampleFault as error:
+                self._lose(error.fault)
                 continue
-            except Exception:  # a decoder raises anything for damaged content
+            except Exception as error:  # a decoder raises anything for damaged content
+                self._lose(store.describe(shard, item, f"cannot be decoded: {type(error).__name__}: {error}"))
                 continue
             rows.append(row)
             labels.append(label)

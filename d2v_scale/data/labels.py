@@ -33,9 +33,17 @@ class ClassLabels:
 
     extension = "cls"
 
+    def __init__(self, classes: int | None = None) -> None:
+        """`classes`: how many there are; None: any number."""
+        self._classes = classes
+
     def read(self, sample: RawSample) -> int:
-        """The class."""
-        return int(_text(sample, self.extension))
+        """The class. One that there is not is a fault of the sample."""
+        label = int(_text(sample, self.extension))
+        if label < 0 or (self._classes is not None and label >= self._classes):
+            allowed = "" if self._classes is None else f" to {self._classes - 1}"
+            raise sample.fault(f"its .cls is {label}, classes are 0{allowed}")
+        return label
 
     def stack(self, labels: list[int | None]) -> Tensor:
         """int64 (B,)."""

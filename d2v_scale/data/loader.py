@@ -19,6 +19,7 @@ from d2v_scale.data.counters import Counters, SourceCount, Tally
 from d2v_scale.data.labels import Labels
 from d2v_scale.data.plan import Cursor, Mixture, PlannedBatch
 from d2v_scale.data.reading import Fault, SampleStore
+from d2v_scale.data.shard_index import file_sha256
 from d2v_scale.data.source import Source, open_source
 from d2v_scale.data.streaming import StreamedSource, StreamStore
 from d2v_scale.data2vec.config import CompatConfig, MaskingConfig
@@ -163,6 +164,15 @@ class StepLoader:
     def tokenizer(self, source: str) -> Path | None:
         """The sentencepiece model of a source's text, by the source's name; None where there is none."""
         return next((one.tokenizer for one in self.sources if one.name == source), None)
+
+    def tokenizer_sha256(self) -> str | None:
+        """Checksum of the tokenizer that ids are of; None where it is not known or there is no text."""
+        for source in self.sources:
+            if source.modality == "text" and source.shards.index is not None:
+                return source.shards.index.tokenizer_sha256
+            if source.modality == "text" and source.tokenizer is not None:
+                return file_sha256(source.tokenizer)
+        return None
 
     # -- state ---------------------------------------------------------------------------------------------------
 

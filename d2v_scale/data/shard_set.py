@@ -4,7 +4,7 @@ import fnmatch
 import glob
 import os
 import tarfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -12,6 +12,7 @@ import braceexpand
 import numpy as np
 from numpy.typing import NDArray
 
+from d2v_scale.data.class_names import ClassNames
 from d2v_scale.data.config import SourceConfig
 from d2v_scale.data.shard_index import Members, SetIndex, ShardEntry
 from d2v_scale.data2vec.stateless import key
@@ -40,6 +41,8 @@ class ShardSet:
     index: SetIndex | None = None
     """The set's index (of the first, where shards come from several sets)."""
     index_file: Path | None = None
+    class_names: list[ClassNames] = field(default_factory=list)
+    """Of every set that shards come from: its index file and its classes."""
 
     @property
     def indexed(self) -> bool:
@@ -75,7 +78,15 @@ class ShardSet:
         if not self.indexed:
             raise DataError(f"The shard {self.paths[shard]} has no index.", "Make one with tools/index_shards.py.")
         part = slice(shard, shard + 1)
-        return ShardSet(self.paths[part], self.entries[part], self.member_files[part], self.index, self.index_file)
+        return replace(self, paths=self.paths[part], entries=self.entries[part], member_files=self.member_files[part])
+
+    def require_tokenizer(self, pattern: str, tokenizer: Path | None) -> None:
+        """Raises DataError where `tokenizer` is None and the shards, called `pattern`, hold text and no ids."""
+        if tokenizer is None and "npy" not in self.members(0).extensions:
+            raise DataError(
+                f"The shards of {pattern!r} hold text, but neither the recipe nor their index names a tokenizer.",
+                "Set data.text.tokenizer, and index the shards with tools/index_shards.py --tokenizer.",
+            )
 
     @property
     def tokenizer(self) -> Path | None:
@@ -154,6 +165,7 @@ def _join(paths: list[str], hits: list[tuple[Path, SetIndex, ShardEntry]]) -> Sh
         member_files=[str(index_file.parent / entry.members) for index_file, _, entry in hits],
         index=first,
         index_file=first_file,
+        class_names=list({str(path): index.classes for path, index, _ in hits}.items()),
     )
 
 

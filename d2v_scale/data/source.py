@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from d2v_scale.data.config import DataConfig, SourceConfig
+from d2v_scale.data.config import SAMPLE_RATE, DataConfig, SourceConfig
 from d2v_scale.data.fetching import ShardCache
 from d2v_scale.data.order import WindowOrder
 from d2v_scale.data.plan import SourcePlan
@@ -22,7 +22,6 @@ from d2v_scale.model.config import Modality, ModelConfig
 
 log = logging.getLogger(__name__)
 
-SAMPLE_RATE = 16000
 _MEMBER_FILES_KEPT = 64
 
 
@@ -70,11 +69,7 @@ class Source:
         """Raises DataError unless the index counts the tokens of the tokenizer that is used."""
         index = self.shards.index
         assert index is not None
-        if self.tokenizer is None and "npy" not in self.shards.members(0).extensions:
-            raise DataError(
-                f"The shards of {source.shards!r} hold text, but neither the recipe nor their index names a tokenizer.",
-                "Set data.text.tokenizer, and index the shards with tools/index_shards.py --tokenizer.",
-            )
+        self.shards.require_tokenizer(source.shards, self.tokenizer)
         if self.tokenizer is not None and not self.tokenizer.is_file():
             raise DataError(f"The tokenizer {self.tokenizer} does not exist.", "Correct data.text.tokenizer.")
         if self.tokenizer is not None and index.tokenizer_sha256 != file_sha256(self.tokenizer):

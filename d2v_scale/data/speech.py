@@ -10,13 +10,12 @@ import torch
 from numpy.typing import NDArray
 
 from d2v_scale.data.collate import Row, Stacked
-from d2v_scale.data.config import SpeechData
+from d2v_scale.data.config import SAMPLE_RATE, SpeechData
 from d2v_scale.data.reading import RawSample, Store
 from d2v_scale.errors import ConfigError
 from d2v_scale.model.config import SpeechStem
 
 EXTENSIONS = ("flac", "wav", "ogg", "mp3", "opus", "aiff")
-SAMPLE_RATE = 16000
 _NORM_EPS = 1e-5
 
 Wave = NDArray[np.float32]

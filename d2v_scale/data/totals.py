@@ -8,8 +8,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from d2v_scale.data.config import SAMPLE_RATE
 from d2v_scale.data.counters import EpochCount, SourceCount
-from d2v_scale.data.source import SAMPLE_RATE, Source
+from d2v_scale.data.source import Source
 from d2v_scale.data.streaming import StreamedSource
 from d2v_scale.parallel.groups import Topology
 
@@ -20,6 +21,7 @@ log = logging.getLogger(__name__)
 class _SourceTotals:
     delivered: int = 0
     lost: int = 0
+    left_out: int = 0
     planned: int = 0
     real: int = 0
     """Tokens, or samples of audio."""
@@ -49,6 +51,7 @@ class RunTotals:
             name: {
                 "delivered": totals.delivered,
                 "lost": totals.lost,
+                "left_out": totals.left_out,
                 "planned": totals.planned,
                 "real": totals.real,
                 "unchecked": totals.unchecked,
@@ -67,6 +70,7 @@ class RunTotals:
             totals.epochs = {int(number): EpochCount(**epoch) for number, epoch in saved["epochs"].items()}
             for key in ("delivered", "lost", "planned", "real", "unchecked"):
                 setattr(totals, key, saved[key])
+            totals.left_out = saved.get("left_out", 0)
 
     # -- counting ------------------------------------------------------------------------------------------------
 
@@ -104,6 +108,7 @@ class RunTotals:
             epoch.delivered += delivered
             epoch.lost += lost
             totals.planned += mine.epochs[number].planned
+            totals.left_out += mine.epochs[number].left_out
             totals.delivered += delivered
             totals.lost += lost
         if totals.epochs:
@@ -121,20 +126,22 @@ class RunTotals:
         expected = source.items_per_epoch if source.epoch_is_counted else epoch.planned + epoch.left_out
         told = (
             f"epoch {number} of {source.name}: {expected} expected, {epoch.delivered} delivered, {epoch.lost} lost, "
-            f"{epoch.left_out} too short"
+            f"{epoch.left_out} left out for their length"
         )
         if expected != epoch.delivered + epoch.lost + epoch.left_out:
             log.warning("%s: these do not add up", told)
         elif epoch.lost:
             log.warning("%s", told)
+        elif epoch.left_out:
+            log.info("%s", told)
 
     # -- record --------------------------------------------------------------------------------------------------
 
     def figures(self, elapsed_s: float) -> dict[str, float]:
         """For the record, of the run so far: `tokens`, `audio_seconds` (and per second, since the last call),
-        `data/delivered`, `data/lost`, `data/planned`, `data/padding` (share of the inputs since the last call), and by
-        source `epoch`, `delivered` and of the last whole epoch `epoch_planned`, `epoch_delivered`, `epoch_lost`,
-        `epoch_left_out`."""
+        `data/delivered`, `data/lost`, `data/left_out` (too short, or with a transcript too long), `data/planned`,
+        `data/padding` (share of the inputs since the last call), and by source `epoch`, `delivered` and of the last
+        whole epoch `epoch_planned`, `epoch_delivered`, `epoch_lost`, `epoch_left_out`."""
         totals = self._totals.values()
         values: dict[str, float] = {}
         for name, modality, unit in (("tokens", "text", 1), ("audio_seconds", "speech", SAMPLE_RATE)):
@@ -143,7 +150,7 @@ class RunTotals:
                 values[name] = real / unit
                 values[f"{name}_per_second"] = self._recent[name] / elapsed_s
                 self._recent[name] = 0
-        for key in ("delivered", "lost", "planned"):
+        for key in ("delivered", "lost", "left_out", "planned"):
             values[f"data/{key}"] = sum(getattr(one, key) for one in totals)
         values["data/padding"] = 1 - self._recent_real / self._recent_padded if self._recent_padded else 0.0
         self._recent_real, self._recent_padded = 0, 0

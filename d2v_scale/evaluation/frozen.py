@@ -31,6 +31,8 @@ class FrozenEncoder:
     weights: Weights
     run_dir: Path | None = None
     """The run that made it, where it is known."""
+    tokenizer_sha256: str | None = None
+    """Checksum of the tokenizer of the text that it was trained on, where it is known."""
 
     @classmethod
     def load(cls, path: str | Path, weights: Weights = "teacher") -> "FrozenEncoder":
@@ -53,7 +55,9 @@ class FrozenEncoder:
         if weights != "random":
             write_encoder(model, source)
         model.to(topology.device)
-        return cls(model, recipe, topology.device, source.path, source.step, weights, source.run_dir)
+        return cls(
+            model, recipe, topology.device, source.path, source.step, weights, source.run_dir, source.tokenizer_sha256
+        )
 
     @classmethod
     def untrained(cls, recipe: Recipe) -> "FrozenEncoder":

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from d2v_scale.data.batch import Batch
+from d2v_scale.data.class_names import agreed_classes
 from d2v_scale.data.labelled import LabelledSet
 from d2v_scale.data2vec.config import LossConfig, MaskingConfig
 from d2v_scale.evaluation.config import EvaluationConfig
@@ -70,16 +71,18 @@ class OnlineEvaluation:
             modality = recipe.model.modalities[0]
             return LabelledSet(shards, modality, recipe.data, recipe.model, limit=limit, masking=masking)
 
-        test = labelled(config.test, config.max_test)
-        names = LabelNames(test.classes, str(test.tokenizer) if test.tokenizer else None)
-        train = list(labelled(config.train, config.max_train))
+        train, test = labelled(config.train, config.max_train), labelled(config.test, config.max_test)
+        classes = agreed_classes([(config.train, train.classes), (config.test, test.classes)])
+        names = LabelNames(classes, str(test.tokenizer) if test.tokenizer else None)
+        read_train, read_test = train.read(), test.read()
         masked = [batch for batch, _ in labelled(config.test, config.max_masked, recipe.objective.masking)]
-        return cls(config, train, list(test), student, teacher, names, masked, recipe.objective.loss)
+        return cls(config, read_train, read_test, student, teacher, names, masked, recipe.objective.loss)
 
     def figures(self) -> dict[str, float]:
         """All figures for the record. Collective: all ranks must call; all get the same."""
         held_out = held_out_figures(self._masked, self._student, self._teacher, self._loss)
-        return {"knn_accuracy": self.accuracy(), **held_out}
+        samples = sum(len(labels_b) for _, labels_b in self._test)
+        return {"knn_accuracy": self.accuracy(), "knn_samples": samples, **held_out}
 
     def accuracy(self) -> float:
         """k-NN accuracy in [0, 1] of the teacher's features, whitened. Collective: all ranks must call; all get it."""

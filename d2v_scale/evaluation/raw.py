@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from d2v_scale.data.batch import Batch
-from d2v_scale.data.speech import SAMPLE_RATE
+from d2v_scale.data.config import SAMPLE_RATE
 from d2v_scale.model.config import ModelConfig
 
 RAW_NAMES = {"vision": "pixels", "speech": "mean log-mel", "text": "bag of tokens"}

@@ -16,6 +16,9 @@ from d2v_scale.model.stack import Draw, Student
 from d2v_scale.optim import make_optimizer, parameter_groups, set_rates
 from d2v_scale.recipe import Recipe
 
+BATCH_SIZE = 32
+"""Samples of an update."""
+
 
 class Classifier(nn.Module):
     """The recipe's encoder, the mean over positions of its last block, a linear layer."""
@@ -32,7 +35,7 @@ class Classifier(nn.Module):
         return self.head(mean_over_positions(states_btd, self.encoder.valid_positions(batch)))
 
 
-def train_from_scratch(recipe: Recipe, train: LabelledSet, steps: int, batch_size: int = 32) -> Classifier:
+def train_from_scratch(recipe: Recipe, train: LabelledSet, steps: int, batch_size: int = BATCH_SIZE) -> Classifier:
     """`steps` updates of cross-entropy with the recipe's optimizer, on the samples as evaluation sees them.
 
     In one process (`groups.single_process()` must have been called). The order of samples depends on the recipe's seed.

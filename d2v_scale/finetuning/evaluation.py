@@ -8,13 +8,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from d2v_scale.data.batch import Batch
+from d2v_scale.data.class_names import agreed_classes
 from d2v_scale.data.labelled import LabelledSet
 from d2v_scale.data.labels import Vocabulary
-from d2v_scale.errors import DataError
 from d2v_scale.finetuning import metrics
 from d2v_scale.finetuning.config import TaskConfig
 from d2v_scale.finetuning.decoding import beam_search, greedy
-from d2v_scale.finetuning.loading import labels_of
+from d2v_scale.finetuning.loading import class_count, labels_of
 from d2v_scale.finetuning.model import TaskModel
 from d2v_scale.finetuning.step import frames_of
 from d2v_scale.model.stack import Draw
@@ -60,12 +60,13 @@ class TaskEvaluation:
         self._task, self._labelled, self._student = task, labelled, student
         first = next(iter(labelled), None)
         if first is None:
-            raise DataError(f"No sample of {labelled.shards!r} can be read.", "See tools/inspect_shards.py.")
+            raise labelled.nothing_readable()
         self._spare = first
 
     @classmethod
-    def of(cls, recipe: Recipe, student: StudentEngine) -> "TaskEvaluation | None":
-        """The set that `evaluation.test` names; None where it names none. Raises DataError."""
+    def of(cls, recipe: Recipe, student: StudentEngine, classes: list[str]) -> "TaskEvaluation | None":
+        """The set that `evaluation.test` names; None where it names none. `classes`: names of those that are learned.
+        Raises DataError and ConfigError, also where the set has others."""
         config, task = recipe.evaluation, recipe.task
         assert task is not None
         if config.test is None:
@@ -74,11 +75,15 @@ class TaskEvaluation:
         labelled = LabelledSet(
             config.test, modality, recipe.data, recipe.model, limit=config.max_test, labels=labels_of(task)
         )
+        names = agreed_classes([("the training shards", classes), (config.test, labelled.classes)])
+        if task.kind == "classify":
+            class_count(task, names)
         return cls(task, labelled, student)
 
     @torch.no_grad()
     def measure(self) -> dict[str, float]:
-        """The task's metrics. Collective: all ranks must call; all get the same."""
+        """The task's metrics, and of how many `samples` they are and how many were `lost`. Collective: all ranks must
+        call; all get the same."""
         student, topology = self._student, self._student.topology
         rank, size = topology.data_parallel_rank, topology.data_parallel_size
         was_training = student.module.training
@@ -95,7 +100,8 @@ class TaskEvaluation:
         if size > 1:
             everyone = [[] for _ in range(size)]
             dist.all_gather_object(everyone, mine, group=topology.data_parallel_group)
-        return measure(self._task, [answer for part in everyone for answer in part])
+        found = [answer for part in everyone for answer in part]
+        return {**measure(self._task, found), "samples": len(found), "lost": len(self._labelled) - len(found)}
 
     def _answers(self, batch: Batch, labels: Tensor) -> Answers:
         batch = batch.to(self._student.topology.device)

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from d2v_scale.data.class_names import agreed_classes
 from d2v_scale.data.collate import Decoder, Row, Stacked, make_decoder
-from d2v_scale.data.config import DataConfig
+from d2v_scale.data.config import SAMPLE_RATE, DataConfig
 from d2v_scale.data.labels import ClassLabels, Labels, Scores, Transcripts, Vocabulary
 from d2v_scale.data.loader import StepLoader
 from d2v_scale.data.order import WindowOrder
@@ -20,7 +21,7 @@ from d2v_scale.data.plan import SourcePlan
 from d2v_scale.data.reading import RawSample, SampleFault, SampleStore, Store
 from d2v_scale.data.shard_index import Members
 from d2v_scale.data.shard_set import check_before_start, find_shards
-from d2v_scale.data.source import SAMPLE_RATE, Source
+from d2v_scale.data.source import Source
 from d2v_scale.data.streaming import StreamedSource
 from d2v_scale.data.vision import VisionDecoder
 from d2v_scale.data2vec.stateless import key
@@ -38,7 +39,22 @@ def labels_of(task: TaskConfig) -> Labels:
     """How the labels of a task are read."""
     if task.kind == "ctc":
         return Transcripts(Vocabulary(task.ctc.letters))
-    return ClassLabels() if task.kind == "classify" else Scores()
+    return ClassLabels(task.classes) if task.kind == "classify" else Scores()
+
+
+def class_count(task: TaskConfig, classes: list[str]) -> int:
+    """Outputs of a classifier of data whose index names `classes`. Raises ConfigError where the two do not fit."""
+    if task.classes is None:
+        if len(classes) < 2:
+            raise ConfigError("task.classes", "is not set, and the shards' index names no classes", "Set it.")
+        return len(classes)
+    if task.classes < len(classes):
+        raise ConfigError(
+            "task.classes",
+            f"is {task.classes}, but the shards' index names {len(classes)}, the last of them {classes[-1]!r}",
+            f"Set it to {len(classes)}, or give shards of fewer classes.",
+        )
+    return task.classes
 
 
 def labelled_numbers(members: Members, extension: str) -> NDArray[np.int64]:
@@ -77,6 +93,11 @@ class LabelledSource(Source):
     def items_per_epoch(self) -> int:
         """Samples; those without a label, too."""
         return int(self.shards.samples_s.sum())
+
+    @property
+    def epoch_is_counted(self) -> bool:
+        """How many have a label is in the shards' own indexes, which are read one after the other."""
+        return False
 
     def plan(self, batch_size: int, unit: str) -> SourcePlan:
         """Batches of `batch_size` samples, or seconds; recordings of a batch are of nearly the same length."""
@@ -162,22 +183,23 @@ class LabelledLoader(StepLoader):
         """`options` as for `StepLoader`, from `seed` on. Raises ConfigError and DataError before any training step."""
         self._task = task
         self.labels = labels_of(task)
+        self.classes: list[str] = []
+        """Names of the labels; empty: no index has any."""
         super().__init__(data, model, task.masking(), **options)
-
-    @property
-    def classes(self) -> list[str]:
-        """Names of the labels, of the first source; empty: its index names none."""
-        index = self.sources[0].shards.index
-        return [] if index is None else index.classes
 
     def _open_sources(self, model: ModelConfig, seed: int, dp_rank: int, dp_size: int) -> list[LabelledSource]:
         del dp_rank, dp_size
         assert self.labels is not None
         extension, keep_long = self.labels.extension, self._task.kind != "ctc"
-        return [
+        sources = [
             LabelledSource(self._data, number, model, seed, extension=extension, keep_long=keep_long)
             for number in range(len(self._data.sources))
         ]
+        self.classes = agreed_classes([names for source in sources for names in source.shards.class_names])
+        if self._task.kind == "classify":
+            # Before any decoder has them: a label that the head has no output for is a fault of its sample.
+            self.labels = ClassLabels(class_count(self._task, self.classes))
+        return sources
 
     def _make_decoder(self, source: Source | StreamedSource, model: ModelConfig) -> Decoder:
         image = self._task.image

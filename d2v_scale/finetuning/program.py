@@ -13,13 +13,13 @@ from d2v_scale.checkpoint.training import pieces, restore, state
 from d2v_scale.checkpoint.writer import CheckpointWriter
 from d2v_scale.command_line import Options
 from d2v_scale.data import demo
-from d2v_scale.errors import ConfigError
+from d2v_scale.data.totals import RunTotals
 from d2v_scale.finetuning.evaluation import TaskEvaluation
-from d2v_scale.finetuning.loading import LabelledLoader
+from d2v_scale.finetuning.loading import LabelledLoader, class_count
 from d2v_scale.finetuning.model import TaskModel
-from d2v_scale.finetuning.rates import set_task_rates, traits
+from d2v_scale.finetuning.rates import freeze, set_task_rates, traits
 from d2v_scale.finetuning.step import TaskObservations, task_step
-from d2v_scale.interop.encoder_source import EncoderSource, write_encoder
+from d2v_scale.interop.encoder_source import EncoderSource, check_tokenizer, write_encoder
 from d2v_scale.model.init import initialize
 from d2v_scale.model.stack import Draw
 from d2v_scale.optim import make_optimizer, parameter_groups
@@ -50,6 +50,8 @@ class TaskRun:
     writer: CheckpointWriter
     tracker: RunTracker
     evaluation: TaskEvaluation | None
+    totals: RunTotals
+    """What the data gave, over all ranks and restarts."""
     rows: Tensor
     """float64 scalar on the device: labelled rows seen by all ranks since the run began."""
     step: int = 0
@@ -90,10 +92,11 @@ def build(
         dp_size=topology.data_parallel_size,
         device=topology.device,
     )
-    if task.kind == "classify" and task.classes is None:
-        if len(loader.classes) < 2:
-            raise ConfigError("task.classes", "is not set, and the shards' index names no classes", "Set it.")
-        task.classes = len(loader.classes)
+    if encoder is not None:
+        shards = recipe.data.sources[0].shards
+        check_tokenizer(encoder.path, encoder.tokenizer_sha256, shards, loader.tokenizer_sha256())
+    if task.kind == "classify":
+        task.classes = class_count(task, loader.classes)
 
     def begin(module: nn.Module) -> None:
         initialize(module, recipe.seed)
@@ -104,16 +107,18 @@ def build(
         lambda: TaskModel(recipe.model, task),
         config,
         lambda named: make_optimizer(
-            parameter_groups(named, recipe.optim, lambda name: traits(name, task, recipe.model)), recipe.optim
+            parameter_groups(freeze(named, task), recipe.optim, lambda name: traits(name, task, recipe.model)),
+            recipe.optim,
         ),
         topology,
         begin,
     )
     writer = CheckpointWriter.create(directory / "checkpoints", recipe.checkpoint)
     tracker = RunTracker(directory, recipe.tracking, is_main=topology.rank == 0)
-    evaluation = TaskEvaluation.of(recipe, student)
+    evaluation = TaskEvaluation.of(recipe, student, loader.classes)
     rows = torch.zeros((), dtype=torch.float64, device=topology.device)
-    run = TaskRun(recipe, options, topology, directory, student, loader, writer, tracker, evaluation, rows)
+    totals = RunTotals(loader.sources)
+    run = TaskRun(recipe, options, topology, directory, student, loader, writer, tracker, evaluation, totals, rows)
     load(run, encoder)
     return run
 
@@ -129,6 +134,7 @@ def load(run: TaskRun, encoder: EncoderSource | None) -> None:
     run.rows.fill_(checkpoint.extra["samples"])
     run.recorded_step, run.recorded_samples = run.step, run.samples
     run.loader.load_state_dict(checkpoint.extra["data"])
+    run.totals.load_state_dict(checkpoint.extra.get("totals"), checkpoint.extra["data"])
     log.info("Continuing at step %d from %s", run.step, checkpoint.path)
 
 
@@ -187,12 +193,14 @@ def record(run: TaskRun, seen: TaskObservations, values: dict[str, float], meter
     run.recorded_samples, run.recorded_step = samples, run.step
     values |= {"loss": float(loss), **speed}
     values |= {"updates": run.student.completed_updates, "skipped_updates": run.student.skipped_updates}
-    values |= {f"data/{name}": value for name, value in run.loader.counters().items()}
+    run.totals.collect(run.loader.take_counts(), run.topology)
+    values |= run.totals.figures(seconds)
     run.tracker.log(run.step, samples, values)
 
 
 def evaluate(run: TaskRun) -> None:
-    """The task's metrics on the held-out shards to the record, where the recipe names some. Collective."""
+    """The task's metrics on the held-out shards to the record, where the recipe names some, and how many samples they
+    are of. Collective."""
     if run.evaluation is not None:
         measured = run.evaluation.measure()
         run.tracker.log(run.step, run.samples, {f"test/{name}": value for name, value in measured.items()})
@@ -201,7 +209,8 @@ def evaluate(run: TaskRun) -> None:
 def save(run: TaskRun) -> None:
     """Begin a checkpoint of this step; the loop waits for the snapshot only. Collective."""
     run.tracker.flush()
-    extra = {**facts(run), "classes": run.loader.classes}
+    run.totals.collect(run.loader.take_counts(), run.topology)
+    extra = {**facts(run), "classes": run.loader.classes, "totals": run.totals.state_dict()}
     stall = run.writer.save(run.step, pieces(run.student, None), state(run.student, None), extra)
     run.tracker.log(run.step, run.samples, {"checkpoint_stall_seconds": stall})
     run.saved = run.step

@@ -1,10 +1,12 @@
 """Which parameters learn, how fast, and from which update on (spec 7.1, 7.2)."""
 
+import difflib
 import math
 import re
 
 import torch
 
+from d2v_scale.errors import ConfigError
 from d2v_scale.finetuning.config import TaskConfig
 from d2v_scale.model.config import ModelConfig
 from d2v_scale.optim import OptimConfig, set_rates
@@ -12,12 +14,45 @@ from d2v_scale.optim import OptimConfig, set_rates
 ALWAYS_FROZEN = ("stems.speech.features.convs", "stems.speech.features.conv_norms")
 
 
+NamedParameters = list[tuple[str, torch.nn.Parameter]]
+
+
+def freeze(named: NamedParameters, task: TaskConfig) -> NamedParameters:
+    """Give the parameters of `task.frozen` no gradient, so that it does not count in the norm that clipping divides by.
+
+    They stay among the trainable ones with rate 0 (`traits`): every ZeRO stage then has them in its partitions, and a
+    checkpoint has all parameters. A hook makes each gradient zero before ZeRO sees it. Returns `named`. Raises
+    ConfigError for a prefix that no parameter has.
+    """
+    for prefix in task.frozen:
+        if not any(_below(name, prefix) for name, _ in named):
+            near = difflib.get_close_matches(prefix, _prefixes(named), n=1, cutoff=0)
+            raise ConfigError(
+                "task.frozen",
+                f"names {prefix!r}, but no parameter is called that or lies below it",
+                f"Did you mean {near[0]!r}?",
+            )
+    for name, parameter in named:
+        if any(_below(name, prefix) for prefix in task.frozen):
+            parameter.register_hook(torch.zeros_like)
+    return named
+
+
+def _below(name: str, prefix: str) -> bool:
+    return name == prefix or name.startswith(prefix + ".")
+
+
+def _prefixes(named: NamedParameters) -> list[str]:
+    parts = [name.split(".") for name, _ in named]
+    return sorted({".".join(part[:count]) for part in parts for count in range(1, len(part) + 1)})
+
+
 def traits(name: str, task: TaskConfig, model: ModelConfig) -> dict[str, float]:
     """Keys of a parameter's group: its share of the learning rate, and the update at which it begins to learn."""
+    if any(_below(name, prefix) for prefix in (*ALWAYS_FROZEN, *task.frozen)):
+        return {"share": 0.0, "begins": math.inf}
     if name.startswith("head."):
         return {"share": 1.0, "begins": 0}
-    if any(name == prefix or name.startswith(prefix + ".") for prefix in (*ALWAYS_FROZEN, *task.frozen)):
-        return {"share": 0.0, "begins": math.inf}
     return {"share": layer_share(name, task, model), "begins": task.freeze_updates}
 
 

@@ -4,16 +4,19 @@ import dataclasses
 from pathlib import Path
 
 from d2v_scale.checkpoint.commit import committed_steps
-from d2v_scale.command_line import RECIPE_FILE, Options, parse
+from d2v_scale.command_line import RECIPE_FILE, RECIPES, Options, parse
+from d2v_scale.errors import ConfigError
 from d2v_scale.interop.encoder_source import EncoderSource, open_encoder
-from d2v_scale.recipe import Recipe
+from d2v_scale.model.config import ModelConfig
+from d2v_scale.recipe import Recipe, differences
 
 
 def adopt(recipe: Recipe, options: Options) -> EncoderSource | None:
     """Give `recipe` the sizes of the encoder that `--init_from` names and the normalisation it was trained with.
 
     Regularisation is the task's (`task.backbone`). A run that began already has all this in its directory: the
-    encoder may be gone then. Returns the encoder; None to start from scratch or to continue. Raises CheckpointError.
+    encoder may be gone then. Returns the encoder; None to start from scratch or to continue. Raises CheckpointError,
+    and ConfigError where the user asks for another model.
     """
     assert recipe.task is not None
     source = None
@@ -30,7 +33,27 @@ def adopt(recipe: Recipe, options: Options) -> EncoderSource | None:
     return source
 
 
+def _refuse_overrides(recipe: Recipe, encoder: ModelConfig) -> None:
+    """Raises ConfigError where the user asks for another model than the encoder is: not with the model that a named
+    recipe has for training from scratch, but with what differs from it."""
+    assert recipe.task is not None
+    is_named = (RECIPES / f"{recipe.name}.yaml").is_file()
+    usual = parse(["--recipe", recipe.name])[0].model if is_named else ModelConfig()
+    given, actual = dataclasses.asdict(recipe.model), dataclasses.asdict(encoder)
+    asked = differences(dataclasses.asdict(usual), given)
+    decided = dataclasses.asdict(recipe.task.backbone)
+    free = {"activation_checkpointing", *(f"backbone.{name}" for name, value in decided.items() if value is not None)}
+    for name, (here, there) in differences(given, actual).items():
+        if name not in free and any(name == key or name.startswith(f"{key}.") for key in asked):
+            raise ConfigError(
+                f"model.{name}",
+                f"is {here!r} in the recipe, {there!r} in the encoder",
+                "Leave it out: the model is the encoder's. Dropouts are changed with task.backbone.*.",
+            )
+
+
 def _take_over(recipe: Recipe, pretrained: Recipe) -> None:
+    _refuse_overrides(recipe, pretrained.model)
     recomputes = recipe.model.activation_checkpointing
     recipe.model = dataclasses.replace(pretrained.model, activation_checkpointing=recomputes)
     if recipe.data.sources and recipe.data.sources[0].modality in recipe.model.modalities:

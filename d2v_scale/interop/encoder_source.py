@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from d2v_scale.checkpoint import Checkpoint, open_any
-from d2v_scale.errors import CheckpointError
+from d2v_scale.errors import CheckpointError, DataError
 from d2v_scale.interop.huggingface import huggingface_keys, is_native
 from d2v_scale.interop.importing import Folder, open_source, without_prefix
 from d2v_scale.interop.keymap import KeyMap, import_tensors
@@ -40,6 +40,8 @@ class EncoderSource:
     """The run that made it, where it is known."""
     classes: list[str] | None = None
     """Of a fine-tuned classifier: the names of its outputs."""
+    tokenizer_sha256: str | None = None
+    """Checksum of the tokenizer of the text that it was trained on, where it is known."""
 
 
 def open_encoder(path: str | Path, weights: Weights = "teacher") -> EncoderSource:
@@ -60,7 +62,18 @@ def open_encoder(path: str | Path, weights: Weights = "teacher") -> EncoderSourc
         checkpoint.step,
         checkpoint.path.parent.parent,
         extra.get("classes"),
+        extra.get("tokenizer_sha256"),
     )
+
+
+def check_tokenizer(encoder: Path, of_encoder: str | None, shards: str, of_shards: str | None) -> None:
+    """Raises DataError where the checksums of the two tokenizers are known and differ: ids would mean other pieces."""
+    if of_encoder is not None and of_shards is not None and of_encoder != of_shards:
+        raise DataError(
+            f"{shards} is tokenised by another tokenizer (sha256 {of_shards[:12]}) than {encoder} was trained with "
+            f"({of_encoder[:12]}).",
+            "Index the shards again with tools/index_shards.py --tokenizer and the encoder's tokenizer.",
+        )
 
 
 def recipe_of(checkpoint: Checkpoint) -> Recipe:
@@ -92,6 +105,7 @@ def export_note(recipe: Recipe, checkpoint: Checkpoint, weights: str) -> dict[st
         "weights": weights,
         "run_dir": str(checkpoint.path.resolve().parent.parent),
         "classes": checkpoint.extra.get("classes"),
+        "tokenizer_sha256": checkpoint.extra.get("tokenizer_sha256"),
     }
 
 
@@ -112,7 +126,7 @@ def _exported(path: Path) -> EncoderSource:
         reference = source.reference
         ours, report = import_tensors(source.keymap, source.student)
         report.require_complete(str(path))
-        recipe = Recipe(name=path.name, model=reference.model, objective=reference.objective)
+        recipe = Recipe(name=path.name, model=reference.model, objective=reference.objective, data=source.data)
         return EncoderSource(path, recipe, ours.get)
     try:
         note = json.loads((path / EXPORT_FILE).read_text())
@@ -125,7 +139,15 @@ def _exported(path: Path) -> EncoderSource:
         ours = import_tensors(_keymap(recipe), foreign)[0]
     else:
         ours = dict(tensors)
-    return EncoderSource(path, recipe, ours.get, note["step"], Path(note["run_dir"]), note.get("classes"))
+    return EncoderSource(
+        path,
+        recipe,
+        ours.get,
+        note["step"],
+        Path(note["run_dir"]),
+        note.get("classes"),
+        note.get("tokenizer_sha256"),
+    )
 
 
 def _keymap(recipe: Recipe) -> KeyMap:

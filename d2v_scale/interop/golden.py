@@ -19,8 +19,9 @@ from d2v_scale.data2vec import ema
 from d2v_scale.data2vec.loss import cls_loss_sum, masked_loss_sum
 from d2v_scale.errors import CheckpointError
 from d2v_scale.interop.keymap import import_tensors
-from d2v_scale.interop.reference_config import Reference, from_data2vec_vision, from_fairseq
+from d2v_scale.interop.reference_config import Reference, from_fairseq
 from d2v_scale.interop.reference_names import reference_keys, teacher_prefix
+from d2v_scale.interop.reference_vision import from_data2vec_vision
 from d2v_scale.model.stack import Draw, Student, StudentOutput, Teacher
 
 

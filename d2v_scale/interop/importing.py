@@ -10,12 +10,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from d2v_scale.data.config import DataConfig
 from d2v_scale.errors import CheckpointError
 from d2v_scale.interop.golden import Fixture
 from d2v_scale.interop.huggingface import PREFIXES, from_huggingface, huggingface_keys
 from d2v_scale.interop.keymap import KeyMap, KeyReport, import_tensors
-from d2v_scale.interop.reference_config import Reference, from_data2vec_vision, from_fairseq, modality_of
+from d2v_scale.interop.reference_config import Reference, from_fairseq, modality_of
 from d2v_scale.interop.reference_names import reference_keys, teacher_prefix
+from d2v_scale.interop.reference_vision import from_data2vec_vision
 from d2v_scale.interop.unpickling import load_pickle, plain
 from d2v_scale.model.init import initial_values
 from d2v_scale.model.stack import Student, Teacher
@@ -32,6 +34,8 @@ class Source:
     teacher: Mapping[str, Tensor] | None
     """In the student's names; None: the file has no teacher."""
     kind: str
+    data: DataConfig = field(default_factory=DataConfig)
+    """How its inputs were normalised, as far as it says so; the rest has its default."""
 
 
 @dataclass
@@ -66,6 +70,7 @@ def convert(source: Source, name: str) -> Imported:
     fit. Needs an initialised world (`single_process`)."""
     reference = source.reference
     recipe = Recipe(name=name, model=reference.model, objective=reference.objective, teacher_parts=reference.parts)
+    recipe.data = source.data
     with torch.device("meta"):
         student = Student(reference.model)
         teacher = Teacher(reference.model, reference.objective.target, reference.parts)
@@ -143,7 +148,12 @@ def _pickled(path: Path) -> Source:
     if teacher is not None:
         prefix = teacher_prefix(keymap, teacher)
         teacher = {prefix + key: tensor for key, tensor in teacher.items()}
-    return Source(reference, keymap, student, teacher, kind)
+    source = Source(reference, keymap, student, teacher, kind)
+    settings = plain(content.get("cfg"))
+    task = settings.get("task") if isinstance(settings, dict) else None
+    if isinstance(task, dict) and "normalize" in task:
+        source.data.speech.normalize = bool(task["normalize"])
+    return source
 
 
 def _alias(key: str) -> str:
@@ -206,7 +216,25 @@ def _huggingface(path: Path) -> Source:
     renamed = {without_prefix(key): tensors[key] for key in tensors}
     reference = from_huggingface(settings, _shapes(renamed))
     keymap = huggingface_keys(reference.model, reference.modality)
-    return Source(reference, keymap, renamed, None, "Hugging Face folder")
+    source = Source(reference, keymap, renamed, None, "Hugging Face folder")
+    _read_preprocessor(path / "preprocessor_config.json", source.data)
+    return source
+
+
+def _read_preprocessor(path: Path, data: DataConfig) -> None:
+    """How a Hugging Face model's waveforms or images were normalised, where the folder says it."""
+    if not path.is_file():
+        return
+    try:
+        values = json.loads(path.read_text())
+        normalizes = bool(values.get("do_normalize", True))
+        data.speech.normalize = normalizes
+        if not normalizes:
+            data.vision.mean, data.vision.std = [0.0] * 3, [1.0] * 3
+        elif "image_mean" in values:
+            data.vision.mean, data.vision.std = list(values["image_mean"]), list(values["image_std"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error!r}.", "Take it from the model's folder again.") from error
 
 
 def without_prefix(key: str) -> str:

@@ -1,7 +1,6 @@
 """Our configuration of a model that the reference code trained: from its configuration and its tensors' shapes."""
 
 import ast
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -70,7 +69,8 @@ def from_fairseq(
     return _speech_1(settings) if modality == "speech" else _text_1(settings, shapes, tokens)
 
 
-def _require(settings: Settings, key: str, *allowed: Any, default: Any = None) -> None:
+def require(settings: Settings, key: str, *allowed: Any, default: Any = None) -> None:
+    """Raises `CheckpointError` for a setting that is not one of `allowed`."""
     value = settings.get(key, default)
     if value not in allowed:
         raise CheckpointError(
@@ -147,10 +147,10 @@ def parse_conv_layers(text: str) -> list[tuple[int, int, int]]:
 
 
 def _speech_1(settings: Settings) -> Reference:
-    _require(settings, "extractor_mode", "layer_norm", default="layer_norm")
-    _require(settings, "layer_norm_first", False, None)
-    _require(settings, "conv_bias", False, None)
-    _require(settings, "layer_type", "transformer", default="transformer")
+    require(settings, "extractor_mode", "layer_norm", default="layer_norm")
+    require(settings, "layer_norm_first", False, None)
+    require(settings, "conv_bias", False, None)
+    require(settings, "layer_type", "transformer", default="transformer")
     width = settings.get("encoder_embed_dim", 768)
     depth = settings.get("pos_conv_depth", 5)
     model = ModelConfig(
@@ -208,8 +208,8 @@ def _text_stem(table: str, places: str, shapes: Shapes, longest: int, tokens: Se
 def _text_1(settings: Settings, shapes: Shapes, tokens: Settings | None) -> Reference:
     transformer = settings.get("transformer") or {}
     encoder = transformer.get("encoder") or {}
-    _require(encoder, "normalize_before", False, None)
-    _require(settings, "head_layers", 1, 2, default=1)
+    require(encoder, "normalize_before", False, None)
+    require(settings, "head_layers", 1, 2, default=1)
     width = encoder.get("embed_dim", 768)
     prefix = "encoder.sentence_encoder"
     model = ModelConfig(
@@ -249,17 +249,17 @@ def _fairseq_2(modality: Modality, settings: Settings, shapes: Shapes, tokens: S
     stem = (settings.get("modalities") or {}).get(
         {"speech": "audio", "vision": "image", "text": "text"}[modality]
     ) or {}
-    _require(settings, "layer_norm_first", False, None)
-    _require(settings, "recon_loss", 0, None)
-    _require(settings, "norm_affine", True, default=True)
-    _require(stem, "num_extra_tokens", 1 if modality == "vision" else 0, default=1 if modality == "vision" else 0)
-    _require(stem, "keep_masked_pct", 0, None)
+    require(settings, "layer_norm_first", False, None)
+    require(settings, "recon_loss", 0, None)
+    require(settings, "norm_affine", True, default=True)
+    require(stem, "num_extra_tokens", 1 if modality == "vision" else 0, default=1 if modality == "vision" else 0)
+    require(stem, "keep_masked_pct", 0, None)
     width = settings.get("embed_dim", 768)
     decoder = stem.get("decoder") or {}
-    _require(decoder, "add_positions_all", False, None)
-    _require(decoder, "add_positions_masked", False, None)
-    _require(decoder, "projection_layers", 1, 2, default=1)
-    _require(decoder, "projection_ratio", 2.0, default=2.0)
+    require(decoder, "add_positions_all", False, None)
+    require(decoder, "add_positions_masked", False, None)
+    require(decoder, "projection_layers", 1, 2, default=1)
+    require(decoder, "projection_ratio", 2.0, default=2.0)
     clones = settings.get("clone_batch", 1)
     model = ModelConfig(
         visible_only=True,
@@ -293,10 +293,10 @@ def _fairseq_2(modality: Modality, settings: Settings, shapes: Shapes, tokens: S
     if modality == "speech":
         model.speech = _speech_stem_2(stem)
     elif modality == "vision":
-        _require(stem, "fixed_positions", True, default=True)
-        _require(stem, "use_alibi_encoder", False, None)
-        _require(stem, "transformer_decoder", False, None)
-        _require(stem, "in_chans", *range(1, 17), default=3)
+        require(stem, "fixed_positions", True, default=True)
+        require(stem, "use_alibi_encoder", False, None)
+        require(stem, "transformer_decoder", False, None)
+        require(stem, "in_chans", *range(1, 17), default=3)
         model.vision = VisionStem(
             image_size=stem.get("input_size", 224),
             patch_size=stem.get("patch_size", 16),
@@ -304,7 +304,7 @@ def _fairseq_2(modality: Modality, settings: Settings, shapes: Shapes, tokens: S
             positions="sincos",
         )
     else:
-        _require(stem, "use_alibi_encoder", False, None)
+        require(stem, "use_alibi_encoder", False, None)
         prefix = "modality_encoders.TEXT.local_encoder"
         longest = stem.get("max_source_positions", 512)
         model.text = _text_stem(
@@ -320,14 +320,14 @@ def _fairseq_2(modality: Modality, settings: Settings, shapes: Shapes, tokens: S
 
 
 def _speech_stem_2(stem: Settings) -> SpeechStem:
-    _require(stem, "extractor_mode", "layer_norm", default="layer_norm")
-    _require(stem, "conv_pos_pre_ln", False, None)
+    require(stem, "extractor_mode", "layer_norm", default="layer_norm")
+    require(stem, "conv_pos_pre_ln", False, None)
     alibi = bool(stem.get("use_alibi_encoder", False))
     if alibi:
-        _require(stem, "learned_alibi_scale", True)
-        _require(stem, "learned_alibi_scale_per_head", True)
-        _require(stem, "learned_alibi_scale_per_layer", False, None)
-        _require(stem, "learned_alibi", False, None)
+        require(stem, "learned_alibi_scale", True)
+        require(stem, "learned_alibi_scale_per_head", True)
+        require(stem, "learned_alibi_scale_per_layer", False, None)
+        require(stem, "learned_alibi", False, None)
     depth = stem.get("conv_pos_depth", 5)
     return SpeechStem(
         conv_layers=parse_conv_layers(stem.get("feature_encoder_spec") or _WAV2VEC_CONVS),
@@ -362,85 +362,3 @@ def _parts_2(modality: Modality, settings: Settings, stem: Settings) -> TeacherP
     if stem.get("ema_local_encoder", modality == "vision"):
         return TeacherParts()
     return TeacherParts(shared=[f"stems.{modality}.features"])
-
-
-def from_data2vec_vision(settings: Settings, loop: Settings, shapes: Shapes) -> Reference:
-    """From data2vec_vision's model arguments and training-loop arguments (either may lack keys; sizes are in shapes).
-
-    Raises `CheckpointError` for options that are not supported.
-    """
-    if modality_of(shapes) != ("vision", False):
-        raise CheckpointError("the keys are not those of a data2vec_vision model, but its configuration is.")
-    _require(settings, "use_abs_pos_emb", False, None)
-    _require(settings, "use_rel_pos_bias", False, None)
-    patch = shapes.get(
-        "patch_embed.proj.weight", (settings.get("embed_dim", 768), 3, settings.get("patch_size", 16), 16)
-    )
-    table = shapes.get("rel_pos_bias.relative_position_bias_table")
-    width, channels, patch_size = patch[0], patch[1], patch[2]
-    depth = 1 + max((int(key.split(".")[1]) for key in shapes if key.startswith("blocks.")), default=-1)
-    depth = settings.get("depth", depth)
-    heads = settings.get("num_heads") or (table[1] if table else width // 64)
-    if table is not None:
-        image_size = (math.isqrt(table[0] - 3) + 1) // 2 * patch_size
-    else:
-        image_size = settings.get("img_size", settings.get("input_size", 224))
-    scaled = "blocks.0.gamma_1" in shapes or bool(settings.get("init_values"))
-    init_values = settings.get("init_values", loop.get("layer_scale_init_value", 1e-4)) or 1e-4
-    model = ModelConfig(
-        vision=VisionStem(
-            image_size=image_size,
-            patch_size=patch_size,
-            channels=channels,
-            positions="relative",
-        ),
-        backbone=Backbone(
-            width=width,
-            heads=heads,
-            ffn=shapes.get("blocks.0.mlp.fc1.weight", (int(width * settings.get("mlp_ratio", 4)),))[0],
-            depth=depth,
-            norm_first=True,
-            norm_eps=loop.get("norm_eps", 1e-6),
-            key_bias=False,
-            layer_scale=init_values if scaled else 0.0,
-            final_norm=True,
-            dropout=settings.get("drop_rate", 0.0),
-            attention_dropout=settings.get("attn_drop_rate", loop.get("attn_drop_rate", 0.0)),
-            drop_path=settings.get("drop_path_rate", loop.get("drop_path", 0.0)),
-        ),
-        predictor=Predictor(kind="linear"),
-        init="beit",
-    )
-    layers = loop.get("target_layers", list(range(depth - 6, depth)))
-    layers = list(ast.literal_eval(layers)) if isinstance(layers, str) else list(layers)
-    if layers != list(range(depth - len(layers), depth)):
-        raise CheckpointError(f"target layers {layers} are not the last ones of {depth}, which is not supported.")
-    _require(loop, "layer_results", "end", default="end")
-    for flag in ("target_batch_norm", "target_instance_norm", "post_target_instance_norm"):
-        _require(loop, flag, False, None)
-    scale = loop.get("loss_scale", -1)
-    objective = ObjectiveConfig(
-        masking=MaskingConfig(
-            kind="blockwise",
-            target_count=loop.get("num_mask_patches", 120),
-            min_block=loop.get("min_mask_patches_per_block", 16),
-        ),
-        target=TargetConfig(
-            tap="block",
-            top_k_layers=len(layers),
-            layer_norm="layer" if loop.get("target_layer_norm_last", True) else "none",
-            final_norm="layer" if loop.get("post_target_layer_norm", False) else "none",
-        ),
-        loss=LossConfig(
-            beta=0.0 if loop.get("l2_loss") else float(loop.get("l1_beta", 2.0)),
-            scale=None if scale is None or scale <= 0 else scale,
-            reduction="mean_channels",
-        ),
-        ema=EmaConfig(
-            start=loop.get("ema_decay_init", 0.9998),
-            end=loop.get("ema_decay", 0.9998),
-            anneal_steps=int(loop.get("ema_start_at", 0) or 0),
-            index="zero_based",
-        ),
-    )
-    return Reference("vision", model, objective, TeacherParts.published(model))

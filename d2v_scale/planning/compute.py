@@ -4,9 +4,8 @@ import dataclasses
 
 import numpy as np
 
-from d2v_scale.data.config import SourceConfig
+from d2v_scale.data.config import SAMPLE_RATE, SourceConfig
 from d2v_scale.data.shard_set import find_shards
-from d2v_scale.data.speech import SAMPLE_RATE
 from d2v_scale.errors import DataError
 from d2v_scale.planning.flops import SampleCost, cost_of
 from d2v_scale.recipe import Recipe

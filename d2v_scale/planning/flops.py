@@ -12,6 +12,7 @@ from functools import cached_property
 
 import numpy as np
 
+from d2v_scale.data.config import SAMPLE_RATE
 from d2v_scale.data2vec import masking
 from d2v_scale.errors import ConfigError
 from d2v_scale.model.config import Modality, ModelConfig, TeacherParts
@@ -19,7 +20,6 @@ from d2v_scale.model.layers import LayerKind, LayerSpec, describe
 from d2v_scale.model.speech import frames_of
 from d2v_scale.recipe import Recipe
 
-SAMPLE_RATE = 16_000
 _DRAWN = 64
 """Masks that the mean number of masked positions is taken over, where it varies."""
 

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import torch
 
+from d2v_scale.data.config import SAMPLE_RATE
 from d2v_scale.model.config import Modality
 from d2v_scale.model.layers import describe
 from d2v_scale.model.stack import Student, Teacher
@@ -165,7 +166,7 @@ def samples_per_step(recipe: Recipe, lengths: flops.Lengths) -> float:
     """Samples of the longest length that make one optimizer step."""
     match recipe.batch_unit:
         case "seconds":
-            return recipe.global_batch_size * flops.SAMPLE_RATE / lengths.inputs
+            return recipe.global_batch_size * SAMPLE_RATE / lengths.inputs
         case "tokens":
             return recipe.global_batch_size / lengths.inputs
     return recipe.global_batch_size

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from d2v_scale.data.batch import Batch, Layout
+from d2v_scale.data.config import SAMPLE_RATE
 from d2v_scale.data.text import Tokenizer
 from d2v_scale.data2vec import masking
 from d2v_scale.data2vec.config import MaskingConfig
 from d2v_scale.evaluation.knn import whitened
 from d2v_scale.plots.relations import Sample, plot_cka, plot_neighbours
-from d2v_scale.plots.samples import SAMPLE_RATE, plot_masks, plot_pca, plot_similarity
+from d2v_scale.plots.samples import plot_masks, plot_pca, plot_similarity
 
 FIRST = 16
 """Samples of which every position is held: what all of them share at a position can be told from the rest."""

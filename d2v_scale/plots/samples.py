@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from d2v_scale.data.batch import Batch
+from d2v_scale.data.config import SAMPLE_RATE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-SAMPLE_RATE = 16000
 _CLUSTERS = 8
 _ENOUGH_TO_CENTRE = 12
 _HIDDEN = (0.91, 0.58, 0.36)

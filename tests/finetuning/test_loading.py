@@ -12,11 +12,13 @@ from d2v_scale.data.config import DataConfig, SourceConfig, SpeechData
 from d2v_scale.data.labels import Scores, Vocabulary
 from d2v_scale.data.speech import measure
 from d2v_scale.data.text import TokenCounter
+from d2v_scale.data.totals import RunTotals
 from d2v_scale.data.writing import write_set
-from d2v_scale.errors import DataError
+from d2v_scale.errors import ConfigError, DataError
 from d2v_scale.finetuning.config import CtcConfig, ImageConfig, TaskConfig
 from d2v_scale.finetuning.loading import LabelledLoader
 from d2v_scale.model.config import Modality, ModelConfig, TextStem, VisionStem
+from d2v_scale.parallel import groups
 
 TEXTS = ["One", "two three", "café"]
 
@@ -55,7 +57,7 @@ def test_recordings_come_whole_with_their_transcripts_and_long_ones_are_left_out
 
 
 def test_every_rank_has_its_share_and_a_stopped_loader_continues(recordings: Path) -> None:
-    task, model = TaskConfig(kind="classify"), tiny_models.model("v1_speech")
+    task, model = TaskConfig(kind="classify", classes=3), tiny_models.model("v1_speech")
     alone = loader(task, model, recordings, "speech")
     whole = [next(alone)[0] for _ in range(4)]
     state = alone.state_dict()
@@ -121,7 +123,7 @@ def test_samples_without_a_label_are_passed_over_and_a_bad_one_is_named(tmp_path
             sample["cls"] = str(sample["cls"]).encode()
     write_set(tmp_path, "train", "vision", samples, per_shard=7)
     model = ModelConfig(vision=VisionStem(image_size=16, patch_size=4))
-    loaded = loader(TaskConfig(), model, tmp_path, "vision", global_batch_size=6)
+    loaded = loader(TaskConfig(classes=3), model, tmp_path, "vision", global_batch_size=6)
     [batch] = next(loaded)
     assert sorted(batch.keys) == [f"image-{number:04d}" for number in (1, 3, 7, 9, 11)]
     assert batch.lost == 1
@@ -137,3 +139,50 @@ def test_shards_without_labels_or_an_index_are_refused(recordings: Path) -> None
         index.unlink()
     with pytest.raises(DataError, match="index"):
         loader(TaskConfig(), tiny_models.model("v1_speech"), recordings, "speech")
+
+
+def test_a_label_without_an_output_is_a_lost_sample(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    samples = image_samples(6, side=16)
+    samples[2]["cls"], samples[4]["cls"] = 7, -1
+    write_set(tmp_path, "train", "vision", samples, per_shard=10)
+    model = ModelConfig(vision=VisionStem(image_size=16, patch_size=4))
+    [batch] = next(loader(TaskConfig(classes=5), model, tmp_path, "vision", global_batch_size=6))
+    assert batch.lost == 2
+    assert batch.labels is not None
+    assert sorted(batch.labels.tolist()) == [0, 0, 1, 2]
+    assert "image-0002: its .cls is 7, classes are 0 to 4" in caplog.text
+
+
+def test_classes_are_compared_over_all_sources_before_the_first_step(tmp_path: Path) -> None:
+    names = {"one": ["a", "b", "c"], "two": ["a", "b"], "other": ["b", "a"]}
+    for folder, classes in names.items():
+        write_set(tmp_path / folder, "train", "vision", image_samples(6, side=16), per_shard=10, classes=classes)
+    model = ModelConfig(vision=VisionStem(image_size=16, patch_size=4))
+
+    def opened(task: TaskConfig, *folders: str) -> LabelledLoader:
+        sources = [SourceConfig(shards=str(tmp_path / folder)) for folder in folders]
+        return LabelledLoader(task, DataConfig(sources=sources, workers=0), model, seed=1, global_batch_size=4)
+
+    assert opened(TaskConfig(), "two", "one").classes == ["a", "b", "c"]
+    with pytest.raises(DataError, match=r"Class 0 is 'b' in .*other.* and 'a' in .*one"):
+        opened(TaskConfig(), "one", "other")
+    with pytest.raises(ConfigError, match=r"task\.classes: is 2, but the shards' index names 3, the last of them 'c'"):
+        opened(TaskConfig(classes=2), "one")
+
+
+def test_recordings_too_long_for_their_transcripts_are_reported(recordings: Path) -> None:
+    task = TaskConfig(kind="ctc")
+    loaded = loader(task, tiny_models.model("v1_speech"), recordings, "speech")
+    lengths = [measure({"flac": sample["flac"]}) for sample in sound_samples(24)]
+    long = sum(length > 8000 for length in lengths)
+    totals, topology = RunTotals(loaded.sources), groups.single_process()
+    figures: dict[str, float] = {}
+    while "data/speech/epoch_left_out" not in figures:
+        next(loaded)
+        totals.collect(loaded.take_counts(), topology)
+        figures = totals.figures(1.0)
+    assert figures["data/speech/epoch_left_out"] == long > 0
+    assert figures["data/speech/epoch_delivered"] == 24 - long
+    again = RunTotals(loaded.sources)
+    again.load_state_dict(totals.state_dict(), loaded.state_dict())
+    assert again.figures(1.0)["data/left_out"] == figures["data/left_out"]

@@ -85,6 +85,9 @@ def test_a_stopped_run_continues_on_other_processes_and_its_encoder_waits(tmp_pa
     assert losses(moved) == pytest.approx(losses(still), rel=1e-5)
     found, expected = open_any(moved), open_any(still)
     assert found.extra["data"] == expected.extra["data"]
+    # Over all ranks, and over the restart.
+    assert found.extra["totals"] == expected.extra["totals"]
+    assert [record["data/delivered"] for record in records(moved) if "data/delivered" in record][-1] == 7 * 6
     for name in expected.names("student"):
         difference = (found.tensor("student", name) - expected.tensor("student", name)).abs().max()
         assert float(difference) < 1e-5, name
@@ -92,6 +95,7 @@ def test_a_stopped_run_continues_on_other_processes_and_its_encoder_waits(tmp_pa
         assert moved_on != name.startswith(CONVS), name
     measured = [record for record in records(moved) if "test/wer" in record]
     assert {record["step"] for record in measured} == {0, 2, 7}
+    assert {(record["test/samples"], record["test/lost"]) for record in measured} == {(24, 0)}
 
 
 def test_images_start_from_the_student_where_the_recipe_says_so(tmp_path: Path, world_of_one: None) -> None:

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from d2v_scale.checkpoint import open_any, write_single
 from d2v_scale.data import tokenizer
 from d2v_scale.data2vec.config import LossConfig, ObjectiveConfig
-from d2v_scale.interop.encoder_source import recipe_of
+from d2v_scale.interop.encoder_source import open_encoder, recipe_of
 from d2v_scale.interop.importing import convert, open_source
 from d2v_scale.model.stack import Student
 from d2v_scale.recipe import Recipe, to_dict
@@ -129,6 +129,25 @@ def test_import_of_a_hugging_face_export_gives_the_same_encoder(name: str, tmp_p
     for tensor_name in prenetless:
         assert torch.equal(imported.student[tensor_name], checkpoint.tensor("student", tensor_name))
     assert any("initialised anew" in line for line in imported.lines)
+
+
+def test_foreign_weights_bring_the_normalisation_of_their_inputs(tmp_path: Path) -> None:
+    speech, vision, fairseq = tmp_path / "speech", tmp_path / "vision", tmp_path / "fairseq"
+    run = str(checkpoint_of("v1_speech", tmp_path / "a"))
+    assert tool("export").main([run, str(speech)]) == 0
+    assert tool("export").main([run, str(fairseq), "--to", "fairseq"]) == 0
+    assert tool("export").main([str(checkpoint_of("v1_vision", tmp_path / "b")), str(vision)]) == 0
+    for folder, values in ((speech, {"do_normalize": False}), (vision, {"image_mean": [0.5] * 3})):
+        (folder / "d2v_scale.json").unlink()
+        file = folder / "preprocessor_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | values))
+    content = torch.load(fairseq / "checkpoint.pt", weights_only=True)
+    content["cfg"]["task"] = {"normalize": False}
+    torch.save(content, fairseq / "checkpoint.pt")
+    assert open_encoder(speech).recipe.data.speech.normalize is False
+    assert open_encoder(vision).recipe.data.vision.mean == [0.5] * 3
+    assert convert(open_source(speech), "again").recipe.data.speech.normalize is False
+    assert convert(open_source(fairseq / "checkpoint.pt"), "again").recipe.data.speech.normalize is False
 
 
 @pytest.mark.parametrize("name", tiny_models.NAMES)

@@ -111,3 +111,22 @@ def test_ctc_on_frozen_features_and_with_a_models_own_head(
         assert run("probe", *call, "--out", tmp_path / "result.json") == 0
         assert json.loads((tmp_path / "result.json").read_text())["error"].keys() == {"wer", "cer"}
     assert "wer" in capsys.readouterr().out
+
+
+def test_lost_samples_and_sets_that_do_not_fit_are_said(
+    run: Run, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    samples = image_samples(200, side=16)
+    samples[3]["png"] = b"no image"
+    write_set(tmp_path / "test", "test", "vision", samples, per_shard=300, classes=["a", "b", "c"])
+    write_set(tmp_path / "other", "test", "vision", samples[:3], per_shard=30, classes=["c", "b", "a"])
+    tuned = checkpoint(tmp_path / "run", "v1_vision", TaskConfig(classes=3))
+    out = ["--out", tmp_path / "result.json"]
+    assert run("probe", tuned, "--data", images, "--test", tmp_path / "test", "--k", 3, *out) == 0
+    assert "lost: 0 training and 1 held-out samples" in capsys.readouterr().out
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert (result["test_samples"], result["test_lost"], result["train_lost"]) == (199, 1, 0)
+    assert run("probe", tuned, "--test", tmp_path / "test", "--task", "classify", *out) == 0
+    assert json.loads((tmp_path / "result.json").read_text())["test_lost"] == 1
+    assert run("probe", tuned, "--data", images, "--test", tmp_path / "other") == 2
+    assert "Class 0 is 'c'" in capsys.readouterr().err

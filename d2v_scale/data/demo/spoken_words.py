@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
-from d2v_scale.data.speech import SAMPLE_RATE, Wave, measure, resample
+from d2v_scale.data.config import SAMPLE_RATE
+from d2v_scale.data.speech import Wave, measure, resample
 from d2v_scale.data.writing import Sample, write_set
 from d2v_scale.errors import DataError
 

@@ -1,0 +1,65 @@
+"""d2v_scale.finetuning.evaluation"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_models
+import torch
+from small_shards import image_samples
+
+from d2v_scale.data.config import DataConfig
+from d2v_scale.data.writing import write_set
+from d2v_scale.errors import ConfigError, DataError
+from d2v_scale.evaluation.config import EvaluationConfig
+from d2v_scale.finetuning.config import TaskConfig
+from d2v_scale.finetuning.evaluation import TaskEvaluation
+from d2v_scale.finetuning.model import TaskModel
+from d2v_scale.model.init import initialize
+from d2v_scale.parallel import groups
+from d2v_scale.recipe import Recipe
+
+
+class Engine:
+    """A model in one process, without DeepSpeed."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        self.module, self.topology = module, groups.single_process()
+
+    def __call__(self, *args: Any) -> Any:
+        return self.module(*args)
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, world_of_one: None) -> Recipe:
+    samples = image_samples(10, side=16)
+    samples[2]["png"] = b"no image"
+    samples[3]["cls"] = 5
+    write_set(tmp_path, "test", "vision", samples, per_shard=20, classes=["a", "b", "c"])
+    model, task = tiny_models.model("v1_vision"), TaskConfig(classes=3)
+    data = DataConfig(max_bad_ratio=0.9)
+    return Recipe(model=model, task=task, data=data, evaluation=EvaluationConfig(test=str(tmp_path)))
+
+
+def student(recipe: Recipe) -> Any:
+    assert recipe.task is not None
+    module = TaskModel(recipe.model, recipe.task)
+    initialize(module, 1)
+    return Engine(module)
+
+
+def test_metrics_say_of_how_many_samples_they_are(recipe: Recipe) -> None:
+    evaluation = TaskEvaluation.of(recipe, student(recipe), ["a", "b", "c"])
+    assert evaluation is not None
+    measured = evaluation.measure()
+    assert (measured["samples"], measured["lost"]) == (8, 2)
+    assert 0 <= measured["accuracy"] <= 1
+
+
+def test_held_out_shards_of_other_classes_are_refused(recipe: Recipe) -> None:
+    with pytest.raises(DataError, match=r"Class 1 is 'c' in .* and 'b' in"):
+        TaskEvaluation.of(recipe, student(recipe), ["a", "c"])
+    assert recipe.task is not None
+    recipe.task.classes = 2
+    with pytest.raises(ConfigError, match=r"task\.classes: is 2, but the shards' index names 3"):
+        TaskEvaluation.of(recipe, student(recipe), ["a", "b"])
