@@ -213,7 +213,8 @@ def measure(spec: Spec, row_file: Path) -> None:
                 write_shards(case, shards, max(4 * spec.samples, 32), spec.length)
             except ImportError as error:
                 problem = f"data wait not measured: {error}"
-        sys.stdin.readline()
+        if not sys.stdin.readline():
+            return  # the program that asked for the row is gone
         topology = groups.single_process()
         known = hardware.of_device(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
         samples = spec.samples
