@@ -139,7 +139,7 @@ def initialize(config: ParallelConfig | None = None, timeout_minutes: float = 30
     data_parallel_size(config, world_size)
     if "RANK" not in os.environ:
         return single_process()
-    _prepare_accelerator()
+    prepare_accelerator()
     import deepspeed
 
     device = _select_device(int(os.environ.get("LOCAL_RANK", "0")))
@@ -150,7 +150,7 @@ def initialize(config: ParallelConfig | None = None, timeout_minutes: float = 30
 
 def single_process() -> Topology:
     """A world of one, without launcher, environment variables or ports. For tools and tests."""
-    _prepare_accelerator()
+    prepare_accelerator()
     import deepspeed
     from deepspeed.accelerator import get_accelerator
 
@@ -219,7 +219,7 @@ def _select_device(local_rank: int) -> torch.device:
     return torch.device(accelerator.device_name(), local_rank)
 
 
-def _prepare_accelerator() -> None:
+def prepare_accelerator() -> None:
     """On CPU: one thread a rank unless the user says otherwise, and no operator is compiled at start."""
     on_cpu = os.environ.get("DS_ACCELERATOR", "" if torch.cuda.is_available() else "cpu") == "cpu"
     if on_cpu:

@@ -57,14 +57,14 @@ def test_a_run_trains_through_every_damage_and_accounts_for_it(tmp_path: Path, m
         deadline = time.monotonic() + 240
         while not (run_dir / "metrics.jsonl").exists():
             assert time.monotonic() < deadline
-            assert all(rank.poll() is None for rank in ranks), ranks[0].communicate()[0][-3000:]
+            assert all(rank.poll() is None for rank in ranks), ranks[0].output()[-3000:]
             time.sleep(0.02)
         for path in made.disappearing:
             path.unlink()
-        outputs = [rank.communicate(timeout=240)[0] for rank in ranks]
+        codes = [rank.wait(timeout=240) for rank in ranks]
     finally:
         stop(ranks)
-    assert [rank.returncode for rank in ranks] == [0, 0], outputs[0][-3000:]
+    assert codes == [0, 0], ranks[0].output()[-3000:]
     assert json.loads((run_dir / "status.json").read_text())["outcome"] == "done"
 
     logs = "".join(path.read_text() for path in run_dir.glob("logs/rank-*.log"))

@@ -8,14 +8,13 @@ import itertools
 import json
 import random
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from launch import ROOT, start_ranks, stop
+from launch import ROOT, Rank, start_ranks, stop
 
 from d2v_scale.checkpoint import Checkpoint, find_newest_valid
 
@@ -53,11 +52,11 @@ def arguments(run_dir: Path, stage: int) -> list[str]:
     return [text for pair in changes.items() for text in pair]
 
 
-def start(run_dir: Path, stage: int, fault: str = "") -> list[subprocess.Popen]:
+def start(run_dir: Path, stage: int, fault: str = "") -> list[Rank]:
     return start_ranks(2, ROOT / "d2v_scale" / "train.py", *arguments(run_dir, stage), env={"D2V_FAULT": fault})
 
 
-def finish(processes: list[subprocess.Popen], timeout: float) -> list[int]:
+def finish(processes: list[Rank], timeout: float) -> list[int]:
     """Wait until all end, or one does and the others are killed as the launcher does. Exit codes."""
     deadline = time.monotonic() + timeout
     try:
@@ -103,7 +102,7 @@ def kill_once(run_dir: Path, stage: int, strike: str | float) -> str:
     return f"{'killed' if hit else 'ended '} {strike!s:>16}  exit codes {codes}  checkpoint {first} -> {last}"
 
 
-def wait_for_work(run_dir: Path, processes: list[subprocess.Popen], first: int) -> None:
+def wait_for_work(run_dir: Path, processes: list[Rank], first: int) -> None:
     """Until the run has made a new checkpoint's worth of progress, or ended."""
     deadline = time.monotonic() + 90
     seen = len(list((run_dir / "checkpoints").glob(".tmp-*")))

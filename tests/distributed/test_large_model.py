@@ -14,7 +14,7 @@ def test_a_billion_parameters_are_built_a_quarter_on_each_of_four_ranks(tmp_path
     out = tmp_path / "memory.json"
     # The C library would keep freed memory for itself, and the peak would be that of its heap.
     returned = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    run_ranks(4, WORKER, "d2v2_vision_1b", str(out), timeout=1500, env=returned)
+    run_ranks(4, WORKER, "d2v2_vision_1b", str(out), timeout=1500, env=returned, fresh=True)
     found = json.loads(out.read_text())
     assert found["parameters"] > 1.0e9
     # bf16: what a rank keeps, and the largest layer, which is gathered for a moment.

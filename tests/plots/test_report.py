@@ -26,7 +26,7 @@ def make_run(run_dir: Path, lr: float) -> Path:
                 step, 8 * step, {"loss": lr / step, "grad_norm": math.inf if step == 5 else 1.0, "skipped": skipped}
             )
         tracker.log(last, 8 * last, {"knn_accuracy": last / 100})
-        tracker.finish("done")
+        tracker.finish("requeue")  # which draws nothing
     (run_dir / "recipe.yaml").write_text(f"optim:\n  lr: {lr}\nseed: 1\n")
     status = {"outcome": "failed", "exit_code": 11, "reason": "too many skips", "step": 30, "time": 2e9}
     (run_dir / "status.json").write_text(json.dumps(status))
