@@ -143,8 +143,11 @@ class Cluster:
         return done.stdout
 
     def job(self, job_id: str) -> dict[str, str]:
-        """The fields of `scontrol show job`; empty if Slurm does not know the job."""
-        text = self.run("scontrol", "--oneliner", "show", "job", job_id, check=False)
+        """The fields of `scontrol show job`; empty if Slurm does not know the job, or has no time to answer."""
+        try:
+            text = self.run("scontrol", "--oneliner", "show", "job", job_id, check=False)
+        except subprocess.TimeoutExpired:  # on a machine that is busy with the job
+            return {}
         return dict(field.split("=", 1) for field in text.split() if "=" in field)
 
     def state(self, job_id: str) -> str:

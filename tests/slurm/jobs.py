@@ -72,7 +72,7 @@ class Job:
         files = [*newest.rglob("*.safetensors")] or [newest / "COMMITTED"]
         return {str(path.relative_to(newest)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
-    def wait_for_step(self, step: int, timeout_s: float = 300) -> None:
+    def wait_for_step(self, step: int, timeout_s: float = 900) -> None:
         def reached() -> bool:
             assert self.state not in ENDED, self.story()
             records = self.records()
@@ -81,18 +81,21 @@ class Job:
         wait_until(reached, timeout_s, f"step {step} not reached\n{self.story()}")
 
     def wait_for_state(self, *states: str, timeout_s: float = 240) -> str:
-        """Wait for one of the states, releasing the job if it waits for its requeue delay."""
+        """Wait for one of the states, releasing the job if it waits for its requeue delay. The state that was seen."""
+        seen = ""
 
         def reached() -> bool:
+            nonlocal seen
             job = self.cluster.job(self.id)
+            seen = job.get("JobState", "")
             if job.get("Reason") == "BeginTime" and "PENDING" not in states:
                 self.cluster.release(self.id)
-            return job.get("JobState") in states
+            return seen in states
 
         wait_until(reached, timeout_s, f"none of {states}\n{self.story()}")
-        return self.state
+        return seen
 
-    def wait_for_end(self, timeout_s: float = 400) -> str:
+    def wait_for_end(self, timeout_s: float = 900) -> str:
         return self.wait_for_state(*ENDED, timeout_s=timeout_s)
 
     def pids(self, needle: str) -> list[int]:
