@@ -5,13 +5,14 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from cluster import Cluster, wait_until
-from jobs import Job, Program, Workplace
+from jobs import ENDED, Job, Program, Workplace
 
 from d2v_scale import errors
 
@@ -81,24 +82,24 @@ def test_normal_end(uninterrupted: Job) -> None:
     assert len(weights) == 4, f"one file a rank: {weights}"
 
 
-def test_usr1_saves_requeues_and_ends_with_the_same_weights(submit: Callable[..., Job], uninterrupted: Job) -> None:
+def test_usr1_and_a_node_that_goes_down_end_with_the_same_weights(
+    submit: Callable[..., Job], uninterrupted: Job
+) -> None:
+    """One run, asked to stop before its first regular checkpoint and struck after it: every attempt costs a launch."""
     job = submit(env=NO_PREFLIGHT)
     job.wait_for_step(EVERY // 2)
     job.cluster.run("scancel", "--batch", "--signal=USR1", job.id)
-    assert_same_run(job, uninterrupted)
-    first, second = job.attempts
-    assert (first.exit_code, second.exit_code) == (errors.EXIT_REQUEUE, errors.EXIT_DONE)
-    assert "SIGUSR1" in first.reason
-    assert first.step not in (-1, EVERY), "the stop made a checkpoint of its own"
-
-
-def test_node_down_continues_from_the_newest_checkpoint(submit: Callable[..., Job], uninterrupted: Job) -> None:
-    job = submit(env=NO_PREFLIGHT)
+    job.wait_for_state("PENDING")
+    job.wait_for_state("RUNNING")
     job.wait_for_step(EVERY + 3)
     job.cluster.run("scontrol", "update", "NodeName=n2", "State=DOWN", "Reason=test")
     job.wait_for_state("PENDING", "COMPLETING")
     job.cluster.revive("n2")
     assert_same_run(job, uninterrupted)
+    first, last = job.attempts[0], job.attempts[-1]
+    assert (first.exit_code, last.exit_code) == (errors.EXIT_REQUEUE, errors.EXIT_DONE)
+    assert "SIGUSR1" in first.reason
+    assert first.step not in (-1, EVERY), "the stop made a checkpoint of its own"
 
 
 @pytest.mark.slow
@@ -139,6 +140,45 @@ def test_mistake_in_the_recipe_is_not_requeued(place: Workplace) -> None:
     job = place.submit("pretrain_base.sh", "--optim.learning_rate=1")
     assert job.wait_for_end() == "FAILED"
     assert [attempt.exit_code for attempt in job.attempts] == [errors.EXIT_BAD_INPUT]
+
+
+@pytest.mark.slow
+def test_an_array_trains_every_rate_in_its_own_directory(place: Workplace) -> None:
+    output = place.dir / "%A_%a.out"
+    command = ["sbatch", "--parsable", "--nodes=1", "--array=0-1", f"--output={output}", "slurm/sweep.sh"]
+    array = place.cluster.run(*command, *TRAINING.arguments, env=NO_PREFLIGHT, cwd=place.dir).strip()
+    elements = [
+        Job(place.cluster, f"{array}_{index}", place.dir / f"runs/d2v-sweep-{array}_{index}", Path(f"{array}_{index}"))
+        for index in range(2)
+    ]
+    wait_until(lambda: all(one.attempts for one in elements), 900, "".join(one.story() for one in elements))
+    assert [one.status.outcome for one in elements] == ["done", "done"]
+    first, second = (one.losses() for one in elements)
+    assert len(first) == len(second) == STEPS
+    assert first[1] == second[1]
+    assert first[STEPS] != second[STEPS], "the elements have different rates"
+
+
+@pytest.mark.slow
+def test_the_teacher_of_a_running_job_is_measured_by_another_job(submit: Callable[..., Job], place: Workplace) -> None:
+    job = submit("--stop_at=20000", "--optim.max_steps=20000", options=("--nodes=1",), env=NO_PREFLIGHT)
+    job.wait_for_step(EVERY + 3)
+    folder, result = place.dir / "exports/now", place.dir / "result.json"
+    export = [sys.executable, str(place.dir / "tools/export.py"), str(job.run_dir), str(folder), "--to", "safetensors"]
+    subprocess.run(export, env=place.cluster.env, cwd=place.dir, check=True, timeout=300)
+    shards = ("--data", "demo_data/vision/train.index.json", "--test", "demo_data/vision/test.index.json")
+    command = ("sbatch", "--parsable", "--nodes=1", f"--output={place.dir}/evaluation.out", "slurm/eval.sh")
+    arguments = (str(folder), "--task", "knn", *shards, "--limit", "300", "--out", str(result))
+    evaluation = place.cluster.run(*command, *arguments, cwd=place.dir).strip()
+    wait_until(lambda: place.cluster.state(evaluation) in ENDED, 600, job.story())
+    assert job.state == "RUNNING", job.story()
+    assert place.cluster.state(evaluation) == "COMPLETED", (place.dir / "evaluation.out").read_text()
+    measured = json.loads(result.read_text())
+    assert measured["weights"] == "teacher"
+    assert measured["step"] % EVERY == 0
+    assert all(0.1 < accuracy <= 1 for accuracy in measured["accuracy"].values()), measured
+    events = (job.run_dir / "mlflow_events.jsonl").read_text()
+    assert '"event": "evaluation"' in events, "the run's record has the result"
 
 
 @pytest.fixture
