@@ -121,7 +121,7 @@ def report_losses(run: AnyRun, agreement: Agreement) -> None:
         except OSError as error:
             log.warning("%s cannot be written: %s", path, error)
         run.tracker.artifact(path)
-        log.warning("%d samples were lost, most in %s: see %s", lost.total(), *lost.most_common(1)[0][:1], path)
+        log.warning("%d samples were lost, most in %s: see %s", lost.total(), lost.most_common(1)[0][0], path)
 
 
 def judge(run: AnyRun, result: StepResult, stop_flag: StopFlag) -> None:

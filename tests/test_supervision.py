@@ -1,0 +1,46 @@
+"""What surrounds the loops: verdicts with their reasons, and what was lost."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from d2v_scale.signals import Agreement, StopFlag, StopReason
+from d2v_scale.supervision import judge, report_losses
+
+
+def run_with(directory: Path, *, alarm: str | None = None, skipped: int = 0) -> Any:
+    sent: list[Path] = []
+    return SimpleNamespace(
+        directory=directory,
+        step=7,
+        recipe=SimpleNamespace(max_skipped_in_a_row=3),
+        topology=SimpleNamespace(rank=0),
+        student=SimpleNamespace(skipped_in_a_row=skipped),
+        loader=SimpleNamespace(alarm=lambda: alarm, faults=lambda: {"a.tar": 2, "b.tar": 5}),
+        tracker=SimpleNamespace(artifact=sent.append, sent=sent),
+    )
+
+
+def test_a_starved_run_says_which_shard_starved_it(tmp_path: Path, caplog) -> None:
+    flag = StopFlag()
+    judge(run_with(tmp_path, alarm="5 of 9 samples, most in b.tar"), SimpleNamespace(applied=True), flag)  # type: ignore[arg-type]
+    assert flag.raised() == StopReason.DATA_STARVED
+    assert flag.detail == "5 of 9 samples, most in b.tar"
+    assert "most in b.tar" in caplog.text
+
+
+def test_skipped_steps_stop_a_run_when_there_are_too_many_in_a_row(tmp_path: Path) -> None:
+    flag = StopFlag()
+    judge(run_with(tmp_path, skipped=2), SimpleNamespace(applied=False), flag)  # type: ignore[arg-type]
+    assert flag.raised() is None
+    judge(run_with(tmp_path, skipped=3), SimpleNamespace(applied=False), flag)  # type: ignore[arg-type]
+    assert (flag.raised(), flag.detail) == (StopReason.NON_FINITE, "3 steps were skipped in a row")
+
+
+def test_lost_samples_are_written_by_shard(tmp_path: Path, caplog) -> None:
+    run = run_with(tmp_path)
+    report_losses(run, Agreement())
+    assert list(json.loads((tmp_path / "lost_samples.json").read_text()).items()) == [("b.tar", 5), ("a.tar", 2)]
+    assert run.tracker.sent == [tmp_path / "lost_samples.json"]
+    assert "7 samples were lost, most in b.tar" in caplog.text
