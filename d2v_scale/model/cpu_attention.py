@@ -12,14 +12,16 @@ from d2v_scale.model import cpu_ops
 from d2v_scale.model.cpu_ops import keep_factor, product
 
 SHORTEST = 128
-"""Fewest positions for which this was faster: below, the calls for each head take longer than they save."""
+"""Fewest positions for which this was faster with one thread: below, the calls for each head take longer than they save.
+Several threads divide the work on a head, and need twice as many."""
 
 
 def applies(q_rhsd: Tensor, attention_bias: Tensor | None) -> bool:
     """Whether `attend` is used: in training over long rows, where `cpu_ops` applies, without a bool mask."""
     trained = torch.is_grad_enabled() and q_rhsd.requires_grad
     masked = attention_bias is not None and attention_bias.dtype != torch.float32
-    return trained and not masked and q_rhsd.shape[2] >= SHORTEST and cpu_ops.applies(q_rhsd)
+    shortest = SHORTEST if torch.get_num_threads() == 1 else 2 * SHORTEST
+    return trained and not masked and q_rhsd.shape[2] >= shortest and cpu_ops.applies(q_rhsd)
 
 
 def attend(q_rhsd: Tensor, k_rhsd: Tensor, v_rhsd: Tensor, attention_bias: Tensor | None, dropout: float) -> Tensor:
