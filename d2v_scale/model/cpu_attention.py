@@ -12,8 +12,8 @@ from d2v_scale.model import cpu_ops
 from d2v_scale.model.cpu_ops import keep_factor, product
 
 SHORTEST = 128
-"""Fewest positions for which this was faster with one thread: below, the calls for each head take longer than they save.
-Several threads divide the work on a head, and need twice as many."""
+"""Fewest positions for which this was faster with one thread: below, the calls for each head take longer than they
+save. Several threads divide the work on a head, and need twice as many."""
 
 
 def applies(q_rhsd: Tensor, attention_bias: Tensor | None) -> bool:

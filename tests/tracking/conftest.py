@@ -27,7 +27,13 @@ def own_tracking_uri(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
 
 
+@pytest.fixture
+def drawing() -> None:
+    """For tests of the pictures."""
+
+
 @pytest.fixture(autouse=True)
-def nothing_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+def nothing_drawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """The end of a run draws its curves in a process of its own, for seconds that say nothing of the record."""
-    monkeypatch.setattr(RunTracker, "_draw", lambda *_: None)
+    if "drawing" not in request.fixturenames:
+        monkeypatch.setattr(RunTracker, "_draw", lambda *_: None)

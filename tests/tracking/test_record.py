@@ -186,6 +186,7 @@ def test_a_full_disk_loses_no_record(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert steps(tmp_path) == [1, 2, 3]
 
 
+@pytest.mark.usefixtures("drawing")
 def test_curves_are_drawn_at_intervals_and_at_the_end(tmp_path: Path) -> None:
     tracker = RunTracker(tmp_path, TrackingConfig(enabled=False, plot_every=5), is_main=True)
     tracker.start({}, {})
