@@ -4,7 +4,7 @@ import contextlib
 import json
 import logging
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -80,10 +80,11 @@ def supervise(run: AnyRun, stop_flag: StopFlag, train: Callable[..., Stop | None
             report_saves(run)
             agreement.barrier()
         reason, code = ("all steps done", EXIT_DONE) if stop is None else (str(stop), stop.exit_code)
-        details = agreement.gather(stop_flag.detail)
+        details, lost_by_rank = zip(*agreement.gather((stop_flag.detail, run.loader.faults())), strict=True)
         if stop is not None and details[stop.rank]:
             reason = f"{reason}: {details[stop.rank]}"
-        report_losses(run, agreement)
+        if topology.rank == 0:
+            report_losses(run, lost_by_rank)
         run.loader.close()
         if not committed:
             reason, code = f"{reason}, but the last checkpoint could not be written", code or 1
@@ -109,18 +110,18 @@ def report_saves(run: AnyRun) -> None:
             run.tracker.checkpoint(run.writer.root / directory_name(result.step), MANIFEST, result.step)
 
 
-def report_losses(run: AnyRun, agreement: Agreement) -> None:
-    """Write how many samples of each shard this invocation lost, to lost_samples.json and MLflow. Collective."""
+def report_losses(run: AnyRun, by_rank: Iterable[Mapping[str, int]]) -> None:
+    """Write how many samples of each shard this invocation lost, to lost_samples.json and MLflow. Rank 0."""
     lost: Counter[str] = Counter()
-    for of_rank in agreement.gather(run.loader.faults()):
+    for of_rank in by_rank:
         lost.update(of_rank)
-    if lost and run.topology.rank == 0:
+    if lost:
         path = run.directory / "lost_samples.json"
         try:
             path.write_text(json.dumps(dict(lost.most_common()), indent=1) + "\n")
+            run.tracker.artifact(path)
         except OSError as error:
             log.warning("%s cannot be written: %s", path, error)
-        run.tracker.artifact(path)
         log.warning("%d samples were lost, most in %s: see %s", lost.total(), lost.most_common(1)[0][0], path)
 
 

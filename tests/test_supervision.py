@@ -5,7 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from d2v_scale.signals import Agreement, StopFlag, StopReason
+from d2v_scale.signals import StopFlag, StopReason
 from d2v_scale.supervision import judge, report_losses
 
 
@@ -15,9 +15,8 @@ def run_with(directory: Path, *, alarm: str | None = None, skipped: int = 0) -> 
         directory=directory,
         step=7,
         recipe=SimpleNamespace(max_skipped_in_a_row=3),
-        topology=SimpleNamespace(rank=0),
         student=SimpleNamespace(skipped_in_a_row=skipped),
-        loader=SimpleNamespace(alarm=lambda: alarm, faults=lambda: {"a.tar": 2, "b.tar": 5}),
+        loader=SimpleNamespace(alarm=lambda: alarm),
         tracker=SimpleNamespace(artifact=sent.append, sent=sent),
     )
 
@@ -40,7 +39,7 @@ def test_skipped_steps_stop_a_run_when_there_are_too_many_in_a_row(tmp_path: Pat
 
 def test_lost_samples_are_written_by_shard(tmp_path: Path, caplog) -> None:
     run = run_with(tmp_path)
-    report_losses(run, Agreement())
+    report_losses(run, [{"a.tar": 2, "b.tar": 1}, {"b.tar": 4}])
     assert list(json.loads((tmp_path / "lost_samples.json").read_text()).items()) == [("b.tar", 5), ("a.tar", 2)]
     assert run.tracker.sent == [tmp_path / "lost_samples.json"]
     assert "7 samples were lost, most in b.tar" in caplog.text
