@@ -49,6 +49,10 @@ class CheckpointError(UserError):
     """A checkpoint that is missing, damaged, newer than this version, or of another model."""
 
 
+class NewerFormatError(CheckpointError):
+    """A checkpoint that a newer version wrote: it is not damaged, and must not be passed over for an older one."""
+
+
 class Verdict(RuntimeError):
     """A run's conclusion that it must stop. Raised on every rank at the same step edge."""
 

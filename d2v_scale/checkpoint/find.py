@@ -6,7 +6,7 @@ from pathlib import Path
 
 from d2v_scale.checkpoint.format import MARKER
 from d2v_scale.checkpoint.reader import Checkpoint
-from d2v_scale.errors import CheckpointError
+from d2v_scale.errors import CheckpointError, NewerFormatError
 
 log = logging.getLogger(__name__)
 
@@ -31,35 +31,35 @@ def find_newest_valid(directory: str | Path, *, together: bool = False) -> tuple
         paths = _of_rank_0(paths)
     skipped: list[Skipped] = []
     for path in paths:
-        checkpoint, reasons = _opened(path, together)
-        if checkpoint is not None and not reasons:
+        checkpoint, errors = _opened(path, together)
+        if checkpoint is not None and not errors:
             return checkpoint, skipped
-        for reason in reasons:
-            if "checkpoint format" in reason:
-                raise CheckpointError(reason)
-        skipped.append(Skipped(path, reasons[0]))
-        log.warning("skipping checkpoint %s: %s", path.name, reasons[0])
+        for error in errors:
+            if isinstance(error, NewerFormatError):
+                raise error
+        skipped.append(Skipped(path, str(errors[0])))
+        log.warning("skipping checkpoint %s: %s", path.name, errors[0])
     if any((s.path / MARKER).exists() for s in skipped):
         told = "; ".join(s.reason for s in skipped)
         raise CheckpointError(f"{directory} holds no valid checkpoint: {told}", "Restore one, or start a new run.")
     return None, skipped
 
 
-def _opened(path: Path, together: bool) -> tuple[Checkpoint | None, list[str]]:
+def _opened(path: Path, together: bool) -> tuple[Checkpoint | None, list[CheckpointError]]:
     """A checkpoint, and what speaks against it: here, or with `together` on any rank."""
     import torch.distributed as dist
 
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
-    checkpoint, reason = None, None
+    checkpoint, problem = None, None
     try:
         checkpoint = Checkpoint.open(path)
         checkpoint.verify(files=range(rank, len(checkpoint.manifest.files), world_size))
     except CheckpointError as error:
-        reason = str(error)
-    reasons: list[str | None] = [reason] * world_size
+        problem = error
+    problems: list[CheckpointError | None] = [problem] * world_size
     if together:
-        dist.all_gather_object(reasons, reason)
-    return checkpoint, [reason for reason in reasons if reason is not None]
+        dist.all_gather_object(problems, problem)
+    return checkpoint, [problem for problem in problems if problem is not None]
 
 
 def _of_rank_0(paths: list[Path]) -> list[Path]:
@@ -79,9 +79,9 @@ def open_any(path: str | Path, *, together: bool = False) -> Checkpoint:
     if not path.exists():
         raise CheckpointError(f"{path} does not exist.")
     if any(path.glob("rank-*")) or (path / "manifest.json").exists():
-        checkpoint, reasons = _opened(path, together)
-        if checkpoint is None or reasons:
-            raise CheckpointError(reasons[0])
+        checkpoint, errors = _opened(path, together)
+        if checkpoint is None or errors:
+            raise errors[0]
         return checkpoint
     for directory in (path / "checkpoints", path):
         found, _ = find_newest_valid(directory, together=together)

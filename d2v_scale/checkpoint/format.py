@@ -22,7 +22,7 @@ from typing import Any
 
 from torch import Tensor
 
-from d2v_scale.errors import CheckpointError
+from d2v_scale.errors import CheckpointError, NewerFormatError
 from d2v_scale.parallel.shards import TensorSlice
 
 FORMAT = 1
@@ -127,7 +127,7 @@ class Manifest:
         except (ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{path} is not a checkpoint manifest ({error}).") from error
         if version > FORMAT:
-            raise CheckpointError(
+            raise NewerFormatError(
                 f"{path} has checkpoint format {version}, written by d2v_scale {body.get('written_by', '?')}; this "
                 f"version reads formats up to {FORMAT}.",
                 "Upgrade d2v_scale to read it.",
