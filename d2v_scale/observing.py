@@ -10,7 +10,6 @@ from d2v_scale.data.totals import RunTotals
 from d2v_scale.data2vec import ema
 from d2v_scale.diagnostics import StepDiagnostics
 from d2v_scale.health import HealthMonitor
-from d2v_scale.layer_probe import LayerProbe
 from d2v_scale.parallel.pipeline import PipelineStudent
 from d2v_scale.parallel.zero import StepResult, StudentEngine
 from d2v_scale.recipe import Recipe
@@ -27,7 +26,6 @@ class RunObserver:
         self._recipe, self._student, self._teacher, self._loader = recipe, student, teacher, loader
         self._topology = student.topology
         self._diagnostics = StepDiagnostics(student, recipe.model.backbone.depth)
-        self._layers = LayerProbe(student.module, teacher.module, self._topology)
         self._flops = FlopMeter(recipe.model, recipe.parts(), self._topology, recipe.tracking.peak_tflops)
         self._totals = RunTotals(loader.sources)
         self._monitor = HealthMonitor(recipe.objective.health)
@@ -51,7 +49,6 @@ class RunObserver:
         if logged:
             self.breakdown = LossBreakdown(self._recipe.data.source_names(), self._topology.device)
             self._diagnostics.arm()
-            self._layers.arm(micro_batches[0])
 
     def after(self) -> None:
         """A step is done. Local."""
@@ -69,7 +66,6 @@ class RunObserver:
             **self._teacher.health(),
             **(self._diagnostics.figures(result.grad_norm) if result.applied else {}),
             **self.breakdown.figures(self._topology),
-            **self._layers.figures(),
         }
         packed = torch.stack([value.to(self._topology.device, torch.float64) for value in measured.values()])
         values = dict(zip(measured, packed.tolist(), strict=True))

@@ -134,8 +134,7 @@ def train_step(
     `observe` also collects what `collapse_statistics` needs. `breakdown` gets the loss by source. The teacher moves if
     and only if the optimizer stepped.
     """
-    config = cast(Student, student.module).config
-    width = config.backbone.width
+    width = cast(Student, student.module).config.backbone.width
     step_loss = StepLoss(objective, batches, student.topology, width, breakdown, observe=observe)
     if isinstance(student, PipelineStudent):
         assert isinstance(teacher, StageTeacher)
@@ -143,9 +142,6 @@ def train_step(
         result = student.train_batch(batches, draw, step_loss, measure=observe)
     else:
         assert isinstance(teacher, ShardedTeacher)
-        if config.compile:
-            # The probes of a logged step sit inside the blocks.
-            torch.compiler.set_stance("force_eager" if observe else "default")
         for micro, batch in enumerate(batches):
             torch.manual_seed(key(draw.seed, "dropout", draw.step, student.topology.data_parallel_rank, micro) >> 1)
             with part("student"):

@@ -33,6 +33,7 @@ from d2v_scale.data import demo
 from d2v_scale.data.loader import StepLoader
 from d2v_scale.engines import build_engines, check_pipeline, describe_idle
 from d2v_scale.errors import EXIT_BAD_INPUT, EXIT_LOST_PEER, ConfigError, UserError, Verdict
+from d2v_scale.evaluation.held_out import HeldOutSet
 from d2v_scale.evaluation.online import OnlineEvaluation
 from d2v_scale.finetuning import program
 from d2v_scale.finetuning.start import adopt
@@ -73,6 +74,7 @@ class Run:
     writer: CheckpointWriter
     tracker: RunTracker
     evaluation: OnlineEvaluation | None
+    held_out: HeldOutSet | None
     observer: RunObserver
     rows: Tensor
     """float64 scalar on the device: rows (samples times clones) seen by all ranks since the run began."""
@@ -146,7 +148,8 @@ def configure(recipe: Recipe) -> dict[str, Any]:
 
 def build(recipe: Recipe, options: Options, config: dict[str, Any], topology: Topology, directory: Path) -> Run:
     """All parts of the run, restored from the newest checkpoint if there is one. Collective: all ranks must call."""
-    demo.ensure([*(source.shards for source in recipe.data.sources), recipe.evaluation.train, recipe.evaluation.test])
+    shown = recipe.evaluation
+    demo.ensure([*(source.shards for source in recipe.data.sources), shown.train, shown.test, shown.held_out])
     loader = StepLoader(
         recipe.data,
         recipe.model,
@@ -163,11 +166,20 @@ def build(recipe: Recipe, options: Options, config: dict[str, Any], topology: To
     student, teacher = build_engines(recipe, config, topology)
     writer = CheckpointWriter.create(directory / "checkpoints", recipe.checkpoint)
     tracker = RunTracker(directory, recipe.tracking, is_main=topology.rank == 0)
-    evaluation = OnlineEvaluation.of(recipe, student, teacher)
-    observer = RunObserver(recipe, student, teacher, loader)
-    rows = torch.zeros((), dtype=torch.float64, device=topology.device)
     run = Run(
-        recipe, options, topology, directory, student, teacher, loader, writer, tracker, evaluation, observer, rows
+        recipe=recipe,
+        options=options,
+        topology=topology,
+        directory=directory,
+        student=student,
+        teacher=teacher,
+        loader=loader,
+        writer=writer,
+        tracker=tracker,
+        evaluation=OnlineEvaluation.of(recipe, student, teacher),
+        held_out=HeldOutSet.of(recipe, student, teacher),
+        observer=RunObserver(recipe, student, teacher, loader),
+        rows=torch.zeros((), dtype=torch.float64, device=topology.device),
     )
     load(run)
     return run
@@ -252,9 +264,11 @@ def record(run: Run, result: StepResult, seen: Observations, lr: float) -> list[
 
 
 def evaluate(run: Run) -> None:
-    """k-NN accuracy and held-out loss to the record, where the recipe names labelled shards. Collective."""
-    if run.evaluation is not None:
-        run.tracker.log(run.step, run.samples, run.evaluation.figures())
+    """What the recipe names shards for: k-NN accuracy, held-out loss and what the layers do. Collective."""
+    sets = (run.evaluation, run.held_out)
+    values = {name: value for one in sets if one is not None for name, value in one.figures().items()}
+    if values:
+        run.tracker.log(run.step, run.samples, values)
 
 
 def draw_pictures(run: Run) -> None:

@@ -72,7 +72,7 @@ def compare(name: str, build: Callable[[], Tensor], rows: int, rounds: int) -> s
         "built": lambda: build().sum().backward(),
     }
     q = qkv.view(rows, length, heads, 3, _DIM).permute(3, 0, 2, 1, 4)[0]
-    if cpu_attention.applies(q, leaf):
+    if cpu_attention.applies(q, leaf, 0.0):
         ways["attend"] = timed(lambda q, k, v: cpu_attention.attend(q, k, v, leaf, 0.0))
     best = dict.fromkeys(ways, float("inf"))
     for _ in range(rounds + 1):

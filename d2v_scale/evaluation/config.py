@@ -5,12 +5,15 @@ from dataclasses import dataclass, field
 
 @dataclass(kw_only=True)
 class EvaluationConfig:
-    """k-nearest-neighbour accuracy of the teacher's features on a small labelled split, and the masked loss on it."""
+    """k-nearest-neighbour accuracy of the teacher's features on a small labelled split, and what both networks make of
+    masked samples that are not trained on."""
 
     train: str | None = None
-    """Labelled shards that neighbours are taken from; null: no evaluation."""
+    """Labelled shards that neighbours are taken from; null: no k-NN and no pictures."""
     test: str | None = None
     """Labelled shards whose labels are guessed."""
+    held_out: str | None = None
+    """Shards, with labels or without, for the masked loss and the layers' attention and likeness; null: `test`."""
     every: int = 0
     """Steps between evaluations; 0: only before the first step and after the last."""
     k: int = 20
@@ -22,4 +25,4 @@ class EvaluationConfig:
     max_test: int = 1000
     """Samples to classify."""
     max_masked: int = 256
-    """Samples of the test split whose masked loss is measured, always with the same masks."""
+    """Samples of `held_out` to look at, always with the same masks."""

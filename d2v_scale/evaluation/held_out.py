@@ -1,68 +1,133 @@
-"""The masked loss on samples that are not trained on, under masks that never change: learning without a single label.
+"""What both networks make of samples that are not trained on, under masks that never change: without a single label.
 
 The targets move with the teacher, so the loss of two steps is of two tasks. The share of the targets' variance that the
 predictions explain is comparable over a run, and falls to nothing when targets collapse.
 """
 
 from collections.abc import Sequence
-from typing import cast
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from d2v_scale.data.batch import Batch
+from d2v_scale.data.labelled import LabelledSet
 from d2v_scale.data2vec import loss
 from d2v_scale.data2vec.config import LossConfig
-from d2v_scale.model.stack import Draw, Student
+from d2v_scale.evaluation.layer_probe import LayerProbe
+from d2v_scale.model.stack import Draw
+from d2v_scale.parallel.pipeline import Objective, PipelineStudent
+from d2v_scale.parallel.stage_teacher import StageTeacher
 from d2v_scale.parallel.zero import StudentEngine
+from d2v_scale.recipe import Recipe
 from d2v_scale.step import masked_targets
 from d2v_scale.teacher import EmaTeacher, ShardedTeacher
 
+_SAME_NOISE = Draw(0, 0)
+
+
+class HeldOutSet:
+    """Masked batches, which every rank keeps in memory, and what is measured on them."""
+
+    def __init__(
+        self, batches: Sequence[Batch], student: StudentEngine, teacher: EmaTeacher, config: LossConfig, width: int
+    ) -> None:
+        """`width`: channels of the targets. All ranks need the same batches."""
+        assert batches, "no batch to measure"
+        self._batches, self._student, self._teacher = batches, student, teacher
+        self._config, self._width = config, width
+        self._layers = LayerProbe(student.module, teacher.module, student.topology)
+
+    @classmethod
+    def of(cls, recipe: Recipe, student: StudentEngine, teacher: EmaTeacher) -> "HeldOutSet | None":
+        """Of the recipe's shards, which are decoded once; None where it names none."""
+        shards = recipe.evaluation.held_out or recipe.evaluation.test
+        if shards is None:
+            return None
+        found = LabelledSet(
+            shards,
+            recipe.model.modalities[0],
+            recipe.data,
+            recipe.model,
+            limit=recipe.evaluation.max_masked,
+            require_labels=False,
+            masking=recipe.objective.masking,
+        )
+        batches = [batch for batch, _ in found.read()]
+        return cls(batches, student, teacher, recipe.objective.loss, recipe.model.backbone.width)
+
+    @torch.no_grad()
+    def figures(self) -> dict[str, float]:
+        """`held_out_loss` (mean over masked positions), `held_out_explained` (1 - squared error / variance of targets),
+        and on the first batch what `LayerProbe.figures` says.
+
+        Each data-parallel rank computes every W-th batch. Collective: all ranks must call; all get the same.
+        """
+        topology = self._student.topology
+        rank, size = topology.data_parallel_rank, topology.data_parallel_size
+        # A rank that has run out repeats its last batch and counts it as nothing: a sharded forward needs every rank.
+        turns = range(rank, rank + size * -(-len(self._batches) // size), size)
+        mine = [self._batches[min(index, len(self._batches) - 1)].to(topology.device) for index in turns]
+        sums = _Sums(self._config, self._width, [index < len(self._batches) for index in turns], topology.device)
+        # One rank has the first batch, whatever the world size.
+        with self._layers.watching(mine[0] if rank == 0 else None), torch.compiler.set_stance("force_eager"):
+            forward_only(mine, self._student, self._teacher, sums)
+        topology.sum_over_model(sums.values)
+        layers = self._layers.figures()
+        packed = torch.stack([value.double() for value in layers.values()]).tolist()
+        return {**sums.figures(), **dict(zip(layers, packed, strict=True))}
+
 
 @torch.no_grad()
-def held_out_figures(
-    batches: Sequence[Batch], student: StudentEngine, teacher: EmaTeacher, config: LossConfig
-) -> dict[str, float]:
-    """`held_out_loss` (mean over masked positions) and `held_out_explained` (1 - squared error / variance of targets).
+def forward_only(batches: list[Batch], student: StudentEngine, teacher: EmaTeacher, objective: Objective) -> None:
+    """Both networks on these micro-batches, in eval mode and without gradient, into `objective.share`.
 
-    Each data-parallel rank computes every W-th batch. Not measured in a pipeline, where it is empty. Collective: all
-    ranks must call; all get the same.
+    The student is left in the mode it was in. Collective: all ranks must call, with equal numbers of micro-batches.
     """
-    topology = student.topology
-    if not isinstance(teacher, ShardedTeacher):
-        return {}
-    rank, size = topology.data_parallel_rank, topology.data_parallel_size
-    module = cast(Student, student.module)
+    module = student.module
     was_training = module.training
     module.eval()
-    sums: Tensor | None = None
-    for turn in range(-(-len(batches) // size)):
-        # A rank that has run out repeats its last batch and counts it as nothing: a sharded forward needs every rank.
-        index = turn * size + rank
-        batch = batches[min(index, len(batches) - 1)].to(topology.device)
-        output = module(batch, Draw(0, 0))
-        targets_nd = masked_targets(teacher(batch, output.features_btd), batch)
-        part = _sums(output.predictions_nd, targets_nd, config) * float(index < len(batches))
-        sums = part if sums is None else sums + part
+    if isinstance(student, PipelineStudent):
+        assert isinstance(teacher, StageTeacher)
+        teacher.prepare()
+        student.forward_batches(batches, _SAME_NOISE, objective)
+    else:
+        assert isinstance(teacher, ShardedTeacher)
+        for batch in batches:
+            output = module(batch, _SAME_NOISE)
+            targets_btd = teacher(batch, output.features_btd)
+            objective.share(batch, output.predictions_nd, output.cls_rd, targets_btd)
     module.train(was_training)
-    assert sums is not None, "no batch to measure"
-    if size > 1:
-        dist.all_reduce(sums, group=topology.data_parallel_group)
-    count, total, error = sums[:3].tolist()
-    sum_d, square_d = sums[3:].chunk(2)
-    variance = float((square_d - sum_d.square() / max(1.0, count)).sum())
-    return {"held_out_loss": total / max(1.0, count), "held_out_explained": 1 - error / max(variance, 1e-12)}
 
 
-def _sums(predictions_nd: Tensor, targets_nd: Tensor, config: LossConfig) -> Tensor:
-    """float64 (3 + 2 D,): positions, loss, squared error, and each channel's sum and sum of squares of the targets."""
-    predictions_nd, targets_nd = predictions_nd.double(), targets_nd.double()
-    count, width = targets_nd.shape
-    scalars = (
-        torch.tensor(float(count), device=targets_nd.device),
-        loss.masked_loss_sum(predictions_nd, targets_nd, config, width),
-        (predictions_nd - targets_nd).square().sum(),
-    )
-    moments = (targets_nd.sum(0), targets_nd.square().sum(0))
-    return torch.cat((torch.stack([value.double() for value in scalars]), *moments))
+class _Sums:
+    """An objective that adds up: positions, loss, squared error, and each channel's sum and sum of squares of the
+    targets, in float64 (3 + 2 D,)."""
+
+    def __init__(self, config: LossConfig, width: int, counted: list[bool], device: torch.device) -> None:
+        """`counted`: which of the micro-batches to come count."""
+        self._config, self._width = config, width
+        self._counted = iter(counted)
+        self.values = torch.zeros(3 + 2 * width, dtype=torch.float64, device=device)
+
+    def entered(self, features_btd: Tensor) -> None:
+        """Not looked at."""
+
+    def share(self, batch: Batch, predictions_nd: Tensor, cls_rd: Tensor | None, targets_btd: Tensor) -> Tensor:
+        """Add a micro-batch; gives 0, as nothing is trained."""
+        del cls_rd
+        if next(self._counted):
+            predictions_nd, targets_nd = predictions_nd.double(), masked_targets(targets_btd, batch).double()
+            scalars = (
+                torch.tensor(float(len(targets_nd)), dtype=torch.float64, device=targets_nd.device),
+                loss.masked_loss_sum(predictions_nd, targets_nd, self._config, self._width).double(),
+                (predictions_nd - targets_nd).square().sum(),
+            )
+            self.values += torch.cat((torch.stack(scalars), targets_nd.sum(0), targets_nd.square().sum(0)))
+        return torch.zeros((), device=self.values.device)
+
+    def figures(self) -> dict[str, float]:
+        """Of all that was added, on any rank."""
+        count, total, error = self.values[:3].tolist()
+        sum_d, square_d = self.values[3:].chunk(2)
+        variance = float((square_d - sum_d.square() / max(1.0, count)).sum())
+        return {"held_out_loss": total / max(1.0, count), "held_out_explained": 1 - error / max(variance, 1e-12)}

@@ -1,4 +1,4 @@
-"""What the teacher's representations are worth while it trains: k-NN accuracy, held-out loss, and pictures."""
+"""What the teacher's representations are worth while it trains: k-NN accuracy, and pictures."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -12,10 +12,8 @@ from torch import Tensor
 from d2v_scale.data.batch import Batch
 from d2v_scale.data.class_names import agreed_classes
 from d2v_scale.data.labelled import LabelledSet
-from d2v_scale.data2vec.config import LossConfig, MaskingConfig
 from d2v_scale.evaluation.config import EvaluationConfig
 from d2v_scale.evaluation.features import mean_over_positions
-from d2v_scale.evaluation.held_out import held_out_figures
 from d2v_scale.evaluation.knn import knn, whitened
 from d2v_scale.model.stack import Student, Teacher
 from d2v_scale.parallel.zero import StudentEngine
@@ -41,7 +39,7 @@ class LabelNames:
 
 
 class OnlineEvaluation:
-    """k-NN and held-out loss on two small labelled sets, which every rank keeps in memory."""
+    """k-NN on two small labelled sets, which every rank keeps in memory."""
 
     def __init__(
         self,
@@ -51,11 +49,8 @@ class OnlineEvaluation:
         student: StudentEngine,
         teacher: EmaTeacher,
         names: LabelNames,
-        masked: Sequence[Batch],
-        loss: LossConfig,
     ) -> None:
         self.config = config
-        self._masked, self._loss = masked, loss
         self._names = names
         self._train, self._test = train, test
         self._student, self._teacher = student, teacher
@@ -67,22 +62,18 @@ class OnlineEvaluation:
         if config.train is None or config.test is None:
             return None
 
-        def labelled(shards: str, limit: int, masking: MaskingConfig | None = None) -> LabelledSet:
-            modality = recipe.model.modalities[0]
-            return LabelledSet(shards, modality, recipe.data, recipe.model, limit=limit, masking=masking)
+        def labelled(shards: str, limit: int) -> LabelledSet:
+            return LabelledSet(shards, recipe.model.modalities[0], recipe.data, recipe.model, limit=limit)
 
         train, test = labelled(config.train, config.max_train), labelled(config.test, config.max_test)
         classes = agreed_classes([(config.train, train.classes), (config.test, test.classes)])
         names = LabelNames(classes, str(test.tokenizer) if test.tokenizer else None)
-        read_train, read_test = train.read(), test.read()
-        masked = [batch for batch, _ in labelled(config.test, config.max_masked, recipe.objective.masking)]
-        return cls(config, read_train, read_test, student, teacher, names, masked, recipe.objective.loss)
+        return cls(config, train.read(), test.read(), student, teacher, names)
 
     def figures(self) -> dict[str, float]:
         """All figures for the record. Collective: all ranks must call; all get the same."""
-        held_out = held_out_figures(self._masked, self._student, self._teacher, self._loss)
         samples = sum(len(labels_b) for _, labels_b in self._test)
-        return {"knn_accuracy": self.accuracy(), "knn_samples": samples, **held_out}
+        return {"knn_accuracy": self.accuracy(), "knn_samples": samples}
 
     def accuracy(self) -> float:
         """k-NN accuracy in [0, 1] of the teacher's features, whitened. Collective: all ranks must call; all get it."""

@@ -53,7 +53,7 @@ class SelfAttention(nn.Module):
 
 def _attend(q_rhsd: Tensor, k_rhsd: Tensor, v_rhsd: Tensor, bias: Tensor | None, dropout: float) -> Tensor:
     """(R, S, H, d) of q, k and v, (R, H, S, d) each."""
-    if cpu_attention.applies(q_rhsd, bias):
+    if cpu_attention.applies(q_rhsd, bias, dropout):
         return cpu_attention.attend(q_rhsd, k_rhsd, v_rhsd, bias, dropout)
     mixed_rhsd = F.scaled_dot_product_attention(q_rhsd, k_rhsd, v_rhsd, attn_mask=bias, dropout_p=dropout)
     return mixed_rhsd.transpose(1, 2)

@@ -11,17 +11,19 @@ from torch import Tensor
 from d2v_scale.model import cpu_ops
 from d2v_scale.model.cpu_ops import keep_factor, product
 
-SHORTEST = 128
-"""Fewest positions for which this was faster with one thread: below, the calls for each head take longer than they
-save. Several threads divide the work on a head, and need twice as many."""
+SHORTEST = 144
+"""Fewest positions for which this was faster with dropout; below, calls for each head take longer than they save."""
+SHORTEST_WITHOUT_DROPOUT = 192
+"""The same without dropout, with one thread: several divide the work on a head, and were slower at any length."""
 
 
-def applies(q_rhsd: Tensor, attention_bias: Tensor | None) -> bool:
+def applies(q_rhsd: Tensor, attention_bias: Tensor | None, dropout: float) -> bool:
     """Whether `attend` is used: in training over long rows, where `cpu_ops` applies, without a bool mask."""
     trained = torch.is_grad_enabled() and q_rhsd.requires_grad
     masked = attention_bias is not None and attention_bias.dtype != torch.float32
-    shortest = SHORTEST if torch.get_num_threads() == 1 else 2 * SHORTEST
-    return trained and not masked and q_rhsd.shape[2] >= shortest and cpu_ops.applies(q_rhsd)
+    length = q_rhsd.shape[2]
+    long = length >= SHORTEST if dropout else length >= SHORTEST_WITHOUT_DROPOUT and torch.get_num_threads() == 1
+    return trained and not masked and long and cpu_ops.applies(q_rhsd)
 
 
 def attend(q_rhsd: Tensor, k_rhsd: Tensor, v_rhsd: Tensor, attention_bias: Tensor | None, dropout: float) -> Tensor:

@@ -176,6 +176,17 @@ class PipelineStudent(StudentEngine):
             self._measure_idle()
         return self._verdict()
 
+    @torch.no_grad()
+    def forward_batches(self, batches: list[Batch], draw: Draw, objective: Objective) -> None:
+        """Both networks on these micro-batches without training. Collective, with equal numbers of micro-batches."""
+        self.pipeline_stage.begin(batches, draw, objective, self.topology.data_parallel_rank)
+        # It puts its modules into eval mode, and would leave them so.
+        was_training = self.engine.module.training
+        self.engine.eval_batch(
+            _nothing(self.topology.device), reduce_output=None, bcast_loss=False, num_micro_batches=len(batches)
+        )
+        self.engine.module.train(was_training)
+
     def over_stages(self, part: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
         """The union of what the stages give, in their order. Collective over the pipeline."""
         parts: list[Any] = [None] * self.topology.pipeline_size

@@ -15,7 +15,7 @@ def test_folded_bias_is_exact() -> None:
 
 
 def test_every_way_gets_a_ratio(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bias.cpu_attention, "SHORTEST", 8)
+    monkeypatch.setattr(bias.cpu_attention, "SHORTEST_WITHOUT_DROPOUT", 8)
     scale = torch.ones((), requires_grad=True)
     row = bias.compare("test", lambda: torch.randn(1, 2, 8, 8) * scale, 2, 1)
     for way in ("added", "learned", "folded", "built"):

@@ -17,10 +17,6 @@ FIGURES = [
     "grad_norm/blocks_first",
     "grad_norm/predictor",
     "update_ratio/blocks_last",
-    "attention_entropy",
-    "attention_entropy/layer_04",
-    "cka",
-    "cka/layer_01",
     "target_rank",
     "target_std",
     "target_cosine",
@@ -47,6 +43,16 @@ FIGURES = [
     "hours",
     "samples",
 ]
+EVALUATED = [
+    "knn_accuracy",
+    "held_out_loss",
+    "held_out_explained",
+    "attention_entropy",
+    "attention_entropy/layer_04",
+    "cka",
+    "cka/layer_01",
+]
+"""Before the first step and after the last."""
 
 
 def train(run_dir: Path, shards: Path, steps: int) -> list[dict]:
@@ -72,7 +78,11 @@ def train(run_dir: Path, shards: Path, steps: int) -> list[dict]:
 def test_a_run_shows_its_health_and_goes_on_counting_after_a_restart(tmp_path: Path) -> None:
     shards = demo.write("vision", tmp_path / "demo_data")
     run_dir = tmp_path / "run"
-    first = [record for record in train(run_dir, shards, 4) if "loss" in record]
+    records = train(run_dir, shards, 4)
+    assert [record["step"] for record in records if EVALUATED[0] in record] == [0, 4]
+    for name in EVALUATED:
+        assert [record["step"] for record in records if name in record] == [0, 4], name
+    first = [record for record in records if "loss" in record]
     assert [name for name in FIGURES if name not in first[-1]] == []
     assert 0 < first[-1]["mfu_student"] < first[-1]["mfu"] < 1
     assert first[-1]["data/delivered"] == 4 * 64

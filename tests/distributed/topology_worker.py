@@ -20,6 +20,7 @@ from d2v_scale.checkpoint.writer import CheckpointWriter
 from d2v_scale.data.batch import Batch
 from d2v_scale.data2vec.config import EmaConfig, LossConfig, MaskingConfig, ObjectiveConfig
 from d2v_scale.engines import build_engines
+from d2v_scale.evaluation.held_out import HeldOutSet
 from d2v_scale.model.stack import Draw
 from d2v_scale.optim import OptimConfig, set_rates
 from d2v_scale.parallel import ds_config, groups
@@ -66,6 +67,14 @@ def micro_batches(name: str, step: int, topology: groups.Topology, accumulation:
     ]
 
 
+def held_out_batches(name: str) -> list[Batch]:
+    """Three, which two replicas share unevenly."""
+    return [
+        tiny_models.batch(name, samples=size, clones=clones(name), padded="vision" not in name, seed=50 + size)
+        for size in (5, 3, 4)
+    ]
+
+
 def part_of(batch: Batch, index: int) -> Batch:
     share = SAMPLES // SHARES
     rows, samples = share * batch.clones, slice(index * share, (index + 1) * share)
@@ -96,8 +105,13 @@ def run(case: dict, topology: groups.Topology) -> None:
     # Who does not read gets its batches from the rank that does.
     reads = topology.model_size == 1 or dist.get_rank(topology.model_group) == 0
     feed = SharedFeed(steps if reads else iter(()), topology)
-    losses, norms, figures = [], [], {}
+    held_out = HeldOutSet(
+        held_out_batches(case["model"]), student, teacher, recipe.objective.loss, recipe.model.backbone.width
+    )
+    losses, norms, figures, held_out_figures = [], [], {}, {}
     for step in range(first, last):
+        if step == last - 1:  # not after it: training goes on as if nothing had been measured
+            held_out_figures = held_out.figures()
         set_rates(student.optimizer, recipe.optim, student.completed_updates)
         batches = next(feed)
         if step == case.get("poisoned_step") and topology.data_parallel_rank == 0:
@@ -109,7 +123,7 @@ def run(case: dict, topology: groups.Topology) -> None:
         figures = {name: float(value) for name, value in collapse_statistics(seen, topology).items()}
         losses.append(figures.pop("loss"))
         norms.append(result.grad_norm)
-    figures |= {name: float(value) for name, value in teacher.health().items()}
+    figures |= held_out_figures | {name: float(value) for name, value in teacher.health().items()}
     figures |= {
         f"feature {i}": float(x.double().square().sum()) for i, x in enumerate(evaluate(student, teacher, case))
     }

@@ -16,8 +16,9 @@ from d2v_scale.data.text import TokenCounter
 from d2v_scale.data.tokenizer import train
 from d2v_scale.data.writing import write_set
 from d2v_scale.data2vec.config import LossConfig, MaskingConfig
-from d2v_scale.evaluation.held_out import held_out_figures
+from d2v_scale.evaluation.held_out import HeldOutSet
 from d2v_scale.model.config import ModelConfig, TextStem
+from d2v_scale.parallel import groups
 from d2v_scale.step import masked_targets
 from d2v_scale.teacher import ShardedTeacher
 
@@ -30,16 +31,24 @@ class Module(torch.nn.Module):
     def __init__(self, error: float) -> None:
         super().__init__()
         self.error = error
+        self.blocks = torch.nn.ModuleList()  # nothing for the probe to look at
+        self.config = SimpleNamespace(visible_only=False)
+
+    def valid_positions(self, batch: Batch) -> None:
+        del batch
 
     def forward(self, batch: Batch, draw: object) -> SimpleNamespace:
         del draw
         assert not self.training
-        return SimpleNamespace(predictions_nd=masked_targets(targets_of(batch), batch) + self.error, features_btd=None)
+        return SimpleNamespace(
+            predictions_nd=masked_targets(targets_of(batch), batch) + self.error, features_btd=None, cls_rd=None
+        )
 
 
 class TeacherOfFixedTargets(ShardedTeacher):
     def __init__(self) -> None:
         """Nothing of the real one is needed."""
+        self.module = Module(0.0)
 
     def __call__(self, batch: Batch, features: object) -> torch.Tensor:
         return targets_of(batch)
@@ -50,11 +59,10 @@ def targets_of(batch: Batch) -> torch.Tensor:
 
 
 def figures(batches: list[Batch], error: float) -> dict[str, float]:
-    topology = SimpleNamespace(data_parallel_rank=0, data_parallel_size=1, device=torch.device("cpu"))
-    student = SimpleNamespace(module=Module(error).train(), topology=topology)
-    found = held_out_figures(batches, cast(Any, student), TeacherOfFixedTargets(), LossConfig())
+    student = SimpleNamespace(module=Module(error).train(), topology=groups.single_process())
+    found = HeldOutSet(batches, cast(Any, student), TeacherOfFixedTargets(), LossConfig(), width=32).figures()
     assert student.module.training
-    return found
+    return {name: found[name] for name in ("held_out_loss", "held_out_explained")}
 
 
 def batches(*sizes: int) -> list[Batch]:

@@ -67,11 +67,18 @@ def test_dropout_drops_its_share_alike_in_both_passes() -> None:
     assert torch.allclose(grad_v[0, 0].diagonal(), out[7])
 
 
-def test_used_in_training_over_long_rows_only() -> None:
-    long = torch.zeros(1, 1, cpu_attention.SHORTEST, 4, requires_grad=True)
-    assert cpu_attention.applies(long, None)
-    assert not cpu_attention.applies(long[:, :, 1:], None)
-    assert not cpu_attention.applies(long.detach(), None)
-    assert not cpu_attention.applies(long, torch.ones(1, 1, 1, cpu_attention.SHORTEST, dtype=torch.bool))
+def test_used_in_training_over_long_rows_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    length = cpu_attention.SHORTEST
+    long = torch.zeros(1, 1, length, 4, requires_grad=True)
+    assert cpu_attention.applies(long, None, 0.1)
+    assert not cpu_attention.applies(long[:, :, 1:], None, 0.1)
+    assert not cpu_attention.applies(long.detach(), None, 0.1)
+    assert not cpu_attention.applies(long, torch.ones(1, 1, 1, length, dtype=torch.bool), 0.1)
     with torch.no_grad():
-        assert not cpu_attention.applies(long, None)
+        assert not cpu_attention.applies(long, None, 0.1)
+    longer = torch.zeros(1, 1, cpu_attention.SHORTEST_WITHOUT_DROPOUT, 4, requires_grad=True)
+    for threads in (1, 2):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        assert cpu_attention.applies(longer, None, 0.0) == (threads == 1)
+        assert cpu_attention.applies(longer, None, 0.1)
+        assert not cpu_attention.applies(long, None, 0.0)

@@ -1,4 +1,4 @@
-"""d2v_scale.layer_probe against the same figures computed the slow way."""
+"""d2v_scale.evaluation.layer_probe against the same figures computed the slow way."""
 
 import math
 
@@ -7,7 +7,7 @@ import tiny_models
 import torch
 
 from d2v_scale.data2vec.statistics import linear_cka
-from d2v_scale.layer_probe import LayerProbe, attention_entropy
+from d2v_scale.evaluation.layer_probe import LayerProbe, attention_entropy
 from d2v_scale.model.config import TeacherParts
 from d2v_scale.model.init import initialize
 from d2v_scale.model.stack import Draw, Student, Teacher
@@ -25,19 +25,22 @@ def test_every_layer_of_every_model_has_an_entropy_and_a_likeness(name: str) -> 
     initialize(teacher, SEED)
     probe = LayerProbe(student, teacher, topology)
     batch = tiny_models.batch(name, samples=5, clones=2 if name.startswith("v2") else 1, padded=True)
-    student(batch, Draw(SEED, 0))
-    probe.arm(batch)
-    student(batch, Draw(SEED, 0))
-    teacher(batch)
+    with torch.no_grad(), probe.watching(batch):
+        student(batch, Draw(SEED, 0))
+        teacher(batch)
     figures = {key: float(value) for key, value in probe.figures().items()}
     depth = config.backbone.depth
     for kind in ("attention_entropy", "cka"):
         layers = [figures[f"{kind}/layer_{index + 1:02d}"] for index in range(depth)]
         assert all(0 < value < 1 for value in layers), figures
         assert figures[kind] == pytest.approx(sum(layers) / depth, rel=1e-5)
-    # Disarmed: what follows is not looked at.
+    # What follows is not looked at, and nothing stays in the modules.
     student(batch, Draw(SEED, 1))
     assert float(probe.figures()["cka"]) == figures["cka"]
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in student.modules())
+    with probe.watching(None):
+        student(batch, Draw(SEED, 0))
+    assert float(probe.figures()["cka"]) == 0.0
 
 
 def test_networks_that_see_and_compute_the_same_are_alike() -> None:
@@ -49,8 +52,7 @@ def test_networks_that_see_and_compute_the_same_are_alike() -> None:
     batch = tiny_models.batch(name)
     batch.masked_rt.zero_()
     probe = LayerProbe(student, teacher, groups.single_process())
-    probe.arm(batch)
-    with torch.no_grad():
+    with torch.no_grad(), probe.watching(batch):
         student(batch, Draw(SEED, 0))
         teacher(batch)
     assert float(probe.figures()["cka"]) == pytest.approx(1.0, abs=1e-4)
@@ -70,9 +72,9 @@ def test_padding_is_not_compared() -> None:
     for block in (student.blocks[1], teacher.blocks[1]):
         block.register_forward_hook(lambda _m, _i, output: states.append(output[0].detach()))
     probe = LayerProbe(student, teacher, groups.single_process())
-    probe.arm(batch)
-    student(batch, Draw(SEED, 0))
-    teacher(batch)
+    with torch.no_grad(), probe.watching(batch):
+        student(batch, Draw(SEED, 0))
+        teacher(batch)
     expected = linear_cka(states[0][valid_bt], states[1][valid_bt])
     assert float(probe.figures()["cka/layer_02"]) == pytest.approx(float(expected), rel=1e-4)
 
