@@ -246,7 +246,7 @@ class _Decoder(nn.Module):
 
     def __init__(self, ours: Any, planar: bool) -> None:
         super().__init__()
-        self.convs = copy.deepcopy(ours.convs)
+        self.convs = copy.deepcopy(ours.convs) if planar else nn.ModuleList(_plain(conv) for conv in ours.convs)
         layers = [ours.proj] if ours.proj_layers == 1 else [ours.proj1, nn.GELU(), ours.proj2]
         self.projection = copy.deepcopy(nn.Sequential(*layers))
         self.planar, self.residual, self.dropout = planar, ours.residual, nn.Dropout(ours.dropout)
@@ -264,6 +264,14 @@ class _Decoder(nn.Module):
             out = F.gelu(F.layer_norm(out.movedim(1, -1), out.shape[1:2]).movedim(-1, 1))
             x = out + x if self.residual and out.shape == x.shape else out
         return self.projection(x.flatten(2).transpose(1, 2))[masked_rt]
+
+
+def _plain(conv: nn.Conv1d) -> nn.Conv1d:
+    """Of (R, C, T), with the same values."""
+    padding = int(conv.padding[0])
+    plain = nn.Conv1d(conv.in_channels, conv.out_channels, conv.kernel_size[0], padding=padding, groups=conv.groups)
+    plain.load_state_dict(conv.state_dict())
+    return plain
 
 
 class _Student1(nn.Module):

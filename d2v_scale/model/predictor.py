@@ -55,7 +55,7 @@ class ConvPredictor(nn.Module):
         self.planar = spec.kind == "conv2d" and modality == "vision"
         self.residual = spec.residual
         self.dropout = spec.input_dropout
-        conv = nn.Conv2d if self.planar else nn.Conv1d
+        conv = nn.Conv2d if self.planar else cpu_ops.SequenceConv
         widths = [width, *[spec.width] * spec.layers]
         self.convs = nn.ModuleList(
             conv(inputs, outputs, spec.kernel, padding=spec.kernel // 2, groups=spec.groups)
@@ -83,7 +83,7 @@ class ConvPredictor(nn.Module):
         x_nd.index_copy_(0, masked_n, noise_nd.to(x_nd.dtype))
         x_nd.index_copy_(0, index_n, visible_rsd.reshape(-1, width))
         side = math.isqrt(length)
-        # Channels stay last between the layers; the convolutions see a permuted view.
+        # Channels stay last between the layers; planar convolutions see a permuted view.
         x = x_nd.view(rows, side, side, width) if self.planar else x_nd.view(rows, length, width)
         for conv in self.convs:
             x = self._layer(conv, x)
@@ -91,7 +91,7 @@ class ConvPredictor(nn.Module):
         return self.proj(out_nd) if self.proj_layers == 1 else self.proj2(F.gelu(self.proj1(out_nd)))
 
     def _layer(self, conv: nn.Module, x: Tensor) -> Tensor:
-        out = conv(x.movedim(-1, 1)).movedim(1, -1)
+        out = conv(x.movedim(-1, 1)).movedim(1, -1) if self.planar else conv(x)
         # An even kernel makes one position too many at each end.
         out = out[:, : x.shape[1], : x.shape[2]] if self.planar else out[:, : x.shape[1]]
         out = norm_gelu(out, None, None, 1e-5)

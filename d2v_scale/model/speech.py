@@ -73,7 +73,7 @@ class SpeechContext(nn.Module):
             self.mask_embedding = nn.Parameter(torch.empty(width))
             set_rule(self.mask_embedding, InitRule("uniform", 0.0, 1.0))
         self.pos_convs = nn.ModuleList(
-            nn.Conv1d(width, width, kernel, padding=kernel // 2, groups=stem.pos_conv_groups)
+            cpu_ops.SequenceConv(width, width, kernel, padding=kernel // 2, groups=stem.pos_conv_groups)
             for _ in range(stem.pos_conv_depth)
         )
         self.norm = nn.LayerNorm(width, config.backbone.norm_eps)
@@ -114,8 +114,7 @@ class SpeechContext(nn.Module):
         length = x_rtd.shape[1]
         for conv in self.pos_convs:
             # An even kernel makes one frame too many at the end.
-            x_rtd = conv(x_rtd.transpose(1, 2))[..., :length].transpose(1, 2)
-            x_rtd = norm_gelu(x_rtd, None, None, 1e-5)
+            x_rtd = norm_gelu(conv(x_rtd)[:, :length], None, None, 1e-5)
         return x_rtd
 
 

@@ -36,6 +36,22 @@ def test_linear_of_rows_that_are_a_view_with_gaps() -> None:
     assert_same([cpu_ops.linear(x, weight)], [F.linear(x, weight)])
 
 
+@pytest.mark.parametrize(("kernel", "groups"), [(5, 1), (5, 4), (4, 2)])
+def test_convolution_of_sequences(kernel: int, groups: int) -> None:
+    conv = cpu_ops.SequenceConv(8, 12, kernel, padding=kernel // 2, groups=groups)
+    # A view with gaps, as the rows without an extra token are.
+    x = torch.randn(3, 11, 8)[:, 1:]
+
+    def ours(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return torch.func.functional_call(conv, {"weight": weight, "bias": bias}, x)
+
+    def plain(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return F.conv1d(x.transpose(1, 2), weight, bias, padding=kernel // 2, groups=groups).transpose(1, 2)
+
+    parameters = (conv.weight.detach(), conv.bias.detach())  # type: ignore[union-attr]
+    assert_same(gradients(ours, x, *parameters), gradients(plain, x, *parameters))
+
+
 def test_dropout_drops_its_share_scales_the_rest_and_repeats_with_the_seed() -> None:
     x = torch.ones(1000, 1001)
     torch.manual_seed(3)
