@@ -264,7 +264,7 @@ def record(run: Run, result: StepResult, seen: Observations, lr: float) -> list[
 
 
 def evaluate(run: Run) -> None:
-    """What the recipe names shards for: k-NN accuracy, held-out loss and what the layers do. Collective."""
+    """To the record: k-NN and held-out loss where the recipe names shards for them, what the layers do. Collective."""
     sets = (run.evaluation, run.held_out)
     values = {name: value for one in sets if one is not None for name, value in one.figures().items()}
     if values:
@@ -272,7 +272,7 @@ def evaluate(run: Run) -> None:
 
 
 def draw_pictures(run: Run) -> None:
-    """Have pictures drawn of what the teacher makes of labelled samples, where there are some. Collective."""
+    """Have pictures drawn of what the teacher makes of some samples. Collective."""
     if run.evaluation is not None:
         run.tracker.gallery(run.evaluation.gallery(run.recipe, run.step))
 

@@ -9,13 +9,16 @@ class EvaluationConfig:
     masked samples that are not trained on."""
 
     train: str | None = None
-    """Labelled shards that neighbours are taken from; null: no k-NN and no pictures."""
+    """Labelled shards that neighbours are taken from; null: no k-NN."""
     test: str | None = None
     """Labelled shards whose labels are guessed."""
     held_out: str | None = None
-    """Shards, with labels or without, for the masked loss and the layers' attention and likeness; null: `test`."""
+    """Shards, with labels or without, for the masked loss, for what the layers do with them, and, where `test` is null,
+    for pictures; null: `test`. With neither, a few samples of the first training shard are looked at."""
     every: int = 0
     """Steps between evaluations; 0: only before the first step and after the last."""
+    batch_size: int = 32
+    """Samples of a forward pass; where they are masked, these many rows (samples x clones)."""
     k: int = 20
     """Neighbours."""
     layers: list[int] = field(default_factory=lambda: [-1, -2, -3, -4])

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from d2v_scale.data.batch import Batch
-from d2v_scale.data.labelled import LabelledSet
 from d2v_scale.data2vec import loss
 from d2v_scale.data2vec.config import LossConfig
 from d2v_scale.evaluation.layer_probe import LayerProbe
+from d2v_scale.evaluation.samples import samples_without_labels
 from d2v_scale.model.stack import Draw
 from d2v_scale.parallel.pipeline import Objective, PipelineStudent
 from d2v_scale.parallel.stage_teacher import StageTeacher
@@ -29,31 +29,32 @@ class HeldOutSet:
     """Masked batches, which every rank keeps in memory, and what is measured on them."""
 
     def __init__(
-        self, batches: Sequence[Batch], student: StudentEngine, teacher: EmaTeacher, config: LossConfig, width: int
+        self,
+        batches: Sequence[Batch],
+        student: StudentEngine,
+        teacher: EmaTeacher,
+        config: LossConfig,
+        width: int,
+        *,
+        trained_on: bool = False,
     ) -> None:
-        """`width`: channels of the targets. All ranks need the same batches."""
+        """`width`: channels of the targets. All ranks need the same batches. `trained_on`: they are of the training
+        set, so that there is no held-out loss to speak of."""
         assert batches, "no batch to measure"
         self._batches, self._student, self._teacher = batches, student, teacher
         self._config, self._width = config, width
+        self._trained_on = trained_on
         self._layers = LayerProbe(student.module, teacher.module, student.topology)
 
     @classmethod
     def of(cls, recipe: Recipe, student: StudentEngine, teacher: EmaTeacher) -> "HeldOutSet | None":
-        """Of the recipe's shards, which are decoded once; None where it names none."""
-        shards = recipe.evaluation.held_out or recipe.evaluation.test
-        if shards is None:
+        """Of the samples that the recipe has for it, which are decoded once; None where there are none."""
+        found = samples_without_labels(recipe, recipe.evaluation.max_masked, masked=True)
+        if found is None:
             return None
-        found = LabelledSet(
-            shards,
-            recipe.model.modalities[0],
-            recipe.data,
-            recipe.model,
-            limit=recipe.evaluation.max_masked,
-            require_labels=False,
-            masking=recipe.objective.masking,
-        )
-        batches = [batch for batch, _ in found.read()]
-        return cls(batches, student, teacher, recipe.objective.loss, recipe.model.backbone.width)
+        batches = [batch for batch, _ in found.batches]
+        objective, width = recipe.objective, recipe.model.backbone.width
+        return cls(batches, student, teacher, objective.loss, width, trained_on=found.trained_on)
 
     @torch.no_grad()
     def figures(self) -> dict[str, float]:
@@ -74,7 +75,8 @@ class HeldOutSet:
         topology.sum_over_model(sums.values)
         layers = self._layers.figures()
         packed = torch.stack([value.double() for value in layers.values()]).tolist()
-        return {**sums.figures(), **dict(zip(layers, packed, strict=True))}
+        held_out = {} if self._trained_on else sums.figures()
+        return held_out | dict(zip(layers, packed, strict=True))
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -54,7 +55,7 @@ class LayerProbe:
 
     @torch.no_grad()
     def figures(self) -> dict[str, Tensor]:
-        """`attention_entropy/layer_<n>`: mean over heads and queries, in parts of the entropy of attending everywhere
+        """`attention_entropy/layer_<n>`: mean over heads and queries, in parts of the entropy of attending to all keys
         alike; `cka/layer_<n>`: linear CKA of student (masked) and teacher (unmasked) at the positions both have. Layers
         count from 1, with a mean over all of them under `attention_entropy` and `cka`. Collective: all ranks must call.
         """
@@ -83,21 +84,27 @@ class LayerProbe:
             weight_rt = None if weight_rt is None else weight_rt.gather(1, visible_bs)
         handles: list[RemovableHandle] = []
         for index, block in _here(self._student):
-            handles += self._watch_attention(index, block)
+            handles += self._watch_attention(index, block, batch.clones, weight_rt)
             handles.append(self._watch_student(index, block, batch, visible_bs))
         for index, block in _here(self._teacher):
             handles.append(self._watch_teacher(index, block, batch, visible_bs, weight_rt))
         return handles
 
-    def _watch_attention(self, index: int, block: nn.Module) -> tuple[RemovableHandle, RemovableHandle]:
+    def _watch_attention(
+        self, index: int, block: nn.Module, clones: int, weight_rs: Tensor | None
+    ) -> tuple[RemovableHandle, RemovableHandle]:
+        """`weight_rs`: as in `_watch_teacher`."""
         attention: Any = block.attention
+        chosen = slice(None, ROWS * clones, clones)
 
         def keep_bias(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
             self._biases[index] = inputs[1]
 
         def read_projection(_module: nn.Module, _inputs: Any, output: Any) -> None:
             if index not in self._entropy:
-                self._entropy[index] = attention_entropy(attention, output[0].detach(), self._biases[index])
+                bias = self._biases[index]
+                bias = bias if bias is None or bias.shape[0] == 1 else bias[chosen]
+                self._entropy[index] = attention_entropy(attention, output[0].detach()[chosen], bias, weight_rs)
 
         return attention.register_forward_pre_hook(keep_bias), attention.qkv.register_forward_hook(read_projection)
 
@@ -142,23 +149,26 @@ def _here(network: Student | Teacher) -> Iterator[tuple[int, Block]]:
     return ((index, block) for index, block in enumerate(network.blocks) if isinstance(block, Block))
 
 
-def attention_entropy(attention: Any, qkv_rsd: Tensor, bias: Tensor | None) -> Tensor:
-    """Mean entropy of the attention of `ROWS` rows of local heads over log(number of keys), a scalar.
+def attention_entropy(attention: Any, qkv_rsd: Tensor, bias: Tensor | None, weight_rs: Tensor | None = None) -> Tensor:
+    """Mean over local heads and queries of the entropy of attention over log(number of keys in reach), a scalar.
 
-    `qkv_rsd`: the output of `attention.qkv`, rows ordered [head][q|k|v][head_dim]; `bias`: `Carry.attention_bias`.
-    Keys that the bias hides count among the number of keys.
+    `qkv_rsd`: the output of `attention.qkv`, rows ordered [head][q|k|v][head_dim]; `bias`: `Carry.attention_bias`;
+    `weight_rs`: 0 for queries that do not count, without the extra tokens in front, which do.
     """
     rows, length, _ = qkv_rsd.shape
-    rows = min(rows, ROWS)
-    parts = qkv_rsd[:rows].view(rows, length, attention.heads, 3, attention.head_dim)
+    parts = qkv_rsd.view(rows, length, attention.heads, 3, attention.head_dim)
     q_rhsd, k_rhsd, _ = parts.permute(3, 0, 2, 1, 4).float().unbind(0)
     if attention.split_bias:
         q_rhsd = q_rhsd + attention.q_bias.float().view(attention.heads, 1, attention.head_dim)
     chosen = slice(None, None, -(-length // QUERIES))
     scores_rhqk = q_rhsd[:, :, chosen] @ k_rhsd.transpose(2, 3) / math.sqrt(attention.head_dim)
     if bias is not None:
-        bias = bias[:rows, :, chosen] if bias.shape[2] > 1 else bias[:rows]
+        bias = bias[:, :, chosen] if bias.shape[2] > 1 else bias
         hidden = bias.dtype == torch.bool
         scores_rhqk = scores_rhqk.masked_fill(~bias, -math.inf) if hidden else scores_rhqk + bias.float()
-    share_rhqk = scores_rhqk.softmax(dim=-1)
-    return torch.special.entr(share_rhqk).sum(dim=-1).mean() / math.log(max(2, length))
+    keys_rhq = (scores_rhqk > -math.inf).sum(dim=-1).clamp(min=2)
+    share_rhq = torch.special.entr(scores_rhqk.softmax(dim=-1)).sum(dim=-1) / keys_rhq.log()
+    if weight_rs is None:
+        return share_rhq.mean()
+    weight_rq = F.pad(weight_rs, (length - weight_rs.shape[1], 0), value=1.0)[:, chosen]
+    return (share_rhq.mean(dim=1) * weight_rq).sum() / weight_rq.sum().clamp(min=1)

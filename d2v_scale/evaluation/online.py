@@ -15,6 +15,7 @@ from d2v_scale.data.labelled import LabelledSet
 from d2v_scale.evaluation.config import EvaluationConfig
 from d2v_scale.evaluation.features import mean_over_positions
 from d2v_scale.evaluation.knn import knn, whitened
+from d2v_scale.evaluation.samples import samples_without_labels
 from d2v_scale.model.stack import Student, Teacher
 from d2v_scale.parallel.zero import StudentEngine
 from d2v_scale.plots.gallery import FIRST, Gallery
@@ -37,9 +38,13 @@ class LabelNames:
     classes: list[str]
     tokenizer: str | None
 
+    def of(self, label: int) -> str:
+        """A class's name, or its number where it has none; nothing for -1, which is no label."""
+        return "" if label < 0 else self.classes[label] if label < len(self.classes) else str(label)
+
 
 class OnlineEvaluation:
-    """k-NN on two small labelled sets, which every rank keeps in memory."""
+    """k-NN on two small labelled sets, which every rank keeps in memory, and pictures of the second."""
 
     def __init__(
         self,
@@ -50,6 +55,7 @@ class OnlineEvaluation:
         teacher: EmaTeacher,
         names: LabelNames,
     ) -> None:
+        """`train`: empty where there is no k-NN."""
         self.config = config
         self._names = names
         self._train, self._test = train, test
@@ -57,13 +63,18 @@ class OnlineEvaluation:
 
     @classmethod
     def of(cls, recipe: Recipe, student: StudentEngine, teacher: EmaTeacher) -> "OnlineEvaluation | None":
-        """On the recipe's labelled shards, which are decoded once; None where it names none."""
+        """On the recipe's labelled shards, which are decoded once. Where it names none there are only pictures of other
+        samples; None where there is nothing to draw."""
         config = recipe.evaluation
         if config.train is None or config.test is None:
-            return None
+            samples = samples_without_labels(recipe, _PICTURED, masked=False)
+            if samples is None:
+                return None
+            return cls(config, [], samples.batches, student, teacher, LabelNames([], samples.tokenizer))
 
         def labelled(shards: str, limit: int) -> LabelledSet:
-            return LabelledSet(shards, recipe.model.modalities[0], recipe.data, recipe.model, limit=limit)
+            modality, batch_size = recipe.model.modalities[0], config.batch_size
+            return LabelledSet(shards, modality, recipe.data, recipe.model, batch_size=batch_size, limit=limit)
 
         train, test = labelled(config.train, config.max_train), labelled(config.test, config.max_test)
         classes = agreed_classes([(config.train, train.classes), (config.test, test.classes)])
@@ -72,6 +83,8 @@ class OnlineEvaluation:
 
     def figures(self) -> dict[str, float]:
         """All figures for the record. Collective: all ranks must call; all get the same."""
+        if not self._train:
+            return {}
         samples = sum(len(labels_b) for _, labels_b in self._test)
         return {"knn_accuracy": self.accuracy(), "knn_samples": samples}
 
@@ -118,11 +131,10 @@ class OnlineEvaluation:
             found.append(
                 (pooled_lbd.cpu(), last_btd.float().cpu() if index * _PICTURED_AT_ONCE < FIRST else last_btd[:0])
             )
-        classes = self._names.classes
         valid_bt = cast(Teacher, self._teacher.module).valid_positions(batch)
         return Gallery(
             batch=batch,
-            labels=[classes[label] if label < len(classes) else str(label) for label in labels_b.tolist()],
+            labels=[self._names.of(label) for label in labels_b.tolist()],
             valid_bt=valid_bt,
             teacher_lnd=torch.cat([pooled for pooled, _ in found], dim=1),
             first_btd=torch.cat([last for _, last in found[: FIRST // _PICTURED_AT_ONCE]]),

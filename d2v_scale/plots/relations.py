@@ -29,7 +29,8 @@ def plot_neighbours(
     queries: int = 8,
     neighbours: int = 5,
 ) -> Path:
-    """Each row: a sample and the others nearest to it by cosine similarity, framed green if of the same label.
+    """Each row: a sample and the others nearest to it by cosine similarity, framed green if of the same label, red if
+    of another.
 
     The sample's own title says how many others have its label, so how many green ones there could be.
     """
@@ -47,10 +48,11 @@ def plot_neighbours(
         for column, (item, score) in enumerate([(query, 1.0), *found[:neighbours]]):
             axes = figure.add_subplot(queries, columns, row * columns + column + 1)
             _draw_sample(axes, samples[item])
-            others = list(labels).count(labels[item]) - 1
-            title = f"{labels[item]} ({others} more)" if column == 0 else f"{labels[item]}  {score:.2f}"
+            others = f"({list(labels).count(labels[item]) - 1} more)" if labels[item] else ""
+            title = f"{labels[item]} {others if column == 0 else f' {score:.2f}'}".strip()
             axes.set_title(title, fontsize=8, fontweight="bold" if column == 0 else "normal", pad=2)
-            colour = "black" if column == 0 else ("#2a9d4a" if labels[item] == labels[query] else "#c8402f")
+            alike = "#2a9d4a" if labels[item] == labels[query] else "#c8402f"
+            colour = alike if column and labels[query] and labels[item] else "black"
             for spine in axes.spines.values():
                 spine.set_visible(True)
                 spine.set_color(colour)

@@ -83,12 +83,43 @@ class _Heads:
     heads, head_dim, split_bias = 2, 4, False
 
 
-def test_entropy_is_1_when_all_is_attended_alike_and_less_when_keys_are_hidden() -> None:
+def test_entropy_is_1_when_all_keys_in_reach_are_attended_alike() -> None:
     qkv = torch.zeros(3, 16, 2 * 3 * 4)
     assert float(attention_entropy(_Heads(), qkv, None)) == pytest.approx(1.0)
     valid = torch.zeros(3, 1, 1, 16, dtype=torch.bool)
     valid[..., :4] = True
-    half = pytest.approx(math.log(4) / math.log(16))
-    assert float(attention_entropy(_Heads(), qkv, valid)) == half
-    hiding = torch.zeros(1, 2, 16, 16).masked_fill(~valid[:1], -math.inf)
-    assert float(attention_entropy(_Heads(), qkv, hiding)) == half
+    assert float(attention_entropy(_Heads(), qkv, valid)) == pytest.approx(1.0)
+    # Two of the four keys hold all of the attention.
+    towards = torch.zeros(1, 2, 16, 16)
+    towards[..., :2] = 50.0
+    assert float(attention_entropy(_Heads(), qkv, towards.masked_fill(~valid[:1], -math.inf))) == pytest.approx(0.5)
+
+
+def test_padded_queries_have_no_part_in_the_entropy() -> None:
+    qkv = torch.zeros(3, 16, 2 * 3 * 4)
+    sharp = torch.zeros(1, 2, 16, 16)
+    sharp[:, :, 8:, 0] = 100.0
+    weight = (torch.arange(15) < 7).float().expand(3, 15)  # beside one extra token
+    assert float(attention_entropy(_Heads(), qkv, sharp, weight)) == pytest.approx(1.0)
+    assert float(attention_entropy(_Heads(), qkv, sharp)) == pytest.approx(0.5)
+
+
+def test_one_clone_of_each_sample_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def spy(attention: object, qkv_rsd: torch.Tensor, *_: object) -> torch.Tensor:
+        seen.append(qkv_rsd)
+        return torch.zeros(())
+
+    monkeypatch.setattr("d2v_scale.evaluation.layer_probe.attention_entropy", spy)
+    config = tiny_models.model("v2_vision")
+    student, teacher = Student(config), Teacher(config, tiny_models.target_of("v2_vision"), TeacherParts())
+    initialize(student, SEED)
+    initialize(teacher, SEED)
+    batch = tiny_models.batch("v2_vision", samples=5, clones=3)
+    outputs: list[torch.Tensor] = []
+    with torch.no_grad(), LayerProbe(student, teacher, groups.single_process()).watching(batch):
+        student.blocks[0].attention.qkv.register_forward_hook(lambda _m, _i, output: outputs.append(output[0]))
+        student(batch, Draw(SEED, 0))
+        teacher(batch)
+    assert torch.equal(seen[0], outputs[0][::3])

@@ -1,0 +1,68 @@
+"""Samples to look at while training, where the recipe names none with labels."""
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from small_shards import image_samples
+
+from d2v_scale import command_line
+from d2v_scale.data.writing import write_set
+from d2v_scale.errors import DataError
+from d2v_scale.evaluation.samples import samples_without_labels
+from d2v_scale.recipe import Recipe
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> Path:
+    """30 images in three shards, without labels."""
+    samples = [{key: value for key, value in sample.items() if key != "cls"} for sample in image_samples(30)]
+    write_set(tmp_path, "train", "vision", samples, per_shard=10)
+    return tmp_path
+
+
+def recipe_of(shards: Path, *options: str) -> Recipe:
+    recipe, _ = command_line.parse(
+        [
+            *("--recipe", "demo_vision", "--data", f"{shards}/train-*.tar", "--objective.masking.clones", "4"),
+            *("--evaluation.train", "null", "--evaluation.test", "null", "--evaluation.batch_size", "8", *options),
+        ]
+    )
+    return recipe
+
+
+def test_without_any_named_a_few_of_the_first_shard_are_looked_at_always_masked_alike(shards: Path) -> None:
+    (shards / "train-000001.tar").unlink()
+    (shards / "train-000001.tar").write_bytes(b"")  # is not read
+    found, again = (samples_without_labels(recipe_of(shards), 256, masked=True) for _ in range(2))
+    assert found is not None
+    assert again is not None
+    assert found.trained_on
+    batches = [batch for batch, _ in found.batches]
+    assert sum(len(batch.keys) for batch in batches) == 10
+    assert [batch.masked_rt.shape[0] for batch in batches] == [8] * 5  # rows of a pass: two samples, four clones
+    for batch, (other, _) in zip(batches, again.batches, strict=True):
+        assert torch.equal(batch.masked_rt, other.masked_rt)
+    pictures = samples_without_labels(recipe_of(shards), 4, masked=False)
+    assert pictures is not None
+    assert [labels.tolist() for _, labels in pictures.batches] == [[-1] * 4]
+    assert not any(batch.masked_rt.any() for batch, _ in pictures.batches)
+
+
+def test_named_shards_come_first_and_must_be_readable(shards: Path) -> None:
+    write_set(shards, "other", "vision", image_samples(6), per_shard=6, classes=["a", "b", "c"])
+    found = samples_without_labels(recipe_of(shards, "--evaluation.held_out", f"{shards}/other-*.tar"), 5, masked=True)
+    assert found is not None
+    assert not found.trained_on
+    assert sum(len(batch.keys) for batch, _ in found.batches) == 5
+    with pytest.raises(DataError, match="No shard matches"):
+        samples_without_labels(recipe_of(shards, "--evaluation.held_out", f"{shards}/none-*.tar"), 5, masked=True)
+
+
+def test_training_shards_without_an_index_are_left_alone(shards: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for path in [*shards.glob("*.index"), *shards.glob("*.index.json")]:
+        path.unlink()
+    with caplog.at_level(logging.INFO):
+        assert samples_without_labels(recipe_of(shards), 256, masked=True) is None
+    assert "evaluation.held_out" in caplog.text
