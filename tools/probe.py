@@ -34,8 +34,8 @@ from d2v_scale.evaluation.position_probes import (
     train_probe,
 )
 from d2v_scale.finetuning.config import CtcConfig, TaskConfig
-from d2v_scale.finetuning.evaluation import answers, measure
-from d2v_scale.finetuning.loading import labels_of
+from d2v_scale.finetuning.evaluation import answers, measure, outside_vocabulary
+from d2v_scale.finetuning.loading import held_out_labels, labels_of
 from d2v_scale.finetuning.model import outputs_of
 from d2v_scale.finetuning.predictor import TaskPredictor
 from d2v_scale.finetuning.step import ctc_loss_sum
@@ -112,7 +112,7 @@ Scores = tuple[dict[str, float], dict[str, int], float | None]
 
 def pooled_scores(encoder: FrozenEncoder, arguments: argparse.Namespace) -> Scores:
     """k-NN or linear probe of mean-pooled layers."""
-    sets = sets_of(encoder, arguments, ClassLabels())
+    sets = sets_of(encoder, arguments, ClassLabels(), ClassLabels())
     train, test = (extract(encoder.hidden_states, one, encoder.valid_positions, encoder.device) for one in sets)
 
     def score(x_nd: Tensor, y_n: Tensor, x_qd: Tensor, y_q: Tensor) -> float:
@@ -135,8 +135,8 @@ def pooled_scores(encoder: FrozenEncoder, arguments: argparse.Namespace) -> Scor
 def position_scores(encoder: FrozenEncoder, arguments: argparse.Namespace) -> Scores:
     """Attentive pooling, or a new CTC head, on the last layer."""
     task = TaskConfig(kind="ctc", ctc=CtcConfig(letters=arguments.letters, beam=arguments.beam))
-    labels = labels_of(task) if arguments.task == "ctc" else ClassLabels()
-    sets = sets_of(encoder, arguments, labels)
+    kinds = (labels_of(task), held_out_labels(task)) if arguments.task == "ctc" else (ClassLabels(), ClassLabels())
+    sets = sets_of(encoder, arguments, *kinds)
     train, test = (extract_states(encoder.hidden_states, one, encoder.valid_positions, encoder.device) for one in sets)
     sizes = counts(sets, *(sum(len(batch.labels) for batch in batches) for batches in (train, test)))
     if arguments.task == "attentive":
@@ -152,7 +152,7 @@ def position_scores(encoder: FrozenEncoder, arguments: argparse.Namespace) -> Sc
     found = []
     for logits_btc, states in zip(predictions(head, test, encoder.device), test, strict=True):
         found += answers(task, logits_btc, states.labels, states.valid_bt.sum(dim=1))
-    return measure(task, found), sizes, None
+    return measure(task, found), sizes | outside_vocabulary(task, found), None
 
 
 def own_head(arguments: argparse.Namespace) -> dict[str, object]:
@@ -160,7 +160,7 @@ def own_head(arguments: argparse.Namespace) -> dict[str, object]:
     predictor = TaskPredictor.load(arguments.checkpoint)
     predictor.task.ctc.beam = arguments.beam
     shards = shards_of(predictor.recipe, "--test", arguments)
-    labels = labels_of(predictor.task)
+    labels = held_out_labels(predictor.task)
     source = predictor.source
     samples = labelled(predictor.recipe, shards, arguments, labels)
     check_tokenizer(source.path, source.tokenizer_sha256, shards, samples.tokenizer_sha256)
@@ -177,6 +177,7 @@ def own_head(arguments: argparse.Namespace) -> dict[str, object]:
         "task": arguments.task,
         "test_samples": len(found),
         "test_lost": len(samples) - len(found),
+        **outside_vocabulary(predictor.task, found),
         "error" if arguments.task == "ctc" else "accuracy": scores,
     }
 
@@ -207,10 +208,12 @@ def labelled(recipe: Recipe, shards: str, arguments: argparse.Namespace, labels:
     return found
 
 
-def sets_of(encoder: FrozenEncoder, arguments: argparse.Namespace, labels: Labels) -> list[LabelledSet]:
+def sets_of(
+    encoder: FrozenEncoder, arguments: argparse.Namespace, learned: Labels, held_out: Labels
+) -> list[LabelledSet]:
     """The training and the held-out set. Raises DataError where they do not fit each other or the encoder."""
     sets = []
-    for option in ("--data", "--test"):
+    for option, labels in (("--data", learned), ("--test", held_out)):
         sets.append(labelled(encoder.recipe, shards_of(encoder.recipe, option, arguments), arguments, labels))
         shards, checksum = sets[-1].shards, sets[-1].tokenizer_sha256
         check_tokenizer(encoder.source, encoder.tokenizer_sha256, shards, checksum)
@@ -240,6 +243,8 @@ def print_table(result: dict[str, object]) -> None:
     lost = {name: result.get(f"{name}_lost", 0) for name in ("train", "test")}
     if any(lost.values()):
         print(f"lost: {lost['train']} training and {lost['test']} held-out samples")
+    if result.get("outside_vocabulary"):
+        print(f"{result['outside_vocabulary']} characters of the held-out texts are outside the vocabulary: errors")
     scores = result.get("accuracy", result.get("error"))
     assert isinstance(scores, dict)
     if "chance" in result:

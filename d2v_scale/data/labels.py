@@ -80,14 +80,15 @@ class Vocabulary:
 
     def encode(self, text: str) -> NDArray[np.int64]:
         """Numbers of a text (U,); a letter is taken in the case that the vocabulary has, others are <unk>."""
-        words = " ".join(text.split())
-        return np.array([self._find(character) for character in words], dtype=np.int64)
+        return np.array([self._number.get(letter, self.unknown) for letter in self.fold(text)], dtype=np.int64)
 
-    def _find(self, character: str) -> int:
-        for written in (character, character.upper(), character.lower()):
-            if written in self._number:
-                return self._number[written]
-        return self.unknown
+    def fold(self, text: str) -> str:
+        """The text with single spaces and each letter in the case that the vocabulary has; others as they are."""
+        return "".join(self._fold(letter) for letter in " ".join(text.split()))
+
+    def _fold(self, letter: str) -> str:
+        cases = (letter, letter.upper(), letter.lower())
+        return next((written for written in cases if written in self._number), letter)
 
     def decode(self, numbers: list[int]) -> str:
         """The text of numbers that hold no repeats any more; pieces that are no characters are left out."""
@@ -115,6 +116,17 @@ class Transcripts:
         for k, row in enumerate(rows):
             filled[k, : len(row)] = row
         return torch.from_numpy(filled)
+
+
+class SpokenTexts(Transcripts):
+    """A text in `.txt` as answers are compared with it, whole: int64 (B, U) code points, filled with -1.
+
+    A character that the vocabulary lacks cannot be answered, and counts as an error.
+    """
+
+    def read(self, sample: RawSample) -> NDArray[np.int64]:
+        """The code points (U,) of the folded text."""
+        return np.array([ord(letter) for letter in self.vocabulary.fold(_text(sample, self.extension))], dtype=np.int64)
 
 
 def _text(sample: RawSample, extension: str) -> str:

@@ -14,7 +14,7 @@ from d2v_scale.data.labels import Vocabulary
 from d2v_scale.finetuning import metrics
 from d2v_scale.finetuning.config import TaskConfig
 from d2v_scale.finetuning.decoding import beam_search, greedy
-from d2v_scale.finetuning.loading import class_count, labels_of
+from d2v_scale.finetuning.loading import class_count, held_out_labels
 from d2v_scale.finetuning.model import TaskModel
 from d2v_scale.finetuning.step import frames_of
 from d2v_scale.model.stack import Draw
@@ -26,7 +26,7 @@ Answers = list[tuple[Any, Any]]
 
 
 def answers(task: TaskConfig, logits: Tensor, labels: Tensor, frames_b: Tensor | None) -> Answers:
-    """Of a batch: (class, class), (score, score) or (text, text)."""
+    """Of a batch: (class, class), (score, score) or (text, text). `labels` are those of `held_out_labels`."""
     if task.kind == "classify":
         return list(zip(logits.argmax(dim=-1).tolist(), labels.tolist(), strict=True))
     if task.kind == "regress":
@@ -35,11 +35,10 @@ def answers(task: TaskConfig, logits: Tensor, labels: Tensor, frames_b: Tensor |
     vocabulary = Vocabulary(task.ctc.letters)
     found = []
     log_probs_btc = logits.float().log_softmax(dim=-1).cpu().numpy()
-    for log_probs_tc, frames, characters_u in zip(log_probs_btc, frames_b.tolist(), labels.tolist(), strict=True):
+    for log_probs_tc, frames, points_u in zip(log_probs_btc, frames_b.tolist(), labels.tolist(), strict=True):
         frames_tc = log_probs_tc[:frames]
         heard = greedy(frames_tc) if task.ctc.beam == 1 else beam_search(frames_tc, task.ctc.beam)
-        spoken = [number for number in characters_u if number >= 0]
-        found.append((vocabulary.decode(heard), vocabulary.decode(spoken)))
+        found.append((vocabulary.decode(heard), "".join(chr(point) for point in points_u if point >= 0)))
     return found
 
 
@@ -50,6 +49,15 @@ def measure(task: TaskConfig, found: Answers) -> dict[str, float]:
         return metrics.of_texts(guessed, labels, task.chosen_metrics())
     of = metrics.of_classes if task.kind == "classify" else metrics.of_scores
     return of(np.array(guessed), np.array(labels), task.chosen_metrics())
+
+
+def outside_vocabulary(task: TaskConfig, found: Answers) -> dict[str, int]:
+    """Of CTC: how many characters of the held-out texts the head cannot answer. Each is an error."""
+    if task.kind != "ctc":
+        return {}
+    vocabulary = Vocabulary(task.ctc.letters)
+    unknown = sum(int((vocabulary.encode(text) == vocabulary.unknown).sum()) for _, text in found)
+    return {"outside_vocabulary": unknown}
 
 
 class TaskEvaluation:
@@ -73,7 +81,7 @@ class TaskEvaluation:
             return None
         [modality] = recipe.model.modalities
         labelled = LabelledSet(
-            config.test, modality, recipe.data, recipe.model, limit=config.max_test, labels=labels_of(task)
+            config.test, modality, recipe.data, recipe.model, limit=config.max_test, labels=held_out_labels(task)
         )
         names = agreed_classes([("the training shards", classes), (config.test, labelled.classes)])
         if task.kind == "classify":
@@ -82,8 +90,8 @@ class TaskEvaluation:
 
     @torch.no_grad()
     def measure(self) -> dict[str, float]:
-        """The task's metrics, and of how many `samples` they are and how many were `lost`. Collective: all ranks must
-        call; all get the same."""
+        """The task's metrics, of how many `samples` they are, how many were `lost`, and for CTC how many characters are
+        `outside_vocabulary`. Collective: all ranks must call; all get the same."""
         student, topology = self._student, self._student.topology
         rank, size = topology.data_parallel_rank, topology.data_parallel_size
         was_training = student.module.training
@@ -101,7 +109,8 @@ class TaskEvaluation:
             everyone = [[] for _ in range(size)]
             dist.all_gather_object(everyone, mine, group=topology.data_parallel_group)
         found = [answer for part in everyone for answer in part]
-        return {**measure(self._task, found), "samples": len(found), "lost": len(self._labelled) - len(found)}
+        sizes = {"samples": len(found), "lost": len(self._labelled) - len(found)}
+        return {**measure(self._task, found), **sizes, **outside_vocabulary(self._task, found)}
 
     def _answers(self, batch: Batch, labels: Tensor) -> Answers:
         batch = batch.to(self._student.topology.device)

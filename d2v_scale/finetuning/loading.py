@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from d2v_scale.data.class_names import agreed_classes
 from d2v_scale.data.collate import Decoder, Row, Stacked, make_decoder
 from d2v_scale.data.config import SAMPLE_RATE, DataConfig
-from d2v_scale.data.labels import ClassLabels, Labels, Scores, Transcripts, Vocabulary
+from d2v_scale.data.labels import ClassLabels, Labels, Scores, SpokenTexts, Transcripts, Vocabulary
 from d2v_scale.data.loader import StepLoader
 from d2v_scale.data.order import WindowOrder
 from d2v_scale.data.plan import SourcePlan
@@ -36,10 +36,15 @@ _SHARDS_KEPT = 64
 
 
 def labels_of(task: TaskConfig) -> Labels:
-    """How the labels of a task are read."""
+    """How the labels of a task are read to learn them."""
     if task.kind == "ctc":
         return Transcripts(Vocabulary(task.ctc.letters))
     return ClassLabels(task.classes) if task.kind == "classify" else Scores()
+
+
+def held_out_labels(task: TaskConfig) -> Labels:
+    """How the labels are read that answers are compared with: of CTC the texts themselves."""
+    return SpokenTexts(Vocabulary(task.ctc.letters)) if task.kind == "ctc" else labels_of(task)
 
 
 def class_count(task: TaskConfig, classes: list[str]) -> int:
