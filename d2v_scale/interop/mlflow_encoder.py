@@ -1,4 +1,4 @@
-"""What MLflow runs to serve an exported encoder. It keeps this file with the model: nothing is pickled."""
+"""What MLflow runs to serve an exported folder. It keeps this file with the model: nothing is pickled."""
 
 from typing import Any
 
@@ -7,31 +7,48 @@ from mlflow.models import set_model
 from mlflow.pyfunc import PythonModel
 
 
-class EncoderModel(PythonModel):
-    """Mean over positions of the encoder's last states: (B, ...) inputs to (B, D) features in fp32."""
+class ExportedModel(PythonModel):
+    """Of an encoder: (B, ...) inputs to the mean over positions of its last states, (B, D) in fp32. Of a fine-tuned
+    model: to its scores, (B, outputs) in fp32 in the order of config.json's classes, or to texts (B,)."""
 
     def load_context(self, context: Any) -> None:
         """Load the folder as its users do."""
-        from transformers import AutoModel
+        import transformers
 
         import d2v_scale  # noqa: F401  # lets transformers import beside torchaudio's CUDA wheel
 
-        self.modality = context.model_config["modality"]
+        self.modality, self.auto_class = (context.model_config[name] for name in ("modality", "auto_class"))
         folder = context.artifacts["encoder"]
-        self.model: Any = AutoModel.from_pretrained(folder, trust_remote_code=True).eval().float()
+        loader = getattr(transformers, self.auto_class)
+        self.model: Any = loader.from_pretrained(folder, trust_remote_code=True).eval().float()
+        self.tokenizer: Any = None
+        if self.auto_class == "AutoModelForCTC":
+            self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
 
     def predict(self, context: Any, model_input: np.ndarray, params: dict[str, Any] | None = None) -> np.ndarray:
-        """`model_input`: images (B, C, H, W) as the image processor gives them, waves (B, samples), or token ids."""
+        """`model_input`: images (B, C, H, W) as the image processor gives them, waves (B, samples), all real, or token
+        ids (B, T), filled with the padding's id."""
         import torch
 
         values = torch.from_numpy(np.array(model_input))
-        name = {"vision": "pixel_values", "speech": "input_values", "text": "input_ids"}[self.modality]
         values = values.long() if self.modality == "text" else values.float()
+        name = {"vision": "pixel_values", "speech": "input_values", "text": "input_ids"}[self.modality]
+        arguments = {name: values}
+        if self.modality == "text":
+            arguments["attention_mask"] = (values != self.model.config.pad_token_id).long()
         with torch.no_grad():
-            states_btd = self.model(**{name: values}).last_hidden_state
+            outputs = self.model(**arguments)
+        if self.tokenizer is not None:
+            return np.array(self.tokenizer.batch_decode(outputs.logits.argmax(dim=-1)))
+        if self.auto_class != "AutoModel":
+            return outputs.logits.numpy()
+        states_btd = outputs.last_hidden_state
         if self.modality == "vision":
             states_btd = states_btd[:, 1:]
-        return states_btd.mean(dim=1).numpy()
+        if self.modality != "text":
+            return states_btd.mean(dim=1).numpy()
+        real_bt1 = arguments["attention_mask"][..., None]
+        return ((states_btd * real_bt1).sum(dim=1) / real_bt1.sum(dim=1).clamp(min=1)).numpy()
 
 
-set_model(EncoderModel())
+set_model(ExportedModel())

@@ -8,24 +8,42 @@ import numpy as np
 from mlflow.models import ModelSignature
 from mlflow.types import Schema, TensorSpec
 
+from d2v_scale.finetuning.config import TaskConfig
+from d2v_scale.finetuning.model import outputs_of
+from d2v_scale.interop.task_heads import auto_class
 from d2v_scale.model.config import Modality, ModelConfig
 
-_PACKAGES = ("torch", "transformers", "numpy")
+_PACKAGES = ("torch", "transformers", "numpy", "d2v_scale")
 
 
-def signature(config: ModelConfig, modality: Modality) -> ModelSignature:
+def signature(config: ModelConfig, modality: Modality, task: TaskConfig | None) -> ModelSignature:
     """Shapes that the model takes and gives; -1 is any size."""
     shape: tuple[int, ...] = (-1, -1)
     if modality == "vision":
         assert config.vision is not None
         shape = (-1, config.vision.channels, config.vision.image_size, config.vision.image_size)
     kind = np.dtype(np.int64 if modality == "text" else np.float32)
-    features = TensorSpec(np.dtype(np.float32), (-1, config.backbone.width))
-    return ModelSignature(inputs=Schema([TensorSpec(kind, shape)]), outputs=Schema([features]))
+    width = config.backbone.width if task is None else outputs_of(task)
+    given = TensorSpec(np.dtype(np.float32), (-1, width))
+    if task is not None and task.kind == "ctc":
+        given = TensorSpec(np.dtype(str), (-1,))
+    return ModelSignature(inputs=Schema([TensorSpec(kind, shape)]), outputs=Schema([given]))
+
+
+def model_settings(modality: Modality, task: TaskConfig | None) -> dict[str, str]:
+    """What `mlflow_encoder.py` must know of a folder."""
+    return {"modality": modality, "auto_class": "AutoModel" if task is None else auto_class(task, modality)}
 
 
 def log_model(
-    folder: Path, config: ModelConfig, modality: Modality, *, tracking_uri: str, run_id: str, step: int
+    folder: Path,
+    config: ModelConfig,
+    modality: Modality,
+    task: TaskConfig | None,
+    *,
+    tracking_uri: str,
+    run_id: str,
+    step: int,
 ) -> str:
     """Log the folder as a LoggedModel of an MLflow run; returns its URI. Needs the server, and says so if it fails."""
     mlflow.set_tracking_uri(tracking_uri)
@@ -33,12 +51,12 @@ def log_model(
     status = client.get_run(run_id).info.status
     with mlflow.start_run(run_id=run_id):
         info = mlflow.pyfunc.log_model(
-            name="encoder",
+            name="encoder" if task is None else "fine_tuned",
             python_model=str(Path(__file__).with_name("mlflow_encoder.py")),
-            model_config={"modality": modality},
+            model_config=model_settings(modality, task),
             artifacts={"encoder": str(folder.resolve())},
-            signature=signature(config, modality),
-            pip_requirements=[f"{name}=={version(name)}" for name in _PACKAGES] + ["d2v_scale"],
+            signature=signature(config, modality, task),
+            pip_requirements=[f"{name}=={version(name)}" for name in _PACKAGES],
             step=step,
         )
     if status != "FINISHED":  # leaving the block calls the run finished

@@ -72,6 +72,7 @@ def head_settings(
     if not native:
         settings["auto_map"] = {
             "AutoConfig": f"{MODELLING_FILE.stem}.Data2Vec2Config",
+            "AutoModel": f"{MODELLING_FILE.stem}.Data2Vec2Model",
             auto: f"{MODELLING_FILE.stem}.{name}",
         }
     if task.kind == "ctc":

@@ -339,6 +339,20 @@ def test_an_older_fairseq_checkpoint_has_its_settings_in_args(tmp_path: Path) ->
     assert open_source(out / "checkpoint.pt").reference.model.backbone.heads == 4
 
 
+def test_a_padded_text_is_served_as_the_text_alone(tmp_path: Path) -> None:
+    from d2v_scale.interop.mlflow_encoder import ExportedModel
+    from d2v_scale.interop.mlflow_model import model_settings
+
+    out = tmp_path / "hf"
+    assert tool("export").main([str(checkpoint_of("v1_text", tmp_path)), str(out)]) == 0
+    model = ExportedModel()
+    settings = model_settings("text", None)
+    model.load_context(argparse.Namespace(model_config=settings, artifacts={"encoder": str(out)}))
+    ids = torch.randint(5, 38, (1, 8))
+    padded = torch.cat([ids, torch.full((1, 5), model.model.config.pad_token_id)], dim=1)
+    assert np.allclose(model.predict(None, padded.numpy()), model.predict(None, ids.numpy()), atol=1e-5)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["v2_vision", "v1_text"])
 def test_a_model_logged_to_mlflow_is_served_by_its_command(

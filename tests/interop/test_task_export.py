@@ -1,7 +1,9 @@
 """Fine-tuned models through the tool: the exported class gives our logits, and its processor reads and writes."""
 
+import argparse
 import importlib.util
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +14,12 @@ import torch
 from d2v_scale.checkpoint import write_single
 from d2v_scale.data2vec.config import ObjectiveConfig
 from d2v_scale.finetuning.config import CtcConfig, TaskConfig
+from d2v_scale.finetuning.evaluation import answers
 from d2v_scale.finetuning.model import TaskModel
 from d2v_scale.finetuning.predictor import TaskPredictor
+from d2v_scale.interop.mlflow_model import model_settings, signature
+from d2v_scale.model.config import Modality
+from d2v_scale.model.stack import Draw
 from d2v_scale.recipe import Recipe, to_dict
 
 TOOLS = Path(__file__).parents[2] / "tools"
@@ -107,6 +113,61 @@ def test_the_image_processor_crops_as_evaluation_does(tmp_path: Path) -> None:
     processor = AutoImageProcessor.from_pretrained(out)
     image = Image.new("RGB", (60, 40), (255, 0, 0))
     assert processor(image, return_tensors="pt").pixel_values.shape == (1, 3, 16, 16)
+
+
+@pytest.mark.parametrize(("name", "task"), [("v2_vision", TaskConfig(classes=3)), ("v2_speech", CTC)])
+def test_the_encoder_of_a_fine_tuned_2_0_export_loads_without_its_head(
+    name: str, task: TaskConfig, tmp_path: Path
+) -> None:
+    from transformers import AutoModel
+
+    run, out = tuned(name, task, tmp_path), tmp_path / "hf"
+    assert export(run, out) == 0
+    model = AutoModel.from_pretrained(out, trust_remote_code=True).eval()
+    ours = TaskPredictor.load(run)
+    batch = tiny_models.batch(name)
+    with torch.no_grad():
+        theirs_btd = model(**{model.main_input_name: batch.inputs}).last_hidden_state
+        ours_btd = ours.model.states(replace(batch, valid=None), Draw(0, 0))
+    assert torch.allclose(theirs_btd[:, theirs_btd.shape[1] - ours_btd.shape[1] :], ours_btd, atol=1e-5)
+
+
+def served(folder: Path, modality: Modality, task: TaskConfig | None, values: torch.Tensor) -> np.ndarray:
+    """What MLflow answers of a folder."""
+    from d2v_scale.interop.mlflow_encoder import ExportedModel
+
+    model = ExportedModel()
+    settings = model_settings(modality, task)
+    model.load_context(argparse.Namespace(model_config=settings, artifacts={"encoder": str(folder)}))
+    return model.predict(None, values.numpy())
+
+
+@pytest.mark.parametrize(
+    ("name", "modality", "task"),
+    [
+        ("v2_vision", "vision", TaskConfig(classes=3)),
+        ("v1_text", "text", TaskConfig(kind="regress")),
+        ("v2_speech", "speech", CTC),
+    ],
+)
+def test_a_fine_tuned_model_is_served_with_its_head(
+    name: str, modality: Modality, task: TaskConfig, tmp_path: Path
+) -> None:
+    run, out = tuned(name, task, tmp_path), tmp_path / "hf"
+    assert export(run, out) == 0
+    batch = replace(tiny_models.batch(name), valid=None)
+    answer = served(out, modality, task, batch.inputs)
+    predictor = TaskPredictor.load(run)
+    if task.kind == "ctc":
+        logits = predictor.logits(batch)
+        texts = answers(task, logits, torch.full((len(logits), 1), -1), torch.full((len(logits),), logits.shape[1]))
+        assert answer.tolist() == [text for text, _ in texts]
+    else:
+        assert np.allclose(answer, predictor.logits(tiny_models.batch(name)).numpy(), atol=1e-5)
+    outputs = signature(predictor.recipe.model, modality, task).outputs
+    assert outputs is not None
+    [given] = outputs.inputs
+    assert given.shape[1:] == answer.shape[1:]
 
 
 def test_a_fine_tuned_model_is_not_written_in_the_references_names(tmp_path: Path) -> None:
