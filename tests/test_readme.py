@@ -14,12 +14,25 @@ from PIL import Image
 ROOT = Path(__file__).parent.parent
 TINY = ["--recipe", "demo_vision", "--stop_at", "2", "--tracking.enabled", "false", "--data.workers", "0"]
 
+PATH_LINE = "export PATH=$PWD/.venv/bin:$PATH"
+
+# Options that stand-ins have to be small, or because the README's recipe has them.
+SMALL = {
+    *("--stop_at", "--tracking.enabled", "--data.workers", "--global_batch_size", "--vocab-size", "--recipe"),
+    *("--samples", "--length", "--rounds", "--warmup", "--sweeps", "--worlds", "--optim.max_steps"),
+    *("--optim.warmup_steps", "--evaluation.train", "--model.backbone.width", "--model.backbone.heads"),
+    *("--model.backbone.ffn",),
+}
+# Options of the README that take too long here.
+LONG = {"--all"}
+
 # README command (comments and continuation lines removed) -> what stands in for it. None: run elsewhere in the suite
 # or by the suite itself.
 STAND_INS: dict[str, list[str] | None] = {
     "bash tools/quickstart.sh": None,
     "bash tools/test.sh": None,
     "python3 -m venv .venv && .venv/bin/pip install -e .": None,
+    PATH_LINE: None,
     ".venv/bin/python tools/make_shards.py images SRC OUT": ["tools/make_shards.py", "images", "src", "shards"],
     ".venv/bin/python tools/make_shards.py audio SRC OUT": ["tools/make_shards.py", "audio", "waves", "speech"],
     ".venv/bin/python tools/make_shards.py text SRC OUT": [
@@ -101,8 +114,10 @@ STAND_INS: dict[str, list[str] | None] = {
     ".venv/bin/python tools/import_weights.py checkpoint.pt out/checkpoint": [
         *["tools/import_weights.py", "out/vit", "out/checkpoint"]
     ],
-    "deepspeed d2v_scale/train.py --recipe d2v1_speech_base --init_from out/checkpoint --run_dir runs/continued": [
-        *["d2v_scale/train.py", *TINY, "--data", "shards/*.tar", "--init_from", "runs/vit", "--global_batch_size", "4"],
+    "deepspeed d2v_scale/train.py --recipe d2v1_speech_base --init_from out/checkpoint --data '/shards/*.tar' "
+    "--run_dir runs/continued": [
+        *["d2v_scale/train.py", *TINY, "--data", "shards/*.tar", "--init_from", "out/checkpoint"],
+        *["--global_batch_size", "4"],
         *["--run_dir", "runs/continued", "--evaluation.train", "null"],
     ],
     ".venv/bin/python tools/probe.py runs/vit --data 'shards/train-*.tar' --test 'shards/val-*.tar' --task knn": [
@@ -110,7 +125,20 @@ STAND_INS: dict[str, list[str] | None] = {
     ],
     "bash tools/bench_gpu.sh": None,
     ".venv/bin/python tools/bench.py step --peer hf --all": [
-        *["tools/bench.py", "step", "--recipe", "v1_text", "--samples", "2", "--length", "32", "--rounds", "1"],
+        *[
+            "tools/bench.py",
+            "step",
+            "--peer",
+            "hf",
+            "--recipe",
+            "v1_text",
+            "--samples",
+            "2",
+            "--length",
+            "32",
+            "--rounds",
+            "1",
+        ],
         *["--warmup", "0", "--model.backbone.width=32", "--model.backbone.heads=4", "--model.backbone.ffn=64"],
     ],
     ".venv/bin/python tools/bench.py growth --out growth.png": [
@@ -118,10 +146,13 @@ STAND_INS: dict[str, list[str] | None] = {
     ],
     "bash tools/evidence.sh --data DIR": None,
     ".venv/bin/python tools/sweep.py tiny2_vision --grid objective.masking.clones=1,4 --equal_compute --seeds 1 2 "
-    "--out out/masks -- --data 'shards/*.tar'": [
-        *["tools/sweep.py", "tiny2_vision", "--grid", "objective.masking.clones=1,4", "--seeds", "1", "--out", "masks"],
-        *["--", "--data", "shards/*.tar", "--optim.max_steps", "1", "--optim.warmup_steps", "0"],
-        *["--global_batch_size", "4", "--tracking.enabled", "false", "--data.workers", "0"],
+    "--out out/masks -- --data 'shards/train-*.tar' --evaluation.train 'shards/train-*.tar' "
+    "--evaluation.test 'shards/val-*.tar' --evaluation.every 100": [
+        *["tools/sweep.py", "tiny2_vision", "--grid", "objective.masking.clones=1,4", "--equal_compute"],
+        *["--seeds", "1", "--out", "masks", "--", "--data", "shards/*.tar", "--evaluation.train", "shards/*.tar"],
+        *["--evaluation.test", "shards/*.tar", "--evaluation.every", "1", "--optim.max_steps", "1"],
+        *["--optim.warmup_steps", "0", "--global_batch_size", "4"],
+        *["--tracking.enabled", "false", "--data.workers", "0"],
     ],
 }
 
@@ -147,6 +178,24 @@ def test_every_readme_command_has_a_stand_in_and_every_file_in_it_exists():
         for word in shlex.split(command):
             if word.startswith(("tools/", "slurm/", "ds_configs/", "d2v_scale/")):
                 assert (ROOT / word).exists(), word
+
+
+def options_of(words: list[str]) -> set[str]:
+    return {word.split("=")[0] for word in words if word.startswith("--") and word != "--"}
+
+
+def test_a_stand_in_has_the_options_that_the_readme_has() -> None:
+    """A required option that only the stand-in gives would hide that the README's command fails as it is typed."""
+    for command, stand_in in STAND_INS.items():
+        if stand_in is not None:
+            ours, stated = options_of(stand_in), options_of(shlex.split(command))
+            assert ours - stated <= SMALL, command
+            assert stated - ours <= LONG, command
+
+
+def test_deepspeed_is_on_the_path_before_it_is_called() -> None:
+    commands = readme_commands()
+    assert commands.index(PATH_LINE) < next(k for k, line in enumerate(commands) if line.startswith("deepspeed"))
 
 
 @pytest.fixture(scope="module")

@@ -76,12 +76,14 @@ def axis_of(text: str) -> list[list[tuple[str, str]]]:
 def points_of(options: argparse.Namespace) -> list[Point]:
     """All points; the recipe is parsed at each, so that a wrong key or value is said before anything runs."""
     points = []
+    evaluated = False
     base, _ = parse([f"--recipe={options.recipe}", *options.training])
     for chosen in itertools.product(*(axis_of(text) for text in options.grid)):
         settings = tuple(itertools.chain.from_iterable(chosen))
         given = [f"--recipe={options.recipe}", *options.training, *(f"--{key}={value}" for key, value in settings)]
         recipe, _ = parse(given)
         recipe.check(world_size=1)
+        evaluated |= recipe.evaluation.test is not None or recipe.evaluation.held_out is not None
         if options.equal_compute:
             given += equal_compute(base, recipe)
         name = "-".join(f"{key.rpartition('.')[2]}_{value}" for key, value in settings) or "recipe"
@@ -91,6 +93,11 @@ def points_of(options: argparse.Namespace) -> list[Point]:
             run_dir = (options.out / "runs" / f"{name}-s{seed}-{digest}").resolve()
             arguments = (*given, f"--seed={seed}", f"--run_dir={run_dir}")
             points.append(Point(settings, seed, arguments, run_dir))
+    if not evaluated:
+        remedy = "Add --evaluation.train, --evaluation.test and --evaluation.every after `--`."
+        print(
+            f"warning: no run is evaluated, and losses of different settings compare nothing. {remedy}", file=sys.stderr
+        )
     return points
 
 

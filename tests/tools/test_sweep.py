@@ -52,6 +52,15 @@ def test_a_wrong_key_or_value_is_said_before_anything_runs(tmp_path: Path) -> No
         sweep.points_of(options(tmp_path, "objective.target.top_k_layers=1,99"))
 
 
+def test_a_sweep_that_evaluates_nothing_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    blind = options(tmp_path, "optim.lr=1e-3,2e-3")
+    sweep.points_of(blind)
+    assert "warning: no run is evaluated" in capsys.readouterr().err
+    blind.training += ["--evaluation.train=shards/*.tar", "--evaluation.test=shards/*.tar"]
+    sweep.points_of(blind)
+    assert capsys.readouterr().err == ""
+
+
 def test_equal_compute_gives_more_masks_fewer_steps(tmp_path: Path) -> None:
     few, many = sweep.points_of(
         options(tmp_path, "objective.masking.clones=1,8", seeds=(1,), equal_compute=True)
