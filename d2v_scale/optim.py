@@ -51,6 +51,14 @@ class OptimConfig:
             )
         if self.schedule == "tri_stage" and (len(self.phase_ratio) != 3 or abs(sum(self.phase_ratio) - 1) > 1e-6):
             raise ConfigError("optim.phase_ratio", f"is {self.phase_ratio}", "Give three shares that add up to 1.")
+        if self.schedule == "tri_stage" and not (
+            len(self.phase_scale) == 2 and self.phase_scale[0] >= 0 and self.phase_scale[1] > 0
+        ):
+            raise ConfigError(
+                "optim.phase_scale",
+                f"is {self.phase_scale}",
+                "Give two shares of the peak; the last one above 0, as an exponential decay never reaches 0.",
+            )
         if self.clip < 0:
             raise ConfigError("optim.clip", f"is {self.clip}", "Give 0 for no clipping, or a positive norm.")
 
@@ -60,13 +68,13 @@ def learning_rate(config: OptimConfig, completed_updates: int) -> float:
     n, peak, horizon = completed_updates, config.lr, config.max_steps
     if config.schedule == "tri_stage":
         warmup, hold, decay = (int(share * horizon) for share in config.phase_ratio)
-        first, last = (scale * peak for scale in config.phase_scale)
+        first, last_scale = config.phase_scale[0] * peak, config.phase_scale[1]
         if n < warmup:
             return first + (peak - first) * n / warmup
         if n < warmup + hold:
             return peak
         progress = min(1.0, (n - warmup - hold) / max(1, decay))
-        return peak * math.exp(math.log(last / peak) * progress)
+        return peak * math.exp(math.log(last_scale) * progress)
     if n < config.warmup_steps:
         return peak * n / config.warmup_steps
     progress = min(1.0, (n - config.warmup_steps) / max(1, horizon - config.warmup_steps))

@@ -83,3 +83,15 @@ def test_beit_decays_matrices_mask_token_and_table_only():
 def test_warmup_longer_than_the_run_is_refused():
     with pytest.raises(ConfigError, match="warmup_steps"):
         OptimConfig(warmup_steps=10, max_steps=10).check()
+
+
+@pytest.mark.parametrize("scale", [[0.01, 0.0], [0.01], [-0.1, 0.01]])
+def test_a_decay_to_zero_is_refused_before_it_ends_the_run_in_its_last_phase(scale):
+    with pytest.raises(ConfigError, match="phase_scale"):
+        OptimConfig(schedule="tri_stage", max_steps=100, phase_scale=scale).check()
+
+
+def test_tri_stage_with_a_learning_rate_of_zero_stays_at_zero():
+    config = OptimConfig(lr=0.0, schedule="tri_stage", max_steps=100)
+    config.check()
+    assert {learning_rate(config, step) for step in range(101)} == {0.0}

@@ -13,6 +13,7 @@ import hashlib
 import os
 import re
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -57,7 +58,7 @@ class Job:
         """Index the tar; what is not local is fetched for that long."""
         cache = ShardCache(str(self.cache), float("inf"), _TIMEOUT_S, _RETRIES)
         try:
-            tar = Path(cache.fetch(self.path) if is_remote(self.path) else self.path)
+            tar = Path(cache.fetch(self.path, newer_than=time.time()) if is_remote(self.path) else self.path)
             return self._index(tar)
         except OSError as error:
             raise DataError(

@@ -83,25 +83,33 @@ def committed_steps(root: Path) -> list[int]:
     return sorted(steps)
 
 
-def retain(root: Path, newest: int, keep_last: int, keep_every: int) -> list[int]:
-    """Delete old checkpoints after `newest` was committed; returns the deleted steps.
+def retain(root: Path, newest: int, keep_last: int, keep_every: int) -> tuple[list[int], dict[int, str]]:
+    """Delete old checkpoints after `newest` was committed; returns the deleted steps, and why others stayed.
 
     Kept: the last `keep_last` up to `newest`, multiples of `keep_every` (0: none), and everything after `newest`.
     """
     earlier = [step for step in committed_steps(root) if step <= newest]
     last = set(earlier[-max(1, keep_last) :])
     doomed = [step for step in earlier if step not in last and not (keep_every and step % keep_every == 0)]
+    stayed: dict[int, str] = {}
     for step in doomed:
-        path = root / directory_name(step)
-        # Without its marker it is no checkpoint, whatever happens in the middle of the deletion.
-        (path / MARKER).unlink()
-        sync_directory(path)
-        faults.point("retention")
-        trash = root / f".deleted-{path.name}"
-        shutil.rmtree(trash, ignore_errors=True)
-        path.rename(trash)
-        shutil.rmtree(trash, ignore_errors=True)
-    return doomed
+        try:
+            _delete(root, step)
+        except OSError as error:
+            stayed[step] = str(error)
+    return [step for step in doomed if step not in stayed], stayed
+
+
+def _delete(root: Path, step: int) -> None:
+    path = root / directory_name(step)
+    # Without its marker it is no checkpoint, whatever happens in the middle of the deletion.
+    (path / MARKER).unlink()
+    sync_directory(path)
+    faults.point("retention")
+    trash = root / f".deleted-{path.name}"
+    shutil.rmtree(trash, ignore_errors=True)
+    path.rename(trash)
+    shutil.rmtree(trash, ignore_errors=True)
 
 
 def sweep(root: Path) -> None:

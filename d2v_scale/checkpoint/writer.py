@@ -55,6 +55,8 @@ class CheckpointWriter:
         self._results: list[SaveResult] = []
         self._last: SaveResult | None = None
         self._buffer = torch.empty(0)
+        self._undeletable: set[int] = set()
+        """Old checkpoints that stayed, which was said."""
 
     @staticmethod
     def create(root: str | Path, config: CheckpointConfig | None = None) -> "CheckpointWriter":
@@ -193,8 +195,12 @@ class CheckpointWriter:
         except Exception:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
-        deleted = retain(self.root, step, self.config.keep_last, self.config.keep_every)
+        deleted, stayed = retain(self.root, step, self.config.keep_last, self.config.keep_every)
         log.info("checkpoint of step %d committed%s", step, f", deleted {deleted}" if deleted else "")
+        for old, reason in stayed.items():
+            if old not in self._undeletable:
+                log.warning("checkpoint of step %d could not be deleted: %s", old, reason)
+        self._undeletable |= stayed.keys()
 
     def _collect(self, temporary: Path, own_error: Exception | None) -> list[dict[str, Any]]:
         """Every rank's report, in rank order. Raises CheckpointError when one failed or did not answer in time.

@@ -87,7 +87,8 @@ class DataConfig:
     prefetch: int = 4
     """Steps each worker prepares ahead."""
     timeout_s: float = 600.0
-    """A step that takes longer to arrive ends the run, seconds (needs workers)."""
+    """A step that takes longer to arrive ends the run, seconds (needs workers). A shard that is not local is given up
+    after a third of it."""
     read_timeout_s: float = 120.0
     """Silence of a `pipe:` command or an object store after which a shard is fetched again, seconds."""
     read_retries: int = 2

@@ -6,6 +6,8 @@ may not fall silent, so nothing here can hang.
 
 import fcntl
 import hashlib
+import json
+import math
 import os
 import select
 import shutil
@@ -14,10 +16,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from d2v_scale.data.config import DataConfig
 
 _CHUNK = 1 << 20
 _FIRST_PAUSE_S = 60.0
+_POLL_S = 0.1
 
 
 class FetchError(OSError):
@@ -27,43 +33,51 @@ class FetchError(OSError):
 class ShardCache:
     """Local copies of shards. Safe between processes; the copies used longest ago are removed beyond `limit_bytes`."""
 
-    def __init__(self, directory: str | None, limit_bytes: float, timeout_s: float, retries: int) -> None:
+    def __init__(
+        self, directory: str | None, limit_bytes: float, timeout_s: float, retries: int, total_s: float = math.inf
+    ) -> None:
+        """`timeout_s`: silence after which an attempt is given up; `total_s`: what all attempts may take together, and
+        how long one process waits for another that is fetching the shard."""
         self._directory = Path(directory) if directory else default_cache_dir()
         self._limit_bytes = limit_bytes
         self._timeout_s = timeout_s
         self._retries = retries
-        self._failed: dict[str, tuple[float, float, str]] = {}
+        self._total_s = total_s
+        self._created = time.time()
 
-    def path_of(self, url: str) -> Path:
-        """Where the copy of `url` lies."""
-        return self._directory / f"{hashlib.sha256(url.encode()).hexdigest()[:32]}.tar"
+    @classmethod
+    def of(cls, data: DataConfig) -> "ShardCache":
+        """As the recipe says. Several shards of a step may hang before the step itself is late."""
+        return cls(data.cache_dir, data.cache_gib * 2**30, data.read_timeout_s, data.read_retries, data.timeout_s / 3)
 
-    def fetch(self, url: str, size: int | None = None) -> str:
-        """The local copy of `url`, fetched if need be. `size`: its bytes, where known. Raises FetchError.
+    def path_of(self, url: str, sha256: str = "") -> Path:
+        """Where the copy of `url` with this content lies."""
+        return self._directory / f"{hashlib.sha256((sha256 + url).encode()).hexdigest()[:32]}.tar"
 
-        After a failure the shard is left alone for a minute, then two, then four: its samples are lost meanwhile.
+    def fetch(self, url: str, size: int | None = None, sha256: str = "", newer_than: float = 0.0) -> str:
+        """The local copy of `url`, fetched if need be. Raises FetchError.
+
+        `size`, `sha256`: of the shard, where known; other contents at the same URL have copies of their own.
+        `newer_than`: a copy fetched before (Unix seconds) is fetched again.
+        After a failure all processes leave the shard alone for a minute, then two, then four: its samples are lost
+        meanwhile.
         """
-        until, _, reason = self._failed.get(url, (0.0, 0.0, ""))
-        if time.monotonic() < until:
-            raise FetchError(reason)
-        path = self.path_of(url)
+        path = self.path_of(url, sha256)
         self._directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        deadline = time.monotonic() + self._total_s
         with path.with_suffix(".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if path.is_file():
-                os.utime(path)
+            self._acquire(lock.fileno(), deadline)
+            if _is_current(path, size or 0, newer_than):
                 return str(path)
-            for attempt in range(self._retries + 1):
-                try:
-                    self._download(url, path, size)
-                    break
-                except FetchError as error:
-                    reason = f"{error} (tried {attempt + 1} times)"
-            else:
-                pause = 2 * self._failed.get(url, (0, _FIRST_PAUSE_S / 2, ""))[1]
-                self._failed[url] = (time.monotonic() + pause, pause, reason)
+            failure = self._last_failure(path)
+            if failure is not None and time.time() < failure.at + failure.pause_s:
+                raise FetchError(failure.reason)
+            reason = self._attempts(url, path, size, deadline)
+            if reason is not None:
+                pause_s = _FIRST_PAUSE_S if failure is None else 2 * failure.pause_s
+                _failure_file(path).write_text(json.dumps(asdict(_Failure(time.time(), pause_s, reason))))
                 raise FetchError(reason)
-        self._failed.pop(url, None)
+            _failure_file(path).unlink(missing_ok=True)
         make_room(self._directory, "*.tar", self._limit_bytes, path)
         return str(path)
 
@@ -71,17 +85,73 @@ class ShardCache:
         """Forget the copy of `url`."""
         self.path_of(url).unlink(missing_ok=True)
 
-    def _download(self, url: str, path: Path, size: int | None) -> None:
+    def _acquire(self, lock: int, deadline: float) -> None:
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise FetchError(f"was not fetched by another process within {self._total_s:.0f} s") from None
+                time.sleep(_POLL_S)
+
+    def _last_failure(self, path: Path) -> "_Failure | None":
+        """What a process of this run noted; what earlier runs did may have been remedied since."""
+        try:
+            failure = _Failure(**json.loads(_failure_file(path).read_text()))
+        except (OSError, ValueError, TypeError):
+            return None
+        return failure if failure.at >= self._created else None
+
+    def _attempts(self, url: str, path: Path, size: int | None, deadline: float) -> str | None:
+        """Why the shard could not be fetched; None: it is there."""
+        tried = 0
+        while True:
+            tried += 1
+            try:
+                self._download(url, path, size, deadline)
+                return None
+            except FetchError as error:
+                if tried > self._retries or time.monotonic() > deadline:
+                    return f"{error} (tried {tried} times)"
+
+    def _download(self, url: str, path: Path, size: int | None, deadline: float) -> None:
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
             with temporary.open("wb") as out:
-                stream_to(url, out.fileno(), self._timeout_s)
+                stream_to(url, out.fileno(), self._timeout_s, deadline)
             got = temporary.stat().st_size
             if size is not None and got < size:
                 raise FetchError(f"ended after {got} of {size} bytes")
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+@dataclass
+class _Failure:
+    """A note beside the lock, for all processes of the node."""
+
+    at: float
+    """Unix seconds."""
+    pause_s: float
+    reason: str
+
+
+def _failure_file(path: Path) -> Path:
+    return path.with_suffix(".failed")
+
+
+def _is_current(path: Path, size: int, newer_than: float) -> bool:
+    """Whether the copy can be used; notes that it is (its access time; when it was fetched stays)."""
+    try:
+        stat = path.stat()
+    except FileNotFoundError:
+        return False
+    if stat.st_size < size or stat.st_mtime < newer_than:
+        return False
+    os.utime(path, (time.time(), stat.st_mtime))
+    return True
 
 
 def default_cache_dir() -> Path:
@@ -97,7 +167,7 @@ def make_room(directory: Path, pattern: str, limit_bytes: float, newest: Path) -
             stat = path.stat()
         except FileNotFoundError:
             continue
-        copies.append((stat.st_mtime, stat.st_size, path))
+        copies.append((stat.st_atime, stat.st_size, path))
     used = sum(size for _, size, _ in copies)
     for _, size, path in sorted(copies):
         if used <= limit_bytes:
@@ -107,8 +177,12 @@ def make_room(directory: Path, pattern: str, limit_bytes: float, newest: Path) -
             used -= size
 
 
-def stream_to(url: str, out: int, timeout_s: float) -> None:
-    """Copy a `pipe:` command's output or a URL's content to the descriptor `out`. Raises FetchError."""
+def stream_to(url: str, out: int, timeout_s: float, deadline: float) -> None:
+    """Copy a `pipe:` command's output or a URL's content to the descriptor `out`.
+
+    Raises FetchError, also after `timeout_s` of silence and, however much still comes, at `deadline`
+    (`time.monotonic`).
+    """
     shell = url.startswith("pipe:")
     command: str | list[str] = url[len("pipe:") :] if shell else [sys.executable, "-m", "d2v_scale.data.fetching", url]
     process = subprocess.Popen(
@@ -125,8 +199,11 @@ def stream_to(url: str, out: int, timeout_s: float) -> None:
     try:
         open_ends = [process.stdout, process.stderr]
         while open_ends:
-            ready, _, _ = select.select(open_ends, [], [], timeout_s)
-            if not ready:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise FetchError("was not complete in time")
+            ready, _, _ = select.select(open_ends, [], [], min(timeout_s, left))
+            if not ready and left > timeout_s:
                 raise FetchError(f"was silent for {timeout_s:.0f} s")
             for end in ready:
                 chunk = os.read(end.fileno(), _CHUNK)

@@ -124,7 +124,8 @@ class SampleStore:
                 path = name
             else:
                 assert self._cache is not None, "shards that are not local need a cache"
-                path = self._cache.fetch(name, self._shards.entries[shard].bytes)
+                entry = self._shards.entries[shard]
+                path = self._cache.fetch(name, entry.bytes, entry.sha256)
             opened = os.open(path, os.O_RDONLY | os.O_CLOEXEC), members
         except OSError as error:
             raise SampleFault(name, "", f"cannot be opened: {error.strerror or error}") from error

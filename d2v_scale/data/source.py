@@ -27,8 +27,7 @@ _MEMBER_FILES_KEPT = 64
 
 def open_store(shards: ShardSet, data: DataConfig) -> SampleStore:
     """A reader of the samples of `shards`, for one process."""
-    cache = ShardCache(data.cache_dir, data.cache_gib * 2**30, data.read_timeout_s, data.read_retries)
-    return SampleStore(shards, cache)
+    return SampleStore(shards, ShardCache.of(data))
 
 
 def open_source(

@@ -5,6 +5,7 @@ What cannot be had without an index: planned batches, text packing that is the s
 """
 
 import logging
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -64,6 +65,7 @@ class StreamedSource:
         self._seed = seed
         self._dp_rank = dp_rank
         self._dp_size = dp_size
+        self._opened = time.time()
         if source.modality == "text" and self.tokenizer is None:
             raise ConfigError("data.text.tokenizer", "is not set, and the shards have no index that names one")
         log.warning(
@@ -95,26 +97,30 @@ class StreamedSource:
         """This worker's stream."""
         worker = get_worker_info()
         workers, number = (worker.num_workers, worker.id) if worker is not None else (1, 0)
-        data = self._data
-        cache = ShardCache(data.cache_dir, data.cache_gib * 2**30, data.read_timeout_s, data.read_retries)
         return StreamStore(
             self.shards.paths,
-            cache,
+            ShardCache.of(self._data),
             key(self._seed, self.name),
             self._dp_rank * workers + number,
             self._dp_size * workers,
+            self._opened,
         )
 
 
 class StreamStore:
     """One of `streams` readers: its `read` hands out the next sample, whichever is asked for."""
 
-    def __init__(self, paths: list[str], cache: ShardCache, seed: int, stream: int, streams: int) -> None:
+    def __init__(
+        self, paths: list[str], cache: ShardCache, seed: int, stream: int, streams: int, opened: float = 0.0
+    ) -> None:
+        """`opened`: when the run opened its sources (Unix seconds). Without an index nothing tells whether an older
+        copy is still what lies at the URL."""
         self._paths = paths
         self._cache = cache
         self._seed = seed
         self._stream = stream
         self._streams = streams
+        self._opened = opened
         self._samples: Iterator[RawSample] | None = None
         self._last: RawSample | None = None
         self._counts: dict[int, int] = {}
@@ -169,7 +175,7 @@ class StreamStore:
     def _samples_of(self, shard: int, epoch: int) -> Iterator[RawSample]:
         name = self._paths[shard]
         try:
-            path = Path(self._cache.fetch(name) if is_remote(name) else name)
+            path = Path(self._cache.fetch(name, newer_than=self._opened) if is_remote(name) else name)
             members, damage = index_tar(path)
             with path.open("rb") as stream:
                 self._damage += [Fault(name, "", reason) for reason in damage]

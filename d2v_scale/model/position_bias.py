@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -103,14 +104,19 @@ def slope_exponents(heads: int) -> list[float]:
 
 def sincos_positions(width: int, grid: int) -> Tensor:
     """Fixed 2-D positions (grid^2, width): the first half of the channels encodes the column, the second the row, each
-    as [sin, cos] of omega_i * position with omega_i = 10000^(-i / (width/4)) (spec 3.5). fp32, computed in fp64."""
+    as [sin, cos] of omega_i * position with omega_i = 10000^(-i / (width/4)) (spec 3.5). fp32, computed in fp64.
+
+    With NumPy: while a module is built for ZeRO-3, `torch.arange` and its like give values rounded to bf16.
+    """
     quarter = width // 4
-    omega = torch.exp(torch.arange(quarter, dtype=torch.float64) * (-math.log(10000.0) / quarter))
-    angles = torch.arange(grid, dtype=torch.float64)[:, None] * omega
-    axis = torch.cat((angles.sin(), angles.cos()), dim=1)
-    column = axis[None].expand(grid, grid, -1)
-    row = axis[:, None].expand(grid, grid, -1)
-    return torch.cat((column, row), dim=-1).reshape(grid * grid, width).float()
+    omega = np.exp(np.arange(quarter) * (-math.log(10000.0) / quarter))
+    angles = np.arange(grid)[:, None] * omega
+    axis = np.concatenate((np.sin(angles), np.cos(angles)), axis=1)
+    column = np.broadcast_to(axis[None], (grid, grid, width // 2))
+    row = np.broadcast_to(axis[:, None], (grid, grid, width // 2))
+    table = np.concatenate((column, row), axis=-1).reshape(grid * grid, width).astype(np.float32)
+    # On the device that ZeRO-3 builds on.
+    return torch.from_numpy(table).to(torch.empty(0).device)
 
 
 def add_padding(attention_bias: Tensor | None, valid_rs: Tensor | None, dtype: torch.dtype) -> Tensor | None:

@@ -91,10 +91,14 @@ def teacher_config(config: dict[str, Any], precision: Literal["fp32", "bf16"], o
     The persistence threshold is 0: a parameter that stays gathered would serve stale values after an update.
     `memory_efficient_linear` saves memory in the backward pass, which a teacher has none of, and would replace
     `torch.nn.functional.linear` in the whole process, the student's too: torch 2.11 compiles it to zero gradients.
+    `overlap_comm`, DeepSpeed's default at stage 3, gathers on a stream that never waits for the update before it.
+    Without it the gathers are ordered with everything on the default stream, and still run beside later work: the
+    communication itself is asynchronous.
     """
     stage3 = {k: v for k, v in config["zero_optimization"].items() if k.startswith("stage3_")}
     zero: dict[str, Any] = {**stage3, "stage": 3, "stage3_param_persistence_threshold": 0}
     zero["memory_efficient_linear"] = False
+    zero["overlap_comm"] = False
     if offload:
         zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     return {
@@ -187,6 +191,7 @@ _SECOND_OWNERS: list[tuple[str, str]] = [
     ("optimizer", "the recipe's `optim` section makes the optimizer"),
     ("scheduler", "the recipe's `optim` section makes the learning-rate schedule"),
     ("amp", "precision is the recipe's"),
+    ("torch_autocast", "precision is the recipe's"),
     ("elasticity", "the global batch size is the recipe's at any world size"),
     ("curriculum_learning", "the data plan is the recipe's"),
     ("data_efficiency", "the data plan is the recipe's"),

@@ -14,7 +14,7 @@ from d2v_scale import faults
 from d2v_scale.checkpoint import Checkpoint, find_newest_valid
 from d2v_scale.checkpoint.commit import committed_steps, sweep
 from d2v_scale.checkpoint.config import CheckpointConfig
-from d2v_scale.checkpoint.format import Piece
+from d2v_scale.checkpoint.format import Piece, directory_name
 from d2v_scale.checkpoint.writer import CheckpointWriter
 
 fork = multiprocessing.get_context("fork")
@@ -123,6 +123,27 @@ def test_killed_anywhere_the_newest_valid_checkpoint_is_whole(tmp_path: Path, po
 def test_retention_keeps_the_last_and_every_fourth(tmp_path: Path) -> None:
     assert run_two(tmp_path, list(range(1, 10))) == [0, 0]
     assert committed_steps(tmp_path) == [4, 8, 9]
+
+
+def test_a_checkpoint_that_cannot_be_deleted_does_not_make_good_saves_look_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    unlink = Path.unlink
+
+    def guarded(path: Path, missing_ok: bool = False) -> None:
+        if path.parent.name == directory_name(1):
+            raise PermissionError(13, "Permission denied", str(path))
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", guarded)
+    writer = CheckpointWriter(tmp_path, 0, 1, "s", CheckpointConfig(keep_last=1))
+    for step in (1, 2, 3, 4):
+        whole = Piece("student", "block.weight", (SIZE,), None, 0, weights(step))
+        writer.save(step, [whole], {"completed_updates": step}, {})
+        writer._join()
+    assert [result.error for result in writer.poll()] == [None] * 4
+    assert committed_steps(tmp_path) == [1, 4]
+    assert len([line for line in caplog.messages if "could not be deleted" in line]) == 1
 
 
 @pytest.mark.parametrize("fault", ["shard_write:1:3:enospc", "shard_write:0:4:enospc", "manifest:0:2:enospc"])

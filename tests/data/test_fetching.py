@@ -1,8 +1,10 @@
 """d2v_scale.data.fetching and d2v_scale.data.token_cache"""
 
 import errno
+import fcntl
 import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +46,7 @@ def test_a_command_that_fails_or_hangs_is_given_up_and_leaves_nothing(
     with pytest.raises(FetchError, match=reason):
         cache(tmp_path, timeout_s=0.5).fetch(f"pipe:{command}")
     assert time.monotonic() - started < 20
-    assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".lock"]
+    assert sorted(path.suffix for path in (tmp_path / "cache").iterdir()) == [".failed", ".lock"]
 
 
 def test_a_short_shard_is_not_kept(tmp_path: Path) -> None:
@@ -61,6 +63,58 @@ def test_failures_are_tried_again_and_then_left_alone_for_a_while(tmp_path: Path
         with pytest.raises(FetchError, match="status 1"):
             ours.fetch(bad)
     assert (tmp_path / "runs").read_text() == "run\n"
+
+
+def test_processes_that_waited_for_a_hanging_shard_do_not_all_try_it_in_turn(tmp_path: Path) -> None:
+    """They took the node's lock one after the other, each with all its attempts: a step never arrived."""
+    url = f"pipe:echo run >> {tmp_path}/runs; sleep 100"
+    caches = [cache(tmp_path, timeout_s=0.5, retries=1) for _ in range(3)]
+    started = time.monotonic()
+    with ThreadPoolExecutor(3) as pool:
+        failures = [pool.submit(one.fetch, url).exception() for one in caches]
+    assert time.monotonic() - started < 5
+    assert [str(failure) for failure in failures] == ["was silent for 0 s (tried 2 times)"] * 3
+    assert (tmp_path / "runs").read_text() == "run\n" * 2
+
+
+def test_a_shard_that_trickles_counts_as_hanging_in_the_end(tmp_path: Path) -> None:
+    """Every byte began the time-out anew."""
+    url = "pipe:while true; do echo x; sleep 0.1; done"
+    with pytest.raises(FetchError, match=r"not complete in time \(tried 1 times\)"):
+        cache(tmp_path, timeout_s=5, retries=2, total_s=0.5).fetch(url)
+
+
+def test_a_reader_waits_for_another_process_only_so_long(tmp_path: Path) -> None:
+    ours = cache(tmp_path, total_s=0.3)
+    (tmp_path / "cache").mkdir()
+    with ours.path_of("pipe:echo a").with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(FetchError, match="another process"):
+            ours.fetch("pipe:echo a")
+
+
+def test_a_failure_of_an_earlier_run_is_not_held_against_a_shard(tmp_path: Path) -> None:
+    url = f"pipe:test -e {tmp_path}/there && echo good"
+    with pytest.raises(FetchError):
+        cache(tmp_path).fetch(url)
+    (tmp_path / "there").touch()
+    assert Path(cache(tmp_path).fetch(url)).read_text() == "good\n"
+
+
+def test_a_shard_written_anew_at_the_same_url_is_not_served_from_the_old_copy(tmp_path: Path) -> None:
+    """Copies went by the URL alone and for ever."""
+    shard, ours = tmp_path / "shard", cache(tmp_path)
+    url = f"pipe:cat {shard}"
+    shard.write_text("old")
+    assert Path(ours.fetch(url, 3, "a")).read_text() == "old"
+    assert Path(ours.fetch(url, newer_than=time.time() - 60)).read_text() == "old"
+    shard.write_text("newer")
+    assert Path(ours.fetch(url, 3, "a")).read_text() == "old"
+    assert Path(ours.fetch(url, 5, "b")).read_text() == "newer"
+    # Without an index only the time can tell.
+    assert Path(ours.fetch(url, newer_than=time.time() - 60)).read_text() == "old"
+    time.sleep(0.02)
+    assert Path(ours.fetch(url, newer_than=time.time() - 0.01)).read_text() == "newer"
 
 
 def test_the_shards_used_longest_ago_make_room(tmp_path: Path) -> None:

@@ -71,6 +71,7 @@ def test_a_batch_that_does_not_divide_rounds_the_label_up() -> None:
         ),
         ({"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}, "zero_optimization.offload_param"),
         ({"tensor_parallel": {"autotp_size": 2}}, "tensor_parallel.autotp_size"),
+        ({"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}, "torch_autocast"),
     ],
 )
 def test_what_contradicts_or_cannot_work_is_refused_by_name(raw: dict, key: str) -> None:
@@ -133,6 +134,12 @@ def test_a_teacher_leaves_the_functions_of_torch_alone() -> None:
     student = resolve({"zero_optimization": {"stage": 3}})
     zero = ds_config.teacher_config(student, "bf16", offload=False)["zero_optimization"]
     assert zero["memory_efficient_linear"] is False
+
+
+def test_the_teacher_is_gathered_behind_its_update() -> None:
+    """DeepSpeed's default at stage 3 gathers on a stream that does not wait for it."""
+    student = resolve({"zero_optimization": {"stage": 3, "overlap_comm": True}})
+    assert ds_config.teacher_config(student, "bf16", offload=False)["zero_optimization"]["overlap_comm"] is False
 
 
 def test_bf16_at_stage_1_does_not_hold_all_gradients_in_fp32() -> None:

@@ -1,0 +1,68 @@
+"""The teacher beside its student, both in their engines."""
+
+import pytest
+import tiny_models
+import torch
+
+from d2v_scale.data2vec.config import ObjectiveConfig
+from d2v_scale.engines import build_engines
+from d2v_scale.model.stack import Student
+from d2v_scale.parallel import ds_config, groups
+from d2v_scale.parallel.zero import StudentEngine
+from d2v_scale.recipe import Recipe
+from d2v_scale.teacher import EmaTeacher, TeacherConfig
+
+
+def engines(
+    name: str, stage: int, precision: str, topology: groups.Topology, teacher: TeacherConfig | None = None
+) -> tuple[StudentEngine, EmaTeacher]:
+    recipe = Recipe(
+        model=tiny_models.model(name),
+        objective=ObjectiveConfig(target=tiny_models.target_of(name)),
+        teacher=teacher or TeacherConfig(),
+    )
+    numbers = ds_config.RecipeNumbers(precision=precision)
+    config = ds_config.resolve({"zero_optimization": {"stage": stage}}, numbers, recipe.parallel, 1)
+    return build_engines(recipe, config, topology)
+
+
+@pytest.mark.usefixtures("world_of_one")
+@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("name", ["v1_vision", "v2_vision", "v2_speech"])
+def test_tables_are_not_rounded_while_zero3_builds_in_bf16(name: str, stage: int) -> None:
+    """Positions were computed in bf16 at stage 3: the teacher's, and at stages 1 and 2 not the student's."""
+    student, teacher = engines(name, stage, "bf16", groups.single_process())
+    plain = dict(Student(tiny_models.model(name)).named_buffers())
+    assert plain
+    for module in (student.module, teacher.module):
+        found = dict(module.named_buffers())
+        assert found.keys() <= plain.keys()
+        assert all(torch.equal(table.cpu(), plain[name].to(table.dtype)) for name, table in found.items())
+    teacher.destroy()
+    student.destroy()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.usefixtures("world_of_one")
+@pytest.mark.parametrize("placement", ["device", "cpu"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_forward_pass_waits_for_a_slow_update(precision: str, placement: str) -> None:
+    """ZeRO-3 gathered the teacher's weights on a stream that did not wait for their update."""
+    topology = groups.single_process()
+    student, teacher = engines("v2_text", 1, precision, topology, TeacherConfig(placement=placement))
+    batch = tiny_models.batch("v2_text", 2, 2, padded=True).to(topology.device)
+    for _ in range(3):  # until DeepSpeed knows what comes next, and fetches ahead
+        teacher.features(batch, None, [-1])
+    with torch.no_grad():
+        for parameter in student.module.parameters():
+            parameter.mul_(1.5)
+    torch.cuda.synchronize()
+    torch.cuda._sleep(1_000_000_000)
+    student.completed_updates = 1
+    teacher.update(0.0)
+    at_once = teacher.features(batch, None, [-1])[0].clone()
+    torch.cuda.synchronize()
+    assert torch.equal(at_once, teacher.features(batch, None, [-1])[0])
+    teacher.destroy()
+    student.destroy()
