@@ -12,11 +12,13 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd import DeviceType
 
 from d2v_scale.errors import ConfigError
 
 _PREFIX = "d2v_scale::"
 _COMMUNICATION = ("nccl:", "gloo:", "c10d::")
+_COMMUNICATION_KERNELS = "nccl"
 
 
 @dataclass(kw_only=True)
@@ -147,14 +149,20 @@ class StepProfiler:
 
 
 def describe(profile: Any, steps: int) -> str:
-    """The table: share of every named part, share of communication, and the ten costliest operations."""
+    """The table: share of every named part, share of communication, and the ten costliest operations.
+
+    On a device the profile has everything up to three times: kernels, the operations that launched them (with their
+    kernels' time as "device time"), and a copy of every named part on each stream. Parts and operations are read from
+    what ran on the host, the total and the communication from the kernels.
+    """
     events = profile.events()
-    on_device = any(event.self_device_time_total > 0 for event in events)
-    parts = exclusive_parts([event for event in events if event.name.startswith(_PREFIX)], on_device)
+    on_host = [event for event in events if event.device_type == DeviceType.CPU]
+    kernels = [event for event in events if event.device_type != DeviceType.CPU and not event.is_user_annotation]
+    on_device = bool(kernels)
+    parts = exclusive_parts([event for event in on_host if event.name.startswith(_PREFIX)], on_device)
+    wall = next(event.time_range.elapsed_us() for event in on_host if event.name == _PREFIX + "steps")
     # On a device the named parts share its busy time; kernels launched by the backward threads belong to none of them.
-    device_total = sum(event.self_device_time_total for event in events)
-    wall = next(event.time_range.elapsed_us() for event in events if event.name == _PREFIX + "steps")
-    total = device_total if on_device else wall
+    total = sum(event.time_range.elapsed_us() for event in kernels) if on_device else wall
     parts["not named (backward, where it has its own threads)" if on_device else "not named"] = total - sum(
         parts.values()
     )
@@ -164,10 +172,18 @@ def describe(profile: Any, steps: int) -> str:
         "part (exclusive)                      ms/step   share",
     ]
     lines += [_row(name, time, total, steps) for name, time in sorted(parts.items(), key=lambda item: -item[1])]
-    communication = sum(_cost(event, on_device) for event in events if event.name.startswith(_COMMUNICATION))
+    communication = sum(
+        event.time_range.elapsed_us()
+        for event in (kernels if on_device else on_host)
+        if event.name.startswith(_COMMUNICATION_KERNELS if on_device else _COMMUNICATION)
+    )
     lines += [_row("communication (inside the parts)", communication, total, steps)]
     lines += ["", "ten costliest operations (self time)   ms/step   share     calls"]
-    averages = [a for a in profile.key_averages() if not a.key.startswith((_PREFIX, "ProfilerStep"))]
+    averages = [
+        average
+        for average in profile.key_averages()
+        if average.device_type == DeviceType.CPU and not average.key.startswith((_PREFIX, "ProfilerStep"))
+    ]
     own = (lambda a: a.self_device_time_total) if on_device else (lambda a: a.self_cpu_time_total)
     for average in sorted(averages, key=own, reverse=True)[:10]:
         lines.append(f"{_row(average.key, own(average), total, steps)} {average.count:9d}")
@@ -175,7 +191,10 @@ def describe(profile: Any, steps: int) -> str:
 
 
 def exclusive_parts(events: Iterable[Any], on_device: bool) -> dict[str, float]:
-    """Microseconds of every named part without the parts inside it, except the outermost, `steps`."""
+    """Microseconds of every named part without the parts inside it, except the outermost, `steps`.
+
+    `events`: of the host. `on_device`: count the kernels that they launched instead of their own time.
+    """
     exclusive: dict[str, float] = {}
     open_parts: dict[int, list[Any]] = {}
     for event in sorted(events, key=lambda event: (event.time_range.start, -event.time_range.end)):
@@ -185,16 +204,12 @@ def exclusive_parts(events: Iterable[Any], on_device: bool) -> dict[str, float]:
         stack = open_parts.setdefault(event.thread, [])
         while stack and stack[-1].time_range.end <= event.time_range.start:
             stack.pop()
-        cost = _cost(event, on_device)
+        cost = event.device_time_total if on_device else event.time_range.elapsed_us()
         exclusive[name] = exclusive.get(name, 0.0) + cost
         if stack:
             exclusive[stack[-1].name.removeprefix(_PREFIX)] -= cost
         stack.append(event)
     return exclusive
-
-
-def _cost(event: Any, on_device: bool) -> float:
-    return event.device_time_total if on_device else event.time_range.elapsed_us()
 
 
 def _row(name: str, microseconds: float, total: float, steps: int) -> str:

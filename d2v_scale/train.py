@@ -221,7 +221,8 @@ def train(run: Run, stop_flag: StopFlag, agreement: Agreement, watchdog: Watchdo
         logged = run.tracker.due(run.step + 1, end)
         observer.before(micro_batches, logged)
         if run.step == 0:
-            run.tracker.preview(micro_batches[0], run.loader.tokenizer(micro_batches[0].source))
+            with observer.meter.paused():
+                run.tracker.preview(micro_batches[0], run.loader.tokenizer(micro_batches[0].source))
         lr = set_rates(student.optimizer, recipe.optim, student.completed_updates)
         draw = Draw(recipe.seed, run.step)
         result, seen = train_step(
@@ -237,11 +238,14 @@ def train(run: Run, stop_flag: StopFlag, agreement: Agreement, watchdog: Watchdo
             if observer.collapsed:
                 stop_flag.up(StopReason.COLLAPSE, "; ".join(signs))
         if run.step == end or (recipe.evaluation.every and run.step % recipe.evaluation.every == 0):
-            evaluate(run)
+            with observer.meter.paused():
+                evaluate(run)
         if run.step == end or (recipe.tracking.plot_every and run.step % recipe.tracking.plot_every == 0):
-            draw_pictures(run)
+            with observer.meter.paused():
+                draw_pictures(run)
         if run.step % recipe.checkpoint.every == 0:
-            save(run)
+            with observer.meter.paused():
+                save(run)
         report_saves(run)
         watchdog.beat(run.step)
         stop = agreement.agree(stop_flag.raised())

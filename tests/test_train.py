@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import host_syncs
@@ -40,6 +41,25 @@ def test_no_step_between_log_steps_waits_for_the_device(
     run.student.destroy()
     assert logged == [True, False, False, True, False, False, False, True]
     assert not syncs.found, syncs
+
+
+def test_evaluations_pictures_and_checkpoints_are_in_no_rate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    keys = ["recipe=demo_vision", "stop_at=2", "data.workers=0", "tracking.log_every=1", "global_batch_size=8"]
+    keys += ["evaluation.every=1", "tracking.plot_every=1", "checkpoint.every=1"]
+    recipe, options = command_line.parse([f"--{key}" for key in keys])
+    run = train.build(recipe, options, train.configure(recipe), groups.single_process(), tmp_path)
+    for name in ("evaluate", "draw_pictures", "save"):
+        monkeypatch.setattr(train, name, lambda run: time.sleep(1.0))
+    records: list[dict[str, float]] = []
+    monkeypatch.setattr(run.tracker, "log", lambda step, samples, values: records.append(values))
+    with Watchdog(tmp_path, rank=0, world_size=1, limit_s=600) as watchdog:
+        assert train.train(run, StopFlag(), Agreement(), watchdog) is None
+    run.teacher.destroy()
+    run.student.destroy()
+    # Three seconds lie between the first and the second step.
+    assert records[1]["step_seconds"] < 2
+    assert records[1]["samples_per_second"] > 4
 
 
 @pytest.mark.parametrize(

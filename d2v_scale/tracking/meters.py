@@ -9,7 +9,7 @@ from typing import Any
 class SpeedMeter:
     """Steps, samples and the share of time spent waiting for data, between two readings.
 
-    Wall-clock only: no device synchronisation. On a device that runs asynchronously a single step's time means
+    Wall-clock only: no device synchronisation while steps are counted. On a device that runs asynchronously a single step's time means
     little, an average over a reading's many steps is right.
     """
 
@@ -32,6 +32,17 @@ class SpeedMeter:
         finally:
             self._waits[name] = self._waits.get(name, 0.0) + self._clock() - start
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave the time of this block (an evaluation, say) out of the rates. Waits for the device before and after."""
+        _wait_for_device()
+        start = self._clock()
+        try:
+            yield
+        finally:
+            _wait_for_device()
+            self._since += self._clock() - start
+
     def step(self, **counts: float) -> None:
         """One optimizer step is done. `counts`: what it consumed over all ranks, e.g. samples=256, seconds=1800."""
         self._steps += 1
@@ -46,6 +57,13 @@ class SpeedMeter:
         values |= {f"{name}_wait_share": min(1.0, wait / elapsed) for name, wait in self._waits.items()}
         self._restart()
         return values
+
+
+def _wait_for_device() -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 class Stopwatch:

@@ -113,6 +113,19 @@ def test_speed_meter_counts_work_and_waiting() -> None:
     assert meter.read() == {"step_seconds": 1.0, "samples_per_second": 1.0}
 
 
+def test_a_pause_is_in_no_rate() -> None:
+    now = 0.0
+    meter = SpeedMeter(lambda: now)
+    for _ in range(2):
+        with meter.waiting("data"):
+            now += 0.5
+        now += 0.5
+        meter.step(samples=8)
+        with meter.paused():
+            now += 60
+    assert meter.read() == {"step_seconds": 1.0, "samples_per_second": 8.0, "data_wait_share": 0.5}
+
+
 def test_plain_lines_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     terminal = Terminal(100)
     terminal.record({"step": 10, "loss": 0.51234, "data_wait_share": 0.02, "host_memory_gib": 3.0})
