@@ -3,8 +3,11 @@
 #   bash tools/bench_gpu.sh [--out DIR] [--wheels DIR] [--tests] [--dry_run] [--minutes N]
 #     --out DIR     where table.md, results.json, operations.txt and the traces go (default: $OUT, else out/bench_gpu)
 #     --wheels DIR  without a network, beside an installed PyTorch: install what this project needs and the machine lacks
-#                   from these wheels into a temporary folder. Collect them where there is a network, for the Python of
-#                   the GPU machine: pip download --no-deps --only-binary=:all: --python-version 3.12 -d DIR NAME ...
+#                   from these wheels into a temporary folder. Collect them where the project is installed, for the
+#                   Python of the GPU machine:
+#                     pip wheel --no-deps 'deepspeed>=0.19,<0.20' -w DIR
+#                     pip download --no-deps --only-binary=:all: --python-version 3.12 -d DIR \
+#                         $(python -m d2v_scale.benchmarks.device_packages --pins)
 #     --tests       first run the tests marked gpu, in four of the ten minutes
 #     --dry_run     tiny models on whatever device there is: a rehearsal
 # Uses .venv where there is one, else python3.
@@ -32,12 +35,10 @@ if [ -n "$wheels" ]; then
     "$python" -m pip install --quiet --no-index --no-deps --no-compile --target "$site" "$wheels"/*.whl
     export PYTHONPATH="$PYTHONPATH:$site"
 fi
-for package in torch deepspeed megatron.core transformers jsonargparse; do
-    "$python" -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('$package') is None)" 2>/dev/null || {
-        echo "error: $python lacks $package. Install the project (pip install -e .), or give --wheels DIR." >&2
-        exit 2
-    }
-done
+"$python" -m d2v_scale.benchmarks.device_packages || {
+    echo "Install the project (pip install -e .), or give --wheels DIR." >&2
+    exit 2
+}
 
 code=0
 if [ "$tests" -eq 1 ]; then

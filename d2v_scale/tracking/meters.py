@@ -9,8 +9,8 @@ from typing import Any
 class SpeedMeter:
     """Steps, samples and the share of time spent waiting for data, between two readings.
 
-    Wall-clock only: no device synchronisation while steps are counted. On a device that runs asynchronously a single step's time means
-    little, an average over a reading's many steps is right.
+    Wall-clock only: no device synchronisation but for `paused`. On a device that runs asynchronously a single step's
+    time means little, an average over a reading's many steps is right.
     """
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
