@@ -108,9 +108,22 @@ class Backbone:
     input_dropout: float = 0.0
     """On the input of the first block (after the stem's norm)."""
     drop_path: float = 0.0
-    """Rate of the last block; grows linearly from 0 at the first."""
+    """Rate of the last block; grows linearly from 0 at the first (see `drop_path_rates`)."""
     layer_drop: float = 0.0
     """Probability of skipping a block in the student, the same block on all ranks."""
+
+    def drop_path_rates(self) -> list[float]:
+        """Of every block, the prenet's first. A prenet takes the first of the rates that are linear over the main
+        blocks, which then go on linearly from the next one to the last (spec 7.2)."""
+
+        def linear(first: float, last: float, count: int) -> list[float]:
+            return [first + (last - first) * k / max(1, count - 1) for k in range(count)]
+
+        prenet, depth = self.prenet_depth, self.depth
+        if not 0 < prenet < depth:
+            return linear(0.0, self.drop_path, prenet + depth)
+        rates = linear(0.0, self.drop_path, depth)
+        return rates[:prenet] + linear(rates[prenet], self.drop_path, depth)
 
 
 @dataclass(kw_only=True)

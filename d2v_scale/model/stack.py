@@ -243,16 +243,13 @@ class Student(_Stack):
         return stateless.row_keys((keys_b[:, None] + clone_m).flatten(), "row")
 
     def _branch_scales(self, batch: Batch, draw: Draw) -> Tensor | None:
-        """Drop path: fp32 (blocks, 2, R, 1, 1), 0 or 1 / (1 - rate of the block); None where it is off.
-
-        The rate grows linearly from 0 at the first block to `drop_path` at the last.
-        """
-        rate = self.config.backbone.drop_path
-        if not self.training or rate == 0:
+        """Drop path: fp32 (blocks, 2, R, 1, 1), 0 or 1 / (1 - rate of the block); None where it is off."""
+        rates = self.config.backbone.drop_path_rates()
+        if not self.training or not any(rates):
             return None
-        count = self.config.backbone.prenet_depth + self.config.backbone.depth
+        count = len(rates)
         uniform_rc = stateless.uniform(stateless.row_keys(self._row_keys(batch, draw), "drop path"), 2 * count)
-        keep_c = 1 - torch.linspace(0, rate, count, device=uniform_rc.device).repeat_interleave(2)
+        keep_c = 1 - torch.tensor(rates).to(uniform_rc.device, non_blocking=True).repeat_interleave(2)
         scales_rc = (uniform_rc < keep_c) / keep_c
         return scales_rc.t().reshape(count, 2, -1, 1, 1)
 

@@ -69,6 +69,13 @@ def test_convolutions_get_no_gradient_and_a_frozen_encoder_gets_none_at_all() ->
     assert {name for name, p in model.named_parameters() if p.grad is not None} == {"head.out.weight", "head.out.bias"}
 
 
+@pytest.mark.parametrize(("name", "std"), [("v1_vision", 2e-5), ("v2_vision", 0.02)])
+def test_only_the_image_head_of_1_0_starts_near_zero(name: str, std: float) -> None:
+    """Spec 7.2; the reference's mae_image_classification draws with 0.02 and does not scale it."""
+    weight = made(name, TaskConfig(classes=200)).head.out.weight
+    assert weight.std().item() == pytest.approx(std, rel=0.05)
+
+
 def test_channels_are_hidden_in_spans() -> None:
     torch.manual_seed(0)
     hidden_rd = masked_channels(400, 256, 0.25, 16, torch.device("cpu"))

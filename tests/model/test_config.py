@@ -1,10 +1,12 @@
 """Sizes that do not fit together are named before anything is built."""
 
+import itertools
+
 import pytest
 import tiny_models
 
 from d2v_scale.errors import ConfigError
-from d2v_scale.model.config import ModelConfig, TeacherParts
+from d2v_scale.model.config import Backbone, ModelConfig, TeacherParts
 
 
 @pytest.mark.parametrize("name", tiny_models.NAMES)
@@ -69,3 +71,13 @@ def test_a_prefix_ends_at_a_dot() -> None:
     assert parts.role("blocks.1.norm1.weight") == "absent"
     assert parts.role("blocks.10.norm1.weight") == "averaged"
     assert ModelConfig().modalities == []
+
+
+def test_drop_path_with_a_prenet_grows_as_in_the_reference() -> None:
+    """Spec 7.2, ViT-B of 2.0 at 0.1: linear over the 10 main blocks, of which the 2 of the prenet take the first."""
+    rates = Backbone(depth=10, prenet_depth=2, drop_path=0.1).drop_path_rates()
+    assert rates[:3] == pytest.approx([0, 1 / 90, 2 / 90])
+    assert len(rates) == 12
+    steps = [after - before for before, after in itertools.pairwise(rates[2:])]
+    assert steps == pytest.approx([(0.1 - 2 / 90) / 9] * 9)
+    assert Backbone(depth=3, drop_path=0.2).drop_path_rates() == pytest.approx([0, 0.1, 0.2])
