@@ -197,9 +197,11 @@ def _write_processor(recipe: Recipe, modality: Modality, out: Path, tokenizer: P
         settings = {
             "image_processor_type": "BeitImageProcessorPil",
             "do_resize": True,
-            "size": {"height": side, "width": side},
+            # The centre crop that evaluation takes.
+            "size": {"shortest_edge": round(side / data.evaluation_crop)},
             "resample": 3,
-            "do_center_crop": False,
+            "do_center_crop": True,
+            "crop_size": {"height": side, "width": side},
             "do_rescale": True,
             "rescale_factor": 1 / 255,
             "do_normalize": True,
@@ -207,10 +209,6 @@ def _write_processor(recipe: Recipe, modality: Modality, out: Path, tokenizer: P
             "image_std": data.std[:channels],
             "do_reduce_labels": False,
         }
-        if recipe.task is not None and data.evaluation_crop < 1:
-            whole = round(side / data.evaluation_crop)
-            settings |= {"size": {"shortest_edge": whole}, "do_center_crop": True}
-            settings["crop_size"] = {"height": side, "width": side}
     _write_json(out / "preprocessor_config.json", settings)
     return []
 

@@ -12,6 +12,9 @@ import tiny_models
 import torch
 
 from d2v_scale.checkpoint import write_single
+from d2v_scale.data.config import DataConfig, VisionData
+from d2v_scale.data.labelled import LabelledSet
+from d2v_scale.data.writing import write_set
 from d2v_scale.data2vec.config import ObjectiveConfig
 from d2v_scale.finetuning.config import CtcConfig, TaskConfig
 from d2v_scale.finetuning.evaluation import answers
@@ -46,13 +49,14 @@ def export(*arguments: object) -> int:
     return module.main([str(argument) for argument in arguments])
 
 
-def tuned(name: str, task: TaskConfig, tmp_path: Path) -> Path:
+def tuned(name: str, task: TaskConfig, tmp_path: Path, evaluation_crop: float = 0.875) -> Path:
     """A run directory with a fine-tuned model of random weights."""
     torch.manual_seed(0)
     recipe = Recipe(
         name=name,
         model=tiny_models.model(name),
         task=task,
+        data=DataConfig(vision=VisionData(evaluation_crop=evaluation_crop)),
         objective=ObjectiveConfig(target=tiny_models.target_of(name)),
     )
     shapes = {n: p.shape for n, p in TaskModel(recipe.model, task).named_parameters()}
@@ -104,15 +108,31 @@ def test_the_processor_of_a_ctc_model_prepares_waves_and_reads_characters(tmp_pa
     assert processor(text="a b").input_ids == [5, 4, 6]
 
 
-def test_the_image_processor_crops_as_evaluation_does(tmp_path: Path) -> None:
+@pytest.mark.parametrize("evaluation_crop", [0.8, 1.0])
+@pytest.mark.parametrize("size", [(240, 80), (80, 160)])
+def test_the_image_processor_crops_a_long_image_as_evaluation_does(
+    size: tuple[int, int], evaluation_crop: float, tmp_path: Path
+) -> None:
     from PIL import Image
     from transformers import AutoImageProcessor
 
     out = tmp_path / "hf"
-    assert export(tuned("v1_vision", TaskConfig(classes=3), tmp_path), out) == 0
+    run = tuned("v1_vision", TaskConfig(classes=3), tmp_path, evaluation_crop)
+    assert export(run, out) == 0
+    width, height = size
+    x, y = np.meshgrid(np.arange(width), np.arange(height))
+    waves = [np.sin(x / 9), np.sin(y / 9), np.sin((x + y) / 13)]
+    pixels = np.stack([127 + 120 * wave for wave in waves], axis=-1).astype(np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "image.png")
+    content = (tmp_path / "image.png").read_bytes()
+    write_set(tmp_path, "test", "vision", [{"__key__": "a", "png": content, "cls": 0}], per_shard=2)
+    recipe = TaskPredictor.load(run).recipe
+    [(batch, _)] = LabelledSet(str(tmp_path), "vision", recipe.data, recipe.model)
     processor = AutoImageProcessor.from_pretrained(out)
-    image = Image.new("RGB", (60, 40), (255, 0, 0))
-    assert processor(image, return_tensors="pt").pixel_values.shape == (1, 3, 16, 16)
+    theirs = processor(Image.open(tmp_path / "image.png"), return_tensors="pt").pixel_values
+    assert theirs.shape == batch.inputs.shape
+    # Squashed or cut elsewhere, the waves would be off by their whole height of two.
+    assert (theirs - batch.inputs).abs().max() < 0.25
 
 
 @pytest.mark.parametrize(("name", "task"), [("v2_vision", TaskConfig(classes=3)), ("v2_speech", CTC)])
