@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from d2v_scale.finetuning.config import METRICS
 from d2v_scale.tracking.record import read_records
 
 if TYPE_CHECKING:
@@ -27,7 +28,8 @@ class Group(NamedTuple):
 
 GROUPS = (
     Group("loss", ("loss", "held_out_loss", "loss/*")),
-    Group("k-NN and probe accuracy", ("knn*", "probe*")),
+    Group("k-NN and probe accuracy", ("knn_accuracy", "probe*")),
+    Group("fine-tuned, on held-out samples", tuple(f"test/{metric}" for kind in METRICS.values() for metric in kind)),
     Group("spread (mean std over channels)", ("target_std", "prediction_std", "stem_std")),
     Group("effective rank", ("target_rank", "prediction_rank")),
     Group("mean cosine", ("target_cosine", "prediction_cosine")),

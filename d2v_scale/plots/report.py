@@ -86,7 +86,6 @@ def _overview(summaries: Sequence[RunSummary], colours: Sequence[str]) -> str:
             "k-NN last", "samples/s", "MFU", "data wait", "incidents"]  # fmt: skip
     rows = []
     for summary, colour in zip(summaries, colours, strict=True):
-        knn = next((name for name in ("knn_accuracy", "knn") if summary.last(name) is not None), "knn")
         rows.append(
             [
                 f'<span class="swatch" style="background:{colour}"></span> {html.escape(summary.name)}',
@@ -96,9 +95,9 @@ def _overview(summaries: Sequence[RunSummary], colours: Sequence[str]) -> str:
                 _number(summary.last("hours"), ".2f"),
                 _number(summary.first("loss")),
                 _number(summary.last("loss")),
-                _number(summary.first(knn), ".3f"),
-                _number(summary.best(knn), ".3f"),
-                _number(summary.last(knn), ".3f"),
+                _number(summary.first("knn_accuracy"), ".3f"),
+                _number(summary.best("knn_accuracy"), ".3f"),
+                _number(summary.last("knn_accuracy"), ".3f"),
                 _number(summary.median("samples_per_second"), ",.0f"),
                 _number(summary.median("mfu"), ".1%"),
                 _number(summary.median("data_wait_share"), ".1%"),

@@ -80,7 +80,7 @@ def test_health_panel_shows_non_finite_points(tmp_path: Path) -> None:
     log = MetricsLog(tmp_path)
     for step in range(1, 30):
         log.write(step, step, {"loss": 1 / step, "grad_norm": math.nan if step == 5 else 1.0})
-    log.write(29, 29, {"knn": 0.5})
+    log.write(29, 29, {"knn_accuracy": 0.5})
     log.close()
     assert is_picture(plot_health(tmp_path))
     assert (tmp_path / "plots" / "health.png").exists()
@@ -102,15 +102,21 @@ def test_counters_of_nothing_lie_on_the_lower_edge() -> None:
     assert axes.get_ylim()[0] == 0
 
 
+def test_counts_of_samples_are_not_drawn_beside_shares() -> None:
+    records = [{"knn_samples": 360, "test/samples": 9, "test/wer": 0.1}]
+    drawn = [name for group in GROUPS for name in names_of(records, group)]
+    assert drawn == ["test/wer"]
+
+
 def test_series_and_groups() -> None:
     records = [
         {"step": 1, "samples": 8, "loss": 2.0},
-        {"step": 2, "samples": 16, "knn_teacher": 0.5, "data_wait_share": 0.1},
+        {"step": 2, "samples": 16, "knn_accuracy": 0.5, "knn_samples": 360, "data_wait_share": 0.1},
     ]
-    assert series(records, "knn_teacher", "samples") == ([16.0], [0.5])
+    assert series(records, "knn_accuracy", "samples") == ([16.0], [0.5])
     found = {group.title: names_of(records, group) for group in GROUPS}
     assert found["loss"] == ["loss"]
     later = [{"step": 0, "held_out_loss": 1.0}, {"step": 1, "loss": 2.0, "loss/a": 1.0}]
     assert names_of(later, GROUPS[0]) == ["loss", "held_out_loss", "loss/a"]
-    assert found["k-NN and probe accuracy"] == ["knn_teacher"]
+    assert found["k-NN and probe accuracy"] == ["knn_accuracy"]
     assert found["share of time or memory"] == ["data_wait_share"]
