@@ -34,6 +34,7 @@ class RunObserver:
         self.records = 0
         """Logged steps of this process."""
         self.meter = SpeedMeter()
+        self._ema_waited = 0.0
         self.breakdown: LossBreakdown | None = None
         """Where the step in progress puts its loss by source; None: it is not logged."""
 
@@ -75,6 +76,9 @@ class RunObserver:
         completed = self._student.completed_updates
         if isinstance(self._student, PipelineStudent):
             values |= {f"pipeline_idle/stage_{i}": share for i, share in enumerate(self._student.idle_shares)}
+        if (waited := self._teacher.waited_seconds()) is not None:
+            values["ema_wait_seconds"] = (waited - self._ema_waited) / self._steps
+            self._ema_waited = waited
         values |= {
             **speed,
             **host_values(),

@@ -155,8 +155,10 @@ def train_step(
         with part("optimizer"):
             result = student.step()
     if result.applied:
+        if observe:
+            teacher.measure()
         with part("ema"), step_loss.seen.ema_time:
-            teacher.update(ema.decay(objective.ema, student.completed_updates), measure=observe)
+            teacher.update(ema.decay(objective.ema, student.completed_updates))
     return result, step_loss.seen
 
 

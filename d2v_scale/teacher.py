@@ -128,11 +128,10 @@ class EmaTeacher(ABC):
         self.copy_student()
 
     @torch.no_grad()
-    def update(self, decay: float, measure: bool = False) -> None:
+    def update(self, decay: float) -> None:
         """Move towards the student by 1 - decay. Local: no collective. Once after each applied optimizer step.
 
-        decay >= 1 changes nothing (as the reference does) and is counted. `measure` also sums what `health` reports;
-        pass True on the steps that are logged.
+        decay >= 1 changes nothing (as the reference does) and is counted.
         """
         faults.point("ema")
         self.completed_updates += 1
@@ -140,8 +139,6 @@ class EmaTeacher(ABC):
             f"the teacher made {self.completed_updates} updates, the student {self.student.completed_updates}"
         )
         self._last_decay = decay
-        if measure:
-            self._measure()
         if decay >= 1:
             return
         if self._host_update is not None:
@@ -155,6 +152,20 @@ class EmaTeacher(ABC):
             else:
                 torch._foreach_copy_(values, sources)
             self._refresh(shards)
+
+    @torch.no_grad()
+    def measure(self) -> None:
+        """Sum what `health` reports of the update that comes next. Local; reads all weights, so only for the log."""
+        self.wait()
+        sums = torch.zeros(3, dtype=torch.float32, device=self._shards[0].values.device if self._shards else "cpu")
+        for averaged, shards in self._batches:
+            counted = [shard for shard in shards if shard.counted]
+            if averaged and counted:
+                values = [shard.values for shard in counted]
+                sources = [shard.source.to(shard.values.device, torch.float32) for shard in counted]
+                sums[0] += torch.stack(torch._foreach_norm(torch._foreach_sub(sources, values))).square().sum()
+                sums[1] += torch.stack(torch._foreach_norm(values)).square().sum()
+        self._measured = sums
 
     @torch.no_grad()
     def copy_student(self) -> None:
@@ -176,7 +187,7 @@ class EmaTeacher(ABC):
             self._refresh(self._shards)
 
     def health(self) -> dict[str, Tensor]:
-        """Figures of the last update with `measure`, as 0-dim tensors. Collective; no host synchronisation.
+        """Figures of the last update after `measure`, as 0-dim tensors. Collective; no host synchronisation.
 
         `student_teacher_distance` (after the update) and `teacher_update_norm` are over averaged parameters,
         `student_teacher_distance_relative` is divided by the teacher's norm before the update.
@@ -197,6 +208,10 @@ class EmaTeacher(ABC):
         if self._host_update is not None:
             self._host_update.wait()
 
+    def waited_seconds(self) -> float | None:
+        """How long this process has waited for updates in the background so far; None where they are done at once."""
+        return None if self._host_update is None else self._host_update.waited_seconds
+
     @abstractmethod
     def features(self, batch: Any, features_btd: Tensor | None, layers: list[int]) -> list[Tensor]:
         """The module's `features`: hidden states for evaluation, without gradient. Collective."""
@@ -214,18 +229,6 @@ class EmaTeacher(ABC):
         pairs = [(shard.compute, shard.values) for shard in shards if shard.compute is not None]
         if pairs:
             torch._foreach_copy_([compute for compute, _ in pairs], [values for _, values in pairs])
-
-    def _measure(self) -> None:
-        self.wait()
-        sums = torch.zeros(3, dtype=torch.float32, device=self._shards[0].values.device if self._shards else "cpu")
-        for averaged, shards in self._batches:
-            counted = [shard for shard in shards if shard.counted]
-            if averaged and counted:
-                values = [shard.values for shard in counted]
-                sources = [shard.source.to(shard.values.device, torch.float32) for shard in counted]
-                sums[0] += torch.stack(torch._foreach_norm(torch._foreach_sub(sources, values))).square().sum()
-                sums[1] += torch.stack(torch._foreach_norm(values)).square().sum()
-        self._measured = sums
 
     def _with_values(
         self, ranges: list[HeldRange], role: Callable[[str], str], device: torch.device

@@ -1,5 +1,6 @@
 """One optimizer step of every kind of model."""
 
+import time
 from collections.abc import Callable
 
 import host_syncs
@@ -80,6 +81,26 @@ def test_no_model_waits_for_a_gpu(name: str, stage: int, monkeypatch: pytest.Mon
         train(name, stage, "bf16", False, lambda value: torch.cuda.set_sync_debug_mode("default" if value else "error"))
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.usefixtures("world_of_one")
+def test_the_time_of_the_update_is_without_that_of_its_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On logged steps, the only ones whose time is recorded, it was eleven times the update's."""
+    topology = groups.single_process()
+    recipe = Recipe(
+        model=tiny_models.model("v1_text"), objective=ObjectiveConfig(target=tiny_models.target_of("v1_text"))
+    )
+    numbers = ds_config.RecipeNumbers(precision="fp32")
+    config = ds_config.resolve({"zero_optimization": {"stage": 1}}, numbers, recipe.parallel, 1)
+    student, teacher = build_engines(recipe, config, topology)
+    student.module.train()
+    measured = teacher.measure
+    monkeypatch.setattr(teacher, "measure", lambda: (time.sleep(1), measured()))
+    _, seen = train_step(student, teacher, [tiny_models.batch("v1_text")], recipe.objective, Draw(1, 0), observe=True)
+    assert 0 < seen.ema_time.seconds() < 0.9
+    assert float(teacher.health()["teacher_norm"]) > 0
+    teacher.destroy()
+    student.destroy()
 
 
 def test_reads_of_values_are_found(monkeypatch: pytest.MonkeyPatch) -> None:

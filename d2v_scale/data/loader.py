@@ -29,6 +29,9 @@ from d2v_scale.signals import worker_signals
 
 log = logging.getLogger(__name__)
 
+# What the DataLoader itself raises for a time-out or a dead worker; other errors mean what they say.
+_NOT_ARRIVED = ("DataLoader timed out", "DataLoader worker (pid")
+
 BatchUnit = Literal["samples", "seconds", "tokens"]
 
 
@@ -225,7 +228,7 @@ class StepLoader:
         try:
             decoded = next(self._steps)
         except RuntimeError as error:
-            if isinstance(error, DataStarved):
+            if not str(error).startswith(_NOT_ARRIVED):
                 raise
             raise DataStarved(f"No batch arrived for step {self._step}: {error}") from error
         waited = time.perf_counter() - asked

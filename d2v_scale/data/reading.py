@@ -99,7 +99,7 @@ class SampleStore:
         """The sample `number` of `shard`. Raises SampleFault; never returns part of a sample."""
         name = self._shards.paths[shard]
         descriptor, members = self._opened(shard)
-        key = members.keys_n[number].decode()
+        key = members.key(number)
         size = int(members.size_n[number])
         if members.length_n[number] < 0:
             raise SampleFault(name, key, "was cut off or undecodable when the index was made")
@@ -145,5 +145,5 @@ class SampleStore:
 
     def describe(self, shard: int, number: int, reason: str) -> Fault:
         """A fault of a sample that could be read but not used."""
-        key = self.members(shard).keys_n[number].decode()
+        key = self.members(shard).key(number)
         return Fault(self._shards.paths[shard], key, reason)

@@ -53,6 +53,10 @@ class Members:
     def __len__(self) -> int:
         return len(self.start_n)
 
+    def key(self, number: int) -> str:
+        """A sample's key, to be shown: bytes that are not UTF-8 as \\xNN."""
+        return self.keys_n[number].decode("utf-8", "backslashreplace")
+
     def save(self, path: Path) -> None:
         """Write to `path`, atomically."""
         arrays: dict[str, Any] = {f.name: np.asarray(getattr(self, f.name)) for f in fields(self)}
@@ -174,14 +178,14 @@ def index_tar(path: Path, measure: Measure | None = None) -> tuple[Members, list
             end = max(info.offset_data + info.size for _, info in group)
             length = 0
             if end > len(content):
-                damage.append(f"{path.name}: {key} is cut off at the end of the file")
+                damage.append(f"{path.name}: {shown(key)} is cut off at the end of the file")
                 length, end = -1, len(content)
             elif measure is not None:
                 data = {ext: content[info.offset_data : info.offset_data + info.size] for ext, info in group}
                 try:
                     length = measure(data)
                 except Exception as error:
-                    damage.append(f"{path.name}: {key}: {error}")
+                    damage.append(f"{path.name}: {shown(key)}: {error}")
                     length = -1
             samples.append((key, start, end - start, zlib.crc32(memoryview(content)[start:end]), length))
             places.append({ext: (info.offset_data - start, info.size) for ext, info in group})
@@ -190,6 +194,11 @@ def index_tar(path: Path, measure: Measure | None = None) -> tuple[Members, list
         if _NO_END in damage and len(samples) > 1 and places[-1].keys() != places[-2].keys():
             samples[-1] = (*samples[-1][:4], -1)
     return _to_members(samples, places, list(extensions)), damage
+
+
+def shown(name: str) -> str:
+    """A name from a tar, to be shown: bytes that are not UTF-8 as \\xNN."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def _headers(stream: Any, size: int, damage: list[str]) -> Iterator[tarfile.TarInfo | None]:
@@ -256,7 +265,7 @@ def _to_members(
     table = np.array([[place.get(ext, missing) for ext in extensions] for place in places], dtype=np.int64)
     table = table.reshape(len(samples), len(extensions), 2)
     return Members(
-        keys_n=np.array([key.encode() for key in keys] or [b""][:0], dtype=np.bytes_),
+        keys_n=np.array([key.encode("utf-8", "surrogateescape") for key in keys] or [b""][:0], dtype=np.bytes_),
         start_n=np.array(starts, dtype=np.int64),
         size_n=np.array(sizes, dtype=np.int64),
         crc_n=np.array(crcs, dtype=np.uint32),

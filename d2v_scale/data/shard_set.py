@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from d2v_scale.data.class_names import ClassNames
 from d2v_scale.data.config import SourceConfig
-from d2v_scale.data.shard_index import Members, SetIndex, ShardEntry
+from d2v_scale.data.shard_index import Members, SetIndex, ShardEntry, shown
 from d2v_scale.data2vec.stateless import key
 from d2v_scale.errors import DataError
 
@@ -275,7 +275,7 @@ def _compare(stream: "os.PathLike[str] | object", size: int, path: str, members:
         except tarfile.TarError:
             # A damaged header: found and counted when the sample is read.
             continue
-        expected = members.keys_n[number].decode()
+        expected = members.keys_n[number].decode("utf-8", "surrogateescape")
         if header.isreg() and not header.name.startswith(expected + "."):
-            raise DataError(f"{path} holds {header.name} where its index says {expected}.", _REINDEX)
+            raise DataError(f"{path} holds {shown(header.name)} where its index says {shown(expected)}.", _REINDEX)
     return len(members) - len(inside)

@@ -17,7 +17,7 @@ from d2v_scale.data.config import DataConfig, SourceConfig
 from d2v_scale.data.fetching import ShardCache
 from d2v_scale.data.order import KeyedPermutation
 from d2v_scale.data.plan import Cursor, PlannedBatch
-from d2v_scale.data.reading import Fault, RawSample, SampleFault
+from d2v_scale.data.reading import Fault, RawSample
 from d2v_scale.data.shard_index import index_tar
 from d2v_scale.data.shard_set import ShardSet, is_remote
 from d2v_scale.data2vec.stateless import key, numpy_generator
@@ -187,6 +187,6 @@ class StreamStore:
                 for number in whole:
                     stream.seek(int(members.start_n[number]))
                     content = stream.read(int(members.size_n[number]))
-                    yield RawSample(name, members.keys_n[number].decode(), content, members, number)
-        except (OSError, SampleFault) as error:
+                    yield RawSample(name, members.key(number), content, members, number)
+        except Exception as error:  # one shard, whatever is in it, must not end the stream
             self._damage.append(Fault(name, "", f"cannot be read: {error}"))

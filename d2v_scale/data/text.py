@@ -128,7 +128,7 @@ class TextDecoder:
             start, stop = item * self._block, min((item + 1) * self._block, int(end_n[-1]))
             first, last = np.searchsorted(end_n, [start, stop - 1], side="right").tolist()
         tokens = self._stream(store, shard, first, last, start, stop)
-        return Row(f"block {item} from {store.members(shard).keys_n[first].decode()}", self._filled(tokens, length))
+        return Row(f"block {item} from {store.members(shard).key(first)}", self._filled(tokens, length))
 
     def _filled(self, tokens: Tokens, length: int) -> Tokens:
         row = np.full(length or self._block + 1, self._stem.pad_id, dtype=np.int64)

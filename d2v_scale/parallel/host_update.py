@@ -5,6 +5,7 @@ interpolates, the compute copy goes up again. It runs while the main thread read
 forward pass and the student's next optimizer step wait for it.
 """
 
+import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
@@ -39,6 +40,8 @@ class HostUpdate:
         self._sent = [torch.cuda.Event() for _ in range(2)]
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="teacher")
         self._running: Future[None] | None = None
+        self.waited_seconds = 0.0
+        """How long callers have waited for the host so far."""
 
     def start(self, shards: Sequence[UpdatedShard], weight: float) -> None:
         """Begin `values.lerp_(source, weight)` (a plain copy where not averaged) for all shards."""
@@ -50,7 +53,9 @@ class HostUpdate:
         """Return when the update is done on the host; make the current stream wait for what is still going up."""
         running, self._running = self._running, None
         if running is not None:
+            begin = time.perf_counter()
             running.result()
+            self.waited_seconds += time.perf_counter() - begin
             torch.cuda.current_stream(self._device).wait_stream(self._stream)
 
     @torch.no_grad()

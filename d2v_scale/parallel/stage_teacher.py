@@ -105,9 +105,9 @@ class StageTeacher(EmaTeacher):
         dist.broadcast(value, group=group, group_src=stage)
         return value
 
-    def update(self, decay: float, measure: bool = False) -> None:
+    def update(self, decay: float) -> None:
         """See `EmaTeacher.update`. Local; the gather waits until `prepare`."""
-        super().update(decay, measure)
+        super().update(decay)
         self._stale = True
 
     def _refresh(self, shards: list[TeacherShard]) -> None:

@@ -44,7 +44,7 @@ GROUPS = (
     Group("model FLOPs utilisation", ("mfu*",)),
     Group("share of time or memory", ("*_wait_share", "host_cpu_share", "host_memory_used_share", "data/padding")),
     Group("memory, GiB", ("host_memory_gib", "device_memory_gib", "device_memory_peak_gib")),
-    Group("seconds", ("ema_seconds", "checkpoint_stall_seconds", "step_seconds"), log=True),
+    Group("seconds", ("ema_seconds", "ema_wait_seconds", "checkpoint_stall_seconds", "step_seconds"), log=True),
     Group("skipped and lost", ("skipped*", "data/lost")),
 )
 _LINES_IN_LEGEND_INSIDE = 3

@@ -207,6 +207,37 @@ def test_a_step_that_never_arrives_is_a_verdict_and_no_hang(images: Path, monkey
         next(loader)
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_error_that_is_not_about_arriving_is_not_called_starved(
+    images: Path, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Any RuntimeError was, such as the device's being out of memory, and ended the run with the code for data."""
+    from d2v_scale.data.collate import Collator
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(Collator, "batch", fail)
+    with pytest.raises(RuntimeError, match="out of memory") as caught:
+        next(make_loader(SourceConfig(shards=str(images)), workers=workers))
+    assert not isinstance(caught.value, DataStarved)
+
+
+@pytest.mark.parametrize("how", ["killed", "ended"])
+def test_a_worker_that_is_gone_is_a_verdict(images: Path, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import os
+    import signal
+
+    from d2v_scale.data.collate import Collator
+
+    def end(*_: Any, **__: Any) -> None:
+        os._exit(3) if how == "ended" else os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(Collator, "batch", end)
+    with pytest.raises(DataStarved, match="No batch arrived"):
+        next(make_loader(SourceConfig(shards=str(images)), workers=1))
+
+
 @pytest.mark.parametrize(
     ("source", "error", "text"),
     [

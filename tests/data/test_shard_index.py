@@ -11,8 +11,8 @@ from small_shards import image_samples
 
 from d2v_scale.data.config import SourceConfig
 from d2v_scale.data.reading import SampleStore
-from d2v_scale.data.shard_index import Members, SetIndex, index_tar
-from d2v_scale.data.shard_set import find_shards
+from d2v_scale.data.shard_index import Members, SetIndex, index_shard, index_tar
+from d2v_scale.data.shard_set import check_before_start, find_shards
 from d2v_scale.data.writing import write_set, write_shard
 from d2v_scale.errors import DataError
 
@@ -35,6 +35,24 @@ def test_every_sample_can_be_read_back(tmp_path: Path) -> None:
     assert [sample.key for sample in read] == [sample["__key__"] for sample in samples]
     assert [bytes(sample.member(("png",))[1]) for sample in read] == [sample["png"] for sample in samples]
     assert [int(bytes(sample.member(("cls",))[1])) for sample in read] == [k % 3 for k in range(7)]
+
+
+def test_names_that_are_not_utf8_are_indexed_and_read(tmp_path: Path) -> None:
+    """A tar with latin-1 names ended the indexing with a traceback."""
+    content = write_tar(tmp_path / "t.tar", [("caf_.png", b"1"), ("b.png", b"2")]).read_bytes()
+    header = content[:512].replace(b"caf_", b"caf\xe9")
+    total = sum(header[:148]) + 8 * 32 + sum(header[156:])
+    header = header[:148] + f"{total:06o}\0 ".encode() + header[156:]
+    (tmp_path / "t.tar").write_bytes(header + content[512:])
+    entry = index_shard(tmp_path / "t.tar", tmp_path / "t.members", tmp_path)
+    assert entry.samples == 2
+    SetIndex(modality="vision", shards=[entry]).save(tmp_path / "t.index.json")
+    source = SourceConfig(shards=str(tmp_path / "t.tar"))
+    shards = find_shards(source)
+    assert check_before_start(shards, source, 0.0) == []
+    sample = SampleStore(shards).read(0, 0)
+    assert sample.key == "caf\\xe9"
+    assert bytes(sample.member(("png",))[1]) == b"1"
 
 
 def test_keys_with_folders_dots_and_long_names(tmp_path: Path) -> None:

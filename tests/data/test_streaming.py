@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from d2v_scale.data import streaming
 from d2v_scale.data.config import DataConfig, SourceConfig
 from d2v_scale.data.fetching import ShardCache
 from d2v_scale.data.loader import StepLoader
+from d2v_scale.data.shard_index import Members, index_tar
 from d2v_scale.data.streaming import StreamStore
 from d2v_scale.data2vec.config import MaskingConfig
 from d2v_scale.errors import ConfigError, DataStarved
@@ -81,6 +83,23 @@ def test_damage_is_named_and_the_stream_goes_on(images: Path, tmp_path: Path) ->
     keys = {key for _ in range(20) for key in next(loader)[0].keys}
     assert 50 < len(keys) < 90
     assert {Path(shard).name for shard in loader.faults()} == {"train-000001.tar", "train-000002.tar"}
+
+
+def test_a_shard_that_breaks_the_indexing_does_not_end_the_stream(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The generator was dead after it: every sample of the run was lost."""
+
+    def index(path: Path) -> tuple[Members, list[str]]:
+        if path.name == "train-000001.tar":
+            raise UnicodeError("surrogates not allowed")
+        return index_tar(path)
+
+    monkeypatch.setattr(streaming, "index_tar", index)
+    loader = stream(bare(images, tmp_path / "bare"))
+    keys = {key for _ in range(20) for key in next(loader)[0].keys}
+    assert 50 < len(keys) < 90
+    assert {Path(shard).name for shard in loader.faults()} == {"train-000001.tar"}
 
 
 def test_a_stream_without_a_sample_is_starved(tmp_path: Path) -> None:

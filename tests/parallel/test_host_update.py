@@ -1,6 +1,7 @@
 """The walk through the shards, with CUDA's streams and events replaced by stand-ins that check who waits for whom."""
 
 import contextlib
+import time
 from dataclasses import dataclass
 
 import pytest
@@ -62,6 +63,16 @@ def test_every_chunk_of_every_shard_moves() -> None:
         assert torch.equal(shard.values, wanted)
         if shard.compute is not None:
             assert torch.equal(shard.compute, wanted.bfloat16())
+
+
+def test_the_wait_for_an_update_in_the_background_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`ema_seconds` is the time that its start takes: what a step waits later was in no figure."""
+    update = HostUpdate(torch.device("cpu"), chunk=5)
+    monkeypatch.setattr(update, "_update", lambda *_: time.sleep(0.2))
+    update.start([], 0.5)
+    assert update.waited_seconds == 0
+    update.wait()
+    assert 0.1 < update.waited_seconds < 2
 
 
 def test_a_failure_in_the_thread_reaches_the_loop() -> None:
