@@ -1,6 +1,7 @@
 """What would make the host wait for a GPU, found on a CPU: every read of a tensor's value, and who asked for it."""
 
 import traceback
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 _ROOT = Path(__file__).resolve().parents[1]
+_HELPERS = (__file__, warnings.__file__)
 
 # `item`, `bool`, `float`, `int`, `if tensor` all end in the first; the sizes of the others' results are values.
 _READERS = {
@@ -29,13 +31,22 @@ _READERS = {
 # On a CPU these read memory without calling an operator. `numpy` is `cpu().numpy()` on a device.
 _METHODS = ("tolist", "cpu", "numpy", "__array__")
 
-# Call sites that may read, and why.
+# Functions that may wait, by file and name, and why.
 ALLOWED = {
-    # DeepSpeed's verdict: whether a gradient is not finite decides on the host if there is a step. It asks once before
-    # the optimizer's kernels are queued; what it asks again (ZeRO-1 and 2) is on the host's side of that wait.
-    "is_invalid_grad_norm for zero.py:step",
     # Masks are drawn on the host, and their layout read there, before the batch is copied to the device.
-    "of for batch.py:of",
+    "batch.py:of",
+    # DeepSpeed's verdict: whether a gradient is not finite decides on the host if there is a step. It asks several
+    # times in a row, before the optimizer's kernels are queued.
+    "utils.py:is_invalid_grad_norm",
+    "utils.py:mask_nan_or_inf_with_val_inplace",
+    "stage_1_and_2.py:has_overflow",
+    "stage3.py:get_grad_norm_direct",
+    # ZeRO-3, on a device only: after each backward pass for the reduced gradients; in a world of one for every fetched
+    # parameter; for what is gathered for good after a step.
+    "stage3.py:independent_gradient_partition_epilogue",
+    "partition_parameters.py:wait",
+    "partition_parameters.py:_allgather_params_coalesced",
+    "partition_parameters.py:_allgather_params_sequential",
 }
 
 
@@ -50,19 +61,20 @@ class HostSyncs:
 
     def note(self, what: str) -> None:
         """Count one read of the code that runs now."""
-        site = _site()
-        if not self.ignoring and site not in ALLOWED:
-            self.found[f"{what} in {site}"] += 1
+        asked, asking = _site()
+        if not self.ignoring and asked not in ALLOWED:
+            self.found[f"{what} in {asked} for {asking}"] += 1
 
     def __str__(self) -> str:
         return "".join(f"\n{count} times {site}" for site, count in self.found.items())
 
 
-def _site() -> str:
-    """The function that reads, and the innermost one of the package that it reads for."""
-    frames = [f for f in traceback.extract_stack() if "/torch/" not in f.filename and f.filename != __file__]
+def _site() -> tuple[str, str]:
+    """The function that waits, and the innermost one of the package that it waits for."""
+    frames = [f for f in traceback.extract_stack() if "/torch/" not in f.filename and f.filename not in _HELPERS]
     ours = [f for f in frames if Path(f.filename).is_relative_to(_ROOT / "d2v_scale")] or frames
-    return f"{frames[-1].name} for {Path(ours[-1].filename).name}:{ours[-1].name}"
+    asked, asking = (f"{Path(f.filename).name}:{f.name}" for f in (frames[-1], ours[-1]))
+    return asked, asking
 
 
 class _Recorder(TorchDispatchMode):
@@ -84,17 +96,43 @@ class _Recorder(TorchDispatchMode):
 
 @contextmanager
 def recorded(patch: pytest.MonkeyPatch) -> Iterator[HostSyncs]:
-    """Record what this thread reads inside."""
+    """Record what this thread reads inside, and where DeepSpeed waits for the device."""
+    from deepspeed.accelerator import get_accelerator
+
     syncs = HostSyncs()
-
-    def noted(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
-        def call(self: Tensor, *args: Any, **kwargs: Any) -> Any:
-            syncs.note(name)
-            return original(self, *args, **kwargs)
-
-        return call
-
     with patch.context() as inside, _Recorder(syncs):
         for name in _METHODS:
-            inside.setattr(Tensor, name, noted(name, getattr(Tensor, name)))
+            inside.setattr(Tensor, name, _noted(syncs, name, getattr(Tensor, name)))
+        accelerator = get_accelerator()
+        inside.setattr(accelerator, "synchronize", _noted(syncs, "synchronize", accelerator.synchronize))
         yield syncs
+
+
+@contextmanager
+def recorded_by_the_device(patch: pytest.MonkeyPatch) -> Iterator[HostSyncs]:
+    """Record where any thread waits for a GPU inside: what PyTorch warns of, and `torch.cuda.synchronize`."""
+    syncs = HostSyncs()
+
+    def shown(message: Warning | str, *_: Any) -> None:
+        if "synchronizing CUDA operation" in str(message):
+            syncs.note("wait")
+
+    with patch.context() as inside, warnings.catch_warnings():
+        warnings.simplefilter("always")
+        inside.setattr(warnings, "showwarning", shown)
+        inside.setattr(torch.cuda, "synchronize", _noted(syncs, "synchronize", torch.cuda.synchronize))
+        if torch.cuda.is_available():
+            torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield syncs
+        finally:
+            if torch.cuda.is_available():
+                torch.cuda.set_sync_debug_mode("default")
+
+
+def _noted(syncs: HostSyncs, name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        syncs.note(name)
+        return original(*args, **kwargs)
+
+    return call

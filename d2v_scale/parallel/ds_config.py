@@ -82,6 +82,8 @@ def resolve(raw: dict[str, Any], numbers: RecipeNumbers, parallel: ParallelConfi
     config["zero_allow_untested_optimizer"] = True
     config["zero_force_ds_cpu_optimizer"] = False
     config.setdefault("steps_per_print", 1_000_000_000)
+    # DeepSpeed's clock of samples per second waits for the device before and after every micro-batch.
+    config.setdefault("timers", {"throughput": {"enabled": False}})
     return config
 
 

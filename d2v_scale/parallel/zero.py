@@ -59,7 +59,11 @@ class StudentEngine:
         return self.engine(*args, **kwargs)
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradient of one micro-batch. Collective. No host sync."""
+        """Add the gradient of one micro-batch. Collective.
+
+        The host waits for the device at stage 3 (once, at the end) and with `overlap_comm` at stages 1 and 2 (for every
+        bucket): DeepSpeed frees then what it has reduced.
+        """
         faults.point("backward")
         assert self._micro_batches < self.accumulation, "more micro-batches than gradient_accumulation_steps"
         self.engine.backward(poisoned(loss))
@@ -70,7 +74,8 @@ class StudentEngine:
     def step(self) -> StepResult:
         """Clip and step on every rank, or on none. Collective.
 
-        DeepSpeed asks the device for the verdict before it steps, which is the one time that the host waits in a step.
+        DeepSpeed asks the device for the verdict before it steps: the host waits here, and at stage 3 once more for the
+        parameters that stay gathered.
         """
         assert self._micro_batches == self.accumulation, "fewer micro-batches than gradient_accumulation_steps"
         faults.point("optimizer")

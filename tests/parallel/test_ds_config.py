@@ -32,6 +32,12 @@ def test_clipping_is_always_written_out() -> None:
     assert resolve({}, RecipeNumbers(precision="fp32"))["gradient_clipping"] == 0.0
 
 
+def test_the_clock_that_waits_for_the_device_in_every_micro_batch_is_off() -> None:
+    assert resolve({})["timers"] == {"throughput": {"enabled": False}}
+    asked = {"throughput": {"enabled": True, "synchronized": False}}
+    assert resolve({"timers": asked})["timers"] == asked
+
+
 def test_one_replica_at_stage_1_has_no_reduction_buffer() -> None:
     assert resolve({}, world_size=1)["zero_optimization"]["contiguous_gradients"] is False
     assert "contiguous_gradients" not in resolve({}, world_size=2)["zero_optimization"]
