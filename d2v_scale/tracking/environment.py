@@ -8,6 +8,7 @@ import sys
 from importlib.metadata import distributions, version
 from pathlib import Path
 
+_ROOT = Path(__file__).resolve().parents[2]
 _VERSIONS = ("torch", "deepspeed", "megatron-core", "webdataset", "d2v_scale")
 _SLURM = ("JOB_ID", "ARRAY_JOB_ID", "ARRAY_TASK_ID", "JOB_NAME", "JOB_NODELIST", "JOB_PARTITION", "NNODES")
 
@@ -20,15 +21,20 @@ def environment_tags() -> dict[str, str]:
     return tags
 
 
-def git_revision() -> str:
-    """Commit of the source tree, with `-dirty` if tracked files differ; `unknown` for an installed package."""
-    root = Path(__file__).resolve().parents[2]
-    if not (root / ".git").exists():
-        return "unknown"
+def git_revision(root: Path = _ROOT) -> str:
+    """Commit of the source tree, with `-dirty` if tracked files differ; `unknown` for an installed package.
+
+    Of a Slurm job's copy of the tree: as its file REVISION has it (`slurm/lib.sh`).
+    """
     try:
+        if (root / "REVISION").exists():
+            commit, *changed = (root / "REVISION").read_text().splitlines()
+            return commit[:12] + ("-dirty" if any(not line.startswith("??") for line in changed) else "")
+        if not (root / ".git").exists():
+            return "unknown"
         command = ["git", "-C", str(root), "describe", "--always", "--abbrev=12", "--dirty", "--exclude=*"]
         return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
+    except (OSError, ValueError, subprocess.SubprocessError):
         return "unknown"
 
 
