@@ -1,12 +1,13 @@
 """What a node's processors, memory and devices do while it trains, sampled in the background."""
 
+import contextlib
 import json
 import os
 import platform
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from d2v_scale.tracking.record import parse_lines
 
@@ -90,23 +91,25 @@ class SystemMonitor:
 
 
 def _devices() -> dict[str, float]:
-    """Memory and, where the driver's library is installed, utilisation and power of every visible device."""
+    """Memory, utilisation and power of every visible device, as far as its driver tells.
+
+    All from the driver's library: PyTorch's own `mem_get_info` would take memory on every device for this process.
+    """
     import torch
 
     values: dict[str, float] = {}
     if not torch.cuda.is_initialized():  # asking would start the driver in a process that does not use it
         return values
+    readers: dict[str, Callable[[int], float]] = {
+        "memory_usage_megabytes": lambda index: torch.cuda.device_memory_used(index) / _MIB,
+        "memory_usage_percentage": lambda index: (
+            100 * torch.cuda.device_memory_used(index) / torch.cuda.get_device_properties(index).total_memory
+        ),
+        "utilization_percentage": torch.cuda.utilization,
+        "power_usage_milliwatts": torch.cuda.power_draw,
+    }
     for index in range(torch.cuda.device_count()):
-        free, total = torch.cuda.mem_get_info(index)
-        values[f"gpu_{index}_memory_usage_megabytes"] = (total - free) / _MIB
-        values[f"gpu_{index}_memory_usage_percentage"] = 100 * (1 - free / total)
-        readers: dict[str, Any] = {
-            "utilization_percentage": torch.cuda.utilization,
-            "power_usage_milliwatts": torch.cuda.power_draw,
-        }
         for name, read in readers.items():
-            try:
+            with contextlib.suppress(Exception):  # drivers refuse with errors of their own, each reading for itself
                 values[f"gpu_{index}_{name}"] = float(read(index))
-            except (ImportError, RuntimeError):
-                continue
     return values

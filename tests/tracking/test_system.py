@@ -1,8 +1,10 @@
 import json
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from mlflow import MlflowClient
 from mlflow_server import MlflowServer
 
@@ -33,6 +35,37 @@ def test_every_node_is_sampled_and_goes_on_after_a_restart(tmp_path: Path, monke
     assert len(records) >= 6
     assert 0 < records[-1]["system_memory_usage_percentage"] <= 100
     assert records[1]["network_receive_megabytes_per_second"] >= 0
+
+
+def test_a_device_that_refuses_costs_its_reading_alone_and_no_device_is_entered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class NVMLError(Exception):
+        pass
+
+    def entered(index: int) -> tuple[int, int]:
+        raise AssertionError(f"takes memory on device {index}")
+
+    def power(index: int) -> int:
+        raise NVMLError("Not Supported")
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", entered)
+    monkeypatch.setattr(torch.cuda, "device_memory_used", lambda index: (index + 1) * 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(total_memory=8 * 2**30))
+    monkeypatch.setattr(torch.cuda, "utilization", lambda index: 97)
+    monkeypatch.setattr(torch.cuda, "power_draw", power)
+    values = SystemMonitor(tmp_path).sample()
+    assert values["system_memory_usage_percentage"] > 0
+    assert {name: value for name, value in values.items() if name.startswith("gpu")} == {
+        "gpu_0_memory_usage_megabytes": 1024,
+        "gpu_0_memory_usage_percentage": 12.5,
+        "gpu_0_utilization_percentage": 97,
+        "gpu_1_memory_usage_megabytes": 2048,
+        "gpu_1_memory_usage_percentage": 25,
+        "gpu_1_utilization_percentage": 97,
+    }
 
 
 def test_mlflow_gets_system_metrics_by_node(
