@@ -147,6 +147,14 @@ class Recipe:
                 f"{self.accumulation} micro-batches",
                 "Raise it, lower accumulation, or start fewer processes.",
             )
+        if self.task is not None and self.task.image.mixes:
+            rows = self.global_batch_size // (replicas * self.accumulation)
+            if rows < 2:
+                raise ConfigError(
+                    "task.image",
+                    f"mixes the images of a micro-batch, which are {rows} here",
+                    "Raise global_batch_size, lower accumulation, start fewer processes, or set mixup and cutmix to 0.",
+                )
         units = {"seconds": "speech", "tokens": "text"}
         needed = units.get(self.batch_unit)
         if needed is not None and self.model.modalities != [needed]:

@@ -59,7 +59,7 @@ def main() -> int:
     parser.add_argument("--test", help="labelled held-out shards; default: the recipe's evaluation.test")
     parser.add_argument("--task", choices=TASKS, default="knn")
     parser.add_argument("--letters", default=LETTERS, help="characters that a new ctc head predicts")
-    parser.add_argument("--beam", type=int, default=1, help="width of the beam that ctc decodes with; 1: greedy")
+    parser.add_argument("--beam", type=int, help="width of the beam that ctc decodes with; default: the model's, or 1")
     parser.add_argument("--weights", choices=["teacher", "student", "random"], default="teacher")
     parser.add_argument("--limit", type=int, help="at most this many samples of each set")
     parser.add_argument("--batch_size", type=int, default=64)
@@ -80,6 +80,8 @@ def main() -> int:
 
 def probe(arguments: argparse.Namespace) -> dict[str, object]:
     """The result: scores, and what they are of."""
+    if arguments.beam is not None and arguments.beam < 1:
+        raise UserError(f"--beam is {arguments.beam}.", "Give at least 1 (greedy).")
     if arguments.task in ("classify", "ctc"):
         task = open_encoder(arguments.checkpoint).recipe.task
         if task is not None and (task.kind == "ctc") == (arguments.task == "ctc"):
@@ -134,7 +136,7 @@ def pooled_scores(encoder: FrozenEncoder, arguments: argparse.Namespace) -> Scor
 
 def position_scores(encoder: FrozenEncoder, arguments: argparse.Namespace) -> Scores:
     """Attentive pooling, or a new CTC head, on the last layer."""
-    task = TaskConfig(kind="ctc", ctc=CtcConfig(letters=arguments.letters, beam=arguments.beam))
+    task = TaskConfig(kind="ctc", ctc=CtcConfig(letters=arguments.letters, beam=arguments.beam or 1))
     kinds = (labels_of(task), held_out_labels(task)) if arguments.task == "ctc" else (ClassLabels(), ClassLabels())
     sets = sets_of(encoder, arguments, *kinds)
     train, test = (extract_states(encoder.hidden_states, one, encoder.valid_positions, encoder.device) for one in sets)
@@ -158,7 +160,8 @@ def position_scores(encoder: FrozenEncoder, arguments: argparse.Namespace) -> Sc
 def own_head(arguments: argparse.Namespace) -> dict[str, object]:
     """What a fine-tuned model says of the held-out samples."""
     predictor = TaskPredictor.load(arguments.checkpoint)
-    predictor.task.ctc.beam = arguments.beam
+    if arguments.beam is not None:
+        predictor.task.ctc.beam = arguments.beam
     shards = shards_of(predictor.recipe, "--test", arguments)
     labels = held_out_labels(predictor.task)
     source = predictor.source

@@ -97,7 +97,7 @@ class ShardSet:
 
 
 def find_shards(source: SourceConfig) -> ShardSet:
-    """The shards that `source` names. Raises DataError when there are none."""
+    """The shards that `source` names. Raises DataError when there are none, or where a directory holds several sets."""
     pattern = source.shards
     index_file = Path(source.index) if source.index else None
     if pattern.endswith(INDEX_SUFFIX):
@@ -106,6 +106,13 @@ def find_shards(source: SourceConfig) -> ShardSet:
         return _from_index(index_file, pattern)
     paths = expand(pattern)
     if os.path.isdir(pattern):
+        indexes = sorted(Path(pattern).glob(f"*{INDEX_SUFFIX}"))
+        if len(indexes) > 1:
+            # A held-out split beside the training one must not be trained on unnoticed.
+            raise DataError(
+                f"{pattern} holds {len(indexes)} sets of shards: {', '.join(index.name for index in indexes)}.",
+                f"Name the set's index, as {indexes[-1]}, or all shards: '{os.path.join(pattern, '*.tar')}'.",
+            )
         pattern = os.path.join(pattern, "*.tar")
     return ShardSet(paths=paths) if is_remote(paths[0]) else _beside(paths, pattern)
 

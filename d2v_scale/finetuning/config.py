@@ -1,5 +1,6 @@
 """What an encoder is fine-tuned for, and how gently."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -7,6 +8,14 @@ from d2v_scale.data.labels import LETTERS
 from d2v_scale.data2vec.config import MaskingConfig
 from d2v_scale.errors import ConfigError
 from d2v_scale.model.config import ModelConfig
+
+
+def require_within(key: str, value: float, least: float, most: float = math.inf) -> None:
+    """Raises ConfigError for a value outside of these bounds, which are allowed."""
+    if not least <= value <= most:
+        bounds = f"at least {least}" if most == math.inf else f"a value from {least} to {most}"
+        raise ConfigError(key, f"is {value}", f"Give {bounds}.")
+
 
 Metric = Literal["accuracy", "f1", "matthews", "pearson", "spearman", "wer", "cer"]
 
@@ -41,10 +50,28 @@ class CtcConfig:
     beam: int = 1
     """Width of the beam that evaluation decodes with; 1: greedy. There is no language model."""
 
+    def check(self, width: int) -> None:
+        """Raises ConfigError for what is out of range, or does not fit an encoder of `width` channels."""
+        for name in ("time_mask", "channel_mask"):
+            require_within(f"task.ctc.{name}", getattr(self, name), 0, 1)
+        require_within("task.ctc.time_mask_length", self.time_mask_length, 1)
+        require_within("task.ctc.noise_std", self.noise_std, 0)
+        require_within("task.ctc.beam", self.beam, 1)
+        if len(set(self.letters)) < len(self.letters) or set("| ") & set(self.letters):
+            raise ConfigError("task.ctc.letters", "has a letter twice, or a space", "Spaces have their own place.")
+        if self.channel_mask > 0 and not 0 < self.channel_mask_length < width:
+            raise ConfigError(
+                "task.ctc.channel_mask_length", f"is {self.channel_mask_length} of {width} channels", "Shorten it."
+            )
+
 
 @dataclass(kw_only=True)
 class ImageConfig:
-    """Augmentation of labelled images (spec 7.2), beside the crop, flip and jitter of `data.vision`."""
+    """Augmentation of labelled images (spec 7.2), beside the crop, flip and jitter of `data.vision`.
+
+    Images are mixed with others of their micro-batch: with which depends on the number of processes and micro-batches,
+    whether and in which proportion does not.
+    """
 
     rand_augment: float = 0.0
     """Magnitude of two random operations an image, 0-10 (published: 9); 0: none."""
@@ -58,6 +85,19 @@ class ImageConfig:
     """The same for rectangles pasted from another image."""
     mix_probability: float = 1.0
     """Share of the steps that mix."""
+
+    @property
+    def mixes(self) -> bool:
+        """Whether images are mixed with each other."""
+        return (self.mixup > 0 or self.cutmix > 0) and self.mix_probability > 0
+
+    def check(self) -> None:
+        """Raises ConfigError for what is out of range."""
+        for name in ("erase", "mix_probability"):
+            require_within(f"task.image.{name}", getattr(self, name), 0, 1)
+        require_within("task.image.rand_augment", self.rand_augment, 0, 10)
+        for name in ("rand_augment_std", "mixup", "cutmix"):
+            require_within(f"task.image.{name}", getattr(self, name), 0)
 
 
 @dataclass(kw_only=True)
@@ -98,18 +138,30 @@ class TaskConfig:
             raise ConfigError("task.classes", f"is {self.classes}", "Give at least 2.")
         if not 0 < self.layer_decay <= 1:
             raise ConfigError("task.layer_decay", f"is {self.layer_decay}", "Give a number above 0, at most 1.")
-        if self.ctc.beam < 1:
-            raise ConfigError("task.ctc.beam", f"is {self.ctc.beam}", "Give at least 1 (greedy).")
-        if len(set(self.ctc.letters)) < len(self.ctc.letters) or set("| ") & set(self.ctc.letters):
-            raise ConfigError("task.ctc.letters", "has a letter twice, or a space", "Spaces have their own place.")
-        width = model.backbone.width
-        if self.kind == "ctc" and self.ctc.channel_mask > 0 and not 0 < self.ctc.channel_mask_length < width:
-            raise ConfigError(
-                "task.ctc.channel_mask_length", f"is {self.ctc.channel_mask_length} of {width} channels", "Shorten it."
-            )
+        require_within("task.freeze_updates", self.freeze_updates, 0)
+        require_within("task.label_smoothing", self.label_smoothing, 0, 1)
+        if self.kind == "ctc":
+            self.ctc.check(model.backbone.width)
+        self.image.check()
+        self._check_effects(model)
         wrong = [metric for metric in self.metrics if metric not in METRICS[self.kind]]
         if wrong:
             raise ConfigError("task.metrics", f"has {wrong[0]!r}", f"For {self.kind} there are: {METRICS[self.kind]}.")
+
+    def _check_effects(self, model: ModelConfig) -> None:
+        """Raises ConfigError for an option that this task would not heed."""
+        image, of_images = self.image, model.vision is not None
+        of_classes = self.kind == "classify"
+        for key, is_set, heeded in (
+            ("task.label_smoothing", self.label_smoothing > 0, of_classes),
+            ("task.image.rand_augment", image.rand_augment > 0, of_images),
+            ("task.image.erase", image.erase > 0, of_images and of_classes),
+            ("task.image.mixup", image.mixup > 0, of_images and of_classes),
+            ("task.image.cutmix", image.cutmix > 0, of_images and of_classes),
+        ):
+            if is_set and not heeded:
+                kind = f"{self.kind} of {model.modalities[0]}"
+                raise ConfigError(key, f"has no effect on {kind}", "Set it to 0.")
 
     def chosen_metrics(self) -> list[Metric]:
         """What evaluation measures."""

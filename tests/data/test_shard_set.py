@@ -45,6 +45,14 @@ def test_shards_that_are_not_in_a_given_index_do_not_vanish(shards: Path, patter
         find_shards(source)
 
 
+def test_a_directory_of_a_training_and_a_held_out_set_is_refused(shards: Path) -> None:
+    write_set(shards, "dev", "vision", image_samples(2), per_shard=2)
+    with pytest.raises(DataError, match=r"shards holds 2 sets of shards: dev\.index\.json, train\.index\.json"):
+        find_shards(SourceConfig(shards="shards"))
+    assert len(find_shards(SourceConfig(shards="shards/train.index.json")).paths) == 4
+    assert len(find_shards(SourceConfig(shards="shards/*.tar")).paths) == 5
+
+
 def test_a_given_index_may_lie_elsewhere_and_be_used_in_part(shards: Path) -> None:
     index = SetIndex.load(shards / "train.index.json")
     for entry in index.shards:

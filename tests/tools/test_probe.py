@@ -113,6 +113,26 @@ def test_ctc_on_frozen_features_and_with_a_models_own_head(
     assert "wer" in capsys.readouterr().out
 
 
+def test_a_models_own_beam_is_kept_unless_another_is_given(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shards = tmp_path / "speech"
+    write_set(shards, "train", "speech", [s | {"txt": "ab"} for s in sound_samples(4)], per_shard=20, measure=measure)
+    made = checkpoint(tmp_path / "a", "v1_speech", TaskConfig(kind="ctc", ctc=CtcConfig(letters="ab", beam=3)))
+    widths = []
+
+    def note(frames_tc: object, beam: int) -> list[int]:
+        widths.append(beam)
+        return []
+
+    monkeypatch.setattr("d2v_scale.finetuning.evaluation.beam_search", note)
+    call = ["probe", made, "--test", shards, "--task", "ctc"]
+    assert run(*call) == run(*call, "--beam", 5) == run(*call, "--beam", 1) == 0
+    assert widths == [3] * 4 + [5] * 4
+    assert run(*call, "--beam", 0) == 2
+    assert "--beam is 0" in capsys.readouterr().err
+
+
 def test_lost_samples_and_sets_that_do_not_fit_are_said(
     run: Run, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
