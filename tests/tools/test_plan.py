@@ -5,8 +5,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 PROGRAM = Path(__file__).resolve().parents[2] / "tools/plan.py"
 
 
@@ -44,7 +42,6 @@ def test_bad_input_is_refused() -> None:
         assert said in done.stderr
 
 
-@pytest.mark.slow
 def test_the_table_of_the_readme_is_what_the_command_prints() -> None:
     done = plan("--table", "--device", "h100")
     assert done.returncode == 0, done.stderr
