@@ -37,11 +37,12 @@ class RealSet:
 
 
 def default_folder(repository: Path) -> Path:
-    """`data` in the repository or in a folder beside it, whichever holds sets. Raises UserError."""
+    """`data` in the repository or in a folder beside it, whichever holds sets, and says which. Raises UserError."""
     for folder in (repository / "data", *sorted(repository.parent.glob("*/data"))):
         if folder.is_dir() and (
             any(folder.glob("*.csv")) or any(folder.glob("*.tar.gz")) or any(folder.glob("*/train"))
         ):
+            print(f"Real sets of {folder} (--data DIR for others)", flush=True)
             return folder
     raise UserError("No folder of real sets was found.", "Give one with --data DIR; see --help for its layout.")
 
@@ -114,7 +115,7 @@ def _arguments(modality: Modality, source: Path, split: str, out: Path) -> list[
 
 def _news(source: Path, split: str, out: Path) -> Path:
     """One split of the CSV as JSONL: every fifth row is test."""
-    with source.open(encoding="utf-8", newline="") as stream:
+    with source.open(encoding="utf-8-sig", newline="") as stream:
         rows = [row for row in csv.reader(stream) if row]
     if len(rows) > 1 and not re.fullmatch(r"\d+", rows[0][0]) and re.fullmatch(r"\d+", rows[1][0]):
         rows = rows[1:]  # a header

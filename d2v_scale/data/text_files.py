@@ -49,7 +49,9 @@ def documents(files: list[Path], split: str, columns: Columns | None) -> Iterato
     `columns`, or when they are not given.
     """
     for path in files:
-        with path.open(encoding="utf-8", errors="replace", newline="" if path.suffix == ".tsv" else None) as stream:
+        # Some of GLUE's tables begin with a byte order mark, which is no part of the first column's name.
+        newline = "" if path.suffix == ".tsv" else None
+        with path.open(encoding="utf-8-sig", errors="replace", newline=newline) as stream:
             if path.suffix == ".jsonl":
                 keys = columns or JSONL
                 for line in stream:
@@ -108,7 +110,7 @@ def transcripts(path: Path) -> dict[str, str]:
     """Texts by file, from lines `path below the recordings, without ending`, a tab or a space, `text`. LibriSpeech's
     `.trans.txt` files, joined, are of this kind. Raises DataError."""
     try:
-        lines = path.read_text("utf-8").splitlines()
+        lines = path.read_text("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read: {error}.") from error
     pairs = (line.split(maxsplit=1) for line in lines if line.strip())
