@@ -6,6 +6,7 @@ python tools/draw.py runs/vit [--data 'test/*.tar']
 import argparse
 import sys
 from pathlib import Path
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -14,6 +15,8 @@ from d2v_scale.data.labelled import LabelledSet
 from d2v_scale.errors import UserError
 from d2v_scale.evaluation.features import mean_over_positions
 from d2v_scale.evaluation.frozen import FrozenEncoder
+from d2v_scale.interop.exporting import pick_modality
+from d2v_scale.model.config import Modality
 from d2v_scale.plots.curves import plot_health
 from d2v_scale.plots.gallery import FIRST, Gallery, draw_gallery
 from d2v_scale.tracking.tracker import append_event
@@ -25,9 +28,10 @@ def main() -> int:
     parser.add_argument("run", metavar="RUN", type=Path, help="a run directory; its newest checkpoint is drawn")
     parser.add_argument("--data", help="labelled shards; default: the recipe's evaluation.test")
     parser.add_argument("--samples", type=int, default=200, help="samples among which neighbours are looked for")
+    parser.add_argument("--modality", choices=get_args(Modality), help="which one, where the run has several")
     arguments = parser.parse_args()
     try:
-        paths = draw(arguments.run, arguments.data, arguments.samples)
+        paths = draw(arguments.run, arguments.data, arguments.samples, arguments.modality)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -37,7 +41,7 @@ def main() -> int:
     return 0
 
 
-def draw(run: Path, data: str | None, samples: int) -> list[Path]:
+def draw(run: Path, data: str | None, samples: int, modality: Modality | None = None) -> list[Path]:
     """All pictures of a run."""
     health = plot_health(run)
     paths = [] if health is None else [health]
@@ -46,7 +50,7 @@ def draw(run: Path, data: str | None, samples: int) -> list[Path]:
     shards = data or recipe.evaluation.test
     if shards is None:
         raise UserError("The recipe names no labelled shards.", "Give some with --data.")
-    labelled = LabelledSet(shards, recipe.model.modalities[0], recipe.data, recipe.model, samples, samples)
+    labelled = LabelledSet(shards, pick_modality(recipe, modality), recipe.data, recipe.model, samples, samples)
     batch, labels_b = next(iter(labelled))
     moved = batch.to(teacher.device)
     names = labelled.classes or []

@@ -63,6 +63,8 @@ def _catching_up(groups: dict[tuple[str, str], list[dict[str, Any]]], modality: 
         )
         for version in ("1.0", "2.0")
     }
+    if curves["1.0"][-1] <= curves["1.0"][0]:
+        return "1.0's k-NN has not risen above that of its random start."
     steps = [point["step"] for point in groups[modality, "2.0"][0]["curve"]]
     reached = np.flatnonzero(curves["2.0"] >= curves["1.0"][-1])
     if len(reached) == 0:

@@ -15,6 +15,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -40,6 +41,8 @@ from d2v_scale.finetuning.model import outputs_of
 from d2v_scale.finetuning.predictor import TaskPredictor
 from d2v_scale.finetuning.step import ctc_loss_sum
 from d2v_scale.interop.encoder_source import check_tokenizer, open_encoder
+from d2v_scale.interop.exporting import pick_modality
+from d2v_scale.model.config import Modality
 from d2v_scale.recipe import Recipe
 from d2v_scale.tracking import log_evaluation
 from d2v_scale.tracking.record import METRICS_FILE
@@ -61,6 +64,7 @@ def main() -> int:
     parser.add_argument("--letters", default=LETTERS, help="characters that a new ctc head predicts")
     parser.add_argument("--beam", type=int, help="width of the beam that ctc decodes with; default: the model's, or 1")
     parser.add_argument("--weights", choices=["teacher", "student", "random"], default="teacher")
+    parser.add_argument("--modality", choices=get_args(Modality), help="which one, where the encoder has several")
     parser.add_argument("--limit", type=int, help="at most this many samples of each set")
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--k", type=int, default=20, help="neighbours (knn)")
@@ -202,7 +206,7 @@ def shards_of(recipe: Recipe, option: str, arguments: argparse.Namespace) -> str
 
 def labelled(recipe: Recipe, shards: str, arguments: argparse.Namespace, labels: Labels) -> LabelledSet:
     """One labelled set, read for the recipe's model. Raises DataError where nothing of it can be read."""
-    modality = recipe.model.modalities[0]
+    modality = pick_modality(recipe, arguments.modality)
     found = LabelledSet(
         shards, modality, recipe.data, recipe.model, arguments.batch_size, arguments.limit, labels=labels
     )

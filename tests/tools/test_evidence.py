@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -99,6 +100,25 @@ def test_the_table_has_means_spreads_and_where_2_0_catches_up() -> None:
     warning = evidence_table.early_warning(results)
     assert "| held-out loss | -1.00 (n 6) |" in warning
     assert "| k-NN | +1.00 (n 6) |" in warning
+
+
+def test_2_0_is_not_compared_with_a_1_0_that_has_not_left_its_random_start() -> None:
+    results: list[dict[str, Any]] = []
+    for row, values in (("1.0", (0.4, 0.3, 0.35)), ("2.0", (0.4, 0.5, 0.6))):
+        curve = [{"step": 10 * k, "knn_accuracy": value} for k, value in enumerate(values)]
+        results.append({"modality": "text", "row": row, "seed": 1, "steps": 20, "curve": curve})
+    for row in ("random 1.0", "random 2.0", "supervised", "raw"):
+        results.append({"modality": "text", "row": row, "seed": 1, "steps": 20})
+    text = evidence_table.table(results, {"text": "news"}, {"text": 1e12})
+    assert "1.0's k-NN has not risen above that of its random start." in text
+    assert "of the compute" not in text
+
+
+def test_the_folder_that_is_taken_by_default_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "other" / "data").mkdir(parents=True)
+    (tmp_path / "other" / "data" / "bills.csv").write_text("1,a,b\n")
+    assert evidence_sets.default_folder(tmp_path / "here") == tmp_path / "other" / "data"
+    assert str(tmp_path / "other" / "data") in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ from d2v_scale.data.writing import write_set
 from d2v_scale.data2vec.config import ObjectiveConfig
 from d2v_scale.finetuning.config import CtcConfig, TaskConfig
 from d2v_scale.finetuning.model import TaskModel
+from d2v_scale.model.config import ModelConfig
 from d2v_scale.model.init import initialize
 from d2v_scale.model.stack import Student
 from d2v_scale.recipe import Recipe, to_dict
@@ -37,10 +38,10 @@ def run(monkeypatch: pytest.MonkeyPatch, world_of_one: None) -> Run:
     return call
 
 
-def checkpoint(path: Path, name: str, task: TaskConfig | None = None) -> Path:
+def checkpoint(path: Path, name: str, task: TaskConfig | None = None, model: ModelConfig | None = None) -> Path:
     recipe = Recipe(
         name=name,
-        model=tiny_models.model(name),
+        model=model or tiny_models.model(name),
         task=task,
         objective=ObjectiveConfig(target=tiny_models.target_of(name)),
     )
@@ -111,6 +112,28 @@ def test_ctc_on_frozen_features_and_with_a_models_own_head(
         assert run("probe", *call, "--out", tmp_path / "result.json") == 0
         assert json.loads((tmp_path / "result.json").read_text())["error"].keys() == {"wer", "cer"}
     assert "wer" in capsys.readouterr().out
+
+
+def test_one_of_several_modalities_is_chosen_not_the_first_taken(
+    run: Run, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    drawn: list[str] = []
+    monkeypatch.setattr(
+        importlib.import_module("draw"), "draw_gallery", lambda _, g: drawn.append(g.batch.modality) or []
+    )
+    model = tiny_models.model("v2_vision")
+    model.speech, model.backbone.prenet_depth = tiny_models.speech(alibi=True), 1
+    made = checkpoint(tmp_path / "run", "v2_vision", model=model)
+    sounds = tmp_path / "speech"
+    write_set(sounds, "train", "speech", sound_samples(12), per_shard=20, measure=measure)
+    for modality, shards in (("vision", images), ("speech", sounds)):
+        sets = ["--data", shards, "--test", shards, "--k", 3]
+        assert run("probe", made, *sets) == 2
+        assert "Choose one with --modality" in capsys.readouterr().err
+        assert run("probe", made, *sets, "--modality", modality) == 0
+        assert run("draw", made, "--data", shards) == 2
+        assert run("draw", made, "--data", shards, "--modality", modality, "--samples", 6) == 0
+    assert drawn == ["vision", "speech"]
 
 
 def test_a_models_own_beam_is_kept_unless_another_is_given(
