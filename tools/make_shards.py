@@ -107,7 +107,7 @@ def _samples(job: Job, skipped: dict[str, str]) -> Iterator[Sample]:
 
 def _convert(job: Job, item: Item, pieces: text.Tokenizer | None) -> Sample:
     if job.kind == "text":
-        document = item.content if item.path is None else Path(item.path).read_text("utf-8")
+        document = item.content if item.path is None else Path(item.path).read_text("utf-8-sig")
         if not document.strip():
             raise ValueError("is empty")
         parts = {"": document} | ({"2": item.second} if item.second is not None else {})
@@ -281,6 +281,11 @@ def convert(arguments: argparse.Namespace) -> SetIndex:
 def _tokenizer(arguments: argparse.Namespace, files: list[Path]) -> Path:
     """The given tokenizer, the one in OUT, or a new one trained on the documents."""
     if arguments.tokenizer is not None:
+        if arguments.tokenizer.suffix == ".json":
+            raise DataError(
+                f"{arguments.tokenizer} is no sentencepiece model, and nothing else is read.",
+                'Store the ids that it gives as .npy: see "Weights from elsewhere" in README.md.',
+            )
         text.Tokenizer(arguments.tokenizer)
         return arguments.tokenizer
     model = arguments.out / "tokenizer.model"

@@ -1,8 +1,10 @@
 """tools/make_shards.py, index_shards.py, inspect_shards.py and train_tokenizer.py, as a user runs them."""
 
 import importlib
+import io
 import json
 import sys
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,11 +15,13 @@ from PIL import Image
 from small_shards import documents, image_samples
 
 from d2v_scale.data import tokenizer
-from d2v_scale.data.config import SourceConfig
+from d2v_scale.data.config import DataConfig, SourceConfig
+from d2v_scale.data.labelled import LabelledSet
 from d2v_scale.data.reading import SampleStore
 from d2v_scale.data.shard_index import SetIndex, file_sha256
 from d2v_scale.data.shard_set import find_shards
 from d2v_scale.data.writing import write_set
+from d2v_scale.model.config import ModelConfig, TextStem
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 
@@ -168,6 +172,32 @@ def test_a_table_of_pairs_becomes_shards_with_both_texts_and_labels(run: Callabl
     sample = SampleStore(find_shards(SourceConfig(shards=str(tmp_path / "b"), modality="text"))).read(0, 3)
     assert float(bytes(sample.member(("score",))[1])) == 1.5
     assert "sentence1, sentence2" in run("make_shards", *common, tmp_path / "c", "--columns", "no,label", status=2)
+
+
+def test_ids_of_a_foreign_tokenizer_are_indexed_without_it(run: Callable[..., str], tmp_path: Path) -> None:
+    """What README.md says of published text weights; their tokenizer itself is refused."""
+    pairs = [([10, 11, 12, 2], [13, 2]), ([14, 2], [15, 16, 2])]
+    with tarfile.open(tmp_path / "train-000000.tar", "w") as tar:
+        for number, pair in enumerate(pairs):
+            for extension, content in (("npy", pair[0]), ("npy2", pair[1]), ("cls", None)):
+                data = io.BytesIO()
+                if content is None:
+                    data.write(b"1")
+                else:
+                    np.save(data, np.array(content, dtype=np.int32))
+                info = tarfile.TarInfo(f"{number}.{extension}")
+                info.size = data.tell()
+                data.seek(0)
+                tar.addfile(info, data)
+    run("index_shards", tmp_path / "train-*.tar", "--modality", "text")
+    model = ModelConfig(text=TextStem(vocab_size=50, max_positions=24, mask_id=49))
+    [(batch, labels_b)] = LabelledSet(str(tmp_path / "train.index.json"), "text", DataConfig(), model)
+    assert batch.inputs.tolist() == [[0, 10, 11, 12, 2, 2, 13, 2], [0, 14, 2, 2, 15, 16, 2, 1]]
+    assert labels_b.tolist() == [1, 1]
+    (tmp_path / "text.txt").write_text("a fox")
+    (tmp_path / "tokenizer.json").write_text("{}")
+    call = ["text", tmp_path / "text.txt", tmp_path / "out", "--tokenizer", tmp_path / "tokenizer.json"]
+    assert "Weights from elsewhere" in run("make_shards", *call, status=2)
 
 
 def test_recordings_get_the_transcripts_that_a_file_has(run: Callable[..., str], tmp_path: Path) -> None:
