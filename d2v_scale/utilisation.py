@@ -9,7 +9,7 @@ from d2v_scale.data.batch import Batch
 from d2v_scale.model.config import Modality, ModelConfig, TeacherParts
 from d2v_scale.parallel.groups import Topology
 from d2v_scale.planning.flops import Lengths, SampleCost, sample_cost
-from d2v_scale.planning.hardware import of_device
+from d2v_scale.planning.hardware import bf16_peak
 
 
 class FlopMeter:
@@ -22,8 +22,7 @@ class FlopMeter:
         self._topology = topology
         self._peak = None if peak_tflops is None else peak_tflops * 1e12
         if self._peak is None and topology.device.type == "cuda":
-            known = of_device(torch.cuda.get_device_name(topology.device))
-            self._peak = None if known is None else known.bf16_flops
+            self._peak = bf16_peak(torch.cuda.get_device_name(topology.device))
         self._flops = [0.0, 0.0]
         self._visible_only = model.visible_only
 

@@ -46,7 +46,20 @@ def test_without_a_known_peak_there_is_no_utilisation() -> None:
     assert set(meter.figures(1.0)) == {"tflops_per_device"}
 
 
-def test_devices_are_known_by_the_drivers_name() -> None:
-    assert hardware.of_device("NVIDIA H100 80GB HBM3") is hardware.H100
-    assert hardware.of_device("NVIDIA A100-SXM4-80GB") is hardware.A100
-    assert hardware.of_device("NVIDIA GeForce RTX 3060") is None
+@pytest.mark.parametrize(
+    ("name", "tflops"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989.4),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H100 NVL", 835),
+        ("NVIDIA H200", 989.4),
+        ("NVIDIA H200 NVL", 835),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA A100 80GB PCIe", 312),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+        ("NVIDIA GH200 480GB", None),
+        ("NVIDIA GeForce RTX 3060", None),
+    ],
+)
+def test_cards_of_one_kind_have_their_own_peaks(name: str, tflops: float | None) -> None:
+    assert hardware.bf16_peak(name) == (None if tflops is None else tflops * 1e12)

@@ -216,12 +216,12 @@ def measure(spec: Spec, row_file: Path) -> None:
         if not sys.stdin.readline():
             return  # the program that asked for the row is gone
         topology = groups.single_process()
-        known = hardware.of_device(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+        peak = hardware.bf16_peak(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
         samples = spec.samples
         while True:
             try:
                 measured = Measured(spec, samples, topology)
-                row = measured.describe(None if known is None else known.bf16_flops)
+                row = measured.describe(peak)
                 break
             except torch.OutOfMemoryError:
                 if samples == 1:

@@ -76,6 +76,20 @@ def preset(name: str) -> Hardware:
     return PRESETS[name.lower()]
 
 
-def of_device(name: str) -> Hardware | None:
-    """The numbers of the device that a driver calls `name` (say, `NVIDIA H100 80GB HBM3`); None: not known."""
-    return next((one for one in PRESETS.values() if one.name in name.lower()), None)
+_BF16_PEAKS = {
+    "H100 80GB HBM3": H100.bf16_flops,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H200": H200.bf16_flops,
+    "H200 NVL": 835e12,
+    "A100-SXM4-40GB": A100.bf16_flops,
+    "A100-SXM4-80GB": A100.bf16_flops,
+    "A100-PCIE-40GB": A100.bf16_flops,
+    "A100 80GB PCIe": A100.bf16_flops,
+}
+"""By the driver's whole name: cards, superchips and slices of one kind differ in what follows it, and in speed."""
+
+
+def bf16_peak(name: str) -> float | None:
+    """Peak FLOP/s of dense bf16 products of what a driver calls `name` (`NVIDIA H100 80GB HBM3`); None: not known."""
+    return _BF16_PEAKS.get(name.removeprefix("NVIDIA "))
