@@ -17,11 +17,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from d2v_scale.tracking.mirror_state import EVENTS_FILE, MirrorState, tracking_uri
+from d2v_scale.tracking.mirror_state import EVENTS_FILE, MirrorState, state_locked, tracking_uri
 from d2v_scale.tracking.record import AXES, METRICS_FILE, SUPERSEDED_FILE, parse_lines
 from d2v_scale.tracking.system import node_of, system_files
 
 POINTS_PER_CALL = 1000
+_ENOUGH = POINTS_PER_CALL - 100
+"""Points to wait for before a call: another record might no longer fit."""
 END_OF_RUN = {"done": "FINISHED", "requeue": "SCHEDULED", "failed": "FAILED"}
 _PERMANENT = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST"}
 _ENVIRONMENT = {
@@ -55,6 +57,9 @@ class Mirror:
             key = self.state.job_key or uuid.uuid4().hex
             self.state = MirrorState(tracking_uri=uri, job_key=key, generation=self.state.generation)
             self.state.save(run_dir)
+        if self.state.metrics_offset > _size(run_dir / METRICS_FILE):
+            # Of a file that is no more; what is sent a second time adds nothing.
+            self.state.metrics_offset = self.state.metrics_sending = 0
         self._make_client: Callable[[], MlflowClient] = lambda: MlflowClient(tracking_uri=uri)
         self._client: MlflowClient | None = None
         self._already: dict[int, set[str]] = {}
@@ -64,9 +69,10 @@ class Mirror:
 
     def _save(self) -> None:
         """Remember the position, unless a new attempt of the run has rewritten what the position is in."""
-        if MirrorState.load(self.run_dir).generation != self.state.generation:
-            raise Outdated
-        self.state.save(self.run_dir)
+        with state_locked(self.run_dir):
+            if MirrorState.load(self.run_dir).generation != self.state.generation:
+                raise Outdated
+            self.state.save(self.run_dir)
 
     def pending(self) -> int:
         """Bytes not yet sent."""
@@ -153,30 +159,38 @@ class Mirror:
                 if not record.get("certain", True):
                     unsure.append(record)
                 self._already.setdefault(record["step"], set()).update(record)
-        points = [point for record in unsure for point in _points(record, {})]
-        for start in range(0, len(points), POINTS_PER_CALL):
-            self._log_points(points[start : start + POINTS_PER_CALL])
+        self._log_points([point for record in unsure for point in _points(record, {})])
 
     def _send_metrics(self) -> None:
         while (chunk := self._next_chunk()) is not None:
             points, end = chunk
             self.state.metrics_sending = end
             self._save()
-            for start in range(0, len(points), POINTS_PER_CALL):
-                self._log_points(points[start : start + POINTS_PER_CALL])
+            self._log_points(points)
             self.state.metrics_offset = end
             self._save()
 
     def _send_system(self) -> None:
-        """What every node's monitor wrote, under the names that MLflow shows as system metrics."""
+        """What every node's monitor wrote, under the names that MLflow shows as system metrics; the nodes together."""
+        points: list[Any] = []
+        offsets = self.state.system_offsets
         for path in system_files(self.run_dir):
-            begin = self.state.system_offsets.get(path.name, 0)
+            begin = offsets.get(path.name, 0)
             prefix = f"system/{node_of(path)}/"
             for _, end, record in parse_lines(_read_from(path, begin)):
                 named = {key if key in AXES else prefix + key: value for key, value in record.items()}
-                self._log_points(_points(named, {}))
-                self.state.system_offsets[path.name] = begin + end
-            self._save()
+                points += _points(named, {})
+                offsets = {**offsets, path.name: begin + end}
+                if len(points) >= _ENOUGH:
+                    self._log_system(points, offsets)
+                    points = []
+        if points:
+            self._log_system(points, offsets)
+
+    def _log_system(self, points: list[Any], offsets: dict[str, int]) -> None:
+        self._log_points(points)
+        self.state.system_offsets = offsets
+        self._save()
 
     def _next_chunk(self) -> tuple[list[Any], int] | None:
         """Points of the next lines, up to about one call's worth, and the offset where they end."""
@@ -186,16 +200,18 @@ class Mirror:
         for _, line_end, record in parse_lines(data):
             points += _points(record, self._already)
             end = begin + line_end
-            if len(points) >= POINTS_PER_CALL - 100:
+            if len(points) >= _ENOUGH:
                 break
         return (points, end) if end > begin else None
 
     def _log_points(self, points: list[Any]) -> None:
+        for start in range(0, len(points), POINTS_PER_CALL):
+            self._log_batch(points[start : start + POINTS_PER_CALL])
+
+    def _log_batch(self, points: list[Any]) -> None:
         from mlflow.exceptions import MlflowException
 
         assert self._client is not None
-        if not points:
-            return
         try:
             self._client.log_batch(self.state.run_id, metrics=points, synchronous=True)
         except MlflowException as error:
@@ -205,8 +221,8 @@ class Mirror:
                 self.refused += 1
                 return
             half = len(points) // 2
-            self._log_points(points[:half])
-            self._log_points(points[half:])
+            self._log_batch(points[:half])
+            self._log_batch(points[half:])
 
     # Params, tags, artifacts, status
 

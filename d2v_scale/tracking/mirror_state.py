@@ -1,11 +1,15 @@
 """How far MLflow has followed a run directory: mlflow_run.json, written by the mirror."""
 
+import contextlib
+import fcntl
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 STATE_FILE = "mlflow_run.json"
+STATE_LOCK = ".mlflow_run.lock"
 EVENTS_FILE = "mlflow_events.jsonl"
 
 
@@ -41,6 +45,15 @@ class MirrorState:
     def save(self, run_dir: Path) -> None:
         """Replace the saved state."""
         replace_file(run_dir / STATE_FILE, (json.dumps(asdict(self), indent=1) + "\n").encode())
+
+
+@contextlib.contextmanager
+def state_locked(run_dir: Path) -> Iterator[None]:
+    """Keep others from replacing the saved state and what its offsets are in, where the file system knows locks."""
+    with (run_dir / STATE_LOCK).open("w") as lock:
+        with contextlib.suppress(OSError):
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def tracking_uri(run_dir: Path) -> str:

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from d2v_scale.tracking.mirror_state import MirrorState, replace_file
+from d2v_scale.tracking.mirror_state import MirrorState, replace_file, state_locked
 
 METRICS_FILE = "metrics.jsonl"
 SUPERSEDED_FILE = "logs/metrics_superseded.jsonl"
@@ -107,6 +107,11 @@ def supersede(run_dir: Path, after_step: int | None) -> list[dict[str, Any]]:
     Each moved record notes in `mirrored` the MLflow run that has it (or may have it) already, so that the mirror does
     not add a second point at the same step: MLflow cannot take a point back.
     """
+    with state_locked(run_dir):
+        return _supersede(run_dir, after_step)
+
+
+def _supersede(run_dir: Path, after_step: int | None) -> list[dict[str, Any]]:
     path = run_dir / METRICS_FILE
     if not path.exists():
         return []

@@ -5,8 +5,10 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +18,8 @@ from mlflow_server import MlflowServer, Proxy, free_port
 from d2v_scale.tracking import RunTracker, TrackingConfig, log_evaluation, read_records
 from d2v_scale.tracking.follow import catch_up
 from d2v_scale.tracking.mirror import Mirror, Outdated
+from d2v_scale.tracking.mirror_state import MirrorState, tracking_uri
+from d2v_scale.tracking.record import METRICS_FILE, MetricsLog
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -249,6 +253,55 @@ def test_an_orphaned_mirror_does_not_overwrite_the_position_of_the_resumed_run(
     assert catch_up(run_dir) is not None
     found = MlflowClient(mlflow_server.uri).get_metric_history(state(run_dir)["run_id"], "loss")
     assert [point.step for point in found] == list(range(1, 41))
+
+
+def test_an_orphaned_mirror_cannot_save_while_the_record_is_rewritten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its old position lay beyond the end of the new file, and nothing more was sent."""
+    train(tmp_path, 1, 30, started(tmp_path, enabled=False), pause=0)
+    orphan = Mirror(tmp_path)
+    orphan.state.metrics_offset = orphan.state.metrics_sending = (tmp_path / METRICS_FILE).stat().st_size
+    load = MirrorState.load
+    resuming: list[threading.Thread] = []
+
+    def load_and_resume(run_dir: Path) -> MirrorState:
+        found = load(run_dir)
+        monkeypatch.setattr(MirrorState, "load", load)
+        resuming.append(threading.Thread(target=MetricsLog, args=(run_dir, 10)))
+        resuming[0].start()
+        resuming[0].join(timeout=0.5)
+        return found
+
+    monkeypatch.setattr(MirrorState, "load", load_and_resume)
+    orphan._save()
+    resuming[0].join()
+    assert state(tmp_path)["generation"] == 1
+    assert state(tmp_path)["metrics_offset"] == (tmp_path / METRICS_FILE).stat().st_size
+    with pytest.raises(Outdated):
+        orphan._save()
+
+
+def test_a_position_beyond_the_end_of_the_record_begins_again(tmp_path: Path) -> None:
+    train(tmp_path, 1, 3, started(tmp_path, enabled=False), pause=0)
+    MirrorState(tracking_uri=tracking_uri(tmp_path), metrics_offset=10**6, metrics_sending=10**6).save(tmp_path)
+    assert Mirror(tmp_path).state.metrics_offset == 0
+
+
+def test_system_metrics_of_all_nodes_share_calls(tmp_path: Path) -> None:
+    calls: list[int] = []
+    mirror = Mirror(tmp_path)
+    mirror._client = SimpleNamespace(log_batch=lambda run, metrics, synchronous: calls.append(len(metrics)))  # type: ignore[assignment]
+    (tmp_path / "logs").mkdir()
+    line = json.dumps({"step": 1, "time": 1.0, **{f"gpu_{i}_utilization_percentage": 50 for i in range(32)}}) + "\n"
+    for node in range(64):
+        (tmp_path / "logs" / f"system-n{node:02d}.jsonl").write_text(line)
+    mirror._send_system()
+    assert sum(calls) == 64 * 32
+    assert len(calls) == 3
+    assert mirror.state.system_offsets == {f"system-n{node:02d}.jsonl": len(line) for node in range(64)}
+    mirror._send_system()
+    assert len(calls) == 3
 
 
 def test_without_the_variable_a_run_stays_with_its_server(
