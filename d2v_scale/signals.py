@@ -18,6 +18,7 @@ This module imports torch only inside `Agreement`, because the handlers must sta
 import contextlib
 import os
 import signal
+import sys
 import threading
 import time
 from dataclasses import dataclass
@@ -119,6 +120,8 @@ class StopFlag:
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         if self.starting and number == signal.SIGINT:
+            if sys.stdout.isatty():  # a live view may have hidden the cursor
+                os.write(sys.stdout.fileno(), b"\x1b[?25h")
             os._exit(EXIT_REQUEUE)
         self.up(_SIGNALS[signal.Signals(number)])
 

@@ -69,6 +69,7 @@ def supervise(run: AnyRun, stop_flag: StopFlag, train: Callable[..., Stop | None
     limit_s = recipe.hang_limit_minutes * 60
     nodes = SystemMonitor(run.directory) if topology.local_rank == 0 else contextlib.nullcontext()
     with (
+        run.tracker,
         nodes,
         Watchdog(run.directory, rank=topology.rank, world_size=topology.world_size, limit_s=limit_s) as watchdog,
     ):

@@ -66,6 +66,14 @@ class RunTracker:
         if self.config.enabled:
             self._start_mirror()
 
+    def __enter__(self) -> "RunTracker":
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        """Leave the terminal as it was, also where the run ends in an error."""
+        if self._terminal is not None:
+            self._terminal.close()
+
     def due(self, step: int, last_step: int | None = None) -> bool:
         """Whether this step is recorded: the first, the last and every `log_every`-th."""
         return step == 1 or step == last_step or step % max(1, self.config.log_every) == 0

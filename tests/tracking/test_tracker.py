@@ -1,4 +1,9 @@
+import contextlib
 import json
+import os
+import pty
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -74,3 +79,35 @@ def test_a_run_that_was_killed_does_not_stay_running(tmp_path: Path) -> None:
     events = [event for _, _, event in _events((tmp_path / EVENTS_FILE).read_bytes())]
     assert [event["event"] for event in events] == ["begin", "status", "begin", "status"]
     assert events[-1]["status"] == "requeue"
+
+
+PROGRAM = """
+import os, signal, sys
+from pathlib import Path
+from d2v_scale.signals import StopFlag
+from d2v_scale.tracking import RunTracker, TrackingConfig
+flag = StopFlag.install()
+tracker = RunTracker(Path(sys.argv[1]), TrackingConfig(enabled=False), is_main=True)
+try:
+    tracker.start({}, {})
+    with tracker:
+        %s
+except ValueError:
+    os._exit(1)
+"""
+
+
+@pytest.mark.parametrize("end", ["raise ValueError", "signal.raise_signal(signal.SIGINT)"])
+def test_a_run_that_fails_or_is_stopped_early_does_not_leave_the_cursor_hidden(end: str, tmp_path: Path) -> None:
+    ours, theirs = pty.openpty()
+    environment = {**os.environ, "TERM": "xterm"}
+    command = [sys.executable, "-c", PROGRAM % end, str(tmp_path)]
+    process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment)
+    os.close(theirs)
+    output = b""
+    with contextlib.suppress(OSError):  # the end of a terminal
+        while part := os.read(ours, 4096):
+            output += part
+    os.close(ours)
+    assert process.wait() != 0
+    assert 0 <= output.rfind(b"\x1b[?25l") < output.rfind(b"\x1b[?25h"), output
