@@ -1,5 +1,6 @@
 """Where the time of a step goes: a trace of chosen steps, and a table of the costliest operations and parts."""
 
+import os
 import signal
 import threading
 import time
@@ -72,6 +73,17 @@ def _wait() -> None:
         torch.cuda.synchronize()
 
 
+def profiler() -> torch.profiler.profile:
+    """PyTorch's profiler of the host, and of the device where there is one."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if torch.cuda.is_available():
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    else:
+        # Else it writes a line on stderr for every start and end. What it says beside that is about devices.
+        os.environ.setdefault("KINETO_LOG_LEVEL", "6")
+    return torch.profiler.profile(activities=activities)
+
+
 def decoders(student: nn.Module) -> dict[str, nn.Module]:
     """The student's predictors, under the names that a profile shows."""
     found = dict(getattr(student, "predictors", {}).items())
@@ -120,10 +132,7 @@ class StepProfiler:
             return
         for name, module in self._modules.items():
             self._handles += _named(name, module)
-        activities = [torch.profiler.ProfilerActivity.CPU]
-        if torch.cuda.is_available():
-            activities.append(torch.profiler.ProfilerActivity.CUDA)
-        self._profile = torch.profiler.profile(activities=activities)
+        self._profile = profiler()
         self._profile.__enter__()
         self._whole = torch.profiler.record_function(_PREFIX + "steps")
         self._whole.__enter__()

@@ -1,6 +1,9 @@
 import gzip
 import json
+import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -98,6 +101,14 @@ def test_kernels_operations_and_copies_of_parts_are_not_added_up() -> None:
 def test_a_wrong_range_is_named(steps: str) -> None:
     with pytest.raises(ConfigError, match=r"profile\.steps"):
         ProfileConfig(steps=steps).bounds()
+
+
+def test_a_profile_of_the_host_writes_nothing_on_stderr() -> None:
+    program = "from d2v_scale.profiling import profiler\nwith profiler(): pass"
+    environment = {name: value for name, value in os.environ.items() if name != "KINETO_LOG_LEVEL"}
+    environment["CUDA_VISIBLE_DEVICES"] = ""
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert "profiler_start" not in done.stderr
 
 
 def test_sigusr2_asks_for_a_profile(tmp_path: Path) -> None:

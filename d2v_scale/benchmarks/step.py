@@ -19,7 +19,7 @@ from d2v_scale.benchmarks.sides import PHASES, Naive, Ours, Side
 from d2v_scale.data.batch import Batch
 from d2v_scale.parallel import groups
 from d2v_scale.parallel.groups import Topology
-from d2v_scale.profiling import seconds_of_parts
+from d2v_scale.profiling import profiler, seconds_of_parts
 
 _AGREE = 1e-4
 """Largest relative difference of the losses, fp32."""
@@ -121,12 +121,9 @@ def _timed(side: Side, batch: Batch, number: int) -> dict[str, float]:
 def share_of_products(side: Side, batches: list[Batch], rounds: int = 3) -> float:
     """Share of a step that its matrix products, attention kernels and convolutions take, forward and backward."""
     on_device = torch.cuda.is_available() and batches[0].inputs.is_cuda
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    if on_device:
-        activities.append(torch.profiler.ProfilerActivity.CUDA)
     products, whole = 0.0, 0.0
     for number in range(rounds):
-        with torch.profiler.profile(activities=activities) as profile:
+        with profiler() as profile:
             begin = time.perf_counter()
             side.step(batches[number % len(batches)], number)
             if on_device:
