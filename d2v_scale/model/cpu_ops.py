@@ -1,4 +1,4 @@
-"""Operations that PyTorch does slowly on a CPU in fp32, done faster. Elsewhere they are PyTorch's own.
+"""Operations that PyTorch does slowly on a CPU, most of them in fp32, done faster. Elsewhere they are PyTorch's own.
 
 oneDNN multiplies about twice as fast as the BLAS that `F.linear` calls on processors which that does not know (AMD's),
 and as fast on the others. Its `_linear_pointwise` is the operator that `torch.compile` puts in `F.linear`'s place.
@@ -77,7 +77,7 @@ class SequenceConv(torch.nn.Conv1d):
 
     def forward(self, x_rtc: Tensor) -> Tensor:
         """(R, T, C) to (R, T', M): T' = T, or one more for an even kernel with padding of half of it."""
-        if not applies(x_rtc):
+        if x_rtc.device.type != "cpu" or torch.compiler.is_compiling():
             return super().forward(x_rtc.transpose(1, 2)).transpose(1, 2)
         rows_rc1t = x_rtc.contiguous()[:, None].permute(0, 3, 1, 2)
         padding = (0, int(self.padding[0]))
