@@ -62,7 +62,7 @@ def count_step(batches: list[Batch], topology: Topology) -> Tensor:
     will mask. Collective over the data-parallel group: all its ranks must call.
     """
     masked = sum(batch.layout.masked_n.numel() for batch in batches)
-    rows = sum(batch.masked_rt.shape[0] for batch in batches)
+    rows = sum(batch.masked_rt.shape[0] for batch in batches if not batch.is_blank)
     counts = torch.tensor([masked, rows], dtype=torch.float64).to(topology.device, non_blocking=True)
     topology.sum_over_replicas(counts)
     return counts.clamp(min=1)
@@ -106,7 +106,10 @@ class StepLoss:
         share = total / self._counts[0].float()
         if self._config.cls_weight > 0:
             assert cls_rd is not None, "a CLS loss needs a CLS token"
-            share = share + loss.cls_loss_sum(cls_rd, targets_btd, self._config, width) / self._counts[1].float()
+            # Of a blank row it is part of the graph, as on every rank, and counts nothing.
+            weight = 0.0 if batch.is_blank else 1.0
+            total = weight * loss.cls_loss_sum(cls_rd, targets_btd, self._config, width)
+            share = share + total / self._counts[1].float()
         self.seen.loss += share.detach()
         if self._observe:
             self.seen.count(TARGETS, targets_nd)

@@ -1,5 +1,6 @@
 """One optimizer step of every kind of model."""
 
+import dataclasses
 import time
 import warnings
 from collections.abc import Callable
@@ -99,6 +100,37 @@ def test_the_time_of_the_update_is_without_that_of_its_measurement(monkeypatch: 
     assert float(teacher.health()["teacher_norm"]) > 0
     teacher.destroy()
     student.destroy()
+
+
+@pytest.mark.usefixtures("world_of_one")
+def test_a_blank_row_adds_nothing_to_the_cls_loss() -> None:
+    """It stands for samples that could not be read; its clones entered the CLS term and its count of rows."""
+    blank = tiny_models.batch("v2_vision", 1, 2)
+    blank = dataclasses.replace(
+        blank,
+        inputs=torch.zeros_like(blank.inputs),
+        masked_rt=torch.zeros_like(blank.masked_rt),
+        sample_ids=torch.full((1,), -1),
+        keys=("",),
+        layout=None,  # type: ignore[arg-type]
+    )
+    batch, losses, rows = tiny_models.batch("v2_vision", 2, 2), [], []
+    for batches in ([batch], [batch, blank]):
+        recipe = Recipe(
+            model=tiny_models.model("v2_vision"),
+            objective=ObjectiveConfig(target=tiny_models.target_of("v2_vision"), loss=LossConfig(cls_weight=0.5)),
+            accumulation=len(batches),
+        )
+        numbers = ds_config.RecipeNumbers(precision="fp32", accumulation=len(batches))
+        config = ds_config.resolve({"zero_optimization": {"stage": 1}}, numbers, recipe.parallel, 1)
+        student, teacher = build_engines(recipe, config, groups.single_process())
+        _, seen = train_step(student, teacher, batches, recipe.objective, Draw(1, 0), observe=False)
+        losses.append(float(seen.loss))
+        rows.append(float(seen.rows))
+        teacher.destroy()
+        student.destroy()
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    assert rows == [4, 4]
 
 
 def test_reads_of_values_are_found(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -74,6 +74,11 @@ class Batch:
         """M, masks per sample."""
         return self.masked_rt.shape[0] // max(1, self.inputs.shape[0])
 
+    @property
+    def is_blank(self) -> bool:
+        """Whether its one row stands for samples that are not there: nothing of it counts."""
+        return self.keys == ("",)
+
     def to(self, device: torch.device) -> "Batch":
         """The same batch with its tensors on `device` (non-blocking)."""
         moved: dict[str, Tensor | Layout] = {

@@ -12,6 +12,9 @@ SAMPLE_RATE = 16_000
 """Samples of audio a second, of every waveform and every length."""
 
 
+_WINDOW_LIMIT = 256
+
+
 @dataclass(kw_only=True)
 class SourceConfig:
     """One set of shards. Several sources are mixed step by step; a step reads one source."""
@@ -81,7 +84,7 @@ class DataConfig:
     temperature: float = 1.0
     """Above 1: source weights are flattened, each to the power 1/temperature."""
     window_shards: int = 16
-    """Shards that are shuffled together. More mixes better and keeps more indexes in memory."""
+    """Shards that are shuffled together. More mixes better, and keeps more shards open and indexes in memory."""
     workers: int = 2
     """Decoding processes per rank; 0: decode in the training process."""
     prefetch: int = 4
@@ -158,12 +161,21 @@ class DataConfig:
             raise ConfigError("data.sources", f"have the same name twice: {', '.join(names)}")
         if not self.temperature > 0:
             raise ConfigError("data.temperature", f"is {self.temperature}", "Give a number above 0.")
-        if self.window_shards < 1:
-            raise ConfigError("data.window_shards", f"is {self.window_shards}", "Give at least 1.")
+        if not 1 <= self.window_shards <= _WINDOW_LIMIT:
+            raise ConfigError(
+                "data.window_shards",
+                f"is {self.window_shards}",
+                f"Give 1 to {_WINDOW_LIMIT}: every worker keeps the shards of a window open.",
+            )
         if not 0 < self.vision.crop_scale[0] <= self.vision.crop_scale[1] <= 1:
             raise ConfigError("data.vision.crop_scale", f"is {self.vision.crop_scale}", "Give 0 < smallest <= largest.")
         if not 0 < self.speech.min_seconds <= self.speech.max_seconds:
             raise ConfigError("data.speech.min_seconds", "must be above 0 and at most data.speech.max_seconds")
+
+    @property
+    def shards_kept(self) -> int:
+        """Shards of a source that a process keeps open: a window, and the beginning of the next."""
+        return self.window_shards + 48
 
     def source_names(self) -> list[str]:
         """One name per source."""

@@ -48,6 +48,10 @@ class SourceCount:
 
     real: int = 0
     padded: int = 0
+    cropped: int = 0
+    """Of all ranks: samples of audio that rows lost, each taking its batch's shortest length."""
+    uncropped: int = 0
+    """Of all ranks: samples of audio that there would be without."""
     epochs: dict[int, EpochCount] = field(default_factory=dict)
 
     def epoch(self, number: int) -> EpochCount:
@@ -86,6 +90,8 @@ class Counters:
                 counts.epoch(epoch).planned += rows
             for epoch, rows in planned.left_out.items():
                 counts.epoch(epoch).left_out += rows
+            counts.cropped += planned.cropped
+            counts.uncropped += planned.cropped + planned.length * len(planned)
             for tally in tallies:
                 counts.real += tally.real
                 counts.padded += tally.padded

@@ -17,7 +17,7 @@ from d2v_scale.data.collate import Collator, Decoder, make_decoder, read_rows
 from d2v_scale.data.config import DataConfig
 from d2v_scale.data.counters import Counters, SourceCount, Tally
 from d2v_scale.data.labels import Labels
-from d2v_scale.data.plan import Cursor, Mixture, PlannedBatch
+from d2v_scale.data.plan import Cursor, Mixture, PlannedBatch, SourcePlan
 from d2v_scale.data.reading import Fault, SampleStore
 from d2v_scale.data.shard_index import file_sha256
 from d2v_scale.data.source import Source, open_source
@@ -31,6 +31,8 @@ log = logging.getLogger(__name__)
 
 # What the DataLoader itself raises for a time-out or a dead worker; other errors mean what they say.
 _NOT_ARRIVED = ("DataLoader timed out", "DataLoader worker (pid")
+
+_MUCH_CROPPED = 0.1
 
 BatchUnit = Literal["samples", "seconds", "tokens"]
 
@@ -260,6 +262,7 @@ class StepLoader:
         self._pending.clear()
 
     def _start(self) -> Iterator[DecodedStep]:
+        self._warn_of_cropping()
         workers = self._data.workers
         loader: DataLoader[DecodedStep] = DataLoader(
             self._dataset,
@@ -274,6 +277,19 @@ class StepLoader:
         )
         steps = iter(loader)
         return on_device(steps, self._device) if self._device.type == "cuda" else steps
+
+    def _warn_of_cropping(self) -> None:
+        for source, plan, cursor in zip(self.sources, self._plans, self._cursors, strict=True):
+            if not isinstance(plan, SourcePlan) or source.modality != "speech":
+                continue
+            if (share := plan.cropped_share(cursor)) > _MUCH_CROPPED:
+                log.warning(
+                    "%.0f %% of the audio of %s is cropped away: rows take the length of their batch's shortest, and a "
+                    "window holds few batches. Raise data.window_shards (%d).",
+                    100 * share,
+                    source.name,
+                    self._data.window_shards,
+                )
 
     def _tasks(self) -> Iterator[StepTask]:
         step, cursors = self._step, list(self._cursors)

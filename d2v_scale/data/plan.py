@@ -42,6 +42,8 @@ class PlannedBatch:
     """Common length of the rows where they are bucketed by it; 0 elsewhere."""
     left_out: dict[int, int] = field(default_factory=dict)
     """Items by epoch that were passed over on the way to this batch, because their length is 0."""
+    cropped: int = 0
+    """What the rows of all ranks lose together, because each takes the length of the shortest."""
 
     def __len__(self) -> int:
         return len(self.item_n)
@@ -105,6 +107,12 @@ class SourcePlan:
                 found = replace(batches[tried.offset], left_out=left_out)
                 return found, replace(tried, offset=tried.offset + 1)
         raise AssertionError("unreachable")
+
+    def cropped_share(self, cursor: Cursor) -> float:
+        """Which share of the lengths in the window at `cursor` is lost by cropping rows to the shortest of a batch."""
+        batches = self._window(cursor.epoch, cursor.window)
+        cropped = sum(batch.cropped for batch in batches)
+        return cropped / max(1, cropped + sum(batch.length * len(batch) for batch in batches))
 
     def _onwards(self, cursor: Cursor) -> Iterator[Cursor]:
         """This cursor, then the beginnings of the windows after it.
@@ -182,6 +190,7 @@ class SourcePlan:
                 batch = PlannedBatch(
                     self._number, whole.epoch_n[rows], whole.shard_n[rows], whole.item_n[rows], int(length)
                 )
+                batch.cropped = int((length_n[rows] - length).clip(min=0).sum())
                 batches.append(batch)
         shuffled = numpy_generator("batches", self._order.seed, self._order.source, epoch, window)
         return [batches[k] for k in shuffled.permutation(len(batches))]

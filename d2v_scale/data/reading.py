@@ -11,8 +11,6 @@ from d2v_scale.data.shard_index import Members
 from d2v_scale.data.shard_set import ShardSet, is_remote
 from d2v_scale.errors import DataError
 
-_OPEN_SHARDS = 64
-
 
 @dataclass(frozen=True)
 class Fault:
@@ -81,8 +79,9 @@ class Store(Protocol):
 class SampleStore:
     """Reads samples of one set of shards. One per process; keeps recently used shards open."""
 
-    def __init__(self, shards: ShardSet, cache: ShardCache | None = None) -> None:
-        """`cache` brings shards that are not local to a local path."""
+    def __init__(self, shards: ShardSet, cache: ShardCache | None = None, keep: int = 64) -> None:
+        """`cache` brings shards that are not local to a local path; `keep`: how many shards stay open."""
+        self._keep = keep
         self._shards = shards
         self._cache = cache
         self._open: OrderedDict[int, tuple[int, Members]] = OrderedDict()
@@ -132,7 +131,7 @@ class SampleStore:
         except DataError as error:
             raise SampleFault(name, "", str(error)) from error
         self._open[shard] = opened
-        if len(self._open) > _OPEN_SHARDS:
+        if len(self._open) > self._keep:
             _, (descriptor, _) = self._open.popitem(last=False)
             os.close(descriptor)
         return opened

@@ -21,6 +21,7 @@ from d2v_scale.errors import DataError
 INDEX_SUFFIX = ".index.json"
 _REINDEX = "Make the index again with tools/index_shards.py, or restore the shard."
 _CHECKED_AT_START = 2000
+_LOOKED_INTO = 32
 
 
 def is_remote(path: str) -> bool:
@@ -226,7 +227,8 @@ def _matches(path: str, pattern: str) -> bool:
 
 
 def check_before_start(shards: ShardSet, source: SourceConfig, max_bad_ratio: float) -> list[str]:
-    """Compare local shards with their index; returns warnings. Reads a few hundred bytes of at most 2,000 shards.
+    """Compare local shards with their index; returns warnings. Looks at the sizes of at most 2,000 shards, and at the
+    first and last sample of 32 of them and of those that have another size than when they were indexed.
 
     A shard that lost its end is reported, and survived up to `max_bad_ratio` of the samples. A shard that is not the
     one that was indexed, or that cannot be read, raises DataError, as does an index of another modality.
@@ -247,15 +249,18 @@ def check_before_start(shards: ShardSet, source: SourceConfig, max_bad_ratio: fl
             f"{len(damaged)} of {len(shards.paths)} shards were damaged when they were indexed, the first: "
             f"{damaged[0][0]}: {'; '.join(damaged[0][1][:3])}"
         )
-    for shard in np.unique(np.linspace(0, len(shards.paths) - 1, _CHECKED_AT_START).astype(int)):
+    looked_into = set(_spread(len(shards.paths), _LOOKED_INTO))
+    for shard in _spread(len(shards.paths), _CHECKED_AT_START):
         path, entry = shards.paths[shard], shards.entries[shard]
         if is_remote(path):
             continue
         looked_at += entry.samples
         try:
-            size = os.path.getsize(path)
             with open(path, "rb") as stream:
-                cut_off = _compare(stream, size, path, shards.members(int(shard)), entry)
+                size = os.fstat(stream.fileno()).st_size
+                if size == entry.bytes and shard not in looked_into:
+                    continue
+                cut_off = _compare(stream, size, path, shards.members(shard), entry)
         except OSError as error:
             raise DataError(f"The shard {path} cannot be read: {error.strerror}.", _REINDEX) from error
         if cut_off:
@@ -268,6 +273,11 @@ def check_before_start(shards: ShardSet, source: SourceConfig, max_bad_ratio: fl
             _REINDEX,
         )
     return warnings
+
+
+def _spread(shards: int, most: int) -> list[int]:
+    """At most `most` shards, evenly spread, the first and the last among them."""
+    return np.unique(np.linspace(0, shards - 1, most).astype(int)).tolist()
 
 
 def _compare(stream: "os.PathLike[str] | object", size: int, path: str, members: Members, entry: ShardEntry) -> int:

@@ -22,12 +22,10 @@ from d2v_scale.model.config import Modality, ModelConfig
 
 log = logging.getLogger(__name__)
 
-_MEMBER_FILES_KEPT = 64
-
 
 def open_store(shards: ShardSet, data: DataConfig) -> SampleStore:
     """A reader of the samples of `shards`, for one process."""
-    return SampleStore(shards, ShardCache.of(data))
+    return SampleStore(shards, ShardCache.of(data), data.shards_kept)
 
 
 def open_source(
@@ -57,7 +55,7 @@ class Source:
         self.fingerprint = shards.fingerprint()
         self._data = data
         self._seed = seed
-        self._lengths = lru_cache(maxsize=_MEMBER_FILES_KEPT)(self._read_lengths)
+        self._lengths = lru_cache(maxsize=data.shards_kept)(self._read_lengths)
         if source.modality == "text":
             assert model.text is not None
             self.tokenizer = Path(data.text.tokenizer) if data.text.tokenizer else shards.tokenizer

@@ -22,7 +22,6 @@ log = logging.getLogger(__name__)
 
 EXTENSIONS = ("npy", "txt")
 SECOND_EXTENSIONS = ("npy2", "txt2")
-_SHARDS_KEPT = 64
 
 Tokens = NDArray[np.int64]
 
@@ -107,10 +106,11 @@ class TextDecoder:
         if tokenizer is not None:
             self._tokenizer = Tokenizer(tokenizer)
             self._tokenizer.check(stem)
-            self._cache = TokenCache(data.cache_dir, data.cache_gib * 2**30, file_sha256(tokenizer))
+            self._cache = TokenCache(data.cache_dir, data.cache_gib * 2**30, file_sha256(tokenizer), data.shards_kept)
         self._cache_failed = False
         self._left = np.zeros(0, dtype=np.int64)
         self._left_key = ""
+        self._shards_kept = data.shards_kept
         self._layouts: OrderedDict[int, tuple[Tokens, Tokens, tuple[Tokens, Tokens, Tokens]]] = OrderedDict()
 
     def training_row(self, store: Store, shard: int, item: int, length: int, draws: NDArray[np.float64]) -> Row:
@@ -186,7 +186,7 @@ class TextDecoder:
         if shard not in self._layouts:
             length_n = store.members(shard).length_n.clip(min=0)
             self._layouts[shard] = length_n, np.cumsum(length_n), chunks_of_documents(length_n, self._block)
-            if len(self._layouts) > _SHARDS_KEPT:
+            if len(self._layouts) > self._shards_kept:
                 self._layouts.popitem(last=False)
         return self._layouts[shard]
 

@@ -15,8 +15,6 @@ from numpy.typing import NDArray
 
 from d2v_scale.data.fetching import default_cache_dir, make_room
 
-_OPEN_FILES = 64
-
 Tokens = NDArray[np.int64]
 
 
@@ -64,9 +62,11 @@ class CachedTokens:
 class TokenCache:
     """The shards' token files. Those used longest ago are removed beyond `limit_bytes`."""
 
-    def __init__(self, directory: str | None, limit_bytes: float, tokenizer_sha256: str) -> None:
+    def __init__(self, directory: str | None, limit_bytes: float, tokenizer_sha256: str, keep: int = 64) -> None:
+        """`keep`: how many shards stay open."""
         self._directory = Path(directory) if directory else default_cache_dir()
         self._limit_bytes = limit_bytes
+        self._keep = keep
         self._tokenizer_sha256 = tokenizer_sha256
         self._open: OrderedDict[str, CachedTokens] = OrderedDict()
 
@@ -82,6 +82,6 @@ class TokenCache:
         os.utime(path)
         make_room(self._directory, "*.tokens", self._limit_bytes, path)
         self._open[sha256] = cached
-        if len(self._open) > _OPEN_FILES:
+        if len(self._open) > self._keep:
             self._open.popitem(last=False)[1].close()
         return cached

@@ -42,6 +42,7 @@ class RunTotals:
         self._epochs = {source.name: 0 for source in sources}
         self._recent = {"tokens": 0, "audio_seconds": 0.0}
         self._recent_real, self._recent_padded = 0, 0
+        self._recent_cropped, self._recent_uncropped = 0, 0
 
     # -- state ---------------------------------------------------------------------------------------------------
 
@@ -96,6 +97,9 @@ class RunTotals:
         totals.real += real
         self._recent_real += real
         self._recent_padded += padded
+        if source.modality == "speech":
+            self._recent_cropped += mine.cropped
+            self._recent_uncropped += mine.uncropped
         if source.modality == "text":
             self._recent["tokens"] += real
         if source.modality == "speech":
@@ -140,7 +144,8 @@ class RunTotals:
     def figures(self, elapsed_s: float) -> dict[str, float]:
         """For the record, of the run so far: `tokens`, `audio_seconds` (and per second, since the last call),
         `data/delivered`, `data/lost`, `data/left_out` (too short, or with a transcript too long), `data/planned`,
-        `data/padding` (share of the inputs since the last call), and by source `epoch`, `delivered` and of the last
+        `data/padding` (share of the inputs since the last call), `data/cropped` (share of the audio that was lost since
+        then because rows take the length of their batch's shortest), and by source `epoch`, `delivered` and of the last
         whole epoch `epoch_planned`, `epoch_delivered`, `epoch_lost`, `epoch_left_out`."""
         totals = self._totals.values()
         values: dict[str, float] = {}
@@ -154,6 +159,9 @@ class RunTotals:
             values[f"data/{key}"] = sum(getattr(one, key) for one in totals)
         values["data/padding"] = 1 - self._recent_real / self._recent_padded if self._recent_padded else 0.0
         self._recent_real, self._recent_padded = 0, 0
+        if any(source.modality == "speech" for source in self._sources):
+            values["data/cropped"] = self._recent_cropped / max(1, self._recent_uncropped)
+            self._recent_cropped, self._recent_uncropped = 0, 0
         for name, one in self._totals.items():
             values[f"data/{name}/epoch"] = self._epochs[name]
             values[f"data/{name}/delivered"] = one.delivered

@@ -6,7 +6,7 @@ The first five classes are those that `d2v_scale.parallel.memory` measures; acti
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, log2
 
 from d2v_scale.model.config import Modality
 from d2v_scale.planning import activations
@@ -53,7 +53,18 @@ def stage_budget(job: Job, stage: int) -> Budget:
     found = max((stage_activations(job, stage, modality) for modality in job.recipe.model.modalities), default=0.0)
     device = {**states, "activations": found}
     device["buffers"] = _buffers(job, stage, states["gradients"], found)
-    return Budget(device, host)
+    return Budget(device, {**host, "checkpoint": _snapshot(job, stage)})
+
+
+def _snapshot(job: Job, stage: int) -> float:
+    """The copy that is written while the run goes on: this rank's part of weights, moments and teacher in fp32, in
+    pinned memory, which comes in powers of two."""
+    tensor, data = job.parallel.tensor, job.data
+    student, teacher = (
+        _partitioned(tensors, tensor, data) if sharded else _local(tensors, tensor) / data
+        for tensors, sharded in zip(job.stage_tensors[stage], (job.stage == 3, job.parallel.pipeline == 1), strict=True)
+    )
+    return float(2 ** ceil(log2(max(1.0, 4 * (3 * student + teacher)))))
 
 
 def held(job: Job, stage: int) -> tuple[dict[str, float], dict[str, float]]:

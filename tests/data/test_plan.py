@@ -89,6 +89,25 @@ def test_a_billion_samples_resume_anywhere_in_the_memory_of_a_few_windows(use_le
     assert seconds < 5.0
 
 
+def test_what_rows_lose_to_the_shortest_of_their_batch_is_counted() -> None:
+    """In windows of few batches it was a large share of the audio, in no figure."""
+    lengths = {shard: np.random.default_rng(shard).integers(10, 50, 20) for shard in range(8)}
+    order = WindowOrder(8, lambda _: 20, 2, 1, "s")
+    plan = SourcePlan(order, 0, 16, length_of=lengths.__getitem__, crop_to_shortest=True)
+    assert plan.cropped_share(Cursor()) > 0.1
+    cursor, cropped, total = Cursor(), 0, 0
+    while cursor.window == 0:
+        batch, cursor = plan.next_batch(cursor)
+        whole = sum(int(lengths[s][i]) for _, s, i in items(batch))
+        assert batch.cropped == whole - batch.length * len(batch)
+        cropped, total = cropped + batch.cropped, total + whole
+        if cursor.offset * 16 >= 40:
+            break
+    assert plan.cropped_share(Cursor()) == pytest.approx(cropped / total)
+    padded = SourcePlan(order, 0, 16, length_of=lengths.__getitem__)
+    assert padded.cropped_share(Cursor()) == 0
+
+
 def test_empty_shards_that_lie_between_two_epochs_items_are_passed_over() -> None:
     counts = [0, 0, 0, 0, 3]
     for seed in range(30):

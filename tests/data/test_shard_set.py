@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 from small_shards import image_samples
 
-from d2v_scale.data.config import SourceConfig
-from d2v_scale.data.shard_index import SetIndex
-from d2v_scale.data.shard_set import find_shards
+from d2v_scale.data.config import DataConfig, SourceConfig
+from d2v_scale.data.shard_index import Members, SetIndex
+from d2v_scale.data.shard_set import check_before_start, find_shards
+from d2v_scale.data.source import open_store
 from d2v_scale.data.writing import write_set
-from d2v_scale.errors import DataError
+from d2v_scale.errors import ConfigError, DataError
 
 
 @pytest.fixture
@@ -19,6 +20,49 @@ def shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     write_set(Path("shards"), "train", "vision", image_samples(8), per_shard=2)
     return tmp_path / "shards"
+
+
+@pytest.fixture
+def loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[SourceConfig, list[str]]:
+    """100 shards, and the member files that are read from now on."""
+    write_set(tmp_path, "train", "vision", image_samples(100, side=4), per_shard=1)
+    load, names = Members.load, []
+
+    def counted(path: str | Path) -> Members:
+        names.append(Path(path).name)
+        return load(path)
+
+    monkeypatch.setattr(Members, "load", counted)
+    return SourceConfig(shards=str(tmp_path)), names
+
+
+def test_the_check_before_the_start_does_not_read_the_index_of_every_shard(
+    loaded: tuple[SourceConfig, list[str]],
+) -> None:
+    """Each rank read those of 2,000 shards: gigabytes."""
+    source, names = loaded
+    shards = find_shards(source)
+    assert check_before_start(shards, source, 0.0) == []
+    assert len(names) <= 32
+    os.truncate(shards.paths[40], os.path.getsize(shards.paths[40]) - 1500)
+    names.clear()
+    check_before_start(shards, source, 1.0)
+    assert any("000040" in name for name in names)
+
+
+def test_a_window_of_more_than_64_shards_is_not_opened_again_for_every_sample(
+    loaded: tuple[SourceConfig, list[str]],
+) -> None:
+    source, names = loaded
+    data = DataConfig(sources=[source], window_shards=100)
+    data.check(["vision"])
+    store = open_store(find_shards(source), data)
+    for _ in range(2):
+        for shard in range(100):
+            store.read(shard, 0)
+    assert len(names) == 100
+    with pytest.raises(ConfigError, match="window_shards"):
+        DataConfig(sources=[source], window_shards=257).check(["vision"])
 
 
 @pytest.mark.parametrize("pattern", ["./shards/*.tar", "shards/train-*.tar", "{}/*.tar", "shards"])

@@ -117,6 +117,14 @@ def test_recordings_that_are_too_short_belong_to_the_epoch(
     assert "do not add up" not in caplog.text
 
 
+def test_audio_that_is_cropped_away_is_recorded_and_warned_of(sounds: Path, caplog: pytest.LogCaptureFixture) -> None:
+    loader = open_loader(SourceConfig(shards=str(sounds), modality="speech"), size=40)
+    [figures] = run(loader, RunTotals(loader.sources), 1)
+    assert 0.1 < figures["data/cropped"] < 0.9
+    assert "of the audio of speech is cropped away" in caplog.text
+    assert "data.window_shards (2)" in caplog.text
+
+
 @pytest.mark.parametrize("packing", ["continuous", "document"])
 def test_tokens_and_padding_are_counted(texts: Path, packing: str, caplog: pytest.LogCaptureFixture) -> None:
     loader = open_loader(SourceConfig(shards=str(texts), modality="text"))

@@ -59,3 +59,15 @@ def test_checkpointing_keeps_less() -> None:
     before = memory.budget(job).device["activations"]
     job.recipe.model.activation_checkpointing = True
     assert memory.budget(job).device["activations"] < before / 4
+
+
+def test_the_copy_that_a_checkpoint_is_written_from_is_in_host_memory() -> None:
+    """16 bytes a parameter over all ranks, which was missing; pinned memory comes in powers of two."""
+    job = planned("d2v2_vision_huge14", 3, 8)
+    device, _ = memory.held(job, 0)
+    found = memory.budget(job).host["checkpoint"]
+    exact = device["master and moments"] + device["teacher fp32"]
+    assert exact <= found < 2 * exact
+    assert found.is_integer()
+    assert int(found).bit_count() == 1
+    assert memory.budget(job).host_total >= found
