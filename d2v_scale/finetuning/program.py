@@ -170,9 +170,11 @@ def train(run: TaskRun, stop_flag: StopFlag, agreement: Agreement, watchdog: Wat
         if run.tracker.due(run.step, end):
             record(run, seen, {"lr": lr, "grad_norm": result.grad_norm}, meter)
         if run.step == end or (recipe.evaluation.every and run.step % recipe.evaluation.every == 0):
-            evaluate(run)
+            with meter.paused():
+                evaluate(run)
         if run.step % recipe.checkpoint.every == 0:
-            save(run)
+            with meter.paused():
+                save(run)
         report_saves(run)
         watchdog.beat(run.step)
         stop = agreement.agree(stop_flag.raised())
