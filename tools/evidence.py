@@ -38,7 +38,7 @@ ROOT = Path(__file__).resolve().parent.parent
 VERSIONS = ("1.0", "2.0")
 LEARNED = ("supervised", *VERSIONS)
 MAX_TRAIN, MAX_TEST = 5000, 2000
-QUICK = {"seeds": 1, "compute": 0.3}
+QUICK = {"seeds": 1, "compute": 0.5}
 EVALUATIONS = 4
 """k-NN this often during pretraining."""
 
