@@ -32,7 +32,8 @@ from d2v_scale.model.config import ModelConfig
 
 log = logging.getLogger(__name__)
 
-_SHARDS_KEPT = 64
+_ASKED_FOR_LABELS = 64
+"""Shards that are searched for a label before the first step."""
 
 
 def labels_of(task: TaskConfig) -> Labels:
@@ -82,7 +83,7 @@ class LabelledSource(Source):
         shards = find_shards(source)
         if not shards.indexed:
             raise DataError(f"The shards of {source.shards!r} have no index.", "Make one with tools/index_shards.py.")
-        first = range(min(_SHARDS_KEPT, len(shards.paths)))
+        first = range(min(_ASKED_FOR_LABELS, len(shards.paths)))
         if not any(len(labelled_numbers(shards.members(shard), extension)) for shard in first):
             raise DataError(f"No sample of {source.shards!r} has a label (.{extension}).", "Give labelled shards.")
         for warning in check_before_start(shards, source, data.max_bad_ratio):
@@ -90,7 +91,7 @@ class LabelledSource(Source):
         super().__init__(shards, source, data.source_names()[number], data, model, seed)
         self._keep_long = keep_long
         self._extension = extension
-        self._labelled = lru_cache(maxsize=_SHARDS_KEPT)(
+        self._labelled = lru_cache(maxsize=data.shards_kept)(
             lambda shard: labelled_numbers(shards.members(shard), extension)
         )
 
@@ -133,12 +134,14 @@ class LabelledSource(Source):
 class LabelledDecoder:
     """A modality's decoder that also reads labels and augments labelled images."""
 
-    def __init__(self, decoder: Decoder, labels: Labels, augment: RandAugment | None) -> None:
+    def __init__(self, decoder: Decoder, labels: Labels, augment: RandAugment | None, shards_kept: int) -> None:
+        """`shards_kept`: of how many shards the places of labels stay in memory."""
         self.extensions = decoder.extensions
         self.draws = decoder.draws + (augment.draws if augment is not None else 0)
         self._decoder = decoder
         self._labels = labels
         self._augment = augment
+        self._shards_kept = shards_kept
         self._numbers: OrderedDict[int, NDArray[np.int64]] = OrderedDict()
 
     def training_row(self, store: Store, shard: int, item: int, length: int, draws: NDArray[np.float64]) -> Row:
@@ -156,7 +159,7 @@ class LabelledDecoder:
     def _labelled(self, store: SampleStore, shard: int) -> NDArray[np.int64]:
         if shard not in self._numbers:
             self._numbers[shard] = labelled_numbers(store.members(shard), self._labels.extension)
-            if len(self._numbers) > _SHARDS_KEPT:
+            if len(self._numbers) > self._shards_kept:
                 self._numbers.popitem(last=False)
         return self._numbers[shard]
 
@@ -211,4 +214,4 @@ class LabelledLoader(StepLoader):
         augment = RandAugment(image.rand_augment, image.rand_augment_std) if image.rand_augment > 0 else None
         decoder = make_decoder(source.modality, self._data, model, source.tokenizer)
         assert self.labels is not None
-        return LabelledDecoder(decoder, self.labels, augment)
+        return LabelledDecoder(decoder, self.labels, augment, self._data.shards_kept)
