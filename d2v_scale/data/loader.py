@@ -16,6 +16,7 @@ from d2v_scale.data.batch import Batch
 from d2v_scale.data.collate import Collator, Decoder, make_decoder, read_rows
 from d2v_scale.data.config import DataConfig
 from d2v_scale.data.counters import Counters, SourceCount, Tally
+from d2v_scale.data.forking import forking
 from d2v_scale.data.labels import Labels
 from d2v_scale.data.plan import Cursor, Mixture, PlannedBatch, SourcePlan
 from d2v_scale.data.reading import Fault, SampleStore
@@ -275,7 +276,8 @@ class StepLoader:
             worker_init_fn=_start_worker,
             pin_memory=self._device.type == "cuda",
         )
-        steps = iter(loader)
+        with forking():
+            steps = iter(loader)
         return on_device(steps, self._device) if self._device.type == "cuda" else steps
 
     def _warn_of_cropping(self) -> None:

@@ -16,6 +16,7 @@ from d2v_scale.checkpoint.commit import committed_steps, sweep
 from d2v_scale.checkpoint.config import CheckpointConfig
 from d2v_scale.checkpoint.format import Piece, directory_name
 from d2v_scale.checkpoint.writer import CheckpointWriter
+from d2v_scale.data.forking import forking
 
 fork = multiprocessing.get_context("fork")
 SIZE = 37
@@ -60,8 +61,9 @@ def run_two(root: Path, steps: list[int], fault: str = "", limit: int | None = N
     sweep(root)
     session = f"s{time.monotonic_ns()}"
     ranks = [fork.Process(target=save_steps, args=(root, rank, session, steps, fault, limit)) for rank in (0, 1)]
-    for process in ranks:
-        process.start()
+    with forking():
+        for process in ranks:
+            process.start()
     deadline = time.monotonic() + 30
     while any(process.is_alive() for process in ranks) and time.monotonic() < deadline:
         if any(process.exitcode not in (None, 0) for process in ranks):

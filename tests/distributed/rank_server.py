@@ -5,6 +5,7 @@ its standard input, one JSON object a line: `{"script", "arguments", "environmen
 the pid of a fork that goes on as that script; `{"poll": pid}` with its exit code, or null while it runs.
 """
 
+import gc
 import importlib
 import json
 import os
@@ -61,6 +62,7 @@ def main() -> None:
     for name in PRELOADED:
         importlib.import_module(name)
     assert len(os.listdir("/proc/self/task")) == 1, "threads do not survive a fork"
+    gc.freeze()  # a rank does not collect what was made here
     request = serve(sys.stdin, answers)
     answers.close()
     if request is not None:
