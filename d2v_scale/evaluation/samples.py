@@ -57,11 +57,10 @@ def _held_out(recipe: Recipe, shards: str, limit: int, masked: bool) -> Labelled
 
 
 def _of_training(recipe: Recipe, limit: int, masked: bool) -> LabelledSet:
-    modality = recipe.model.modalities[0]
-    source = next(source for source in recipe.data.sources if source.modality == modality)
+    source = recipe.data.sources[0]
     return LabelledSet(
         source.shards,
-        modality,
+        source.modality,
         recipe.data,
         recipe.model,
         batch_size=_batch_size(recipe, masked),
