@@ -124,12 +124,13 @@ class Recipe:
                 f"is {objective.masking.clones}, which needs model.visible_only",
                 "Several masks per sample are part of data2vec 2.0.",
             )
-        equal = objective.masking.kind in ("block1d", "block2d", "random") or objective.compat.equalize_masks
-        if model.visible_only and not equal:
+        kind = objective.masking.kind
+        trimmed = kind == "spans" and objective.compat.equalize_masks
+        if model.visible_only and not trimmed and kind not in ("block1d", "block2d", "random"):
             raise ConfigError(
                 "objective.masking.kind",
-                f"is {objective.masking.kind!r}, which hides more positions in some rows than in others",
-                "With model.visible_only all rows keep equally many: give random, block1d or block2d, or set "
+                f"is {kind!r}, which hides more positions in some rows than in others",
+                "With model.visible_only all rows keep equally many: give random, block1d or block2d, or spans with "
                 "objective.compat.equalize_masks.",
             )
         if objective.loss.cls_weight > 0 and not (model.visible_only and model.vision is not None):

@@ -12,6 +12,11 @@ from d2v_scale.errors import ConfigError
         (["--objective.target.top_k_layers", "5"], 1, "objective.target.top_k_layers"),
         (["--objective.masking.clones", "2"], 1, "objective.masking.clones"),
         (["--recipe", "tiny2_text", "--objective.masking.kind", "spans"], 1, "objective.masking.kind"),
+        (
+            ["--recipe", "tiny2_text", "--objective.masking.kind=bert", "--objective.compat.equalize_masks=true"],
+            1,
+            "objective.masking.kind",
+        ),
         (["--objective.loss.cls_weight", "0.1"], 1, "objective.loss.cls_weight"),
         (["--model.predictor.kind", "conv2d"], 1, "model.predictor.kind"),
         (["--model.vision.patch_size", "5"], 1, "model.vision.patch_size"),

@@ -102,13 +102,12 @@ def retain(root: Path, newest: int, keep_last: int, keep_every: int) -> tuple[li
 
 def _delete(root: Path, step: int) -> None:
     path = root / directory_name(step)
-    # Without its marker it is no checkpoint, whatever happens in the middle of the deletion.
-    (path / MARKER).unlink()
-    sync_directory(path)
-    faults.point("retention")
     trash = root / f".deleted-{path.name}"
     shutil.rmtree(trash, ignore_errors=True)
+    # At once no checkpoint any more, and one that cannot be renamed stays whole.
     path.rename(trash)
+    sync_directory(root)
+    faults.point("retention")
     shutil.rmtree(trash, ignore_errors=True)
 
 

@@ -51,6 +51,10 @@ class LabelledSet:
     labels: Labels = field(default_factory=ClassLabels)
     masking: MaskingConfig | None = None
     """Mask like this, the same positions at every reading; null: nothing is masked."""
+    compat: CompatConfig = field(default_factory=CompatConfig)
+    """Quirks of the reference that masks are drawn with."""
+    min_seconds: float = 0.0
+    """Recordings that are shorter are left out."""
     found: ShardSet | None = None
     """The shards, where the caller has found them; null: those of the pattern."""
 
@@ -181,16 +185,19 @@ class LabelledSet:
         return batch, self.labels.stack(labels)
 
     def _wanted(self, members: Members) -> NDArray[np.bool_]:
+        wanted = np.ones(len(members), dtype=bool)
+        if self.min_seconds > 0:
+            wanted &= members.length_n >= self.min_seconds * SAMPLE_RATE
         if not self.require_labels:
-            return np.ones(len(members), dtype=bool)
+            return wanted
         if self.labels.extension not in members.extensions:
             return np.zeros(len(members), dtype=bool)
-        return members.member_size_ne[:, members.extensions.index(self.labels.extension)] > 0
+        return wanted & (members.member_size_ne[:, members.extensions.index(self.labels.extension)] > 0)
 
     def _masked(self, rows: list[NDArray[Any]], keys: list[str], id_n: NDArray[np.int64], lost: int) -> Batch:
         """The batch as a training step of number 0 and seed 0 would mask it."""
         assert self.masking is not None
-        collator = Collator(self.modality, self._decoder, self.model, self.masking, CompatConfig(), seed=0)
+        collator = Collator(self.modality, self._decoder, self.model, self.masking, self.compat, seed=0)
         planned = PlannedBatch(0, np.zeros_like(id_n), id_n >> 32, id_n & (2**32 - 1))
         named = [Row(key, row) for key, row in zip(keys, rows, strict=True)]
         return collator.batch(named, planned, list(range(len(rows))), step=0, source="held out", lost=lost)

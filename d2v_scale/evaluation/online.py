@@ -15,7 +15,7 @@ from d2v_scale.data.labelled import LabelledSet
 from d2v_scale.evaluation.config import EvaluationConfig
 from d2v_scale.evaluation.features import mean_over_positions
 from d2v_scale.evaluation.knn import knn, whitened
-from d2v_scale.evaluation.samples import samples_without_labels
+from d2v_scale.evaluation.samples import require_same, samples_without_labels
 from d2v_scale.model.stack import Student, Teacher
 from d2v_scale.parallel.zero import StudentEngine
 from d2v_scale.plots.gallery import FIRST, Gallery
@@ -79,7 +79,9 @@ class OnlineEvaluation:
         train, test = labelled(config.train, config.max_train), labelled(config.test, config.max_test)
         classes = agreed_classes([(config.train, train.classes), (config.test, test.classes)])
         names = LabelNames(classes, str(test.tokenizer) if test.tokenizer else None)
-        return cls(config, train.read(), test.read(), student, teacher, names)
+        read_train, read_test = train.read(), test.read()
+        require_same([*read_train, *read_test], f"{config.train} and {config.test}")
+        return cls(config, read_train, read_test, student, teacher, names)
 
     def figures(self) -> dict[str, float]:
         """All figures for the record. Collective: all ranks must call; all get the same."""

@@ -1,8 +1,10 @@
 """Which samples are looked at while training, where the recipe names none with labels."""
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch.distributed as dist
 from torch import Tensor
 
 from d2v_scale.data.batch import Batch
@@ -29,18 +31,43 @@ class Samples:
 def samples_without_labels(recipe: Recipe, limit: int, *, masked: bool) -> Samples | None:
     """Up to `limit` samples of the recipe's held-out shards, or else a few of the first training shard.
 
-    `masked`: as a training step would mask them, always alike. The same on every rank. None, and a message why, where
-    the training shards have no index. Raises DataError where named shards cannot be read.
+    `masked`: as a training step would mask them, always alike. None, and a message why, where training shards cannot be
+    read like this on every rank (no index, say). Raises DataError where named shards cannot. Collective: all ranks must
+    call; all get the same.
     """
     shards = recipe.evaluation.held_out or recipe.evaluation.test
+    found, problem = None, None
     try:
-        found = _held_out(recipe, shards, limit, masked) if shards else _of_training(recipe, limit, masked)
-        return Samples(found.read(), str(found.tokenizer) if found.tokenizer else None, shards is None)
+        read = _held_out(recipe, shards, limit, masked) if shards else _of_training(recipe, limit, masked)
+        found = Samples(read.read(), str(read.tokenizer) if read.tokenizer else None, shards is None)
     except DataError as error:
-        if shards is not None:
-            raise
-        log.info("What the layers do is not measured: %s Or name some with evaluation.held_out.", error)
+        problem = error
+    batches = [] if found is None else found.batches
+    try:
+        require_same(batches, shards or recipe.data.sources[0].shards)
+    except DataError as error:
+        problem = problem or error
+    if problem is not None and shards is not None:
+        raise problem
+    if problem is not None:
+        log.info("No samples to look at while training: %s Or name some with evaluation.held_out.", problem)
         return None
+    return found
+
+
+def require_same(batches: Sequence[tuple[Batch, Tensor]], shards: str) -> None:
+    """Raises DataError, on every rank, unless all have read the same samples. Collective: all ranks must call."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return
+    mine = [batch.keys for batch, _ in batches]
+    everyone: list[list[tuple[str, ...]]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(everyone, mine)
+    others = [rank for rank, theirs in enumerate(everyone) if theirs != everyone[0]]
+    if others:
+        raise DataError(
+            f"Ranks 0 and {others[0]} read different samples of {shards!r}.",
+            "Their logs say what was lost; every node needs the whole set.",
+        )
 
 
 def _held_out(recipe: Recipe, shards: str, limit: int, masked: bool) -> LabelledSet:
@@ -53,6 +80,8 @@ def _held_out(recipe: Recipe, shards: str, limit: int, masked: bool) -> Labelled
         limit=limit,
         require_labels=False,
         masking=recipe.objective.masking if masked else None,
+        compat=recipe.objective.compat,
+        min_seconds=recipe.data.speech.min_seconds if recipe.model.modalities[0] == "speech" else 0.0,
     )
 
 
@@ -67,6 +96,8 @@ def _of_training(recipe: Recipe, limit: int, masked: bool) -> LabelledSet:
         limit=min(limit, _OF_TRAINING),
         require_labels=False,
         masking=recipe.objective.masking if masked else None,
+        compat=recipe.objective.compat,
+        min_seconds=recipe.data.speech.min_seconds if source.modality == "speech" else 0.0,
         # All of a large set would be read for its index alone.
         found=find_shards(source).one(0),
     )

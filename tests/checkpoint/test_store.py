@@ -130,14 +130,14 @@ def test_retention_keeps_the_last_and_every_fourth(tmp_path: Path) -> None:
 def test_a_checkpoint_that_cannot_be_deleted_does_not_make_good_saves_look_failed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    unlink = Path.unlink
+    rename = Path.rename
 
-    def guarded(path: Path, missing_ok: bool = False) -> None:
-        if path.parent.name == directory_name(1):
+    def guarded(path: Path, target: Path) -> Path:
+        if path.name == directory_name(1):
             raise PermissionError(13, "Permission denied", str(path))
-        unlink(path, missing_ok)
+        return rename(path, target)
 
-    monkeypatch.setattr(Path, "unlink", guarded)
+    monkeypatch.setattr(Path, "rename", guarded)
     writer = CheckpointWriter(tmp_path, 0, 1, "s", CheckpointConfig(keep_last=1))
     for step in (1, 2, 3, 4):
         whole = Piece("student", "block.weight", (SIZE,), None, 0, weights(step))

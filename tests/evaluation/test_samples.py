@@ -5,12 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_shards import image_samples
+from small_shards import image_samples, sound_samples
 
 from d2v_scale import command_line
-from d2v_scale.data.writing import write_set
+from d2v_scale.data.speech import measure
+from d2v_scale.data.writing import Sample, write_set
 from d2v_scale.errors import DataError
-from d2v_scale.evaluation.samples import samples_without_labels
+from d2v_scale.evaluation.samples import Samples, samples_without_labels
 from d2v_scale.recipe import Recipe
 
 
@@ -66,3 +67,31 @@ def test_training_shards_without_an_index_are_left_alone(shards: Path, caplog: p
     with caplog.at_level(logging.INFO):
         assert samples_without_labels(recipe_of(shards), 256, masked=True) is None
     assert "evaluation.held_out" in caplog.text
+
+
+def test_held_out_masks_are_trimmed_as_those_of_training_are(shards: Path) -> None:
+    options = ("--objective.masking.kind", "spans", "--objective.masking.length", "2")
+    for trimmed in (True, False):
+        recipe = recipe_of(shards, *options, "--objective.compat.equalize_masks", str(trimmed).lower())
+        found = samples_without_labels(recipe, 256, masked=True)
+        assert found is not None
+        assert all(batch.layout.visible_rs is not None for batch, _ in found.batches) == trimmed
+
+
+def test_recordings_too_short_for_training_are_not_looked_at(tmp_path: Path) -> None:
+    write_set(tmp_path, "train", "speech", sound_samples(8, seconds=(0.001, 0.02)), per_shard=8, measure=measure)
+    write_set(tmp_path, "mixed", "speech", [*sound_samples(5), *short_ones()], per_shard=8, measure=measure)
+
+    def look(name: str) -> Samples | None:
+        options = ["--recipe", "demo_speech", "--data", f"{tmp_path}/{name}-*.tar"]
+        none = ["--data.speech.min_seconds", "0.1", "--evaluation.train", "null", "--evaluation.test", "null"]
+        return samples_without_labels(command_line.parse([*options, *none])[0], 256, masked=True)
+
+    assert look("train") is None
+    found = look("mixed")
+    assert found is not None
+    assert sum(len(batch.keys) for batch, _ in found.batches) == 5
+
+
+def short_ones() -> list[Sample]:
+    return [{**sample, "__key__": f"short-{k}"} for k, sample in enumerate(sound_samples(3, seconds=(0.001, 0.02)))]
