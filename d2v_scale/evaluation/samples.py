@@ -38,7 +38,7 @@ def samples_without_labels(recipe: Recipe, limit: int, *, masked: bool) -> Sampl
     shards = recipe.evaluation.held_out or recipe.evaluation.test
     found, problem = None, None
     try:
-        read = _held_out(recipe, shards, limit, masked) if shards else _of_training(recipe, limit, masked)
+        read = _set_of(recipe, shards, limit, masked)
         found = Samples(read.read(), str(read.tokenizer) if read.tokenizer else None, shards is None)
     except DataError as error:
         problem = error
@@ -70,38 +70,21 @@ def require_same(batches: Sequence[tuple[Batch, Tensor]], shards: str) -> None:
         )
 
 
-def _held_out(recipe: Recipe, shards: str, limit: int, masked: bool) -> LabelledSet:
+def _set_of(recipe: Recipe, shards: str | None, limit: int, masked: bool) -> LabelledSet:
+    """`shards`: the named ones; None: the first of training alone, as a large set would all be read for its index."""
+    first = recipe.data.sources[0]
+    modality = recipe.model.modalities[0] if shards else first.modality
+    clones = recipe.objective.masking.clones if masked else 1
     return LabelledSet(
-        shards,
-        recipe.model.modalities[0],
+        shards or first.shards,
+        modality,
         recipe.data,
         recipe.model,
-        batch_size=_batch_size(recipe, masked),
-        limit=limit,
+        batch_size=max(1, recipe.evaluation.batch_size // clones),
+        limit=limit if shards else min(limit, _OF_TRAINING),
         require_labels=False,
         masking=recipe.objective.masking if masked else None,
         compat=recipe.objective.compat,
-        min_seconds=recipe.data.speech.min_seconds if recipe.model.modalities[0] == "speech" else 0.0,
+        min_seconds=recipe.data.speech.min_seconds if modality == "speech" else 0.0,
+        found=None if shards else find_shards(first).one(0),
     )
-
-
-def _of_training(recipe: Recipe, limit: int, masked: bool) -> LabelledSet:
-    source = recipe.data.sources[0]
-    return LabelledSet(
-        source.shards,
-        source.modality,
-        recipe.data,
-        recipe.model,
-        batch_size=_batch_size(recipe, masked),
-        limit=min(limit, _OF_TRAINING),
-        require_labels=False,
-        masking=recipe.objective.masking if masked else None,
-        compat=recipe.objective.compat,
-        min_seconds=recipe.data.speech.min_seconds if source.modality == "speech" else 0.0,
-        # All of a large set would be read for its index alone.
-        found=find_shards(source).one(0),
-    )
-
-
-def _batch_size(recipe: Recipe, masked: bool) -> int:
-    return max(1, recipe.evaluation.batch_size // (recipe.objective.masking.clones if masked else 1))
