@@ -7,6 +7,7 @@ from typing import Literal
 from d2v_scale.data.labels import LETTERS
 from d2v_scale.data2vec.config import MaskingConfig
 from d2v_scale.errors import ConfigError
+from d2v_scale.finetuning.metric_names import METRICS, Metric
 from d2v_scale.model.config import ModelConfig
 
 
@@ -15,9 +16,6 @@ def require_within(key: str, value: float, least: float, most: float = math.inf)
     if not least <= value <= most:
         bounds = f"at least {least}" if most == math.inf else f"a value from {least} to {most}"
         raise ConfigError(key, f"is {value}", f"Give {bounds}.")
-
-
-Metric = Literal["accuracy", "f1", "matthews", "pearson", "spearman", "wer", "cer"]
 
 
 @dataclass(kw_only=True)
@@ -174,10 +172,3 @@ class TaskConfig:
             # Of the kinds, only this one can mask nothing at all.
             return MaskingConfig(kind="spans", starts="anywhere", prob=0.0)
         return MaskingConfig(kind="spans", prob=self.ctc.time_mask, length=self.ctc.time_mask_length)
-
-
-METRICS: dict[str, list[Metric]] = {
-    "classify": ["accuracy", "f1", "matthews"],
-    "regress": ["pearson", "spearman"],
-    "ctc": ["wer", "cer"],
-}

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import numpy as np
 from numpy.typing import NDArray
 
-from d2v_scale.finetuning.config import Metric
+from d2v_scale.finetuning.metric_names import Metric
 
 Numbers = NDArray[np.generic]
 

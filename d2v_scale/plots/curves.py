@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from d2v_scale.finetuning.config import METRICS
+from d2v_scale.finetuning.metric_names import METRICS
 from d2v_scale.tracking.record import read_records
 
 if TYPE_CHECKING:
