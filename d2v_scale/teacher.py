@@ -123,7 +123,7 @@ class EmaTeacher(ABC):
         self._shards = shards
         self._batches = _batches(shards)
         if on_host and self.topology.device.type == "cuda":
-            self._host_update = HostUpdate(self.topology.device, CHUNK)
+            self._host_update = HostUpdate(self.topology.device, shards, CHUNK)
             self.student.before_step.append(self._host_update.wait)
         self.copy_student()
 
@@ -142,7 +142,7 @@ class EmaTeacher(ABC):
         if decay >= 1:
             return
         if self._host_update is not None:
-            self._host_update.start(self._shards, 1 - decay)
+            self._host_update.start(1 - decay)
             return
         for averaged, shards in self._batches:
             values = [shard.values for shard in shards]

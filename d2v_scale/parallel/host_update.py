@@ -28,14 +28,20 @@ class UpdatedShard(Protocol):
 
 
 class HostUpdate:
-    """Runs one update at a time in the background. `chunk` bounds the pinned memory (12 bytes an element)."""
+    """Runs one update at a time, of these shards, in the background.
 
-    def __init__(self, device: torch.device, chunk: int) -> None:
+    `chunk` bounds the pinned memory: for each element 8 bytes and twice the compute copy, whose dtype all shards share.
+    """
+
+    def __init__(self, device: torch.device, shards: Sequence[UpdatedShard], chunk: int) -> None:
         self._device = device
+        self._shards = shards
         self._chunk = chunk
         self._stream = torch.cuda.Stream(device)
         self._down = [_pinned(chunk, torch.float32) for _ in range(2)]
-        self._up = [_pinned(chunk, torch.bfloat16) for _ in range(2)]
+        dtypes = {shard.compute.dtype for shard in shards if shard.compute is not None}
+        assert len(dtypes) <= 1, f"compute copies of several dtypes: {dtypes}"
+        self._up = [_pinned(chunk, dtype) for dtype in dtypes for _ in range(2)]
         self._arrived = [torch.cuda.Event() for _ in range(2)]
         self._sent = [torch.cuda.Event() for _ in range(2)]
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="teacher")
@@ -43,11 +49,11 @@ class HostUpdate:
         self.waited_seconds = 0.0
         """How long callers have waited for the host so far."""
 
-    def start(self, shards: Sequence[UpdatedShard], weight: float) -> None:
+    def start(self, weight: float) -> None:
         """Begin `values.lerp_(source, weight)` (a plain copy where not averaged) for all shards."""
         self.wait()
         ready = torch.cuda.current_stream(self._device).record_event()
-        self._running = self._thread.submit(self._update, shards, weight, ready)
+        self._running = self._thread.submit(self._update, weight, ready)
 
     def wait(self) -> None:
         """Return when the update is done on the host; make the current stream wait for what is still going up."""
@@ -59,10 +65,10 @@ class HostUpdate:
             torch.cuda.current_stream(self._device).wait_stream(self._stream)
 
     @torch.no_grad()
-    def _update(self, shards: Sequence[UpdatedShard], weight: float, ready: torch.cuda.Event) -> None:
+    def _update(self, weight: float, ready: torch.cuda.Event) -> None:
         pieces = [
             (shard, slice(first, min(first + self._chunk, shard.values.numel())))
-            for shard in shards
+            for shard in self._shards
             for first in range(0, shard.values.numel(), self._chunk)
         ]
         torch.cuda.set_device(self._device)

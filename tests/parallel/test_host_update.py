@@ -49,35 +49,37 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host_update, "_pinned", lambda size, dtype: torch.full((size,), float("nan"), dtype=dtype))
 
 
-def test_every_chunk_of_every_shard_moves() -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_every_chunk_of_every_shard_moves(dtype: torch.dtype) -> None:
+    """The compute copy has every bit that its dtype has room for: one in fp32 was rounded to bf16 on its way up."""
     shards, expected = [], []
-    for size, averaged, half in [(1, True, True), (7, True, False), (12, False, True), (40, True, True)]:
+    for size, averaged, copied in [(1, True, True), (7, True, False), (12, False, True), (40, True, True)]:
         values, source = torch.randn(size), torch.randn(size)
         source = source.bfloat16() if size == 7 else source
         expected.append(torch.lerp(values, source.float(), 0.25) if averaged else source.float().clone())
-        shards.append(Shard(values, torch.zeros(size, dtype=torch.bfloat16) if half else None, source, averaged))
-    update = HostUpdate(torch.device("cpu"), chunk=5)
-    update.start(shards, 0.25)
+        shards.append(Shard(values, torch.zeros(size, dtype=dtype) if copied else None, source, averaged))
+    update = HostUpdate(torch.device("cpu"), shards, chunk=5)
+    update.start(0.25)
     update.wait()
     for shard, wanted in zip(shards, expected, strict=True):
         assert torch.equal(shard.values, wanted)
         if shard.compute is not None:
-            assert torch.equal(shard.compute, wanted.bfloat16())
+            assert torch.equal(shard.compute, wanted.to(dtype))
 
 
 def test_the_wait_for_an_update_in_the_background_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     """`ema_seconds` is the time that its start takes: what a step waits later was in no figure."""
-    update = HostUpdate(torch.device("cpu"), chunk=5)
+    update = HostUpdate(torch.device("cpu"), [], chunk=5)
     monkeypatch.setattr(update, "_update", lambda *_: time.sleep(0.2))
-    update.start([], 0.5)
+    update.start(0.5)
     assert update.waited_seconds == 0
     update.wait()
     assert 0.1 < update.waited_seconds < 2
 
 
 def test_a_failure_in_the_thread_reaches_the_loop() -> None:
-    update = HostUpdate(torch.device("cpu"), chunk=5)
-    update.start([Shard(torch.zeros(3), None, torch.zeros(2))], 0.5)
+    update = HostUpdate(torch.device("cpu"), [Shard(torch.zeros(3), None, torch.zeros(2))], chunk=5)
+    update.start(0.5)
     with pytest.raises(RuntimeError):
         update.wait()
     update.wait()
