@@ -1,10 +1,11 @@
 """The EMA teacher: sharded over the data-parallel ranks, in fp32, on the device or in host memory.
 
-The teacher is a ZeRO-3 engine without an optimizer, whatever the student's stage. Partition i of a teacher parameter
-covers the same elements as partition i of the student's, so the update `teacher += (1 - decay) * (student - teacher)`
-is local: no collective, no gathered tensor. Its truth is fp32; the forward pass reads a copy in the compute precision
-(in fp32 the two are one tensor). The source is the student's fp32 master weight; at stages 1 and 2 in bf16 it is the
-bf16 weight, because those stages cut their masters without regard to parameters.
+The teacher is a ZeRO-3 engine without an optimizer, whatever the student's stage; a plain module where there is but one
+data-parallel rank. Partition i of a teacher parameter covers the same elements as partition i of the student's, so the
+update `teacher += (1 - decay) * (student - teacher)` is local: no collective, no gathered tensor. Its truth is fp32;
+the forward pass reads a copy in the compute precision (in fp32 the two are one tensor). The source is the student's
+fp32 master weight; at stages 1 and 2 in bf16 it is the bf16 weight, because those stages cut their masters without
+regard to parameters.
 """
 
 from abc import ABC, abstractmethod
@@ -282,19 +283,25 @@ class ShardedTeacher(EmaTeacher):
         topology: Topology,
         role: Callable[[str], str],
     ) -> None:
-        import deepspeed
+        from d2v_scale.model.block import Block
 
         super().__init__(student, topology)
         precision = config.precision(student_config)
         on_host = config.placement == "cpu"
         # In bf16 the small compute copy stays on the device; in fp32 it is the truth itself and moves to the host.
-        engine_config = ds_config.teacher_config(student_config, precision, offload=on_host and precision == "fp32")
-        entry = _Entry(construct(make, engine_config, topology)).requires_grad_(False)
-        self.engine, *_ = deepspeed.initialize(
-            model=entry, config=engine_config, mpu=topology.mpu, dist_init_required=False
-        )
-        self.engine.eval()
-        self.module = entry.teacher
+        offload = on_host and precision == "fp32"
+        self._engine: Any = None
+        self._gather_stream: Any = None
+        self._changed = False
+        if topology.data_parallel_size == 1 and not offload:
+            # Nothing to divide, and ZeRO-3 would have the host wait for the device before every module.
+            dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+            self._entry = _Entry(make().to(device=topology.device, dtype=dtype)).requires_grad_(False).eval()
+        else:
+            engine_config = ds_config.teacher_config(student_config, precision, offload)
+            self._entry = _Entry(construct(make, engine_config, topology, whole=(Block,))).requires_grad_(False)
+            self._engine, self._gather_stream = _sharded(self._entry, engine_config, topology)
+        self.module = self._entry.teacher
         self._hold(self._match(role, torch.device("cpu") if on_host else topology.device), on_host)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -308,12 +315,26 @@ class ShardedTeacher(EmaTeacher):
     def destroy(self) -> None:
         """Remove DeepSpeed's hooks and buffers."""
         super().destroy()
-        self.engine.destroy()
+        if self._engine is not None:
+            self._engine.destroy()
+
+    def update(self, decay: float) -> None:
+        """See `EmaTeacher.update`. Local."""
+        super().update(decay)
+        self._changed = True
+
+    def _refresh(self, shards: list[TeacherShard]) -> None:
+        super()._refresh(shards)
+        self._changed = True
 
     def _run(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self.wait()
+        if self._changed and self._gather_stream is not None:
+            # DeepSpeed's gathers wait for nothing that was written before them.
+            self._gather_stream.wait_stream(torch.cuda.current_stream())
+        self._changed = False
         with torch.no_grad():
-            return self.engine(method, args, kwargs)
+            return (self._engine or self._entry)(method, args, kwargs)
 
     def _match(self, role: Callable[[str], str], device: torch.device) -> list[TeacherShard]:
         """Pair this rank's ranges of the teacher with the student's."""
@@ -322,7 +343,7 @@ class ShardedTeacher(EmaTeacher):
         student_ranges = {shard.name: shard for shard in self.student.shards()} if self.student.stage == 3 else {}
         ranges = []
         for name, parameter in self.module.named_parameters():
-            start, numel = partition_range(parameter, rank)
+            start, numel = (0, parameter.numel()) if self._engine is None else partition_range(parameter, rank)
             if not numel:
                 continue
             if self.student.stage == 3:
@@ -331,9 +352,23 @@ class ShardedTeacher(EmaTeacher):
                 source = ours.weight
             else:
                 source = parameters[name].data.view(-1).narrow(0, start, numel)
-            held = parameter.ds_tensor.data.narrow(0, 0, numel)  # type: ignore[attr-defined]
+            own = parameter.data.view(-1) if self._engine is None else parameter.ds_tensor.data  # type: ignore[attr-defined]
+            held = own.narrow(0, 0, numel)
             ranges.append(HeldRange(name, parameter, start, held, source))
         return self._with_values(ranges, role, device)
+
+
+def _sharded(entry: nn.Module, engine_config: dict[str, Any], topology: Topology) -> tuple[Any, Any]:
+    """DeepSpeed's engine around the module and the stream it gathers parameters on; None where there are no streams.
+
+    Collective: all ranks must call.
+    """
+    import deepspeed
+
+    engine, *_ = deepspeed.initialize(model=entry, config=engine_config, mpu=topology.mpu, dist_init_required=False)
+    engine.eval()
+    # No public name leads to it. A DeepSpeed without this one must not be used unseen: gathers would read old values.
+    return engine, engine.optimizer._DeepSpeedZeRoOffload__allgather_stream
 
 
 def _batches(shards: list[TeacherShard]) -> list[tuple[bool, list[TeacherShard]]]:

@@ -1,5 +1,7 @@
 """The teacher beside its student, both in their engines."""
 
+from types import SimpleNamespace
+
 import pytest
 import tiny_models
 import torch
@@ -10,7 +12,7 @@ from d2v_scale.model.stack import Student
 from d2v_scale.parallel import ds_config, groups
 from d2v_scale.parallel.zero import StudentEngine
 from d2v_scale.recipe import Recipe
-from d2v_scale.teacher import EmaTeacher, TeacherConfig
+from d2v_scale.teacher import EmaTeacher, ShardedTeacher, TeacherConfig
 
 
 def engines(
@@ -42,6 +44,54 @@ def test_tables_are_not_rounded_while_zero3_builds_in_bf16(name: str, stage: int
     student.destroy()
 
 
+@pytest.mark.usefixtures("world_of_one")
+def test_gathers_wait_for_every_update_but_not_for_the_students_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without `overlap_comm` the gathers waited for all that the student had queued; with it, for no update."""
+    placed = TeacherConfig(placement="cpu")  # ZeRO-3 moves the parameters here, so there is an engine in a world of one
+    student, teacher = engines("v1_text", 1, "fp32", groups.single_process(), placed)
+    assert isinstance(teacher, ShardedTeacher)
+    assert teacher._engine is not None
+    assert teacher._gather_stream is None, "a CPU has no streams"
+    waits: list[str] = []
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: "the default stream")
+    teacher._gather_stream = SimpleNamespace(wait_stream=waits.append)
+    batch = tiny_models.batch("v1_text", 2, 2, padded=True)
+    for passes in (1, 2):
+        teacher.features(batch, None, [-1])
+        assert waits == ["the default stream"], f"{passes} passes after one writing"
+    student.completed_updates += 1
+    teacher.update(0.5)
+    teacher.features(batch, None, [-1])
+    teacher.finish_loading(1)
+    teacher.features(batch, None, [-1])
+    assert len(waits) == 3
+    teacher._gather_stream = None
+    teacher.destroy()
+    student.destroy()
+
+
+@pytest.mark.usefixtures("world_of_one")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_one_data_parallel_rank_has_a_teacher_without_zero3(precision: str) -> None:
+    """In a world of one ZeRO-3 had the host wait for the device before every module of the teacher."""
+    student, teacher = engines("v1_vision", 3, precision, groups.single_process())
+    assert isinstance(teacher, ShardedTeacher)
+    assert teacher._engine is None
+    before = {name: parameter.detach().clone() for name, parameter in teacher.module.named_parameters()}
+    assert all(parameter.numel() and not hasattr(parameter, "ds_id") for parameter in teacher.module.parameters())
+    with torch.no_grad():
+        for shard in student.shards():
+            shard.weight.add_(1.0)
+    student.completed_updates += 1
+    teacher.update(0.75)
+    for name, parameter in teacher.module.named_parameters():
+        torch.testing.assert_close(
+            parameter, before[name] + 0.25, rtol=1e-2 if precision == "bf16" else 1e-6, atol=1e-6
+        )
+    teacher.destroy()
+    student.destroy()
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.usefixtures("world_of_one")
@@ -50,8 +100,8 @@ def test_tables_are_not_rounded_while_zero3_builds_in_bf16(name: str, stage: int
 def test_a_forward_pass_waits_for_a_slow_update(precision: str, placement: str) -> None:
     """ZeRO-3 gathered the teacher's weights on a stream that did not wait for their update."""
     topology = groups.single_process()
-    student, teacher = engines("v2_text", 1, precision, topology, TeacherConfig(placement=placement))
-    batch = tiny_models.batch("v2_text", 2, 2, padded=True).to(topology.device)
+    student, teacher = engines("v1_text", 1, precision, topology, TeacherConfig(placement=placement))
+    batch = tiny_models.batch("v1_text", 2, 2, padded=True).to(topology.device)
     for _ in range(3):  # until DeepSpeed knows what comes next, and fetches ahead
         teacher.features(batch, None, [-1])
     with torch.no_grad():

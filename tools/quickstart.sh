@@ -30,9 +30,11 @@ else
 fi
 
 for modality in $modalities; do
+    # A free port, so that another run on this machine is no hindrance.
+    port=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
     run_dir="runs/quickstart-$modality"
     python tools/make_shards.py demo --modality "$modality" demo_data
-    deepspeed --num_gpus "$processes" d2v_scale/train.py --recipe "demo_$modality" --run_dir "$run_dir"
+    deepspeed --num_gpus "$processes" --master_port "$port" d2v_scale/train.py --recipe "demo_$modality" --run_dir "$run_dir"
     python tools/draw.py "$run_dir"
     python tools/export.py "$run_dir" "out/quickstart-$modality" --to hf
     python tools/summarize.py "$run_dir" --exported "out/quickstart-$modality"

@@ -93,14 +93,13 @@ def teacher_config(config: dict[str, Any], precision: Literal["fp32", "bf16"], o
     The persistence threshold is 0: a parameter that stays gathered would serve stale values after an update.
     `memory_efficient_linear` saves memory in the backward pass, which a teacher has none of, and would replace
     `torch.nn.functional.linear` in the whole process, the student's too: torch 2.11 compiles it to zero gradients.
-    `overlap_comm`, DeepSpeed's default at stage 3, gathers on a stream that never waits for the update before it.
-    Without it the gathers are ordered with everything on the default stream, and still run beside later work: the
-    communication itself is asynchronous.
+    `overlap_comm` gathers on a stream of its own, which the teacher makes wait for its updates. Without it DeepSpeed's
+    bookkeeping of gathers, two of which may be under way, waits for the student's work on the default stream, too.
     """
     stage3 = {k: v for k, v in config["zero_optimization"].items() if k.startswith("stage3_")}
     zero: dict[str, Any] = {**stage3, "stage": 3, "stage3_param_persistence_threshold": 0}
     zero["memory_efficient_linear"] = False
-    zero["overlap_comm"] = False
+    zero["overlap_comm"] = True
     if offload:
         zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     return {

@@ -175,8 +175,16 @@ def poisoned(loss: Tensor) -> Tensor:
     return loss * torch.where(torch.isfinite(loss.detach()), 1.0, float("nan"))
 
 
-def construct(make: Callable[[], nn.Module], ds_config: dict[str, Any], topology: Topology) -> nn.Module:
-    """Build a module; at stage 3 partitioned as it is built, so that no rank ever holds all of it. Collective."""
+def construct(
+    make: Callable[[], nn.Module],
+    ds_config: dict[str, Any],
+    topology: Topology,
+    whole: tuple[type[nn.Module], ...] = (),
+) -> nn.Module:
+    """Build a module; at stage 3 partitioned as it is built, so that no rank ever holds all of it. Collective.
+
+    `whole`: modules that are gathered at once, instead of one by one what is inside, which costs the host more time.
+    """
     import deepspeed
 
     if int(ds_config["zero_optimization"]["stage"]) < 3:
@@ -186,8 +194,8 @@ def construct(make: Callable[[], nn.Module], ds_config: dict[str, Any], topology
     ):
         module = make()
     for part in module.modules():
-        if getattr(part, "compiled", False):
-            # Gathered as a whole, so that no hook of ZeRO-3 lies inside what is compiled.
+        # No hook of ZeRO-3 may lie inside what is compiled.
+        if isinstance(part, whole) or getattr(part, "compiled", False):
             deepspeed.utils.set_z3_leaf_module(part, True)
     return module
 
