@@ -1,23 +1,17 @@
 """Bidirectional self-attention over local heads."""
 
-import contextlib
-from collections.abc import Iterator
-
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from d2v_scale.data2vec import stateless
 from d2v_scale.model import cpu_attention
 from d2v_scale.model.config import Backbone
 from d2v_scale.model.init import ZEROS, InitRule
 from d2v_scale.model.parallel_linear import (
     column_linear,
     local_share,
+    own_draws,
     row_linear,
     split_parameter,
-    tensor_rank,
-    tensor_size,
 )
 
 
@@ -45,7 +39,7 @@ class SelfAttention(nn.Module):
             q = q + self.q_bias.view(self.heads, 1, self.head_dim)
             v = v + self.v_bias.view(self.heads, 1, self.head_dim)
         dropout = self.dropout if self.training else 0.0
-        with _own_generator(x_rsd.device) if dropout and tensor_size() > 1 else contextlib.nullcontext():
+        with own_draws(x_rsd.device, dropout > 0):
             mixed_rshd = _attend(q, k, v, attention_bias, dropout)
         out, _ = self.out(mixed_rshd.reshape(rows, length, self.heads * self.head_dim))
         return out
@@ -57,16 +51,3 @@ def _attend(q_rhsd: Tensor, k_rhsd: Tensor, v_rhsd: Tensor, bias: Tensor | None,
         return cpu_attention.attend(q_rhsd, k_rhsd, v_rhsd, bias, dropout)
     mixed_rhsd = F.scaled_dot_product_attention(q_rhsd, k_rhsd, v_rhsd, attn_mask=bias, dropout_p=dropout)
     return mixed_rhsd.transpose(1, 2)
-
-
-@contextlib.contextmanager
-def _own_generator(device: torch.device) -> Iterator[None]:
-    """Draw from a generator that differs between tensor-parallel ranks, and leave the common one in step on all.
-
-    Different heads must not share a dropout pattern, while everything outside them must.
-    """
-    common = int(torch.randint(1 << 62, ()))
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(stateless.key(common, tensor_rank()) >> 1)
-        yield

@@ -10,7 +10,7 @@ from d2v_scale.model import cpu_ops
 from d2v_scale.model.attention import SelfAttention
 from d2v_scale.model.config import Backbone
 from d2v_scale.model.init import InitRule, set_rule
-from d2v_scale.model.parallel_linear import column_linear, local_share, row_linear
+from d2v_scale.model.parallel_linear import column_linear, local_share, own_draws, row_linear
 
 
 class FeedForward(nn.Module):
@@ -26,7 +26,9 @@ class FeedForward(nn.Module):
     def forward(self, x_rsd: Tensor) -> Tensor:
         """(R, S, D) to (R, S, D)."""
         hidden, _ = self.fc1(x_rsd)
-        out, _ = self.fc2(cpu_ops.dropout(F.gelu(hidden), self.dropout, self.training))
+        with own_draws(x_rsd.device, self.training and self.dropout > 0):
+            hidden = cpu_ops.dropout(F.gelu(hidden), self.dropout, self.training)
+        out, _ = self.fc2(hidden)
         return out
 
 

@@ -1,6 +1,8 @@
 """megatron-core's tensor-parallel linears, as blocks use them: local heads in, full width out."""
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from megatron.core.tensor_parallel import (
 )
 from torch import Tensor, nn
 
+from d2v_scale.data2vec import stateless
 from d2v_scale.errors import ConfigError
 from d2v_scale.model import cpu_ops
 from d2v_scale.model.init import InitRule, linear_rules
@@ -124,3 +127,21 @@ def for_local_heads(parameter: Tensor) -> Tensor:
     Without this each rank would see the gradient of its own heads only, and the copies would drift apart unnoticed.
     """
     return copy_to_tensor_model_parallel_region(parameter, group=parallel_state.get_tensor_model_parallel_group())
+
+
+def own_draws(device: torch.device, needed: bool) -> contextlib.AbstractContextManager[None]:
+    """Inside, where `needed`, every tensor-parallel rank draws random numbers of its own.
+
+    Heads and hidden units are each rank's own and must not share a dropout pattern, while everything outside them must.
+    """
+    return _own_generator(device) if needed and tensor_size() > 1 else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _own_generator(device: torch.device) -> Iterator[None]:
+    """Draw from a generator that differs between the ranks, and leave the common one in step on all."""
+    common = int(torch.randint(1 << 62, ()))
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(stateless.key(common, tensor_rank()) >> 1)
+        yield

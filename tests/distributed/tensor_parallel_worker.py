@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from d2v_scale.data2vec import loss
 from d2v_scale.data2vec.config import LossConfig
-from d2v_scale.model import attention
+from d2v_scale.model import attention, cpu_ops
 from d2v_scale.model.config import TeacherParts
 from d2v_scale.model.init import full_shape_of, initial_tensor, initialize, tensor_parallel_slice
 from d2v_scale.model.stack import Draw, Student, Teacher
@@ -93,26 +93,37 @@ def everywhere(tensor: Tensor) -> list[Tensor]:
     return copies
 
 
-def dropout_differs_between_heads_only() -> None:
-    """Outside the heads all ranks drop the same elements, inside each its own; the common generator stays in step."""
-    student = Student(tiny_models.model("v1_speech", dropout=0.3, attention_dropout=0.5))
+def dropout_differs_between_heads_and_hidden_units_only() -> None:
+    """Outside them all ranks drop the same elements, inside each its own; the common generator stays in step."""
+    student = Student(tiny_models.model("v1_speech", dropout=0.3, attention_dropout=0.5, activation_dropout=0.4))
     initialize(student, 1)
-    seen: list[Tensor] = []
-    attention.F.scaled_dot_product_attention, attend = (
-        lambda *args, **kwargs: seen.append(torch.rand(4)) or attend(*args, **kwargs),
-        attention.F.scaled_dot_product_attention,
-    )
+    heads: list[Tensor] = []
+    hidden_units: list[Tensor] = []
+    attend, dropout = attention.F.scaled_dot_product_attention, cpu_ops.dropout
+
+    def watched_attend(*args, **kwargs) -> Tensor:
+        heads.append(torch.rand(4))
+        return attend(*args, **kwargs)
+
+    def watched_dropout(x: Tensor, rate: float, training: bool) -> Tensor:
+        out = dropout(x, rate, training)
+        if rate == 0.4:
+            hidden_units.append((out == 0).float())
+        return out
+
+    attention.F.scaled_dot_product_attention, cpu_ops.dropout = watched_attend, watched_dropout
     torch.manual_seed(7)
     out = student(tiny_models.batch("v1_speech"), Draw(0, 0))
-    attention.F.scaled_dot_product_attention = attend
+    attention.F.scaled_dot_product_attention, cpu_ops.dropout = attend, dropout
     out.predictions_nd.sum().backward()
     state = torch.get_rng_state()
     assert all(torch.equal(state, other) for other in everywhere(state)), "the common generators are out of step"
     first = everywhere(out.predictions_nd.detach())
     assert all(torch.equal(first[0], other) for other in first), "replicated states differ between ranks"
-    draws = everywhere(torch.stack(seen).flatten())
-    assert not torch.equal(draws[0], draws[1]), "two ranks' heads share a dropout pattern"
-    assert not torch.equal(seen[0], seen[1]), "two blocks share a dropout pattern"
+    for what, seen in {"heads": heads, "hidden units": hidden_units}.items():
+        draws = everywhere(torch.stack(seen))
+        assert not torch.equal(draws[0], draws[1]), f"two ranks' {what} share a dropout pattern"
+        assert not torch.equal(seen[0], seen[1]), f"the {what} of two blocks share a dropout pattern"
 
 
 def main() -> None:
@@ -126,7 +137,7 @@ def main() -> None:
             parameters = dict(Student(tiny_models.model(name)).named_parameters())
             compare(case, ours, reference[case], parameters)
             replicated_parameters_agree(case, ours, parameters)
-        dropout_differs_between_heads_only()
+        dropout_differs_between_heads_and_hidden_units_only()
         print("all cases agree", flush=True)
     finally:
         groups.shutdown()
