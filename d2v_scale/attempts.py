@@ -11,6 +11,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from d2v_scale.committed import committed_steps
 from d2v_scale.errors import (
     EXIT_BAD_INPUT,
     EXIT_COLLAPSE,
@@ -88,8 +89,7 @@ def ended(status: Status | None, srun_code: int, step: int) -> Attempt:
 
 def newest_checkpoint(run_dir: Path) -> int:
     """Step of the newest committed checkpoint; -1 if there is none."""
-    committed = (path.parent.name for path in run_dir.glob("checkpoints/step-*/COMMITTED"))
-    return max((int(name.removeprefix("step-")) for name in committed), default=-1)
+    return max(committed_steps(run_dir / "checkpoints"), default=-1)
 
 
 def read_attempts(run_dir: Path) -> list[Attempt]:

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 import yaml
 
-from d2v_scale.checkpoint.format import MARKER
+from d2v_scale.committed import committed_steps
 from d2v_scale.errors import ConfigError
 from d2v_scale.recipe import Recipe, binding_differences, differences, to_dict
 
@@ -78,7 +78,7 @@ def note_start(run_dir: Path, options: Options) -> None:
 
 
 def _began_from(run_dir: Path) -> tuple[str | None, bool]:
-    if any((run_dir / "checkpoints").glob(f"step-*/{MARKER}")) or not (run_dir / START_FILE).is_file():
+    if committed_steps(run_dir / "checkpoints") or not (run_dir / START_FILE).is_file():
         return None, False
     start = json.loads((run_dir / START_FILE).read_text())
     return start["init_from"], start["reset_teacher"]

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from d2v_scale import __version__, command_line
-from d2v_scale.checkpoint.format import MANIFEST, directory_name
+from d2v_scale.checkpoint.format import MANIFEST
 from d2v_scale.checkpoint.writer import CheckpointWriter
 from d2v_scale.command_line import Options
+from d2v_scale.committed import directory_name
 from d2v_scale.data.loader import StepLoader
 from d2v_scale.errors import EXIT_DONE
 from d2v_scale.parallel.groups import Topology

@@ -63,6 +63,20 @@ def test_only_committed_checkpoints_count_as_progress(tmp_path: Path) -> None:
     assert attempts.newest_checkpoint(tmp_path) == 40
 
 
+def test_a_kept_copy_of_a_checkpoint_does_not_keep_a_job_from_its_requeue(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("step-00000020", "step-00000040-best"):
+        directory = tmp_path / "checkpoints" / name
+        directory.mkdir(parents=True)
+        (directory / "COMMITTED").touch()
+    write_status(tmp_path, errors.EXIT_REQUEUE, ASKED.reason)
+    monkeypatch.setattr("sys.argv", ["attempts", str(tmp_path), "0"])
+    attempts.main()
+    assert capsys.readouterr().out == "requeue\n"
+    assert attempts.read_attempts(tmp_path)[-1].step == 20
+
+
 def test_attempts_are_recorded_and_a_torn_line_is_left_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

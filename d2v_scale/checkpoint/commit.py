@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import save_file
 
 from d2v_scale import faults
-from d2v_scale.checkpoint.format import MANIFEST, MARKER, FileEntry, Manifest, directory_name
+from d2v_scale.checkpoint.format import MANIFEST, FileEntry, Manifest
 from d2v_scale.checkpoint.reader import sha256
+from d2v_scale.committed import MARKER, committed_steps, directory_name
 
 
 def sync_directory(path: Path) -> None:
@@ -71,16 +72,6 @@ def commit(temporary: Path, root: Path, manifest: Manifest) -> Path:
     if replaced is not None:
         shutil.rmtree(replaced, ignore_errors=True)
     return final
-
-
-def committed_steps(root: Path) -> list[int]:
-    """Steps of the directories that carry a marker, rising."""
-    steps = []
-    for path in root.glob("step-*"):
-        number = path.name.removeprefix("step-")
-        if number.isdecimal() and (path / MARKER).exists():
-            steps.append(int(number))
-    return sorted(steps)
 
 
 def retain(root: Path, newest: int, keep_last: int, keep_every: int) -> tuple[list[int], dict[int, str]]:

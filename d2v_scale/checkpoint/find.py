@@ -4,8 +4,8 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-from d2v_scale.checkpoint.format import MARKER
 from d2v_scale.checkpoint.reader import Checkpoint
+from d2v_scale.committed import MARKER
 from d2v_scale.errors import CheckpointError, NewerFormatError
 
 log = logging.getLogger(__name__)

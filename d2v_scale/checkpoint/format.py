@@ -27,14 +27,7 @@ from d2v_scale.parallel.shards import TensorSlice
 
 FORMAT = 1
 MANIFEST = "manifest.json"
-MARKER = "COMMITTED"
 STUDENT_KINDS = ("student", "exp_avg", "exp_avg_sq")
-KINDS = (*STUDENT_KINDS, "teacher")
-
-
-def directory_name(step: int) -> str:
-    """`step-00000040`."""
-    return f"step-{step:08d}"
 
 
 def local_shape(shape: tuple[int, ...], dim: int | None, count: int) -> tuple[int, ...]:

@@ -10,7 +10,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from d2v_scale.checkpoint.format import MANIFEST, MARKER, Manifest, TensorEntry, check_coverage
+from d2v_scale.checkpoint.format import MANIFEST, Manifest, TensorEntry, check_coverage
+from d2v_scale.committed import MARKER
 from d2v_scale.errors import CheckpointError
 from d2v_scale.parallel.shards import TensorSlice
 

@@ -21,7 +21,8 @@ import torch
 from d2v_scale import __version__, faults
 from d2v_scale.checkpoint.commit import commit, retain, sweep, write_tensors, write_text
 from d2v_scale.checkpoint.config import CheckpointConfig
-from d2v_scale.checkpoint.format import FileEntry, Manifest, Piece, describe, directory_name, merge
+from d2v_scale.checkpoint.format import FileEntry, Manifest, Piece, describe, merge
+from d2v_scale.committed import directory_name
 from d2v_scale.errors import CheckpointError
 
 log = logging.getLogger(__name__)

@@ -3,8 +3,8 @@
 import dataclasses
 from pathlib import Path
 
-from d2v_scale.checkpoint.commit import committed_steps
 from d2v_scale.command_line import RECIPE_FILE, RECIPES, Options, parse
+from d2v_scale.committed import committed_steps
 from d2v_scale.errors import ConfigError
 from d2v_scale.interop.encoder_source import EncoderSource, open_encoder
 from d2v_scale.model.config import ModelConfig

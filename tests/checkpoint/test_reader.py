@@ -12,8 +12,9 @@ from launch import run_ranks
 
 from d2v_scale.checkpoint import Checkpoint, find_newest_valid, open_any, write_single
 from d2v_scale.checkpoint.config import CheckpointConfig
-from d2v_scale.checkpoint.format import FORMAT, MANIFEST, MARKER, Piece
+from d2v_scale.checkpoint.format import FORMAT, MANIFEST, Piece
 from d2v_scale.checkpoint.writer import CheckpointWriter
+from d2v_scale.committed import MARKER
 from d2v_scale.errors import CheckpointError
 from d2v_scale.parallel.shards import TensorSlice
 

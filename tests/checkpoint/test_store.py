@@ -12,10 +12,11 @@ import torch
 
 from d2v_scale import faults
 from d2v_scale.checkpoint import Checkpoint, find_newest_valid
-from d2v_scale.checkpoint.commit import committed_steps, sweep
+from d2v_scale.checkpoint.commit import sweep
 from d2v_scale.checkpoint.config import CheckpointConfig
-from d2v_scale.checkpoint.format import Piece, directory_name
+from d2v_scale.checkpoint.format import Piece
 from d2v_scale.checkpoint.writer import CheckpointWriter
+from d2v_scale.committed import committed_steps, directory_name
 from d2v_scale.data.forking import forking
 
 fork = multiprocessing.get_context("fork")

@@ -8,7 +8,7 @@ import tiny_models
 from launch import run_ranks
 
 from d2v_scale.checkpoint import Checkpoint, find_newest_valid
-from d2v_scale.checkpoint.format import directory_name
+from d2v_scale.committed import directory_name
 
 WORKER = Path(__file__).with_name("topology_worker.py")
 STEPS = 5
