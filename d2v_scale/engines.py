@@ -3,7 +3,6 @@
 import logging
 from typing import Any, cast
 
-from d2v_scale.errors import ConfigError
 from d2v_scale.model.init import initialize
 from d2v_scale.model.layers import Section
 from d2v_scale.model.stack import Student, Teacher
@@ -54,15 +53,6 @@ def build_engines(recipe: Recipe, config: dict[str, Any], topology: Topology) ->
     )
     stage.pipeline_stage.accompany(cast(Teacher, teacher.module))
     return stage, teacher
-
-
-def check_pipeline(recipe: Recipe) -> None:
-    """Raises ConfigError where the recipe's layers cannot be divided over its stages. Forms no process group."""
-    if recipe.task is not None:
-        raise ConfigError("parallel.pipeline", f"is {recipe.parallel.pipeline}", "Fine-tuning divides the batch only.")
-    if recipe.model.backbone.width % 2:
-        raise ConfigError("model.backbone.width", "is odd, which a pipeline cannot send in bf16", "Give an even width.")
-    stage_blocks(recipe, recipe.parallel.pipeline)
 
 
 def describe_split(split: StageSplit, micro_batches: int) -> str:

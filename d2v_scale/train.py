@@ -31,8 +31,8 @@ from d2v_scale.checkpoint.writer import CheckpointWriter
 from d2v_scale.command_line import Options
 from d2v_scale.data import demo
 from d2v_scale.data.loader import StepLoader
-from d2v_scale.engines import build_engines, check_pipeline, describe_idle
-from d2v_scale.errors import EXIT_BAD_INPUT, EXIT_LOST_PEER, ConfigError, UserError, Verdict
+from d2v_scale.engines import build_engines, describe_idle
+from d2v_scale.errors import EXIT_BAD_INPUT, EXIT_LOST_PEER, UserError, Verdict
 from d2v_scale.evaluation.held_out import HeldOutSet
 from d2v_scale.evaluation.online import OnlineEvaluation
 from d2v_scale.finetuning import program
@@ -45,6 +45,7 @@ from d2v_scale.parallel.feed import SharedFeed
 from d2v_scale.parallel.groups import Topology
 from d2v_scale.parallel.pipeline import PipelineStudent
 from d2v_scale.parallel.zero import StepResult, StudentEngine
+from d2v_scale.planning import legal
 from d2v_scale.profiling import StepProfiler, decoders, part
 from d2v_scale.recipe import Recipe
 from d2v_scale.signals import Agreement, Stop, StopFlag, StopReason, is_lost_peer
@@ -127,23 +128,7 @@ def configure(recipe: Recipe) -> dict[str, Any]:
     recipe.data.check(recipe.model.modalities)
     has_gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
     raw = ds_config.read(recipe.deepspeed_config) if recipe.deepspeed_config else DEFAULT_DEEPSPEED
-    numbers = ds_config.RecipeNumbers(
-        precision=recipe.resolved_precision(has_gpu),
-        accumulation=recipe.accumulation,
-        clip=recipe.optim.clip,
-        compile=recipe.model.compile,
-        global_batch_size=recipe.global_batch_size if recipe.batch_unit == "samples" else None,
-    )
-    config = ds_config.resolve(raw, numbers, recipe.parallel, world_size)
-    if recipe.parallel.pipeline > 1:
-        check_pipeline(recipe)
-    if len(recipe.model.modalities) > 1 and config["zero_optimization"]["stage"] == 3:
-        raise ConfigError(
-            "zero_optimization.stage",
-            "is 3 with several modalities; DeepSpeed would apply an absent modality's old gradient again",
-            "Use stage 1 or 2.",
-        )
-    return config
+    return legal.deepspeed_config(recipe, raw, world_size, has_gpu=has_gpu)
 
 
 def build(recipe: Recipe, options: Options, config: dict[str, Any], topology: Topology, directory: Path) -> Run:

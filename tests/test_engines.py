@@ -3,7 +3,7 @@
 import pytest
 
 from d2v_scale import command_line
-from d2v_scale.engines import check_pipeline, describe_idle, describe_split
+from d2v_scale.engines import describe_idle, describe_split
 from d2v_scale.errors import ConfigError
 from d2v_scale.planning.stages import StageSplit
 from d2v_scale.train import configure
@@ -15,13 +15,6 @@ def test_more_stages_than_blocks_are_refused_before_any_process_group(monkeypatc
     with pytest.raises(ConfigError, match="8 stages cannot share 4 main blocks") as caught:
         configure(recipe)
     assert caught.value.key == "parallel.pipeline"
-
-
-def test_an_odd_width_cannot_cross_stages() -> None:
-    recipe, _ = command_line.parse(["--recipe=demo_vision", "--parallel.pipeline=2"])
-    recipe.model.backbone.width = 65
-    with pytest.raises(ConfigError, match="odd"):
-        check_pipeline(recipe)
 
 
 def test_the_split_is_described_with_its_bubble() -> None:

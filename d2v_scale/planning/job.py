@@ -10,10 +10,9 @@ from d2v_scale.data.config import SAMPLE_RATE
 from d2v_scale.model.config import Modality
 from d2v_scale.model.layers import describe
 from d2v_scale.model.stack import Student, Teacher
-from d2v_scale.parallel import ds_config
 from d2v_scale.parallel.groups import ParallelConfig, data_parallel_size
 from d2v_scale.parallel.shards import global_shapes
-from d2v_scale.planning import flops, stages
+from d2v_scale.planning import flops, legal, stages
 from d2v_scale.recipe import Recipe
 
 
@@ -78,16 +77,7 @@ class Job:
     @classmethod
     def of(cls, recipe: Recipe, raw: dict[str, Any], world_size: int, sizes: ModelSizes) -> "Job":
         """Check and complete a combination as training does. `raw`: the DeepSpeed JSON. Raises ConfigError."""
-        recipe.check(world_size)
-        samples = recipe.global_batch_size if recipe.batch_unit == "samples" else None
-        numbers = ds_config.RecipeNumbers(
-            precision=recipe.resolved_precision(has_gpu=True),
-            accumulation=recipe.accumulation,
-            clip=recipe.optim.clip,
-            compile=recipe.model.compile,
-            global_batch_size=samples,
-        )
-        config = ds_config.resolve(raw, numbers, recipe.parallel, world_size)
+        config = legal.deepspeed_config(recipe, raw, world_size, has_gpu=True)
         split = stages.stage_blocks(recipe, recipe.parallel.pipeline)
         costs = {modality: flops.cost_of(recipe, modality) for modality in recipe.model.modalities}
         lengths = {modality: flops.lengths_of(recipe, modality) for modality in recipe.model.modalities}

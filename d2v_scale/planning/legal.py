@@ -1,0 +1,41 @@
+"""Which ways to run a recipe are legal: training asks before it starts, the planner before it recommends one."""
+
+from typing import Any
+
+from d2v_scale.errors import ConfigError
+from d2v_scale.parallel import ds_config
+from d2v_scale.planning.stages import stage_blocks
+from d2v_scale.recipe import Recipe
+
+
+def deepspeed_config(recipe: Recipe, raw: dict[str, Any], world_size: int, *, has_gpu: bool) -> dict[str, Any]:
+    """DeepSpeed's configuration of a recipe on `world_size` processes. `raw`: the DeepSpeed JSON.
+
+    Raises ConfigError for what contradicts itself or cannot work. Pure: forms no process group, allocates nothing.
+    """
+    recipe.check(world_size)
+    numbers = ds_config.RecipeNumbers(
+        precision=recipe.resolved_precision(has_gpu),
+        accumulation=recipe.accumulation,
+        clip=recipe.optim.clip,
+        compile=recipe.model.compile,
+        global_batch_size=recipe.global_batch_size if recipe.batch_unit == "samples" else None,
+    )
+    config = ds_config.resolve(raw, numbers, recipe.parallel, world_size)
+    if recipe.parallel.pipeline > 1:
+        _check_pipeline(recipe)
+    if len(recipe.model.modalities) > 1 and config["zero_optimization"]["stage"] == 3:
+        raise ConfigError(
+            "zero_optimization.stage",
+            "is 3 with several modalities; DeepSpeed would apply an absent modality's old gradient again",
+            "Use stage 1 or 2.",
+        )
+    return config
+
+
+def _check_pipeline(recipe: Recipe) -> None:
+    if recipe.task is not None:
+        raise ConfigError("parallel.pipeline", f"is {recipe.parallel.pipeline}", "Fine-tuning divides the batch only.")
+    if recipe.model.backbone.width % 2:
+        raise ConfigError("model.backbone.width", "is odd, which a pipeline cannot send in bf16", "Give an even width.")
+    stage_blocks(recipe, recipe.parallel.pipeline)
