@@ -30,6 +30,7 @@ from d2v_scale.data.writing import is_written, members_file, write_shard
 from d2v_scale.errors import EXIT_BAD_INPUT, DataError, UserError
 from d2v_scale.evaluation.features import mean_over_positions
 from d2v_scale.evaluation.frozen import FrozenEncoder
+from d2v_scale.interop.exporting import pick_modality
 
 
 @dataclass
@@ -92,7 +93,7 @@ def extract(arguments: argparse.Namespace) -> None:
     """Make this process's files. Raises DataError and CheckpointError."""
     rank, world_size = process_number()
     encoder = FrozenEncoder.load(arguments.checkpoint, arguments.weights)
-    [modality] = [arguments.modality] if arguments.modality else encoder.recipe.model.modalities[:1]
+    modality = pick_modality(encoder.recipe, arguments.modality)
     found = find_shards(SourceConfig(shards=arguments.shards, modality=modality))
     arguments.out.mkdir(parents=True, exist_ok=True)
     suffix = ".parquet" if arguments.format == "parquet" else ".tar"
@@ -151,7 +152,7 @@ def main() -> int:
     parser.add_argument("--layers", type=int, nargs="+", default=[-1], help="main blocks that are averaged, from 0")
     parser.add_argument("--weights", choices=["teacher", "student", "random"], default="teacher")
     parser.add_argument("--modality", choices=["vision", "speech", "text"], help="where the model has several stems")
-    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--batch_size", type=int, default=32)
     arguments = parser.parse_args()
     try:
         extract(arguments)

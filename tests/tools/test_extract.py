@@ -19,7 +19,7 @@ from d2v_scale.data.shard_index import SetIndex
 from d2v_scale.data.shard_set import find_shards
 from d2v_scale.data.writing import write_set
 from d2v_scale.evaluation.frozen import FrozenEncoder
-from d2v_scale.model.config import ModelConfig, VisionStem
+from d2v_scale.model.config import ModelConfig, SpeechStem, VisionStem
 from d2v_scale.recipe import Recipe
 
 
@@ -92,3 +92,15 @@ def test_the_index_of_the_shards_may_lie_elsewhere(extract: Callable[..., int], 
     index.save(tmp_path / "indexes" / "test.index.json")
     assert extract(tmp_path / "out", shards=tmp_path / "indexes" / "test.index.json") == 0
     assert pyarrow.parquet.read_table(tmp_path / "out" / "test-000002.parquet").num_rows == 5
+
+
+def test_a_stem_is_chosen_where_there_are_several_and_must_be_there(
+    extract: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert extract(tmp_path / "out", "--modality", "text") == 2
+    assert "stems for vision" in capsys.readouterr().err
+    both = ModelConfig(vision=Colours.recipe.model.vision, speech=SpeechStem())
+    monkeypatch.setattr(Colours, "recipe", Recipe(model=both))
+    assert extract(tmp_path / "out") == 2
+    assert "Choose one with --modality" in capsys.readouterr().err
+    assert extract(tmp_path / "out", "--modality", "vision") == 0
