@@ -36,7 +36,7 @@ def build_engines(recipe: Recipe, config: dict[str, Any], topology: Topology) ->
         return student, ShardedTeacher(
             lambda: Teacher(recipe.model, target, parts), student, recipe.teacher, config, topology, parts.role
         )
-    split = stage_blocks(recipe, topology.pipeline_size)
+    split = stage_blocks(recipe, topology.pipeline_size, topology.tensor_size)
     if topology.rank == 0:
         log.info("%s", describe_split(split, recipe.accumulation))
     blocks = split.blocks[topology.pipeline_rank]

@@ -26,6 +26,11 @@ class LayerSpec:
     main: int = -1
     """Main blocks only: the number that `top_k_layers` counts."""
 
+    @property
+    def sliced(self) -> bool:
+        """Whether tensor-parallel ranks divide it. Other layers every rank has, and runs, whole."""
+        return self.kind == "block"
+
 
 @dataclass(frozen=True)
 class Section:

@@ -59,6 +59,10 @@ class LayerCost:
         """Everything a training step does in this layer, for one sample."""
         return self.forward + self.backward + self.teacher
 
+    def on_each(self, tensor: int) -> float:
+        """What of `total` each of `tensor` tensor-parallel ranks computes."""
+        return self.total / tensor if self.layer.sliced else self.total
+
 
 @dataclass(frozen=True)
 class SampleCost:

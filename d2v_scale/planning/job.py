@@ -78,7 +78,7 @@ class Job:
     def of(cls, recipe: Recipe, raw: dict[str, Any], world_size: int, sizes: ModelSizes) -> "Job":
         """Check and complete a combination as training does. `raw`: the DeepSpeed JSON. Raises ConfigError."""
         config = legal.deepspeed_config(recipe, raw, world_size, has_gpu=True)
-        split = stages.stage_blocks(recipe, recipe.parallel.pipeline)
+        split = stages.stage_blocks(recipe, recipe.parallel.pipeline, recipe.parallel.tensor)
         costs = {modality: flops.cost_of(recipe, modality) for modality in recipe.model.modalities}
         lengths = {modality: flops.lengths_of(recipe, modality) for modality in recipe.model.modalities}
 

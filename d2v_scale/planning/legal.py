@@ -38,4 +38,4 @@ def _check_pipeline(recipe: Recipe) -> None:
         raise ConfigError("parallel.pipeline", f"is {recipe.parallel.pipeline}", "Fine-tuning divides the batch only.")
     if recipe.model.backbone.width % 2:
         raise ConfigError("model.backbone.width", "is odd, which a pipeline cannot send in bf16", "Give an even width.")
-    stage_blocks(recipe, recipe.parallel.pipeline)
+    stage_blocks(recipe, recipe.parallel.pipeline, recipe.parallel.tensor)

@@ -26,11 +26,11 @@ class StageSplit:
     blocks: tuple[range, ...]
     """Numbers of the main blocks (`LayerSpec.main`) of each stage."""
     costs: tuple[float, ...]
-    """FLOPs of a sample in each stage: student forward and backward, and teacher forward."""
+    """FLOPs of a sample on each rank of each stage: student forward and backward, and teacher forward."""
 
     @property
     def shares(self) -> tuple[float, ...]:
-        """Each stage's part of all FLOPs."""
+        """What each stage's ranks compute, as a part of all that is computed."""
         total = sum(self.costs)
         return tuple(cost / total for cost in self.costs)
 
@@ -61,11 +61,12 @@ def even_bubble(stages: int, micro_batches: int) -> float:
     return (stages - 1) / (micro_batches + stages - 1)
 
 
-def stage_blocks(recipe: Recipe, stages: int) -> StageSplit:
-    """The main blocks of each stage, so that the costliest stage costs as little as possible.
+def stage_blocks(recipe: Recipe, stages: int, tensor: int) -> StageSplit:
+    """The main blocks of each stage, so that the ranks of the costliest stage compute as little as possible.
 
-    A recipe of several modalities shares its blocks; their samples' costs are added. Raises ConfigError when there are
-    more stages than main blocks. Pure: forms no process group.
+    `tensor`: the tensor-parallel ranks that divide every block; what is no block each of them runs whole. A recipe of
+    several modalities shares its blocks; their samples' costs are added. Raises ConfigError when there are more stages
+    than main blocks. Pure: forms no process group.
     """
     depth = recipe.model.backbone.depth
     if not 1 <= stages <= depth:
@@ -78,9 +79,9 @@ def stage_blocks(recipe: Recipe, stages: int) -> StageSplit:
     for modality in recipe.model.modalities:
         layers = flops.cost_of(recipe, modality).layers
         for main, one in zip(_main_blocks([one.layer for one in layers]), layers, strict=True):
-            costs[main] += one.total
+            costs[main] += one.on_each(tensor)
     for main, layer in _distinct_layers(recipe.model):
-        parameters[main] += _parameters(recipe.model, layer)
+        parameters[main] += _parameters(recipe.model, layer) / (tensor if layer.sliced else 1)
     blocks = split(costs, stages, parameters)
     return StageSplit(tuple(blocks), tuple(sum(costs[i] for i in stage) for stage in blocks))
 

@@ -3,7 +3,8 @@
 The model: matrix products reach an assumed share of the peak, transfers an assumed share of their bandwidth. What can
 overlap with computation (ZeRO's gathers and reductions, the teacher's update in host memory) costs nothing until it
 takes longer than the computation; the rest (tensor-parallel sums, hops between stages, ZeRO-1's gather of weights, the
-optimizer) is added.
+optimizer) is added. In a pipeline nothing overlaps: the teacher is updated and gathered before the first pass, and
+gradients are reduced after the last.
 """
 
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ class StepTime:
     """Seconds of one optimizer step."""
 
     compute: float
-    """Matrix products, recomputation included, on the busiest pipeline stage."""
+    """Matrix products, recomputation included, on an average pipeline stage."""
     bubble: float
     """Share of the compute phase that an average stage waits for others."""
     hidden: float
@@ -42,9 +43,12 @@ class StepTime:
 
 def step_time(job: Job, modality: Modality, device: Hardware, devices_per_node: int, utilisation: float) -> StepTime:
     """Estimate one step of `modality`. `utilisation`: share of the peak that matrix products reach."""
-    cost = job.costs[modality]
-    flops = cost.total + (cost.recomputed if job.recipe.model.activation_checkpointing else 0.0)
-    compute = flops * job.step_samples(modality) / (job.world_size * device.bf16_flops * utilisation)
+    cost, tensor = job.costs[modality], job.parallel.tensor
+    flops = sum(one.on_each(tensor) for one in cost.layers)
+    if job.recipe.model.activation_checkpointing:
+        flops += cost.recomputed / tensor
+    sharing = job.data * job.parallel.pipeline
+    compute = flops * job.step_samples(modality) / (sharing * device.bf16_flops * utilisation)
     link = device.link_bandwidth * BANDWIDTH_REACHED
     network = device.network_bandwidth * BANDWIDTH_REACHED
     seconds = {True: 0.0, False: 0.0}
@@ -75,4 +79,4 @@ def _updates(job: Job, device: Hardware) -> tuple[float, float]:
         behind += others * (_EMA / host + (4 + job.teacher_itemsize) / pcie)
     else:
         alone += others * _EMA / memory
-    return alone, behind
+    return (alone, behind) if job.parallel.pipeline == 1 else (alone + behind, 0.0)

@@ -93,11 +93,12 @@ def _replicas(job: Job, devices_per_node: int, stage: int) -> list[Transfer]:
     def over(name: str, moved: float, passes: int, hidden: bool) -> Transfer:
         return Transfer(name, moved, passes, data, on_node, hidden)
 
-    gathered_by_teacher = 1 if job.parallel.pipeline > 1 else micro
-    found = [over("teacher gather", others * gathered_by_teacher, 1, True)]
+    # A pipeline gathers the teacher before all passes and reduces gradients after them; ZeRO does both on the way.
+    on_the_way = job.parallel.pipeline == 1
+    found = [over("teacher gather", others * (micro if on_the_way else 1), 1, on_the_way)]
     if job.stage < 3:
         reduced = micro if job.stage == 2 else 1
-        found += [over("gradient all-reduce", own * reduced, 2, True), over("weight gather", own, 1, False)]
+        found += [over("gradient all-reduce", own * reduced, 2, on_the_way), over("weight gather", own, 1, False)]
         return found
     lasting = memory.persistent(job, student)
     transient = own / job.itemsize - lasting

@@ -4,13 +4,11 @@ import dataclasses
 from pathlib import Path
 
 import pytest
-from plan_jobs import planned
 
 from d2v_scale import command_line
 from d2v_scale.planning import hardware, memory
 from d2v_scale.planning.job import ModelSizes
 from d2v_scale.planning.search import Cluster, Search, search
-from d2v_scale.planning.step_time import step_time
 
 pytestmark = pytest.mark.usefixtures("world_of_one")
 
@@ -57,18 +55,3 @@ def test_a_batch_smaller_than_the_ranks_is_refused_with_the_numbers() -> None:
         "960 seconds are 48 samples of the longest length a step, fewer than 256"
         in found.refused["tensor 1, pipeline 1, zero3.json"]
     )
-
-
-def test_time_follows_the_peak_while_products_dominate() -> None:
-    job = planned("d2v2_vision_huge14", 3, 8, accumulation=1)
-    half, full = (step_time(job, "vision", hardware.H100, 8, utilisation) for utilisation in (0.2, 0.4))
-    assert half.compute == pytest.approx(2 * full.compute)
-    cost = job.costs["vision"]
-    assert full.compute == pytest.approx(256 * cost.total / (8 * hardware.H100.bf16_flops * 0.4))
-    assert full.total >= full.compute + full.exposed
-
-
-def test_a_slow_network_is_felt() -> None:
-    job = planned("d2v2_vision_huge14", 1, 16)
-    slow = dataclasses.replace(hardware.H100, network_bandwidth=1e8)
-    assert step_time(job, "vision", slow, 8, 0.4).total > 2 * step_time(job, "vision", hardware.H100, 8, 0.4).total

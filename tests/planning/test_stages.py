@@ -75,7 +75,7 @@ def test_more_stages_or_cheaper_layers_never_cost_more(case: tuple[list[float], 
 @pytest.mark.parametrize("count", [1, 2, 4, 7])
 def test_stages_of_a_recipe_add_up_to_the_sample(name: str, count: int) -> None:
     recipe = recipe_of(name)
-    found = stages.stage_blocks(recipe, count)
+    found = stages.stage_blocks(recipe, count, 1)
     assert [i for stage in found.blocks for i in stage] == list(range(recipe.model.backbone.depth))
     total = flops.cost_of(recipe, recipe.model.modalities[0]).total
     assert sum(found.costs) == pytest.approx(total)
@@ -85,33 +85,44 @@ def test_stages_of_a_recipe_add_up_to_the_sample(name: str, count: int) -> None:
 def test_a_stage_with_more_to_do_beside_its_blocks_gets_fewer() -> None:
     recipe = recipe_of("d2v2_vision_large")
     recipe.model.predictor.width = 2048  # A decoder that costs several blocks.
-    found = stages.stage_blocks(recipe, 4)
+    found = stages.stage_blocks(recipe, 4, 1)
     assert len(found.blocks[-1]) < len(found.blocks[0])
     assert max(found.shares) < 0.3
+
+
+def test_what_no_tensor_parallel_rank_is_spared_weighs_more() -> None:
+    """Stem and decoder, which every rank runs whole, counted as if they were divided like the blocks."""
+    recipe = recipe_of("d2v2_vision_large")
+    recipe.model.predictor.width = 2048
+    alone, divided = (stages.stage_blocks(recipe, 4, tensor) for tensor in (1, 4))
+    assert len(divided.blocks[-1]) < len(alone.blocks[-1])
+    cost = flops.cost_of(recipe, "vision")
+    blocks = sum(one.total for one in cost.layers if one.layer.kind == "block")
+    assert sum(divided.costs) == pytest.approx(blocks / 4 + cost.total - blocks)
 
 
 def test_of_equal_cuts_the_one_that_spares_the_embeddings() -> None:
     """25 equal blocks on 4 stages: one stage has a block more, and it is not the one with the token table."""
     recipe = recipe_of("d2v1_text_base")
     recipe.model.backbone.depth = 25
-    found = stages.stage_blocks(recipe, 4)
+    found = stages.stage_blocks(recipe, 4, 1)
     assert len(found.blocks[0]) < min(len(blocks) for blocks in found.blocks[1:])
 
 
 def test_several_modalities_add_up() -> None:
     recipe = recipe_of("d2v2_vision_base")
     recipe.objective.masking.kind = "random"
-    vision = stages.stage_blocks(recipe, 2)
+    vision = stages.stage_blocks(recipe, 2, 1)
     speech = recipe_of("d2v2_speech_base")
     recipe.model.speech = speech.model.speech
-    both = stages.stage_blocks(recipe, 2)
+    both = stages.stage_blocks(recipe, 2, 1)
     assert sum(both.costs) == pytest.approx(sum(vision.costs) + flops.cost_of(recipe, "speech").total)
 
 
 @pytest.mark.parametrize("count", [0, 13])
 def test_more_stages_than_layers_is_refused_with_the_numbers(count: int) -> None:
     with pytest.raises(ConfigError, match=rf"parallel\.pipeline: {count} stages cannot share 12 main blocks.*1 to 12"):
-        stages.stage_blocks(recipe_of("d2v1_vision_base"), count)
+        stages.stage_blocks(recipe_of("d2v1_vision_base"), count, 1)
 
 
 @pytest.mark.parametrize("name", tiny_models.NAMES)
