@@ -41,7 +41,7 @@ class Options:
     stop_at: int | None = None
     """End after this many steps, without changing the schedule."""
     init_from: str | None = None
-    """Start a new run from the weights of this checkpoint or run directory."""
+    """Start a new run from the weights of this checkpoint or run directory; fine-tuning also of an exported folder."""
     reset_teacher: bool = False
     """With init_from: start the teacher as a copy of the student instead of from the checkpoint's teacher."""
     allow_recipe_change: bool = False
@@ -88,8 +88,8 @@ def _make_parser() -> Any:
     from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings
 
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(prog="train.py", exit_on_error=False, description=__doc__, epilog=_EPILOG)
-    parser.description = "Pretrain a data2vec model."
+    about = "Pretrain a data2vec model, or fine-tune one."
+    parser = ArgumentParser(prog="train.py", exit_on_error=False, description=about, epilog=_EPILOG)
     parser.add_argument("--recipe", action=ActionConfigFile, help="Name or YAML file of the recipe.")
     parser.add_class_arguments(Options)
     parser.add_class_arguments(Recipe)

@@ -54,21 +54,10 @@ class NewerFormatError(CheckpointError):
 
 
 class Verdict(RuntimeError):
-    """A run's conclusion that it must stop. Raised on every rank at the same step edge."""
+    """A run cannot go on, and knows why. Raised by the rank that finds out; what all ranks agree on at a step edge is a
+    `signals.StopReason` instead."""
 
     exit_code = 1
-
-
-class NonFinite(Verdict):
-    """Too many consecutive steps had a non-finite loss or gradient and were skipped."""
-
-    exit_code = EXIT_NON_FINITE
-
-
-class Collapse(Verdict):
-    """Targets, predictions or the stem's output lost their variance, or the teacher does not move."""
-
-    exit_code = EXIT_COLLAPSE
 
 
 class DataStarved(Verdict):

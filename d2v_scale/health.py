@@ -15,7 +15,8 @@ class HealthMonitor:
     """Log points in a row that each sign has been bad for."""
 
     def observe(self, values: Mapping[str, float], completed_updates: int, decay: float) -> list[str]:
-        """The signs that are bad now, in words. `values`: target_std, prediction_std, teacher_update_norm (spec 1.5).
+        """The signs that are bad now, in words. `values`: target_std, prediction_std, teacher_update_norm (spec 1.5)
+        and lr.
 
         The spread of targets and predictions counts only after `config.after` updates, as in the reference; a teacher
         that does not move although its decay is below 1 counts from the start.

@@ -204,7 +204,10 @@ class Meeting:
         self.store = dist.TCPStore(address, port, world_size, rank == 0, timeout, wait_for_workers=False)
 
     def gather(self, findings: Findings) -> list[Findings | None]:
-        """Everyone's findings, on rank 0; None for a rank that did not come in time. Others get an empty list."""
+        """Everyone's findings, on rank 0; None for a rank that did not come in time. Others get an empty list.
+
+        Collective: all ranks should call; those that do not are waited for `wait_s`.
+        """
         self.store.set(f"here/{self.rank}", "1")
         if self.rank != 0:
             self.store.get("meet")
@@ -231,7 +234,10 @@ class Meeting:
         return seen
 
     def all_reduce(self, local_rank: int) -> tuple[str, float]:
-        """(problem or "", bandwidth in GB/s and rank as NCCL's tests define it: 2 (n-1)/n * bytes / seconds)."""
+        """(problem or "", bandwidth in GB/s and rank as NCCL's tests define it: 2 (n-1)/n * bytes / seconds).
+
+        Collective: all ranks must call.
+        """
         import torch
         import torch.distributed as dist
 

@@ -37,9 +37,6 @@ class SaveResult:
     step: int
     error: str | None
     """None: committed (rank 0), or this rank's file is complete (others)."""
-    blocked_seconds: float
-    """How long the training loop waited."""
-    write_seconds: float
 
 
 class CheckpointWriter:
@@ -81,8 +78,8 @@ class CheckpointWriter:
     def save(self, step: int, pieces: list[Piece], state: dict[str, Any], extra: dict[str, Any]) -> float:
         """Copy `pieces` and write them in the background; returns the seconds the caller was blocked.
 
-        All ranks must call, in the same order, each with its own pieces; `state` and `extra` are rank 0's. Waits for
-        the previous save. Failures are reported by `poll` and `finish`, never raised here.
+        Collective: all ranks must call, in the same order, each with its own pieces; `state` and `extra` are rank 0's.
+        Waits for the previous save. Failures are reported by `poll` and `finish`, never raised here.
         """
         begin = time.monotonic()
         self._join()
@@ -92,7 +89,7 @@ class CheckpointWriter:
         temporary = self.root / f".tmp-{directory_name(step)}-{self._session}-{self._saves}"
         blocked = time.monotonic() - begin
         self._thread = threading.Thread(
-            target=self._run, args=(temporary, step, copies, state, extra, blocked), name="checkpoint", daemon=True
+            target=self._run, args=(temporary, step, copies, state, extra), name="checkpoint", daemon=True
         )
         self._thread.start()
         return blocked
@@ -138,9 +135,8 @@ class CheckpointWriter:
         pieces: list[Piece],
         state: dict[str, Any],
         extra: dict[str, Any],
-        blocked: float,
     ) -> None:
-        begin, error = time.monotonic(), None
+        error = None
         try:
             own_error = self._write_share(temporary, pieces)
             if self.rank == 0:
@@ -150,7 +146,7 @@ class CheckpointWriter:
         except Exception as failure:
             error = f"{type(failure).__name__}: {failure}"
             log.warning("checkpoint of step %d was not saved: %s", step, error)
-        result = SaveResult(step, error, blocked, time.monotonic() - begin)
+        result = SaveResult(step, error)
         self._last = result
         self._results.append(result)
 

@@ -53,7 +53,6 @@ class Stacked:
 class Decoder(Protocol):
     """How one modality's samples become rows and rows a batch."""
 
-    extensions: tuple[str, ...]
     draws: int
     """Uniforms that `training_row` takes."""
 

@@ -1,4 +1,4 @@
-"""What one rank was given, what was lost and where, and how long the step waited for it."""
+"""What one rank was given, what was lost and where."""
 
 import logging
 from collections import Counter, deque
@@ -19,7 +19,6 @@ _RECENT_RATIO = 0.5
 class Tally:
     """What became of the planned rows of one micro-batch; made where they are decoded."""
 
-    source: str
     delivered: dict[int, int]
     """Rows by epoch."""
     lost: dict[int, int]
@@ -77,12 +76,9 @@ class Counters:
         self._untaken = {name: SourceCount() for name in sources}
         self._epochs = dict.fromkeys(sources, 0)
         self._planned = 0
-        self._waited = 0.0
         self._last: Fault | None = None
 
-    def count(
-        self, planned: PlannedBatch, tallies: list[Tally], faults: list[Fault], waited_s: float, cursors: list[Cursor]
-    ) -> None:
+    def count(self, planned: PlannedBatch, tallies: list[Tally], faults: list[Fault], cursors: list[Cursor]) -> None:
         """One step: `planned` for all ranks, and what became of this rank's micro-batches."""
         name = self._sources[planned.source]
         for counts in (self._counts[name], self._untaken[name]):
@@ -105,7 +101,6 @@ class Counters:
         self._recent.append((sum(sum(tally.delivered.values()) for tally in tallies), len(faults)))
         while sum(map(sum, self._recent)) - sum(self._recent[0]) >= _RECENT_SAMPLES:
             self._recent.popleft()
-        self._waited += waited_s
         self._epochs = {name: cursor.epoch for name, cursor in zip(self._sources, cursors, strict=True)}
 
     def _name(self, fault: Fault) -> None:
@@ -131,16 +126,9 @@ class Counters:
         return sum(counts.delivered for counts in self._counts.values())
 
     def values(self) -> dict[str, float]:
-        """`delivered`, `lost` and `wait_s` of this rank, `planned` samples of all ranks, `padding` (share of inputs),
-        and for each source its `epoch` and `delivered`."""
-        padded = sum(counts.padded for counts in self._counts.values())
-        values: dict[str, float] = {
-            "delivered": self.delivered,
-            "lost": self.lost,
-            "planned": self._planned,
-            "wait_s": self._waited,
-            "padding": 1 - sum(counts.real for counts in self._counts.values()) / padded if padded else 0.0,
-        }
+        """`delivered` and `lost` of this rank, `planned` samples of all ranks, and for each source its `epoch` and
+        `delivered`."""
+        values: dict[str, float] = {"delivered": self.delivered, "lost": self.lost, "planned": self._planned}
         for name in self._sources:
             values[f"{name}/epoch"] = self._epochs[name]
             values[f"{name}/delivered"] = self._counts[name].delivered

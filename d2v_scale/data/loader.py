@@ -1,7 +1,6 @@
 """The steps of a run as batches: planned for all ranks, decoded by worker processes, resumed from a few integers."""
 
 import logging
-import time
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -101,7 +100,6 @@ def _tally(batch: Batch, planned: PlannedBatch, kept: list[int], faults: list[Fa
     lost[batch.epoch] += len(faults) - lost.total()
     padded = batch.inputs.numel() if kept and batch.modality != "vision" else 0
     return Tally(
-        source=batch.source,
         delivered=dict(Counter(planned.epoch_n[delivered_n].tolist())),
         lost=dict(+lost),
         real=padded if not padded or batch.valid is None else int(batch.valid.sum()),
@@ -227,17 +225,15 @@ class StepLoader:
         """This rank's micro-batches of the next step. Raises DataStarved when none arrives in time."""
         if self._steps is None:
             self._steps = self._start()
-        asked = time.perf_counter()
         try:
             decoded = next(self._steps)
         except RuntimeError as error:
             if not str(error).startswith(_NOT_ARRIVED):
                 raise
             raise DataStarved(f"No batch arrived for step {self._step}: {error}") from error
-        waited = time.perf_counter() - asked
         step, cursors, planned = self._pending.popleft()
         assert step == decoded.step == self._step, "steps arrive in order"
-        self._counters.count(planned, decoded.tallies, decoded.faults, waited, cursors)
+        self._counters.count(planned, decoded.tallies, decoded.faults, cursors)
         self._step, self._cursors = step + 1, cursors
         return decoded.batches
 

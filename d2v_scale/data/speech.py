@@ -62,7 +62,6 @@ def measure(members: dict[str, bytes]) -> int:
 class SpeechDecoder:
     """Samples to waveforms, waveforms to a batch."""
 
-    extensions: tuple[str, ...] = EXTENSIONS
     draws = 1
 
     def __init__(self, config: SpeechData, stem: SpeechStem) -> None:

@@ -94,7 +94,6 @@ def tokens_of(extension: str, content: bytes, tokenizer: Tokenizer | None) -> To
 class TextDecoder:
     """Documents to blocks of ids, blocks to a batch."""
 
-    extensions: tuple[str, ...] = EXTENSIONS
     draws = 0
 
     def __init__(self, data: DataConfig, stem: TextStem, tokenizer: Path | None) -> None:

@@ -53,7 +53,6 @@ def centre_box(width: int, height: int, fraction: float) -> Box:
 class VisionDecoder:
     """Samples to rows of pixels, rows to a normalised batch."""
 
-    extensions: tuple[str, ...] = EXTENSIONS
     draws = DRAWS
 
     def __init__(self, config: VisionData, stem: VisionStem) -> None:

@@ -102,7 +102,10 @@ def draw(
     sample_id: int,
     clone: int = 0,
 ) -> Bools:
-    """One row's mask (T,), the same as that row of `collate` (without `compat.equalize_masks`)."""
+    """One row's mask (T,), the same as that row of `collate` (without `compat.equalize_masks`).
+
+    The single-sample form, for tests and notebooks.
+    """
     valid_lengths = None if valid_length is None else [valid_length]
     masks = collate(
         config, length=length, grid=grid, sample_ids=[sample_id], valid_lengths=valid_lengths, seed=seed, step=step

@@ -107,7 +107,10 @@ def accumulator(config: TargetConfig, total_btd: Tensor | None = None, count: in
 
 
 def make_targets(taps: Iterable[Tensor], config: TargetConfig) -> Tensor:
-    """Targets, fp32 (B, T, D), from the taps (B, T, D) of the last K main blocks, first block first."""
+    """Targets, fp32 (B, T, D), from the taps (B, T, D) of the last K main blocks, first block first.
+
+    The one-call form, for tests and notebooks.
+    """
     running = accumulator(config)
     for tap_btd in taps:
         running.add(tap_btd)

@@ -48,7 +48,8 @@ class HeldOutSet:
 
     @classmethod
     def of(cls, recipe: Recipe, student: StudentEngine, teacher: EmaTeacher) -> "HeldOutSet | None":
-        """Of the samples that the recipe has for it, which are decoded once; None where there are none."""
+        """Of the samples that the recipe has for it, which are decoded once; None where there are none. Collective: all
+        ranks must call; all read the same, or raise the same DataError."""
         found = samples_without_labels(recipe, recipe.evaluation.max_masked, masked=True)
         if found is None:
             return None

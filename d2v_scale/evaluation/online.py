@@ -33,7 +33,7 @@ _PICTURED_AT_ONCE = 8
 
 @dataclass(frozen=True)
 class LabelNames:
-    """How labels and tokens of a labelled set are shown."""
+    """How labels and tokens of samples are shown."""
 
     classes: list[str]
     tokenizer: str | None
@@ -44,7 +44,10 @@ class LabelNames:
 
 
 class OnlineEvaluation:
-    """k-NN on two small labelled sets, which every rank keeps in memory, and pictures of the second."""
+    """k-NN on two small labelled sets, which every rank keeps in memory, and pictures of the second.
+
+    Without labelled sets only pictures, of samples without labels.
+    """
 
     def __init__(
         self,
@@ -64,7 +67,8 @@ class OnlineEvaluation:
     @classmethod
     def of(cls, recipe: Recipe, student: StudentEngine, teacher: EmaTeacher) -> "OnlineEvaluation | None":
         """On the recipe's labelled shards, which are decoded once. Where it names none there are only pictures of other
-        samples; None where there is nothing to draw."""
+        samples; None where there is nothing to draw. Collective: all ranks must call; all read the same, or raise the
+        same DataError."""
         config = recipe.evaluation
         if config.train is None or config.test is None:
             samples = samples_without_labels(recipe, _PICTURED, masked=False)
@@ -122,7 +126,7 @@ class OnlineEvaluation:
         return F.layer_norm(pooled_lbd, pooled_lbd.shape[-1:]).mean(0).cpu()
 
     def gallery(self, recipe: Recipe, step: int) -> Gallery:
-        """What pictures of the first batches of the test set are drawn from. Collective: all ranks must call."""
+        """What pictures of the first samples are drawn from. Collective: all ranks must call."""
         batch, labels_b = first_batches(self._test, _PICTURED, _PICTURED_BYTES)
         everything = list(range(self._depth))
         parts = [rows(batch, start, start + _PICTURED_AT_ONCE) for start in range(0, len(labels_b), _PICTURED_AT_ONCE)]

@@ -136,7 +136,6 @@ class LabelledDecoder:
 
     def __init__(self, decoder: Decoder, labels: Labels, augment: RandAugment | None, shards_kept: int) -> None:
         """`shards_kept`: of how many shards the places of labels stay in memory."""
-        self.extensions = decoder.extensions
         self.draws = decoder.draws + (augment.draws if augment is not None else 0)
         self._decoder = decoder
         self._labels = labels

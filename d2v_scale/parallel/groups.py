@@ -82,11 +82,6 @@ class Topology:
         return self.mpu.get_data_parallel_group()
 
     @property
-    def tensor_group(self) -> dist.ProcessGroup:
-        """The ranks that share every block's matrices."""
-        return self.mpu.get_tensor_model_parallel_group()
-
-    @property
     def pipeline_group(self) -> dist.ProcessGroup:
         """The ranks that share the list of layers, first stage first."""
         return self.mpu.get_pipeline_model_parallel_group()

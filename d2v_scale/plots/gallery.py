@@ -1,4 +1,4 @@
-"""All pictures of one encoder on one labelled batch: what it hides, what it sees, what it finds alike.
+"""All pictures of one encoder on one batch: what it hides, what it sees, what it finds alike.
 
 A run collects a `Gallery` in its ranks and has it drawn by a process of its own, the program in this file.
 """

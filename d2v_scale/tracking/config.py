@@ -18,7 +18,7 @@ class TrackingConfig:
     peak_tflops: float | None = None
     """Peak of one device, TFLOP/s, that `mfu` is a share of; null: bf16 of A100, H100 or H200, elsewhere no mfu."""
     plot_every: int = 0
-    """Steps between pictures in `plots/` (curves; with an evaluation set also of samples); 0: only at the end."""
+    """Steps between pictures in `plots/`: curves, and what the teacher makes of some samples; 0: only at the end."""
     finish_timeout: float = 60.0
     """Seconds the end of a run may wait for MLflow to catch up; what is left then can be sent by
     tools/sync_mlflow.py. A server that does not answer at all is given up after the first failure."""

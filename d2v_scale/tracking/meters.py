@@ -7,7 +7,7 @@ from typing import Any
 
 
 class SpeedMeter:
-    """Steps, samples and the share of time spent waiting for data, between two readings.
+    """Steps and the share of time spent waiting for data, between two readings.
 
     Wall-clock only: no device synchronisation but for `paused`. On a device that runs asynchronously a single step's
     time means little, an average over a reading's many steps is right.
@@ -20,7 +20,6 @@ class SpeedMeter:
     def _restart(self) -> None:
         self._since = self._clock()
         self._waits: dict[str, float] = {}
-        self._counts: dict[str, float] = {}
         self._steps = 0
 
     @contextmanager
@@ -43,17 +42,14 @@ class SpeedMeter:
             _wait_for_device()
             self._since += self._clock() - start
 
-    def step(self, **counts: float) -> None:
-        """One optimizer step is done. `counts`: what it consumed over all ranks, e.g. samples=256, seconds=1800."""
+    def step(self) -> None:
+        """One optimizer step is done."""
         self._steps += 1
-        for name, value in counts.items():
-            self._counts[name] = self._counts.get(name, 0.0) + value
 
     def read(self) -> dict[str, float]:
-        """`step_seconds`, `<count>_per_second` and `<name>_wait_share` since the last reading; starts anew."""
+        """`step_seconds` and `<name>_wait_share` since the last reading; starts anew."""
         elapsed = max(self._clock() - self._since, 1e-9)
         values = {"step_seconds": elapsed / self._steps} if self._steps else {}
-        values |= {f"{name}_per_second": total / elapsed for name, total in self._counts.items()}
         values |= {f"{name}_wait_share": min(1.0, wait / elapsed) for name, wait in self._waits.items()}
         self._restart()
         return values

@@ -127,7 +127,7 @@ class RunTracker:
         self.artifact(path, "plots")
 
     def gallery(self, gallery: "Gallery") -> None:
-        """Have pictures drawn of labelled samples and what the teacher makes of them, by a process of its own."""
+        """Have pictures drawn of some samples and what the teacher makes of them, by a process of its own."""
         if self._log is None:
             return
         saved = self.run_dir / "plots" / f".gallery-{gallery.step}.pt"

@@ -1,6 +1,6 @@
 """SIGKILL at named points and at random times through the real training program; the run must end as if never killed.
 
-Long form: `pytest tests/distributed/test_kill.py --run-slow` or `python tests/distributed/test_kill.py [KILLS]`, which
+Long form: `pytest tests/distributed/test_kill.py -m slow` or `python tests/distributed/test_kill.py [KILLS]`, which
 prints one line a kill.
 """
 

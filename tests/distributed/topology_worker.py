@@ -155,7 +155,7 @@ def replicated_parameters_agree(case: dict, student, topology: groups.Topology) 
     for name, parameter in student.module.named_parameters():
         if not getattr(parameter, "tensor_model_parallel", False):
             copies = [torch.empty_like(parameter.data) for _ in range(topology.tensor_size)]
-            dist.all_gather(copies, parameter.data.contiguous(), group=topology.tensor_group)
+            dist.all_gather(copies, parameter.data.contiguous(), group=topology.mpu.get_tensor_model_parallel_group())
             assert all(torch.equal(copies[0], other) for other in copies), f"{case['name']}: {name} drifts apart"
 
 

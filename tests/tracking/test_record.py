@@ -89,7 +89,7 @@ def test_first_and_last_step_are_due() -> None:
     assert [step for step in range(1, 26) if tracker.due(step, last_step=25)] == [1, 10, 20, 25]
 
 
-def test_speed_meter_counts_work_and_waiting() -> None:
+def test_speed_meter_counts_steps_and_waiting() -> None:
     now = 0.0
 
     def clock() -> float:
@@ -100,17 +100,11 @@ def test_speed_meter_counts_work_and_waiting() -> None:
         with meter.waiting("data"):
             now += 0.5
         now += 1.5
-        meter.step(samples=32, audio_seconds=100)
-    values = meter.read()
-    assert values == {
-        "step_seconds": 2.0,
-        "samples_per_second": 16.0,
-        "audio_seconds_per_second": 50.0,
-        "data_wait_share": 0.25,
-    }
+        meter.step()
+    assert meter.read() == {"step_seconds": 2.0, "data_wait_share": 0.25}
     now += 1.0
-    meter.step(samples=1)
-    assert meter.read() == {"step_seconds": 1.0, "samples_per_second": 1.0}
+    meter.step()
+    assert meter.read() == {"step_seconds": 1.0}
 
 
 def test_a_pause_is_in_no_rate() -> None:
@@ -120,10 +114,10 @@ def test_a_pause_is_in_no_rate() -> None:
         with meter.waiting("data"):
             now += 0.5
         now += 0.5
-        meter.step(samples=8)
+        meter.step()
         with meter.paused():
             now += 60
-    assert meter.read() == {"step_seconds": 1.0, "samples_per_second": 8.0, "data_wait_share": 0.5}
+    assert meter.read() == {"step_seconds": 1.0, "data_wait_share": 0.5}
 
 
 def test_plain_lines_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
