@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from d2v_scale.model.init import ONES, ZEROS, InitRule, set_rule
 from d2v_scale.model.parallel_linear import for_local_heads, local_share, tensor_rank
 
+_ROW_MULTIPLE = 8
+
 
 class RelativeBias(nn.Module):
     """BEiT's relative-position table on a grid x grid image with a CLS token, one for all blocks (spec 3.5).
@@ -124,6 +126,19 @@ def add_padding(attention_bias: Tensor | None, valid_rs: Tensor | None, dtype: t
     if attention_bias is None:
         return None if valid_rs is None else valid_rs[:, None, None, :]
     attention_bias = attention_bias.to(dtype)
-    if valid_rs is None:
-        return attention_bias
-    return attention_bias.masked_fill(~valid_rs[:, None, None, :], -math.inf)
+    if valid_rs is not None:
+        attention_bias = attention_bias.masked_fill(~valid_rs[:, None, None, :], -math.inf)
+    return aligned(attention_bias) if attention_bias.device.type == "cuda" else attention_bias
+
+
+def aligned(bias_rhss: Tensor) -> Tensor:
+    """The same values in rows that begin a multiple of 8 elements apart, differentiable.
+
+    PyTorch's memory-efficient attention, which a bias that learns goes through on a GPU, asks for such rows: it would
+    make them of another bias in every block, and keep each copy for the backward pass.
+    """
+    *outer, step = bias_rhss.stride()
+    if step == 1 and all(stride % _ROW_MULTIPLE == 0 for stride in outer):
+        return bias_rhss
+    length = bias_rhss.shape[-1]
+    return F.pad(bias_rhss, (0, -length % _ROW_MULTIPLE))[..., :length]

@@ -4,7 +4,15 @@ import pytest
 import torch
 
 from d2v_scale.model.init import initialize
-from d2v_scale.model.position_bias import AlibiBias, RelativeBias, relative_index, sincos_positions, slope_exponents
+from d2v_scale.model.position_bias import (
+    AlibiBias,
+    RelativeBias,
+    add_padding,
+    aligned,
+    relative_index,
+    sincos_positions,
+    slope_exponents,
+)
 
 pytestmark = pytest.mark.usefixtures("world_of_one")
 
@@ -71,3 +79,27 @@ def test_relative_table_starts_from_zero_unless_a_spread_is_asked_for() -> None:
     initialize(spread, 1)
     assert zeros.table.abs().max() == 0
     assert 0.7 < spread.table.std() < 1.3
+
+
+@pytest.mark.parametrize("length", [15, 16, 197])
+def test_aligned_rows_have_the_same_values_and_gradients(length: int) -> None:
+    bias_rhss = torch.randn(2, 3, length, length, requires_grad=True)
+    out = aligned(bias_rhss)
+    assert torch.equal(out, bias_rhss)
+    assert out.stride(-1) == 1
+    assert all(stride % 8 == 0 for stride in out.stride()[:-1])
+    weight = torch.randn_like(out)
+    (gradient,) = torch.autograd.grad((out * weight).sum(), bias_rhss)
+    assert torch.equal(gradient, weight)
+    assert aligned(out) is out
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("padded", [False, True])
+def test_one_bias_for_all_blocks_is_aligned_on_a_gpu(padded: bool) -> None:
+    """Attention copied a bias of 197 positions to aligned rows in every block."""
+    valid_rs = torch.ones(2, 197, dtype=torch.bool, device="cuda") if padded else None
+    bias = add_padding(torch.zeros(1, 3, 197, 197, device="cuda"), valid_rs, torch.bfloat16)
+    assert bias is not None
+    assert bias.stride()[-2:] == (200, 1)
