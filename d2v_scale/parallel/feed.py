@@ -13,20 +13,21 @@ import torch.distributed as dist
 from torch import Tensor
 
 from d2v_scale.data.batch import Batch, Layout
-from d2v_scale.parallel.groups import Topology
+from d2v_scale.parallel.groups import Topology, model_group_on_host
 
 
 class SharedFeed:
     """The steps of `steps` on all ranks of a copy of the model; only its first rank asks for them.
 
-    Iterating is collective over `topology.model_group`: all its ranks must call. An error of the reader is raised on
-    all of them.
+    What a batch is like travels over host memory, its tensors from device to device. Collective to construct: all ranks
+    must call. Iterating is collective over `topology.model_group`. An error of the reader is raised on all its ranks.
     """
 
     def __init__(self, steps: Iterator[list[Batch]], topology: Topology) -> None:
         self._steps = steps
         self._topology = topology
         self._reads = topology.model_size == 1 or dist.get_rank(topology.model_group) == 0
+        self._host_group = model_group_on_host(topology) if topology.model_size > 1 else None
 
     def __iter__(self) -> "SharedFeed":
         return self
@@ -43,15 +44,14 @@ class SharedFeed:
                 said = [[_description(batch) for batch in batches]]
             except Exception as error:
                 said = [error]
-        group = self._topology.model_group
-        dist.broadcast_object_list(said, group=group, group_src=0)
+        dist.broadcast_object_list(said, group=self._host_group, group_src=0)
         if isinstance(said[0], Exception):
             raise said[0]
         if not self._reads:
             batches = [_empty(description, self._topology.device) for description in said[0]]
         for batch in batches:
             for tensor in _tensors(batch).values():
-                dist.broadcast(tensor, group=group, group_src=0)
+                dist.broadcast(tensor, group=self._topology.model_group, group_src=0)
         return batches
 
 

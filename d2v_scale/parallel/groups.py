@@ -123,6 +123,23 @@ def data_parallel_size(config: ParallelConfig, world_size: int) -> int:
     return world_size // model_size
 
 
+def model_group_on_host(topology: Topology) -> dist.ProcessGroup:
+    """The ranks of `topology.model_group` over host memory: a gloo group of their own beside NCCL's, else that group.
+
+    NCCL sends Python objects through the device, for which the host waits. Collective: all ranks must call.
+    """
+    if dist.get_backend(topology.model_group) != "nccl":
+        return topology.model_group
+    tensor, data = topology.tensor_size, topology.data_parallel_size
+    replicas = [
+        [own + tensor * (replica + data * stage) for stage in range(topology.pipeline_size) for own in range(tensor)]
+        for replica in range(data)
+    ]
+    group, _ = dist.new_subgroups_by_enumeration(replicas, backend="gloo")
+    assert dist.get_process_group_ranks(group) == dist.get_process_group_ranks(topology.model_group)
+    return group
+
+
 def initialize(config: ParallelConfig | None = None, timeout_minutes: float = 30.0) -> Topology:
     """Form the process groups from the launcher's environment. Collective: all ranks must call, once.
 
