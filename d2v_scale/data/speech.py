@@ -22,8 +22,13 @@ Wave = NDArray[np.float32]
 
 
 def decode(content: bytes | memoryview) -> Wave:
-    """A file of any format soundfile reads, as mono float32 at 16 kHz (n,). Raises what soundfile raises."""
+    """A file of any format soundfile reads, as mono float32 at 16 kHz (n,).
+
+    Raises what soundfile raises, and ValueError where a value is NaN or infinite: one would cost a whole step.
+    """
     wave, rate = soundfile.read(io.BytesIO(content), dtype="float32")
+    if not np.isfinite(wave.sum(dtype=np.float64)):
+        raise ValueError("it holds values that are not finite")
     if wave.ndim > 1:
         wave = wave.mean(axis=1)
     return resample(wave, rate)

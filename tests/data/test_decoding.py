@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from small_shards import documents, image_samples
+from small_shards import documents, image_samples, sound_samples
 
 from d2v_scale.data import speech, vision
 from d2v_scale.data.config import DataConfig, SourceConfig, SpeechData, VisionData
@@ -135,6 +135,27 @@ def test_recordings_of_any_rate_and_format_become_16_khz_mono(rate: int, kind: s
     assert speech.measure({kind.lower(): content.getvalue()}) == len(wave) == 16000
     spectrum = np.abs(np.fft.rfft(wave[2000:12000]))
     assert abs(spectrum.argmax() * 1.6 - 440) < 3
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_recording_with_a_value_that_is_not_finite_is_lost_alone(tmp_path: Path, value: float) -> None:
+    """One NaN made its batch's loss NaN: the whole step was skipped, every epoch, and nothing named the recording."""
+    samples = sound_samples(4)
+    wave = np.zeros((8000, 2), dtype=np.float32)
+    wave[4000, 1] = value
+    content = io.BytesIO()
+    soundfile.write(content, wave, 16000, format="WAV", subtype="FLOAT")
+    samples[2] = {"__key__": "broken", "wav": content.getvalue(), "cls": 0}
+    write_set(tmp_path, "train", "speech", samples, per_shard=10, measure=speech.measure)
+    data = DataConfig(sources=[SourceConfig(shards=str(tmp_path), modality="speech")], workers=0, max_bad_ratio=0.5)
+    loader = StepLoader(
+        data, ModelConfig(speech=SpeechStem()), MaskingConfig(kind="random"), seed=1, global_batch_size=4
+    )
+    [batch] = next(loader)
+    assert batch.inputs.isfinite().all()
+    assert batch.lost == 1
+    assert "broken" not in batch.keys
+    assert loader.faults() == {str(tmp_path / "train-000000.tar"): 1}
 
 
 def test_normalisation_is_over_the_whole_file() -> None:
