@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from d2v_scale.data.collate import Row, Stacked
 from d2v_scale.data.config import SAMPLE_RATE, SpeechData
 from d2v_scale.data.reading import RawSample, Store
+from d2v_scale.data.streaming import StreamStore
 from d2v_scale.errors import ConfigError
 from d2v_scale.model.config import SpeechStem
 
@@ -88,12 +89,15 @@ class SpeechDecoder:
     def training_row(self, store: Store, shard: int, item: int, length: int, draws: NDArray[np.float64]) -> Row:
         """`length` samples of the recording from a random place; 0: as many as there are, up to `max_seconds`.
 
-        0 is for streams, where lengths are not known beforehand: recordings that are too short are passed over.
+        0 is for streams, where lengths are not known beforehand: recordings that are too short are passed over. Raises
+        DataStarved where a whole epoch is.
         """
         sample = store.read(shard, item)
         wave = self._whole(sample)
         if length == 0:
             while len(wave) < round(self._config.min_seconds * SAMPLE_RATE):
+                assert isinstance(store, StreamStore), "plans know the lengths of indexed recordings"
+                store.pass_over(f"shorter than data.speech.min_seconds={self._config.min_seconds}")
                 sample = store.read(shard, item)
                 wave = self._whole(sample)
             length = min(len(wave), round(self._config.max_seconds * SAMPLE_RATE))

@@ -125,6 +125,8 @@ class StreamStore:
         self._last: RawSample | None = None
         self._counts: dict[int, int] = {}
         self._damage: list[Fault] = []
+        self._passed_over = 0
+        self._why = ""
 
     def read(self, shard: int, number: int) -> RawSample:
         """The next sample. The first call, by its row's `number`, decides how much is passed over."""
@@ -138,6 +140,12 @@ class StreamStore:
         assert self._last is not None
         return self._last.fault(reason).fault
 
+    def pass_over(self, why: str) -> None:
+        """The sample that was read last makes no row, and is no fault. After an epoch of nothing else, `read` raises
+        DataStarved, which says `why`."""
+        self._passed_over += 1
+        self._why = why
+
     def take_damage(self) -> list[Fault]:
         """What was found wrong with shards since the last call."""
         damage, self._damage = self._damage, []
@@ -148,7 +156,7 @@ class StreamStore:
             log.info("reading past %d samples of this stream", passed)
         epoch = 0
         while True:
-            delivered = 0
+            delivered, self._passed_over = 0, 0
             for shard in self._shards(epoch):
                 if passed and self._counts.get(shard, passed + 1) <= passed:
                     passed -= self._counts[shard]
@@ -163,6 +171,16 @@ class StreamStore:
             if delivered == 0:
                 faults = "; ".join(str(fault) for fault in self._damage[-3:])
                 raise DataStarved(f"No sample could be read in an epoch of the stream. {faults}")
+            if self._passed_over == delivered:
+                raise DataStarved(f"No sample of an epoch of the stream can be used: {self._why}.")
+            if self._passed_over:
+                log.warning(
+                    "epoch %d of a stream: %d of %d samples left out: %s",
+                    epoch,
+                    self._passed_over,
+                    delivered,
+                    self._why,
+                )
             epoch += 1
 
     def _shards(self, epoch: int) -> Iterator[int]:

@@ -14,6 +14,7 @@ from d2v_scale.data.collate import Row, Stacked
 from d2v_scale.data.config import DataConfig
 from d2v_scale.data.reading import RawSample, SampleStore, Store
 from d2v_scale.data.shard_index import file_sha256
+from d2v_scale.data.streaming import StreamStore
 from d2v_scale.data.token_cache import TokenCache
 from d2v_scale.errors import ConfigError, DataError
 from d2v_scale.model.config import TextStem
@@ -140,8 +141,12 @@ class TextDecoder:
         enough = 1 if self._by_document else self._block
         while len(self._left) < enough:
             sample = store.read(shard, item)
+            tokens = document(sample, self._tokenizer)
+            if len(tokens) == 0:
+                assert isinstance(store, StreamStore), "plans know the lengths of indexed documents"
+                store.pass_over("documents without tokens")
             self._left_key = sample.key
-            self._left = np.concatenate((self._left, document(sample, self._tokenizer)))
+            self._left = np.concatenate((self._left, tokens))
         tokens, self._left = self._left[: self._block], self._left[self._block :]
         return self._left_key, tokens
 

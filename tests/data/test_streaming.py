@@ -1,11 +1,15 @@
 """d2v_scale.data.streaming: shards without an index."""
 
+import io
 import logging
 import os
+import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
+from small_shards import sound_samples
 
 from d2v_scale.data import streaming
 from d2v_scale.data.config import DataConfig, SourceConfig
@@ -13,6 +17,7 @@ from d2v_scale.data.fetching import ShardCache
 from d2v_scale.data.loader import StepLoader
 from d2v_scale.data.shard_index import Members, index_tar
 from d2v_scale.data.streaming import StreamStore
+from d2v_scale.data.writing import Sample, write_set
 from d2v_scale.data2vec.config import MaskingConfig
 from d2v_scale.errors import ConfigError, DataStarved
 from d2v_scale.model.config import Modality, ModelConfig, SpeechStem, TextStem, VisionStem
@@ -39,9 +44,11 @@ def stream(
     ranks: int = 1,
     size: int = 6,
     tokenizer: Path | None = None,
+    min_seconds: float = 0.1,
 ) -> StepLoader:
     data = DataConfig(sources=[SourceConfig(shards=str(shards), modality=modality)], workers=0, max_bad_ratio=0.5)
     data.text.tokenizer = str(tokenizer) if tokenizer else None
+    data.speech.min_seconds = min_seconds
     masking = MaskingConfig(kind="random", prob=0.5)
     return StepLoader(data, MODEL, masking, seed=1, global_batch_size=6)
 
@@ -106,6 +113,30 @@ def test_a_stream_without_a_sample_is_starved(tmp_path: Path) -> None:
     (tmp_path / "a-0.tar").write_bytes(bytes(1024))
     with pytest.raises(DataStarved, match="No sample could be read"):
         next(stream(tmp_path))
+
+
+def test_recordings_that_are_all_too_short_starve_a_stream(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """They were passed over for ever; where only some are too short, it was not said how many."""
+    write_set(tmp_path / "made", "a", "speech", sound_samples(20, seconds=(0.1, 0.2)), per_shard=10)
+    shards = bare(tmp_path / "made", tmp_path / "bare")
+    with pytest.raises(DataStarved, match=r"shorter than data\.speech\.min_seconds=0\.3"):
+        next(stream(shards, "speech", min_seconds=0.3))
+    some = stream(shards, "speech", min_seconds=0.15)
+    for _ in range(6):
+        next(some)
+    assert re.search(r"\d+ of 20 samples left out: shorter than data.speech.min_seconds=0.15", caplog.text)
+    assert some.faults() == {}
+
+
+def test_documents_without_tokens_starve_a_stream(texts: Path, tmp_path: Path) -> None:
+    """An epoch of empty .npy was read for ever."""
+    content = io.BytesIO()
+    np.save(content, np.zeros(0, dtype=np.int32))
+    samples: list[Sample] = [{"__key__": f"empty-{k}", "npy": content.getvalue()} for k in range(5)]
+    write_set(tmp_path / "made", "a", "text", samples, per_shard=10)
+    shards = bare(tmp_path / "made", tmp_path / "bare")
+    with pytest.raises(DataStarved, match="documents without tokens"):
+        next(stream(shards, "text", tokenizer=texts / "tokenizer.model"))
 
 
 def test_speech_and_text_stream_too(sounds: Path, texts: Path, tmp_path: Path) -> None:
