@@ -66,6 +66,16 @@ class RawSample:
         return SampleFault(self.shard, self.key, reason)
 
 
+def checked_sample(shard: str, content: bytes, members: Members, number: int) -> RawSample:
+    """The sample `number`, whose bytes should be `content`. Raises SampleFault where they are not what was indexed."""
+    key, size = members.key(number), int(members.size_n[number])
+    if len(content) < size:
+        raise SampleFault(shard, key, f"cut off: {len(content)} of {size} bytes are there")
+    if zlib.crc32(content) != members.crc_n[number]:
+        raise SampleFault(shard, key, "its checksum is not the index's")
+    return RawSample(shard, key, content, members, number)
+
+
 class Store(Protocol):
     """Where decoders get samples from."""
 
@@ -106,11 +116,7 @@ class SampleStore:
             content = os.pread(descriptor, size, int(members.start_n[number]))
         except OSError as error:
             raise SampleFault(name, key, f"cannot be read: {error.strerror}") from error
-        if len(content) < size:
-            raise SampleFault(name, key, f"cut off: {len(content)} of {size} bytes are there")
-        if zlib.crc32(content) != members.crc_n[number]:
-            raise SampleFault(name, key, "its checksum is not the index's")
-        return RawSample(name, key, content, members, number)
+        return checked_sample(name, content, members, number)
 
     def _opened(self, shard: int) -> tuple[int, Members]:
         if shard in self._open:

@@ -17,7 +17,7 @@ from d2v_scale.data.config import DataConfig, SourceConfig
 from d2v_scale.data.fetching import ShardCache
 from d2v_scale.data.order import KeyedPermutation
 from d2v_scale.data.plan import Cursor, PlannedBatch
-from d2v_scale.data.reading import Fault, RawSample
+from d2v_scale.data.reading import Fault, RawSample, SampleFault, checked_sample
 from d2v_scale.data.shard_index import index_tar
 from d2v_scale.data.shard_set import ShardSet, is_remote
 from d2v_scale.data2vec.stateless import key, numpy_generator
@@ -203,8 +203,16 @@ class StreamStore:
                     whole = whole[self._stream :: self._streams]
                 self._counts[shard] = len(whole)
                 for number in whole:
-                    stream.seek(int(members.start_n[number]))
-                    content = stream.read(int(members.size_n[number]))
-                    yield RawSample(name, members.key(number), content, members, number)
+                    try:
+                        stream.seek(int(members.start_n[number]))
+                        content = stream.read(int(members.size_n[number]))
+                        sample = checked_sample(name, content, members, number)
+                    except (OSError, SampleFault) as error:
+                        # The shard changed or its disk failed after it was indexed: each sample counts by itself.
+                        lost = error.fault if isinstance(error, SampleFault) else None
+                        self._damage.append(lost or Fault(name, members.key(number), f"cannot be read: {error}"))
+                        self._counts[shard] -= 1
+                        continue
+                    yield sample
         except Exception as error:  # one shard, whatever is in it, must not end the stream
             self._damage.append(Fault(name, "", f"cannot be read: {error}"))

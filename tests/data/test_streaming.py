@@ -109,6 +109,36 @@ def test_a_shard_that_breaks_the_indexing_does_not_end_the_stream(
     assert {Path(shard).name for shard in loader.faults()} == {"train-000001.tar"}
 
 
+def test_samples_that_went_bad_after_the_indexing_are_each_lost_and_named(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They were handed out cut off, empty or changed; one error in mid-shard counted as one sample."""
+    shards = bare(images, tmp_path / "bare")
+
+    def index(path: Path) -> tuple[Members, list[str]]:
+        members, damage = index_tar(path)
+        if path.name == "train-000001.tar":
+            os.truncate(path, int(members.start_n[8] + 600))
+        if path.name == "train-000002.tar":
+            content = bytearray(path.read_bytes())
+            content[members.start_n[3] + 600] ^= 1
+            path.write_bytes(content)
+        if path.name == "train-000003.tar":
+            members.start_n[5:] -= 1 << 40  # seeking there is an OSError, as reading from a broken disk
+        return members, damage
+
+    monkeypatch.setattr(streaming, "index_tar", index)
+    store = StreamStore([str(path) for path in sorted(shards.iterdir())], ShardCache(None, 1e9, 1.0, 0), 1, 0, 1)
+    keys = [sample.key for shard in store._shards(0) for sample in store._samples_of(shard, 0)]
+    damage = store.take_damage()
+    lost = {f"image-{k:04d}" for k in (*range(28, 40), 43, *range(65, 80))}
+    assert {fault.key for fault in damage} == lost
+    assert sorted(keys) == sorted({f"image-{k:04d}" for k in range(90)} - lost)
+    assert [store._counts[shard] for shard in range(5)] == [20, 8, 19, 5, 10]
+    assert any("cut off: 600 of" in fault.reason for fault in damage)
+    assert any("checksum" in fault.reason for fault in damage)
+
+
 def test_a_stream_without_a_sample_is_starved(tmp_path: Path) -> None:
     (tmp_path / "a-0.tar").write_bytes(bytes(1024))
     with pytest.raises(DataStarved, match="No sample could be read"):
