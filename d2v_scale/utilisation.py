@@ -3,7 +3,6 @@
 from functools import lru_cache
 
 import torch
-import torch.distributed as dist
 
 from d2v_scale.data.batch import Batch
 from d2v_scale.model.config import Modality, ModelConfig, TeacherParts
@@ -43,8 +42,7 @@ class FlopMeter:
         """Since the last call, `elapsed_s` seconds ago: `tflops_per_device`, and where the peak is known `mfu` (teacher
         included) and `mfu_student`. Waits for the device. Collective: all ranks must call."""
         total = torch.tensor(self._flops, dtype=torch.float64, device=self._topology.device)
-        if self._topology.data_parallel_size > 1:
-            dist.all_reduce(total, group=self._topology.data_parallel_group)
+        self._topology.sum_over_replicas(total)
         self._flops = [0.0, 0.0]
         rate, student_rate = (total / (elapsed_s * self._topology.world_size)).tolist()
         values = {"tflops_per_device": rate / 1e12}

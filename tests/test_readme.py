@@ -18,7 +18,7 @@ PATH_LINE = "export PATH=$PWD/.venv/bin:$PATH"
 
 # Options that stand-ins have to be small, or because the README's recipe has them.
 SMALL = {
-    *("--stop_at", "--tracking.enabled", "--data.workers", "--global_batch_size", "--vocab-size", "--recipe"),
+    *("--stop_at", "--tracking.enabled", "--data.workers", "--global_batch_size", "--vocab_size", "--recipe"),
     *("--samples", "--length", "--rounds", "--warmup", "--sweeps", "--worlds", "--optim.max_steps"),
     *("--optim.warmup_steps", "--evaluation.train", "--model.backbone.width", "--model.backbone.heads"),
     *("--model.backbone.ffn",),
@@ -40,7 +40,7 @@ STAND_INS: dict[str, list[str] | None] = {
         "text",
         "prose",
         "text",
-        "--vocab-size",
+        "--vocab_size",
         "300",
     ],
     ".venv/bin/python tools/index_shards.py 'shards/*.tar' --modality vision": [
@@ -48,6 +48,9 @@ STAND_INS: dict[str, list[str] | None] = {
     ],
     ".venv/bin/python tools/inspect_shards.py 'shards/*.tar' --out preview": [
         *["tools/inspect_shards.py", "shards/*.tar", "--out", "preview"]
+    ],
+    ".venv/bin/python tools/train_tokenizer.py 'text/*.tar' tokenizer.model": [
+        *["tools/train_tokenizer.py", "text/*.tar", "own.model", "--vocab_size", "300"]
     ],
     "deepspeed d2v_scale/train.py": None,
     "deepspeed d2v_scale/train.py --recipe d2v2_vision_base --data '/shards/in1k-{000000..001281}.tar' "
@@ -83,6 +86,15 @@ STAND_INS: dict[str, list[str] | None] = {
     ".venv/bin/mlflow ui --backend-store-uri sqlite:///runs/mlflow.db": None,
     ".venv/bin/python tools/report.py runs/a runs/b --out report.html": [
         *["tools/report.py", "runs/vit", "runs/vit", "--out", "report.html"]
+    ],
+    ".venv/bin/python tools/draw.py runs/a --data 'shards/val-*.tar'": [
+        *["tools/draw.py", "runs/vit", "--data", "shards/*.tar"]
+    ],
+    ".venv/bin/python tools/extract.py runs/vit 'shards/*.tar' features/": [
+        *["tools/extract.py", "runs/vit", "shards/*.tar", "features/"]
+    ],
+    ".venv/bin/python tools/check_golden.py tests/golden/recorded/v2_image": [
+        *["tools/check_golden.py", str(ROOT / "tests/golden/recorded/v2_image")]
     ],
     ".venv/bin/python tools/export.py runs/vit out/vit --to hf": [
         "tools/export.py",

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from d2v_scale.data.labelled import LabelledSet
-from d2v_scale.errors import UserError
+from d2v_scale.errors import EXIT_BAD_INPUT, UserError
 from d2v_scale.evaluation.features import mean_over_positions
 from d2v_scale.evaluation.frozen import FrozenEncoder
 from d2v_scale.interop.exporting import pick_modality
@@ -34,7 +34,7 @@ def main() -> int:
         paths = draw(arguments.run, arguments.data, arguments.samples, arguments.modality)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return EXIT_BAD_INPUT
     for path in paths:
         print(path)
         append_event(arguments.run, "artifact", path=str(path.relative_to(arguments.run)), folder="plots")

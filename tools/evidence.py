@@ -29,10 +29,11 @@ from typing import Any, get_args
 
 from evidence_sets import RealSet, default_folder, prepare
 from evidence_table import early_warning, table
+from run_quietly import run_quietly
 
 from d2v_scale.errors import EXIT_BAD_INPUT, UserError
 from d2v_scale.model.config import Modality
-from d2v_scale.recipe import Recipe
+from d2v_scale.tracking.record import read_records
 
 ROOT = Path(__file__).resolve().parent.parent
 VERSIONS = ("1.0", "2.0")
@@ -150,11 +151,8 @@ def end_with_parent() -> None:
 def pretrain(job: Job, directory: Path) -> dict[str, Any]:
     """Run train.py to its end (an interrupted run continues); what its record says."""
     command = [sys.executable, str(ROOT / "d2v_scale" / "train.py"), *job.arguments(), f"--run_dir={directory}"]
-    done = subprocess.run(command, capture_output=True, text=True, preexec_fn=end_with_parent)
-    if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-        raise UserError(f"{job.name} ended with code {done.returncode}: {' '.join(lines) or done.stderr[-800:]}")
-    records = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    run_quietly(command, job.name, preexec_fn=end_with_parent)
+    records = read_records(directory)
     last = [record for record in records if "target_rank" in record][-1]
     curve = [
         {key: record[key] for key in ("step", *WATCHED) if key in record} for record in records if WATCHED[0] in record
@@ -169,7 +167,7 @@ def plan(sets: dict[Modality, RealSet], seeds: int, compute: float, out: Path) -
     """All jobs, seed by seed and the longest first, and each modality's FLOPs of one run."""
     from d2v_scale.command_line import parse
     from d2v_scale.evaluation.supervised import BATCH_SIZE
-    from d2v_scale.planning.compute import sample_cost_on, step_flops, steps_for
+    from d2v_scale.planning.compute import sample_cost_on, step_flops, steps_for, stretched
 
     jobs, budgets = [], {}
     for modality, real in sets.items():
@@ -184,18 +182,9 @@ def plan(sets: dict[Modality, RealSet], seeds: int, compute: float, out: Path) -
         for row in ("2.0", "1.0", "supervised", "random 1.0", "random 2.0", "raw"):
             for seed in range(1, 2 if row == "raw" else seeds + 1):
                 taken = steps.get(row, 1)
-                stretched = stretch(recipes["2.0" if row.endswith("2.0") else "1.0"], taken)
-                jobs.append(Job(modality, row, seed, real, taken, stretched, out))
+                arguments = stretched(recipes["2.0" if row.endswith("2.0") else "1.0"], taken)
+                jobs.append(Job(modality, row, seed, real, taken, arguments, out))
     return sorted(jobs, key=lambda job: (job.seed, job.row not in LEARNED)), budgets
-
-
-def stretch(recipe: Recipe, steps: int) -> tuple[str, ...]:
-    """Warm-up and the teacher's annealing, as shares of the run as in the recipe."""
-    share = steps / recipe.optim.max_steps
-    return (
-        f"--optim.warmup_steps={int(recipe.optim.warmup_steps * share)}",
-        f"--objective.ema.anneal_steps={max(1, round(recipe.objective.ema.anneal_steps * share))}",
-    )
 
 
 def make_parser() -> argparse.ArgumentParser:

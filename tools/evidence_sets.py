@@ -3,11 +3,12 @@
 import csv
 import json
 import re
-import subprocess
 import sys
 import tarfile
 from dataclasses import dataclass
 from pathlib import Path
+
+from run_quietly import run_quietly
 
 from d2v_scale.data.shard_set import INDEX_SUFFIX
 from d2v_scale.errors import UserError
@@ -110,7 +111,7 @@ def _arguments(modality: Modality, source: Path, split: str, out: Path) -> list[
             match = rf"_{takes}\.\w+$" if split == "test" else rf"_(?!{takes}\.)\d+\.\w+$"
             return ["audio", str(source / "recordings"), "--match", match, "--label", _RECORDING]
         case "text":
-            return ["text", str(_news(source, split, out)), "--vocab-size", str(VOCABULARY)]
+            return ["text", str(_news(source, split, out)), "--vocab_size", str(VOCABULARY)]
 
 
 def _news(source: Path, split: str, out: Path) -> Path:
@@ -134,11 +135,5 @@ def _news(source: Path, split: str, out: Path) -> Path:
 
 def _make_shards(*arguments: str, out: Path, split: str) -> None:
     command, source, *options = arguments
-    done = subprocess.run(
-        [sys.executable, str(MAKE_SHARDS), command, source, str(out), "--prefix", split, *options],
-        capture_output=True,
-        text=True,
-    )
-    if done.returncode:
-        lines = [line.removeprefix("error: ") for line in done.stderr.splitlines() if line.startswith("error: ")]
-        raise UserError(f"{source} could not be converted: {' '.join(lines) or done.stderr[-500:]}")
+    program = [sys.executable, str(MAKE_SHARDS), command, source, str(out), "--prefix", split, *options]
+    run_quietly(program, f"The conversion of {source}")

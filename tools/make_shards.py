@@ -271,8 +271,8 @@ def convert(arguments: argparse.Namespace) -> SetIndex:
     if len(skipped) > arguments.max_bad * (len(skipped) + index.samples):
         raise DataError(
             f"{len(skipped)} of {len(skipped) + index.samples} files could not be read, more than "
-            f"--max-bad {arguments.max_bad}; no index was written.",
-            "Remove the files named above, or raise --max-bad.",
+            f"--max_bad {arguments.max_bad}; no index was written.",
+            "Remove the files named above, or raise --max_bad.",
         )
     index.save(out / f"{arguments.prefix}{INDEX_SUFFIX}")
     return index
@@ -343,13 +343,13 @@ def make_parser() -> argparse.ArgumentParser:
         command.add_argument("source", type=Path, metavar="SRC")
         command.add_argument("out", type=Path, metavar="OUT")
         command.add_argument("--prefix", default="train", help="shards are PREFIX-000000.tar and so on")
-        command.add_argument("--per-shard", type=int, default=1000, help="samples per shard")
+        command.add_argument("--per_shard", type=int, default=1000, help="samples per shard")
         command.add_argument("--processes", type=int, default=os.cpu_count() or 1)
-        command.add_argument("--max-bad", type=float, default=0.01, help="share of bad files that is an error")
+        command.add_argument("--max_bad", type=float, default=0.01, help="share of bad files that is an error")
         command.add_argument("--match", help="take only files whose path below SRC matches this pattern")
         if name == "text":
             command.add_argument("--tokenizer", type=Path, help="sentencepiece model; without it one is trained")
-            command.add_argument("--vocab-size", type=int, default=16000, help="pieces of the trained tokenizer")
+            command.add_argument("--vocab_size", type=int, default=16000, help="pieces of the trained tokenizer")
             command.add_argument("--documents", choices=["file", "paragraph", "line"], default="file")
             command.add_argument("--ids", action="store_true", help="store token ids instead of text")
             command.add_argument(

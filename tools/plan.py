@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)
 
 from d2v_scale import command_line  # noqa: E402
-from d2v_scale.errors import UserError  # noqa: E402
+from d2v_scale.errors import EXIT_BAD_INPUT, UserError  # noqa: E402
 from d2v_scale.planning import flops, hardware, stages, traffic  # noqa: E402
 from d2v_scale.planning.job import ModelSizes, samples_per_step  # noqa: E402
 from d2v_scale.planning.search import Cluster, Option, describe, search  # noqa: E402
@@ -194,10 +194,10 @@ def main() -> int:
     options, keys = parser.parse_known_args()
     if options.nodes < 1 or options.gpus < 1 or not 0 < options.mfu <= 1:
         print("error: nodes and gpus start at 1, mfu is above 0 and at most 1", file=sys.stderr)
-        return 2
+        return EXIT_BAD_INPUT
     if options.table is (options.recipe is not None):
         print("error: give --recipe or --table", file=sys.stderr)
-        return 2
+        return EXIT_BAD_INPUT
     try:
         device = hardware.preset(options.device)
         if options.table:
@@ -210,7 +210,7 @@ def main() -> int:
         print("\n".join(report(recipe, cluster, options.show)))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return EXIT_BAD_INPUT
     return 0
 
 

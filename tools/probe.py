@@ -23,7 +23,7 @@ from torch import Tensor
 from d2v_scale.data.class_names import agreed_classes
 from d2v_scale.data.labelled import LabelledSet
 from d2v_scale.data.labels import LETTERS, ClassLabels, Labels
-from d2v_scale.errors import UserError
+from d2v_scale.errors import EXIT_BAD_INPUT, UserError
 from d2v_scale.evaluation import extract, knn, linear_probe, weighted_layers_probe, whitened
 from d2v_scale.evaluation.frozen import FrozenEncoder
 from d2v_scale.evaluation.position_probes import (
@@ -74,7 +74,7 @@ def main() -> int:
         result = probe(arguments)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return EXIT_BAD_INPUT
     print_table(result)
     if arguments.out is not None:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)

@@ -4,6 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from d2v_scale.errors import EXIT_BAD_INPUT
 from d2v_scale.plots.report import write_report
 
 
@@ -16,8 +17,8 @@ def main() -> int:
     try:
         path = write_report(arguments.runs, arguments.out)
     except FileNotFoundError as error:
-        print(error, file=sys.stderr)
-        return 2
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
     print(path)
     return 0
 

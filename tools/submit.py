@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+EXIT_BAD_INPUT = 2  # of d2v_scale/errors.py; a login node may not have the package
 TEMPLATES = ("base", "large", "huge", "1b", "7b")
 
 
@@ -86,16 +87,16 @@ def main() -> int:
     parser.add_argument("--partition", help="partition")
     parser.add_argument("--job_name", help="name of the job and of its run directory")
     parser.add_argument("--template", type=Path, help="template to use instead of the recipe's")
-    parser.add_argument("--dry-run", "--dry_run", action="store_true", help="only let Slurm check it (--test-only)")
+    parser.add_argument("--dry_run", "--dry-run", action="store_true", help="only let Slurm check it (--test-only)")
     options, for_training = parser.parse_known_args()
 
     template = options.template or template_of(options.recipe)
     if not template.is_file():
         print(f"error: no template {template}", file=sys.stderr)
-        return 2
+        return EXIT_BAD_INPUT
     if shutil.which("sbatch") is None:
         print("error: no sbatch here: run this on a login node of the cluster", file=sys.stderr)
-        return 2
+        return EXIT_BAD_INPUT
     asked = sbatch_options(options)
     holds = effective(template, asked, dict(os.environ))
     if options.device is not None:
@@ -103,7 +104,7 @@ def main() -> int:
         proposed = planned(options, for_training, int(holds.get("nodes", ("1", ""))[0]), gpus)
         if proposed is None:
             print("error: tools/plan.py finds no way to train this on that many devices", file=sys.stderr)
-            return 2
+            return EXIT_BAD_INPUT
         for_training += proposed
     print(f"{template}:")
     for name, (value, source) in holds.items():

@@ -4,9 +4,11 @@ Usage: python tools/summarize.py RUN_DIR [--exported DIR]
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
+
+from d2v_scale.errors import EXIT_BAD_INPUT
+from d2v_scale.tracking.record import METRICS_FILE, read_records
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -14,11 +16,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("--exported", type=Path, help="where tools/export.py wrote the model")
     options = parser.parse_args(arguments)
-    record = options.run_dir / "metrics.jsonl"
+    record = options.run_dir / METRICS_FILE
     if not record.is_file():
-        print(f"{record} does not exist: give the directory of a run.", file=sys.stderr)
-        return 2
-    lines = [json.loads(line) for line in record.read_text().splitlines()]
+        print(f"error: {record} does not exist. Give the directory of a run.", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    lines = read_records(options.run_dir)
     losses = [line["loss"] for line in lines if "loss" in line]
     accuracies = [line["knn_accuracy"] for line in lines if "knn_accuracy" in line]
     print(f"\n{options.run_dir}")

@@ -14,7 +14,6 @@ plot are read from the runs' metrics.jsonl and written to OUT.
 import argparse
 import hashlib
 import itertools
-import json
 import os
 import shlex
 import subprocess
@@ -25,10 +24,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from run_quietly import run_quietly
 
 from d2v_scale.command_line import parse
 from d2v_scale.errors import EXIT_BAD_INPUT, UserError
 from d2v_scale.plots.curves import series
+from d2v_scale.status import read_status
 from d2v_scale.tracking.record import read_records
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -59,8 +60,8 @@ class Point:
         return ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in self.settings) or "as in the recipe"
 
     def is_done(self) -> bool:
-        status = self.run_dir / "status.json"
-        return status.is_file() and json.loads(status.read_text()).get("outcome") == "done"
+        status = read_status(self.run_dir)
+        return status is not None and status.outcome == "done"
 
 
 def axis_of(text: str) -> list[list[tuple[str, str]]]:
@@ -103,18 +104,13 @@ def points_of(options: argparse.Namespace) -> list[Point]:
 
 def equal_compute(base: Any, recipe: Any) -> list[str]:
     """Arguments that give `recipe` the FLOPs of `base`, its warm-up and annealing stretched alike."""
-    from d2v_scale.planning.compute import step_flops, steps_for
+    from d2v_scale.planning.compute import step_flops, steps_for, stretched
 
     if len(base.data.sources) != 1:
         raise UserError("--equal_compute needs one source of data.", "Name shards with --data.")
     shards = base.data.sources[0].shards
     steps = steps_for(recipe, shards, base.optim.max_steps * step_flops(base, shards))
-    share = steps / recipe.optim.max_steps
-    return [
-        f"--optim.max_steps={steps}",
-        f"--optim.warmup_steps={int(recipe.optim.warmup_steps * share)}",
-        f"--objective.ema.anneal_steps={max(1, round(recipe.objective.ema.anneal_steps * share))}",
-    ]
+    return [f"--optim.max_steps={steps}", *stretched(recipe, steps)]
 
 
 def run_local(points: list[Point], jobs: int) -> None:
@@ -122,11 +118,7 @@ def run_local(points: list[Point], jobs: int) -> None:
 
     def run(point: Point) -> None:
         command = [sys.executable, str(ROOT / "d2v_scale" / "train.py"), *point.arguments]
-        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-        if done.returncode:
-            lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-            said = " ".join(lines) or done.stderr[-800:]
-            raise UserError(f"{point.label}, seed {point.seed}, ended with {done.returncode}: {said}")
+        run_quietly(command, f"{point.label}, seed {point.seed},", env=os.environ | {"OMP_NUM_THREADS": "1"})
         print(f"done: {point.label}, seed {point.seed}", flush=True)
 
     waiting = [point for point in points if not point.is_done()]
@@ -229,7 +221,7 @@ def main() -> int:
     parser.add_argument("--equal_compute", action="store_true", help="same FLOPs at every point instead of same steps")
     parser.add_argument("--collect", action="store_true", help="only compare what was recorded")
     parser.add_argument("--slurm", action="store_true", help="submit an array of jobs; --collect later")
-    parser.add_argument("--dry-run", "--dry_run", action="store_true", help="with --slurm: only show the command")
+    parser.add_argument("--dry_run", "--dry-run", action="store_true", help="with --slurm: only show the command")
     options = parser.parse_args(own)
     options.training = training
     try:

@@ -9,6 +9,7 @@ import os
 import sys
 from pathlib import Path
 
+from d2v_scale.errors import EXIT_BAD_INPUT
 from d2v_scale.tracking.follow import catch_up
 from d2v_scale.tracking.mirror_state import tracking_uri
 from d2v_scale.tracking.record import METRICS_FILE
@@ -27,8 +28,8 @@ def main() -> int:
     failed = 0
     for run_dir in arguments.run_dirs:
         if not (run_dir / METRICS_FILE).exists():
-            print(f"{run_dir}: no {METRICS_FILE} here; give the directory of a run.", file=sys.stderr)
-            return 2
+            print(f"error: {run_dir} holds no {METRICS_FILE}. Give the directory of a run.", file=sys.stderr)
+            return EXIT_BAD_INPUT
         try:
             mirror = catch_up(run_dir)
         except Exception as error:

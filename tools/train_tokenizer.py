@@ -1,6 +1,6 @@
 """Train a sentencepiece tokenizer with the ids the models use: <s> 0, <pad> 1, </s> 2, <unk> 3, <mask> last.
 
-    python tools/train_tokenizer.py '/shards/text-{000000..000099}.tar' tokenizer.model --vocab-size 32000
+    python tools/train_tokenizer.py '/shards/text-{000000..000099}.tar' tokenizer.model --vocab_size 32000
     python tools/train_tokenizer.py corpus.txt tokenizer.model
 
 The texts are WebDataset shards (`.txt` members), a .txt file or a .jsonl file with `text`.
@@ -44,9 +44,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", help="shards of text, a .txt file, or a .jsonl file")
     parser.add_argument("out", type=Path, help="the model to write, such as tokenizer.model")
-    parser.add_argument("--vocab-size", type=int, default=32000, help="pieces, without <mask>")
+    parser.add_argument("--vocab_size", type=int, default=32000, help="pieces, without <mask>")
     parser.add_argument("--kind", choices=["bpe", "unigram"], default="bpe")
-    parser.add_argument("--character-coverage", type=float, default=0.9999, help="share of characters with a piece")
+    parser.add_argument("--character_coverage", type=float, default=0.9999, help="share of characters with a piece")
     parser.add_argument("--limit", type=int, default=2_000_000, help="documents to train on")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     arguments = parser.parse_args()

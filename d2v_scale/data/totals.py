@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from d2v_scale.data.config import SAMPLE_RATE
 from d2v_scale.data.counters import EpochCount, SourceCount
@@ -85,8 +84,7 @@ class RunTotals:
                 flat += [mine.epochs[number].delivered, mine.epochs[number].lost]
         summed = torch.tensor(flat, dtype=torch.float64, device=topology.device)
         # What was planned is the same on all ranks, and so are the epochs and the length of this list.
-        if topology.data_parallel_size > 1:
-            dist.all_reduce(summed, group=topology.data_parallel_group)
+        topology.sum_over_replicas(summed)
         numbers = iter(summed.long().tolist())
         for source in self._sources:
             self._add(source, counts[source.name], numbers)

@@ -186,8 +186,7 @@ def train(run: TaskRun, stop_flag: StopFlag, agreement: Agreement, watchdog: Wat
 def record(run: TaskRun, seen: TaskObservations, values: dict[str, float], meter: SpeedMeter) -> None:
     """Record the figures of this step. Waits for the device. Collective."""
     loss = seen.loss.clone()
-    if run.topology.data_parallel_size > 1:
-        torch.distributed.all_reduce(loss, group=run.topology.data_parallel_group)
+    run.topology.sum_over_replicas(loss)
     samples = run.samples
     speed = meter.read() | host_values()
     seconds = speed["step_seconds"] * (run.step - run.recorded_step)

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from typing import cast
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -35,8 +34,7 @@ def count_rows(batches: list[Batch], topology: Topology) -> Tensor:
     # A rank that has no sample in this step runs a blank row, which has no key and must not count.
     rows = sum(bool(sample_key) for batch in batches for sample_key in batch.keys)
     count = torch.tensor(rows, dtype=torch.float64).to(topology.device, non_blocking=True)
-    if topology.data_parallel_size > 1:
-        dist.all_reduce(count, group=topology.data_parallel_group)
+    topology.sum_over_replicas(count)
     return count.clamp(min=1)
 
 

@@ -54,3 +54,12 @@ def step_flops(recipe: Recipe, shards: str) -> float:
 def steps_for(recipe: Recipe, shards: str, flops: float) -> int:
     """Optimizer steps of the recipe on `shards` that come nearest to this many FLOPs; at least 1."""
     return max(1, round(flops / step_flops(recipe, shards)))
+
+
+def stretched(recipe: Recipe, steps: int) -> tuple[str, ...]:
+    """Arguments of train.py for a run of `steps`: warm-up and the teacher's annealing keep their share of the run."""
+    share = steps / recipe.optim.max_steps
+    return (
+        f"--optim.warmup_steps={int(recipe.optim.warmup_steps * share)}",
+        f"--objective.ema.anneal_steps={max(1, round(recipe.objective.ema.anneal_steps * share))}",
+    )

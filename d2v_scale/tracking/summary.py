@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from d2v_scale.status import Status, read_status
 from d2v_scale.tracking.mirror_state import EVENTS_FILE
 from d2v_scale.tracking.record import METRICS_FILE, SUPERSEDED_FILE, parse_lines, read_records
 from d2v_scale.tracking.tracker import flatten
@@ -44,7 +45,7 @@ class RunSummary:
             raise FileNotFoundError(f"{run_dir} holds no {METRICS_FILE}; give the directory of a run.")
         records = read_records(run_dir)
         events = list(_lines(run_dir / EVENTS_FILE))
-        status = _json(run_dir / "status.json")
+        status = read_status(run_dir)
         tags = {
             key: value for event in events if event.get("event") == "tags" for key, value in event["values"].items()
         }
@@ -54,7 +55,7 @@ class RunSummary:
             records=records,
             recipe=_recipe(run_dir),
             tags=tags,
-            outcome=f"{status['outcome']}: {status['reason']}" if "outcome" in status else "in progress or lost",
+            outcome="in progress or lost" if status is None else f"{status.outcome}: {status.reason}",
             incidents=sorted(_incidents(run_dir, records, events, status), key=lambda incident: incident.time),
         )
 
@@ -92,7 +93,7 @@ def _recipe(run_dir: Path) -> dict[str, str]:
 
 
 def _incidents(
-    run_dir: Path, records: Sequence[dict[str, Any]], events: Sequence[dict[str, Any]], status: dict[str, Any]
+    run_dir: Path, records: Sequence[dict[str, Any]], events: Sequence[dict[str, Any]], status: Status | None
 ) -> Iterator[Incident]:
     starts = [event["time"] for event in events if event.get("event") == "begin"]
     for start in starts[1:]:
@@ -110,8 +111,8 @@ def _incidents(
         changes = ", ".join(f"{key}: {change['from']} to {change['to']}" for key, change in line["changed"].items())
         yield Incident(time=line["time"], step=None, what=f"recipe changed: {changes}")
     yield from _value_incidents(records)
-    if status.get("outcome") == "failed":
-        yield Incident(time=status.get("time", 0.0), step=status.get("step"), what=f"failed: {status['reason']}")
+    if status is not None and status.outcome == "failed":
+        yield Incident(time=status.time, step=status.step, what=f"failed: {status.reason}")
 
 
 def _value_incidents(records: Sequence[dict[str, Any]]) -> Iterator[Incident]:
@@ -135,10 +136,3 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
                 yield json.loads(line)
             except ValueError:  # torn by a crash
                 continue
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}

@@ -54,7 +54,7 @@ def images_folder(root: Path) -> Path:
 def test_images_are_converted_once_and_bad_files_are_named(run: Callable[..., str], tmp_path: Path) -> None:
     source, out = images_folder(tmp_path / "images"), tmp_path / "out"
     (source / "dog" / "bad.png").write_bytes(b"no image")
-    text = run("make_shards", "images", source, out, "--per-shard", 5, "--max-bad", 0.2)
+    text = run("make_shards", "images", source, out, "--per_shard", 5, "--max_bad", 0.2)
     assert "skipped" in text
     assert "bad.png" in text
     index = SetIndex.load(out / "train.index.json")
@@ -62,10 +62,10 @@ def test_images_are_converted_once_and_bad_files_are_named(run: Callable[..., st
     assert list(index.skipped) == [str(source / "dog" / "bad.png")]
     before = {path: path.stat().st_mtime_ns for path in out.glob("*.tar")}
     (out / "train-000001.tar").unlink()
-    run("make_shards", "images", source, out, "--per-shard", 5, "--max-bad", 0.2)
+    run("make_shards", "images", source, out, "--per_shard", 5, "--max_bad", 0.2)
     after = {path: path.stat().st_mtime_ns for path in out.glob("*.tar")}
     assert [path.name for path in before if before[path] != after[path]] == ["train-000001.tar"]
-    assert "more than --max-bad" in run("make_shards", "images", source, tmp_path / "other", status=2)
+    assert "more than --max_bad" in run("make_shards", "images", source, tmp_path / "other", status=2)
     assert not (tmp_path / "other" / "train.index.json").exists()
     # A test split has the classes of the training split.
     (tmp_path / "test" / "dog").mkdir(parents=True)
@@ -88,14 +88,14 @@ def test_audio_becomes_16_khz_mono_flac(run: Callable[..., str], tmp_path: Path)
 def test_text_is_counted_with_a_tokenizer_that_is_trained_on_the_way(run: Callable[..., str], tmp_path: Path) -> None:
     lines = [json.dumps({"text": text, "label": "ab"[k % 2]}) for k, text in enumerate(documents(60))]
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
-    run("make_shards", "text", tmp_path / "a.jsonl", tmp_path / "out", "--vocab-size", 320, "--per-shard", 25)
+    run("make_shards", "text", tmp_path / "a.jsonl", tmp_path / "out", "--vocab_size", 320, "--per_shard", 25)
     index = SetIndex.load(tmp_path / "out" / "train.index.json")
     assert (index.samples, index.classes, index.tokenizer) == (60, ["a", "b"], "tokenizer.model")
     ids = ["--tokenizer", tmp_path / "out" / "tokenizer.model", "--ids"]
     run("make_shards", "text", tmp_path / "a.jsonl", tmp_path / "ids", *ids)
     stored = SetIndex.load(tmp_path / "ids" / "train.index.json")
     assert sum(s.length for s in stored.shards) == sum(s.length for s in index.shards)
-    text = run("train_tokenizer", tmp_path / "out" / "train-*.tar", tmp_path / "new.model", "--vocab-size", 310)
+    text = run("train_tokenizer", tmp_path / "out" / "train-*.tar", tmp_path / "new.model", "--vocab_size", 310)
     assert "mask_id 310" in text
     assert "hold no .txt" in run("train_tokenizer", tmp_path / "ids" / "train-*.tar", tmp_path / "x.model", status=2)
 
@@ -158,7 +158,7 @@ def test_a_table_of_pairs_becomes_shards_with_both_texts_and_labels(run: Callabl
     rows = [f'{k}\tfirst "text {k}\tsecond text {k}\t{["no", "yes"][k % 2]}' for k in range(30)]
     (tmp_path / "train.tsv").write_text("\n".join(["index\tsentence1\tsentence2\tlabel", *rows]) + "\n")
     common = ["text", str(tmp_path / "train.tsv")]
-    columns = ["--columns", "sentence1,sentence2,label", "--vocab-size", "290", "--processes", "1"]
+    columns = ["--columns", "sentence1,sentence2,label", "--vocab_size", "290", "--processes", "1"]
     run("make_shards", *common, tmp_path / "a", *columns)
     found = find_shards(SourceConfig(shards=str(tmp_path / "a"), modality="text"))
     assert found.index is not None
@@ -166,7 +166,7 @@ def test_a_table_of_pairs_becomes_shards_with_both_texts_and_labels(run: Callabl
     sample = SampleStore(found).read(0, 3)
     members = {name: bytes(sample.member((name,))[1]).decode() for name in ("txt", "txt2", "cls")}
     assert members == {"txt": 'first "text 3', "txt2": "second text 3", "cls": "1"}
-    numbered = ["--columns", "2,1", "--score", "--vocab-size", "290", "--processes", "1"]
+    numbered = ["--columns", "2,1", "--score", "--vocab_size", "290", "--processes", "1"]
     (tmp_path / "plain.tsv").write_text("\n".join(f"{k / 2}\tsome text {k}" for k in range(30)))
     run("make_shards", "text", tmp_path / "plain.tsv", tmp_path / "b", *numbered)
     sample = SampleStore(find_shards(SourceConfig(shards=str(tmp_path / "b"), modality="text"))).read(0, 3)

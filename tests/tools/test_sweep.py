@@ -16,6 +16,7 @@ sys.path.append(str(TOOLS))
 import sweep  # noqa: E402
 
 from d2v_scale.errors import ConfigError, UserError  # noqa: E402
+from d2v_scale.status import write_status  # noqa: E402
 
 
 def options(out: Path, *grid: str, seeds: tuple[int, ...] = (1, 2), equal_compute: bool = False) -> argparse.Namespace:
@@ -92,7 +93,7 @@ def test_slurm_gets_a_line_for_every_run_that_is_not_done(tmp_path: Path, capsys
     chosen = options(tmp_path, "optim.lr=1e-3,2e-3", seeds=(1,))
     points = sweep.points_of(chosen)
     points[0].run_dir.mkdir(parents=True)
-    (points[0].run_dir / "status.json").write_text('{"outcome": "done"}')
+    write_status(points[0].run_dir, 0, "all steps done")
     assert sweep.submit(points, chosen) == 0
     lines = (tmp_path / "points.txt").read_text().splitlines()
     assert [shlex.split(line) for line in lines] == [list(points[1].arguments)]
