@@ -4,6 +4,7 @@ A `pipe:` command is run by the shell; a URL is opened by fsspec in a process of
 may not fall silent, so nothing here can hang.
 """
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -16,8 +17,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from d2v_scale.data.config import DataConfig
 
@@ -75,7 +78,8 @@ class ShardCache:
             reason = self._attempts(url, path, size, deadline)
             if reason is not None:
                 pause_s = _FIRST_PAUSE_S if failure is None else 2 * failure.pause_s
-                _failure_file(path).write_text(json.dumps(asdict(_Failure(time.time(), pause_s, reason))))
+                with suppress(OSError):  # a full disk must not hide the reason
+                    _failure_file(path).write_text(json.dumps(asdict(_Failure(time.time(), pause_s, reason))))
                 raise FetchError(reason)
             _failure_file(path).unlink(missing_ok=True)
         make_room(self._directory, "*.tar", self._limit_bytes, path)
@@ -116,16 +120,33 @@ class ShardCache:
                     return f"{error} (tried {tried} times)"
 
     def _download(self, url: str, path: Path, size: int | None, deadline: float) -> None:
+        for left_behind in self._directory.glob(f".{path.name}.*.tmp"):
+            # Of a process that was killed: whoever fetches this shard holds its lock.
+            left_behind.unlink(missing_ok=True)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
-            with temporary.open("wb") as out:
-                stream_to(url, out.fileno(), self._timeout_s, deadline)
+            self._stream_into(temporary, url, path, size, deadline)
             got = temporary.stat().st_size
             if size is not None and got < size:
                 raise FetchError(f"ended after {got} of {size} bytes")
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
+
+    def _stream_into(self, temporary: Path, url: str, path: Path, size: int | None, deadline: float) -> None:
+        """Where the disk is full, copies used long ago go (half of them if `size` is not known), for a second try."""
+        for room_was_made in (False, True):
+            try:
+                with temporary.open("wb") as out:
+                    stream_to(url, out.fileno(), self._timeout_s, deadline)
+                return
+            except FetchError:
+                raise
+            except OSError as error:
+                used = sum(copy.size for copy in _copies(self._directory, "*.tar"))
+                if room_was_made or error.errno != errno.ENOSPC or not used:
+                    raise FetchError(f"cannot be stored in {self._directory}: {error.strerror or error}") from error
+                make_room(self._directory, "*.tar", used - (size or used / 2), path)
 
 
 @dataclass
@@ -161,20 +182,32 @@ def default_cache_dir() -> Path:
 
 def make_room(directory: Path, pattern: str, limit_bytes: float, newest: Path) -> None:
     """Remove the files used longest ago until the rest fits; `newest` stays."""
+    copies = _copies(directory, pattern)
+    used = sum(copy.size for copy in copies)
+    for copy in sorted(copies):
+        if used <= limit_bytes:
+            return
+        if copy.path != newest:
+            copy.path.unlink(missing_ok=True)
+            used -= copy.size
+
+
+class _Copy(NamedTuple):
+    used_at: float
+    """Unix seconds."""
+    size: int
+    path: Path
+
+
+def _copies(directory: Path, pattern: str) -> list[_Copy]:
     copies = []
     for path in directory.glob(pattern):
         try:
             stat = path.stat()
         except FileNotFoundError:
             continue
-        copies.append((stat.st_atime, stat.st_size, path))
-    used = sum(size for _, size, _ in copies)
-    for _, size, path in sorted(copies):
-        if used <= limit_bytes:
-            return
-        if path != newest:
-            path.unlink(missing_ok=True)
-            used -= size
+        copies.append(_Copy(stat.st_atime, stat.st_size, path))
+    return copies
 
 
 def stream_to(url: str, out: int, timeout_s: float, deadline: float) -> None:

@@ -4,12 +4,14 @@ import errno
 import fcntl
 import os
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from d2v_scale.data import fetching
 from d2v_scale.data.fetching import FetchError, ShardCache
 from d2v_scale.data.token_cache import CachedTokens, TokenCache
 
@@ -125,6 +127,57 @@ def test_the_shards_used_longest_ago_make_room(tmp_path: Path) -> None:
     ours.fetch(urls[0])  # used again, so the other one is the oldest
     ours.fetch(urls[2])
     assert [ours.path_of(url).exists() for url in urls] == [True, False, True]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, int], str]:
+    """The cache lies on a disk of 3000 bytes. Makes URLs of shards of so many bytes that note each download."""
+    write = fetching._write
+
+    def nearly_full(out: int, chunk: bytes) -> None:
+        used = sum(path.stat().st_size for path in (tmp_path / "cache").iterdir())
+        if used + len(chunk) > 3000:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(out, chunk)
+
+    monkeypatch.setattr(fetching, "_write", nearly_full)
+    return lambda name, size: f"pipe:echo {name} >> {tmp_path}/runs; head -c {size} /dev/zero"
+
+
+@pytest.mark.parametrize("size", [2500, None])
+def test_a_full_disk_makes_room_of_the_shards_used_longest_ago(
+    tmp_path: Path, small_disk: Callable[[str, int], str], size: int | None
+) -> None:
+    ours = cache(tmp_path)
+    urls = [small_disk("a", 1400), small_disk("b", 1400)]
+    for k, url in enumerate(urls):
+        os.utime(ours.fetch(url), (1000 + k, 1000 + k))
+    needed = size or 1500
+    assert Path(ours.fetch(small_disk("c", needed), size)).stat().st_size == needed
+    assert [ours.path_of(url).exists() for url in urls] == [False, size is None]
+
+
+def test_a_shard_that_the_disk_has_no_room_for_is_left_alone_for_a_while(
+    tmp_path: Path, small_disk: Callable[[str, int], str]
+) -> None:
+    """No failure was noted, so that every one of its samples fetched the whole shard again."""
+    ours = cache(tmp_path)
+    for _ in range(3):
+        with pytest.raises(FetchError, match="No space left"):
+            ours.fetch(small_disk("d", 4000))
+    assert (tmp_path / "runs").read_text() == "d\n"
+    assert sorted(path.suffix for path in (tmp_path / "cache").iterdir()) == [".failed", ".lock"]
+
+
+def test_what_a_killed_process_left_of_a_shard_is_removed(tmp_path: Path) -> None:
+    """Up to a whole shard stayed beside the cache for ever, and counted towards no limit."""
+    ours, url = cache(tmp_path), "pipe:echo a"
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / f".{ours.path_of(url).name}.4000000.tmp").write_bytes(bytes(1000))
+    other = tmp_path / "cache" / f".{ours.path_of('pipe:echo b').name}.4000000.tmp"
+    other.touch()
+    ours.fetch(url)
+    assert [path.name for path in (tmp_path / "cache").glob(".*.tmp")] == [other.name]
 
 
 def test_tokens_are_shared_between_openings(tmp_path: Path) -> None:
