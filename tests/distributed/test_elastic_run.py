@@ -12,6 +12,7 @@ TRAIN = ROOT / "d2v_scale" / "train.py"
 RECIPE = {
     "--recipe": "demo_vision",
     "--global_batch_size": "12",
+    "--data.workers": "0",
     "--optim.eps": "1e-4",
     "--tracking.enabled": "false",
     "--tracking.log_every": "1",
@@ -34,15 +35,15 @@ def test_a_run_moves_between_topologies(tmp_path: Path) -> None:
     recipe = {name.removeprefix("--").replace(".", "__"): value for name, value in RECIPE.items()}
     moved, still = tmp_path / "moved", tmp_path / "still"
     zero3, zero1 = ROOT / "ds_configs" / "zero3.json", ROOT / "ds_configs" / "zero1.json"
-    train(4, **recipe, run_dir=moved, stop_at=4, deepspeed_config=zero3, teacher__placement="cpu")
-    train(2, resume=moved, stop_at=9, deepspeed_config=zero1, parallel__tensor=2)
+    train(4, **recipe, run_dir=moved, stop_at=2, deepspeed_config=zero3, teacher__placement="cpu")
+    train(2, resume=moved, stop_at=4, deepspeed_config=zero1, parallel__tensor=2)
     pipeline = ROOT / "ds_configs" / "pipeline.json"
     divided = {"parallel__tensor": 2, "parallel__pipeline": 2, "accumulation": 2}
-    train(4, resume=moved, stop_at=13, deepspeed_config=pipeline, **divided)
-    train(1, **recipe, run_dir=still, stop_at=13)
+    train(4, resume=moved, stop_at=7, deepspeed_config=pipeline, **divided)
+    train(1, **recipe, run_dir=still, stop_at=7)
     assert losses(moved) == pytest.approx(losses(still), rel=2e-6)
     found, expected = open_any(moved), open_any(still)
-    assert found.step == expected.step == 13
+    assert found.step == expected.step == 7
     assert found.extra["data"] == expected.extra["data"]
     for kind in ("student", "teacher"):
         for name in expected.names(kind):
