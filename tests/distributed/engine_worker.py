@@ -1,4 +1,7 @@
-"""Runs cases on one rank (`engine_worker.py CASES.json`); each ends in a checkpoint for the test to read."""
+"""Runs cases on one rank (`engine_worker.py CASES.json`); each ends in a checkpoint for the test to read.
+
+With `save_at` it also saves after that step, and goes on with the same engines.
+"""
 
 import json
 import sys
@@ -60,13 +63,12 @@ def poisoned(loss: Tensor, student: zero.StudentEngine, poison: dict | None, ste
 
 
 def train(
-    case: dict, student: zero.StudentEngine, teacher: ShardedTeacher
+    case: dict, steps: range, student: zero.StudentEngine, teacher: ShardedTeacher
 ) -> tuple[list[float], list[float], dict[str, float]]:
     kind = tiny_model if case.get("model") == "real" else toy
     topology, losses, norms, parts = student.topology, [], [], {}
     diagnostics = StepDiagnostics(student, depth=2 if case.get("model") == "real" else 3)
-    first, last = case["steps"]
-    for step in range(first, last):
+    for step in steps:
         total = torch.zeros(())
         count = kind.count(step)
         before = bits(student, teacher) if "poison" in case else None
@@ -135,17 +137,23 @@ def run(case: dict, topology: groups.Topology) -> None:
     student, teacher = build(case, topology)
     if "load" in case:
         # Weights that were used before: gathered parameters must not serve their old values.
-        train({**case, "steps": case.get("warm_up", [0, 0])}, student, teacher)
+        train(case, range(*case.get("warm_up", [0, 0])), student, teacher)
         source = Checkpoint.open(case["load"])
         if case.get("weights_only"):
             training.restore_weights(source, student, teacher, reset_teacher=case.get("reset_teacher", False))
         else:
             training.restore(source, student, teacher)
-    losses, norms, parts = train(case, student, teacher)
-    health = {name: float(value) for name, value in teacher.health().items()}
-    extra = {"losses": losses, "norms": norms, "health": health, "parts": parts}
     writer = CheckpointWriter.create(Path(case["out"]), CheckpointConfig(peer_timeout=30))
-    writer.save(case["steps"][1], training.pieces(student, teacher), training.state(student, teacher), extra)
+    first, last = case["steps"]
+    ends = sorted({case.get("save_at", last), last})
+    losses: list[float] = []
+    norms: list[float] = []
+    for begin, end in zip([first, *ends], ends, strict=False):
+        new_losses, new_norms, parts = train(case, range(begin, end), student, teacher)
+        losses, norms = losses + new_losses, norms + new_norms
+        health = {name: float(value) for name, value in teacher.health().items()}
+        extra = {"losses": losses, "norms": norms, "health": health, "parts": parts}
+        writer.save(end, training.pieces(student, teacher), training.state(student, teacher), extra)
     assert writer.finish(), writer.poll()
     teacher.destroy()
     student.destroy()
