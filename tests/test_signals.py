@@ -4,13 +4,12 @@ import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from launch import start_ranks, stop
 
 from d2v_scale import errors, status
 from d2v_scale.signals import Agreement, Stop, StopFlag, StopReason, worker_signals
@@ -19,33 +18,20 @@ PROGRAM = Path(__file__).with_name("stoppable_run.py")
 
 
 class Run:
-    """The stand-in training program on `world_size` ranks, one process group each."""
+    """The stand-in training program on `world_size` ranks, each in a session of its own."""
 
     def __init__(self, run_dir: Path, *, world_size: int, steps: int, step_s: float = 0.1, save_s: float = 0.0, **env):
         self.dir = run_dir
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        base = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(world_size), "MASTER_PORT": str(port)}
-        base |= {"MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in env.items()}}
         options = ["--run_dir", str(run_dir), "--optim.max_steps", str(steps)]
         options += ["--step_seconds", str(step_s), "--save_seconds", str(save_s)]
-        self.ranks = [
-            subprocess.Popen(
-                [sys.executable, str(PROGRAM), *options],
-                env={**base, "RANK": str(rank)},
-                stdout=subprocess.DEVNULL,
-                stderr=(run_dir / f"stderr-{rank}").open("w"),
-                start_new_session=True,
-            )
-            for rank in range(world_size)
-        ]
+        environment = {name: str(value) for name, value in env.items()}
+        self.ranks = start_ranks(world_size, PROGRAM, *options, env=environment)
 
     def wait_for(self, name: str, timeout_s: float = 60) -> None:
         end = time.monotonic() + timeout_s
         while not (self.dir / name).exists():
             assert time.monotonic() < end, f"{name} did not appear"
-            assert all(rank.poll() is None for rank in self.ranks), "a rank ended early"
+            assert all(rank.poll() is None for rank in self.ranks), [rank.output() for rank in self.ranks]
             time.sleep(0.02)
 
     def codes(self, timeout_s: float = 60) -> list[int]:
@@ -59,12 +45,6 @@ class Run:
     def saved_steps(self) -> set[str]:
         return {path.read_text() for path in self.dir.glob("saved-*")}
 
-    def kill(self) -> None:
-        for rank in self.ranks:
-            if rank.poll() is None:
-                rank.send_signal(signal.SIGKILL)
-                rank.wait()
-
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator:
@@ -76,7 +56,7 @@ def start(tmp_path: Path) -> Iterator:
 
     yield start
     for run in runs:
-        run.kill()
+        stop(run.ranks)
 
 
 def test_signal_to_one_rank_in_the_first_step_then_repeated_during_the_save_then_resume(start, tmp_path: Path) -> None:
@@ -124,7 +104,7 @@ def test_wall_clock_limit_stops_like_a_signal(start) -> None:
 def test_killed_rank_leaves_a_lost_peer(start) -> None:
     run = start(world_size=2, steps=1000, step_s=0.2)
     run.wait_for("metrics.jsonl")
-    run.ranks[1].kill()
+    run.ranks[1].send_signal(signal.SIGKILL)
     assert run.codes() == [errors.EXIT_LOST_PEER, -signal.SIGKILL]
     assert (run.status().outcome, run.status().exit_code) == ("requeue", errors.EXIT_LOST_PEER)
 
@@ -146,10 +126,10 @@ def test_watchdog_names_the_stopped_rank_and_dumps_the_stacks_of_the_others(star
 
 
 def test_watchdog_forgives_a_rank_that_was_stopped_for_less_than_the_limit(start) -> None:
-    run = start(world_size=2, steps=30, step_s=0.1, WATCHDOG_S=15)
+    run = start(world_size=2, steps=15, step_s=0.1, WATCHDOG_S=15)
     run.wait_for("metrics.jsonl")
     run.ranks[1].send_signal(signal.SIGSTOP)
-    time.sleep(3)
+    time.sleep(2)
     run.ranks[1].send_signal(signal.SIGCONT)
     assert run.codes() == [0, 0]
 

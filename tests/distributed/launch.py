@@ -1,4 +1,4 @@
-"""Start several ranks of a worker script on this machine, with a time limit and no orphans."""
+"""Start programs, or several ranks of one, on this machine, with a time limit and no orphans."""
 
 import atexit
 import contextlib
@@ -87,13 +87,29 @@ def _logs() -> tempfile.TemporaryDirectory[str]:
     return tempfile.TemporaryDirectory(prefix="ranks-")
 
 
+def start_program(
+    script: Path, *args: str, environment: dict[str, str], cwd: Path | None = None, fresh: bool = False
+) -> Rank:
+    """The process `python SCRIPT ARGS`, in a session of its own, with the imports that take long done already.
+
+    `fresh`: with an interpreter of its own, as `environment` has what the C library reads when a process starts.
+    """
+    log = Path(tempfile.mkstemp(dir=_logs().name)[1])
+    request = {
+        "script": str(script),
+        "arguments": args,
+        "cwd": str(cwd or Path.cwd()),
+        "environment": environment,
+        "log": str(log),
+        "fresh": fresh,
+    }
+    return Rank(ask(request), log)
+
+
 def start_ranks(
     world_size: int, script: Path, *args: str, env: dict[str, str] | None = None, fresh: bool = False
 ) -> list[Rank]:
-    """One process a rank, each in a session of its own.
-
-    `fresh`: with an interpreter of its own, as `env` has what the C library reads when a process starts.
-    """
+    """One process a rank, as `start_program` starts them."""
     base = {
         **os.environ,
         "WORLD_SIZE": str(world_size),
@@ -103,19 +119,10 @@ def start_ranks(
         "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
         **(env or {}),
     }
-    ranks = []
-    for rank in range(world_size):
-        log = Path(tempfile.mkstemp(dir=_logs().name)[1])
-        environment = {**base, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-        request = {
-            "script": str(script),
-            "arguments": args,
-            "environment": environment,
-            "log": str(log),
-            "fresh": fresh,
-        }
-        ranks.append(Rank(ask(request), log))
-    return ranks
+    return [
+        start_program(script, *args, environment={**base, "RANK": str(rank), "LOCAL_RANK": str(rank)}, fresh=fresh)
+        for rank in range(world_size)
+    ]
 
 
 def stop(ranks: list[Rank]) -> None:
@@ -123,6 +130,15 @@ def stop(ranks: list[Rank]) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(rank.pid, signal.SIGKILL)
         rank.wait()
+
+
+def run_program(script: Path, *args: str, cwd: Path | None = None, timeout: float = 240.0) -> tuple[int, str]:
+    """Run `python SCRIPT ARGS` to the end, as `start_program` does: exit code, and all that it printed."""
+    program = start_program(script, *args, environment={**os.environ, **PROCESS}, cwd=cwd)
+    try:
+        return program.wait(timeout), program.output()
+    finally:
+        stop([program])
 
 
 def run_ranks(

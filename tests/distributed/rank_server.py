@@ -1,8 +1,8 @@
 """A process that has imported what ranks need, and becomes a rank again and again: it forks.
 
 The imports take longer than most of what tests do in a rank. `launch` starts this program once and writes requests to
-its standard input, one JSON object a line: `{"script", "arguments", "environment", "log", "fresh"}` is answered with
-the pid of a fork that goes on as that script; `{"poll": pid}` with its exit code, or null while it runs.
+its standard input, one JSON object a line: `{"script", "arguments", "cwd", "environment", "log", "fresh"}` is answered
+with the pid of a fork that goes on as that script; `{"poll": pid}` with its exit code, or null while it runs.
 """
 
 import gc
@@ -44,6 +44,7 @@ def become(request: dict[str, Any]) -> None:
     log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     for number, source in ((0, os.open(os.devnull, os.O_RDONLY)), (1, log), (2, log)):
         os.dup2(source, number)
+    os.chdir(request["cwd"])
     if request["fresh"]:
         command = [sys.executable, request["script"], *request["arguments"]]
         os.execve(sys.executable, command, request["environment"])

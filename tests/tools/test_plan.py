@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from launch import run_program
+
 PROGRAM = Path(__file__).resolve().parents[2] / "tools/plan.py"
 
 
@@ -37,9 +39,10 @@ def test_bad_input_is_refused() -> None:
         (["--recipe", "d2v2_text_base", "--nodes", "0"], "nodes and gpus start at 1"),
         (["--device", "h100"], "give --recipe or --table"),
     ):
-        done = plan(*arguments)
-        assert done.returncode == 2, arguments
-        assert said in done.stderr
+        code, output = run_program(PROGRAM, *arguments)
+        assert code == 2, arguments
+        assert output.startswith("error: ")
+        assert said in output
 
 
 def test_the_table_of_the_readme_is_what_the_command_prints() -> None:
