@@ -9,9 +9,12 @@ from launch import run_ranks
 
 from d2v_scale.checkpoint import Checkpoint, find_newest_valid
 from d2v_scale.committed import directory_name
+from d2v_scale.planning.stages import StageSplit
 
 WORKER = Path(__file__).with_name("topology_worker.py")
 STEPS = 5
+SLEEPS = (0.4, 0.6)
+"""Seconds by stage."""
 
 # Name, ranks, and what the case says.
 TOPOLOGIES: dict[str, tuple[int, dict]] = {
@@ -105,13 +108,34 @@ def within_limits(rows: list[tuple[str, dict[str, float]]]) -> None:
             assert found[what] <= limit, f"{name}: {what} differs by {found[what]:.1e}"
 
 
-def test_two_ranks_compute_what_one_does(root: Path, references: dict[str, Checkpoint]) -> None:
-    cases = cases_of("pp2", tiny_models.NAMES) + cases_of("tp2", ("v2_speech",))
-    low = {"name": "bf16", "model": "v1_vision", "precision": "bf16", **TOPOLOGIES["pp2"][1]}
-    found = train(root, 2, [*cases, low])
-    bf16 = found.pop("bf16")
-    within_limits(compare(found, references))
-    assert bf16.extra["losses"] == pytest.approx(references["v1_vision"].extra["losses"], rel=1e-3)
+@pytest.fixture(scope="module")
+def on_two_ranks(root: Path) -> dict[str, Checkpoint]:
+    """Every model in a pipeline; `bf16`; and `delayed`, whose stages sleep in every forward pass of the last step."""
+    pipeline = TOPOLOGIES["pp2"][1]
+    return train(
+        root,
+        2,
+        [
+            *cases_of("pp2", tiny_models.NAMES),
+            *cases_of("tp2", ("v2_speech",)),
+            {"name": "bf16", "model": "v1_vision", "precision": "bf16", **pipeline},
+            {"name": "delayed", "model": "v2_text", "steps": [0, 2], "sleeps": SLEEPS, **pipeline},
+        ],
+    )
+
+
+def test_two_ranks_compute_what_one_does(
+    on_two_ranks: dict[str, Checkpoint], references: dict[str, Checkpoint]
+) -> None:
+    within_limits(compare({n: c for n, c in on_two_ranks.items() if n.split()[0] in references}, references))
+    wanted = references["v1_vision"].extra["losses"]
+    assert on_two_ranks["bf16"].extra["losses"] == pytest.approx(wanted, rel=1e-3)
+
+
+def test_the_measured_idle_share_is_that_of_the_delays(on_two_ranks: dict[str, Checkpoint]) -> None:
+    """The delays are most of the step, so its stages wait as the schedule predicts for costs of their size."""
+    expected = StageSplit((range(2), range(2, 4)), SLEEPS).idle(micro_batches=4)
+    assert on_two_ranks["delayed"].extra["idle_shares"] == pytest.approx(expected, abs=0.09)
 
 
 def test_a_step_that_is_not_finite_is_skipped_by_every_stage(

@@ -6,6 +6,7 @@ Each case ends in a checkpoint that also holds the loss and gradient norm of eve
 import dataclasses
 import json
 import sys
+import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -116,6 +117,8 @@ def run(case: dict, topology: groups.Topology) -> None:
         batches = next(feed)
         if step == case.get("poisoned_step") and topology.data_parallel_rank == 0:
             batches[-1].inputs.fill_(float("nan"))
+        if "sleeps" in case and step == last - 1:
+            delay_passes(student.pipeline_stage, case["sleeps"][topology.pipeline_rank])
         result, seen = train_step(student, teacher, batches, recipe.objective, Draw(1, step), observe=True)
         assert result.applied == (step != case.get("poisoned_step")), f"step {step}: {result}"
         if not result.applied:
@@ -128,12 +131,23 @@ def run(case: dict, topology: groups.Topology) -> None:
         f"feature {i}": float(x.double().square().sum()) for i, x in enumerate(evaluate(student, teacher, case))
     }
     replicated_parameters_agree(case, student, topology)
-    extra = {"losses": losses, "norms": norms, "figures": figures}
+    extra = {"losses": losses, "norms": norms, "figures": figures, "idle_shares": getattr(student, "idle_shares", [])}
     writer = CheckpointWriter.create(Path(case["out"]), CheckpointConfig(peer_timeout=30))
     writer.save(last, training.pieces(student, teacher), training.state(student, teacher), extra)
     assert writer.finish(), writer.poll()
     teacher.destroy()
     student.destroy()
+
+
+def delay_passes(stage, seconds: float) -> None:
+    """Make every forward pass of this stage take that much longer."""
+    run_micro_batch = stage._run
+
+    def slowly(*args):
+        time.sleep(seconds)
+        return run_micro_batch(*args)
+
+    stage._run = slowly
 
 
 def evaluate(student, teacher, case: dict) -> list[torch.Tensor]:
