@@ -20,6 +20,7 @@ from d2v_scale import faults
 from d2v_scale.errors import ConfigError
 from d2v_scale.parallel import ds_config
 from d2v_scale.parallel.groups import Topology
+from d2v_scale.parallel.host_source import HostSource
 from d2v_scale.parallel.host_update import HostUpdate
 from d2v_scale.parallel.shards import TensorSlice, full_shape, global_shapes, partition_range, tensor_slice
 from d2v_scale.parallel.zero import StudentEngine, construct
@@ -118,6 +119,7 @@ class EmaTeacher(ABC):
         self._shards: list[TeacherShard] = []
         self._batches: list[tuple[bool, list[TeacherShard]]] = []
         self._host_update: HostUpdate | None = None
+        self._host_source: HostSource | None = None
 
     def _hold(self, shards: list[TeacherShard], on_host: bool) -> None:
         """Take these ranges, with the student's values, to update from now on."""
@@ -126,6 +128,9 @@ class EmaTeacher(ABC):
         if on_host and self.topology.device.type == "cuda":
             self._host_update = HostUpdate(self.topology.device, shards, CHUNK)
             self.student.before_step.append(self._host_update.wait)
+        elif self.topology.device.type == "cuda" and any(shard.source.device.type == "cpu" for shard in shards):
+            largest = max(sum(shard.numel for shard in together) for _, together in self._batches)
+            self._host_source = HostSource(self.topology.device, largest)
         self.copy_student()
 
     @torch.no_grad()
@@ -147,7 +152,7 @@ class EmaTeacher(ABC):
             return
         for averaged, shards in self._batches:
             values = [shard.values for shard in shards]
-            sources = [shard.source.to(shard.values.device, torch.float32) for shard in shards]
+            sources = self._sources(shards)
             if averaged:
                 torch._foreach_lerp_(values, sources, 1 - decay)
             else:
@@ -163,7 +168,7 @@ class EmaTeacher(ABC):
             counted = [shard for shard in shards if shard.counted]
             if averaged and counted:
                 values = [shard.values for shard in counted]
-                sources = [shard.source.to(shard.values.device, torch.float32) for shard in counted]
+                sources = self._sources(counted)
                 sums[0] += torch.stack(torch._foreach_norm(torch._foreach_sub(sources, values))).square().sum()
                 sums[1] += torch.stack(torch._foreach_norm(values)).square().sum()
         self._measured = sums
@@ -224,6 +229,12 @@ class EmaTeacher(ABC):
     def destroy(self) -> None:
         """Remove hooks and buffers."""
         self.wait()
+
+    def _sources(self, shards: list[TeacherShard]) -> list[Tensor]:
+        """The student's values of these ranges in fp32, on the device of the teacher's."""
+        if self._host_source is not None:
+            return self._host_source.bring([shard.source for shard in shards])
+        return [shard.source.to(shard.values.device, torch.float32) for shard in shards]
 
     def _refresh(self, shards: list[TeacherShard]) -> None:
         """Make what the forward pass reads follow the fp32 values of these ranges."""

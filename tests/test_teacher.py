@@ -92,6 +92,31 @@ def test_one_data_parallel_rank_has_a_teacher_without_zero3(precision: str) -> N
     student.destroy()
 
 
+@pytest.mark.usefixtures("world_of_one")
+def test_an_offloaded_optimizers_values_come_in_groups() -> None:
+    """A teacher on a GPU copied them parameter by parameter, and the host waited for each."""
+    student, teacher = engines("v1_text", 3, "fp32", groups.single_process())
+    groups_of: list[int] = []  # their sizes
+
+    def bring(group: list[torch.Tensor]) -> list[torch.Tensor]:
+        groups_of.append(len(group))
+        return [values + 1 for values in group]
+
+    teacher._host_source = SimpleNamespace(bring=bring)  # type: ignore[assignment]
+    before = {name: parameter.detach().clone() for name, parameter in teacher.module.named_parameters()}
+    teacher.measure()
+    student.completed_updates += 1
+    teacher.update(0.75)
+    averaged, averaged_again, copied = groups_of
+    assert averaged == averaged_again == len(before) - copied
+    for shard in teacher.shards():
+        moved = 0.25 if shard.averaged else 1.0
+        torch.testing.assert_close(shard.values, before[shard.name].flatten() + moved)
+    assert teacher.health()["teacher_update_norm"] > 0
+    teacher.destroy()
+    student.destroy()
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.usefixtures("world_of_one")
