@@ -92,8 +92,8 @@ class Run:
 
 def main(arguments: list[str], stop_flag: StopFlag) -> int:
     """Run the program; returns the exit code that status.json also holds."""
-    is_main = os.environ.get("RANK", "0") == "0"
-    logging.basicConfig(level=logging.INFO if is_main else logging.ERROR, format="%(message)s")
+    rank = int(os.environ.get("RANK", "0"))
+    logging.basicConfig(level=logging.INFO if rank == 0 else logging.ERROR, format="%(message)s")
     directory: Path | None = None
     try:
         recipe, options = command_line.parse(arguments)
@@ -109,7 +109,7 @@ def main(arguments: list[str], stop_flag: StopFlag) -> int:
             tuning = program.build(recipe, options, config, topology, directory, encoder)
             code = supervise(tuning, stop_flag, program.train, program.save)
     except Exception as error:
-        code = failed(error, directory, is_main)
+        code = failed(error, directory, rank)
         # Peers may still wait in a collective that this rank will never join: leave without saying goodbye.
         sys.stdout.flush()
         sys.stderr.flush()
@@ -276,18 +276,17 @@ def save(run: Run) -> None:
     run.saved = run.step
 
 
-def failed(error: Exception, directory: Path | None, is_main: bool) -> int:
-    """Explain an error to the user and in status.json; returns the exit code."""
+def failed(error: Exception, directory: Path | None, rank: int) -> int:
+    """Explain an error at the terminal, in this rank's log and in status.json; returns the exit code."""
     if isinstance(error, UserError):
         code, reason = EXIT_BAD_INPUT, str(error)
-        if is_main:
-            print(f"error: {reason}", file=sys.stderr)
+        # Also of other ranks than 0: one node may lack the data that the others have.
+        log.error("%serror: %s", f"rank {rank}: " if rank else "", reason)
     else:
         lost = is_lost_peer(error)
         code = EXIT_LOST_PEER if lost else getattr(error, "exit_code", 1) if isinstance(error, Verdict) else 1
         reason = f"{type(error).__name__}: {error}"
         log.error("%s", reason, exc_info=not isinstance(error, Verdict))
-    # Rank 0 speaks for a mistake that all ranks found; any rank for what it alone has seen.
-    if directory is not None and (is_main or code != EXIT_BAD_INPUT):
+    if directory is not None:
         write_status(directory, code, reason)
     return code

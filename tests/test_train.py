@@ -1,5 +1,6 @@
 """The training loop of the program, run in this process."""
 
+import logging
 import subprocess
 import sys
 import time
@@ -8,9 +9,10 @@ from pathlib import Path
 import host_syncs
 import pytest
 
-from d2v_scale import command_line, train
+from d2v_scale import command_line, errors, run_directory, train
 from d2v_scale.parallel import groups
 from d2v_scale.signals import Agreement, StopFlag
+from d2v_scale.status import read_status
 from d2v_scale.watchdog import Watchdog
 
 
@@ -83,3 +85,29 @@ def test_starting_imports_nothing_that_it_may_not_need(program: str, needless: s
 def test_mlflow_can_be_imported_after_deepspeed() -> None:
     program = "from d2v_scale.parallel import groups; groups.single_process(); import mlflow; print(mlflow.__version__)"
     subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)
+
+
+def test_a_mistake_that_only_another_rank_sees_is_shown_and_outlives_rank_0s_lost_peer(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "logs").mkdir()
+    logger = logging.getLogger("d2v_scale")
+    before = list(logger.handlers)
+    run_directory.log_to_file(tmp_path, 1)
+    try:
+        assert train.failed(errors.DataError("x.tar is missing", "Copy it."), tmp_path, 1) == errors.EXIT_BAD_INPUT
+    finally:
+        for handler in set(logger.handlers) - set(before):
+            logger.removeHandler(handler)
+            handler.close()
+    assert caplog.messages == ["rank 1: error: x.tar is missing. Copy it."]
+    assert "x.tar is missing. Copy it." in (tmp_path / "logs" / "rank-00001.log").read_text()
+    assert train.failed(errors.LostPeer("rank 1 stopped answering"), tmp_path, 0) == errors.EXIT_LOST_PEER
+    found = read_status(tmp_path)
+    assert found is not None
+    assert (found.exit_code, found.outcome, found.reason) == (2, "failed", "x.tar is missing. Copy it.")
+
+
+def test_rank_0_explains_a_mistake_before_there_is_a_run_directory(caplog: pytest.LogCaptureFixture) -> None:
+    assert train.failed(errors.ConfigError("model", "has no stem"), None, 0) == errors.EXIT_BAD_INPUT
+    assert caplog.messages == ["error: model: has no stem."]

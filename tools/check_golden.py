@@ -1,4 +1,5 @@
-"""Compare this package with a recorded reference run: one line a quantity. Exit code 1 if one differs, 2: bad input."""
+"""Compare this package with a recorded reference run: one line a quantity. Exit code 1: one differs, or targets,
+predictions or loss are not in the recording; 2: bad input."""
 
 import argparse
 import os
@@ -15,7 +16,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     warnings.filterwarnings("ignore", module="megatron")
     from d2v_scale.errors import EXIT_BAD_INPUT, UserError
-    from d2v_scale.interop.golden_check import check, summary
+    from d2v_scale.interop.golden_check import check, summary, uncompared
     from d2v_scale.parallel.groups import single_process
 
     single_process()
@@ -28,7 +29,10 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
     print(f"{fixture}: {summary(quantities)}")
-    return 1 if any(quantity.passed is False for quantity in quantities) else 0
+    missing = uncompared(quantities)
+    if missing:
+        print(f"FAIL: the recording does not hold what decides parity: {', '.join(missing)}")
+    return 1 if missing or any(quantity.passed is False for quantity in quantities) else 0
 
 
 if __name__ == "__main__":

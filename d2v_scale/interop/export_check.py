@@ -40,7 +40,8 @@ def largest_difference(encoder: FrozenEncoder, folder: Path, modality: Modality,
         normed = F.layer_norm(ours[-1], ours[-1].shape[-1:], weight, bias, config.backbone.norm_eps)
         pairs.append((normed, theirs.last_hidden_state[:, extra:]))
     valid = encoder.valid_positions(batch)
-    return max(float(_at(valid, mine - other).abs().max()) for mine, other in pairs)
+    # torch's max, which passes a NaN on wherever it stands.
+    return float(torch.stack([_at(valid, mine - other).abs().max() for mine, other in pairs]).max())
 
 
 @torch.no_grad()

@@ -22,6 +22,8 @@ STEP_LOSS_RELATIVE = 1e-5
 GRADIENT_RELATIVE, GRADIENT_ABSOLUTE = 1e-4, 1e-7
 WEIGHTS_MOST, WEIGHTS_ALL = 1e-5, 5e-5
 STATISTICS_RELATIVE = 1e-5
+DECISIVE = ("targets", "predictions", "loss")
+"""Every fixture must hold these: without them nothing was compared."""
 
 
 @dataclass(frozen=True)
@@ -233,13 +235,15 @@ def _weights(name: str, ours: Mapping[str, Tensor], reference: Mapping[str, Tens
 
 
 def _worst_norm(name: str, ours: Mapping[str, Tensor], recorded: Mapping[str, float]) -> Quantity:
+    if not recorded:
+        return Quantity(name)
+    absent = [key for key in recorded if key not in ours]
+    if absent:
+        return Quantity(name, math.nan, math.nan, math.inf, False, f"not here: {', '.join(absent)}")
     checks = [
         _scalar(key, float(ours[key].double().norm()), norm, STEP_LOSS_RELATIVE, WEIGHTS_MOST)
         for key, norm in recorded.items()
-        if key in ours
     ]
-    if not checks:
-        return Quantity(name)
     worst = max(checks, key=lambda q: (not q.passed, q.difference))
     return dataclasses.replace(worst, name=name, note=f"worst of {len(checks)}: {worst.name}")
 
@@ -281,6 +285,12 @@ def _check_as_released(fixture: Fixture) -> Iterator[Quantity]:
     yield _tensor("as released, predictions", output.predictions_nd, fixture.io.get("as_released.x"))
     recorded = (fixture.meta.get("as_released") or {}).get("loss_sum")
     yield _scalar("as released, loss sum", loss_sum, recorded, LOSS_RELATIVE)
+
+
+def uncompared(quantities: Iterable[Quantity]) -> list[str]:
+    """What decides parity and was absent from the fixture; empty if the verdict means anything."""
+    compared = {quantity.name for quantity in quantities if quantity.passed is not None}
+    return [name for name in DECISIVE if name not in compared]
 
 
 def summary(quantities: Iterable[Quantity]) -> str:

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from d2v_scale.interop.golden import Fixture, Replay
-from d2v_scale.interop.golden_check import check
+from d2v_scale.interop.golden_check import _worst_norm, check, uncompared
 
 REDUCED = Path(__file__).parent / "recorded"
 ROOT = Path(__file__).parents[2]
@@ -33,7 +33,9 @@ def failures(folder: Path) -> list[str]:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_quantity_of_the_reduced_recording_is_reproduced(name: str) -> None:
-    assert failures(REDUCED / name) == []
+    quantities = list(check(REDUCED / name))
+    assert [q.line() for q in quantities if q.passed is False] == []
+    assert uncompared(quantities) == []
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -125,6 +127,24 @@ def test_the_tool_ends_with_1_when_a_quantity_differs(tmp_path: Path, capsys: py
     change_meta(folder, "loop_config", "l1_beta", value=1.0)
     assert load_tool().main([str(folder)]) == 1
     assert "FAIL" in capsys.readouterr().out
+
+
+def test_a_recording_of_other_names_is_no_success(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = copy_of("v1_vision_beit", tmp_path)
+    tensors = load_file(folder / "io.safetensors")
+    renamed = {"target.y": "targets", "pred.x": "predictions"}
+    save_file({renamed.get(key, key): tensor for key, tensor in tensors.items()}, folder / "io.safetensors")
+    assert load_tool().main([str(folder)]) == 1
+    assert "FAIL: the recording does not hold what decides parity: targets, predictions" in capsys.readouterr().out
+
+
+def test_a_recorded_norm_of_a_tensor_that_is_not_here_fails() -> None:
+    tensors = {"norm.weight": torch.ones(4)}
+    assert _worst_norm("norms", tensors, {"norm.weight": 2.0}).passed
+    missing = _worst_norm("norms", tensors, {"norm.weight": 2.0, "norm.wait": 2.0})
+    assert missing.passed is False
+    assert "norm.wait" in missing.line()
+    assert _worst_norm("norms", tensors, {}).passed is None
 
 
 def rename_key(folder: Path) -> None:
