@@ -131,10 +131,11 @@ def _image(content: bytes, extension: str, resize: int | None) -> Sample:
 
     image = Image.open(io.BytesIO(content))
     image.load()
+    pixels = vision.eight_bit(image)
     if resize is None or min(image.size) <= resize:
         return {extension: content}
     scale = resize / min(image.size)
-    smaller = image.convert("RGB").resize([round(side * scale) for side in image.size], Image.Resampling.BICUBIC)
+    smaller = pixels.convert("RGB").resize([round(side * scale) for side in image.size], Image.Resampling.BICUBIC)
     out = io.BytesIO()
     smaller.save(out, "JPEG", quality=95)
     return {"jpg": out.getvalue()}

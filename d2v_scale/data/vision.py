@@ -50,6 +50,18 @@ def centre_box(width: int, height: int, fraction: float) -> Box:
     return left, top, left + side, top + side
 
 
+def eight_bit(image: Image.Image) -> Image.Image:
+    """16-bit grey at 8 bits, its high bytes (Pillow's own conversion clips at 255); other images as they are.
+
+    Raises ValueError for 32-bit and float images, which say nothing of their range.
+    """
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode[0] in "IF":
+        raise ValueError(f"it has pixels of mode {image.mode}, whose range is not known: store 8 or 16 bits")
+    return image
+
+
 class VisionDecoder:
     """Samples to rows of pixels, rows to a normalised batch."""
 
@@ -119,6 +131,7 @@ class VisionDecoder:
             image.draft(self._mode, (-(-width // factor), -(-height // factor)))
             across, down = image.width / width, image.height / height
             box = (box[0] * across, box[1] * down, min(box[2] * across, image.width), min(box[3] * down, image.height))
+        image = eight_bit(image)
         if image.mode != self._mode:
             image = image.convert(self._mode)
         return image.resize((self._side, self._side), Image.Resampling.BICUBIC, box=box)

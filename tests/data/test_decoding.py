@@ -107,6 +107,30 @@ def test_images_are_normalised_per_channel_and_grey_models_get_one() -> None:
         vision.VisionDecoder(VisionData(mean=[0.5] * 4, std=[0.5] * 4), VisionStem(channels=4))
 
 
+def deep(kind: str) -> Image.Image:
+    """A grey ramp of 64 x 64 pixels, 0 to 65535."""
+    return Image.fromarray(np.linspace(0, 65535, 4096).reshape(64, 64).astype(kind))
+
+
+@pytest.mark.parametrize(("pixels", "kind"), [("<u2", "PNG"), ("<u2", "TIFF"), (">u2", "TIFF"), ("<u2", "PPM")])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_16_bit_images_keep_their_shades(pixels: str, kind: str, channels: int) -> None:
+    """All that was not nearly black became white."""
+    decoder = vision.VisionDecoder(VisionData(), VisionStem(image_size=64, channels=channels))
+    row = decoder.evaluation_row(encoded(deep(pixels), kind))  # type: ignore[arg-type]
+    shades = Image.fromarray((np.asarray(deep("<u2")) // 256).astype(np.uint8))
+    expected = decoder.evaluation_row(encoded(shades))  # type: ignore[arg-type]
+    assert np.array_equal(row, expected)
+    assert len(np.unique(row)) > 200
+
+
+@pytest.mark.parametrize("pixels", ["<i4", "<f4"])
+def test_images_of_unknown_range_are_refused(pixels: str) -> None:
+    decoder = vision.VisionDecoder(VisionData(), VisionStem(image_size=64))
+    with pytest.raises(ValueError, match="range is not known"):
+        decoder.evaluation_row(encoded(deep(pixels), "TIFF"))  # type: ignore[arg-type]
+
+
 def test_a_bomb_is_refused_before_it_is_decoded() -> None:
     decoder = vision.VisionDecoder(VisionData(max_pixels=1000), VisionStem())
     with pytest.raises(SampleFault, match=r"100 x 100 pixels, more than data.vision.max_pixels"):

@@ -74,6 +74,20 @@ def test_images_are_converted_once_and_bad_files_are_named(run: Callable[..., st
     assert SetIndex.load(out / "test.index.json").classes == ["cat", "dog"]
 
 
+def test_16_bit_images_are_shrunk_with_their_shades(run: Callable[..., str], tmp_path: Path) -> None:
+    """They became white."""
+    source = tmp_path / "images" / "a"
+    source.mkdir(parents=True)
+    Image.fromarray(np.full((40, 40), 128 << 8, dtype=np.uint16)).save(source / "grey.png")
+    Image.fromarray(np.ones((40, 40), dtype=np.float32)).save(source / "float.tiff")
+    text = run("make_shards", "images", tmp_path / "images", tmp_path / "out", "--resize", 20, "--max_bad", 0.5)
+    assert "float.tiff: ValueError: it has pixels of mode F" in text
+    sample = SampleStore(find_shards(SourceConfig(shards=str(tmp_path / "out")))).read(0, 0)
+    shrunk = np.asarray(Image.open(io.BytesIO(sample.member(("jpg",))[1])))
+    assert shrunk.shape == (20, 20, 3)
+    assert abs(shrunk.astype(int) - 128).max() <= 1
+
+
 def test_audio_becomes_16_khz_mono_flac(run: Callable[..., str], tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     for k, (rate, kind) in enumerate([(8000, "wav"), (44100, "ogg"), (16000, "flac")]):
