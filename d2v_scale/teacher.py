@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from d2v_scale import faults
+from d2v_scale.data2vec import ema
 from d2v_scale.errors import ConfigError
 from d2v_scale.parallel import ds_config
 from d2v_scale.parallel.groups import Topology
@@ -145,16 +146,16 @@ class EmaTeacher(ABC):
             f"the teacher made {self.completed_updates} updates, the student {self.student.completed_updates}"
         )
         self._last_decay = decay
-        if decay >= 1:
+        if ema.is_frozen(decay):
             return
         if self._host_update is not None:
-            self._host_update.start(1 - decay)
+            self._host_update.start(decay)
             return
         for averaged, shards in self._batches:
             values = [shard.values for shard in shards]
             sources = self._sources(shards)
             if averaged:
-                torch._foreach_lerp_(values, sources, 1 - decay)
+                ema.average_(values, sources, decay)
             else:
                 torch._foreach_copy_(values, sources)
             self._refresh(shards)

@@ -1,5 +1,7 @@
 """How fast the teacher follows the student (spec 1.4)."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -24,6 +26,10 @@ def is_frozen(decay: float) -> bool:
 
 
 @torch.no_grad()
-def average_(teacher: Tensor, student: Tensor, decay: float) -> None:
-    """teacher <- decay * teacher + (1 - decay) * student, in place, in the teacher's precision (fp32)."""
-    teacher.lerp_(student.to(teacher.dtype), 1.0 - decay)
+def average_(teacher: Sequence[Tensor], student: Sequence[Tensor], decay: float) -> None:
+    """teacher <- decay * teacher + (1 - decay) * student, in place, in the teacher's precision (fp32).
+
+    Tensor by tensor; each pair is of one shape and on one device.
+    """
+    pairs = zip(teacher, student, strict=True)
+    torch._foreach_lerp_(list(teacher), [source.to(values.dtype) for values, source in pairs], 1.0 - decay)

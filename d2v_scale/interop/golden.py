@@ -140,7 +140,7 @@ class Replay:
         if not ema.is_frozen(decay):
             for name, parameter in self.teacher.named_parameters():
                 copied = self.fixture.reference.parts.role(name) == "copied"
-                ema.average_(parameter, values[name], 0.0 if copied else decay)
+                ema.average_([parameter], [values[name]], 0.0 if copied else decay)
         return decay
 
 

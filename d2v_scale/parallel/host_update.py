@@ -13,6 +13,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from d2v_scale.data2vec import ema
+
 
 class UpdatedShard(Protocol):
     """What the update needs to know of a shard (see `teacher.TeacherShard`)."""
@@ -49,11 +51,11 @@ class HostUpdate:
         self.waited_seconds = 0.0
         """How long callers have waited for the host so far."""
 
-    def start(self, weight: float) -> None:
-        """Begin `values.lerp_(source, weight)` (a plain copy where not averaged) for all shards."""
+    def start(self, decay: float) -> None:
+        """Begin `ema.average_` by `decay` (a plain copy where not averaged) for all shards."""
         self.wait()
         ready = torch.cuda.current_stream(self._device).record_event()
-        self._running = self._thread.submit(self._update, weight, ready)
+        self._running = self._thread.submit(self._update, decay, ready)
 
     def wait(self) -> None:
         """Return when the update is done on the host; make the current stream wait for what is still going up."""
@@ -65,7 +67,7 @@ class HostUpdate:
             torch.cuda.current_stream(self._device).wait_stream(self._stream)
 
     @torch.no_grad()
-    def _update(self, weight: float, ready: torch.cuda.Event) -> None:
+    def _update(self, decay: float, ready: torch.cuda.Event) -> None:
         pieces = [
             (shard, slice(first, min(first + self._chunk, shard.values.numel())))
             for shard in self._shards
@@ -82,7 +84,7 @@ class HostUpdate:
                 self._arrived[index % 2].synchronize()
                 values, source = shard.values[part], self._down[index % 2][: part.stop - part.start]
                 if shard.averaged:
-                    values.lerp_(source, weight)
+                    ema.average_([values], [source], decay)
                 else:
                     values.copy_(source)
                 if shard.compute is not None:

@@ -36,7 +36,7 @@ def test_acceptance_5_distance_to_a_constant_student_shrinks_by_the_product_of_d
     config = EmaConfig(start=0.9, end=0.99, anneal_steps=10)
     teacher, student = torch.ones(4, dtype=torch.float64), torch.zeros(4, dtype=torch.float64)
     for n in range(1, 21):
-        average_(teacher, student, decay(config, n))
+        average_([teacher], [student], decay(config, n))
     expected = math.prod(decay(config, n) for n in range(1, 21))
     torch.testing.assert_close(teacher, torch.full((4,), expected, dtype=torch.float64))
 
@@ -50,5 +50,5 @@ def test_acceptance_5_a_decay_of_one_freezes() -> None:
 def test_the_average_of_a_bf16_student_is_kept_in_fp32() -> None:
     teacher = torch.zeros(1)
     for _ in range(5000):
-        average_(teacher, torch.ones(1, dtype=torch.bfloat16), 0.9998)
+        average_([teacher], [torch.ones(1, dtype=torch.bfloat16)], 0.9998)
     assert float(teacher) == pytest.approx(1 - 0.9998**5000, rel=1e-3)

@@ -59,7 +59,7 @@ def test_every_chunk_of_every_shard_moves(dtype: torch.dtype) -> None:
         expected.append(torch.lerp(values, source.float(), 0.25) if averaged else source.float().clone())
         shards.append(Shard(values, torch.zeros(size, dtype=dtype) if copied else None, source, averaged))
     update = HostUpdate(torch.device("cpu"), shards, chunk=5)
-    update.start(0.25)
+    update.start(0.75)
     update.wait()
     for shard, wanted in zip(shards, expected, strict=True):
         assert torch.equal(shard.values, wanted)
