@@ -5,7 +5,8 @@
     python tools/index_shards.py 's3://bucket/a-{000000..000099}.tar' --modality text --tokenizer t.model --out indexes/
 
 Nothing is written to the shards. What is damaged in them is named, and its samples count as lost in training.
-Interrupted runs continue where they stopped. Train with `--data OUT/NAME.index.json`.
+Interrupted runs continue where they stopped, and shards that have not changed are not read again; those of a `pipe:`
+command and of servers that do not tell always are. Train with `--data OUT/NAME.index.json`.
 """
 
 import argparse
@@ -29,6 +30,9 @@ from d2v_scale.model.config import Modality
 
 _TIMEOUT_S = 300.0
 _RETRIES = 2
+_UNKNOWN = "unknown"
+_NO_VERSION = {"name", "size", "type", "mimetype", "url", "partial"}
+"""What a web server without ETag tells: a shard written anew may have the same."""
 
 
 @dataclass
@@ -47,8 +51,10 @@ class Job:
         return self.members.parent / ".index_shards" / f"{self.members.stem}.json"
 
     def digest(self) -> str:
-        stat = None if is_remote(self.path) else os.stat(self.path)
-        inputs = (self.path, stat and (stat.st_size, stat.st_mtime_ns), self.modality, self.tokenizer_sha256)
+        return self.digest_of(_version(self.path))
+
+    def digest_of(self, version: object) -> str:
+        inputs = (self.path, version, self.modality, self.tokenizer_sha256)
         return hashlib.sha256(repr(inputs).encode()).hexdigest()
 
     def is_done(self) -> bool:
@@ -86,6 +92,24 @@ class Job:
         return part
 
 
+def _version(path: str) -> object:
+    """What changes when a shard does: size and time of a local one, what a URL's server tells, else `_UNKNOWN`."""
+    if not is_remote(path):
+        stat = os.stat(path)
+        return stat.st_size, stat.st_mtime_ns
+    if path.startswith("pipe:"):
+        return _UNKNOWN
+    from fsspec.core import url_to_fs
+
+    try:
+        system, name = url_to_fs(path)
+        info = system.info(name)
+    except Exception:  # of any kind of server; whether the shard can be read is found out when it is fetched
+        return _UNKNOWN
+    told = {key: info[key] for key in sorted(info) if info[key] is not None}
+    return repr(told) if told.keys() - _NO_VERSION else _UNKNOWN
+
+
 def make_index(arguments: argparse.Namespace) -> tuple[SetIndex, Path]:
     """Index all shards and write the set's index; returns it and its path. Raises DataError."""
     paths = _paths(arguments.shards)
@@ -113,6 +137,10 @@ def make_index(arguments: argparse.Namespace) -> tuple[SetIndex, Path]:
         )
     target = out / f"{name}{INDEX_SUFFIX}"
     index.save(target)
+    for job, part in zip(_jobs(paths, out, name, arguments, cache), parts, strict=True):
+        if part.digest == job.digest_of(_UNKNOWN):
+            # It served to continue an interrupted run. The next one cannot tell whether the shard is still the same.
+            job.record.unlink(missing_ok=True)
     return index, target
 
 

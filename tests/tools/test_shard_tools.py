@@ -153,6 +153,33 @@ def test_existing_shards_are_indexed_where_they_lie(run: Callable[..., str], tmp
     assert find_shards(SourceConfig(shards=str(target))).samples_s.tolist() == [10, 10, 5]
 
 
+@pytest.mark.parametrize("how", ["pipe", "url"])
+def test_a_remote_shard_that_changed_is_indexed_again(run: Callable[..., str], tmp_path: Path, how: str) -> None:
+    """Its old index was kept for ever, and every sample of the new one failed its checksum."""
+    shards = tmp_path / "shards"
+    prefix = {"pipe": f"pipe:echo >> {tmp_path}/runs; cat ", "url": "file://"}[how]
+    index = [f"{prefix}{shards}/train-{{000000..000001}}.tar", "--modality", "vision", "--out", tmp_path / "index"]
+    index += ["--processes", "1"]
+    record = tmp_path / "index" / ".index_shards" / "train-000000.json"
+    for count in (20, 13):
+        write_set(shards, "train", "vision", image_samples(count), per_shard=10)
+        run("index_shards", *index)
+        assert SetIndex.load(tmp_path / "index" / "train.index.json").samples == count
+    if how == "url":
+        before = record.stat().st_mtime_ns
+        run("index_shards", *index)
+        assert record.stat().st_mtime_ns == before
+        return
+    # An interrupted run continues all the same.
+    (tmp_path / "runs").unlink()
+    (shards / "train-000001.tar").rename(tmp_path / "away")
+    run("index_shards", *index, status=2)
+    assert record.is_file()
+    (tmp_path / "away").rename(shards / "train-000001.tar")
+    run("index_shards", *index)
+    assert len((tmp_path / "runs").read_text().splitlines()) == 1 + 3 + 1  # three tries of the shard that was away
+
+
 def test_inspection_finds_damage_and_draws_masks(run: Callable[..., str], tmp_path: Path) -> None:
     write_set(tmp_path, "train", "vision", image_samples(25, side=32), per_shard=10, classes=["a", "b", "c"])
     text = run("inspect_shards", tmp_path, "--out", tmp_path / "preview", "--check", "--steps", 1)
