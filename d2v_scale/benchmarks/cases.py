@@ -11,7 +11,6 @@ from d2v_scale.data.config import SAMPLE_RATE
 from d2v_scale.data2vec import masking
 from d2v_scale.errors import UserError
 from d2v_scale.model.config import Modality
-from d2v_scale.model.speech import frames_of
 from d2v_scale.recipe import Recipe
 
 _SPEECH = ("width=256", "heads=4", "ffn=1024", "depth=6", "layer_drop=0")
@@ -49,7 +48,7 @@ class Case:
         elif modality == "speech":
             assert model.speech is not None
             inputs = torch.randn(self.samples, self.length, generator=generator)
-            length = frames_of(model.speech, self.length)
+            length = model.speech.frames_of(self.length)
         else:
             assert model.text is not None
             inputs = torch.randint(4, model.text.mask_id, (self.samples, self.length), generator=generator)

@@ -72,19 +72,13 @@ class SpeechDecoder:
 
     def __init__(self, config: SpeechData, stem: SpeechStem) -> None:
         self._config = config
-        self._layers = stem.conv_layers
-        if self.frames(round(config.min_seconds * SAMPLE_RATE)) < 1:
+        self._stem = stem
+        if self._stem.frames_of(round(config.min_seconds * SAMPLE_RATE)) < 1:
             raise ConfigError(
                 "data.speech.min_seconds",
                 f"{config.min_seconds} is shorter than one frame of the model",
                 "Give at least 0.025.",
             )
-
-    def frames(self, samples: int) -> int:
-        """Frames that the convolutions make of `samples` (no padding: spec 3.1)."""
-        for _, kernel, stride in self._layers:
-            samples = (samples - kernel) // stride + 1
-        return samples
 
     def training_row(self, store: Store, shard: int, item: int, length: int, draws: NDArray[np.float64]) -> Row:
         """`length` samples of the recording from a random place; 0: as many as there are, up to `max_seconds`.
@@ -115,13 +109,13 @@ class SpeechDecoder:
         lengths = np.array([len(row) for row in rows])
         longest = int(lengths.max())
         if (lengths == longest).all():
-            return Stacked(torch.from_numpy(np.stack(rows)), length=self.frames(longest))
+            return Stacked(torch.from_numpy(np.stack(rows)), length=self._stem.frames_of(longest))
         inputs = np.zeros((len(rows), longest), dtype=np.float32)
         for k, row in enumerate(rows):
             inputs[k, : len(row)] = row
         valid = torch.from_numpy(np.arange(longest) < lengths[:, None])
-        frames_b = np.array([self.frames(int(length)) for length in lengths])
-        return Stacked(torch.from_numpy(inputs), valid, length=self.frames(longest), valid_lengths=frames_b)
+        frames_b = np.array([self._stem.frames_of(int(length)) for length in lengths])
+        return Stacked(torch.from_numpy(inputs), valid, length=self._stem.frames_of(longest), valid_lengths=frames_b)
 
     def blank(self) -> Wave:
         """A row of a batch that has none."""

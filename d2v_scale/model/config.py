@@ -1,11 +1,16 @@
 """What a model is made of: one stem per modality, one backbone, one predictor. Sizes only; no tensors here."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from d2v_scale.errors import ConfigError
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 Modality = Literal["vision", "speech", "text"]
+Count = TypeVar("Count", int, "Tensor")
+"""An int, or an int64 tensor of any shape."""
 
 
 @dataclass(kw_only=True)
@@ -24,6 +29,18 @@ class SpeechStem:
     """Groups of each positional convolution."""
     alibi: bool = False
     """Add a learned-scale ALiBi bias to the attention logits (2.0)."""
+
+    def lengths(self, samples: Count) -> list[Count]:
+        """Positions after each convolution of so many samples of a waveform; there is no padding (spec 3.1)."""
+        lengths: list[Count] = []
+        for _, kernel, stride in self.conv_layers:
+            samples = (samples - kernel) // stride + 1
+            lengths.append(samples)
+        return lengths
+
+    def frames_of(self, samples: Count) -> Count:
+        """Frames that the convolutions make of so many samples of a waveform."""
+        return self.lengths(samples)[-1]
 
 
 @dataclass(kw_only=True)

@@ -1,25 +1,15 @@
 """Waveforms to 20 ms frames, and frames to what the blocks see."""
 
 import math
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from d2v_scale.model import conv_rows, cpu_ops
-from d2v_scale.model.config import ModelConfig, SpeechStem
+from d2v_scale.model.config import ModelConfig
 from d2v_scale.model.init import InitRule, set_rule
 from d2v_scale.model.layers import rows_of
 from d2v_scale.model.norm_gelu import NormGelu, norm_gelu
-
-Count = TypeVar("Count", int, Tensor)
-
-
-def frames_of(config: SpeechStem, samples: Count) -> Count:
-    """Frames that the conv stack makes of this many samples (an int or an int64 tensor of any shape)."""
-    for _, kernel, stride in config.conv_layers:
-        samples = (samples - kernel) // stride + 1
-    return samples
 
 
 class SpeechFeatures(nn.Module):

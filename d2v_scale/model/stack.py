@@ -18,7 +18,7 @@ from d2v_scale.model.init import InitRule
 from d2v_scale.model.layers import Carry, LayerSpec, Section, describe, has_bias
 from d2v_scale.model.position_bias import AlibiBias, RelativeBias, add_padding
 from d2v_scale.model.predictor import ConvPredictor, build_predictor
-from d2v_scale.model.speech import SpeechContext, SpeechFeatures, frames_of
+from d2v_scale.model.speech import SpeechContext, SpeechFeatures
 from d2v_scale.model.text import TextContext, TextFeatures
 from d2v_scale.model.vision import BEIT, VisionContext, VisionFeatures, grid_of
 
@@ -96,8 +96,8 @@ class _Stack(nn.Module):
             assert self.config.text is not None
             return inputs != self.config.text.pad_id
         assert self.config.speech is not None
-        total = frames_of(self.config.speech, inputs.shape[1])
-        frames_b = frames_of(self.config.speech, batch.valid.sum(dim=1))
+        total = self.config.speech.frames_of(inputs.shape[1])
+        frames_b = self.config.speech.frames_of(batch.valid.sum(dim=1))
         return torch.arange(total, device=inputs.device)[None] < frames_b[:, None]
 
     def _stem(self, modality: Modality) -> "Stem":

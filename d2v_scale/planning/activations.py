@@ -130,9 +130,9 @@ def _block(model: ModelConfig, modality: Modality, lengths: Lengths, setting: Se
 
 def _speech_features(model: ModelConfig, lengths: Lengths, setting: Setting) -> float:
     assert model.speech is not None
-    length, total = lengths.inputs, float(setting.itemsize * lengths.inputs)
-    for channels, kernel, stride in model.speech.conv_layers:
-        length = (length - kernel) // stride + 1
+    total = float(setting.itemsize * lengths.inputs)
+    after = model.speech.lengths(lengths.inputs)
+    for (channels, _, _), length in zip(model.speech.conv_layers, after, strict=True):
         total += length * (3 * setting.itemsize * channels + _NORM)
     total += length * (setting.itemsize * channels + _NORM)
     return setting.samples * total

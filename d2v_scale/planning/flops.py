@@ -17,7 +17,6 @@ from d2v_scale.data2vec import masking
 from d2v_scale.errors import ConfigError
 from d2v_scale.model.config import Modality, ModelConfig, TeacherParts
 from d2v_scale.model.layers import LayerKind, LayerSpec, describe
-from d2v_scale.model.speech import frames_of
 from d2v_scale.recipe import Recipe
 
 _DRAWN = 64
@@ -142,7 +141,7 @@ def lengths_of(recipe: Recipe, modality: Modality, seconds: float | None = None)
     elif modality == "speech":
         assert model.speech is not None
         inputs = round((seconds or recipe.data.speech.max_seconds) * SAMPLE_RATE)
-        positions = frames_of(model.speech, inputs)
+        positions = model.speech.frames_of(inputs)
         if positions < 2:
             raise ConfigError("seconds", f"{inputs / SAMPLE_RATE} s of audio are {positions} frames", "Give more.")
     else:
@@ -221,13 +220,12 @@ def _features(model: ModelConfig, modality: Modality, lengths: Lengths) -> list[
         pixels = model.vision.channels * model.vision.patch_size**2
         return [2.0 * lengths.positions * pixels * width]
     assert model.speech is not None
-    costs = []
-    samples, inputs = lengths.inputs, 1
-    for channels, kernel, stride in model.speech.conv_layers:
-        samples = (samples - kernel) // stride + 1
-        costs.append(2.0 * samples * inputs * kernel * channels)
+    costs, inputs = [], 1
+    after = model.speech.lengths(lengths.inputs)
+    for (channels, kernel, _), length in zip(model.speech.conv_layers, after, strict=True):
+        costs.append(2.0 * length * inputs * kernel * channels)
         inputs = channels
-    return [*costs, 2.0 * samples * inputs * width]
+    return [*costs, 2.0 * after[-1] * inputs * width]
 
 
 def _position_convolutions(model: ModelConfig, length: int) -> float:

@@ -10,7 +10,6 @@ from d2v_scale.benchmarks import cases, step
 from d2v_scale.benchmarks.huggingface_peer import HuggingFacePeer
 from d2v_scale.benchmarks.sides import Naive, Ours
 from d2v_scale.errors import UserError
-from d2v_scale.model.speech import frames_of
 from d2v_scale.parallel import groups
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
@@ -44,7 +43,7 @@ def test_batches_of_the_cases_have_the_published_lengths() -> None:
     speech, text = cases.case("v2_speech"), cases.case("v1_text")
     assert speech.batch().masked_rt.shape == (4 * 8, 249)
     assert speech.recipe.model.speech is not None
-    assert frames_of(speech.recipe.model.speech, speech.length) == 249
+    assert speech.recipe.model.speech.frames_of(speech.length) == 249
     assert text.batch().masked_rt.shape == (8, 256)
     assert cases.case("v2_vision").batch().masked_rt.shape == (8 * 16, 196)
 

@@ -190,9 +190,9 @@ def test_normalisation_is_over_the_whole_file() -> None:
 
 
 def test_frames_are_those_of_the_convolutions() -> None:
-    decoder = speech.SpeechDecoder(SpeechData(), SpeechStem())
     lengths = {400: 1, 16000: 49, 32000: 99, 160000: 499, 250000: 781, 320000: 999}
-    assert {samples: decoder.frames(samples) for samples in lengths} == lengths
+    assert {samples: SpeechStem().frames_of(samples) for samples in lengths} == lengths
+    assert SpeechStem().frames_of(torch.tensor([*lengths])).tolist() == [*lengths.values()]
     with pytest.raises(ConfigError, match=r"data.speech.min_seconds"):
         speech.SpeechDecoder(SpeechData(min_seconds=0.01), SpeechStem())
 
