@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from d2v_scale.errors import EXIT_DONE, EXIT_LOST_PEER, EXIT_REQUEUE
+from d2v_scale.files import write_whole
 
 Outcome = Literal["done", "requeue", "failed"]
 
@@ -66,12 +67,12 @@ def write_status(run_dir: str | Path, exit_code: int, reason: str, step: int | N
         return earlier
     text = json.dumps(asdict(status), indent=1) + "\n"
     try:
-        _write(directory, text)
+        write_whole(directory / STATUS_FILE, text)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         (directory / _RESERVE_FILE).unlink(missing_ok=True)
-        _write(directory, text)
+        write_whole(directory / STATUS_FILE, text)
     (directory / _RESERVE_FILE).unlink(missing_ok=True)
     return status
 
@@ -87,16 +88,3 @@ def read_status(run_dir: str | Path) -> Status | None:
 def _weight(status: Status) -> int:
     """Causes outweigh consequences: 0 lost peer, 1 requeue, 2 done or failed with a reason of its own."""
     return {EXIT_LOST_PEER: 0, EXIT_REQUEUE: 1}.get(status.exit_code, 2)
-
-
-def _write(directory: Path, text: str) -> None:
-    temporary = directory / f".{STATUS_FILE}.{os.getpid()}"
-    try:
-        with temporary.open("w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(directory / STATUS_FILE)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise

@@ -53,14 +53,14 @@ def test_a_full_disk_is_still_reported_from_the_reserve(tmp_path: Path, monkeypa
     status.begin(tmp_path)
     reserve = tmp_path / ".status_reserve"
     assert reserve.stat().st_size == 64 * 1024
-    real = status._write
+    real = status.write_whole
 
-    def full_while_reserved(directory: Path, text: str) -> None:
+    def full_while_reserved(path: Path, text: str) -> None:
         if reserve.exists():
             raise OSError(errno.ENOSPC, "No space left on device")
-        real(directory, text)
+        real(path, text)
 
-    monkeypatch.setattr(status, "_write", full_while_reserved)
+    monkeypatch.setattr(status, "write_whole", full_while_reserved)
     status.write_status(tmp_path, errors.EXIT_REQUEUE, "no space for a checkpoint", 5)
     found = status.read_status(tmp_path)
     assert found is not None

@@ -22,10 +22,11 @@ from typing import get_args
 
 from d2v_scale.data import speech, text
 from d2v_scale.data.fetching import ShardCache
-from d2v_scale.data.shard_index import Measure, SetIndex, ShardEntry, file_sha256, index_shard
+from d2v_scale.data.shard_index import Measure, SetIndex, ShardEntry, index_shard
 from d2v_scale.data.shard_jobs import Part, run_all
 from d2v_scale.data.shard_set import INDEX_SUFFIX, expand, is_remote
 from d2v_scale.errors import EXIT_BAD_INPUT, DataError, UserError
+from d2v_scale.files import file_sha256
 from d2v_scale.model.config import Modality
 
 _TIMEOUT_S = 300.0

@@ -17,12 +17,12 @@ from numpy.typing import NDArray
 from d2v_scale.data.config import DataConfig, SourceConfig
 from d2v_scale.data.loader import StepLoader
 from d2v_scale.data.reading import SampleFault
-from d2v_scale.data.shard_index import file_sha256
 from d2v_scale.data.shard_set import ShardSet, find_shards, is_remote
 from d2v_scale.data.source import open_store
 from d2v_scale.data.text import Tokenizer
 from d2v_scale.data2vec.config import CompatConfig, MaskingConfig
 from d2v_scale.errors import EXIT_BAD_INPUT, DataError, UserError
+from d2v_scale.files import file_sha256
 from d2v_scale.model.config import Modality, ModelConfig, SpeechStem, TextStem, VisionStem
 from d2v_scale.plots.samples import plot_masks
 

@@ -26,12 +26,13 @@ import numpy as np
 
 from d2v_scale.data import demo, speech, text, tokenizer, vision
 from d2v_scale.data.config import SAMPLE_RATE
-from d2v_scale.data.shard_index import SetIndex, ShardEntry, file_sha256
+from d2v_scale.data.shard_index import SetIndex, ShardEntry
 from d2v_scale.data.shard_jobs import Part, run_all
 from d2v_scale.data.shard_set import INDEX_SUFFIX
 from d2v_scale.data.text_files import Columns, Document, documents, transcripts
 from d2v_scale.data.writing import Sample, is_written, shard_name, write_shard
 from d2v_scale.errors import EXIT_BAD_INPUT, DataError, UserError
+from d2v_scale.files import file_sha256
 from d2v_scale.model.config import Modality
 
 TEXT_FILES = ("txt", "md", "rst", "jsonl", "tsv")

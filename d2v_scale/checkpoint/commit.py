@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 
 from d2v_scale import faults
 from d2v_scale.checkpoint.format import MANIFEST, FileEntry, Manifest
-from d2v_scale.checkpoint.reader import sha256
 from d2v_scale.committed import MARKER, committed_steps, directory_name
+from d2v_scale.files import file_sha256, write_whole
 
 
 def sync_directory(path: Path) -> None:
@@ -25,16 +25,6 @@ def sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a small file durably: it appears whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    with part.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    part.rename(path)
-
-
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> FileEntry:
     """Write one safetensors file durably; its size and checksum. The file is removed when that fails."""
     try:
@@ -43,7 +33,7 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> FileEntry:
         faults.point("shard_write")
         with path.open("rb") as file:
             os.fsync(file.fileno())
-        return FileEntry(path.name, path.stat().st_size, sha256(path))
+        return FileEntry(path.name, path.stat().st_size, file_sha256(path))
     except Exception:
         with contextlib.suppress(OSError):
             path.unlink()
@@ -54,7 +44,7 @@ def commit(temporary: Path, root: Path, manifest: Manifest) -> Path:
     """Turn a temporary directory with all its files into the checkpoint `root/step-...`."""
     faults.point("manifest")
     text = manifest.to_json()
-    write_text(temporary / MANIFEST, text)
+    write_whole(temporary / MANIFEST, text)
     sync_directory(temporary)
     final = root / directory_name(manifest.step)
     replaced = None
@@ -67,7 +57,7 @@ def commit(temporary: Path, root: Path, manifest: Manifest) -> Path:
     sync_directory(root)
     faults.point("marker")
     digest = hashlib.sha256(text.encode()).hexdigest()
-    write_text(final / MARKER, json.dumps({"manifest_sha256": digest}))
+    write_whole(final / MARKER, json.dumps({"manifest_sha256": digest}))
     sync_directory(final)
     if replaced is not None:
         shutil.rmtree(replaced, ignore_errors=True)

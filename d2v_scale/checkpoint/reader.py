@@ -13,6 +13,7 @@ from torch import Tensor
 from d2v_scale.checkpoint.format import MANIFEST, Manifest, TensorEntry, check_coverage
 from d2v_scale.committed import MARKER
 from d2v_scale.errors import CheckpointError
+from d2v_scale.files import file_sha256
 from d2v_scale.parallel.shards import TensorSlice
 
 
@@ -123,7 +124,7 @@ class Checkpoint:
                 size = path.stat().st_size
                 if size != entry.size:
                     raise CheckpointError(f"{path} has {size} bytes instead of {entry.size}.")
-                if checksums and sha256(path) != entry.sha256:
+                if checksums and file_sha256(path) != entry.sha256:
                     raise CheckpointError(f"{path} is damaged: its checksum differs from the manifest's.")
             except OSError as error:
                 raise CheckpointError(f"{path} cannot be read ({error.strerror}).") from error
@@ -155,12 +156,6 @@ class Checkpoint:
             return self._files[index].get_slice(f"{kind}/{name}")
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{path} cannot be read: {error}.") from error
-
-
-def sha256(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file (as `sha256sum` prints)."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _some(names: list[str], limit: int = 10) -> str:

@@ -19,11 +19,12 @@ from typing import Any
 import torch
 
 from d2v_scale import __version__, faults
-from d2v_scale.checkpoint.commit import commit, retain, sweep, write_tensors, write_text
+from d2v_scale.checkpoint.commit import commit, retain, sweep, write_tensors
 from d2v_scale.checkpoint.config import CheckpointConfig
 from d2v_scale.checkpoint.format import FileEntry, Manifest, Piece, describe, merge
 from d2v_scale.committed import directory_name
 from d2v_scale.errors import CheckpointError
+from d2v_scale.files import write_whole
 
 log = logging.getLogger(__name__)
 
@@ -163,7 +164,7 @@ class CheckpointWriter:
                 "layout": describe(pieces),
                 "moments": any(piece.kind == "exp_avg" for piece in pieces),
             }
-            write_text(temporary / f"{share}.json", json.dumps(report, separators=(",", ":")))
+            write_whole(temporary / f"{share}.json", json.dumps(report, separators=(",", ":")))
         except Exception as failure:
             with contextlib.suppress(OSError):
                 # An empty file still fits on a full disk; its reason may not.

@@ -19,11 +19,11 @@ from d2v_scale.data.forking import forking
 from d2v_scale.data.labels import Labels
 from d2v_scale.data.plan import Cursor, Mixture, PlannedBatch, SourcePlan
 from d2v_scale.data.reading import Fault, SampleStore
-from d2v_scale.data.shard_index import file_sha256
 from d2v_scale.data.source import Source, open_source
 from d2v_scale.data.streaming import StreamedSource, StreamStore
 from d2v_scale.data2vec.config import CompatConfig, MaskingConfig
 from d2v_scale.errors import CheckpointError, DataStarved
+from d2v_scale.files import file_sha256
 from d2v_scale.model.config import ModelConfig
 from d2v_scale.signals import worker_signals
 

@@ -4,7 +4,6 @@ A set of shards has one JSON index, `NAME.index.json`, with a line of totals per
 binary file beside it, read when the shard comes into use, so an index of 10^9 samples costs memory per shard only.
 """
 
-import hashlib
 import json
 import mmap
 import os
@@ -22,6 +21,7 @@ from webdataset.tariterators import base_plus_ext
 
 from d2v_scale.data.config import Modality
 from d2v_scale.errors import DataError
+from d2v_scale.files import file_sha256
 
 FORMAT = 1
 _NO_END = "ends without an end-of-archive mark"
@@ -289,9 +289,3 @@ def index_shard(tar: Path, members: Path, relative_to: Path, measure: Measure | 
         length=int(found.length_n.clip(min=0).sum()),
         damage=damage,
     )
-
-
-def file_sha256(path: Path) -> str:
-    """Checksum of a file, hexadecimal."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from d2v_scale.data.collate import Row, Stacked
 from d2v_scale.data.config import DataConfig
 from d2v_scale.data.reading import RawSample, SampleStore, Store
-from d2v_scale.data.shard_index import file_sha256
 from d2v_scale.data.streaming import StreamStore
 from d2v_scale.data.token_cache import TokenCache
 from d2v_scale.errors import ConfigError, DataError
+from d2v_scale.files import file_sha256
 from d2v_scale.model.config import TextStem
 
 log = logging.getLogger(__name__)

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
+from d2v_scale.files import write_whole
+
 STATE_FILE = "mlflow_run.json"
 STATE_LOCK = ".mlflow_run.lock"
 EVENTS_FILE = "mlflow_events.jsonl"
@@ -44,7 +46,7 @@ class MirrorState:
 
     def save(self, run_dir: Path) -> None:
         """Replace the saved state."""
-        replace_file(run_dir / STATE_FILE, (json.dumps(asdict(self), indent=1) + "\n").encode())
+        write_whole(run_dir / STATE_FILE, json.dumps(asdict(self), indent=1) + "\n")
 
 
 @contextlib.contextmanager
@@ -64,13 +66,3 @@ def tracking_uri(run_dir: Path) -> str:
     recorded = MirrorState.load(run_dir).tracking_uri
     local = f"sqlite:///{run_dir.resolve().parent / 'mlflow.db'}"
     return os.environ.get("MLFLOW_TRACKING_URI") or (recorded if recorded.startswith("http") else local)
-
-
-def replace_file(path: Path, data: bytes) -> None:
-    """Write a file so that readers see the old or the new content, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)

@@ -15,7 +15,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from d2v_scale.tracking.mirror_state import MirrorState, replace_file, state_locked
+from d2v_scale.files import write_whole
+from d2v_scale.tracking.mirror_state import MirrorState, state_locked
 
 METRICS_FILE = "metrics.jsonl"
 SUPERSEDED_FILE = "logs/metrics_superseded.jsonl"
@@ -143,5 +144,5 @@ def _supersede(run_dir: Path, after_step: int | None) -> list[dict[str, Any]]:
     # The mirror's offset first: if we die before the rename it only sends again what it sent (which adds nothing).
     state.metrics_offset = state.metrics_sending = offset
     state.save(run_dir)
-    replace_file(path, b"".join(kept_lines))
+    write_whole(path, b"".join(kept_lines))
     return kept

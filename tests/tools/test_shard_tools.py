@@ -18,9 +18,10 @@ from d2v_scale.data import tokenizer
 from d2v_scale.data.config import DataConfig, SourceConfig
 from d2v_scale.data.labelled import LabelledSet
 from d2v_scale.data.reading import SampleStore
-from d2v_scale.data.shard_index import SetIndex, file_sha256
+from d2v_scale.data.shard_index import SetIndex
 from d2v_scale.data.shard_set import find_shards
 from d2v_scale.data.writing import write_set
+from d2v_scale.files import file_sha256
 from d2v_scale.model.config import ModelConfig, TextStem
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
