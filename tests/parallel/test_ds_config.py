@@ -142,10 +142,10 @@ def test_a_teacher_leaves_the_functions_of_torch_alone() -> None:
     assert zero["memory_efficient_linear"] is False
 
 
-def test_the_teacher_is_gathered_behind_its_update() -> None:
-    """DeepSpeed's default at stage 3 gathers on a stream that does not wait for it."""
-    student = resolve({"zero_optimization": {"stage": 3, "overlap_comm": True}})
-    assert ds_config.teacher_config(student, "bf16", offload=False)["zero_optimization"]["overlap_comm"] is False
+def test_the_teacher_is_gathered_on_a_stream_of_its_own() -> None:
+    """On the default stream its gathers waited for the student's work; `ShardedTeacher` orders them itself."""
+    student = resolve({"zero_optimization": {"stage": 3, "overlap_comm": False}})
+    assert ds_config.teacher_config(student, "bf16", offload=False)["zero_optimization"]["overlap_comm"] is True
 
 
 def test_bf16_at_stage_1_does_not_hold_all_gradients_in_fp32() -> None:
