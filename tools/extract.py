@@ -4,19 +4,22 @@
     srun python tools/extract.py runs/vit 'shards/{000000..000999}.tar' features/        # one process per task
     torchrun --nproc_per_node 8 tools/extract.py runs/vit 'shards/*.tar' features/ --format shards --pool none
 
-Processes take turns at the shards by RANK and WORLD_SIZE (or SLURM_PROCID and SLURM_NTASKS). A file that is there is
-complete and is not made again, so an interrupted run continues with any number of processes.
+Processes take turns at the shards by RANK and WORLD_SIZE (or SLURM_PROCID and SLURM_NTASKS), each on the GPU of its
+LOCAL_RANK (or SLURM_LOCALID). A file that is there is complete and is not made again, so an interrupted run continues
+with any number of processes; extract.json says of what encoder and shards the files are, and others are refused.
 
 Parquet: columns key, label (-1: none), features. Shards: KEY.npy and KEY.cls, with an index. Features are fp32 (D,),
-the mean over the layers and the valid positions, or with `--pool none` fp16 (T, D).
+the mean over the layers and the valid positions, or with `--pool none` fp16 (T, D), which Parquet has as fp32.
 """
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,12 +28,16 @@ from numpy.typing import NDArray
 from d2v_scale.data.config import SourceConfig
 from d2v_scale.data.labelled import LabelledSet
 from d2v_scale.data.shard_index import SetIndex, ShardEntry, atomic_file, index_shard
-from d2v_scale.data.shard_set import INDEX_SUFFIX, find_shards, is_remote
+from d2v_scale.data.shard_set import INDEX_SUFFIX, ShardSet, find_shards, is_remote
 from d2v_scale.data.writing import is_written, members_file, write_shard
 from d2v_scale.errors import EXIT_BAD_INPUT, DataError, UserError
 from d2v_scale.evaluation.features import mean_over_positions
 from d2v_scale.evaluation.frozen import FrozenEncoder
 from d2v_scale.interop.exporting import pick_modality
+
+
+_RECORD = "extract.json"
+_ROW_GROUP_BYTES = 64 << 20
 
 
 @dataclass
@@ -63,22 +70,47 @@ def features_of(
 
 
 def write_parquet(path: Path, samples: Iterator[Extracted]) -> int:
-    """Write one Parquet file, atomically; returns the number of rows."""
-    import pyarrow  # type: ignore[import-untyped]
+    """Write one Parquet file, atomically, holding one row group in memory; returns the number of rows."""
     import pyarrow.parquet  # type: ignore[import-untyped]
 
-    rows = list(samples)
-    kind = pyarrow.list_(pyarrow.float32())
+    groups = _row_groups(samples)
+    rows = next(groups)
+    written = len(rows)
+    table = _table(rows)
+    with atomic_file(path) as temporary, pyarrow.parquet.ParquetWriter(temporary, table.schema) as writer:
+        writer.write_table(table)
+        for rows in groups:
+            writer.write_table(_table(rows))
+            written += len(rows)
+    return written
+
+
+def _row_groups(samples: Iterator[Extracted]) -> Iterator[list[Extracted]]:
+    """The samples in lists of so many bytes; a first list always."""
+    rows: list[Extracted] = []
+    size = 0
+    for row in samples:
+        if size >= _ROW_GROUP_BYTES:
+            yield rows
+            rows, size = [], 0
+        rows.append(row)
+        size += row.features.nbytes
+    yield rows
+
+
+def _table(rows: list[Extracted]) -> Any:
+    import pyarrow  # type: ignore[import-untyped]
+
+    width = rows[0].features.shape[-1] if rows else 1
+    values = np.concatenate([row.features.ravel() for row in rows] or [np.zeros(0)]).astype(np.float32)
+    vectors = np.arange(0, len(values) + 1, width, dtype=np.int32)
+    features = pyarrow.ListArray.from_arrays(vectors, pyarrow.array(values))
     if rows and rows[0].features.ndim == 2:
-        kind = pyarrow.list_(kind)
-    columns = {
-        "key": [row.key for row in rows],
-        "label": pyarrow.array([row.label for row in rows], type=pyarrow.int64()),
-        "features": pyarrow.array([row.features.tolist() for row in rows], type=kind),
-    }
-    with atomic_file(path) as temporary:
-        pyarrow.parquet.write_table(pyarrow.table(columns), temporary)
-    return len(rows)
+        ends = np.cumsum([0, *(len(row.features) for row in rows)], dtype=np.int32)
+        features = pyarrow.ListArray.from_arrays(ends, features)
+    labels = pyarrow.array([row.label for row in rows], type=pyarrow.int64())
+    keys = pyarrow.array([row.key for row in rows], type=pyarrow.string())
+    return pyarrow.table({"key": keys, "label": labels, "features": features})
 
 
 def write_tar(path: Path, samples: Iterator[Extracted]) -> int:
@@ -100,10 +132,13 @@ def extract(arguments: argparse.Namespace) -> None:
     targets = [arguments.out / (target_name(path) + suffix) for path in found.paths]
     if len(set(targets)) < len(targets):
         raise DataError("Two shards have the same file name.", "Extract them into different directories.")
+    record_making(arguments, encoder, modality, found, targets)
     recipe = encoder.recipe
+    kept = 0
     for number in range(rank, len(targets), world_size):
         target = targets[number]
         if target.is_file() and (suffix == ".parquet" or is_written(target)):
+            kept += 1
             continue
         lost: list[int] = []
         samples = LabelledSet(
@@ -118,10 +153,49 @@ def extract(arguments: argparse.Namespace) -> None:
         rows = features_of(encoder, samples, arguments.layers, arguments.pool, lost)
         written = (write_parquet if suffix == ".parquet" else write_tar)(target, rows)
         print(f"{target}: {written} samples, {len(samples) - written} lost", flush=True)
+    if kept:
+        print(f"{kept} of {len(range(rank, len(targets), world_size))} files were there already", flush=True)
     if suffix == ".tar" and found.index is not None and all(is_written(target) for target in targets):
         entries: list[ShardEntry] = [index_shard(t, members_file(t), t.parent) for t in targets]
         index = SetIndex(modality=modality, shards=entries, classes=found.index.classes)
         index.save(arguments.out / f"features{INDEX_SUFFIX}")
+
+
+def record_making(
+    arguments: argparse.Namespace, encoder: FrozenEncoder, modality: str, found: ShardSet, targets: list[Path]
+) -> None:
+    """Write into the folder of what encoder and shards its files are; those of earlier calls stay in it.
+
+    Raises DataError where there are features of others, or of unknown ones. All processes write the same.
+    """
+    path = arguments.out / _RECORD
+    making: dict[str, Any] = {
+        "checkpoint": str(encoder.source.resolve()),
+        "step": encoder.step,
+        "weights": encoder.weights,
+        "modality": modality,
+        "layers": arguments.layers,
+        "pool": arguments.pool,
+    }
+    shards = {target.name: found.one(number).entries[0].sha256 for number, target in enumerate(targets)}
+    remedy = "Extract into another folder, or remove the files."
+    known: dict[str, str] = {}
+    if path.is_file():
+        try:
+            before = json.loads(path.read_text())
+            known = before.pop("shards")
+        except (ValueError, KeyError, AttributeError) as error:
+            raise DataError(f"{path} cannot be read: {error!r}.", remedy) from error
+        for name, value in making.items():
+            if before.get(name) != value:
+                raise DataError(f"{path}: the features there are of {name} {before.get(name)}, not {value}.", remedy)
+    for target in targets:
+        if known.get(target.name, shards[target.name]) != shards[target.name]:
+            raise DataError(f"{path}: {target.name} is of another shard of that name.", remedy)
+        if target.name not in known and target.exists():
+            raise DataError(f"{target} is there, and {path} does not say what it is of.", remedy)
+    with atomic_file(path) as temporary:
+        temporary.write_text(json.dumps(making | {"shards": known | shards}, indent=1) + "\n")
 
 
 def target_name(path: str) -> str:
@@ -136,6 +210,10 @@ def process_number() -> tuple[int, int]:
     for rank, size in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")):
         if rank in os.environ and size in os.environ:
             number, count = int(os.environ[rank]), int(os.environ[size])
+            if rank == "SLURM_PROCID" and "LOCAL_RANK" not in os.environ:
+                # Slurm may show a task its own GPU only.
+                local = int(os.environ.get("SLURM_LOCALID", "0")) % max(1, torch.cuda.device_count())
+                os.environ["LOCAL_RANK"] = str(local)
             # The encoder runs in a world of one.
             os.environ.pop("RANK", None), os.environ.pop("WORLD_SIZE", None)
             return number, count

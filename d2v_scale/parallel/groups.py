@@ -161,12 +161,12 @@ def initialize(config: ParallelConfig | None = None, timeout_minutes: float = 30
 
 
 def single_process() -> Topology:
-    """A world of one, without launcher, environment variables or ports. For tools and tests."""
+    """A world of one, without launcher or ports, on the GPU of LOCAL_RANK where that is set. For tools and tests."""
     prepare_accelerator()
     import deepspeed
     from deepspeed.accelerator import get_accelerator
 
-    device = _select_device(0)
+    device = _select_device(int(os.environ.get("LOCAL_RANK", "0")))
     if not dist.is_initialized():
         backend = get_accelerator().communication_backend_name()
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)

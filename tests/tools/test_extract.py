@@ -1,6 +1,7 @@
 """tools/extract.py"""
 
 import importlib
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +28,7 @@ class Colours:
     """An encoder whose features are the patches' mean colours, in layer 1 negated."""
 
     device = torch.device("cpu")
+    source, step, weights = Path("checkpoint"), 7, "teacher"
     recipe = Recipe(model=ModelConfig(vision=VisionStem(image_size=8, patch_size=4)))
 
     def hidden_states(self, batch: Batch) -> list[Tensor]:
@@ -59,12 +61,13 @@ def test_processes_share_the_shards_and_finished_ones_are_not_made_again(
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert extract(tmp_path / "out") == 0
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["test-000001.parquet"]
+    assert [path.name for path in (tmp_path / "out").glob("*.parquet")] == ["test-000001.parquet"]
     capsys.readouterr()
     assert extract(tmp_path / "out") == 0
     printed = capsys.readouterr().out
     assert "test-000000.parquet: 9 samples, 1 lost" in printed
     assert "test-000001" not in printed
+    assert "1 of 3 files were there already" in printed
     table = pyarrow.parquet.read_table(tmp_path / "out" / "test-000000.parquet")
     assert table["key"].to_pylist() == [f"image-{k:04d}" for k in range(10) if k != 3]
     assert table["label"].to_pylist() == [-1 if k == 5 else k % 3 for k in range(10) if k != 3]
@@ -104,3 +107,59 @@ def test_a_stem_is_chosen_where_there_are_several_and_must_be_there(
     assert extract(tmp_path / "out") == 2
     assert "Choose one with --modality" in capsys.readouterr().err
     assert extract(tmp_path / "out", "--modality", "vision") == 0
+
+
+def test_features_of_another_encoder_or_shard_are_refused_not_kept(
+    extract: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever lay there was kept without a word."""
+    out = tmp_path / "out"
+    assert extract(out, shards=tmp_path / "shards" / "test-000000.tar") == 0
+    assert extract(out) == 0  # more shards of the same set
+
+    def refused(*options: object) -> str:
+        capsys.readouterr()
+        assert extract(out, *options) == 2
+        return capsys.readouterr().err
+
+    assert "layers [-1], not [0]" in refused("--layers", 0)
+    assert "pool mean, not none" in refused("--pool", "none")
+    for name, value in (("step", 8), ("weights", "student"), ("source", Path("other"))):
+        with monkeypatch.context() as changed:
+            changed.setattr(Colours, name, value)
+            assert f"not {Path('other').resolve() if name == 'source' else value}" in refused()
+    assert extract(out) == 0
+    write_set(tmp_path / "shards", "test", "vision", image_samples(25, side=16), per_shard=10)
+    assert "test-000000.parquet is of another shard" in refused()
+    (out / "extract.json").unlink()
+    assert "does not say what it is of" in refused()
+
+
+@pytest.mark.parametrize("lengths", [[5, 0, 3, 4], None])
+def test_parquet_is_written_in_row_groups(
+    extract: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lengths: list[int] | None
+) -> None:
+    """A whole shard of (T, D) features was held as Python numbers."""
+    module = importlib.import_module("extract")
+    monkeypatch.setattr(module, "_ROW_GROUP_BYTES", 24)
+    rng = np.random.default_rng(0)
+    made = [rng.random((n, 3)).astype(np.float16) for n in lengths] if lengths else list(rng.random((4, 3), np.float32))
+    rows = (module.Extracted(f"k{k}", k, features) for k, features in enumerate(made))
+    assert module.write_parquet(tmp_path / "a.parquet", rows) == 4
+    assert pyarrow.parquet.ParquetFile(tmp_path / "a.parquet").num_row_groups == 2
+    table = pyarrow.parquet.read_table(tmp_path / "a.parquet")
+    assert table["features"].to_pylist() == [features.tolist() for features in made]
+    assert table["label"].to_pylist() == [0, 1, 2, 3]
+
+
+def test_tasks_of_slurm_take_the_gpus_of_their_node_in_turn(
+    extract: Callable[..., int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("SLURM_PROCID", "13"), ("SLURM_NTASKS", "16"), ("SLURM_LOCALID", "5"), ("LOCAL_RANK", "")):
+        monkeypatch.setenv(name, value)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for gpus, expected in ((8, "5"), (1, "0")):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda gpus=gpus: gpus)
+        assert importlib.import_module("extract").process_number() == (13, 16)
+        assert os.environ.pop("LOCAL_RANK") == expected
