@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 
-from d2v_scale.errors import ConfigError
+from d2v_scale.errors import ConfigError, require_within
 
 
 @dataclass(kw_only=True)
@@ -41,16 +41,22 @@ class OptimConfig:
 
     def check(self) -> None:
         """Raises ConfigError for values that contradict each other."""
-        if self.max_steps < 1:
-            raise ConfigError("optim.max_steps", f"is {self.max_steps}", "Give at least 1.")
+        require_within("optim.max_steps", self.max_steps, 1)
+        for key in ("lr", "min_lr", "eps", "weight_decay"):
+            require_within(f"optim.{key}", getattr(self, key), 0)
+        if self.schedule in ("cosine", "polynomial") and self.min_lr > self.lr:
+            raise ConfigError("optim.min_lr", f"is {self.min_lr}, above optim.lr {self.lr}", "Give at most optim.lr.")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ConfigError("optim.betas", f"is {list(self.betas)}", "Both must be in [0, 1).")
         if self.schedule != "tri_stage" and not 0 <= self.warmup_steps < self.max_steps:
             raise ConfigError(
                 "optim.warmup_steps",
                 f"is {self.warmup_steps}, while optim.max_steps is {self.max_steps}",
                 "Warm-up must end before the run does.",
             )
-        if self.schedule == "tri_stage" and (len(self.phase_ratio) != 3 or abs(sum(self.phase_ratio) - 1) > 1e-6):
-            raise ConfigError("optim.phase_ratio", f"is {self.phase_ratio}", "Give three shares that add up to 1.")
+        ratio = self.phase_ratio
+        if self.schedule == "tri_stage" and (len(ratio) != 3 or min(ratio) < 0 or abs(sum(ratio) - 1) > 1e-6):
+            raise ConfigError("optim.phase_ratio", f"is {ratio}", "Give three shares that add up to 1.")
         if self.schedule == "tri_stage" and not (
             len(self.phase_scale) == 2 and self.phase_scale[0] >= 0 and self.phase_scale[1] > 0
         ):

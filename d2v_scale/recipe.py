@@ -10,9 +10,9 @@ from typing import Any, Literal
 
 from d2v_scale.checkpoint.config import CheckpointConfig
 from d2v_scale.data.config import DataConfig
+from d2v_scale.data2vec import targets
 from d2v_scale.data2vec.config import ObjectiveConfig
-from d2v_scale.data2vec.targets import first_tapped_layer, split_norms
-from d2v_scale.errors import ConfigError
+from d2v_scale.errors import ConfigError, require_above_zero, require_within
 from d2v_scale.evaluation.config import EvaluationConfig
 from d2v_scale.finetuning.config import TaskConfig
 from d2v_scale.model.config import ModelConfig, TeacherParts
@@ -88,7 +88,10 @@ class Recipe:
 
     def check(self, world_size: int) -> None:
         """Raises ConfigError for what contradicts itself. Pure: before any process group is formed."""
-        self.optim.check()
+        require_within("max_skipped_in_a_row", self.max_skipped_in_a_row, 1)
+        require_above_zero("hang_limit_minutes", self.hang_limit_minutes)
+        for section in (self.optim, self.checkpoint, self.tracking, self.evaluation):
+            section.check()
         self.profile.bounds()
         self._check_model()
         if self.task is None:
@@ -115,9 +118,9 @@ class Recipe:
 
     def _check_objective(self) -> None:
         objective, model = self.objective, self.model
-        first_tapped_layer(objective.target, model.backbone.depth)
-        split_norms(objective.target.layer_norm, "objective.target.layer_norm")
-        split_norms(objective.target.final_norm, "objective.target.final_norm")
+        objective.check()
+        targets.first_tapped_layer(objective.target, model.backbone.depth)
+        targets.accumulator(objective.target)
         if objective.masking.clones > 1 and not model.visible_only:
             raise ConfigError(
                 "objective.masking.clones",
@@ -138,8 +141,8 @@ class Recipe:
 
     def _check_sizes(self, world_size: int) -> None:
         replicas = data_parallel_size(self.parallel, world_size)
-        if self.accumulation < 1:
-            raise ConfigError("accumulation", f"is {self.accumulation}", "Give at least 1.")
+        require_within("accumulation", self.accumulation, 1)
+        require_within("global_batch_size", self.global_batch_size, 1)
         if self.model.backbone.heads % self.parallel.tensor:
             raise ConfigError(
                 "parallel.tensor", f"{self.parallel.tensor} does not divide the {self.model.backbone.heads} heads"

@@ -228,7 +228,7 @@ def train(run: Run, stop_flag: StopFlag, agreement: Agreement, watchdog: Watchdo
         if run.step == end or (recipe.tracking.plot_every and run.step % recipe.tracking.plot_every == 0):
             with observer.meter.paused():
                 draw_pictures(run)
-        if run.step % recipe.checkpoint.every == 0:
+        if recipe.checkpoint.due(run.step):
             with observer.meter.paused():
                 save(run)
         report_saves(run)

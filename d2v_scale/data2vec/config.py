@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from d2v_scale.errors import require_above_zero, require_within
+
 
 @dataclass(kw_only=True)
 class MaskingConfig:
@@ -27,6 +29,12 @@ class MaskingConfig:
     """Smallest block, patches (blockwise)."""
     clones: int = 1
     """M: masks per sample; the teacher runs once for all of them."""
+
+    def check(self) -> None:
+        """Raises ConfigError for values that no mask can be drawn with."""
+        require_within("objective.masking.prob", self.prob, 0, 1)
+        for key in ("length", "target_count", "min_block", "clones"):
+            require_within(f"objective.masking.{key}", getattr(self, key), 1)
 
 
 @dataclass(kw_only=True)
@@ -58,6 +66,13 @@ class LossConfig:
     cls_weight: float = 0.0
     """Weight of the CLS term, a mean per row (2.0 vision)."""
 
+    def check(self) -> None:
+        """Raises ConfigError for values that make no loss."""
+        require_within("objective.loss.beta", self.beta, 0)
+        require_within("objective.loss.cls_weight", self.cls_weight, 0)
+        if self.scale is not None:
+            require_above_zero("objective.loss.scale", self.scale)
+
 
 @dataclass(kw_only=True)
 class EmaConfig:
@@ -69,6 +84,12 @@ class EmaConfig:
     """Linear from start to end over this many optimizer updates."""
     index: Literal["completed", "zero_based"] = "completed"
     """Which update number the schedule is read at: fairseq counts completed updates, BEiT starts at 0."""
+
+    def check(self) -> None:
+        """Raises ConfigError for what is no decay. 1 is one: it freezes the teacher."""
+        require_within("objective.ema.start", self.start, 0, 1)
+        require_within("objective.ema.end", self.end, 0, 1)
+        require_within("objective.ema.anneal_steps", self.anneal_steps, 0)
 
 
 @dataclass(kw_only=True)
@@ -92,6 +113,11 @@ class HealthConfig:
     patience: int = 3
     """Consecutive log points below a limit before the run is stopped; each one before is a warning."""
 
+    def check(self) -> None:
+        """Raises ConfigError for values that the verdict cannot be read from."""
+        require_within("objective.health.after", self.after, 0)
+        require_within("objective.health.patience", self.patience, 1)
+
 
 @dataclass(kw_only=True)
 class ObjectiveConfig:
@@ -103,3 +129,10 @@ class ObjectiveConfig:
     ema: EmaConfig = field(default_factory=EmaConfig)
     health: HealthConfig = field(default_factory=HealthConfig)
     compat: CompatConfig = field(default_factory=CompatConfig)
+
+    def check(self) -> None:
+        """Raises ConfigError for values out of their range; what depends on the model is checked by the recipe."""
+        self.masking.check()
+        self.loss.check()
+        self.ema.check()
+        self.health.check()

@@ -1,21 +1,13 @@
 """What an encoder is fine-tuned for, and how gently."""
 
-import math
 from dataclasses import dataclass, field
 from typing import Literal
 
 from d2v_scale.data.labels import LETTERS
 from d2v_scale.data2vec.config import MaskingConfig
-from d2v_scale.errors import ConfigError
+from d2v_scale.errors import ConfigError, require_within
 from d2v_scale.finetuning.metric_names import METRICS, Metric
 from d2v_scale.model.config import ModelConfig
-
-
-def require_within(key: str, value: float, least: float, most: float = math.inf) -> None:
-    """Raises ConfigError for a value outside of these bounds, which are allowed."""
-    if not least <= value <= most:
-        bounds = f"at least {least}" if most == math.inf else f"a value from {least} to {most}"
-        raise ConfigError(key, f"is {value}", f"Give {bounds}.")
 
 
 @dataclass(kw_only=True)

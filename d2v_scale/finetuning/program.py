@@ -172,7 +172,7 @@ def train(run: TaskRun, stop_flag: StopFlag, agreement: Agreement, watchdog: Wat
         if run.step == end or (recipe.evaluation.every and run.step % recipe.evaluation.every == 0):
             with meter.paused():
                 evaluate(run)
-        if run.step % recipe.checkpoint.every == 0:
+        if recipe.checkpoint.due(run.step):
             with meter.paused():
                 save(run)
         report_saves(run)

@@ -76,7 +76,7 @@ class RunTracker:
 
     def due(self, step: int, last_step: int | None = None) -> bool:
         """Whether this step is recorded: the first, the last and every `log_every`-th."""
-        return step == 1 or step == last_step or step % max(1, self.config.log_every) == 0
+        return step == 1 or step == last_step or step % self.config.log_every == 0
 
     def log(self, step: int, samples: int, values: Mapping[str, float]) -> None:
         """Append a record. `step`: completed optimizer steps; `samples`: seen by the whole job so far.
