@@ -35,7 +35,6 @@ from d2v_scale.evaluation.features import mean_over_positions
 from d2v_scale.evaluation.frozen import FrozenEncoder
 from d2v_scale.interop.exporting import pick_modality
 
-
 _RECORD = "extract.json"
 _ROW_GROUP_BYTES = 64 << 20
 
