@@ -1,0 +1,43 @@
+"""Checkpoints of small models with random weights, and the tools that export and import them."""
+
+import importlib.util
+import json
+from pathlib import Path
+from types import ModuleType
+
+import tiny_models
+import torch
+
+from d2v_scale.checkpoint import write_single
+from d2v_scale.data2vec.config import LossConfig, ObjectiveConfig
+from d2v_scale.model.stack import Student
+from d2v_scale.recipe import Recipe, to_dict
+
+TOOLS = Path(__file__).parents[1] / "tools"
+
+
+def tool(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, TOOLS / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def checkpoint_of(name: str, tmp_path: Path) -> Path:
+    """A checkpoint whose student and teacher have different random weights."""
+    torch.manual_seed(0)
+    model = tiny_models.model(name)
+    objective = ObjectiveConfig(target=tiny_models.target_of(name))
+    if name == "v1_vision":
+        objective.loss = LossConfig(beta=2.0, reduction="mean_channels")
+    recipe = Recipe(name=name, model=model, objective=objective)
+    parts = recipe.parts()
+    shapes = {n: p.shape for n, p in Student(model).named_parameters()}
+    student = {n: 0.3 * torch.randn(shape) + (n.endswith("norm1.weight")) for n, shape in shapes.items()}
+    teacher = {n: t + 0.1 * torch.randn_like(t) for n, t in student.items() if parts.role(n) == "averaged"}
+    teacher |= {n: t for n, t in student.items() if parts.role(n) == "copied"}
+    extra = {"recipe": json.loads(json.dumps(to_dict(recipe)))}
+    write_single(tmp_path / "run" / "checkpoints", student, teacher, extra)
+    return tmp_path / "run"
