@@ -26,9 +26,8 @@ class Features:
     """The samples' keys in their shards."""
 
     def last(self, layers: int) -> Tensor:
-        """(N, D): the mean over the last `layers` layers, each standardised per sample so that none dominates."""
-        chosen = self.layers_lnd[-layers:]
-        return torch.nn.functional.layer_norm(chosen, chosen.shape[-1:]).mean(dim=0)
+        """(N, D): see `mean_over_layers`; of the last `layers` layers."""
+        return mean_over_layers(self.layers_lnd[-layers:])
 
 
 @torch.no_grad()
@@ -52,6 +51,11 @@ def extract(
         labels.append(torch.as_tensor(labels_b, dtype=torch.int64).cpu())
         keys += batch.keys
     return Features(layers_lnd=torch.cat(pooled, dim=1), labels_n=torch.cat(labels), keys=keys)
+
+
+def mean_over_layers(layers_lnd: Tensor) -> Tensor:
+    """(N, D): the mean over layers, each standardised per sample so that none dominates."""
+    return torch.nn.functional.layer_norm(layers_lnd, layers_lnd.shape[-1:]).mean(dim=0)
 
 
 def mean_over_positions(x_btd: Tensor, valid_bt: Tensor | None) -> Tensor:

@@ -13,7 +13,7 @@ from d2v_scale.data.batch import Batch
 from d2v_scale.data.class_names import agreed_classes
 from d2v_scale.data.labelled import LabelledSet
 from d2v_scale.evaluation.config import EvaluationConfig
-from d2v_scale.evaluation.features import mean_over_positions
+from d2v_scale.evaluation.features import mean_over_layers, mean_over_positions
 from d2v_scale.evaluation.knn import knn, whitened
 from d2v_scale.evaluation.samples import require_same, samples_without_labels
 from d2v_scale.model.stack import Student, Teacher
@@ -120,10 +120,10 @@ class OnlineEvaluation:
         return torch.cat([found[index] for index in range(len(batches))]), torch.cat(labels)
 
     def _pooled(self, batch: Batch) -> Tensor:
-        """(B, D) on the CPU: mean over positions of each chosen layer, standardised, then the mean over layers."""
+        """(B, D) on the CPU: mean over positions of each chosen layer, then `mean_over_layers`."""
         depth = self._depth
         pooled_lbd, _ = self._states(batch, [layer for layer in self.config.layers if -depth <= layer < depth])
-        return F.layer_norm(pooled_lbd, pooled_lbd.shape[-1:]).mean(0).cpu()
+        return mean_over_layers(pooled_lbd).cpu()
 
     def gallery(self, recipe: Recipe, step: int) -> Gallery:
         """What pictures of the first samples are drawn from. Collective: all ranks must call."""

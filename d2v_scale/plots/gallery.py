@@ -18,6 +18,7 @@ from d2v_scale.data.config import SAMPLE_RATE
 from d2v_scale.data.text import Tokenizer
 from d2v_scale.data2vec import masking
 from d2v_scale.data2vec.config import MaskingConfig
+from d2v_scale.evaluation.features import mean_over_layers
 from d2v_scale.evaluation.knn import whitened
 from d2v_scale.plots.relations import Sample, plot_cka, plot_neighbours
 from d2v_scale.plots.samples import plot_masks, plot_pca, plot_similarity
@@ -71,8 +72,7 @@ def draw_gallery(folder: Path, gallery: Gallery) -> list[Path]:
     word = Tokenizer(Path(gallery.tokenizer)).piece if gallery.tokenizer else None
     shown = masked(batch, valid_bt, gallery.masks, gallery.seed, gallery.step)
     paths = [plot_masks(shown, folder / "masks.png", decode=word)]
-    chosen = gallery.teacher_lnd[-_LAST_LAYERS:]
-    features = torch.nn.functional.layer_norm(chosen, chosen.shape[-1:]).mean(dim=0)
+    features = mean_over_layers(gallery.teacher_lnd[-_LAST_LAYERS:])
     features, _ = whitened(features, features)  # as for the k-NN accuracy
     samples = [_sample(batch, row, decode) for row in range(len(labels))]
     paths.append(plot_neighbours(features, samples, labels, folder / "neighbours.png"))
