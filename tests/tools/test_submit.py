@@ -67,7 +67,7 @@ def test_a_model_that_does_not_fit_is_not_submitted(tmp_path: Path) -> None:
 
 
 def test_dry_run_only_lets_slurm_check(tmp_path: Path) -> None:
-    done, asked = submit(tmp_path, "--recipe", "d2v2_vision_huge14", "--dry-run")
+    done, asked = submit(tmp_path, "--recipe", "d2v2_vision_huge14", "--dry_run")
     assert asked[0] == "--test-only"
     assert "job 4711" not in done.stdout
 

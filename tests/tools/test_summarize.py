@@ -6,7 +6,7 @@ import pytest
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "tools"))
 
-import summarize  # noqa: E402
+import summarize
 
 
 def test_a_record_whose_last_line_is_torn_is_summarized(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
