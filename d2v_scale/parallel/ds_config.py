@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 
 from d2v_scale.errors import ConfigError
+from d2v_scale.parallel.ds_keys import check_keys
 from d2v_scale.parallel.groups import ParallelConfig, data_parallel_size
 
 
@@ -50,10 +51,12 @@ def resolve(raw: dict[str, Any], numbers: RecipeNumbers, parallel: ParallelConfi
     Pure: forms no process group and allocates nothing.
     """
     replicas = data_parallel_size(parallel, world_size)
+    check_keys(raw)
     check_legal(raw, parallel, numbers)
     _refuse_second_owner(raw)
+    _check_dtypes(raw, numbers)
     config = copy.deepcopy(raw)
-    for key in ("train_batch_size", "fp16", "amp", "optimizer", "scheduler"):
+    for key in ("train_batch_size", "fp16", *(key for key, _ in _SECOND_OWNERS)):
         config.pop(key, None)
     micro_batch_size = None
     if numbers.global_batch_size is not None:
@@ -116,11 +119,12 @@ def check_legal(raw: dict[str, Any], parallel: ParallelConfig, numbers: RecipeNu
     """Raises ConfigError, with the reason, for combinations that do not work."""
     zero = raw.get("zero_optimization", {})
     stage = zero.get("stage", 0)
-    if stage not in (1, 2, 3):
+    if type(stage) is not int or stage not in (1, 2, 3):
+        why = "; stage 0 gives no verdict on non-finite steps and no fp32 weights in bf16" if stage == 0 else ""
         raise ConfigError(
             "zero_optimization.stage",
-            f"is {stage}; stage 0 gives no verdict on non-finite steps and no fp32 weights in bf16",
-            "Use 1, 2 or 3 (stage 1 also for a single process).",
+            f"is {stage!r}{why}",
+            "Use the number 1, 2 or 3 (stage 1 also for a single process).",
         )
     if parallel.pipeline > 1 and stage > 1:
         raise ConfigError(
@@ -196,12 +200,31 @@ _SECOND_OWNERS: list[tuple[str, str]] = [
     ("elasticity", "the global batch size is the recipe's at any world size"),
     ("curriculum_learning", "the data plan is the recipe's"),
     ("data_efficiency", "the data plan is the recipe's"),
+    ("prescale_gradients", "the loss is divided by what was masked in the whole step"),
+    ("gradient_predivide_factor", "the loss is divided by what was masked in the whole step"),
+    ("gradient_allreduce_op", "the loss is divided by what was masked in the whole step"),
+    ("compression_training", "the teacher follows the whole weights"),
+    ("quantize_training", "the teacher follows the whole weights"),
+    ("weight_quantization", "the teacher follows the whole weights"),
+    ("sparse_gradients", "gradients are dense"),
+    ("sparse_attention", "attention is the model's"),
+    ("progressive_layer_drop", "the recipe's model.backbone.layer_drop skips blocks"),
+    ("hybrid_engine", "the model generates nothing"),
+    ("expert_parallel", "the model has no experts"),
 ]
+
+_DEFAULTS: dict[str, Any] = {
+    "prescale_gradients": False,
+    "gradient_predivide_factor": 1.0,
+    "gradient_allreduce_op": "mean",
+    "sparse_gradients": False,
+}
+"""Of keys in `_SECOND_OWNERS`: what DeepSpeed does without them, which may be written out."""
 
 
 def _refuse_second_owner(raw: dict[str, Any]) -> None:
     for key, owner in _SECOND_OWNERS:
-        if raw.get(key) not in (None, "auto"):
+        if raw.get(key) not in (None, "auto", _DEFAULTS.get(key)):
             raise ConfigError(key, f"is set in the DeepSpeed JSON, but {owner}", "Remove it from the JSON.")
     if raw.get("fp16", {}).get("enabled") not in (None, False):
         raise ConfigError("fp16.enabled", "fp16 is not supported", "Use bf16 (precision: bf16) or fp32.")
@@ -210,6 +233,21 @@ def _refuse_second_owner(raw: dict[str, Any]) -> None:
     for key in ("bf16_master_weights_and_grads", "bf16_optimizer_states"):
         if raw.get("bf16", {}).get(key):
             raise ConfigError(f"bf16.{key}", "master weights and moments must be fp32", "Remove it.")
+
+
+def _check_dtypes(raw: dict[str, Any], numbers: RecipeNumbers) -> None:
+    """Gradients are added up in fp32, or in the recipe's precision where DeepSpeed does so by itself."""
+    types = raw.get("data_types", {})
+    given = {
+        "communication_data_type": raw.get("communication_data_type"),
+        "data_types.grad_accum_dtype": types.get("grad_accum_dtype"),
+    }
+    for key, dtype in given.items():
+        if dtype not in (None, "auto", "fp32", numbers.precision):
+            raise ConfigError(key, f"is {dtype!r} with precision {numbers.precision}", "Give fp32, or leave it out.")
+    for key in ("param_dtype", "buffer_dtype"):
+        if types.get(key) not in (None, "auto"):
+            raise ConfigError(f"data_types.{key}", f"is {types[key]!r}", "Leave it out: precision is the recipe's.")
 
 
 def _bf16_stage1(raw: dict[str, Any]) -> bool:

@@ -78,12 +78,30 @@ def test_a_batch_that_does_not_divide_rounds_the_label_up() -> None:
         ({"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}, "zero_optimization.offload_param"),
         ({"tensor_parallel": {"autotp_size": 2}}, "tensor_parallel.autotp_size"),
         ({"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}, "torch_autocast"),
+        ({"prescale_gradients": True}, "prescale_gradients"),
+        ({"gradient_predivide_factor": 2.0}, "gradient_predivide_factor"),
+        ({"gradient_allreduce_op": "sum"}, "gradient_allreduce_op"),
+        ({"communication_data_type": "fp16"}, "communication_data_type"),
+        ({"communication_data_type": "bf16"}, "communication_data_type"),
+        ({"data_types": {"grad_accum_dtype": "fp16"}}, "data_types.grad_accum_dtype"),
+        ({"data_types": {"param_dtype": "bf16"}}, "data_types.param_dtype"),
+        ({"sparse_gradients": True}, "sparse_gradients"),
+        ({"compression_training": {"weight_quantization": {}}}, "compression_training"),
+        ({"zero_optimization": {"stage": True}}, "zero_optimization.stage"),
+        ({"zero_optimization": {"stage": "3"}}, "zero_optimization.stage"),
+        ({"zero_optimization": {"stage": None}}, "zero_optimization.stage"),
     ],
 )
 def test_what_contradicts_or_cannot_work_is_refused_by_name(raw: dict, key: str) -> None:
     with pytest.raises(ConfigError) as caught:
         resolve(raw)
     assert caught.value.key == key
+
+
+def test_what_deepspeed_does_anyway_may_be_written_out_and_is_left_out() -> None:
+    written = {"prescale_gradients": False, "gradient_predivide_factor": 1.0, "sparse_gradients": False, "amp": None}
+    assert not written.keys() & resolve(written).keys()
+    assert resolve({"communication_data_type": "fp32"}, RecipeNumbers(precision="bf16"))
 
 
 def test_agreeing_numbers_are_accepted() -> None:
