@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import difflib
 import json
+import logging
 import os
 import re
 import types
@@ -17,6 +18,8 @@ import yaml
 from d2v_scale.committed import committed_steps
 from d2v_scale.errors import ConfigError
 from d2v_scale.recipe import Recipe, binding_differences, differences, to_dict
+
+log = logging.getLogger(__name__)
 
 RECIPES = Path(__file__).parent / "recipes"
 DEFAULT_RECIPE = "demo_vision"
@@ -65,6 +68,8 @@ def parse(arguments: list[str]) -> tuple[Recipe, Options]:
     if shards is not None:
         recipe.data.read_from(shards, recipe.model.modalities)
     options = Options(**given)
+    if options.reset_teacher and options.init_from is None:
+        raise ConfigError("reset_teacher", "is true without --init_from", "Give both, or neither.")
     if options.resume is not None and options.init_from is None:
         options.init_from, options.reset_teacher = _began_from(Path(options.resume))
     return recipe, options
@@ -75,6 +80,23 @@ def note_start(run_dir: Path, options: Options) -> None:
     if options.init_from is not None:
         text = json.dumps({"init_from": str(Path(options.init_from).resolve()), "reset_teacher": options.reset_teacher})
         (run_dir / START_FILE).write_text(text + "\n")
+
+
+def check_same_start(run_dir: Path, options: Options) -> None:
+    """Raises ConfigError when the run in `run_dir` has a checkpoint to go on from and began from other weights than
+    `--init_from` names."""
+    if options.init_from is None or not committed_steps(run_dir / "checkpoints"):
+        return
+    if not (run_dir / START_FILE).is_file():
+        log.warning("%s continues from its own checkpoint: --init_from is not read", run_dir)
+        return
+    began = json.loads((run_dir / START_FILE).read_text())["init_from"]
+    if began != str(Path(options.init_from).resolve()):
+        raise ConfigError(
+            "init_from",
+            f"is {options.init_from}, but the run in {run_dir} began from {began} and has a checkpoint since",
+            "Choose another --run_dir, or leave it out to continue that run.",
+        )
 
 
 def _began_from(run_dir: Path) -> tuple[str | None, bool]:

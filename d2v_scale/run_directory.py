@@ -15,6 +15,7 @@ from d2v_scale.command_line import (
     RECIPE_FILE,
     Options,
     check_same_recipe,
+    check_same_start,
     default_run_dir,
     dump,
     load_recipe,
@@ -56,6 +57,7 @@ def _problem(run_dir: Path, recipe: Recipe, options: Options, ds_config: dict[st
     """Write the configuration; what went wrong is returned, so that every rank can raise it."""
     try:
         check_same_recipe(recipe, run_dir, options.allow_recipe_change)
+        check_same_start(run_dir, options)
         run_dir.mkdir(parents=True, exist_ok=True)
         lock(run_dir)
         _write(run_dir, recipe, ds_config)

@@ -74,6 +74,7 @@ def supervise(run: AnyRun, stop_flag: StopFlag, train: Callable[..., Stop | None
         nodes,
         Watchdog(run.directory, rank=topology.rank, world_size=topology.world_size, limit_s=limit_s) as watchdog,
     ):
+        began = run.step
         stop = train(run, stop_flag, agreement, watchdog)
         with watchdog.allow(recipe.checkpoint.peer_timeout, "last checkpoint"):
             if (stop is None or stop.reason < StopReason.DATA_STARVED) and run.saved != run.step:
@@ -81,7 +82,7 @@ def supervise(run: AnyRun, stop_flag: StopFlag, train: Callable[..., Stop | None
             committed = run.writer.finish()
             report_saves(run)
             agreement.barrier()
-        reason, code = ("all steps done", EXIT_DONE) if stop is None else (str(stop), stop.exit_code)
+        reason, code = (completed(run, began), EXIT_DONE) if stop is None else (str(stop), stop.exit_code)
         details, lost_by_rank = zip(*agreement.gather((stop_flag.detail, run.loader.faults())), strict=True)
         if stop is not None and details[stop.rank]:
             reason = f"{reason}: {details[stop.rank]}"
@@ -101,6 +102,15 @@ def last_step(run: AnyRun) -> int:
     """The step this invocation ends at."""
     horizon = run.recipe.optim.max_steps
     return horizon if run.options.stop_at is None else min(horizon, run.options.stop_at)
+
+
+def completed(run: AnyRun, began: int) -> str:
+    """In words, what an invocation did that started after step `began` and reached its last step."""
+    if run.step > began or began >= run.recipe.optim.max_steps:
+        return "all steps done"
+    reason = f"already at step {began}, --stop_at {run.options.stop_at} leaves nothing to do"
+    log.warning("%s", reason)
+    return reason
 
 
 def report_saves(run: AnyRun) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from d2v_scale import command_line, errors, run_directory
+from d2v_scale.command_line import Options
 from d2v_scale.errors import ConfigError, UserError
 
 HOLDER = """
@@ -67,3 +68,30 @@ def test_a_run_that_is_resumed_before_its_first_checkpoint_begins_from_the_same_
     committed.write_text(json.dumps({}))
     _, later = command_line.parse(["--resume", str(tmp_path)])
     assert (later.init_from, later.reset_teacher) == (None, False)
+
+
+def test_resetting_the_teacher_of_nothing_is_refused() -> None:
+    with pytest.raises(ConfigError) as caught:
+        command_line.parse(["--reset_teacher", "true"])
+    assert caught.value.key == "reset_teacher"
+
+
+def test_other_weights_to_start_from_are_refused_once_the_run_goes_on_from_its_checkpoint(
+    tmp_path: Path, caplog
+) -> None:
+    began, other = Options(init_from=str(tmp_path / "a")), Options(init_from=str(tmp_path / "b"))
+    command_line.note_start(tmp_path, began)
+    command_line.check_same_start(tmp_path, other)
+    committed = tmp_path / "checkpoints" / "step-00000001" / "COMMITTED"
+    committed.parent.mkdir(parents=True)
+    committed.write_text(json.dumps({}))
+    # A requeued job gives the same again.
+    command_line.check_same_start(tmp_path, began)
+    command_line.check_same_start(tmp_path, Options())
+    with pytest.raises(ConfigError) as caught:
+        command_line.check_same_start(tmp_path, other)
+    assert caught.value.key == "init_from"
+    assert not caplog.text
+    (tmp_path / command_line.START_FILE).unlink()
+    command_line.check_same_start(tmp_path, other)
+    assert "--init_from is not read" in caplog.text

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from d2v_scale.signals import StopFlag, StopReason
-from d2v_scale.supervision import judge, report_losses
+from d2v_scale.supervision import completed, judge, report_losses
 
 
 def run_with(directory: Path, *, alarm: str | None = None, skipped: int = 0) -> Any:
@@ -43,3 +43,15 @@ def test_lost_samples_are_written_by_shard(tmp_path: Path, caplog) -> None:
     assert list(json.loads((tmp_path / "lost_samples.json").read_text()).items()) == [("b.tar", 5), ("a.tar", 2)]
     assert run.tracker.sent == [tmp_path / "lost_samples.json"]
     assert "7 samples were lost, most in b.tar" in caplog.text
+
+
+def test_a_run_that_is_beyond_its_stop_at_says_that_it_did_nothing(caplog) -> None:
+    run: Any = SimpleNamespace(
+        step=7, options=SimpleNamespace(stop_at=5), recipe=SimpleNamespace(optim=SimpleNamespace(max_steps=9))
+    )
+    assert completed(run, 4) == "all steps done"
+    assert not caplog.text
+    assert completed(run, 7) == "already at step 7, --stop_at 5 leaves nothing to do"
+    assert "already at step 7" in caplog.text
+    run.step = 9
+    assert completed(run, 9) == "all steps done"

@@ -18,13 +18,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("checkpoint", type=Path, help="run directory (its newest valid checkpoint) or checkpoint")
     parser.add_argument("out", type=Path, help="folder to write into")
     parser.add_argument("--to", choices=("hf", "safetensors", "fairseq"), default="hf", help="what to write")
-    parser.add_argument("--weights", choices=("teacher", "student"), default="teacher", help="whose averaged tensors")
+    parser.add_argument("--weights", choices=("teacher", "student"), help="whose averaged tensors (default: teacher)")
     parser.add_argument("--modality", choices=("vision", "speech", "text"), help="which one, where there are several")
     parser.add_argument("--tokenizer", type=Path, help="sentencepiece model (default: the one of the training data)")
     parser.add_argument("--log_model", type=Path, metavar="RUN", help="also log it as a model of this run in MLflow")
     options = parser.parse_args(arguments)
-    if options.log_model is not None and options.to != "hf":
-        parser.error("--log_model needs --to hf")
+    for name in ("log_model", "tokenizer"):
+        if getattr(options, name) is not None and options.to != "hf":
+            parser.error(f"--{name} needs --to hf")
+    if options.to == "safetensors" and options.modality is not None:
+        parser.error("--to safetensors writes all modalities: leave --modality out")
+    if options.to == "fairseq" and options.weights is not None:
+        parser.error("--to fairseq writes student and teacher: leave --weights out")
 
     warnings.filterwarnings("ignore")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -53,17 +58,24 @@ def run(options: argparse.Namespace) -> int:
     if recipe.task is not None:
         if options.to == "fairseq":
             raise UserError("A fine-tuned model has no form of the reference's here.", "Use --to hf or safetensors.")
-        # Its weights are the student's: there is no teacher.
-        options.weights = "student"
+        if options.weights == "teacher":
+            raise UserError("A fine-tuned model has no teacher.", "Leave --weights out.")
+    weights = options.weights or ("teacher" if recipe.task is None else "student")
+    whose = "student and teacher" if options.to == "fairseq" else f"the {weights}"
+    if options.to == "safetensors":
+        print(f"{checkpoint.path}: {recipe.name}, weights of {whose}")
+        print("\n".join(exporting.export_safetensors(checkpoint, recipe, options.out, weights)))
+        print(f"wrote {options.out}")
+        return 0
     modality = exporting.pick_modality(recipe, options.modality)
-    print(f"{checkpoint.path}: {recipe.name}, {modality}, weights of the {options.weights}")
+    if options.tokenizer is not None and modality != "text":
+        raise UserError(f"An encoder of {modality} has no tokenizer.", "Leave --tokenizer out.")
+    print(f"{checkpoint.path}: {recipe.name}, {modality}, weights of {whose}")
     if options.to == "fairseq":
         lines = export_reference(checkpoint, recipe, modality, options.out)
-    elif options.to == "safetensors":
-        lines = exporting.export_safetensors(checkpoint, recipe, options.out, options.weights)
     else:
         tokenizer = options.tokenizer or (exporting.find_tokenizer(recipe) if modality == "text" else None)
-        lines = exporting.export_huggingface(checkpoint, recipe, modality, options.out, options.weights, tokenizer)
+        lines = exporting.export_huggingface(checkpoint, recipe, modality, options.out, weights, tokenizer)
     for line in lines:
         print(line)
     print(f"wrote {options.out}")
@@ -72,7 +84,7 @@ def run(options: argparse.Namespace) -> int:
     if recipe.task is not None:
         difference = largest_logit_difference(TaskPredictor.load(checkpoint.path), options.out, modality)
     else:
-        encoder = FrozenEncoder.load(checkpoint.path, options.weights)
+        encoder = FrozenEncoder.load(checkpoint.path, weights)
         difference = largest_difference(encoder, options.out, modality, checkpoint)
     passed = difference <= LARGEST_DIFFERENCE
     print(f"largest difference to our model on the same input: {difference:.3g} {'PASS' if passed else 'FAIL'}")

@@ -19,6 +19,7 @@ from d2v_scale.data2vec.stateless import key
 from d2v_scale.errors import DataError
 
 INDEX_SUFFIX = ".index.json"
+MEMBERS_SUFFIX = ".index"
 _REINDEX = "Make the index again with tools/index_shards.py, or restore the shard."
 _CHECKED_AT_START = 2000
 _LOOKED_INTO = 32
@@ -106,6 +107,11 @@ def find_shards(source: SourceConfig) -> ShardSet:
     if index_file is not None:
         return _from_index(index_file, pattern)
     paths = expand(pattern)
+    if paths[0].endswith(MEMBERS_SUFFIX) and not is_remote(paths[0]):
+        raise DataError(
+            f"{paths[0]} is the index of a single shard, not a shard.",
+            f"Name the set's index (NAME{INDEX_SUFFIX}), or its shards (*.tar).",
+        )
     if os.path.isdir(pattern):
         indexes = sorted(Path(pattern).glob(f"*{INDEX_SUFFIX}"))
         if len(indexes) > 1:

@@ -106,3 +106,10 @@ def test_a_given_index_may_lie_elsewhere_and_be_used_in_part(shards: Path) -> No
     found = find_shards(source)
     assert [os.path.basename(path) for path in found.paths] == ["train-000001.tar", "train-000002.tar"]
     assert found.one(1).members(0).keys_n[0] == b"image-0004"
+
+
+@pytest.mark.parametrize("pattern", ["train-000000.index", "*.index"])
+def test_the_index_of_a_single_shard_is_not_streamed_as_one(shards: Path, pattern: str) -> None:
+    assert list(shards.glob(pattern))
+    with pytest.raises(DataError, match=r"train-000000\.index is the index of a single shard.*\.index\.json"):
+        find_shards(SourceConfig(shards=str(shards / pattern)))

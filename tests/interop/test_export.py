@@ -174,3 +174,26 @@ def test_a_model_logged_to_mlflow_is_served_by_its_command(
         states_btd = AutoModel.from_pretrained(out, trust_remote_code=True).eval()(values).last_hidden_state
     expected = (states_btd[:, 1:] if name == "v2_vision" else states_btd).mean(dim=1)
     assert torch.allclose(answer, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        "--to fairseq --weights student",
+        "--to fairseq --tokenizer spm.model",
+        "--to safetensors --modality vision",
+        "--to safetensors --tokenizer spm.model",
+        "--to safetensors --log_model run",
+        "--to hf --tokenizer spm.model",
+    ],
+)
+def test_an_option_that_the_export_would_not_heed_is_refused(options: str, tmp_path: Path) -> None:
+    run, out = checkpoint_of("v1_vision", tmp_path), tmp_path / "out"
+    arguments = [str(run), str(out), *options.split()]
+    if "hf" in options:
+        assert tool("export").main(arguments) == 2
+    else:
+        with pytest.raises(SystemExit) as caught:
+            tool("export").main(arguments)
+        assert caught.value.code == 2
+    assert not out.exists()

@@ -66,6 +66,15 @@ def tuned(name: str, task: TaskConfig, tmp_path: Path, evaluation_crop: float = 
     return tmp_path / "run"
 
 
+def test_the_teacher_of_a_fine_tuned_model_is_refused_as_there_is_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name, task = CASES[0]
+    assert export(tuned(name, task, tmp_path), tmp_path / "hf", "--weights", "teacher") == 2
+    assert "A fine-tuned model has no teacher" in capsys.readouterr().err
+    assert not (tmp_path / "hf").exists()
+
+
 @pytest.mark.parametrize(("name", "task"), CASES)
 def test_an_exported_folder_gives_our_logits(
     name: str, task: TaskConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
