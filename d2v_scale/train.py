@@ -225,7 +225,8 @@ def train(run: Run, stop_flag: StopFlag, agreement: Agreement, watchdog: Watchdo
         if run.step == end or (recipe.evaluation.every and run.step % recipe.evaluation.every == 0):
             with observer.meter.paused():
                 evaluate(run)
-        if run.step == end or (recipe.tracking.plot_every and run.step % recipe.tracking.plot_every == 0):
+        plot_every = recipe.tracking.plot_every
+        if (run.step == end and plot_every is not None) or (plot_every and run.step % plot_every == 0):
             with observer.meter.paused():
                 draw_pictures(run)
         if recipe.checkpoint.due(run.step):

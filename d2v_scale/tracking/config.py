@@ -19,8 +19,9 @@ class TrackingConfig:
     """Steps between records. The first and the last step are always recorded."""
     peak_tflops: float | None = None
     """Peak of one device, TFLOP/s, that `mfu` is a share of; null: bf16 of A100, H100 or H200, elsewhere no mfu."""
-    plot_every: int = 0
-    """Steps between pictures in `plots/`: curves, and what the teacher makes of some samples; 0: only at the end."""
+    plot_every: int | None = 0
+    """Steps between pictures in `plots/`: curves, and what the teacher makes of some samples; 0: only at the end;
+    null: never, which spares a short run the seconds that drawing takes."""
     finish_timeout: float = 60.0
     """Seconds the end of a run may wait for MLflow to catch up; what is left then can be sent by
     tools/sync_mlflow.py. A server that does not answer at all is given up after the first failure."""
@@ -28,7 +29,8 @@ class TrackingConfig:
     def check(self) -> None:
         """Raises ConfigError for values out of their range."""
         require_within("tracking.log_every", self.log_every, 1)
-        require_within("tracking.plot_every", self.plot_every, 0)
+        if self.plot_every is not None:
+            require_within("tracking.plot_every", self.plot_every, 0)
         require_within("tracking.finish_timeout", self.finish_timeout, 0)
         if self.peak_tflops is not None:
             require_above_zero("tracking.peak_tflops", self.peak_tflops)

@@ -163,7 +163,7 @@ class RunTracker:
             return
         self._log.close()
         self._log = None
-        if status != "requeue":  # the next attempt draws
+        if status != "requeue" and self.config.plot_every is not None:  # the next attempt draws
             self._draw("d2v_scale.plots.curves")
             self._wait_for_drawings()
         self._event("status", status=status)

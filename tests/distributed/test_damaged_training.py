@@ -48,6 +48,7 @@ def test_a_run_trains_through_every_damage_and_accounts_for_it(tmp_path: Path, m
         "--evaluation.train": "null",
         "--evaluation.test": "null",
         "--tracking.enabled": "false",
+        "--tracking.plot_every": "null",
         "--tracking.log_every": 1,
         "--checkpoint.every": 1000,
     }

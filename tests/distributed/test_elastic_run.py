@@ -15,6 +15,7 @@ RECIPE = {
     "--data.workers": "0",
     "--optim.eps": "1e-4",
     "--tracking.enabled": "false",
+    "--tracking.plot_every": "null",
     "--tracking.log_every": "1",
     "--evaluation.train": "null",
     "--evaluation.test": "null",

@@ -47,6 +47,7 @@ def arguments(run_dir: Path, stage: int) -> list[str]:
         "--teacher.placement": "cpu",
         "--evaluation.train": "null",
         "--tracking.enabled": "false",
+        "--tracking.plot_every": "null",
         "--evaluation.test": "null",
     }
     return [text for pair in changes.items() for text in pair]

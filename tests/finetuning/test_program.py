@@ -17,7 +17,8 @@ from d2v_scale.model.stack import Student
 from d2v_scale.recipe import Recipe, to_dict
 
 TRAIN = ROOT / "d2v_scale" / "train.py"
-QUIET = {"tracking__enabled": False, "tracking__log_every": 1, "data__workers": 0, "evaluation__every": 0}
+QUIET = {"tracking__enabled": False, "tracking__plot_every": "null", "tracking__log_every": 1, "data__workers": 0}
+QUIET |= {"evaluation__every": 0}
 CONVS = ("stems.speech.features.conv",)
 
 

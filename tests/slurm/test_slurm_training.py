@@ -27,6 +27,7 @@ TRAINING = Program(
         f"--checkpoint.every={EVERY}",
         "--tracking.log_every=1",
         "--tracking.enabled=false",
+        "--tracking.plot_every=null",
         "--evaluation.train=null",
         "--evaluation.test=null",
     )

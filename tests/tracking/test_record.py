@@ -194,6 +194,17 @@ def test_a_full_disk_loses_no_record(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.usefixtures("drawing")
+def test_null_draws_no_curves_at_the_end(tmp_path: Path) -> None:
+    config = TrackingConfig(enabled=False, plot_every=None)
+    config.check()
+    tracker = RunTracker(tmp_path, config, is_main=True)
+    tracker.start({}, {})
+    tracker.log(1, 1, {"loss": 1.0})
+    tracker.finish("done")
+    assert not (tmp_path / "plots" / "health.png").exists()
+
+
+@pytest.mark.usefixtures("drawing")
 def test_curves_are_drawn_at_intervals_and_at_the_end(tmp_path: Path) -> None:
     tracker = RunTracker(tmp_path, TrackingConfig(enabled=False, plot_every=5), is_main=True)
     tracker.start({}, {})
