@@ -1,8 +1,11 @@
-"""Files that appear whole or not at all, and their checksums."""
+"""Files and lines that appear whole or not at all, and checksums of files."""
 
 import hashlib
+import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 
 def write_whole(path: Path, text: str | bytes) -> None:
@@ -26,3 +29,13 @@ def file_sha256(path: Path) -> str:
     """Hexadecimal SHA-256 of a file (as `sha256sum` prints)."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def append_line(path: Path, record: Mapping[str, Any]) -> None:
+    """One JSON object as a line of its own, also behind a line that a kill or a full disk tore."""
+    with path.open("ab+") as file:
+        torn = False
+        if file.seek(0, os.SEEK_END):
+            file.seek(-1, os.SEEK_END)
+            torn = file.read(1) != b"\n"
+        file.write((b"\n" if torn else b"") + json.dumps(record).encode() + b"\n")

@@ -9,12 +9,13 @@ import time
 from pathlib import Path
 
 from d2v_scale.status import read_status
-from d2v_scale.tracking.mirror import Mirror, Outdated
+from d2v_scale.tracking.mirror import Mirror, NotStored, Outdated
 from d2v_scale.tracking.mirror_state import tracking_uri
 from d2v_scale.tracking.tracker import append_event, earlier_starts, has_ended
 
 LOCK_FILE = ".mlflow.lock"
 POLL_SECONDS = 1.0
+BETWEEN_LAST_TURNS = 0.1
 MAX_BACKOFF_SECONDS = 30.0
 
 
@@ -51,15 +52,14 @@ def follow(run_dir: Path, finish_timeout: float) -> bool:
             print(f"{time.strftime('%F %T')} {type(error).__name__}: {error}", file=sys.stderr, flush=True)
             if not warned:
                 warned = True
-                _tell(
-                    f"MLflow at {tracking_uri(run_dir)} does not take records ({_reason(error)}); metrics.jsonl has "
-                    "them all and they are sent when it answers."
-                )
+                _tell(_complaint(tracking_uri(run_dir), error))
         if deadline is not None and mirror is not None and (not mirror.pending() or failed):
             return not mirror.pending() and not mirror.refused
         if deadline is not None and time.monotonic() > deadline:
             return False
-        if deadline is None and _told_to_finish(wait, parent):
+        if deadline is not None:
+            time.sleep(BETWEEN_LAST_TURNS)
+        elif _told_to_finish(wait, parent):
             deadline = time.monotonic() + finish_timeout
             if os.getppid() != parent:
                 note_sudden_end(run_dir, starts)
@@ -87,6 +87,15 @@ def catch_up(run_dir: Path) -> Mirror | None:
         mirror = Mirror(run_dir)
         mirror.step()
         return mirror
+
+
+def _complaint(uri: str, error: Exception) -> str:
+    if isinstance(error, NotStored):
+        return f"MLflow at {uri} takes the records, but {error}; it is tried again."
+    return (
+        f"MLflow at {uri} does not take records ({_reason(error)}); metrics.jsonl has them all and they are sent when "
+        "it answers."
+    )
 
 
 def _reason(error: Exception) -> str:

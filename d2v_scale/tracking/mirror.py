@@ -39,6 +39,10 @@ class Outdated(Exception):
     """The run was resumed while this mirror, of the attempt before, was still sending."""
 
 
+class NotStored(Exception):
+    """Artifacts that their store does not take; everything else has been sent."""
+
+
 class Mirror:
     """Repeats one run directory to MLflow. `step()` sends what is there; it raises what MLflow raises."""
 
@@ -75,10 +79,12 @@ class Mirror:
             self.state.save(self.run_dir)
 
     def pending(self) -> int:
-        """Bytes not yet sent."""
-        system = sum(_size(path) - self.state.system_offsets.get(path.name, 0) for path in system_files(self.run_dir))
-        metrics = _size(self.run_dir / METRICS_FILE) - self.state.metrics_offset
-        return metrics + system + _size(self.run_dir / EVENTS_FILE) - self.state.events_offset
+        """Bytes of complete lines not yet sent, and artifacts not yet stored."""
+        offsets = {path: self.state.system_offsets.get(path.name, 0) for path in system_files(self.run_dir)}
+        offsets[self.run_dir / METRICS_FILE] = self.state.metrics_offset
+        offsets[self.run_dir / EVENTS_FILE] = self.state.events_offset
+        unsent = sum(_complete(_read_from(path, offset)) for path, offset in offsets.items())
+        return unsent + len(self.state.artifacts_waiting)
 
     def step(self) -> None:
         """Send everything that is complete in the files now."""
@@ -107,6 +113,7 @@ class Mirror:
         self._send_metrics()
         self._send_system()
         self._send_events(final=True)
+        self._store_artifacts()  # last: their store may be another than the records' and out of reach
 
     # The run
 
@@ -177,14 +184,16 @@ class Mirror:
         for path in system_files(self.run_dir):
             begin = offsets.get(path.name, 0)
             prefix = f"system/{node_of(path)}/"
-            for _, end, record in parse_lines(_read_from(path, begin)):
+            data = _read_from(path, begin)
+            for _, end, record in parse_lines(data):
                 named = {key if key in AXES else prefix + key: value for key, value in record.items()}
                 points += _points(named, {})
                 offsets = {**offsets, path.name: begin + end}
                 if len(points) >= _ENOUGH:
                     self._log_system(points, offsets)
                     points = []
-        if points:
+            offsets = {**offsets, path.name: begin + _complete(data)}
+        if offsets != self.state.system_offsets:
             self._log_system(points, offsets)
 
     def _log_system(self, points: list[Any], offsets: dict[str, int]) -> None:
@@ -202,6 +211,8 @@ class Mirror:
             end = begin + line_end
             if len(points) >= _ENOUGH:
                 break
+        else:
+            end = begin + _complete(data)
         return (points, end) if end > begin else None
 
     def _log_points(self, points: list[Any]) -> None:
@@ -231,7 +242,8 @@ class Mirror:
         from mlflow.exceptions import MlflowException
 
         begin = self.state.events_offset
-        for start, end, event in _events(_read_from(self.run_dir / EVENTS_FILE, begin)):
+        data = _read_from(self.run_dir / EVENTS_FILE, begin)
+        for start, end, event in _events(data):
             if event["event"] == "status" and event["status"] in END_OF_RUN and not final:
                 return
             try:
@@ -243,6 +255,37 @@ class Mirror:
                 print(f"refused at {begin + start}: {event} {error}", file=sys.stderr, flush=True)
             self.state.events_offset = begin + end
             self._save()
+        if self.state.events_offset != begin + _complete(data):  # the last line is none
+            self.state.events_offset = begin + _complete(data)
+            self._save()
+
+    def _store_artifacts(self) -> None:
+        """Try every artifact that waits; NotStored names those that are still waiting after that."""
+        trouble: dict[str, Exception] = {}
+        for event in list(self.state.artifacts_waiting):
+            try:
+                self._store(event)
+            except Exception as error:  # a store's client raises what it likes: OSError, ImportError, no credentials
+                code = getattr(error, "error_code", "")
+                if code == "RESOURCE_DOES_NOT_EXIST":
+                    raise
+                if code not in _PERMANENT:
+                    trouble[event["path"]] = error
+                    continue
+                self.refused += 1
+                print(f"refused: {event} {error}", file=sys.stderr, flush=True)
+            self.state.artifacts_waiting = [one for one in self.state.artifacts_waiting if one is not event]
+            self._save()
+        if trouble:
+            reasons = "; ".join(f"{path} ({type(error).__name__}: {error})" for path, error in trouble.items())
+            raise NotStored(f"not the artifacts {reasons}")
+
+    def _store(self, artifact: dict[str, Any]) -> None:
+        assert self._client is not None
+        path = self.run_dir / artifact["path"]
+        if path.exists():
+            log = self._client.log_artifacts if path.is_dir() else self._client.log_artifact
+            log(self.state.run_id, str(path), artifact["folder"] or None)
 
     def _apply(self, event: dict[str, Any]) -> None:
         from mlflow.entities import RunTag
@@ -255,10 +298,7 @@ class Mirror:
             tags = [RunTag(_name(key), value[:5000]) for key, value in event["values"].items()]
             self._client.log_batch(run_id, tags=tags, synchronous=True)
         elif event["event"] == "artifact":
-            path = self.run_dir / event["path"]
-            if path.exists():
-                log = self._client.log_artifacts if path.is_dir() else self._client.log_artifact
-                log(run_id, str(path), event["folder"] or None)
+            self.state.artifacts_waiting = [*self.state.artifacts_waiting, event]
         elif event["event"] == "evaluation":
             self._apply_evaluation(event)
         elif event["event"] == "status":
@@ -329,6 +369,11 @@ def _events(data: bytes) -> Iterator[tuple[int, int, dict[str, Any]]]:
         except ValueError:  # torn by a kill or a full disk: it must not stand in the way of all that follow
             continue
         yield start, end, event
+
+
+def _complete(data: bytes) -> int:
+    """Bytes up to the end of the last whole line; what follows is being written, or was torn."""
+    return data.rfind(b"\n") + 1
 
 
 def _size(path: Path) -> int:

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 from d2v_scale.files import write_whole
 
@@ -31,7 +32,9 @@ class MirrorState:
     metrics_sending: int = 0
     """Up to here it may be: an attempt to send it was begun."""
     events_offset: int = 0
-    """mlflow_events.jsonl up to here is done."""
+    """mlflow_events.jsonl up to here is done, but for the artifacts that wait."""
+    artifacts_waiting: list[dict[str, Any]] = field(default_factory=list)
+    """Events of artifacts that are not stored yet."""
     system_offsets: dict[str, int] = field(default_factory=dict)
     """Files of `SystemMonitor` by name: up to here they are in MLflow."""
 
@@ -59,10 +62,12 @@ def state_locked(run_dir: Path) -> Iterator[None]:
 
 
 def tracking_uri(run_dir: Path) -> str:
-    """MLFLOW_TRACKING_URI, else the server that has this run, else a sqlite store beside the run directories.
+    """MLFLOW_TRACKING_URI, else the store that has this run, else a sqlite store beside the run directories.
 
-    Beside them, so that sibling runs compare. A resume or a later sync without the variable goes on where the run is.
+    Beside them, so that sibling runs compare. A resume or a later sync without the variable goes on where the run is;
+    only a sqlite store that is no more (the run directories were moved) is made anew beside them.
     """
     recorded = MirrorState.load(run_dir).tracking_uri
+    gone = recorded.startswith("sqlite:///") and not Path(recorded.removeprefix("sqlite:///")).exists()
     local = f"sqlite:///{run_dir.resolve().parent / 'mlflow.db'}"
-    return os.environ.get("MLFLOW_TRACKING_URI") or (recorded if recorded.startswith("http") else local)
+    return os.environ.get("MLFLOW_TRACKING_URI") or (local if gone or not recorded else recorded)

@@ -1,7 +1,6 @@
 """What a node's processors, memory and devices do while it trains, sampled in the background."""
 
 import contextlib
-import json
 import os
 import platform
 import threading
@@ -9,6 +8,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from d2v_scale.files import append_line
 from d2v_scale.tracking.record import parse_lines
 
 _MIB = 1024**2
@@ -63,9 +63,7 @@ class SystemMonitor:
             count = max((record["step"] for _, _, record in parse_lines(self._path.read_bytes())), default=0)
         while not self._stop.wait(self._every):
             try:
-                record = {"step": count + 1, "time": time.time(), **self.sample()}
-                with self._path.open("a") as file:
-                    file.write(json.dumps(record) + "\n")
+                append_line(self._path, {"step": count + 1, "time": time.time(), **self.sample()})
                 count += 1
             except Exception:  # a full disk or a driver's refusal is no reason to disturb the run
                 continue

@@ -7,8 +7,9 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+from d2v_scale.files import append_line
 from d2v_scale.tracking.config import TrackingConfig
 from d2v_scale.tracking.mirror_state import EVENTS_FILE, MirrorState, tracking_uri
 from d2v_scale.tracking.record import MetricsLog
@@ -259,16 +260,7 @@ def _milestones(run_dir: Path) -> list[str]:
 
 def append_event(run_dir: Path, event: str, **content: Any) -> None:
     """One line in mlflow_events.jsonl: something other than a metric that MLflow is to know of the run."""
-    line = json.dumps({"event": event, "time": time.time(), **content}) + "\n"
-    with (run_dir / EVENTS_FILE).open("ab+") as file:
-        if file.tell() and _last_byte(file) != b"\n":
-            file.write(b"\n")
-        file.write(line.encode())
-
-
-def _last_byte(file: BinaryIO) -> bytes:
-    file.seek(-1, os.SEEK_END)
-    return file.read(1)
+    append_line(run_dir / EVENTS_FILE, {"event": event, "time": time.time(), **content})
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

@@ -17,7 +17,7 @@ from mlflow_server import MlflowServer, Proxy, free_port
 
 from d2v_scale.tracking import RunTracker, TrackingConfig, log_evaluation, read_records
 from d2v_scale.tracking.follow import catch_up
-from d2v_scale.tracking.mirror import Mirror, Outdated
+from d2v_scale.tracking.mirror import Mirror, NotStored, Outdated
 from d2v_scale.tracking.mirror_state import MirrorState, tracking_uri
 from d2v_scale.tracking.record import METRICS_FILE, MetricsLog
 
@@ -346,3 +346,28 @@ def test_a_value_mlflow_refuses_does_not_hold_up_the_rest(
     assert catch_up(run_dir) is not None
     client = MlflowClient(mlflow_server.uri)
     assert len(client.get_metric_history(state(run_dir)["run_id"], "loss")) == 2
+
+
+def test_an_artifact_that_cannot_be_stored_holds_up_no_metrics_and_is_tried_again(
+    tmp_path: Path, mlflow_server: MlflowServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_server.uri)
+    MlflowClient(mlflow_server.uri).create_experiment("unwritable", artifact_location="file:///proc/nope/x")
+    run_dir = tmp_path / "run"
+    tracker = RunTracker(run_dir, TrackingConfig(experiment="unwritable", enabled=False), is_main=True)
+    tracker.start({}, {})
+    (run_dir / "recipe.yaml").write_text("a: 1\n")
+    tracker.artifact(run_dir / "recipe.yaml", "inputs")
+    train(run_dir, 1, 5, tracker, pause=0)
+    tracker.finish("done")
+    for _ in range(2):
+        with pytest.raises(NotStored, match=r"recipe\.yaml"):
+            catch_up(run_dir)
+        assert_complete(mlflow_server.uri, run_dir)
+    stored: list[tuple[str, ...]] = []
+    monkeypatch.setattr(MlflowClient, "log_artifact", lambda _client, *arguments: stored.append(arguments))
+    for _ in range(2):
+        mirror = catch_up(run_dir)
+        assert mirror is not None
+        assert mirror.pending() == 0
+    assert stored == [(state(run_dir)["run_id"], str(run_dir / "recipe.yaml"), "inputs")]

@@ -10,6 +10,7 @@ from mlflow_server import MlflowServer
 
 from d2v_scale.tracking import RunTracker, TrackingConfig
 from d2v_scale.tracking.follow import catch_up
+from d2v_scale.tracking.record import parse_lines
 from d2v_scale.tracking.system import SystemMonitor, system_files
 
 
@@ -87,3 +88,13 @@ def test_mlflow_gets_system_metrics_by_node(
         name = f"system/{path.stem.removeprefix('system-')}/cpu_utilization_percentage"
         points = client.get_metric_history(mirror.state.run_id, name)
         assert [(p.step, p.value) for p in points] == [(r["step"], r["cpu_utilization_percentage"]) for r in records]
+
+
+def test_a_torn_last_sample_costs_itself_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "logs" / "system-node-a.jsonl"
+    path.parent.mkdir()
+    path.write_text('{"step": 1, "time": 1.0}\n{"step": 2, "ti')
+    sampled(tmp_path, "node-a", 2, monkeypatch)
+    steps = [record["step"] for _, _, record in parse_lines(path.read_bytes())]
+    assert steps == list(range(1, len(steps) + 1))
+    assert len(steps) >= 3
