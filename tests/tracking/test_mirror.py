@@ -100,11 +100,11 @@ def test_a_killed_server_loses_nothing_and_costs_one_warning(
     run_dir = tmp_path / "run"
     tracker = started(run_dir)
     wait_for(lambda: state(run_dir).get("run_id"))
-    slowest = train(run_dir, 1, 200, tracker, at={60: mlflow_server.kill})
+    slowest = train(run_dir, 1, 100, tracker, at={60: mlflow_server.kill})
     wait_for(lambda: "Connection refused" in (run_dir / "logs" / "mlflow.log").read_text())
-    train(run_dir, 201, 210, tracker)
+    train(run_dir, 101, 110, tracker)
     mlflow_server.start()
-    train(run_dir, 211, 300, tracker)
+    train(run_dir, 111, 150, tracker)
     wait_for(lambda: state(run_dir)["metrics_offset"] == (run_dir / "metrics.jsonl").stat().st_size, 60)
     tracker.finish("done")
     assert_complete(mlflow_server.uri, run_dir)
@@ -129,15 +129,15 @@ def test_a_failing_server_loses_nothing(
     assert slowest < 0.5
 
 
-@pytest.mark.parametrize("delay", [0.5, pytest.param(5.0, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("delay", "steps"), [(0.5, 100), pytest.param(5.0, 500, marks=pytest.mark.slow)])
 def test_a_slow_server_does_not_slow_steps_and_gets_everything(
-    tmp_path: Path, proxy: Proxy, mlflow_server: MlflowServer, monkeypatch: pytest.MonkeyPatch, delay: float
+    tmp_path: Path, proxy: Proxy, mlflow_server: MlflowServer, monkeypatch: pytest.MonkeyPatch, delay: float, steps: int
 ) -> None:
     proxy.delay = delay
     run_dir = tmp_path / "run"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", proxy.uri)
     tracker = started(run_dir, finish_timeout=120.0)
-    assert train(run_dir, 1, 500, tracker) < 0.5
+    assert train(run_dir, 1, steps, tracker) < 0.5
     tracker.finish("done")
     assert_complete(mlflow_server.uri, run_dir)
 
