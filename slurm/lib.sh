@@ -10,8 +10,12 @@ say() { printf '%(%F %T)T %s\n' -1 "$*"; }
 
 die() { say "error: $*"; exit 2; }
 
+# One element of an array has the array's own number as its SLURM_JOB_ID, by which Slurm means all elements.
+job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+job=${job:-$SLURM_JOB_ID}
+
 job_field() { # one field of `scontrol show job`
-    scontrol --oneliner show job "$SLURM_JOB_ID" 2> /dev/null | tr ' ' '\n' | sed -n "s/^$1=//p" | head -n 1
+    scontrol --oneliner show job "$job" 2> /dev/null | tr ' ' '\n' | sed -n "s/^$1=//p" | head -n 1
 }
 
 # ---------------------------------------------------------------------------------------------- run directory and code
@@ -170,12 +174,12 @@ requeue() {
     state=$(job_field JobState)
     # A job that its user cancelled must not come back, and one that is being preempted comes back by itself.
     [[ $state == RUNNING ]] || { say "not requeued here: the job is $state"; return 0; }
-    scontrol requeue "$SLURM_JOB_ID" || { say "requeue refused: submit again with --resume $run_dir"; return 0; }
+    scontrol requeue "$job" || { say "requeue refused: submit again with --resume $run_dir"; return 0; }
     if [[ -n ${bad_nodes:-} ]]; then
         local excluded
         excluded=$(job_field ExcNodeList)
         [[ $excluded == "(null)" ]] && excluded=
-        scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="${excluded:+$excluded,}$bad_nodes" && say "excluded $bad_nodes"
+        scontrol update JobId="$job" ExcNodeList="${excluded:+$excluded,}$bad_nodes" && say "excluded $bad_nodes"
     fi
     trap - TERM
     sleep 300 # Slurm ends this shell

@@ -12,9 +12,8 @@
 #SBATCH --output=%x-%j.out
 
 # This file runs as a copy in Slurm's spool: the repository is where the original lies, or where it was submitted.
-command=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=\([^ ]*\).*/\1/p')
-repository=${command%/slurm/*}
+repository=$(scontrol show job "$SLURM_JOB_ID" | sed -n '/^ *Command=/{s///;s|/slurm/[^/ ]*\.sh.*||p;q}')
 [[ -f $repository/slurm/lib.sh ]] || repository=$SLURM_SUBMIT_DIR
-source "$repository/slurm/lib.sh" || exit 2
+source "$repository/slurm/lib.sh" || { echo "error: no slurm/lib.sh where this file lay, nor in $SLURM_SUBMIT_DIR"; exit 2; }
 
 train d2v2_vision_1b zero3.json "$@"

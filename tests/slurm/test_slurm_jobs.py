@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from cluster import Cluster, wait_until
-from jobs import STAND_IN, Program, Workplace
+from jobs import STAND_IN, Job, Program, Workplace
 
 from d2v_scale import command_line, errors
 
@@ -147,14 +147,33 @@ def test_time_limit_requeues(workplace: Make) -> None:
 
 
 @pytest.mark.slow
-def test_array_runs_every_element_in_its_own_directory(workplace: Make) -> None:
-    place = workplace(STAND_IN)
-    output = place.dir / "%A_%a.out"
-    command = ["sbatch", "--parsable", "--nodes=1", "--array=0-1", f"--output={output}", "slurm/sweep.sh"]
-    array = place.cluster.run(*command, "--optim.max_steps=3", env=NO_PREFLIGHT, cwd=place.dir).strip()
-    directories = [place.dir / "runs" / f"d2v-sweep-{array}_{index}" for index in range(2)]
-    wait_until(lambda: all((one / "attempts.jsonl").exists() for one in directories), 120, str(directories))
-    assert all('"done"' in (one / "status.json").read_text() for one in directories)
+def test_requeue_of_one_array_element_leaves_the_others_alone(cluster: Cluster, tmp_path: Path) -> None:
+    """The element whose number is the array's own. Also: every element has a directory of its own, and the
+    repository's path may hold a space."""
+    place = Workplace(cluster, tmp_path / "my repository", STAND_IN, Path(__file__).parents[2])
+    (tmp_path / "elsewhere").mkdir()
+    try:
+        command = ["sbatch", "--parsable", "--nodes=1", "--array=0-1", f"--output={tmp_path}/%A_%a.out"]
+        command += [str(place.dir / "slurm/sweep.sh"), "--optim.max_steps=60", "--step_seconds=1"]
+        env = NO_PREFLIGHT | {"D2V_SCALE_RUNS": str(place.dir / "runs")}
+        array = cluster.run(*command, env=env, cwd=tmp_path / "elsewhere").strip()
+        for index in range(2):
+            run_dir = place.dir / "runs" / f"d2v-sweep-{array}_{index}"
+            place.jobs.append(Job(cluster, f"{array}_{index}", run_dir, tmp_path / f"{array}_{index}.out"))
+        for job in place.jobs:
+            job.wait_for_step(2)
+        stopped, other = sorted(place.jobs, key=lambda job: cluster.job(job.id)["JobId"] != array)
+        assert cluster.job(stopped.id)["JobId"] == array
+        cluster.run("scancel", "--batch", "--signal=USR1", stopped.id)
+        stopped.wait_for_state("PENDING")
+        assert other.state == "RUNNING", other.story()
+        for job in (stopped, other):
+            assert job.wait_for_end() == "COMPLETED", job.story()
+            assert len(job.losses()) == 60
+        assert [attempt.exit_code for attempt in stopped.attempts] == [errors.EXIT_REQUEUE, errors.EXIT_DONE]
+        assert [attempt.exit_code for attempt in other.attempts] == [errors.EXIT_DONE], other.story()
+    finally:
+        place.close()
 
 
 @pytest.mark.slow
