@@ -8,7 +8,9 @@ DIR holds sets (or archives of them, *.tar.gz) laid out as
   text     NAME.csv with class, title, text, no header; test: every fifth row
 Every row is k-NN and a linear probe on frozen features (mean over positions, last four blocks) of the same labelled
 split, over seeds. Pretraining runs of 1.0 and 2.0 get the same FLOPs, and so do the supervised ones. What is finished
-is not repeated: start again after an interruption. Writes evidence.md and evidence.json to --out.
+is not repeated while data, recipes and code stay the same: start again after an interruption. Writes evidence.md and
+evidence.json to --out. At most 5,000 and 2,000 samples of the two parts are evaluated, and of each what the recipes
+read: 32x32 pixels, a second of sound, 63 tokens. Recordings of a second take 2.4 times as long as spoken digits.
 """
 
 import argparse
@@ -18,11 +20,11 @@ import hashlib
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
+from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, get_args
@@ -31,8 +33,10 @@ from evidence_sets import RealSet, default_folder, prepare
 from evidence_table import early_warning, table
 from run_quietly import run_quietly
 
+from d2v_scale.data.shard_index import Members, SetIndex
 from d2v_scale.errors import EXIT_BAD_INPUT, UserError
 from d2v_scale.model.config import Modality
+from d2v_scale.tracking.environment import git_revision
 from d2v_scale.tracking.record import read_records
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -42,6 +46,13 @@ MAX_TRAIN, MAX_TEST = 5000, 2000
 QUICK = {"seeds": 1, "compute": 0.5}
 EVALUATIONS = 4
 """k-NN this often during pretraining."""
+
+
+@cache
+def code_digest() -> str:
+    """Of the package and of this program: results of other code are not taken for this one's."""
+    files = [*sorted((ROOT / "d2v_scale").rglob("*.py")), Path(__file__)]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -76,7 +87,8 @@ class Job:
         """Of all that the result depends on."""
         recipe = (ROOT / "d2v_scale" / "recipes" / f"{self.recipe_name}.yaml").read_bytes()
         data = b"".join(Path(index).read_bytes() for index in (self.real.train, self.real.test))
-        return hashlib.sha256(recipe + data + repr((self.row, self.seed, self.steps)).encode()).hexdigest()[:16]
+        about = repr((self.row, self.seed, self.steps, code_digest()))
+        return hashlib.sha256(recipe + data + about.encode()).hexdigest()[:16]
 
     @property
     def result(self) -> Path:
@@ -122,6 +134,7 @@ def run(job: Job) -> dict[str, Any]:
     if job.row == "raw":
         pair = raw_features(train, recipe.model), raw_features(test, recipe.model)
         figures |= score(*pair[0], *pair[1], best_of_plain_and_whitened=True)
+        figures["largest_class"] = float(pair[1][1].bincount().max() / len(pair[1][1]))
     elif job.row == "supervised":
         model = supervised.train_from_scratch(recipe, train, job.steps)
         figures["accuracy"] = supervised.accuracy(model, test)
@@ -204,8 +217,8 @@ def main() -> int:
     """Prepare, run, print."""
     arguments = make_parser().parse_args()
     quick = arguments.quick
-    seeds = arguments.seeds or (int(QUICK["seeds"]) if quick else 3)
-    compute = arguments.compute or (QUICK["compute"] if quick else 1.0)
+    seeds = arguments.seeds if arguments.seeds is not None else int(QUICK["seeds"]) if quick else 3
+    compute = arguments.compute if arguments.compute is not None else QUICK["compute"] if quick else 1.0
     out = (arguments.out or ROOT / "out" / ("evidence-quick" if quick else "evidence")).resolve()
     os.environ["OMP_NUM_THREADS"] = "1"
     began = time.monotonic()
@@ -241,18 +254,42 @@ def run_all(jobs: list[Job], processes: int) -> list[dict[str, Any]]:
     return [json.loads(job.result.read_text()) for job in jobs]
 
 
+def describe(real: RealSet) -> str:
+    """How many samples are evaluated, and how many of them are longer than what the recipes read."""
+    from d2v_scale.command_line import parse
+    from d2v_scale.data.config import SAMPLE_RATE
+
+    train, test = SetIndex.load(Path(real.train)), SetIndex.load(Path(real.test))
+    used = (min(train.samples, MAX_TRAIN), min(test.samples, MAX_TEST))
+    told = f"{used[0]:,} of {train.samples:,} training and {used[1]:,} of {test.samples:,} test samples"
+    told += f" of {len(train.classes)} classes"
+    recipe, _ = parse([f"--recipe=tiny1_{real.modality}", f"--data={real.train}"])
+    match real.modality:
+        case "vision":
+            return told
+        case "speech":
+            longest, unit = int(recipe.data.speech.max_seconds * SAMPLE_RATE), f"{recipe.data.speech.max_seconds:g} s"
+        case "text":
+            assert recipe.model.text is not None
+            longest = recipe.model.text.max_positions - 1
+            unit = f"{longest} tokens"
+    members = [Members.load(Path(real.test).parent / shard.members) for shard in test.shards]
+    longer = sum(int((found.length_n > longest).sum()) for found in members) / max(1, test.samples)
+    return f"{told}; {longer:.0%} of the test samples are longer than {unit}, which is what is read of them"
+
+
 def report(
     results: list[dict[str, Any]], sets: dict[Modality, RealSet], budgets: dict[str, float], out: Path, minutes: float
 ) -> None:
     """Print the table; write it and everything behind it."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    text = table(results, {modality: real.name for modality, real in sets.items()}, budgets)
+    samples = {modality: describe(real) for modality, real in sets.items()}
+    text = table(results, {modality: real.name for modality, real in sets.items()}, budgets, samples)
     text += "\n" + early_warning(results)
     print("\n" + text)
     (out / "evidence.md").write_text(text)
     about = {
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        "commit": commit.stdout.strip(),
+        "commit": git_revision(),
         "minutes": minutes,
         "flops_per_run": budgets,
         "sets": {modality: dataclasses.asdict(real) for modality, real in sets.items()},

@@ -1,10 +1,12 @@
 """The real sets that tools/evidence.py learns from: found in a folder, unpacked, converted to labelled shards."""
 
 import csv
+import hashlib
 import json
 import re
 import sys
 import tarfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from run_quietly import run_quietly
 
 from d2v_scale.data.shard_set import INDEX_SUFFIX
 from d2v_scale.errors import UserError
+from d2v_scale.files import file_sha256
 from d2v_scale.model.config import Modality
 
 MAKE_SHARDS = Path(__file__).with_name("make_shards.py")
@@ -22,8 +25,10 @@ LAYOUTS: dict[Modality, str] = {
     "text": "NAME.csv (class, title, text; no header)",
 }
 _RECORDING = r"(?:^|/)([^/_]+)_[^/]*_(\d+)\.\w+$"
+_AUDIO = (".wav", ".flac", ".mp3", ".ogg", ".aif", ".au", ".oga")
 _TEST_TAKES = 5
 _TEST_ROW = 5
+_COLUMN_NAME = r"[A-Za-z][A-Za-z_ ]{0,19}"
 
 
 @dataclass(frozen=True)
@@ -49,60 +54,120 @@ def default_folder(repository: Path) -> Path:
 
 
 def prepare(data: Path, out: Path, modalities: list[Modality]) -> dict[Modality, RealSet]:
-    """Shards below `out` for every modality, from the folder `data`. Sets that are there already are left alone.
+    """Shards below `out` for every modality, from the folder `data`. Shards of the same files are left alone.
 
     Raises UserError for a modality that `data` holds no set of, or one that cannot be read.
     """
     if not data.is_dir():
         raise UserError(f"{data} is not a folder.", "Give the folder of the sets with --data DIR.")
-    roots = [data, _unpacked(data, out / "unpacked")]
-    sources = {modality: _find(modality, roots) for modality in modalities}
-    missing = [modality for modality, source in sources.items() if source is None]
+    roots = [data, *_unpacked(data, out / "unpacked")]
+    found = {modality: _find(modality, roots) for modality in modalities}
+    missing = [modality for modality, sources in found.items() if not sources]
     if missing:
         wanted = "; ".join(f"{modality}: {LAYOUTS[modality]}" for modality in missing)
         raise UserError(
             f"{data} holds no set for {', '.join(missing)} (wanted: {wanted}).",
             "Add it, or choose others with --modalities.",
         )
-    return {modality: _convert(modality, source, out) for modality, source in sources.items() if source is not None}
+    for modality, (_, *others) in found.items():
+        if others:
+            names = ", ".join(str(path) for path in others)
+            print(f"One set for {modality} is taken; left alone: {names}", flush=True)
+    return {modality: _convert(modality, sources[0], out) for modality, sources in found.items()}
 
 
-def _unpacked(data: Path, target: Path) -> Path:
-    """Unpack every archive of `data` once; returns where they are."""
+def _unpacked(data: Path, target: Path) -> list[Path]:
+    """Unpack every archive of `data` once, each into a folder of its own; the folders."""
+    folders = []
     for archive in sorted(data.glob("*.tar.gz")):
-        done = target / f".{archive.name}"
+        folder = target / f"{archive.name.removesuffix('.tar.gz')}-{file_sha256(archive)[:8]}"
+        done = folder / ".unpacked"
         if not done.exists():
-            target.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
             try:
                 with tarfile.open(archive) as tar:
-                    tar.extractall(target, filter="data")
+                    tar.extractall(folder, filter="data")
             except (tarfile.TarError, OSError, EOFError) as error:
                 raise UserError(f"{archive} cannot be unpacked: {error}.", "Fetch it again.") from error
             done.touch()
-    return target
+        folders.append(folder)
+    return folders
 
 
-def _find(modality: Modality, roots: list[Path]) -> Path | None:
+def _find(modality: Modality, roots: list[Path]) -> list[Path]:
+    """Sets of that layout, the one to take first."""
     patterns = {"vision": ("*/train",), "speech": ("*/recordings",), "text": ("ag_news*.csv", "*.csv")}[modality]
+    found: list[Path] = []
     for pattern in patterns:
         for root in roots:
             for path in sorted(root.glob(pattern)):
                 if modality == "text" or (path.is_dir() and (modality == "speech" or (path.parent / "test").is_dir())):
-                    return path if modality == "text" else path.parent
-    return None
+                    source = path if modality == "text" else path.parent
+                    found += [] if source in found else [source]
+    return found
 
 
 def _convert(modality: Modality, source: Path, out: Path) -> RealSet:
-    shards = out / "shards" / modality
+    """Shards in a folder named after the set and what is in it, so that another set is never taken for it."""
+    _check(modality, source)
+    shards = out / "shards" / f"{modality}-{source.stem}-{_fingerprint(source)}"
     real = RealSet(modality, source.stem, str(shards / f"train{INDEX_SUFFIX}"), str(shards / f"test{INDEX_SUFFIX}"))
     for split in ("train", "test"):
         # Training first: the tokenizer and the classes are its.
         if not (shards / f"{split}{INDEX_SUFFIX}").is_file():
-            _make_shards(*_arguments(modality, source, split, out), out=shards, split=split)
+            _make_shards(*_arguments(modality, source, split, shards), out=shards, split=split)
     return real
 
 
-def _arguments(modality: Modality, source: Path, split: str, out: Path) -> list[str]:
+def _fingerprint(source: Path) -> str:
+    """Of a CSV's content, or of the names, sizes and times of a folder's files."""
+    if source.is_file():
+        return file_sha256(source)[:12]
+    files = sorted(path for path in source.rglob("*") if path.is_file())
+    about = [(str(path.relative_to(source)), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    return hashlib.sha256(repr((str(source), about)).encode()).hexdigest()[:12]
+
+
+def _check(modality: Modality, source: Path) -> None:
+    """Raises UserError where the layout leaves a file or a class out; says how many test files are training's, too."""
+    match modality:
+        case "vision":
+            splits = {split: _files(source / split) for split in ("train", "test")}
+            labels = {split: {path.parent.name for path in files} for split, files in splits.items()}
+            rule = "every class needs a folder in both"
+        case "speech":
+            files = [path for path in _files(source / "recordings") if path.suffix.lower() in _AUDIO]
+            named = {path: re.search(_RECORDING, path.name) for path in files}
+            odd = [path.name for path, match in named.items() if match is None]
+            if odd or not files:
+                what = f"{len(odd)} names of other forms, {odd[0]} the first" if odd else "no recordings"
+                raise UserError(f"{source / 'recordings'} holds {what}.", "Name all LABEL_SPEAKER_TAKE.wav.")
+            is_test = {path: int(match[2]) < _TEST_TAKES for path, match in named.items() if match}
+            splits = {
+                split: [path for path in files if is_test[path] == (split == "test")] for split in ("train", "test")
+            }
+            labels = {split: {path.name.split("_")[0] for path in found} for split, found in splits.items()}
+            rule = f"takes 0 to {_TEST_TAKES - 1} are the test part, and every label needs others, too"
+        case "text":
+            return
+    only = sorted(labels["test"] - labels["train"])
+    if only or not all(splits.values()):
+        what = f"class {only[0]!r} of {source} is" if only else f"all files of {source} are"
+        raise UserError(f"{what[0].upper()}{what[1:]} in one part only: {rule}.", "Add files, or leave the class out.")
+    _say_repeated(source, *({file_sha256(path) for path in splits[split]} for split in ("train", "test")))
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
+
+
+def _say_repeated(source: Path, train: Iterable[str], test: Iterable[str]) -> None:
+    both = len(set(train) & set(test))
+    if both:
+        print(f"{source}: {both} test samples are in the training part, too", flush=True)
+
+
+def _arguments(modality: Modality, source: Path, split: str, shards: Path) -> list[str]:
     match modality:
         case "vision":
             return ["images", str(source / split)]
@@ -111,26 +176,45 @@ def _arguments(modality: Modality, source: Path, split: str, out: Path) -> list[
             match = rf"_{takes}\.\w+$" if split == "test" else rf"_(?!{takes}\.)\d+\.\w+$"
             return ["audio", str(source / "recordings"), "--match", match, "--label", _RECORDING]
         case "text":
-            return ["text", str(_news(source, split, out)), "--vocab_size", str(VOCABULARY)]
+            return ["text", str(_news(source, split, shards)), "--vocab_size", str(VOCABULARY), "--fewer_pieces"]
 
 
-def _news(source: Path, split: str, out: Path) -> Path:
-    """One split of the CSV as JSONL: every fifth row is test."""
+def _news(source: Path, split: str, target: Path) -> Path:
+    """One split of the CSV as JSONL: every fifth row is test. What is left out is said with the training part."""
     with source.open(encoding="utf-8-sig", newline="") as stream:
         rows = [row for row in csv.reader(stream) if row]
-    if len(rows) > 1 and not re.fullmatch(r"\d+", rows[0][0]) and re.fullmatch(r"\d+", rows[1][0]):
-        rows = rows[1:]  # a header
+    notes = []
+    if _has_header(rows):
+        notes.append(f"its first row ({', '.join(rows[0])}) is taken for a header")
+        rows = rows[1:]
     short = next((number for number, row in enumerate(rows, 1) if len(row) < 2), None)
     if not rows or short is not None:
         what = "is empty" if short is None else f"has a row without text (row {short})"
         raise UserError(f"{source} {what}.", "Its columns are class, title and text, without a header.")
-    target = out / "text" / f"{split}.jsonl"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with target.open("w", encoding="utf-8") as stream:
-        for number, (label, *texts) in enumerate(rows, 1):
-            if (number % _TEST_ROW == 0) == (split == "test"):
-                stream.write(json.dumps({"text": ". ".join(texts), "label": label}) + "\n")
-    return target
+    train = [row for number, row in enumerate(rows, 1) if number % _TEST_ROW]
+    test = rows[_TEST_ROW - 1 :: _TEST_ROW]
+    known = {label for label, *_ in train}
+    unknown = {label for label, *_ in test} - known
+    if unknown:
+        notes.append(f"test rows of classes that training has not are left out ({', '.join(sorted(unknown))})")
+        test = [row for row in test if row[0] in known]
+    if split == "train":
+        for note in notes:
+            print(f"{source}: {note}", flush=True)
+        _say_repeated(source, *({". ".join(texts) for _, *texts in part} for part in (train, test)))
+    path = target / f"{split}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8") as stream:
+        for label, *texts in train if split == "train" else test:
+            stream.write(json.dumps({"text": ". ".join(texts), "label": label}) + "\n")
+    return path
+
+
+def _has_header(rows: list[list[str]]) -> bool:
+    """Whether the first row names columns: its class is nobody else's, and its cells are short words."""
+    if len(rows) < 2 or any(row[0] == rows[0][0] for row in rows[1:]):
+        return False
+    return all(re.fullmatch(_COLUMN_NAME, cell.strip()) for cell in rows[0])
 
 
 def _make_shards(*arguments: str, out: Path, split: str) -> None:

@@ -17,8 +17,10 @@ ROWS = {
 _SIGNS = {"knn_accuracy": "k-NN", "held_out_loss": "held-out loss", "held_out_explained": "held-out share explained"}
 
 
-def table(results: list[dict[str, Any]], names: dict[str, str], budgets: dict[str, float]) -> str:
-    """A Markdown table: mean and standard deviation over seeds, in percent."""
+def table(
+    results: list[dict[str, Any]], names: dict[str, str], budgets: dict[str, float], samples: dict[str, str]
+) -> str:
+    """A Markdown table: mean and standard deviation over seeds, in percent. `samples`: what the sets are."""
     groups: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
     for result in results:
         groups[result["modality"], result["row"]].append(result)
@@ -39,7 +41,11 @@ def table(results: list[dict[str, Any]], names: dict[str, str], budgets: dict[st
             cells += [_percent(found, "knn"), _percent(found, linear)]
             cells += [_mean(found, "target_std", 2), _mean(found, "target_rank", 1)]
             lines.append("| " + " | ".join(cells) + " |")
-        notes.append(f"- {name}: {budgets[modality]:.2e} FLOPs a run. {_catching_up(groups, modality)}")
+        largest = _percent(groups[modality, "raw"], "largest_class")
+        notes.append(
+            f"- {name}: {samples[modality]}; the most frequent class is {largest} % of the test samples. "
+            f"{budgets[modality]:.2e} FLOPs a run. {_catching_up(groups, modality)}"
+        )
     return "\n".join([*lines, "", *notes, ""])
 
 

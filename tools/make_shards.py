@@ -296,7 +296,8 @@ def _tokenizer(arguments: argparse.Namespace, files: list[Path]) -> Path:
         columns = Columns.parse(arguments.columns) if arguments.columns else None
         first = itertools.islice(documents(files, arguments.documents, columns), 1_000_000)
         texts = (text for document in first for text in (document.text, document.second) if text)
-        tokenizer.train(texts, model, vocab_size=arguments.vocab_size, threads=arguments.processes)
+        size, fewer = arguments.vocab_size, arguments.fewer_pieces
+        tokenizer.train(texts, model, vocab_size=size, threads=arguments.processes, fewer=fewer)
     return model
 
 
@@ -352,6 +353,9 @@ def make_parser() -> argparse.ArgumentParser:
         if name == "text":
             command.add_argument("--tokenizer", type=Path, help="sentencepiece model; without it one is trained")
             command.add_argument("--vocab_size", type=int, default=16000, help="pieces of the trained tokenizer")
+            command.add_argument(
+                "--fewer_pieces", action="store_true", help="be content with fewer where the texts are too few"
+            )
             command.add_argument("--documents", choices=["file", "paragraph", "line"], default="file")
             command.add_argument("--ids", action="store_true", help="store token ids instead of text")
             command.add_argument(

@@ -84,8 +84,10 @@ def main() -> int:
 
 def probe(arguments: argparse.Namespace) -> dict[str, object]:
     """The result: scores, and what they are of."""
-    if arguments.beam is not None and arguments.beam < 1:
-        raise UserError(f"--beam is {arguments.beam}.", "Give at least 1 (greedy).")
+    for option in ("beam", "k", "limit", "batch_size"):
+        value = getattr(arguments, option)
+        if value is not None and value < 1:
+            raise UserError(f"--{option} is {value}.", "Give at least 1.")
     if arguments.task in ("classify", "ctc"):
         task = open_encoder(arguments.checkpoint).recipe.task
         if task is not None and (task.kind == "ctc") == (arguments.task == "ctc"):
@@ -120,6 +122,12 @@ def pooled_scores(encoder: FrozenEncoder, arguments: argparse.Namespace) -> Scor
     """k-NN or linear probe of mean-pooled layers."""
     sets = sets_of(encoder, arguments, ClassLabels(), ClassLabels())
     train, test = (extract(encoder.hidden_states, one, encoder.valid_positions, encoder.device) for one in sets)
+    samples, classes = len(train.labels_n), len(train.labels_n.unique())
+    if arguments.task == "linear" and (samples < 10 or classes < 2):
+        raise UserError(
+            f"A linear probe cannot be fitted to {samples} samples of {classes} classes.",
+            "It takes 10 samples and 2 classes: give --data with more, or a higher --limit.",
+        )
 
     def score(x_nd: Tensor, y_n: Tensor, x_qd: Tensor, y_q: Tensor) -> float:
         if arguments.task == "knn":

@@ -15,11 +15,12 @@ def train(
     kind: str = "bpe",
     character_coverage: float = 1.0,
     threads: int = 1,
+    fewer: bool = False,
 ) -> None:
     """Write a model of `vocab_size` pieces to `path`. Ids: <s> 0, <pad> 1, </s> 2, <unk> 3; <mask> is `vocab_size`.
 
-    Bytes stand in for characters outside the vocabulary, so that no text is lost. Raises DataError where the texts are
-    too few for that many pieces.
+    Bytes stand in for characters outside the vocabulary, so that no text is lost. Where the texts are too few for that
+    many pieces it raises DataError, or with `fewer` makes as many as there are.
     """
     import sentencepiece
 
@@ -30,6 +31,7 @@ def train(
                 model_writer=stream,
                 model_type=kind,
                 vocab_size=vocab_size,
+                hard_vocab_limit=not fewer,
                 character_coverage=character_coverage,
                 byte_fallback=True,
                 bos_id=0,

@@ -16,6 +16,7 @@ from PIL import Image
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 sys.path.append(str(TOOLS))
 
+import evidence  # noqa: E402
 import evidence_sets  # noqa: E402
 import evidence_table  # noqa: E402
 
@@ -62,12 +63,79 @@ def test_every_fifth_row_is_test_and_archives_are_unpacked(tmp_path: Path) -> No
     (tmp_path / "ag_news_small.csv").write_text("\n".join(rows))
     with tarfile.open(data / "news.tar.gz", "w:gz") as tar:
         tar.add(tmp_path / "ag_news_small.csv", "ag_news_small.csv")
-    out = tmp_path / "out"
+    (folder,) = evidence_sets._unpacked(data, tmp_path / "out")
     for split, wanted in (("train", 320), ("test", 80)):
-        evidence_sets._unpacked(data, out)
-        lines = evidence_sets._news(out / "ag_news_small.csv", split, out).read_text().splitlines()
+        lines = evidence_sets._news(folder / "ag_news_small.csv", split, tmp_path / "out").read_text().splitlines()
         assert len(lines) == wanted
     assert json.loads(lines[0]) == {"text": "Title 4. A story of 4 words, about 4 things and a fox.", "label": "0"}
+
+
+def write_news(path: Path, rows: list[tuple[str, str]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(f'"{label}","{text}"' for label, text in rows))
+
+
+def test_another_set_in_the_same_out_is_not_taken_for_the_first(tmp_path: Path) -> None:
+    """Shards were looked for by modality alone: a second --data was reported under its name with the first one's."""
+    found = []
+    for name, words in (("cats", "cat purr milk"), ("dogs", "dog bark bone")):
+        write_news(tmp_path / name / "set.csv", [(str(k % 2), f"{words} {k} {words}") for k in range(60)])
+        found.append(evidence_sets.prepare(tmp_path / name, tmp_path / "out", ["text"])["text"])
+    assert found[0].train != found[1].train
+    for real, word in zip(found, ("cat", "dog"), strict=True):
+        jsonl = Path(real.train).with_name("train.jsonl").read_text()
+        assert word in jsonl
+        assert SetIndex.load(Path(real.train)).samples == 48  # few words: fewer pieces than wanted are enough
+    again = evidence_sets.prepare(tmp_path / "cats", tmp_path / "out", ["text"])["text"]
+    assert again == found[0]
+
+
+def test_names_of_recordings_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    """`yes_a-3.wav` was left out without a word, and a label that only test takes have ended all modalities."""
+    recordings = tmp_path / "data" / "words" / "recordings"
+    recordings.mkdir(parents=True)
+    for name in ("yes_a_3", "yes_a_7", "no_a-3"):
+        soundfile.write(recordings / f"{name}.wav", np.full(4000, 0.1), 8000)
+    with pytest.raises(UserError, match=r"1 names of other forms, no_a-3\.wav the first"):
+        evidence_sets.prepare(tmp_path / "data", tmp_path / "out", ["speech"])
+    (recordings / "no_a-3.wav").rename(recordings / "no_a_3.wav")
+    with pytest.raises(UserError, match=r"Class .no. of .* is in one part only: takes 0 to 4"):
+        evidence_sets.prepare(tmp_path / "data", tmp_path / "out", ["speech"])
+
+
+def test_headers_rare_classes_and_repeated_rows_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [("world", f"News number {k} of the day.") for k in range(20)]
+    rows[4] = ("rare", "Only in the fifth row.")
+    rows[9] = rows[0]
+    write_news(tmp_path / "set.csv", [("label", "text"), *rows])
+    train = evidence_sets._news(tmp_path / "set.csv", "train", tmp_path / "out").read_text().splitlines()
+    test = evidence_sets._news(tmp_path / "set.csv", "test", tmp_path / "out").read_text().splitlines()
+    assert (len(train), len(test)) == (16, 3)
+    said = capsys.readouterr().out
+    assert "its first row (label, text) is taken for a header" in said
+    assert "test rows of classes that training has not are left out (rare)" in said
+    assert "1 test samples are in the training part, too" in said
+
+
+def test_results_of_other_code_are_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a change of the package a second run printed the old numbers with the new commit."""
+    for split in ("train", "test"):
+        (tmp_path / split).write_text("{}")
+    real = evidence_sets.RealSet("text", "news", str(tmp_path / "train"), str(tmp_path / "test"))
+    job = evidence.Job("text", "1.0", 1, real, 10, (), tmp_path)
+    before = job.digest
+    assert job.digest == before
+    monkeypatch.setattr(evidence, "code_digest", lambda: "other")
+    assert job.digest != before
+
+
+@pytest.mark.parametrize("arguments", [("--seeds", "0"), ("--compute", "0"), ("--jobs", "0")])
+def test_zero_is_no_default(
+    arguments: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["evidence.py", *arguments])
+    assert evidence.main() == 2
+    assert "must be positive" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("what", ["missing", "empty", "no text"])
@@ -83,7 +151,8 @@ def test_wrong_folders_are_said_before_anything_starts(what: str, tmp_path: Path
 
 
 def test_the_table_has_means_spreads_and_where_2_0_catches_up() -> None:
-    results = [{"modality": "vision", "row": "raw", "seed": 1, "steps": 1, "knn": 0.3, "linear": 0.35}]
+    raw = {"knn": 0.3, "linear": 0.35, "largest_class": 0.25}
+    results: list[dict[str, Any]] = [{"modality": "vision", "row": "raw", "seed": 1, "steps": 1, **raw}]
     for seed, gain in ((1, 0.0), (2, 0.02), (3, 0.04)):
         common = {"modality": "vision", "seed": seed, "steps": 40}
         for row in ("random 1.0", "random 2.0"):
@@ -93,10 +162,11 @@ def test_the_table_has_means_spreads_and_where_2_0_catches_up() -> None:
             signs = {"held_out_loss": 1 - gain, "held_out_explained": gain}
             curve = [{"step": step, "knn_accuracy": last * step / 40 + gain, **signs} for step in (0, 20, 40)]
             results.append({**common, "row": row, "knn": last + gain, "linear": last + gain, "curve": curve})
-    text = evidence_table.table(results, {"vision": "shapes"}, {"vision": 1e12})
+    text = evidence_table.table(results, {"vision": "shapes"}, {"vision": 1e12}, {"vision": "8 of 9 test samples"})
     assert "| shapes (vision) | data2vec 2.0 | 40 | 62.0 ± 2.0 | 62.0 ± 2.0 |" in text
     assert "| shapes (vision) | labels only, from scratch | 40 |  | 50.0 ± 0.0 |" in text
     assert "reaches 1.0's last k-NN at 100% of the compute" in text
+    assert "- shapes: 8 of 9 test samples; the most frequent class is 25.0 % of the test samples." in text
     warning = evidence_table.early_warning(results)
     assert "| held-out loss | -1.00 (n 6) |" in warning
     assert "| k-NN | +1.00 (n 6) |" in warning
@@ -109,7 +179,7 @@ def test_2_0_is_not_compared_with_a_1_0_that_has_not_left_its_random_start() -> 
         results.append({"modality": "text", "row": row, "seed": 1, "steps": 20, "curve": curve})
     for row in ("random 1.0", "random 2.0", "supervised", "raw"):
         results.append({"modality": "text", "row": row, "seed": 1, "steps": 20})
-    text = evidence_table.table(results, {"text": "news"}, {"text": 1e12})
+    text = evidence_table.table(results, {"text": "news"}, {"text": 1e12}, {"text": "all"})
     assert "1.0's k-NN has not risen above that of its random start." in text
     assert "of the compute" not in text
 

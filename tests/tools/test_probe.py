@@ -100,6 +100,19 @@ def test_attentive_and_a_classifiers_own_answers(
     assert "no classifier" in capsys.readouterr().err
 
 
+def test_numbers_that_measure_nothing_are_refused(
+    run: Run, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """--k 0 printed the share of the first class as every layer's score; a limit of 1 ended in a traceback."""
+    made = checkpoint(tmp_path / "run", "v1_vision")
+    call = [made, "--data", images, "--test", images]
+    for option in ("--k", "--limit", "--batch_size"):
+        assert run("probe", *call, option, 0) == 2
+        assert f"{option} is 0. Give at least 1." in capsys.readouterr().err
+    assert run("probe", *call, "--task", "linear", "--limit", 3) == 2
+    assert "cannot be fitted to 3 samples" in capsys.readouterr().err
+
+
 def test_ctc_on_frozen_features_and_with_a_models_own_head(
     run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
