@@ -17,6 +17,7 @@ import yaml
 
 from d2v_scale.committed import committed_steps
 from d2v_scale.errors import ConfigError
+from d2v_scale.files import write_whole
 from d2v_scale.recipe import Recipe, binding_differences, differences, to_dict
 
 log = logging.getLogger(__name__)
@@ -77,9 +78,13 @@ def parse(arguments: list[str]) -> tuple[Recipe, Options]:
 
 def note_start(run_dir: Path, options: Options) -> None:
     """Keep in the run directory what the run begins from: until its first checkpoint a resumption needs it."""
-    if options.init_from is not None:
-        text = json.dumps({"init_from": str(Path(options.init_from).resolve()), "reset_teacher": options.reset_teacher})
-        (run_dir / START_FILE).write_text(text + "\n")
+    if options.init_from is not None and not committed_steps(run_dir / "checkpoints"):
+        start = {
+            "init_from": str(Path(options.init_from).resolve()),
+            "given": options.init_from,
+            "reset_teacher": options.reset_teacher,
+        }
+        write_whole(run_dir / START_FILE, json.dumps(start) + "\n")
 
 
 def check_same_start(run_dir: Path, options: Options) -> None:
@@ -87,23 +92,30 @@ def check_same_start(run_dir: Path, options: Options) -> None:
     `--init_from` names."""
     if options.init_from is None or not committed_steps(run_dir / "checkpoints"):
         return
-    if not (run_dir / START_FILE).is_file():
+    start = _start_of(run_dir)
+    if start is None:
         log.warning("%s continues from its own checkpoint: --init_from is not read", run_dir)
-        return
-    began = json.loads((run_dir / START_FILE).read_text())["init_from"]
-    if began != str(Path(options.init_from).resolve()):
+    # A link may lead elsewhere by now, or nowhere: the run does not read it again.
+    elif options.init_from != start.get("given") and str(Path(options.init_from).resolve()) != start["init_from"]:
         raise ConfigError(
             "init_from",
-            f"is {options.init_from}, but the run in {run_dir} began from {began} and has a checkpoint since",
+            f"is {options.init_from}, but the run in {run_dir} began from {start['init_from']} and has gone on since",
             "Choose another --run_dir, or leave it out to continue that run.",
         )
 
 
 def _began_from(run_dir: Path) -> tuple[str | None, bool]:
-    if committed_steps(run_dir / "checkpoints") or not (run_dir / START_FILE).is_file():
-        return None, False
-    start = json.loads((run_dir / START_FILE).read_text())
-    return start["init_from"], start["reset_teacher"]
+    start = None if committed_steps(run_dir / "checkpoints") else _start_of(run_dir)
+    return (None, False) if start is None else (start["init_from"], start["reset_teacher"])
+
+
+def _start_of(run_dir: Path) -> dict[str, Any] | None:
+    """What the run began from; None where it began from scratch, or nobody can read it any more."""
+    try:
+        start = json.loads((run_dir / START_FILE).read_text())
+        return start if {"init_from", "reset_teacher"} <= start.keys() else None
+    except (OSError, ValueError, AttributeError):
+        return None
 
 
 def _make_parser() -> Any:

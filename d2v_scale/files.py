@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import socket
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ def write_whole(path: Path, text: str | bytes) -> None:
 
     Raises OSError, and leaves nothing behind then.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = temporary_name(path)
     try:
         with temporary.open("wb") as file:
             file.write(text.encode() if isinstance(text, str) else text)
@@ -23,6 +24,11 @@ def write_whole(path: Path, text: str | bytes) -> None:
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def temporary_name(path: Path) -> Path:
+    """A name beside `path` that no other process takes, not one of another node or container with the same number."""
+    return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
 
 
 def file_sha256(path: Path) -> str:

@@ -4,8 +4,7 @@ The teacher is a ZeRO-3 engine without an optimizer, whatever the student's stag
 data-parallel rank. Partition i of a teacher parameter covers the same elements as partition i of the student's, so the
 update `teacher += (1 - decay) * (student - teacher)` is local: no collective, no gathered tensor. Its truth is fp32;
 the forward pass reads a copy in the compute precision (in fp32 the two are one tensor). The source is the student's
-fp32 master weight; at stages 1 and 2 in bf16 it is the bf16 weight, because those stages cut their masters without
-regard to parameters.
+fp32 master weight; at stages 1 and 2 in bf16 the bf16 weight: their masters are cut without regard to parameters.
 """
 
 from abc import ABC, abstractmethod
@@ -305,7 +304,7 @@ class ShardedTeacher(EmaTeacher):
         self._engine: Any = None
         self._gather_stream: Any = None
         self._changed = False
-        if topology.data_parallel_size == 1 and not offload:
+        if not _needs_engine(topology, offload):
             # Nothing to divide, and ZeRO-3 would have the host wait for the device before every module.
             dtype = torch.bfloat16 if precision == "bf16" else torch.float32
             self._entry = _Entry(make().to(device=topology.device, dtype=dtype)).requires_grad_(False).eval()
@@ -368,6 +367,10 @@ class ShardedTeacher(EmaTeacher):
             held = own.narrow(0, 0, numel)
             ranges.append(HeldRange(name, parameter, start, held, source))
         return self._with_values(ranges, role, device)
+
+
+def _needs_engine(topology: Topology, offload: bool) -> bool:
+    return offload or topology.data_parallel_size > 1
 
 
 def _sharded(entry: nn.Module, engine_config: dict[str, Any], topology: Topology) -> tuple[Any, Any]:

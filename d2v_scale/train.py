@@ -32,7 +32,7 @@ from d2v_scale.command_line import Options
 from d2v_scale.data import demo
 from d2v_scale.data.loader import StepLoader
 from d2v_scale.engines import build_engines, describe_idle
-from d2v_scale.errors import EXIT_BAD_INPUT, EXIT_LOST_PEER, UserError, Verdict
+from d2v_scale.errors import EXIT_BAD_INPUT, EXIT_LOST_PEER, ConfigError, UserError, Verdict
 from d2v_scale.evaluation.held_out import HeldOutSet
 from d2v_scale.evaluation.online import OnlineEvaluation
 from d2v_scale.finetuning import program
@@ -281,8 +281,9 @@ def failed(error: Exception, directory: Path | None, rank: int) -> int:
     """Explain an error at the terminal, in this rank's log and in status.json; returns the exit code."""
     if isinstance(error, UserError):
         code, reason = EXIT_BAD_INPUT, str(error)
-        # Also of other ranks than 0: one node may lack the data that the others have.
-        log.error("%serror: %s", f"rank {rank}: " if rank else "", reason)
+        # Other ranks, too: one node may lack the data that the others have. But all have the same arguments.
+        if rank == 0 or not isinstance(error, ConfigError):
+            log.error("%serror: %s", f"rank {rank}: " if rank else "", reason)
     else:
         lost = is_lost_peer(error)
         code = EXIT_LOST_PEER if lost else getattr(error, "exit_code", 1) if isinstance(error, Verdict) else 1

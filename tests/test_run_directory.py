@@ -92,6 +92,21 @@ def test_other_weights_to_start_from_are_refused_once_the_run_goes_on_from_its_c
         command_line.check_same_start(tmp_path, other)
     assert caught.value.key == "init_from"
     assert not caplog.text
-    (tmp_path / command_line.START_FILE).unlink()
+    # Half a file, of a node that went down, is none; nor does a later start write what the run did not begin from.
+    (tmp_path / command_line.START_FILE).write_text("")
     command_line.check_same_start(tmp_path, other)
     assert "--init_from is not read" in caplog.text
+    command_line.note_start(tmp_path, other)
+    assert (tmp_path / command_line.START_FILE).read_text() == ""
+
+
+def test_a_requeue_gives_the_same_link_that_leads_elsewhere_by_now(tmp_path: Path) -> None:
+    (tmp_path / "latest").symlink_to(tmp_path / "a")
+    options = Options(init_from=str(tmp_path / "latest"))
+    command_line.note_start(tmp_path, options)
+    committed = tmp_path / "checkpoints" / "step-00000001" / "COMMITTED"
+    committed.parent.mkdir(parents=True)
+    committed.write_text(json.dumps({}))
+    (tmp_path / "latest").unlink()
+    (tmp_path / "latest").symlink_to(tmp_path / "b")
+    command_line.check_same_start(tmp_path, options)

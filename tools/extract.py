@@ -13,6 +13,7 @@ the mean over the layers and the valid positions, or with `--pool none` fp16 (T,
 """
 
 import argparse
+import fcntl
 import json
 import os
 import sys
@@ -33,6 +34,7 @@ from d2v_scale.data.writing import is_written, members_file, write_shard
 from d2v_scale.errors import EXIT_BAD_INPUT, DataError, UserError
 from d2v_scale.evaluation.features import mean_over_positions
 from d2v_scale.evaluation.frozen import FrozenEncoder
+from d2v_scale.files import write_whole
 from d2v_scale.interop.exporting import pick_modality
 
 _RECORD = "extract.json"
@@ -165,8 +167,16 @@ def record_making(
 ) -> None:
     """Write into the folder of what encoder and shards its files are; those of earlier calls stay in it.
 
-    Raises DataError where there are features of others, or of unknown ones. All processes write the same.
+    Raises DataError where there are features of others, or of unknown ones. One process at a time.
     """
+    with (arguments.out / f".{_RECORD}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        _record_making(arguments, encoder, modality, found, targets)
+
+
+def _record_making(
+    arguments: argparse.Namespace, encoder: FrozenEncoder, modality: str, found: ShardSet, targets: list[Path]
+) -> None:
     path = arguments.out / _RECORD
     making: dict[str, Any] = {
         "checkpoint": str(encoder.source.resolve()),
@@ -193,8 +203,8 @@ def record_making(
             raise DataError(f"{path}: {target.name} is of another shard of that name.", remedy)
         if target.name not in known and target.exists():
             raise DataError(f"{target} is there, and {path} does not say what it is of.", remedy)
-    with atomic_file(path) as temporary:
-        temporary.write_text(json.dumps(making | {"shards": known | shards}, indent=1) + "\n")
+    if shards.items() - known.items():
+        write_whole(path, json.dumps(making | {"shards": known | shards}, indent=1) + "\n")
 
 
 def target_name(path: str) -> str:

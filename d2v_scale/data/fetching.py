@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from d2v_scale.data.config import DataConfig
+from d2v_scale.files import temporary_name
 
 _CHUNK = 1 << 20
 _FIRST_PAUSE_S = 60.0
@@ -123,7 +124,7 @@ class ShardCache:
         for left_behind in self._directory.glob(f".{path.name}.*.tmp"):
             # Of a process that was killed: whoever fetches this shard holds its lock.
             left_behind.unlink(missing_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        temporary = temporary_name(path)
         try:
             self._stream_into(temporary, url, path, size, deadline)
             got = temporary.stat().st_size
@@ -145,7 +146,9 @@ class ShardCache:
             except OSError as error:
                 used = sum(copy.size for copy in _copies(self._directory, "*.tar"))
                 if room_was_made or error.errno != errno.ENOSPC or not used:
-                    raise FetchError(f"cannot be stored in {self._directory}: {error.strerror or error}") from error
+                    raise FetchError(
+                        f"could not be fetched into {self._directory}: {error.strerror or error}"
+                    ) from error
                 make_room(self._directory, "*.tar", used - (size or used / 2), path)
 
 

@@ -21,7 +21,7 @@ from webdataset.tariterators import base_plus_ext
 
 from d2v_scale.data.config import Modality
 from d2v_scale.errors import DataError
-from d2v_scale.files import file_sha256
+from d2v_scale.files import file_sha256, temporary_name
 
 FORMAT = 1
 _NO_END = "ends without an end-of-archive mark"
@@ -147,7 +147,7 @@ class atomic_file:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        self._temporary = temporary_name(path)
 
     def __enter__(self) -> Path:
         self._path.parent.mkdir(parents=True, exist_ok=True)

@@ -224,7 +224,8 @@ _DEFAULTS: dict[str, Any] = {
 
 def _refuse_second_owner(raw: dict[str, Any]) -> None:
     for key, owner in _SECOND_OWNERS:
-        if raw.get(key) not in (None, "auto", _DEFAULTS.get(key)):
+        off = isinstance(raw.get(key), dict) and raw[key].get("enabled") is False
+        if not off and raw.get(key) not in (None, "auto", _DEFAULTS.get(key)):
             raise ConfigError(key, f"is set in the DeepSpeed JSON, but {owner}", "Remove it from the JSON.")
     if raw.get("fp16", {}).get("enabled") not in (None, False):
         raise ConfigError("fp16.enabled", "fp16 is not supported", "Use bf16 (precision: bf16) or fp32.")

@@ -10,7 +10,7 @@ _NUMBERS_AND_SWITCHES = """
     managed_gradient_accumulation communication_data_type seq_parallel_communication_data_type prescale_gradients
     gradient_predivide_factor gradient_allreduce_op disable_allgather disable_python_gc dump_state steps_per_print
     wall_clock_breakdown memory_breakdown dataloader_drop_last log_level use_data_before_expert_parallelism
-    zero_allow_untested_optimizer zero_force_ds_cpu_optimizer
+    vocabulary_size zero_allow_untested_optimizer zero_force_ds_cpu_optimizer
 """
 
 _SECTIONS = """

@@ -260,8 +260,10 @@ class Mirror:
             self._save()
 
     def _store_artifacts(self) -> None:
-        """Try every artifact that waits; NotStored names those that are still waiting after that."""
-        trouble: dict[str, Exception] = {}
+        """Store the artifacts that wait, up to one that fails; NotStored names it and says how many wait after that.
+
+        A store that hangs costs one timeout a turn, then, and the next turn begins with another artifact.
+        """
         for event in list(self.state.artifacts_waiting):
             try:
                 self._store(event)
@@ -270,15 +272,15 @@ class Mirror:
                 if code == "RESOURCE_DOES_NOT_EXIST":
                     raise
                 if code not in _PERMANENT:
-                    trouble[event["path"]] = error
-                    continue
+                    others = [one for one in self.state.artifacts_waiting if one is not event]
+                    self.state.artifacts_waiting = [*others, event]
+                    self._save()
+                    reason = f"not the artifact {event['path']} ({type(error).__name__}: {error})"
+                    raise NotStored(reason + f", and {len(others)} more wait" * bool(others)) from error
                 self.refused += 1
                 print(f"refused: {event} {error}", file=sys.stderr, flush=True)
             self.state.artifacts_waiting = [one for one in self.state.artifacts_waiting if one is not event]
             self._save()
-        if trouble:
-            reasons = "; ".join(f"{path} ({type(error).__name__}: {error})" for path, error in trouble.items())
-            raise NotStored(f"not the artifacts {reasons}")
 
     def _store(self, artifact: dict[str, Any]) -> None:
         assert self._client is not None

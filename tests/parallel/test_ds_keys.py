@@ -45,6 +45,7 @@ def test_what_deepspeed_reports_about_a_run_is_accepted() -> None:
         {
             "steps_per_print": 10,
             "wall_clock_breakdown": True,
+            "vocabulary_size": 32000,
             "flops_profiler": {"enabled": True},
             "comms_logger": {"enabled": True, "verbose": False},
             "tensorboard": {"enabled": True, "output_path": "tb"},

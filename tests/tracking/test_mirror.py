@@ -356,12 +356,14 @@ def test_an_artifact_that_cannot_be_stored_holds_up_no_metrics_and_is_tried_agai
     run_dir = tmp_path / "run"
     tracker = RunTracker(run_dir, TrackingConfig(experiment="unwritable", enabled=False), is_main=True)
     tracker.start({}, {})
-    (run_dir / "recipe.yaml").write_text("a: 1\n")
-    tracker.artifact(run_dir / "recipe.yaml", "inputs")
+    for name in ("recipe.yaml", "other.yaml"):
+        (run_dir / name).write_text("a: 1\n")
+        tracker.artifact(run_dir / name, "inputs")
     train(run_dir, 1, 5, tracker, pause=0)
     tracker.finish("done")
-    for _ in range(2):
-        with pytest.raises(NotStored, match=r"recipe\.yaml"):
+    # One timeout a turn, where a store hangs; the next turn begins with another.
+    for name in ("recipe", "other", "recipe"):
+        with pytest.raises(NotStored, match=rf"{name}\.yaml.*and 1 more wait"):
             catch_up(run_dir)
         assert_complete(mlflow_server.uri, run_dir)
     stored: list[tuple[str, ...]] = []
@@ -370,4 +372,6 @@ def test_an_artifact_that_cannot_be_stored_holds_up_no_metrics_and_is_tried_agai
         mirror = catch_up(run_dir)
         assert mirror is not None
         assert mirror.pending() == 0
-    assert stored == [(state(run_dir)["run_id"], str(run_dir / "recipe.yaml"), "inputs")]
+    assert stored == [
+        (state(run_dir)["run_id"], str(run_dir / name), "inputs") for name in ("other.yaml", "recipe.yaml")
+    ]
