@@ -166,6 +166,10 @@ def test_the_teacher_is_gathered_on_a_stream_of_its_own() -> None:
     assert ds_config.teacher_config(student, "bf16", offload=False)["zero_optimization"]["overlap_comm"] is True
 
 
+def test_what_is_switched_off_is_not_refused() -> None:
+    assert "hybrid_engine" not in resolve({"hybrid_engine": {"enabled": False}, "progressive_layer_drop": None})
+
+
 def test_bf16_at_stage_1_does_not_hold_all_gradients_in_fp32() -> None:
     bf16 = RecipeNumbers(precision="bf16")
     assert "data_types" not in resolve({}, bf16)
