@@ -120,6 +120,8 @@ class EmaTeacher(ABC):
         self._batches: list[tuple[bool, list[TeacherShard]]] = []
         self._host_update: HostUpdate | None = None
         self._host_source: HostSource | None = None
+        self._changed = True
+        """Whether what forward passes read has been written since the last of them."""
 
     def _hold(self, shards: list[TeacherShard], on_host: bool) -> None:
         """Take these ranges, with the student's values, to update from now on."""
@@ -147,6 +149,7 @@ class EmaTeacher(ABC):
         self._last_decay = decay
         if ema.is_frozen(decay):
             return
+        self._changed = True
         if self._host_update is not None:
             self._host_update.start(decay)
             return
@@ -238,6 +241,7 @@ class EmaTeacher(ABC):
 
     def _refresh(self, shards: list[TeacherShard]) -> None:
         """Make what the forward pass reads follow the fp32 values of these ranges."""
+        self._changed = True
         pairs = [(shard.compute, shard.values) for shard in shards if shard.compute is not None]
         if pairs:
             torch._foreach_copy_([compute for compute, _ in pairs], [values for _, values in pairs])
@@ -303,7 +307,6 @@ class ShardedTeacher(EmaTeacher):
         offload = on_host and precision == "fp32"
         self._engine: Any = None
         self._gather_stream: Any = None
-        self._changed = False
         if not _needs_engine(topology, offload):
             # Nothing to divide, and ZeRO-3 would have the host wait for the device before every module.
             dtype = torch.bfloat16 if precision == "bf16" else torch.float32
@@ -328,15 +331,6 @@ class ShardedTeacher(EmaTeacher):
         super().destroy()
         if self._engine is not None:
             self._engine.destroy()
-
-    def update(self, decay: float) -> None:
-        """See `EmaTeacher.update`. Local."""
-        super().update(decay)
-        self._changed = True
-
-    def _refresh(self, shards: list[TeacherShard]) -> None:
-        super()._refresh(shards)
-        self._changed = True
 
     def _run(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self.wait()

@@ -16,7 +16,7 @@ from d2v_scale.data.batch import Batch
 from d2v_scale.model.stack import Teacher
 from d2v_scale.parallel.groups import Topology
 from d2v_scale.parallel.zero import StudentEngine
-from d2v_scale.teacher import EmaTeacher, HeldRange, TeacherConfig, TeacherShard
+from d2v_scale.teacher import EmaTeacher, HeldRange, TeacherConfig
 
 
 class StageTeacher(EmaTeacher):
@@ -39,7 +39,6 @@ class StageTeacher(EmaTeacher):
         dtype = torch.bfloat16 if config.precision(student_config) == "bf16" else torch.float32
         self.module = make().requires_grad_(False).to(device=topology.device, dtype=dtype)
         self._flat = _flatten(self.module, topology.data_parallel_size, dtype, topology.device)
-        self._stale = True
         on_host = config.placement == "cpu"
         held = self._ranges()
         self._hold(self._with_values(held, role, torch.device("cpu") if on_host else topology.device), on_host)
@@ -51,11 +50,11 @@ class StageTeacher(EmaTeacher):
         Collective over the stage's data-parallel group: all its ranks must call.
         """
         self.wait()
-        if self._stale and self.topology.data_parallel_size > 1:
+        if self._changed and self.topology.data_parallel_size > 1:
             # A copy of the own part: gloo does not gather in place.
             own = self._own_part().clone()
             dist.all_gather_into_tensor(self._flat, own, group=self.topology.data_parallel_group)
-        self._stale = False
+        self._changed = False
 
     @torch.no_grad()
     def features(self, batch: Batch, features_btd: Tensor | None, layers: list[int]) -> list[Tensor]:
@@ -104,15 +103,6 @@ class StageTeacher(EmaTeacher):
             value = torch.empty(shape, dtype=dtype, device=self.topology.device)
         dist.broadcast(value, group=group, group_src=stage)
         return value
-
-    def update(self, decay: float) -> None:
-        """See `EmaTeacher.update`. Local; the gather waits until `prepare`."""
-        super().update(decay)
-        self._stale = True
-
-    def _refresh(self, shards: list[TeacherShard]) -> None:
-        super()._refresh(shards)
-        self._stale = True
 
     def _own_part(self) -> Tensor:
         size = self._flat.numel() // self.topology.data_parallel_size
