@@ -101,8 +101,11 @@ class SpeechDecoder:
         return Row(sample.key, wave[start : start + length])
 
     def evaluation_row(self, sample: RawSample) -> Wave:
-        """The recording from its beginning, at most `max_seconds`."""
-        return self._whole(sample)[: round(self._config.max_seconds * SAMPLE_RATE)]
+        """The recording from its beginning, at most `max_seconds`. Raises SampleFault where it is no frame long."""
+        wave = self._whole(sample)[: round(self._config.max_seconds * SAMPLE_RATE)]
+        if self._stem.frames_of(len(wave)) < 1:
+            raise sample.fault(f"is {len(wave)} samples long, less than one frame of the model")
+        return wave
 
     def stack(self, rows: list[Wave]) -> Stacked:
         """float32 (B, samples); shorter rows are filled with zeros and marked in `valid`."""

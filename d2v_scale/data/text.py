@@ -141,7 +141,7 @@ class TextDecoder:
         enough = 1 if self._by_document else self._block
         while len(self._left) < enough:
             sample = store.read(shard, item)
-            tokens = document(sample, self._tokenizer)
+            tokens = self._ids(sample)
             if len(tokens) == 0:
                 assert isinstance(store, StreamStore), "plans know the lengths of indexed documents"
                 store.pass_over("documents without tokens")
@@ -152,15 +152,27 @@ class TextDecoder:
 
     def evaluation_row(self, sample: RawSample) -> Tokens:
         """The document's beginning, or a pair of texts: <s> first </s> </s> second </s>, the longer one shortened."""
-        first = document(sample, self._tokenizer)
+        first = self._ids(sample)
         if not any(sample.has(extension) for extension in SECOND_EXTENSIONS):
             return np.concatenate(([self._stem.bos_id], self._shortened(first, self._block)))
         extension, content = sample.member(SECOND_EXTENSIONS)
-        second = tokens_of(extension.removesuffix("2"), bytes(content), self._tokenizer)
+        second = self._checked(sample, tokens_of(extension.removesuffix("2"), bytes(content), self._tokenizer))
         room = self._block - 1
         kept = min(len(first), max(room - len(second), room - room // 2))
         pair = self._shortened(first, kept), self._shortened(second, room - kept)
         return np.concatenate(([self._stem.bos_id], pair[0], [self._stem.eos_id], pair[1]))
+
+    def _ids(self, sample: RawSample) -> Tokens:
+        return self._checked(sample, document(sample, self._tokenizer))
+
+    def _checked(self, sample: RawSample, tokens: Tokens) -> Tokens:
+        """The same ids. Raises SampleFault where the model has no such word, or one would pass for padding."""
+        if len(tokens) and not 0 <= tokens.min() <= tokens.max() < self._stem.vocab_size:
+            wrong = tokens.min() if tokens.min() < 0 else tokens.max()
+            raise sample.fault(f"holds the id {wrong}, the model has {self._stem.vocab_size} (model.text.vocab_size)")
+        if (tokens == self._stem.pad_id).any():
+            raise sample.fault(f"holds the id {self._stem.pad_id}, which is padding (model.text.pad_id)")
+        return tokens
 
     def _shortened(self, tokens: Tokens, length: int) -> Tokens:
         """At most `length` tokens, the last one still </s>."""
@@ -218,7 +230,7 @@ class TextDecoder:
 
     def _document(self, store: SampleStore, shard: int, number: int) -> Tokens:
         sample = store.read(shard, number)
-        tokens = document(sample, self._tokenizer)
+        tokens = self._ids(sample)
         expected = int(store.members(shard).length_n[number])
         if len(tokens) != expected:
             raise sample.fault(f"has {len(tokens)} tokens, its index says {expected}: another tokenizer?")

@@ -284,7 +284,7 @@ class Data2Vec2Model(PreTrainedModel):
         if self.config.modality == "speech":
             x = self.features(input_values)
             if attention_mask is not None:
-                frames = self.frames_of(attention_mask.long().sum(-1))
+                frames = self.frames_of(attention_mask.long().sum(-1)).clamp(min=1)
                 valid = torch.arange(x.shape[1], device=x.device)[None] < frames[:, None]
         else:
             x = self.features(pixel_values)

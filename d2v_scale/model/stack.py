@@ -140,6 +140,9 @@ class _Stack(nn.Module):
             valid_bt = valid_bt.repeat_interleave(clones, dim=0)
             if visible_rs is not None:
                 valid_bt = valid_bt.gather(1, visible_rs)
+            # A row without any real key attends to its padding: what a kernel gives over no key at all is its own
+            # affair, zeros or NaN. Nothing of such a row is counted.
+            valid_bt = valid_bt | ~valid_bt.any(dim=1, keepdim=True)
         assert bias is None or bias.shape[0] in (1, rows)
         extra = 1 if batch.modality == "vision" else 0
         return Carry(states_rsd, add_padding(bias, valid_bt, states_rsd.dtype), extra, position)

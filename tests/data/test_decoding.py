@@ -18,7 +18,7 @@ from d2v_scale.data.config import DataConfig, SourceConfig, SpeechData, VisionDa
 from d2v_scale.data.labelled import LabelledSet
 from d2v_scale.data.loader import StepLoader
 from d2v_scale.data.reading import SampleFault
-from d2v_scale.data.text import Tokenizer, chunks_of_documents
+from d2v_scale.data.text import TextDecoder, Tokenizer, chunks_of_documents
 from d2v_scale.data.writing import write_set
 from d2v_scale.data2vec.config import MaskingConfig
 from d2v_scale.errors import ConfigError, DataError
@@ -228,6 +228,26 @@ def test_blocks_hold_every_token_once_and_begin_with_bos(texts: Path, tmp_path: 
             assert packing == "continuous" or (row[1:-1] == 2).sum() == 0 or row[row != 1][-1] == 2
         # An epoch of one block per step ends exactly at the edge.
         assert sorted(seen) == expected
+
+
+def test_a_recording_of_less_than_a_frame_is_lost_by_name() -> None:
+    content = io.BytesIO()
+    soundfile.write(content, np.zeros(100, dtype=np.float32), 16000, format="WAV")
+    decoder = speech.SpeechDecoder(SpeechData(), SpeechStem())
+    with pytest.raises(SampleFault, match="100 samples long, less than one frame"):
+        decoder.evaluation_row(OneSample("wav", content.getvalue()))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("wrong", "told"), [(1, "which is padding"), (40, "the model has 40"), (-7, "the id -7")])
+def test_a_document_with_ids_that_the_model_cannot_read_is_lost_by_name(wrong: int, told: str) -> None:
+    """A padding id inside would pass for the end of the row, and its mask be drawn for another length."""
+    content = io.BytesIO()
+    np.save(content, np.array([7, wrong, 8, 2]))
+    decoder = TextDecoder(DataConfig(sources=[]), TextStem(vocab_size=40, mask_id=39), None)
+    sample = OneSample("npy", content.getvalue())
+    sample.has = lambda extension: False  # type: ignore[attr-defined]
+    with pytest.raises(SampleFault, match=told):
+        decoder.evaluation_row(sample)  # type: ignore[arg-type]
 
 
 def test_a_students_tokens_are_masked_and_the_teachers_are_not(texts: Path) -> None:
