@@ -3,8 +3,6 @@
 import argparse
 import dataclasses
 import difflib
-import json
-import logging
 import os
 import re
 import types
@@ -15,17 +13,12 @@ from typing import Any, NoReturn
 
 import yaml
 
-from d2v_scale.committed import committed_steps
 from d2v_scale.errors import ConfigError
-from d2v_scale.files import write_whole
 from d2v_scale.recipe import Recipe, binding_differences, differences, to_dict
-
-log = logging.getLogger(__name__)
+from d2v_scale.run_start import RECIPE_FILE, began_from, may_begin_anew
 
 RECIPES = Path(__file__).parent / "recipes"
 DEFAULT_RECIPE = "demo_vision"
-RECIPE_FILE = "recipe.yaml"
-START_FILE = "start.json"
 
 _EPILOG = """Recipes: a name from d2v_scale/recipes or a YAML file. Keys given after it override it, e.g.
 `--recipe d2v2_vision_base --optim.lr 1e-3 --model.backbone.depth 24`. Without arguments: the vision demo.
@@ -72,50 +65,8 @@ def parse(arguments: list[str]) -> tuple[Recipe, Options]:
     if options.reset_teacher and options.init_from is None:
         raise ConfigError("reset_teacher", "is true without --init_from", "Give both, or neither.")
     if options.resume is not None and options.init_from is None:
-        options.init_from, options.reset_teacher = _began_from(Path(options.resume))
+        options.init_from, options.reset_teacher = began_from(Path(options.resume))
     return recipe, options
-
-
-def note_start(run_dir: Path, options: Options) -> None:
-    """Keep in the run directory what the run begins from: until its first checkpoint a resumption needs it."""
-    if options.init_from is not None and not committed_steps(run_dir / "checkpoints"):
-        start = {
-            "init_from": str(Path(options.init_from).resolve()),
-            "given": options.init_from,
-            "reset_teacher": options.reset_teacher,
-        }
-        write_whole(run_dir / START_FILE, json.dumps(start) + "\n")
-
-
-def check_same_start(run_dir: Path, options: Options) -> None:
-    """Raises ConfigError when the run in `run_dir` has a checkpoint to go on from and began from other weights than
-    `--init_from` names."""
-    if options.init_from is None or not committed_steps(run_dir / "checkpoints"):
-        return
-    start = _start_of(run_dir)
-    if start is None:
-        log.warning("%s continues from its own checkpoint: --init_from is not read", run_dir)
-    # A link may lead elsewhere by now, or nowhere: the run does not read it again.
-    elif options.init_from != start.get("given") and str(Path(options.init_from).resolve()) != start["init_from"]:
-        raise ConfigError(
-            "init_from",
-            f"is {options.init_from}, but the run in {run_dir} began from {start['init_from']} and has gone on since",
-            "Choose another --run_dir, or leave it out to continue that run.",
-        )
-
-
-def _began_from(run_dir: Path) -> tuple[str | None, bool]:
-    start = None if committed_steps(run_dir / "checkpoints") else _start_of(run_dir)
-    return (None, False) if start is None else (start["init_from"], start["reset_teacher"])
-
-
-def _start_of(run_dir: Path) -> dict[str, Any] | None:
-    """What the run began from; None where it began from scratch, or nobody can read it any more."""
-    try:
-        start = json.loads((run_dir / START_FILE).read_text())
-        return start if {"init_from", "reset_teacher"} <= start.keys() else None
-    except (OSError, ValueError, AttributeError):
-        return None
 
 
 def _make_parser() -> Any:
@@ -248,9 +199,10 @@ def changed_from_named(recipe: Recipe) -> dict[str, str]:
 
 
 def check_same_recipe(recipe: Recipe, run_dir: Path, allow_change: bool) -> None:
-    """Raises ConfigError when `run_dir` holds a run of another recipe, naming the first keys that differ."""
+    """Raises ConfigError when `run_dir` holds a run of another recipe that has taken a step, naming the first keys
+    that differ."""
     existing = run_dir / RECIPE_FILE
-    if allow_change or not existing.is_file():
+    if allow_change or not existing.is_file() or may_begin_anew(run_dir):
         return
     changed = binding_differences(load_recipe(existing), _plain(to_dict(recipe)))
     if changed:

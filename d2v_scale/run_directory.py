@@ -12,18 +12,25 @@ from typing import Any
 import torch.distributed as dist
 
 from d2v_scale.command_line import (
-    RECIPE_FILE,
     Options,
     check_same_recipe,
-    check_same_start,
     default_run_dir,
     dump,
     load_recipe,
-    note_start,
 )
 from d2v_scale.errors import UserError
+from d2v_scale.files import write_whole
 from d2v_scale.parallel.groups import Topology
 from d2v_scale.recipe import Recipe, differences, to_dict
+from d2v_scale.run_start import (
+    DS_CONFIG_FILE,
+    RECIPE_FILE,
+    began_from_other_weights,
+    check_same_start,
+    forget_failed_start,
+    may_begin_anew,
+    note_start,
+)
 from d2v_scale.status import begin
 
 LOCK_FILE = ".lock"
@@ -56,17 +63,32 @@ def claim(recipe: Recipe, options: Options, ds_config: dict[str, Any], topology:
 def _problem(run_dir: Path, recipe: Recipe, options: Options, ds_config: dict[str, Any]) -> UserError | None:
     """Write the configuration; what went wrong is returned, so that every rank can raise it."""
     try:
-        check_same_recipe(recipe, run_dir, options.allow_recipe_change)
-        check_same_start(run_dir, options)
+        _check(run_dir, recipe, options)
         run_dir.mkdir(parents=True, exist_ok=True)
         lock(run_dir)
-        _write(run_dir, recipe, ds_config)
+        _check(run_dir, recipe, options)  # who had the lock until now may have begun to train
+        changed = _changed(run_dir, recipe)
+        if (changed or began_from_other_weights(run_dir, options)) and may_begin_anew(run_dir):
+            forget_failed_start(run_dir)
+            changed = {}
+        _write(run_dir, recipe, ds_config, changed)
         note_start(run_dir, options)
     except UserError as error:
         return error
     except OSError as error:
         return UserError(f"The run directory {run_dir} cannot be written: {error}.", "Choose another --run_dir.")
     return None
+
+
+def _check(run_dir: Path, recipe: Recipe, options: Options) -> None:
+    check_same_recipe(recipe, run_dir, options.allow_recipe_change)
+    check_same_start(run_dir, options)
+
+
+def _changed(run_dir: Path, recipe: Recipe) -> dict[str, tuple[Any, Any]]:
+    """The keys that differ from the recipe that `run_dir` holds; none where it holds none."""
+    existing = run_dir / RECIPE_FILE
+    return differences(load_recipe(existing), json.loads(json.dumps(to_dict(recipe)))) if existing.is_file() else {}
 
 
 def lock(run_dir: Path, wait_s: float = LOCK_WAIT_S) -> None:
@@ -100,19 +122,16 @@ def lock(run_dir: Path, wait_s: float = LOCK_WAIT_S) -> None:
     # The file stays open: closing it would unlock it.
 
 
-def _write(run_dir: Path, recipe: Recipe, ds_config: dict[str, Any]) -> None:
+def _write(run_dir: Path, recipe: Recipe, ds_config: dict[str, Any], changed: dict[str, tuple[Any, Any]]) -> None:
     for folder in ("checkpoints", "logs", "plots"):
         (run_dir / folder).mkdir(parents=True, exist_ok=True)
     begin(run_dir)
-    existing = run_dir / RECIPE_FILE
-    if existing.is_file():
-        changed = differences(load_recipe(existing), json.loads(json.dumps(to_dict(recipe))))
-        if changed:
-            record = {"time": time.time(), "changed": {k: {"from": a, "to": b} for k, (a, b) in changed.items()}}
-            with (run_dir / "recipe_changes.jsonl").open("a") as file:
-                file.write(json.dumps(record) + "\n")
-    existing.write_text(dump(recipe))
-    (run_dir / "ds_config.json").write_text(json.dumps(ds_config, indent=2) + "\n")
+    if changed:
+        record = {"time": time.time(), "changed": {k: {"from": a, "to": b} for k, (a, b) in changed.items()}}
+        with (run_dir / "recipe_changes.jsonl").open("a") as file:
+            file.write(json.dumps(record) + "\n")
+    write_whole(run_dir / DS_CONFIG_FILE, json.dumps(ds_config, indent=2) + "\n")
+    write_whole(run_dir / RECIPE_FILE, dump(recipe))
 
 
 def log_to_file(run_dir: Path, rank: int) -> None:

@@ -18,6 +18,7 @@ from d2v_scale.errors import EXIT_DONE
 from d2v_scale.parallel.groups import Topology
 from d2v_scale.parallel.zero import StepResult, StudentEngine
 from d2v_scale.recipe import Recipe, to_dict
+from d2v_scale.run_start import DS_CONFIG_FILE, RECIPE_FILE
 from d2v_scale.signals import Agreement, Stop, StopFlag, StopReason
 from d2v_scale.status import outcome_of, write_status
 from d2v_scale.tracking import RunTracker, SystemMonitor, environment_tags, write_environment
@@ -62,8 +63,8 @@ def supervise(run: AnyRun, stop_flag: StopFlag, train: Callable[..., Stop | None
         resume_step=run.step if run.saved >= 0 else None,
         total_steps=last_step(run),
     )
-    run.tracker.artifact(run.directory / command_line.RECIPE_FILE)
-    run.tracker.artifact(run.directory / "ds_config.json")
+    run.tracker.artifact(run.directory / RECIPE_FILE)
+    run.tracker.artifact(run.directory / DS_CONFIG_FILE)
     if topology.rank == 0:
         run.tracker.artifact(write_environment(run.directory))
     agreement = Agreement()

@@ -8,6 +8,7 @@ import yaml
 from d2v_scale import command_line
 from d2v_scale.errors import ConfigError
 from d2v_scale.recipe import binding_differences, to_dict
+from d2v_scale.run_start import RECIPE_FILE
 
 PACKAGED = sorted(path.stem for path in command_line.RECIPES.glob("*.yaml"))
 
@@ -77,7 +78,7 @@ def test_an_unknown_key_in_yaml_is_named_with_its_path(tmp_path):
 
 def test_resume_takes_the_recipe_of_the_directory(tmp_path):
     recipe, _ = command_line.parse(["--optim.lr", "0.25"])
-    (tmp_path / command_line.RECIPE_FILE).write_text(command_line.dump(recipe))
+    (tmp_path / RECIPE_FILE).write_text(command_line.dump(recipe))
     resumed, options = command_line.parse(["--resume", str(tmp_path), "--stop_at", "5"])
     assert resumed.optim.lr == 0.25
     assert options.resume == str(tmp_path)
@@ -89,7 +90,7 @@ def test_resume_takes_the_recipe_of_the_directory(tmp_path):
 
 def test_another_recipe_in_the_same_directory_is_refused_and_free_keys_are_not(tmp_path):
     recipe, _ = command_line.parse([])
-    (tmp_path / command_line.RECIPE_FILE).write_text(command_line.dump(recipe))
+    (tmp_path / RECIPE_FILE).write_text(command_line.dump(recipe))
     moved, _ = command_line.parse(["--data.workers", "7", "--accumulation", "2", "--tracking.log_every", "3"])
     command_line.check_same_recipe(moved, tmp_path, allow_change=False)
     other, _ = command_line.parse(["--optim.lr", "0.5"])

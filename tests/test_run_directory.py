@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from d2v_scale import command_line, errors, run_directory
+from d2v_scale import command_line, errors, run_directory, run_start
 from d2v_scale.command_line import Options
 from d2v_scale.errors import ConfigError, UserError
 
@@ -59,8 +59,8 @@ def test_a_second_program_is_refused_until_the_first_is_gone(tmp_path: Path, mon
 
 def test_a_run_that_is_resumed_before_its_first_checkpoint_begins_from_the_same_weights(tmp_path: Path) -> None:
     recipe, options = command_line.parse(["--init_from", str(tmp_path / "source"), "--reset_teacher", "true"])
-    (tmp_path / command_line.RECIPE_FILE).write_text(command_line.dump(recipe))
-    command_line.note_start(tmp_path, options)
+    (tmp_path / run_start.RECIPE_FILE).write_text(command_line.dump(recipe))
+    run_start.note_start(tmp_path, options)
     _, resumed = command_line.parse(["--resume", str(tmp_path)])
     assert (resumed.init_from, resumed.reset_teacher) == (str(tmp_path / "source"), True)
     committed = tmp_path / "checkpoints" / "step-00000001" / "COMMITTED"
@@ -80,33 +80,33 @@ def test_other_weights_to_start_from_are_refused_once_the_run_goes_on_from_its_c
     tmp_path: Path, caplog
 ) -> None:
     began, other = Options(init_from=str(tmp_path / "a")), Options(init_from=str(tmp_path / "b"))
-    command_line.note_start(tmp_path, began)
-    command_line.check_same_start(tmp_path, other)
+    run_start.note_start(tmp_path, began)
+    run_start.check_same_start(tmp_path, other)
     committed = tmp_path / "checkpoints" / "step-00000001" / "COMMITTED"
     committed.parent.mkdir(parents=True)
     committed.write_text(json.dumps({}))
     # A requeued job gives the same again.
-    command_line.check_same_start(tmp_path, began)
-    command_line.check_same_start(tmp_path, Options())
+    run_start.check_same_start(tmp_path, began)
+    run_start.check_same_start(tmp_path, Options())
     with pytest.raises(ConfigError) as caught:
-        command_line.check_same_start(tmp_path, other)
+        run_start.check_same_start(tmp_path, other)
     assert caught.value.key == "init_from"
     assert not caplog.text
     # Half a file, of a node that went down, is none; nor does a later start write what the run did not begin from.
-    (tmp_path / command_line.START_FILE).write_text("")
-    command_line.check_same_start(tmp_path, other)
+    (tmp_path / run_start.START_FILE).write_text("")
+    run_start.check_same_start(tmp_path, other)
     assert "--init_from is not read" in caplog.text
-    command_line.note_start(tmp_path, other)
-    assert (tmp_path / command_line.START_FILE).read_text() == ""
+    run_start.note_start(tmp_path, other)
+    assert (tmp_path / run_start.START_FILE).read_text() == ""
 
 
 def test_a_requeue_gives_the_same_link_that_leads_elsewhere_by_now(tmp_path: Path) -> None:
     (tmp_path / "latest").symlink_to(tmp_path / "a")
     options = Options(init_from=str(tmp_path / "latest"))
-    command_line.note_start(tmp_path, options)
+    run_start.note_start(tmp_path, options)
     committed = tmp_path / "checkpoints" / "step-00000001" / "COMMITTED"
     committed.parent.mkdir(parents=True)
     committed.write_text(json.dumps({}))
     (tmp_path / "latest").unlink()
     (tmp_path / "latest").symlink_to(tmp_path / "b")
-    command_line.check_same_start(tmp_path, options)
+    run_start.check_same_start(tmp_path, options)

@@ -3,12 +3,13 @@
 import dataclasses
 from pathlib import Path
 
-from d2v_scale.command_line import RECIPE_FILE, RECIPES, Options, parse
+from d2v_scale.command_line import RECIPES, Options, parse
 from d2v_scale.committed import committed_steps
 from d2v_scale.errors import ConfigError
 from d2v_scale.interop.encoder_source import EncoderSource, open_encoder
 from d2v_scale.model.config import ModelConfig
 from d2v_scale.recipe import Recipe, differences
+from d2v_scale.run_start import RECIPE_FILE, may_begin_anew
 
 
 def adopt(recipe: Recipe, options: Options) -> EncoderSource | None:
@@ -22,7 +23,7 @@ def adopt(recipe: Recipe, options: Options) -> EncoderSource | None:
     source = None
     if options.init_from is not None:
         run_dir = None if options.run_dir is None else Path(options.run_dir)
-        if run_dir is not None and (run_dir / RECIPE_FILE).is_file() and committed_steps(run_dir / "checkpoints"):
+        if run_dir is not None and (run_dir / RECIPE_FILE).is_file() and _goes_on(run_dir):
             _take_over(recipe, parse(["--recipe", str(run_dir / RECIPE_FILE)])[0])
         else:
             source = open_encoder(options.init_from, recipe.task.weights)
@@ -31,6 +32,11 @@ def adopt(recipe: Recipe, options: Options) -> EncoderSource | None:
         if value is not None:
             setattr(recipe.model.backbone, name, value)
     return source
+
+
+def _goes_on(run_dir: Path) -> bool:
+    """Whether the run there continues from a checkpoint of its own and needs its encoder no more."""
+    return bool(committed_steps(run_dir / "checkpoints")) and not may_begin_anew(run_dir)
 
 
 def _refuse_overrides(recipe: Recipe, encoder: ModelConfig) -> None:

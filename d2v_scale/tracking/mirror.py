@@ -74,9 +74,12 @@ class Mirror:
     def _save(self) -> None:
         """Remember the position, unless a new attempt of the run has rewritten what the position is in."""
         with state_locked(self.run_dir):
-            if MirrorState.load(self.run_dir).generation != self.state.generation:
-                raise Outdated
+            self._check_generation()
             self.state.save(self.run_dir)
+
+    def _check_generation(self) -> None:
+        if MirrorState.load(self.run_dir).generation != self.state.generation:
+            raise Outdated
 
     def pending(self) -> int:
         """Bytes of complete lines not yet sent, and artifacts not yet stored."""
@@ -88,6 +91,7 @@ class Mirror:
 
     def step(self) -> None:
         """Send everything that is complete in the files now."""
+        self._check_generation()
         if not self.pending():
             return
         try:
