@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,13 +14,16 @@ from torch import Tensor, nn
 from d2v_scale.checkpoint import Checkpoint, open_any
 from d2v_scale.errors import CheckpointError, DataError
 from d2v_scale.interop.huggingface import huggingface_keys, is_native
-from d2v_scale.interop.importing import Folder, open_source, without_prefix
+from d2v_scale.interop.importing import open_source, without_prefixes
 from d2v_scale.interop.keymap import KeyMap, import_tensors
 from d2v_scale.interop.remote_code import remote_code_keys
 from d2v_scale.interop.task_heads import add_head
+from d2v_scale.interop.weight_files import Folder
 from d2v_scale.model.init import full_shape_of, write_local
 from d2v_scale.model.stack import Student
 from d2v_scale.recipe import Recipe, to_dict
+
+log = logging.getLogger(__name__)
 
 EXPORT_FILE = "d2v_scale.json"
 """In an exported folder: the recipe, and which checkpoint of which run it is."""
@@ -126,6 +130,8 @@ def _exported(path: Path) -> EncoderSource:
         reference = source.reference
         ours, report = import_tensors(source.keymap, source.student)
         report.require_complete(str(path))
+        for note in source.notes:
+            log.warning("%s: %s", path, note)
         recipe = Recipe(name=path.name, model=reference.model, objective=reference.objective, data=source.data)
         return EncoderSource(path, recipe, ours.get)
     try:
@@ -135,8 +141,9 @@ def _exported(path: Path) -> EncoderSource:
         raise CheckpointError(f"{path / EXPORT_FILE} is damaged ({error}).", "Export it again.") from error
     tensors = Folder(path)
     if (path / "config.json").is_file():
-        foreign = {without_prefix(name): tensors[name] for name in tensors}
-        ours = import_tensors(_keymap(recipe), foreign)[0]
+        ours, report = import_tensors(_keymap(recipe), without_prefixes(tensors))
+        if report.wrong:
+            raise CheckpointError(f"{path} is damaged: {report.wrong[0]}.", "Export it again.")
     else:
         ours = dict(tensors)
     return EncoderSource(

@@ -37,7 +37,24 @@ CLASSES: dict[Modality, str] = {
 }
 # Task models hold the encoder under one of these.
 PREFIXES = ("data2vec_audio.", "data2vec_text.", "data2vec_vision.", "data2vec2.")
+WRAPPERS = ("module.", "_orig_mod.")
+"""What data parallelism and compilation put before every name."""
+TIED = ("embeddings.word_embeddings.weight", "lm_head.decoder.weight")
+"""One tensor of a language model under two names; a file may hold either."""
+# Constants that older versions of transformers saved with the weights; newer ones make them anew.
+_BUFFERS = ("position_ids", "token_type_ids", "relative_position_index")
 _HEADS = ("pooler.", "lm_head.", "classifier.", "qa_outputs.", "projector.", "decode_head.", "auxiliary_head.")
+
+# Settings that change what is computed: their values in every data2vec model.
+_COMPUTED: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("gelu", "gelu_python"),
+    "feat_extract_activation": ("gelu", "gelu_python"),
+    "position_embedding_type": ("absolute",),
+    "conv_bias": (False,),
+    "add_adapter": (False,),
+    "is_decoder": (False,),
+    "add_cross_attention": (False,),
+}
 
 
 def is_native(config: ModelConfig, modality: Modality) -> bool:
@@ -57,7 +74,7 @@ def is_native(config: ModelConfig, modality: Modality) -> bool:
 
 def huggingface_keys(config: ModelConfig, modality: Modality) -> KeyMap:
     """The table between our names and those of the native class."""
-    keys = KeyMap(ignored=_HEADS, initialised=("predictors.",))
+    keys = KeyMap(ignored=_HEADS, buffers=_BUFFERS, initialised=("predictors.",))
     if modality == "speech":
         _audio(keys, config)
     elif modality == "text":
@@ -234,6 +251,12 @@ def from_huggingface(settings: Mapping[str, Any], shapes: Shapes) -> Reference:
             f"Known are {', '.join(MODEL_TYPES)} (2.0 exports are not imported).",
         )
     modality = MODEL_TYPES[kind]
+    for key, allowed in _COMPUTED.items():
+        if key in settings and settings[key] not in allowed:
+            raise CheckpointError(
+                f"config.json has {key}={settings[key]!r}, which no pretrained data2vec model has.",
+                f"This encoder computes with {allowed[0]!r}.",
+            )
     names = {
         "vision": ("hidden_dropout_prob", "attention_probs_dropout_prob"),
         "text": ("hidden_dropout_prob", "attention_probs_dropout_prob"),

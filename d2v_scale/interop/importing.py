@@ -7,18 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from d2v_scale.data.config import DataConfig
 from d2v_scale.errors import CheckpointError
 from d2v_scale.interop.golden import Fixture
-from d2v_scale.interop.huggingface import PREFIXES, from_huggingface, huggingface_keys
+from d2v_scale.interop.huggingface import PREFIXES, TIED, WRAPPERS, from_huggingface, huggingface_keys
 from d2v_scale.interop.keymap import KeyMap, KeyReport, import_tensors
 from d2v_scale.interop.reference_config import Reference, from_fairseq, modality_of
 from d2v_scale.interop.reference_names import reference_keys, teacher_prefix
 from d2v_scale.interop.reference_vision import from_data2vec_vision
 from d2v_scale.interop.unpickling import load_pickle, plain
+from d2v_scale.interop.weight_files import Folder, read_json
 from d2v_scale.model.init import initial_values
 from d2v_scale.model.stack import Student, Teacher
 from d2v_scale.recipe import Recipe, to_dict
@@ -36,6 +36,8 @@ class Source:
     kind: str
     data: DataConfig = field(default_factory=DataConfig)
     """How its inputs were normalised, as far as it says so; the rest has its default."""
+    notes: list[str] = field(default_factory=list)
+    """What of it was not read, for the user."""
 
 
 @dataclass
@@ -61,7 +63,13 @@ def open_source(path: Path, state: str = "init") -> Source:
             return _fixture(path, state)
         if (path / "config.json").exists():
             return _huggingface(path)
-        raise CheckpointError(f"{path} holds neither config.json (Hugging Face) nor meta.json (a recorded run).")
+        pickles = sorted(file.name for file in path.iterdir() if file.suffix in (".pt", ".pth"))
+        raise CheckpointError(
+            f"{path} holds neither config.json (Hugging Face) nor meta.json (a recorded run).",
+            f"Give a file of it, such as {path / pickles[0]}." if pickles else "",
+        )
+    if path.suffix == ".safetensors" or path.name.startswith("pytorch_model"):
+        raise CheckpointError(f"{path} is one file of a Hugging Face folder.", "Give the folder with its config.json.")
     return _pickled(path)
 
 
@@ -77,7 +85,7 @@ def convert(source: Source, name: str) -> Imported:
     shapes = {n: tuple(p.shape) for n, p in student.named_parameters()}
     imported, report = import_tensors(source.keymap, source.student, shapes)
     report.require_complete(f"{source.kind}, student")
-    lines = [f"student: {report.line()}"]
+    lines = [*source.notes, f"student: {report.line()}"]
     absent = [n for n in shapes if n not in imported]
     _require_known_absence(source.keymap, absent)
     if absent:
@@ -179,44 +187,20 @@ def _fairseq_settings(content: Mapping[str, Any], path: Path) -> dict[str, Any]:
     return model
 
 
-class Folder(Mapping[str, Tensor]):
-    """Tensors of a folder's safetensors files, read when asked for."""
-
-    def __init__(self, path: Path) -> None:
-        files = sorted(path.glob("*.safetensors"))
-        self._where: dict[str, Any] = {}
-        for file in files:
-            try:
-                opened = safe_open(file, framework="pt")
-            except (SafetensorError, OSError) as error:
-                raise CheckpointError(f"{file} cannot be read: {error}.", "Is the file complete?") from error
-            for key in opened.keys():  # noqa: SIM118  (not a mapping)
-                self._where[key] = opened
-
-    def __getitem__(self, key: str) -> Tensor:
-        return self._where[key].get_tensor(key)
-
-    def __iter__(self) -> Any:
-        return iter(self._where)
-
-    def __len__(self) -> int:
-        return len(self._where)
-
-
 def _huggingface(path: Path) -> Source:
-    try:
-        settings = json.loads((path / "config.json").read_text())
-    except ValueError as error:
-        raise CheckpointError(f"{path / 'config.json'} is not JSON: {error}.") from error
-    tensors: Mapping[str, Tensor] = Folder(path)
-    if not tensors and (path / "pytorch_model.bin").exists():
-        tensors = load_pickle(path / "pytorch_model.bin")
-    if not tensors:
-        raise CheckpointError(f"{path} holds no model.safetensors.", "Give a complete Hugging Face folder.")
-    renamed = {without_prefix(key): tensors[key] for key in tensors}
-    reference = from_huggingface(settings, _shapes(renamed))
+    settings = read_json(path / "config.json")
+    if settings.get("quantization_config"):
+        raise CheckpointError(f"{path} is quantised.", "Give the folder it was made from, in 16 or 32 bits.")
+    folder = Folder(path)
+    tensors = without_prefixes(folder)
+    if TIED[0] not in tensors and TIED[1] in tensors:
+        tensors[TIED[0]] = tensors[TIED[1]]
+    reference = from_huggingface(settings, _shapes(tensors))
     keymap = huggingface_keys(reference.model, reference.modality)
-    source = Source(reference, keymap, renamed, None, "Hugging Face folder")
+    if settings.get("use_mean_pooling") and reference.modality == "vision":
+        # Classes that average the patches have no norm behind the encoder.
+        keymap.make_optional("final_norm.")
+    source = Source(reference, keymap, tensors, None, "Hugging Face folder", notes=folder.notes)
     _read_preprocessor(path / "preprocessor_config.json", source.data)
     return source
 
@@ -237,5 +221,21 @@ def _read_preprocessor(path: Path, data: DataConfig) -> None:
         raise CheckpointError(f"{path} cannot be read: {error!r}.", "Take it from the model's folder again.") from error
 
 
-def without_prefix(key: str) -> str:
-    return next((key.removeprefix(prefix) for prefix in PREFIXES if key.startswith(prefix)), key)
+def without_prefixes(folder: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The folder's tensors by their names in the encoder, without what wrappers and task models put before them.
+
+    Raises CheckpointError where two tensors would have one name.
+    """
+    outer = ""
+    while wrapper := next((w for w in WRAPPERS if folder and all(key.startswith(outer + w) for key in folder)), ""):
+        outer += wrapper
+    tensors: dict[str, Tensor] = {}
+    for key in folder:
+        inner = key.removeprefix(outer)
+        name = next((inner.removeprefix(prefix) for prefix in PREFIXES if inner.startswith(prefix)), inner)
+        if name in tensors:
+            raise CheckpointError(
+                f"two tensors are the encoder's {name}, one of them {key}.", "Leave the one that was trained."
+            )
+        tensors[name] = folder[key]
+    return tensors

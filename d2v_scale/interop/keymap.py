@@ -1,7 +1,7 @@
 """Tables that say which of our tensors is which of another program's, and conversion along them in both directions."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -35,6 +35,8 @@ class KeyMap:
     """Foreign tensors that follow from the configuration: written on export, compared on import."""
     ignored: tuple[str, ...] = ()
     """Prefixes of foreign keys that belong to no pretraining model (task heads); named in the report."""
+    buffers: tuple[str, ...] = ()
+    """Last parts of foreign keys that are constants of the other program's classes; ignored whatever they hold."""
     initialised: tuple[str, ...] = ()
     """Prefixes of our names that the other program never has (the predictor in Hugging Face's classes)."""
 
@@ -69,6 +71,10 @@ class KeyMap:
                 lambda tensor: [part.contiguous() for part in _swap_rows(tensor, heads, 3).chunk(3)],
             )
         )
+
+    def make_optional(self, prefix: str) -> None:
+        """The other program need not have what we have under this prefix."""
+        self.entries = [replace(e, optional=True) if e.ours.startswith(prefix) else e for e in self.entries]
 
     def theirs_to_ours_names(self) -> dict[str, str]:
         """Foreign key to our name; several may lead to one."""
@@ -132,6 +138,10 @@ def import_tensors(
         except RuntimeError as error:
             report.wrong.append(f"{', '.join(entry.theirs)} ({error})")
             continue
+        unfit = next((text for key in entry.theirs if (text := _unfit(foreign[key]))), None)
+        if unfit is not None:
+            report.wrong.append(f"{', '.join(entry.theirs)} ({unfit})")
+            continue
         expected = None if shapes is None else shapes.get(entry.ours)
         if expected is not None and tuple(tensor.shape) != tuple(expected):
             theirs = ", ".join(f"{key} {tuple(foreign[key].shape)}" for key in entry.theirs)
@@ -151,8 +161,16 @@ def import_tensors(
                 report.matched.append(key)
     for key in foreign:
         if key not in seen:
-            (report.ignored if key.startswith(keymap.ignored) else report.unexpected).append(key)
+            known = key.startswith(keymap.ignored) or key.rpartition(".")[2] in keymap.buffers
+            (report.ignored if known else report.unexpected).append(key)
     return ours, report
+
+
+def _unfit(tensor: Tensor) -> str | None:
+    """Why these cannot be weights: quantised ones have the right shape, too."""
+    if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
+        return f"{str(tensor.dtype).removeprefix('torch.')}, not floating-point weights of 16 or 32 bits"
+    return None if bool(torch.isfinite(tensor).all()) else "not finite"
 
 
 def export_tensors(

@@ -73,7 +73,7 @@ def load_pickle(path: Path) -> dict[str, Any]:
         with torch.serialization.safe_globals(names):
             value = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, AttributeError, TypeError) as error:
-        reason = str(error).strip().split("\n")[0]
+        reason = str(error).strip().split("\n")[0].rstrip(".")
         raise CheckpointError(f"{path} cannot be loaded: {reason}.", "Is the file complete?") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds a {type(value).__name__}, not a checkpoint dictionary.")
