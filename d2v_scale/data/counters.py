@@ -87,7 +87,7 @@ class Counters:
             for epoch, rows in planned.left_out.items():
                 counts.epoch(epoch).left_out += rows
             counts.cropped += planned.cropped
-            counts.uncropped += planned.cropped + planned.length * len(planned)
+            counts.uncropped += planned.cropped + planned.measured_length
             for tally in tallies:
                 counts.real += tally.real
                 counts.padded += tally.padded

@@ -188,7 +188,8 @@ class LabelledSet:
     def _wanted(self, members: Members) -> NDArray[np.bool_]:
         wanted = np.ones(len(members), dtype=bool)
         if self.min_seconds > 0:
-            wanted &= members.length_n >= self.min_seconds * SAMPLE_RATE
+            # -1: it could not be read. It is lost, which is counted, and not too short.
+            wanted &= (members.length_n >= self.min_seconds * SAMPLE_RATE) | (members.length_n < 0)
         if not self.require_labels:
             return wanted
         if self.labels.extension not in members.extensions:

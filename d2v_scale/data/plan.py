@@ -44,6 +44,8 @@ class PlannedBatch:
     """Items by epoch that were passed over on the way to this batch, because their length is 0."""
     cropped: int = 0
     """What the rows of all ranks lose together, because each takes the length of the shortest."""
+    unread: int = 0
+    """Items among them whose length the index could not read: lost, each a hole in the batch."""
 
     def __len__(self) -> int:
         return len(self.item_n)
@@ -57,6 +59,11 @@ class PlannedBatch:
         """The `part`th of `parts` contiguous shares, equal but for one item."""
         rows = slice(len(self) * part // parts, len(self) * (part + 1) // parts)
         return replace(self, epoch_n=self.epoch_n[rows], shard_n=self.shard_n[rows], item_n=self.item_n[rows])
+
+    @property
+    def measured_length(self) -> int:
+        """What the rows of all ranks hold together, as the index knows it. 0 where they are not bucketed by length."""
+        return self.length * (len(self) - self.unread)
 
     @property
     def sample_ids(self) -> Ints:
@@ -82,9 +89,10 @@ class SourcePlan:
         cost_is_length: bool = False,
         crop_to_shortest: bool = False,
     ) -> None:
-        """`length_of(shard)`: the length of each of its items, 0 for those to leave out. `batch_size`: items, or with
-        `cost_is_length` the sum of their lengths. `crop_to_shortest`: rows take their batch's smallest length, else its
-        largest."""
+        """`length_of(shard)`: the length of each of its items, 0 for those to leave out, -1 for those that could not be
+        read: they are planned, so that they are counted, and change neither length nor batch of the others.
+        `batch_size`: items, or with `cost_is_length` the sum of their lengths. `crop_to_shortest`: rows take their
+        batch's smallest length, else its largest."""
         self._order = order
         self._number = number
         self._batch_size = batch_size
@@ -112,7 +120,7 @@ class SourcePlan:
         """Which share of the lengths in the window at `cursor` is lost by cropping rows to the shortest of a batch."""
         batches = self._window(cursor.epoch, cursor.window)
         cropped = sum(batch.cropped for batch in batches)
-        return cropped / max(1, cropped + sum(batch.length * len(batch) for batch in batches))
+        return cropped / max(1, cropped + sum(batch.measured_length for batch in batches))
 
     def _onwards(self, cursor: Cursor) -> Iterator[Cursor]:
         """This cursor, then the beginnings of the windows after it.
@@ -174,26 +182,41 @@ class SourcePlan:
         for shard in np.unique(whole.shard_n):
             rows = whole.shard_n == shard
             length_n[rows] = self._length_of(int(shard))[whole.item_n[rows]]
-        usable = np.flatnonzero(length_n > 0)
+        usable, unread = np.flatnonzero(length_n > 0), np.flatnonzero(length_n < 0)
+        parts = self._cut(usable, length_n[usable])
+        if len(parts) == 0:
+            return [self._batch(whole, unread, length_n)] if len(unread) else []
+        holes = np.array_split(unread, len(parts))
+        batches = [self._batch(whole, _evenly(rows, among), length_n) for rows, among in zip(parts, holes, strict=True)]
+        shuffled = numpy_generator("batches", self._order.seed, self._order.source, epoch, window)
+        return [batches[k] for k in shuffled.permutation(len(batches))]
+
+    def _cut(self, usable: Ints, length_u: Ints) -> list[Ints]:
+        """Rows `usable`, which are `length_u` long, as lists of nearly one length and of equal cost."""
         if len(usable) == 0:
             return []
         # A stable sort by coarse length keeps the shuffled order among items of nearly the same length.
-        bucket_n = np.floor(np.log(length_n[usable]) / np.log(_LENGTH_BUCKET))
-        ordered = usable[np.argsort(bucket_n, kind="stable")]
-        cost_n = np.cumsum(length_n[ordered] if self._cost_is_length else np.ones(len(ordered)))
+        order = np.argsort(np.floor(np.log(length_u) / np.log(_LENGTH_BUCKET)), kind="stable")
+        cost_n = np.cumsum(length_u[order] if self._cost_is_length else np.ones(len(order)))
         count = max(1, int(np.ceil(cost_n[-1] / self._batch_size)))
         ends = np.searchsorted(cost_n, cost_n[-1] / count * np.arange(1, count) + 1e-6)
-        batches = []
-        for rows in np.split(ordered, ends):
-            if len(rows):
-                length = length_n[rows].min() if self._crop_to_shortest else length_n[rows].max()
-                batch = PlannedBatch(
-                    self._number, whole.epoch_n[rows], whole.shard_n[rows], whole.item_n[rows], int(length)
-                )
-                batch.cropped = int((length_n[rows] - length).clip(min=0).sum())
-                batches.append(batch)
-        shuffled = numpy_generator("batches", self._order.seed, self._order.source, epoch, window)
-        return [batches[k] for k in shuffled.permutation(len(batches))]
+        return [rows for rows in np.split(usable[order], ends) if len(rows)]
+
+    def _batch(self, whole: PlannedBatch, rows: Ints, length_n: Ints) -> PlannedBatch:
+        """The batch of `rows`, whose length is that of the items among them that have one."""
+        batch = PlannedBatch(self._number, whole.epoch_n[rows], whole.shard_n[rows], whole.item_n[rows])
+        known = length_n[rows][length_n[rows] > 0]
+        batch.unread = len(rows) - len(known)
+        if len(known):
+            batch.length = int(known.min() if self._crop_to_shortest else known.max())
+            batch.cropped = int((known - batch.length).clip(min=0).sum())
+        return batch
+
+
+def _evenly(rows: Ints, holes: Ints) -> Ints:
+    """`rows` in their order with `holes` spread among them, so that contiguous shares have equal parts of both."""
+    places = (np.arange(len(holes)) + 0.5) * len(rows) / max(1, len(holes))
+    return np.insert(rows, places.astype(int), holes)
 
 
 class Mixture:

@@ -138,12 +138,11 @@ class Source:
         return -(-self.shards.entries[shard].length // (self._block - 1))
 
     def _speech_lengths(self, shard: int) -> NDArray[np.int64]:
-        """Samples at 16 kHz that an item contributes at most; 0: too short. An unreadable item stays in the plan."""
+        """Samples at 16 kHz that an item contributes at most; 0: too short; -1: it could not be read."""
         speech = self._data.speech
         length_n = np.asarray(self._lengths(shard))
         shortest, longest = (round(seconds * SAMPLE_RATE) for seconds in (speech.min_seconds, speech.max_seconds))
-        length_n = np.where(length_n < 0, shortest, length_n)
-        return np.where(length_n < shortest, 0, length_n.clip(max=longest))
+        return np.where(length_n < 0, -1, np.where(length_n < shortest, 0, length_n.clip(max=longest)))
 
     def _chunk_lengths(self, shard: int) -> NDArray[np.int64]:
         """Tokens of each chunk of each document, <s> included."""

@@ -19,7 +19,10 @@ def mean_length(recipe: Recipe, shards: str) -> float:
     found = find_shards(SourceConfig(shards=shards, modality=modality))
     if not found.indexed:
         raise DataError(f"The shards of {shards!r} have no index.", "Make one with tools/index_shards.py.")
-    length_n = np.concatenate([found.members(k).length_n for k in range(len(found.paths))]).clip(min=0)
+    length_n = np.concatenate([found.members(k).length_n for k in range(len(found.paths))])
+    length_n = length_n[length_n > 0]  # 0: nothing of it is a row; -1: it could not be read
+    if len(length_n) == 0:
+        raise DataError(f"No sample of {shards!r} has a length.", "See tools/inspect_shards.py.")
     if modality == "speech":
         return float(length_n.clip(max=round(recipe.data.speech.max_seconds * SAMPLE_RATE)).mean())
     assert recipe.model.text is not None

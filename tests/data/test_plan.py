@@ -174,3 +174,45 @@ def test_mixture_follows_weights_and_temperature() -> None:
     steps = [mixture.source_of(step) for step in range(4000)]
     assert abs(np.mean(steps) - 0.75) < 0.03
     assert steps == [Mixture([1, 3], 1.0, 7).source_of(step) for step in range(4000)]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    length_n=st.lists(st.integers(-1, 60), min_size=1, max_size=80),
+    batch=st.integers(1, 20),
+    seconds=st.booleans(),
+    shortest=st.booleans(),
+)
+def test_what_has_no_length_changes_no_batch_of_the_others(
+    length_n: list[int], batch: int, seconds: bool, shortest: bool
+) -> None:
+    """It counted as the shortest that is allowed: the 31 sound recordings of its batch were cropped to 0.1 s."""
+
+    def batches(known: np.ndarray) -> list[PlannedBatch]:
+        order = WindowOrder(1, lambda _: len(known), 1, 1, "s")
+        options = {"cost_is_length": seconds, "crop_to_shortest": shortest}
+        plan = SourcePlan(order, 0, batch, length_of=lambda _: known, **options)
+        return plan._window(0, 0)
+
+    lengths = np.array(length_n)
+    found, without = batches(lengths), batches(lengths.clip(min=0))
+    for one in found:
+        kept = lengths[one.item_n] > 0
+        assert one.unread == np.sum(~kept)
+        assert one.measured_length == one.length * kept.sum()
+        known = lengths[one.item_n[kept]]
+        assert one.length == (0 if not len(known) else known.min() if shortest else known.max())
+    assert sorted(item for one in found for item in one.item_n) == np.flatnonzero(lengths != 0).tolist()
+    if without:
+        readable = [[item for item in one.item_n if lengths[item] > 0] for one in found]
+        assert readable == [one.item_n.tolist() for one in without]
+        assert [(one.length, one.cropped) for one in found] == [(one.length, one.cropped) for one in without]
+
+
+def test_holes_are_spread_over_the_shares_of_a_batch() -> None:
+    lengths = np.array([7] * 16 + [-1] * 8)
+    order = WindowOrder(1, lambda _: 24, 1, 1, "s")
+    plan = SourcePlan(order, 0, 16, length_of=lambda _: lengths, crop_to_shortest=True)
+    [batch] = plan._window(0, 0)
+    shares = [batch.share(part, 4) for part in range(4)]
+    assert [int(np.sum(lengths[share.item_n] > 0)) for share in shares] == [4, 4, 4, 4]
