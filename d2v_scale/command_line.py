@@ -47,8 +47,6 @@ class Options:
 
 def parse(arguments: list[str]) -> tuple[Recipe, Options]:
     """The recipe and options that `arguments` describe. Raises ConfigError; `--help` and `--print_config` exit."""
-    # The launcher adds this one; the environment says the same.
-    arguments = [a for a in arguments if not a.startswith("--local_rank")]
     arguments, shards = _take_shards(arguments)
     arguments, recipe_file = _take_recipe(arguments)
     parser = _make_parser()
@@ -82,9 +80,10 @@ def _make_parser() -> Any:
 
 
 def _take_shards(arguments: list[str]) -> tuple[list[str], str | None]:
-    """Remove `--data SHARDS`, which the parser would take for the whole `data` section."""
+    """Remove `--data SHARDS`, which the parser would take for the whole `data` section, and what launchers add."""
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--data")
+    finder.add_argument("--local_rank", "--local-rank")  # the environment says the same
     known, rest = finder.parse_known_args(arguments)
     return rest, known.data
 

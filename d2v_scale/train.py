@@ -40,7 +40,7 @@ from d2v_scale.finetuning.start import adopt
 from d2v_scale.model.stack import Draw
 from d2v_scale.observing import RunObserver
 from d2v_scale.optim import set_rates
-from d2v_scale.parallel import ds_config, groups
+from d2v_scale.parallel import ds_config, groups, launchers
 from d2v_scale.parallel.feed import SharedFeed
 from d2v_scale.parallel.groups import Topology
 from d2v_scale.parallel.pipeline import PipelineStudent
@@ -92,10 +92,13 @@ class Run:
 
 def main(arguments: list[str], stop_flag: StopFlag) -> int:
     """Run the program; returns the exit code that status.json also holds."""
-    rank = int(os.environ.get("RANK", "0"))
-    logging.basicConfig(level=logging.INFO if rank == 0 else logging.ERROR, format="%(message)s")
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
     directory: Path | None = None
+    rank = 0
     try:
+        rank = launchers.adopt().rank
+        if rank != 0:
+            logging.getLogger().setLevel(logging.ERROR)
         recipe, options = command_line.parse(arguments)
         encoder = None if recipe.task is None else adopt(recipe, options)
         config = configure(recipe)
@@ -123,7 +126,7 @@ def configure(recipe: Recipe) -> dict[str, Any]:
 
     Raises ConfigError before any process group is formed.
     """
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    world_size = launchers.world_size()
     recipe.check(world_size)
     recipe.data.check(recipe.model.modalities)
     has_gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"

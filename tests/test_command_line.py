@@ -47,10 +47,6 @@ def test_data_replaces_the_recipes_sources():
     assert source.modality == "vision"
 
 
-def test_the_launchers_local_rank_is_accepted():
-    command_line.parse(["--local_rank=1"])
-
-
 @pytest.mark.parametrize(
     ("arguments", "key", "hint"),
     [
@@ -124,3 +120,13 @@ def test_default_run_directory_is_the_jobs_own_under_slurm(monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "17")
     monkeypatch.setenv("SLURM_JOB_NAME", "vit")
     assert command_line.default_run_dir(recipe, "x") == Path("runs/vit-17")
+
+
+@pytest.mark.parametrize(
+    "added", [["--local_rank=1"], ["--local-rank=1"], ["--local_rank", "1"], ["--local-rank", "1"]]
+)
+def test_the_launchers_local_rank_is_accepted(added: list[str]) -> None:
+    """`torch.distributed.launch` writes --local-rank, DeepSpeed --local_rank."""
+    recipe, _ = command_line.parse([*added, "--recipe", "demo_vision", "--seed", "3"])
+    assert recipe.seed == 3
+    assert command_line.parse(["--seed", "3", *added])[0].seed == 3

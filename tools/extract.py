@@ -36,6 +36,7 @@ from d2v_scale.evaluation.features import mean_over_positions
 from d2v_scale.evaluation.frozen import FrozenEncoder
 from d2v_scale.files import write_whole
 from d2v_scale.interop.exporting import pick_modality
+from d2v_scale.parallel import launchers
 
 _RECORD = "extract.json"
 _ROW_GROUP_BYTES = 64 << 20
@@ -215,18 +216,15 @@ def target_name(path: str) -> str:
 
 
 def process_number() -> tuple[int, int]:
-    """This process among those that were started together."""
-    for rank, size in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")):
-        if rank in os.environ and size in os.environ:
-            number, count = int(os.environ[rank]), int(os.environ[size])
-            if rank == "SLURM_PROCID" and "LOCAL_RANK" not in os.environ:
-                # Slurm may show a task its own GPU only.
-                local = int(os.environ.get("SLURM_LOCALID", "0")) % max(1, torch.cuda.device_count())
-                os.environ["LOCAL_RANK"] = str(local)
-            # The encoder runs in a world of one.
-            os.environ.pop("RANK", None), os.environ.pop("WORLD_SIZE", None)
-            return number, count
-    return 0, 1
+    """This process among those that were started together. Raises ConfigError where that cannot be said."""
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        # The encoder runs in a world of one.
+        return int(os.environ.pop("RANK")), int(os.environ.pop("WORLD_SIZE"))
+    place = launchers.started_as()
+    if place.world_size > 1 and "LOCAL_RANK" not in os.environ:
+        # Slurm may show a task its own GPU only.
+        os.environ["LOCAL_RANK"] = str(place.local_rank % max(1, torch.cuda.device_count()))
+    return place.rank, place.world_size
 
 
 def main() -> int:

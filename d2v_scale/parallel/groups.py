@@ -8,6 +8,7 @@ import contextlib
 import logging
 import os
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,9 +20,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from d2v_scale.errors import ConfigError
+from d2v_scale.errors import ConfigError, UserError
+from d2v_scale.parallel import launchers
 
 STALE_LOCK_SECONDS = 600
+NOTICE_SECONDS = 30.0
+"""After which a rank says that it still waits for the others."""
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
@@ -141,14 +147,13 @@ def model_group_on_host(topology: Topology) -> dist.ProcessGroup:
 
 
 def initialize(config: ParallelConfig | None = None, timeout_minutes: float = 30.0) -> Topology:
-    """Form the process groups from the launcher's environment. Collective: all ranks must call, once.
+    """Form the process groups from the launcher's environment (`launchers.adopt`). Collective: all ranks, once.
 
-    Without a launcher (RANK and WORLD_SIZE unset) this is `single_process`. Raises ConfigError before any group is
-    formed when the world cannot be divided as `config` says.
+    Without a launcher (RANK unset) this is `single_process`. Raises ConfigError before any group is formed when the
+    world cannot be divided as `config` says, and UserError when the port to meet at is taken.
     """
     config = config or ParallelConfig()
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    data_parallel_size(config, world_size)
+    data_parallel_size(config, launchers.world_size())
     if "RANK" not in os.environ:
         return single_process()
     prepare_accelerator()
@@ -156,8 +161,41 @@ def initialize(config: ParallelConfig | None = None, timeout_minutes: float = 30
 
     device = _select_device(int(os.environ.get("LOCAL_RANK", "0")))
     if not dist.is_initialized():
-        deepspeed.init_distributed(timeout=timedelta(minutes=timeout_minutes), verbose=False)
+        with _meeting_the_others():
+            deepspeed.init_distributed(timeout=timedelta(minutes=timeout_minutes), verbose=False)
     return _divide(config, device)
+
+
+@contextlib.contextmanager
+def _meeting_the_others() -> Iterator[None]:
+    """Says who is waited for where, if it takes long. Raises UserError for a port that another program has."""
+    world_size, port = launchers.world_size(), os.environ.get("MASTER_PORT")
+    where = f"{os.environ.get('MASTER_ADDR')}:{port}"
+    notice = threading.Timer(
+        NOTICE_SECONDS,
+        log.warning,
+        (
+            "Rank %s still waits at %s for the other %d processes that WORLD_SIZE announces. If there are none, "
+            "`unset RANK WORLD_SIZE` and start again.",
+            os.environ.get("RANK"),
+            where,
+            world_size - 1,
+        ),
+    )
+    notice.daemon = True
+    if world_size > 1:
+        notice.start()
+    try:
+        yield
+    except dist.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        raise UserError(
+            f"Port {port} of this node, where the ranks were to meet, is taken by another program or training",
+            "Give a free one: --master_port of deepspeed and torchrun, or MASTER_PORT.",
+        ) from error
+    finally:
+        notice.cancel()
 
 
 def single_process() -> Topology:

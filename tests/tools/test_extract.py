@@ -155,7 +155,7 @@ def test_parquet_is_written_in_row_groups(
 def test_tasks_of_slurm_take_the_gpus_of_their_node_in_turn(
     extract: Callable[..., int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, value in (("SLURM_PROCID", "13"), ("SLURM_NTASKS", "16"), ("SLURM_LOCALID", "5"), ("LOCAL_RANK", "")):
+    for name, value in (("SLURM_PROCID", "13"), ("SLURM_NTASKS", "16"), ("SLURM_LOCALID", "5"), ("SLURM_STEP_ID", "0")):
         monkeypatch.setenv(name, value)
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
