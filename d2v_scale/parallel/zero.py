@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from d2v_scale import faults
+from d2v_scale.parallel import rank_loops
 from d2v_scale.parallel.groups import Topology
 from d2v_scale.parallel.shards import MOMENTS, Shard, global_shapes, student_shards
 
@@ -189,6 +190,7 @@ def construct(
 
     if int(ds_config["zero_optimization"]["stage"]) < 3:
         return make()
+    rank_loops.replace()
     with deepspeed.zero.Init(
         config_dict_or_path=ds_config, data_parallel_group=topology.data_parallel_group, mpu=topology.mpu
     ):

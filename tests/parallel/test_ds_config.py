@@ -100,7 +100,20 @@ def test_what_contradicts_or_cannot_work_is_refused_by_name(raw: dict, key: str)
 
 def test_what_deepspeed_does_anyway_may_be_written_out_and_is_left_out() -> None:
     written = {"prescale_gradients": False, "gradient_predivide_factor": 1.0, "sparse_gradients": False, "amp": None}
-    assert not written.keys() & resolve(written).keys()
+    assert not written.keys() & resolve(written, world_size=1).keys()
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_gradients_are_reduced_without_a_loop_over_ranks(stage: int) -> None:
+    """DeepSpeed cut every bucket into pieces for each rank: 3.5 times the Python calls of a step at 1,024 ranks."""
+    found = resolve({"zero_optimization": {"stage": stage}})
+    assert found["zero_optimization"]["reduce_scatter"] is False
+    assert found["prescale_gradients"] is True, "divided before the sum, as DeepSpeed does with reduce_scatter"
+    asked = resolve({"zero_optimization": {"stage": stage, "reduce_scatter": True}})
+    assert asked["zero_optimization"]["reduce_scatter"] is True
+    assert "prescale_gradients" not in asked
+    third = resolve({"zero_optimization": {"stage": 3}})
+    assert "reduce_scatter" not in third["zero_optimization"]
     assert resolve({"communication_data_type": "fp32"}, RecipeNumbers(precision="bf16"))
 
 
