@@ -21,13 +21,16 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from d2v_scale import open_files
 from d2v_scale.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_REQUEUE, DataError
 
 PACKAGES = ("torch", "deepspeed", "megatron-core")
 SHARDS_PER_RANK = 3
 MAX_CLOCK_SKEW_S = 2.0
-ALL_REDUCE_S = 30.0
-"""Longest time for setting up a group and for its all-reduces, in seconds."""
+WAIT_S, WAIT_S_PER_NODE = 60.0, 1.0
+"""How long to wait for the slowest node: more of them load the same file system, and one is slower than all others."""
+ALL_REDUCE_S, ALL_REDUCE_S_PER_NODE = 30.0, 0.5
+"""Longest time for setting up a group and for its all-reduces."""
 
 
 @dataclass
@@ -193,14 +196,14 @@ def _clock_problems(findings: list[Findings | None]) -> None:
 class Meeting:
     """The ranks' meeting point: a key-value store on rank 0's node."""
 
-    def __init__(self, rank: int, world_size: int, wait_s: float) -> None:
+    def __init__(self, rank: int, world_size: int, wait_s: float, all_reduce_s: float) -> None:
         import torch.distributed as dist
 
         address = os.environ.get("MASTER_ADDR", "127.0.0.1")
         port = int(os.environ.get("MASTER_PORT", "29400"))
         # Whoever comes first waits for rank 0, which waits for whoever comes last.
         timeout = datetime.timedelta(seconds=4 * wait_s)
-        self.rank, self.world_size, self.wait_s = rank, world_size, wait_s
+        self.rank, self.world_size, self.wait_s, self.all_reduce_s = rank, world_size, wait_s, all_reduce_s
         self.store = dist.TCPStore(address, port, world_size, rank == 0, timeout, wait_for_workers=False)
 
     def gather(self, findings: Findings) -> list[Findings | None]:
@@ -248,7 +251,7 @@ class Meeting:
             store=dist.PrefixStore("group", self.store),
             rank=self.rank,
             world_size=self.world_size,
-            timeout=datetime.timedelta(seconds=ALL_REDUCE_S),
+            timeout=datetime.timedelta(seconds=self.all_reduce_s),
         )
         try:
             numbers = torch.full(((64 if gpu else 4) * 2**18,), float(self.rank + 1), device=device)
@@ -270,6 +273,13 @@ def _node_of_rank(world_size: int, nodes: str, mine: str) -> list[str]:
     names = nodes.split() or [mine]
     per_node = max(1, world_size // len(names))
     return [names[min(rank // per_node, len(names) - 1)] for rank in range(world_size)]
+
+
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not 0 < seconds < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is no time above 0")
+    return seconds
 
 
 def _give_up_after(seconds: float, report_file: Path | None, report: Report) -> threading.Timer:
@@ -302,7 +312,8 @@ def main() -> int:
     parser.add_argument("--report", type=Path, required=True, help="JSON file that rank 0 writes")
     parser.add_argument("--data", default="", help="shard pattern, as for train.py")
     parser.add_argument("--min_free_gb", type=float, default=20.0, help="free space wanted in run_dir, in GB")
-    parser.add_argument("--wait_s", type=float, default=60.0, help="how long to wait for a node, in seconds")
+    parser.add_argument("--wait_s", type=_seconds, help="how long to wait for a node, in seconds; grows with nodes")
+    parser.add_argument("--all_reduce_s", type=_seconds, help="how long the all-reduces may take; grows with nodes")
     options = parser.parse_args()
     env: Any = os.environ
     rank = int(env.get("RANK", env.get("SLURM_PROCID", "0")))
@@ -310,26 +321,32 @@ def main() -> int:
     local_rank = int(env.get("LOCAL_RANK", env.get("SLURM_LOCALID", "0")))
     node = env.get("SLURMD_NODENAME", socket.gethostname())
 
+    node_of_rank = _node_of_rank(world_size, env.get("D2V_SCALE_NODES", ""), node)
+    nodes = max(len(set(node_of_rank)), int(env.get("SLURM_NNODES", "1")))
+    wait_s = options.wait_s or WAIT_S + WAIT_S_PER_NODE * nodes
+    all_reduce_s = options.all_reduce_s or ALL_REDUCE_S + ALL_REDUCE_S_PER_NODE * nodes
+
     found = Findings(rank, node, versions())
+    found.problems += filter(None, [open_files.problem(rank, world_size)])
     found.problems += disk_problems(options.run_dir, options.min_free_gb)
     if options.data and local_rank == 0:
         shards, problem = local_shards(options.data)
         found.problems += [problem] if problem else shard_problems(shards, rank, world_size)
     found.problems += device_problems(local_rank)
 
-    meeting = Meeting(rank, world_size, options.wait_s)
+    meeting = Meeting(rank, world_size, wait_s, all_reduce_s)
     everyone = meeting.gather(found)
     if rank != 0:
         if meeting.store.get("go") == b"1":
-            timer = _give_up_after(ALL_REDUCE_S, None, Report({}))
+            timer = _give_up_after(all_reduce_s, None, Report({}))
             meeting.all_reduce(local_rank)
             timer.cancel()
         return EXIT_DONE
     _clock_problems(everyone)
-    report = summarise(everyone, _node_of_rank(world_size, env.get("D2V_SCALE_NODES", ""), node))
+    report = summarise(everyone, node_of_rank)
     meeting.store.set("go", "0" if report.bad_nodes else "1")
     if not report.bad_nodes:
-        timer = _give_up_after(ALL_REDUCE_S, options.report, report)
+        timer = _give_up_after(all_reduce_s, options.report, report)
         report.problem, rate = meeting.all_reduce(local_rank)
         report.allreduce_gb_per_s = round(rate, 3)
         timer.cancel()

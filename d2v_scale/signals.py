@@ -159,10 +159,8 @@ class Agreement:
     waits for the device: a flag handed in at one edge is agreed at the next. Works at world size 1 with no group.
     """
 
-    def __init__(self, timeout_s: float = 1800.0) -> None:
-        """Collective: all ranks must call. `timeout_s`: after which a missing peer counts as lost."""
-        import datetime
-
+    def __init__(self) -> None:
+        """Collective: all ranks must call. A missing peer counts as lost after the time limit of all groups."""
         import torch.distributed as dist
 
         self._group: Any = None
@@ -170,7 +168,7 @@ class Agreement:
         self._pending: tuple[Any, torch.Tensor] | None = None
         if dist.is_initialized() and dist.get_world_size() > 1:
             self._rank = dist.get_rank()
-            self._group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=timeout_s))
+            self._group = dist.new_group(backend="gloo")
 
     def agree(self, local: StopReason | None) -> Stop | None:
         """Hand in this rank's flag, get the agreed value of the previous edge. Collective: all ranks must call.

@@ -54,7 +54,7 @@ from d2v_scale.step import Observations, train_step
 from d2v_scale.supervision import facts, judge, last_step, report_saves, supervise
 from d2v_scale.teacher import EmaTeacher
 from d2v_scale.tracking import RunTracker
-from d2v_scale.watchdog import Watchdog
+from d2v_scale.watchdog import Watchdog, collective_timeout_s
 
 log = logging.getLogger("d2v_scale.train")
 
@@ -102,7 +102,8 @@ def main(arguments: list[str], stop_flag: StopFlag) -> int:
         recipe, options = command_line.parse(arguments)
         encoder = None if recipe.task is None else adopt(recipe, options)
         config = configure(recipe)
-        topology = groups.initialize(recipe.parallel)
+        patience_s = collective_timeout_s(recipe.hang_limit_minutes * 60, recipe.checkpoint.peer_timeout)
+        topology = groups.initialize(recipe.parallel, patience_s / 60)
         directory = run_directory.claim(recipe, options, config, topology)
         run_directory.log_to_file(directory, topology.rank)
         if recipe.task is None:

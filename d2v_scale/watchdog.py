@@ -34,6 +34,20 @@ _STATES = {
     "I": "idle",
 }
 
+STARTUP_LIMIT_S = 1800.0
+"""Longest time until the first step edge."""
+_LONGEST_SETTLE_S = 15.0
+_REPORT_S = 8 * _LONGEST_SETTLE_S
+"""Within which the report is written and all ranks have left, with as much again for a slow file system."""
+
+
+def collective_timeout_s(limit_s: float, longest_phase_s: float = 0.0) -> float:
+    """How long a rank has to wait for another in a collective, in seconds, so that the watchdog speaks first.
+
+    `limit_s` as for `Watchdog`; `longest_phase_s`: the most that any phase is allowed (`Watchdog.allow`).
+    """
+    return max(limit_s, longest_phase_s, STARTUP_LIMIT_S) + _REPORT_S
+
 
 @dataclass(frozen=True)
 class Peer:
@@ -62,7 +76,7 @@ class Watchdog:
         rank: int = 0,
         world_size: int = 1,
         limit_s: float,
-        startup_limit_s: float = 1800.0,
+        startup_limit_s: float = STARTUP_LIMIT_S,
     ) -> None:
         """Collective: all ranks must call, after torch.distributed is initialised if there is more than one.
 
@@ -85,7 +99,7 @@ class Watchdog:
         self.peers, begun = _exchange(mine, world_size)
         self.hang_dir = self.run_dir / "logs" / f"hang-{begun}"
         # Long enough for every rank's thread to notice, as their last beats lie within one step of each other.
-        self._settle_s = min(15.0, max(1.0, limit_s / 4))
+        self._settle_s = min(_LONGEST_SETTLE_S, max(1.0, limit_s / 4))
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
 

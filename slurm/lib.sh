@@ -120,7 +120,9 @@ in_container() { # sets command_line: "$@", quoted for a shell, inside of the co
 preflight() {
     [[ ${D2V_SCALE_PREFLIGHT:-1} == 1 ]] || return 0
     in_container python -m d2v_scale.preflight --run_dir "$run_dir" --report "$logs/preflight.json" \
-        --data "$(argument data)" --min_free_gb "${D2V_SCALE_MIN_FREE_GB:-20}"
+        --data "$(argument data)" --min_free_gb "${D2V_SCALE_MIN_FREE_GB:-20}" \
+        ${D2V_SCALE_PREFLIGHT_WAIT_S:+--wait_s "$D2V_SCALE_PREFLIGHT_WAIT_S"} \
+        ${D2V_SCALE_PREFLIGHT_ALL_REDUCE_S:+--all_reduce_s "$D2V_SCALE_PREFLIGHT_ALL_REDUCE_S"}
     step_on_nodes preflight "$ranks" "exec $command_line"
     MASTER_PORT=$((MASTER_PORT + 1)) "${step[@]}"
     local result=$?

@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import os
-import select
+import selectors
 import shutil
 import signal
 import subprocess
@@ -232,20 +232,23 @@ def stream_to(url: str, out: int, timeout_s: float, deadline: float) -> None:
     assert process.stdout is not None
     assert process.stderr is not None
     errors = b""
+    # Not `select.select`: it knows descriptors below 1024 only, and a rank of a large world has more.
+    open_ends = selectors.DefaultSelector()
     try:
-        open_ends = [process.stdout, process.stderr]
-        while open_ends:
+        for pipe in (process.stdout, process.stderr):
+            open_ends.register(pipe, selectors.EVENT_READ)
+        while open_ends.get_map():
             left = deadline - time.monotonic()
             if left <= 0:
                 raise FetchError("was not complete in time")
-            ready, _, _ = select.select(open_ends, [], [], min(timeout_s, left))
+            ready = open_ends.select(min(timeout_s, left))
             if not ready and left > timeout_s:
                 raise FetchError(f"was silent for {timeout_s:.0f} s")
-            for end in ready:
-                chunk = os.read(end.fileno(), _CHUNK)
+            for end, _ in ready:
+                chunk = os.read(end.fd, _CHUNK)
                 if not chunk:
-                    open_ends.remove(end)
-                elif end is process.stderr:
+                    open_ends.unregister(end.fileobj)
+                elif end.fileobj is process.stderr:
                     errors = (errors + chunk)[-2000:]
                 else:
                     _write(out, chunk)
@@ -260,6 +263,7 @@ def stream_to(url: str, out: int, timeout_s: float, deadline: float) -> None:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+        open_ends.close()
         process.stdout.close()
         process.stderr.close()
 

@@ -7,6 +7,7 @@ data, then pipeline); DeepSpeed reads them through `ModelParallelUnit`.
 import contextlib
 import logging
 import os
+import socket
 import sys
 import threading
 import time
@@ -20,8 +21,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from d2v_scale import open_files
 from d2v_scale.errors import ConfigError, UserError
-from d2v_scale.parallel import launchers
+from d2v_scale.parallel import launchers, timeouts
 
 STALE_LOCK_SECONDS = 600
 NOTICE_SECONDS = 30.0
@@ -149,20 +151,28 @@ def model_group_on_host(topology: Topology) -> dist.ProcessGroup:
 def initialize(config: ParallelConfig | None = None, timeout_minutes: float = 30.0) -> Topology:
     """Form the process groups from the launcher's environment (`launchers.adopt`). Collective: all ranks, once.
 
-    Without a launcher (RANK unset) this is `single_process`. Raises ConfigError before any group is formed when the
-    world cannot be divided as `config` says, and UserError when the port to meet at is taken.
+    Without a launcher (RANK unset) this is `single_process`. `timeout_minutes`: after which a rank gives up on another,
+    in this and in every later group. Raises ConfigError before any group is formed when the world cannot be divided as
+    `config` says, and UserError when the port to meet at is taken or this process may not open a socket to every peer.
     """
     config = config or ParallelConfig()
-    data_parallel_size(config, launchers.world_size())
+    world_size = launchers.world_size()
+    data_parallel_size(config, world_size)
+    timeouts.limit_all(timedelta(minutes=timeout_minutes))
     if "RANK" not in os.environ:
         return single_process()
+    problem = open_files.problem(int(os.environ["RANK"]), world_size)
+    if problem:
+        raise UserError(
+            f"{problem} on {socket.gethostname()}", "Raise it (limits.conf, LimitNOFILE) or start fewer ranks."
+        )
     prepare_accelerator()
     import deepspeed
 
     device = _select_device(int(os.environ.get("LOCAL_RANK", "0")))
     if not dist.is_initialized():
         with _meeting_the_others():
-            deepspeed.init_distributed(timeout=timedelta(minutes=timeout_minutes), verbose=False)
+            deepspeed.init_distributed(timeout=timeouts.current(), verbose=False)
     return _divide(config, device)
 
 
@@ -243,6 +253,7 @@ def _divide(config: ParallelConfig, device: torch.device) -> Topology:
             tensor_model_parallel_size=config.tensor,
             pipeline_model_parallel_size=config.pipeline,
             create_gloo_process_groups=False,
+            distributed_timeout_minutes=timeouts.current().total_seconds() / 60,
         )
     return Topology(
         rank=dist.get_rank(),
