@@ -1,10 +1,7 @@
 """The directory that holds everything of a run, and who may use it."""
 
-import errno
-import fcntl
 import json
 import logging
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -18,10 +15,11 @@ from d2v_scale.command_line import (
     dump,
     load_recipe,
 )
-from d2v_scale.errors import UserError
+from d2v_scale.errors import ConfigError, UserError
 from d2v_scale.files import write_whole
 from d2v_scale.parallel.groups import Topology
 from d2v_scale.recipe import Recipe, differences, to_dict
+from d2v_scale.run_lock import lock
 from d2v_scale.run_start import (
     DS_CONFIG_FILE,
     RECIPE_FILE,
@@ -33,20 +31,19 @@ from d2v_scale.run_start import (
 )
 from d2v_scale.status import begin
 
-LOCK_FILE = ".lock"
-LOCK_WAIT_S = 30.0
-"""For a run that was just killed to be gone."""
-
 log = logging.getLogger(__name__)
 
 
 def claim(recipe: Recipe, options: Options, ds_config: dict[str, Any], topology: Topology) -> Path:
     """Choose the run directory, make it if needed, and write the resolved configuration into it.
 
+    Ranks that were started with different arguments are refused: they are several runs, started as one world.
     A directory with the same recipe continues that run; with another recipe it is refused on every rank (ConfigError),
     and so is one that another program trains in (UserError).
     A change that `--allow_recipe_change` permits is recorded in recipe_changes.jsonl. Collective: all ranks must call.
     """
+    if topology.world_size > 1:
+        _check_same_arguments(recipe, options, topology)
     answer: list[Any] = [None, None]
     if topology.rank == 0:
         utc = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
@@ -58,6 +55,22 @@ def claim(recipe: Recipe, options: Options, ds_config: dict[str, Any], topology:
     if problem is not None:
         raise problem
     return Path(name)
+
+
+def _check_same_arguments(recipe: Recipe, options: Options, topology: Topology) -> None:
+    mine = {**to_dict(recipe), "run_dir": options.run_dir, "resume": options.resume, "stop_at": options.stop_at}
+    everyone: list[dict[str, Any]] = [{}] * topology.world_size
+    dist.all_gather_object(everyone, mine)
+    for rank, theirs in enumerate(everyone):
+        if theirs != everyone[0]:
+            changed = differences(everyone[0], theirs)
+            key, (first, other) = next(iter(changed.items()))
+            raise ConfigError(
+                key,
+                f"is {other!r} for rank {rank} and {first!r} for rank 0 of the same world",
+                "Give all processes the same arguments; to train several runs side by side, start each task with "
+                "RANK=0 WORLD_SIZE=1.",
+            )
 
 
 def _problem(run_dir: Path, recipe: Recipe, options: Options, ds_config: dict[str, Any]) -> UserError | None:
@@ -89,37 +102,6 @@ def _changed(run_dir: Path, recipe: Recipe) -> dict[str, tuple[Any, Any]]:
     """The keys that differ from the recipe that `run_dir` holds; none where it holds none."""
     existing = run_dir / RECIPE_FILE
     return differences(load_recipe(existing), json.loads(json.dumps(to_dict(recipe)))) if existing.is_file() else {}
-
-
-def lock(run_dir: Path, wait_s: float = LOCK_WAIT_S) -> None:
-    """Keep other programs out of the run directory as long as this process lives: two would move each other's records
-    and remove each other's unfinished checkpoints. Rank 0. Raises UserError if one is still there after `wait_s`.
-
-    A POSIX lock, which child processes do not inherit. The lock of a node that went down may outlive it: an attempt of
-    the same Slurm job takes no notice of it, and neither does a file system without locks.
-    """
-    file = os.open(run_dir / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
-    deadline = time.monotonic() + wait_s
-    while True:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
-        except OSError as error:
-            if error.errno not in (errno.EACCES, errno.EAGAIN):
-                log.warning("%s cannot be locked (%s): see that no other program trains in it.", run_dir, error)
-                break
-        holder = os.pread(file, 4096, 0).decode(errors="replace").strip()
-        if holder.endswith(f"Slurm job {os.environ.get('SLURM_JOB_ID')}"):
-            log.warning("%s is still locked by an earlier attempt of this job, %s.", run_dir, holder)
-            break
-        if time.monotonic() >= deadline:
-            os.close(file)
-            raise UserError(f"Another program trains in {run_dir}: {holder}", "Wait for its end or stop it.")
-        time.sleep(0.5)
-    os.ftruncate(file, 0)
-    job = f", Slurm job {os.environ['SLURM_JOB_ID']}" if "SLURM_JOB_ID" in os.environ else ""
-    os.pwrite(file, f"process {os.getpid()} on {os.uname().nodename}{job}\n".encode(), 0)
-    # The file stays open: closing it would unlock it.
 
 
 def _write(run_dir: Path, recipe: Recipe, ds_config: dict[str, Any], changed: dict[str, tuple[Any, Any]]) -> None:

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from d2v_scale import command_line, run_directory
+from d2v_scale import command_line, run_directory, run_lock
 from d2v_scale.checkpoint import Checkpoint, find_newest_valid, open_any
 from d2v_scale.checkpoint.training import pieces, restore, restore_weights, state
 from d2v_scale.checkpoint.writer import CheckpointWriter
@@ -114,11 +114,13 @@ def main(arguments: list[str], stop_flag: StopFlag) -> int:
             code = supervise(tuning, stop_flag, program.train, program.save)
     except Exception as error:
         code = failed(error, directory, rank)
+        run_lock.release()
         # Peers may still wait in a collective that this rank will never join: leave without saying goodbye.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
     groups.shutdown()
+    run_lock.release()
     return code
 
 

@@ -1,26 +1,18 @@
 """Who may use a run directory, and what it remembers until the first checkpoint."""
 
 import json
-import os
 import pickle
-import subprocess
-import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch.distributed as dist
 
 from d2v_scale import command_line, errors, run_directory, run_start
 from d2v_scale.command_line import Options
 from d2v_scale.errors import ConfigError, UserError
-
-HOLDER = """
-import sys, time
-from pathlib import Path
-from d2v_scale.run_directory import lock
-lock(Path(sys.argv[1]))
-print("held", flush=True)
-time.sleep(60)
-"""
+from d2v_scale.recipe import to_dict
 
 
 @pytest.mark.parametrize("kind", [UserError, errors.DataError, errors.CheckpointError])
@@ -34,27 +26,6 @@ def test_config_errors_arrive_with_their_key() -> None:
     arrived = pickle.loads(pickle.dumps(ConfigError("optim.lr", "is 0", "Give more.")))
     assert isinstance(arrived, ConfigError)
     assert (str(arrived), arrived.key) == ("optim.lr: is 0. Give more.", "optim.lr")
-
-
-def test_a_second_program_is_refused_until_the_first_is_gone(tmp_path: Path, monkeypatch, caplog) -> None:
-    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
-    environment = {**os.environ, "SLURM_JOB_ID": "7"}
-    command = [sys.executable, "-c", HOLDER, str(tmp_path)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as holder:
-        try:
-            assert holder.stdout is not None
-            assert holder.stdout.readline() == "held\n"
-            with pytest.raises(UserError, match=rf"process {holder.pid} on .*, Slurm job 7\. Wait"):
-                run_directory.lock(tmp_path, wait_s=0.6)
-            # The lock of a node that went down outlives it: the same job's next attempt may go on.
-            monkeypatch.setenv("SLURM_JOB_ID", "7")
-            run_directory.lock(tmp_path, wait_s=0)
-            assert "earlier attempt of this job" in caplog.text
-            monkeypatch.delenv("SLURM_JOB_ID")
-        finally:
-            holder.kill()
-    run_directory.lock(tmp_path, wait_s=20)
-    assert (tmp_path / run_directory.LOCK_FILE).read_text().startswith(f"process {os.getpid()} on ")
 
 
 def test_a_run_that_is_resumed_before_its_first_checkpoint_begins_from_the_same_weights(tmp_path: Path) -> None:
@@ -110,3 +81,17 @@ def test_a_requeue_gives_the_same_link_that_leads_elsewhere_by_now(tmp_path: Pat
     (tmp_path / "latest").unlink()
     (tmp_path / "latest").symlink_to(tmp_path / "b")
     run_start.check_same_start(tmp_path, options)
+
+
+def test_one_world_of_several_runs_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`srun -n 2 bash -c 'train.py --seed $SLURM_PROCID --run_dir runs/$SLURM_PROCID'` means two runs."""
+    seeds = [command_line.parse(["--seed", seed, "--run_dir", f"runs/{seed}"]) for seed in ("0", "1")]
+    arguments = [{**to_dict(recipe), "run_dir": options.run_dir} for recipe, options in seeds]
+
+    def gather(everyone: list[dict[str, Any]], mine: dict[str, Any]) -> None:
+        everyone[:] = [{**mine, **one} for one in arguments]
+
+    monkeypatch.setattr(dist, "all_gather_object", gather)
+    world = SimpleNamespace(rank=0, world_size=2)
+    with pytest.raises(ConfigError, match=r"run_dir: is 'runs/1' for rank 1 .* RANK=0 WORLD_SIZE=1"):
+        run_directory.claim(*seeds[0], {}, world)
