@@ -3,13 +3,21 @@
 import os
 import zlib
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
+
+import numpy as np
 
 from d2v_scale.data.fetching import ShardCache
 from d2v_scale.data.shard_index import Members
 from d2v_scale.data.shard_set import ShardSet, is_remote
 from d2v_scale.errors import DataError
+
+_BLOCK, _TYPE, _SPARSE = 512, 156, b"S"
+"""Of a tar header: its size, where its type stands, and the type of GNU's sparse files."""
+_READ_AT_ONCE = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -35,12 +43,22 @@ class SampleFault(Exception):
 class RawSample:
     """The members of one sample, not decoded."""
 
-    def __init__(self, shard: str, key: str, content: bytes, members: Members, number: int) -> None:
+    def __init__(
+        self,
+        shard: str,
+        key: str,
+        content: bytes,
+        members: Members,
+        number: int,
+        assembled: dict[int, bytes] | None = None,
+    ) -> None:
+        """`assembled`: members that do not lie in one piece in `content`, by column."""
         self.shard = shard
         self.key = key
         self._content = memoryview(content)
         self._members = members
         self._number = number
+        self._assembled = assembled or {}
 
     def member(self, extensions: tuple[str, ...]) -> tuple[str, memoryview]:
         """The first member with one of `extensions`, and its extension. Raises SampleFault."""
@@ -50,6 +68,8 @@ class RawSample:
             if size >= 0 and extension in extensions:
                 if size == 0:
                     raise self.fault(f"its .{extension} is empty")
+                if column in self._assembled:
+                    return extension, memoryview(self._assembled[column])
                 start = int(members.offset_ne[self._number, column])
                 return extension, self._content[start : start + size]
         raise self.fault(f"has no .{', .'.join(extensions)}")
@@ -66,14 +86,59 @@ class RawSample:
         return SampleFault(self.shard, self.key, reason)
 
 
-def checked_sample(shard: str, content: bytes, members: Members, number: int) -> RawSample:
-    """The sample `number`, whose bytes should be `content`. Raises SampleFault where they are not what was indexed."""
-    key, size = members.key(number), int(members.size_n[number])
-    if len(content) < size:
-        raise SampleFault(shard, key, f"cut off: {len(content)} of {size} bytes are there")
-    if zlib.crc32(content) != members.crc_n[number]:
+ReadAt = Callable[[int, int], bytes]
+"""Bytes of a shard from a place on; fewer at its end. Raises OSError."""
+
+
+def read_sample(shard: str, read_at: ReadAt, members: Members, number: int) -> RawSample:
+    """The sample `number` of a shard. Raises SampleFault where its bytes are not what was indexed."""
+    key, start, size = members.key(number), int(members.start_n[number]), int(members.size_n[number])
+    if members.length_n[number] < 0:
+        raise SampleFault(shard, key, "was cut off or undecodable when the index was made")
+    try:
+        content = read_at(start, size)
+        if len(content) < size:
+            raise SampleFault(shard, key, f"cut off: {len(content)} of {size} bytes are there")
+        checksum = zlib.crc32(content)
+        assembled: dict[int, bytes] = {}
+        if len(members.pieces_p5):
+            checksum, assembled = _assemble(read_at, content, checksum, members, number)
+    except OSError as error:
+        raise SampleFault(shard, key, f"cannot be read: {error.strerror or error}") from error
+    if checksum != members.crc_n[number]:
         raise SampleFault(shard, key, "its checksum is not the index's")
-    return RawSample(shard, key, content, members, number)
+    if members.format == 1 and _holds_sparse(content, members, number):
+        raise SampleFault(shard, key, "is stored sparse, and its index is of an earlier version: make it again")
+    return RawSample(shard, key, content, members, number, assembled)
+
+
+def _assemble(
+    read_at: ReadAt, content: bytes, checksum: int, members: Members, number: int
+) -> tuple[int, dict[int, bytes]]:
+    """Links and sparse members of a sample, and the checksum continued over what lies elsewhere."""
+    columns = np.flatnonzero((members.offset_ne[number] < 0) & (members.member_size_ne[number] >= 0)).tolist()
+    whole = {column: bytearray(int(members.member_size_ne[number, column])) for column in columns}
+    first, last = np.searchsorted(members.pieces_p5[:, 0], [number, number + 1]).tolist()
+    for _, column, offset, size, position in members.pieces_p5[first:last].tolist():
+        if offset >= 0 and offset + size <= len(content):
+            piece = content[offset : offset + size]
+        else:
+            piece = read_at(int(members.start_n[number]) + offset, size)
+            checksum = zlib.crc32(piece, checksum)
+        whole[column][position : position + size] = piece
+    return checksum, {column: bytes(value) for column, value in whole.items()}
+
+
+def _holds_sparse(content: bytes, members: Members, number: int) -> bool:
+    """Whether the headers of the sample say that a member is stored sparse, which format 1 took for its content."""
+    places = np.stack((members.offset_ne[number], members.member_size_ne[number]), axis=1)
+    behind = 0
+    for offset, size in sorted(places[places[:, 1] >= 0].tolist()):
+        headers = content[behind:offset]
+        if b"GNU.sparse." in headers or headers[-_BLOCK:][_TYPE : _TYPE + 1] == _SPARSE:
+            return True
+        behind = offset + size
+    return False
 
 
 class Store(Protocol):
@@ -106,17 +171,8 @@ class SampleStore:
 
     def read(self, shard: int, number: int) -> RawSample:
         """The sample `number` of `shard`. Raises SampleFault; never returns part of a sample."""
-        name = self._shards.paths[shard]
         descriptor, members = self._opened(shard)
-        key = members.key(number)
-        size = int(members.size_n[number])
-        if members.length_n[number] < 0:
-            raise SampleFault(name, key, "was cut off or undecodable when the index was made")
-        try:
-            content = os.pread(descriptor, size, int(members.start_n[number]))
-        except OSError as error:
-            raise SampleFault(name, key, f"cannot be read: {error.strerror}") from error
-        return checked_sample(name, content, members, number)
+        return read_sample(self._shards.paths[shard], partial(_pread, descriptor), members, number)
 
     def _opened(self, shard: int) -> tuple[int, Members]:
         if shard in self._open:
@@ -152,3 +208,14 @@ class SampleStore:
         """A fault of a sample that could be read but not used."""
         key = self.members(shard).key(number)
         return Fault(self._shards.paths[shard], key, reason)
+
+
+def _pread(descriptor: int, start: int, size: int) -> bytes:
+    """`size` bytes from `start` on, or what there is of them."""
+    content = os.pread(descriptor, min(size, _READ_AT_ONCE), start)
+    if len(content) == size or len(content) < _READ_AT_ONCE:
+        return content
+    parts = [content]
+    while parts[-1] and (missing := size - sum(map(len, parts))):  # a system call reads 2 GiB at most
+        parts.append(os.pread(descriptor, min(missing, _READ_AT_ONCE), start + size - missing))
+    return b"".join(parts)

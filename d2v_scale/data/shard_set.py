@@ -4,6 +4,8 @@ import fnmatch
 import glob
 import os
 import tarfile
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +16,8 @@ from numpy.typing import NDArray
 
 from d2v_scale.data.class_names import ClassNames
 from d2v_scale.data.config import SourceConfig
-from d2v_scale.data.shard_index import Members, SetIndex, ShardEntry, shown
+from d2v_scale.data.shard_index import FORMAT, Members, SetIndex, ShardEntry, real_place
+from d2v_scale.data.tar_members import shown
 from d2v_scale.data2vec.stateless import key
 from d2v_scale.errors import DataError
 
@@ -120,22 +123,24 @@ def find_shards(source: SourceConfig) -> ShardSet:
                 f"{pattern} holds {len(indexes)} sets of shards: {', '.join(index.name for index in indexes)}.",
                 f"Name the set's index, as {indexes[-1]}, or all shards: '{os.path.join(pattern, '*.tar')}'.",
             )
-        pattern = os.path.join(pattern, "*.tar")
     return ShardSet(paths=paths) if is_remote(paths[0]) else _beside(paths, pattern)
 
 
 def expand(pattern: str) -> list[str]:
-    """The shards that a pattern names: braces, glob or directory. Raises DataError where one is missing."""
+    """The shards that a pattern names: braces, globs or both, or a directory. Raises DataError where one is missing or
+    named twice.
+
+    What is there under the very name is meant by it, whatever brackets or braces it holds; so is a folder in a path.
+    """
     if is_remote(pattern):
-        return list(braceexpand.braceexpand(pattern))
+        return _none_twice(_braces(pattern), pattern)
     if os.path.isdir(pattern):
-        pattern = os.path.join(pattern, "*.tar")
-    if "{" in pattern:
-        paths = list(braceexpand.braceexpand(pattern))
-    elif glob.has_magic(pattern):
-        paths = sorted(glob.glob(pattern))
+        paths = _glob("*.tar", pattern)
     else:
-        paths = [pattern]
+        paths = _none_twice(_braces(pattern), pattern)
+        paths = [path for name in paths for path in (_glob(name) if _is_glob(name) else [name])]
+        # What several globs find is meant once.
+        paths = list({real_place(path): path for path in reversed(paths)}.values())[::-1]
     if not paths:
         raise DataError(f"No shard matches {pattern!r}.", "Check the path, or write shards with tools/make_shards.py.")
     absent = [path for path in paths if not os.path.isfile(path)]
@@ -147,6 +152,41 @@ def expand(pattern: str) -> list[str]:
     return paths
 
 
+def _braces(pattern: str) -> list[str]:
+    """What a pattern's braces stand for. Raises DataError for one without its other half."""
+    if not is_remote(pattern) and os.path.lexists(pattern):
+        return [pattern]
+    try:
+        return list(braceexpand.braceexpand(pattern))
+    except ValueError as error:
+        raise DataError(f"The pattern {pattern!r} has a brace too many: {error}.", "Correct it.") from error
+
+
+def _none_twice(names: list[str], pattern: str) -> list[str]:
+    counts = Counter(name if is_remote(name) else real_place(name) for name in names if not glob.has_magic(name))
+    if twice := [name for name, count in counts.items() if count > 1]:
+        raise DataError(f"{pattern!r} names {twice[0]} twice.", "Name every shard once.")
+    return names
+
+
+def _is_glob(name: str) -> bool:
+    return glob.has_magic(name) and not os.path.lexists(name)
+
+
+def _glob(pattern: str, folder: str = "") -> list[str]:
+    """What a glob finds below `folder`, sorted; parts of the path that are there under the very name are no glob."""
+    found = [folder or ("/" if os.path.isabs(pattern) else "")]
+    for part in filter(None, pattern.split("/")):
+        found = [os.path.join(path, name) for path in found for name in _names(path, part)]
+    return sorted(found)
+
+
+def _names(folder: str, part: str) -> list[str]:
+    if not glob.has_magic(part) or os.path.lexists(os.path.join(folder, part)):
+        return [part] if os.path.lexists(os.path.join(folder, part)) else []
+    return glob.glob(part, root_dir=folder or None)
+
+
 def _beside(paths: list[str], pattern: str) -> ShardSet:
     """Local shards with the indexes that lie in their directories."""
     known: dict[str, tuple[Path, SetIndex, ShardEntry]] = {}
@@ -154,15 +194,15 @@ def _beside(paths: list[str], pattern: str) -> ShardSet:
         for index_file in sorted(Path(directory).glob(f"*{INDEX_SUFFIX}")):
             index = SetIndex.load(index_file)
             for entry in index.shards:
-                known[os.path.normpath(index_file.parent / entry.path)] = (index_file, index, entry)
-    found = [known.get(os.path.normpath(path)) for path in paths]
+                known[_place(entry.path, index_file)] = (index_file, index, entry)
+    found = [known.get(real_place(path)) for path in paths]
     if not any(found):
         return ShardSet(paths=paths)
     unknown = [path for path, hit in zip(paths, found, strict=True) if hit is None]
     if unknown:
         raise DataError(f"{len(unknown)} shards are in no index, the first is {unknown[0]}.", _REINDEX)
     hits = [hit for hit in found if hit is not None]
-    gone = sorted(path for path in known.keys() - {os.path.normpath(path) for path in paths} if _matches(path, pattern))
+    gone = sorted(filter(_names_of(pattern), known.keys() - set(map(real_place, paths))))
     if gone:
         raise DataError(f"{len(gone)} shards are in the index but do not exist, the first is {gone[0]}.", _REINDEX)
     return _join(paths, hits)
@@ -198,17 +238,18 @@ def _from_index(index_file: Path, pattern: str) -> ShardSet:
 
 def _chosen(found: dict[str, ShardEntry], pattern: str, index_file: Path) -> dict[str, ShardEntry]:
     """The shards of an index that `pattern` names, in the index's order."""
-    if not is_remote(pattern) and os.path.isdir(pattern):
-        pattern = os.path.join(pattern, "*.tar")
     listed = {_absolute(path): path for path in found} | {entry.path: path for path, entry in found.items()}
     wanted: list[str] = []
-    for name in braceexpand.braceexpand(pattern):
-        if is_remote(name) or not glob.has_magic(name):
-            wanted.append(name if name in listed else _absolute(name))
-            continue
-        # A glob names what is in the index and what is there, in the index or not.
-        named = [path for path in listed if _matches(path, name)] + [_absolute(path) for path in glob.glob(name)]
-        wanted += named or [name]
+    if not is_remote(pattern) and os.path.isdir(pattern):
+        wanted = list(filter(_names_of(pattern), listed)) + list(map(_absolute, _glob("*.tar", pattern)))
+    else:
+        for name in _braces(pattern):
+            if is_remote(name) or not _is_glob(name):
+                wanted.append(name if name in listed else _absolute(name))
+                continue
+            # A glob names what is in the index and what is there, in the index or not.
+            named = list(filter(_names_of(name), listed)) + list(map(_absolute, _glob(name)))
+            wanted += named or [name]
     missing = [name for name in wanted if name not in listed]
     if missing:
         raise DataError(
@@ -219,17 +260,39 @@ def _chosen(found: dict[str, ShardEntry], pattern: str, index_file: Path) -> dic
     return {path: entry for path, entry in found.items() if path in chosen}
 
 
+def _place(path: str, index_file: Path) -> str:
+    """Where a shard lies that an index lists, the same for all ways to write it."""
+    return path if is_remote(path) else real_place(os.path.join(index_file.parent, path))
+
+
 def _absolute(path: str) -> str:
     """The same for all ways to write a local path; what is not local as it is."""
-    return path if is_remote(path) else os.path.abspath(path)
+    return path if is_remote(path) else real_place(path)
+
+
+def _names_of(pattern: str) -> Callable[[str], bool]:
+    """Whether `pattern` would find a local path if it were there, however the two are written."""
+    if os.path.isdir(pattern):
+        pattern = os.path.join(glob.escape(os.path.realpath(pattern)), "*.tar")
+    globs = [os.path.split(name) for name in _braces(pattern)]
+    folders = [({os.path.realpath(one) for one in _glob(folder)}, folder, name) for folder, name in globs]
+
+    def is_named(path: str) -> bool:
+        if is_remote(path):
+            return False
+        its_folder, its_name = os.path.split(real_place(path))
+        return any(
+            (its_folder in known or _matches(its_folder, os.path.realpath(folder)))
+            and (its_name == name or fnmatch.fnmatchcase(its_name, name))
+            for known, folder, name in folders
+        )
+
+    return is_named
 
 
 def _matches(path: str, pattern: str) -> bool:
-    """Whether `glob` would find the local `path`, however the two are written."""
-    if is_remote(path):
-        return False
-    names, patterns = Path(_absolute(path)).parts, Path(_absolute(pattern)).parts
-    return len(names) == len(patterns) and all(map(fnmatch.fnmatchcase, names, patterns))
+    names, parts = Path(path).parts, Path(pattern).parts
+    return len(names) == len(parts) and all(map(fnmatch.fnmatchcase, names, parts))
 
 
 def check_before_start(shards: ShardSet, source: SourceConfig, max_bad_ratio: float) -> list[str]:
@@ -247,7 +310,18 @@ def check_before_start(shards: ShardSet, source: SourceConfig, max_bad_ratio: fl
         )
     if int(shards.samples_s.sum()) == 0:
         raise DataError(f"The shards of {source.shards!r} hold no sample.", "Check the path.")
+    if (known := sum(entry.lost for entry in shards.entries)) == int(shards.samples_s.sum()):
+        raise DataError(
+            f"None of the {known} samples of {source.shards!r} could be read when they were indexed.",
+            "See tools/inspect_shards.py, and correct source.modality or the shards.",
+        )
     warnings, lost, looked_at = [], 0, 0
+    if shards.index.format < FORMAT:
+        warnings.append(
+            f"{shards.index_file} was made by an earlier version (index format {shards.index.format}), which trusted "
+            "what recordings say of their length, counted empty documents and passed over links and further archives. "
+            f"{_REINDEX}"
+        )
     damaged = [(path, entry.damage) for path, entry in zip(shards.paths, shards.entries, strict=True) if entry.damage]
     if damaged:
         # Unreadable documents have no tokens to plan: what they would have given is in no count but this.

@@ -17,7 +17,7 @@ from d2v_scale.data.config import DataConfig, SourceConfig
 from d2v_scale.data.fetching import ShardCache
 from d2v_scale.data.order import KeyedPermutation
 from d2v_scale.data.plan import Cursor, PlannedBatch
-from d2v_scale.data.reading import Fault, RawSample, SampleFault, checked_sample
+from d2v_scale.data.reading import Fault, RawSample, SampleFault, read_sample
 from d2v_scale.data.shard_index import index_tar
 from d2v_scale.data.shard_set import ShardSet, is_remote
 from d2v_scale.data2vec.stateless import key, numpy_generator
@@ -194,9 +194,14 @@ class StreamStore:
         name = self._paths[shard]
         try:
             path = Path(self._cache.fetch(name, newer_than=self._opened) if is_remote(name) else name)
-            members, damage = index_tar(path)
+            members, damage, _ = index_tar(path)
             with path.open("rb") as stream:
                 self._damage += [Fault(name, "", reason) for reason in damage]
+
+                def read_at(start: int, size: int) -> bytes:
+                    stream.seek(start)
+                    return stream.read(size)
+
                 order = numpy_generator("stream", self._seed, epoch, shard).permutation(len(members))
                 whole = [int(k) for k in order if members.length_n[k] >= 0]
                 if len(self._paths) < self._streams:
@@ -204,13 +209,10 @@ class StreamStore:
                 self._counts[shard] = len(whole)
                 for number in whole:
                     try:
-                        stream.seek(int(members.start_n[number]))
-                        content = stream.read(int(members.size_n[number]))
-                        sample = checked_sample(name, content, members, number)
-                    except (OSError, SampleFault) as error:
+                        sample = read_sample(name, read_at, members, number)
+                    except SampleFault as error:
                         # The shard changed or its disk failed after it was indexed: each sample counts by itself.
-                        lost = error.fault if isinstance(error, SampleFault) else None
-                        self._damage.append(lost or Fault(name, members.key(number), f"cannot be read: {error}"))
+                        self._damage.append(error.fault)
                         self._counts[shard] -= 1
                         continue
                     yield sample

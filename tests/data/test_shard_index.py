@@ -58,7 +58,7 @@ def test_names_that_are_not_utf8_are_indexed_and_read(tmp_path: Path) -> None:
 def test_keys_with_folders_dots_and_long_names(tmp_path: Path) -> None:
     long = "d" * 150
     members = [("a/b.left.png", b"1"), ("a/b.cls", b"2"), (f"{long}/c.png", b"3"), ("README", b"no sample")]
-    members, damage = index_tar(write_tar(tmp_path / "t.tar", members, tarfile.PAX_FORMAT))
+    members, damage, _ = index_tar(write_tar(tmp_path / "t.tar", members, tarfile.PAX_FORMAT))
     assert [key.decode() for key in members.keys_n] == ["a/b", f"{long}/c"]
     assert members.extensions == ["left.png", "cls", "png"]
     assert members.member_size_ne.tolist() == [[1, 1, -1], [-1, -1, 1]]
@@ -68,7 +68,7 @@ def test_keys_with_folders_dots_and_long_names(tmp_path: Path) -> None:
 def test_checksums_cover_headers_and_contents(tmp_path: Path) -> None:
     tar = tmp_path / "t.tar"
     write_shard(tar, image_samples(3))
-    members, _ = index_tar(tar)
+    members, _, _ = index_tar(tar)
     content = tar.read_bytes()
     for start, size, crc in zip(members.start_n, members.size_n, members.crc_n, strict=True):
         assert zlib.crc32(content[start : start + size]) == crc
@@ -83,7 +83,7 @@ def test_indexing_goes_on_behind_a_damaged_header(tmp_path: Path) -> None:
     content = bytearray(tar.read_bytes())
     content[offset + 130] ^= 1
     tar.write_bytes(content)
-    members, damage = index_tar(tar)
+    members, damage, _ = index_tar(tar)
     assert any("damaged tar header" in line for line in damage)
     keys = [key.decode() for key in members.keys_n]
     assert [key for key in keys if key != "image-0003"] == [f"image-{k:04d}" for k in range(10) if k != 3]
@@ -91,7 +91,7 @@ def test_indexing_goes_on_behind_a_damaged_header(tmp_path: Path) -> None:
 
 def test_what_cannot_be_measured_is_kept_as_lost(tmp_path: Path) -> None:
     tar = write_tar(tmp_path / "t.tar", [("a.txt", b"12"), ("b.txt", b"x"), ("c.txt", b"4")])
-    members, damage = index_tar(tar, lambda sample: int(sample["txt"]))
+    members, damage, _ = index_tar(tar, lambda sample: int(sample["txt"]))
     assert members.length_n.tolist() == [12, -1, 4]
     assert "b: invalid literal" in damage[0]
 
@@ -114,7 +114,7 @@ def test_the_same_samples_make_the_same_bytes(tmp_path: Path) -> None:
 
 
 def test_an_empty_tar_has_no_samples(tmp_path: Path) -> None:
-    members, damage = index_tar(write_tar(tmp_path / "t.tar", []))
+    members, damage, _ = index_tar(write_tar(tmp_path / "t.tar", []))
     assert len(members) == 0
     assert damage == []
     members.save(tmp_path / "t.index")

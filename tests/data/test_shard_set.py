@@ -7,7 +7,7 @@ import pytest
 from small_shards import image_samples
 
 from d2v_scale.data.config import DataConfig, SourceConfig
-from d2v_scale.data.shard_index import Members, SetIndex
+from d2v_scale.data.shard_index import Members, SetIndex, index_shard
 from d2v_scale.data.shard_set import check_before_start, find_shards
 from d2v_scale.data.source import open_store
 from d2v_scale.data.writing import write_set
@@ -113,3 +113,80 @@ def test_the_index_of_a_single_shard_is_not_streamed_as_one(shards: Path, patter
     assert list(shards.glob(pattern))
     with pytest.raises(DataError, match=r"train-000000\.index is the index of a single shard.*\.index\.json"):
         find_shards(SourceConfig(shards=str(shards / pattern)))
+
+
+def test_brackets_in_a_folder_are_a_name_and_braces_go_with_globs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder in ("[v1]", "x", "y", "{z}"):
+        write_set(Path(folder), folder.strip("[{}]"), "vision", image_samples(4), per_shard=2)
+
+    def names(pattern: str, index: str | None = None) -> list[str]:
+        found = find_shards(SourceConfig(shards=pattern, index=index))
+        assert found.indexed
+        return [os.path.relpath(path, tmp_path) for path in found.paths]
+
+    bracketed = ["[v1]/v1-000000.tar", "[v1]/v1-000001.tar"]
+    for pattern in ("[v1]", "[v1]/*.tar", "[v1]/v1-00000[01].tar", "[v1]/v1-{000000..000001}.tar", f"{tmp_path}/[v1]"):
+        assert names(pattern) == bracketed, pattern
+        assert names(pattern, "[v1]/v1.index.json") == bracketed, pattern
+    assert names("[v1]/v1.index.json") == bracketed
+    both = ["x/x-000000.tar", "x/x-000001.tar", "y/y-000000.tar", "y/y-000001.tar"]
+    for pattern in (
+        "{x,y}/*.tar",
+        "[xy]/*.tar",
+        "./{x,y}/?-00000*.tar",
+        f"{tmp_path}/{{x,y}}/*-{{000000..000001}}.tar",
+    ):
+        assert names(pattern) == both, pattern
+    assert names("{x,[x],./x}/*.tar") == both[:2]
+    assert names("{z}") == ["{z}/z-000000.tar", "{z}/z-000001.tar"]
+    with pytest.raises(DataError, match=r"names .*x/x-000000\.tar twice"):
+        find_shards(SourceConfig(shards="{x,x}/x-000000.tar"))
+    with pytest.raises(DataError, match="has a brace too many"):
+        find_shards(SourceConfig(shards="x/{0.tar"))
+    for pattern in ("[v1]", "[v1]/*.tar", "{[v1],x}/*.tar"):
+        (tmp_path / "[v1]" / "v1-000001.tar").rename(tmp_path / "away")
+        with pytest.raises(DataError, match="1 shards are in the index but do not exist"):
+            find_shards(SourceConfig(shards=pattern))
+        (tmp_path / "away").rename(tmp_path / "[v1]" / "v1-000001.tar")
+
+
+def test_an_index_behind_a_symbolic_link_finds_its_shards(tmp_path: Path) -> None:
+    """`..` led to the folder above the link, not above what it leads to."""
+    write_set(tmp_path / "real" / "deep" / "shards", "a", "vision", image_samples(4), per_shard=2)
+    (tmp_path / "elsewhere" / "indexes").mkdir(parents=True)
+    (tmp_path / "out").symlink_to(tmp_path / "elsewhere" / "indexes")
+    (tmp_path / "data").symlink_to(tmp_path / "real" / "deep")
+    tars = sorted((tmp_path / "data" / "shards").glob("*.tar"))
+    entries = [index_shard(tar, tmp_path / "out" / f"{tar.stem}.index", tmp_path / "out") for tar in tars]
+    SetIndex(modality="vision", shards=entries).save(tmp_path / "out" / "a.index.json")
+    for index in (tmp_path / "out", tmp_path / "elsewhere" / "indexes"):
+        found = find_shards(SourceConfig(shards=str(index / "a.index.json")))
+        assert [len(open_store(found, DataConfig()).members(k)) for k in range(2)] == [2, 2]
+        open_store(found, DataConfig()).read(1, 1)
+        for folder in (tmp_path / "data" / "shards", tmp_path / "real" / "deep" / "shards"):
+            source = SourceConfig(shards=f"{folder}/*1.tar", index=str(index / "a.index.json"))
+            assert len(find_shards(source).paths) == 1
+    assert len(find_shards(SourceConfig(shards=f"{tmp_path}/data/shards/*.tar")).paths) == 2
+
+
+def test_an_index_of_an_earlier_version_is_said_to_be_one(tmp_path: Path) -> None:
+    write_set(tmp_path, "a", "vision", image_samples(4), per_shard=2)
+    path = tmp_path / "a.index.json"
+    source = SourceConfig(shards=str(path))
+    assert check_before_start(find_shards(source), source, 0.0) == []
+    path.write_text(path.read_text().replace('"format": 2', '"format": 1'))
+    [warning] = check_before_start(find_shards(source), source, 0.0)
+    assert "was made by an earlier version (index format 1)" in warning
+    index = SetIndex.load(path)
+    index.save(path)
+    assert SetIndex.load(path).format == 1
+
+
+def test_a_set_of_lost_samples_alone_is_refused(tmp_path: Path) -> None:
+    write_set(tmp_path, "a", "vision", image_samples(4), per_shard=2, measure=lambda members: -1)
+    source = SourceConfig(shards=str(tmp_path))
+    with pytest.raises(DataError, match=r"None of the 4 samples .* could be read"):
+        check_before_start(find_shards(source), source, 1.0)

@@ -15,7 +15,7 @@ from d2v_scale.data import streaming
 from d2v_scale.data.config import DataConfig, SourceConfig
 from d2v_scale.data.fetching import ShardCache
 from d2v_scale.data.loader import StepLoader
-from d2v_scale.data.shard_index import Members, index_tar
+from d2v_scale.data.shard_index import TarContents, index_tar
 from d2v_scale.data.streaming import StreamStore
 from d2v_scale.data.writing import Sample, write_set
 from d2v_scale.data2vec.config import MaskingConfig
@@ -97,7 +97,7 @@ def test_a_shard_that_breaks_the_indexing_does_not_end_the_stream(
 ) -> None:
     """The generator was dead after it: every sample of the run was lost."""
 
-    def index(path: Path) -> tuple[Members, list[str]]:
+    def index(path: Path) -> TarContents:
         if path.name == "train-000001.tar":
             raise UnicodeError("surrogates not allowed")
         return index_tar(path)
@@ -115,8 +115,9 @@ def test_samples_that_went_bad_after_the_indexing_are_each_lost_and_named(
     """They were handed out cut off, empty or changed; one error in mid-shard counted as one sample."""
     shards = bare(images, tmp_path / "bare")
 
-    def index(path: Path) -> tuple[Members, list[str]]:
-        members, damage = index_tar(path)
+    def index(path: Path) -> TarContents:
+        found = index_tar(path)
+        members = found.members
         if path.name == "train-000001.tar":
             os.truncate(path, int(members.start_n[8] + 600))
         if path.name == "train-000002.tar":
@@ -125,7 +126,7 @@ def test_samples_that_went_bad_after_the_indexing_are_each_lost_and_named(
             path.write_bytes(content)
         if path.name == "train-000003.tar":
             members.start_n[5:] -= 1 << 40  # seeking there is an OSError, as reading from a broken disk
-        return members, damage
+        return found
 
     monkeypatch.setattr(streaming, "index_tar", index)
     store = StreamStore([str(path) for path in sorted(shards.iterdir())], ShardCache(None, 1e9, 1.0, 0), 1, 0, 1)
