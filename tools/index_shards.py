@@ -15,6 +15,7 @@ import os
 import re
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,7 +23,15 @@ from typing import get_args
 
 from d2v_scale.data import speech, text
 from d2v_scale.data.fetching import ShardCache
-from d2v_scale.data.shard_index import Measure, SetIndex, ShardEntry, index_shard
+from d2v_scale.data.shard_index import (
+    FORMAT,
+    Measure,
+    SetIndex,
+    ShardEntry,
+    index_shard,
+    real_place,
+    relative_path,
+)
 from d2v_scale.data.shard_jobs import Part, run_all
 from d2v_scale.data.shard_set import INDEX_SUFFIX, expand, is_remote
 from d2v_scale.errors import EXIT_BAD_INPUT, DataError, UserError
@@ -55,7 +64,7 @@ class Job:
         return self.digest_of(_version(self.path))
 
     def digest_of(self, version: object) -> str:
-        inputs = (self.path, version, self.modality, self.tokenizer_sha256)
+        inputs = (FORMAT, self.path, version, self.modality, self.tokenizer_sha256)
         return hashlib.sha256(repr(inputs).encode()).hexdigest()
 
     def is_done(self) -> bool:
@@ -122,6 +131,8 @@ def make_index(arguments: argparse.Namespace) -> tuple[SetIndex, Path]:
     if arguments.modality == "text" and arguments.tokenizer is not None:
         text.Tokenizer(arguments.tokenizer)
     cache = out / ".fetched"
+    target = out / f"{name}{INDEX_SUFFIX}"
+    _refuse_overwriting(list(_jobs(paths, out, name, arguments, cache)), target)
     parts = run_all(_jobs(paths, out, name, arguments, cache), arguments.processes)
     if cache.is_dir():
         for path in cache.iterdir():
@@ -133,10 +144,10 @@ def make_index(arguments: argparse.Namespace) -> tuple[SetIndex, Path]:
     index = SetIndex(modality=arguments.modality, shards=[ShardEntry(**part.entry) for part in parts], classes=classes)
     if arguments.tokenizer is not None:
         index.tokenizer, index.tokenizer_sha256 = (
-            os.path.relpath(arguments.tokenizer, out),
+            relative_path(arguments.tokenizer, out),
             file_sha256(arguments.tokenizer),
         )
-    target = out / f"{name}{INDEX_SUFFIX}"
+    _require_samples(index, arguments.shards)
     index.save(target)
     for job, part in zip(_jobs(paths, out, name, arguments, cache), parts, strict=True):
         if part.digest == job.digest_of(_UNKNOWN):
@@ -155,15 +166,78 @@ def _paths(pattern: str) -> list[str]:
 def _jobs(paths: list[str], out: Path, name: str, arguments: argparse.Namespace, cache: Path) -> Iterator[Job]:
     model = arguments.tokenizer
     checksum = None if model is None else file_sha256(model)
-    for number, path in enumerate(paths):
-        stem = f"{name}-{number:06d}" if is_remote(path) else Path(path).stem
+    for path, stem in zip(paths, _stems(paths, name), strict=True):
         yield Job(path, out / f"{stem}.index", arguments.modality, model, checksum, cache)
 
 
+def _stems(paths: list[str], name: str) -> list[str]:
+    """What the index of each shard is called: as the shard, with its folders where several are called the same.
+
+    Raises DataError, which names two, where that does not tell them apart.
+    """
+    stems = [f"{name}-{number:06d}" if is_remote(path) else Path(path).stem for number, path in enumerate(paths)]
+    counts = Counter(stems)
+    if max(counts.values()) > 1:
+        common = os.path.commonpath([os.path.dirname(real_place(path)) for path in paths if not is_remote(path)])
+        for number, path in enumerate(paths):
+            if counts[stems[number]] > 1 and not is_remote(path):
+                stems[number] = os.path.relpath(real_place(path), common).replace("/", "-").removesuffix(".tar")
+    first: dict[str, str] = {}
+    for path, stem in zip(paths, stems, strict=True):
+        if first.setdefault(stem, path) != path:
+            raise DataError(
+                f"The indexes of {first[stem]} and {path} would both be called {stem}.index.",
+                "Index them one after the other, each with its own --out.",
+            )
+    return stems
+
+
+def _refuse_overwriting(jobs: list[Job], target: Path) -> None:
+    """Raises DataError, which says what and by what, where the index of other shards would be overwritten."""
+    mine = {real_place(job.members): job for job in jobs}
+    for known in sorted(target.parent.glob(f"*{INDEX_SUFFIX}")):
+        try:
+            index = SetIndex.load(known)
+        except DataError:
+            continue
+        for entry in index.shards:
+            job = mine.get(real_place(known.parent / entry.members))
+            if job is None:
+                continue
+            listed = entry.path if is_remote(entry.path) else real_place(known.parent / entry.path)
+            other_shard = _place(listed) != _place(job.path) and (is_remote(listed) or os.path.exists(listed))
+            made_otherwise = (index.modality, index.tokenizer_sha256) != (job.modality, job.tokenizer_sha256)
+            if other_shard or (made_otherwise and known != target):
+                what = f"of {listed}" if other_shard else f"of another modality or tokenizer, in {known.name}"
+                raise DataError(
+                    f"{job.members} is the index {what}, and would be overwritten by that of {job.path}.",
+                    f"Give another --out, index all shards together, or remove {known}.",
+                )
+
+
+def _place(path: str) -> str:
+    """Where a shard lies, whatever key its URL is signed with."""
+    return path.split("?")[0] if "://" in path else path if is_remote(path) else real_place(path)
+
+
+def _require_samples(index: SetIndex, shards: str) -> None:
+    """Raises DataError where no sample can be read, and says what was found instead."""
+    if index.samples > sum(entry.lost for entry in index.shards):
+        return
+    found = [f"{entry.path}: {line}" for entry in index.shards for line in (*entry.damage, *entry.passed_over)]
+    told = f", but: {'; '.join(found[:3])}" if found else ""
+    raise DataError(
+        f"The shards of {shards!r} hold no sample that can be read{told}.", "Check --modality and the tars."
+    )
+
+
 def _common_name(paths: list[str]) -> str:
-    """`train` of `/a/train-000000.tar`."""
-    stem = re.sub(r"\.tar\W*$", "", paths[0].rsplit("/", 1)[-1])
-    return re.sub(r"[-_.]?\d+$", "", stem) or "shards"
+    """`train` of `/a/train-000000.tar`; of a URL or command its last word that is called so."""
+    named = [Path(paths[0]).stem]
+    if is_remote(paths[0]):
+        # What a URL is signed with is no name.
+        named = re.findall(r"([^/\s'\"=]+)\.tar\b", re.sub(r"\?[^\s'\"]*", "", paths[0]))
+    return re.sub(r"[-_.]?\d+$", "", named[-1] if named else "") or "shards"
 
 
 def main() -> int:
@@ -184,8 +258,11 @@ def main() -> int:
     for shard in index.shards:
         for damage in shard.damage:
             print(f"damaged: {shard.path}: {damage}", file=sys.stderr)
-    damaged = sum(bool(shard.damage) for shard in index.shards)
-    print(f"{len(index.shards)} shards, {index.samples} samples, {damaged} damaged shards: {target}")
+        for line in shard.passed_over:
+            print(f"passed over: {shard.path}: {line}", file=sys.stderr)
+    damaged, lost = sum(bool(shard.damage) for shard in index.shards), sum(shard.lost for shard in index.shards)
+    told = f", {lost} of them lost" if lost else ""
+    print(f"{len(index.shards)} shards, {index.samples} samples{told}, {damaged} damaged shards: {target}")
     return 0
 
 

@@ -55,7 +55,8 @@ class ShardCache:
         return cls(data.cache_dir, data.cache_gib * 2**30, data.read_timeout_s, data.read_retries, data.timeout_s / 3)
 
     def path_of(self, url: str, sha256: str = "") -> Path:
-        """Where the copy of `url` with this content lies."""
+        """Where the copy of `url` with this content lies, whatever key the URL is signed with."""
+        url = url.split("?")[0] if sha256 and "://" in url and not url.startswith("pipe:") else url
         return self._directory / f"{hashlib.sha256((sha256 + url).encode()).hexdigest()[:32]}.tar"
 
     def fetch(self, url: str, size: int | None = None, sha256: str = "", newer_than: float = 0.0) -> str:

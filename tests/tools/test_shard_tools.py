@@ -253,3 +253,68 @@ def test_recordings_get_the_transcripts_that_a_file_has(run: Callable[..., str],
     store = SampleStore(find_shards(SourceConfig(shards=str(tmp_path / "out"), modality="speech")))
     texts = {bytes(store.read(0, number).member(("txt",))[1]).decode() for number in range(len(store.members(0)))}
     assert texts == {"HELLO THERE", "GOOD BYE"}
+
+
+def test_tars_of_one_name_in_two_folders_have_an_index_each(run: Callable[..., str], tmp_path: Path) -> None:
+    """The second overwrote the first's."""
+    for folder, count in (("one", 3), ("two", 5)):
+        write_set(tmp_path / folder, "a", "vision", image_samples(count), per_shard=count)
+        for index in (tmp_path / folder).glob("*.index*"):
+            index.unlink()
+    run("index_shards", f"{tmp_path}/{{one,two}}/*.tar", "--modality", "vision", "--out", tmp_path / "out")
+    found = find_shards(SourceConfig(shards=str(tmp_path / "out" / "a.index.json")))
+    assert [len(found.members(k)) for k in range(2)] == [3, 5]
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.index")) == [
+        "one-a-000000.index",
+        "two-a-000000.index",
+    ]
+    run("index_shards", tmp_path / "one", "--modality", "vision", "--out", tmp_path / "apart")
+    told = run("index_shards", tmp_path / "two", "--modality", "vision", "--out", tmp_path / "apart", status=2)
+    assert f"is the index of {tmp_path}/one/a-000000.tar, and would be overwritten by that of {tmp_path}/two/a-" in told
+    # A set that was moved may be indexed where its index was.
+    (tmp_path / "one").rename(tmp_path / "three")
+    run("index_shards", tmp_path / "three", "--modality", "vision", "--out", tmp_path / "apart")
+    told = run("index_shards", f"{tmp_path}/three/a-00000{{0,0}}.tar", "--modality", "vision", status=2)
+    assert "three/a-000000.tar twice" in told
+
+
+def test_what_an_index_cannot_be_made_of_ends_in_a_sentence(run: Callable[..., str], tmp_path: Path) -> None:
+    """A compressed tar or a web page gave an empty set and exit code 0."""
+    with tarfile.open(tmp_path / "a.tar", "w:gz") as tar:
+        tar.add(TOOLS / "bench.py", "bench.py")
+    told = run("index_shards", tmp_path / "a.tar", "--modality", "vision", "--processes", 1, status=2)
+    assert "a.tar is compressed (gzip)" in told
+    for content in (b"<html>404</html>" * 100, b"", bytes(1024)):
+        (tmp_path / "b.tar").write_bytes(content)
+        told = run("index_shards", tmp_path / "b.tar", "--modality", "vision", "--processes", 1, status=2)
+        assert "hold no sample that can be read" in told
+        assert not (tmp_path / "b.index.json").exists()
+
+
+def test_what_is_passed_over_in_a_tar_is_told(run: Callable[..., str], tmp_path: Path) -> None:
+    source = images_folder(tmp_path / "images")
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        (source / "cat" / "._0.png").write_bytes(b"AppleDouble")
+        tar.add(source, "images")
+    told = run("index_shards", tmp_path / "a.tar", "--modality", "vision", "--processes", 1)
+    assert "1 shards, 12 samples, 0 damaged shards" in told
+    assert "passed over: a.tar: AppleDouble files (._*): 1, the first images/cat/._0.png" in told
+    assert "folders: 3, the first images" in told
+    [entry] = SetIndex.load(tmp_path / "a.index.json").shards
+    assert len(entry.passed_over) == 2
+
+
+@pytest.mark.parametrize(
+    "shard",
+    [
+        "https://h/a/data-000{}.tar?X-Amz-Signature=ab/c&x=b.tar",
+        "pipe:curl -s 'https://h/data-000{}.tar?sig=a/b.tar' | cat",
+        "s3://bucket/data-000{}.tar",
+    ],
+)
+def test_what_a_url_is_signed_with_is_no_name(run: Callable[..., str], shard: str) -> None:
+    del run  # puts the tools on the path
+    tool = importlib.import_module("index_shards")
+    paths = [shard.format(k) for k in range(2)]
+    assert tool._common_name(paths) == "data"
+    assert tool._stems(paths, "data") == ["data-000000", "data-000001"]
