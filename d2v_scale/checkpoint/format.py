@@ -8,24 +8,29 @@
 Kinds: `student` (fp32 weights), `exp_avg` and `exp_avg_sq` (Adam moments, cut like the student), `teacher` (fp32).
 A range lies in a tensor-parallel slice of the tensor (a tensor that is not sliced has one slice, itself).
 
+A tensor is cut into one range a rank, at 1,024 ranks and 7 billion parameters into 850,000 in all. They are held as
+arrays, and written as runs: ranges of equal length, one behind the other, in files an equal number of ranks apart.
+Format 1 wrote every range.
+
 Version policy: FORMAT rises when an older reader could misread a new checkpoint. A reader accepts its own version and
 all earlier ones, and refuses later ones.
 """
 
 import json
 import math
-from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from d2v_scale.errors import CheckpointError, NewerFormatError
 from d2v_scale.parallel.shards import TensorSlice
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 STUDENT_KINDS = ("student", "exp_avg", "exp_avg_sq")
 
@@ -51,20 +56,33 @@ class Piece:
     """1-D; copied when the checkpoint is saved."""
 
 
-@dataclass
+Ranges = NDArray[np.int64]
+"""(N, 4): file index, slice index, start, numel; ordered by slice, then start."""
+
+_FILE, _SLICE, _START, _NUMEL = range(4)
+
+
+@dataclass(eq=False)
 class TensorEntry:
-    """Where one tensor is. `pieces`: (file index, slice index, start, numel)."""
+    """Where one tensor is."""
 
     shape: tuple[int, ...]
     """Of the global tensor."""
     dim: int | None = None
     slices: int = 1
-    pieces: list[tuple[int, int, int, int]] = field(default_factory=list)
+    pieces: Ranges = field(default_factory=lambda: np.empty((0, 4), dtype=np.int64))
 
     @property
     def slice_shape(self) -> tuple[int, ...]:
         """The shape of one slice."""
         return local_shape(self.shape, self.dim, self.slices)
+
+    def overlapping(self, index: int, start: int, stop: int) -> list[list[int]]:
+        """The pieces that hold some of [start, stop) of slice `index`, in order."""
+        low, high = np.searchsorted(self.pieces[:, _SLICE], [index, index + 1])
+        starts = self.pieces[low:high, _START]
+        first = max(int(np.searchsorted(starts, start, "right")) - 1, 0)
+        return self.pieces[low + first : low + int(np.searchsorted(starts, stop, "left"))].tolist()
 
 
 @dataclass
@@ -103,7 +121,7 @@ class Manifest:
             "moments": "exp_avg" in self.tensors,
             "files": [[f.name, f.size, f.sha256] for f in self.files],
             "tensors": {
-                kind: {name: [e.shape, e.dim, e.slices, e.pieces] for name, e in entries.items()}
+                kind: {name: [e.shape, e.dim, e.slices, _runs(e.pieces)] for name, e in entries.items()}
                 for kind, entries in layouts.items()
             },
             "state": self.state,
@@ -128,7 +146,7 @@ class Manifest:
         try:
             tensors = {
                 kind: {
-                    name: TensorEntry(tuple(shape), dim, slices, [tuple(piece) for piece in pieces])  # type: ignore[misc]
+                    name: TensorEntry(tuple(shape), dim, slices, _ranges(pieces, version, len(body["files"])))
                     for name, (shape, dim, slices, pieces) in entries.items()
                 }
                 for kind, entries in body["tensors"].items()
@@ -146,36 +164,108 @@ class Manifest:
                 written_by=body["written_by"],
                 created=body["created"],
             )
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError) as error:
             raise CheckpointError(f"{path} is damaged ({type(error).__name__}: {error}).") from error
 
 
-def describe(pieces: Iterable[Piece]) -> list[list[Any]]:
-    """The layout of one writer's pieces, as JSON values (the moments' layout is the student's and left out)."""
-    return [
-        [p.kind, p.name, list(p.shape), [p.slice.dim, p.slice.index, p.slice.count] if p.slice else None, p.start,
-         p.values.numel()]
-        for p in pieces
-        if p.kind not in STUDENT_KINDS[1:]
-    ]  # fmt: skip
+def describe(pieces: Iterable[Piece]) -> dict[str, Any]:
+    """The layout of one writer's pieces, as JSON values (the moments' layout is the student's and left out).
+
+    `tensors` is the JSON text of [kind, name, slice shape, slice] of each: nearly all ranks have the same, so that
+    whoever reads all reports takes it apart once. `starts` and `numels` are the ranges.
+    """
+    described = [piece for piece in pieces if piece.kind not in STUDENT_KINDS[1:]]
+    tensors = [
+        [p.kind, p.name, list(p.shape), [p.slice.dim, p.slice.index, p.slice.count] if p.slice else None]
+        for p in described
+    ]
+    return {
+        "tensors": json.dumps(tensors, separators=(",", ":")),
+        "starts": [piece.start for piece in described],
+        "numels": [piece.values.numel() for piece in described],
+    }
 
 
-def merge(layouts: list[list[list[Any]]], moments: bool) -> dict[str, dict[str, TensorEntry]]:
+def merge(layouts: Sequence[dict[str, Any]], moments: bool) -> dict[str, dict[str, TensorEntry]]:
     """The layouts of all writers (index = file index) as tensor entries. Raises CheckpointError on contradictions."""
-    tensors: dict[str, dict[str, TensorEntry]] = defaultdict(dict)
+    entries: dict[tuple[str, str], TensorEntry] = {}
+    numbers: dict[tuple[str, str], int] = {}
+    known: dict[str, NDArray[np.int64]] = {}
+    tables = [np.empty((0, 5), dtype=np.int64)]
     for file, layout in enumerate(layouts):
-        for kind, name, shape, cut, start, numel in layout:
-            dim, index, count = cut or (None, 0, 1)
-            full = tuple(size * count if axis == dim else size for axis, size in enumerate(shape))
-            entry = tensors[kind].setdefault(name, TensorEntry(full, dim, count))
-            if (entry.shape, entry.dim, entry.slices) != (full, dim, count):
-                raise CheckpointError(f"writers disagree about {kind} {name}: {entry.shape} and {full}.")
-            entry.pieces.append((file, index, start, numel))
+        text = layout["tensors"]
+        if text not in known:
+            known[text] = _numbered(json.loads(text), entries, numbers)
+        table = np.empty((len(known[text]), 5), dtype=np.int64)
+        table[:, 0], table[:, 1 + _SLICE] = known[text].T
+        table[:, 1 + _FILE], table[:, 1 + _START], table[:, 1 + _NUMEL] = file, layout["starts"], layout["numels"]
+        tables.append(table)
+    everything = np.concatenate(tables)
+    everything = everything[_order(everything[:, 1:], everything[:, 0])]
+    bounds = np.searchsorted(everything[:, 0], np.arange(len(entries) + 1)).tolist()
+    tensors: dict[str, dict[str, TensorEntry]] = {}
+    for number, ((kind, name), entry) in enumerate(entries.items()):
+        entry.pieces = np.asfortranarray(everything[bounds[number] : bounds[number + 1], 1:])
+        tensors.setdefault(kind, {})[name] = entry
     if moments:
         for kind in STUDENT_KINDS[1:]:
             tensors[kind] = tensors["student"]
     check_coverage(tensors)
-    return dict(tensors)
+    return tensors
+
+
+def _numbered(
+    described: list[list[Any]], entries: dict[tuple[str, str], TensorEntry], numbers: dict[tuple[str, str], int]
+) -> NDArray[np.int64]:
+    """(N, 2): number of the tensor, which `entries` and `numbers` get, and of the slice."""
+    found = []
+    for kind, name, shape, cut in described:
+        dim, index, count = cut or (None, 0, 1)
+        full = tuple(size * count if axis == dim else size for axis, size in enumerate(shape))
+        entry = entries.setdefault((kind, name), TensorEntry(full, dim, count))
+        if (entry.shape, entry.dim, entry.slices) != (full, dim, count):
+            raise CheckpointError(f"writers disagree about {kind} {name}: {entry.shape} and {full}.")
+        found.append((numbers.setdefault((kind, name), len(numbers)), index))
+    return np.array(found, dtype=np.int64).reshape(-1, 2)
+
+
+def _order(ranges: Ranges, *above: NDArray[np.int64]) -> NDArray[np.intp]:
+    return np.lexsort((ranges[:, _NUMEL], ranges[:, _START], ranges[:, _SLICE], *above))
+
+
+def _runs(pieces: Ranges) -> list[list[int]]:
+    """[file, slice, start, numel] of a range by itself; [..., count, step] where `count` of them follow each other, in
+    files `step` apart."""
+    if len(pieces) == 0:
+        return []
+    apart = np.diff(pieces, axis=0)
+    follows = (apart[:, _SLICE] == 0) & (apart[:, _NUMEL] == 0) & (apart[:, _START] == pieces[:-1, _NUMEL])
+    # The third of a run has to be as far from the second as that is from the first.
+    strays = np.zeros_like(follows)
+    strays[1:] = follows[:-1] & (apart[1:, _FILE] != apart[:-1, _FILE])
+    firsts = np.flatnonzero(np.concatenate(([True], ~follows | strays)))
+    counts = np.diff(firsts, append=len(pieces))
+    steps = np.where(counts > 1, apart[np.minimum(firsts, len(apart) - 1), _FILE], 0) if len(apart) else counts * 0
+    rows = np.column_stack((pieces[firsts], counts, steps)).tolist()
+    return [row if row[4] > 1 else row[:4] for row in rows]
+
+
+def _ranges(rows: list[list[int]], version: int, files: int) -> Ranges:
+    """The inverse of `_runs`. Raises ValueError for what no writer of `version` writes."""
+    if version == 1:
+        ranges = np.array(rows, dtype=np.int64).reshape(-1, 4)
+    else:
+        runs = np.array([row if len(row) == 6 else [*row, 1, 0] for row in rows], dtype=np.int64).reshape(-1, 6)
+        counts = runs[:, 4]
+        if (counts < 1).any() or counts.sum() > files + len(rows):
+            raise ValueError(f"runs of {counts.sum()} ranges in {files} files")
+        within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+        ranges = np.repeat(runs[:, :4], counts, axis=0)
+        ranges[:, _FILE] += within * np.repeat(runs[:, 5], counts)
+        ranges[:, _START] += within * ranges[:, _NUMEL]
+    if len(ranges) and not 0 <= ranges[:, _FILE].min() <= ranges[:, _FILE].max() < files:
+        raise ValueError(f"a range in a file that is none of the {files}")
+    return np.asfortranarray(ranges[_order(ranges)])
 
 
 def check_coverage(tensors: dict[str, dict[str, TensorEntry]]) -> None:
@@ -185,18 +275,28 @@ def check_coverage(tensors: dict[str, dict[str, TensorEntry]]) -> None:
         if kind in STUDENT_KINDS[1:]:
             continue
         for name, entry in entries.items():
-            size = math.prod(entry.slice_shape)
-            ranges: dict[int, list[tuple[int, int]]] = defaultdict(list)
-            for _, index, start, numel in entry.pieces:
-                ranges[index].append((start, numel))
-            for index in range(entry.slices):
-                position = 0
-                for start, numel in sorted(ranges[index]):
-                    if start != position:
-                        break
-                    position += numel
-                if position != size or sum(numel for _, numel in ranges[index]) != size:
-                    wrong.append(f"{kind} {name}" + (f" (slice {index} of {entry.slices})" if entry.slices > 1 else ""))
+            wrong += [
+                f"{kind} {name}" + (f" (slice {index} of {entry.slices})" if entry.slices > 1 else "")
+                for index in _not_covered(entry)
+            ]
     if wrong:
         shown = ", ".join(wrong[:8]) + (f" and {len(wrong) - 8} more" if len(wrong) > 8 else "")
         raise CheckpointError(f"pieces are missing or double: {shown}.", "Use another checkpoint.")
+
+
+def _not_covered(entry: TensorEntry) -> list[int]:
+    """Slices that the pieces do not fill, each element once."""
+    size = math.prod(entry.slice_shape)
+    index, start, numel = entry.pieces[:, _SLICE], entry.pieces[:, _START], entry.pieces[:, _NUMEL]
+    ends = start + numel
+    begins = np.ones(len(index) + 1, dtype=bool)
+    begins[1:-1] = index[1:] != index[:-1]
+    expected = np.zeros_like(start)
+    expected[1:] = ends[:-1]
+    expected[begins[:-1]] = 0
+    broken = (start != expected) | (numel < 0) | (begins[1:] & (ends != size))
+    bad = set(index[broken].tolist())
+    there = index[begins[:-1]].tolist()
+    if size or len(there) > entry.slices:
+        bad |= set(range(entry.slices)) ^ set(there)
+    return sorted(bad)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -137,12 +138,12 @@ class Checkpoint:
 
     def _gather(self, kind: str, name: str, entry: TensorEntry, index: int, start: int, numel: int | None) -> Tensor:
         if numel is None:
-            numel = sum(count for _, slice_index, _, count in entry.pieces if slice_index == index)
+            numel = math.prod(entry.slice_shape)
         out = torch.empty(numel, dtype=torch.float32)
         filled = 0
-        for file, slice_index, first, count in entry.pieces:
+        for file, _, first, count in entry.overlapping(index, start, start + numel):
             low, high = max(start, first), min(start + numel, first + count)
-            if slice_index == index and low < high:
+            if low < high:
                 out[low - start : high - start] = self._file(file, kind, name)[low - first : high - first]
                 filled += high - low
         assert filled == numel, f"{kind} {name}: found {filled} of {numel} elements"

@@ -31,7 +31,7 @@ def write_single(
     root = Path(path)
     temporary = root / f".tmp-{directory_name(step)}-single"
     temporary.mkdir(parents=True, exist_ok=True)
-    layouts: list[list[list[Any]]] = []
+    layouts: list[dict[str, Any]] = []
     files: list[FileEntry] = []
     pending: list[Piece] = []
 

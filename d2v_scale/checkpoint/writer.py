@@ -8,6 +8,7 @@ collective in a thread would collide with the training step's.
 import contextlib
 import json
 import logging
+import os
 import shutil
 import threading
 import time
@@ -29,6 +30,9 @@ from d2v_scale.files import write_whole
 log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.05
+LONGEST_POLL_SECONDS = 2.0
+"""Rank 0 looks for the others' reports in a tenth of the time that it has waited: a thousand ranks' files are listed a
+few dozen times, not twenty times a second."""
 
 
 @dataclass(frozen=True)
@@ -205,10 +209,10 @@ class CheckpointWriter:
 
         Waits for all of them also after a failure: their files are about to be removed.
         """
-        deadline = time.monotonic() + self.config.peer_timeout
+        begin = time.monotonic()
+        deadline = begin + self.config.peer_timeout
         while True:
-            done = {path.name[5:10] for path in temporary.glob("rank-*.json")}
-            failed = {path.stem: path for path in temporary.glob("rank-*.failed")}
+            done, failed = _reported(temporary)
             if own_error is not None:
                 failed.setdefault("rank-00000", temporary)
             if len(done) == self.world_size:
@@ -227,4 +231,18 @@ class CheckpointWriter:
                 raise CheckpointError(
                     f"only {len(done)} of {self.world_size} ranks wrote their file in {self.config.peer_timeout} s."
                 )
-            time.sleep(POLL_SECONDS)
+            time.sleep(min(max(POLL_SECONDS, (time.monotonic() - begin) / 10), LONGEST_POLL_SECONDS))
+
+
+def _reported(temporary: Path) -> tuple[set[str], dict[str, Path]]:
+    """The ranks (`rank-N`) whose file is complete, and the files with the reasons of those that could not write one."""
+    done: set[str] = set()
+    failed: dict[str, Path] = {}
+    with contextlib.suppress(FileNotFoundError):
+        for name in os.listdir(temporary):
+            share, _, kind = name.partition(".")
+            if share and kind == "json":
+                done.add(share)
+            elif share and kind == "failed":
+                failed[share] = temporary / name
+    return done, failed
