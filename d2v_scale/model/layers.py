@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from d2v_scale.data.batch import Batch
 from d2v_scale.model.config import Modality, ModelConfig
 
 LayerKind = Literal["features", "context", "bias", "block", "final_norm", "predictor"]
@@ -86,6 +87,21 @@ def has_bias(config: ModelConfig, modality: Modality) -> bool:
     if modality == "vision":
         return config.vision is not None and config.vision.positions == "relative"
     return modality == "speech" and config.speech is not None and config.speech.alibi
+
+
+def extra_tokens(modality: Modality) -> int:
+    """Leading positions in the blocks that are not part of the input (CLS)."""
+    return 1 if modality == "vision" else 0
+
+
+def states_shape(config: ModelConfig, batch: Batch, *, masked: bool) -> tuple[int, int, int]:
+    """(R, S, D) of the states between blocks: of a student (`masked`), which may see visible positions only, or of a
+    teacher, which sees every sample whole. Known on the host."""
+    rows, length = batch.masked_rt.shape if masked else (batch.inputs.shape[0], batch.masked_rt.shape[1])
+    if masked and config.visible_only:
+        assert batch.layout.visible_rs is not None, "rows of a 2.0 batch must keep equal numbers of positions"
+        length = batch.layout.visible_rs.shape[1]
+    return rows, extra_tokens(batch.modality) + length, config.backbone.width
 
 
 @dataclass

@@ -24,8 +24,9 @@ class RelativeBias(nn.Module):
     def __init__(self, grid: int, heads: int, init_std: float = 0.0, *, owned: bool = True) -> None:
         super().__init__()
         self.local_heads = local_share(heads, "heads")
+        self.parameter_shape = ((2 * grid - 1) ** 2 + 3, heads)
         if owned:
-            self.table = nn.Parameter(torch.empty((2 * grid - 1) ** 2 + 3, heads))
+            self.table = nn.Parameter(torch.empty(self.parameter_shape))
             set_rule(self.table, InitRule("normal", init_std) if init_std else ZEROS)
         self.register_buffer("index", relative_index(grid), persistent=False)
 
@@ -67,8 +68,9 @@ class AlibiBias(nn.Module):
     def __init__(self, heads: int, *, owned: bool = True) -> None:
         super().__init__()
         self.local_heads = local_share(heads, "heads")
+        self.parameter_shape = (heads,)
         if owned:
-            self.scale = nn.Parameter(torch.empty(heads))
+            self.scale = nn.Parameter(torch.empty(self.parameter_shape))
             set_rule(self.scale, ONES)
         # Exponents instead of slopes: they are exact in bf16, to which an engine may cast every buffer.
         self.register_buffer("exponents", torch.tensor(slope_exponents(heads)), persistent=False)

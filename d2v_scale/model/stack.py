@@ -15,7 +15,7 @@ from d2v_scale.errors import ConfigError
 from d2v_scale.model.block import Block, beit_depth_scale
 from d2v_scale.model.config import Modality, ModelConfig, TeacherParts
 from d2v_scale.model.init import InitRule
-from d2v_scale.model.layers import Carry, LayerSpec, Section, describe, has_bias
+from d2v_scale.model.layers import Carry, LayerSpec, Section, describe, extra_tokens, has_bias
 from d2v_scale.model.position_bias import AlibiBias, RelativeBias, add_padding
 from d2v_scale.model.predictor import ConvPredictor, build_predictor
 from d2v_scale.model.speech import SpeechContext, SpeechFeatures
@@ -144,8 +144,8 @@ class _Stack(nn.Module):
             # affair, zeros or NaN. Nothing of such a row is counted.
             valid_bt = valid_bt | ~valid_bt.any(dim=1, keepdim=True)
         assert bias is None or bias.shape[0] in (1, rows)
-        extra = 1 if batch.modality == "vision" else 0
-        return Carry(states_rsd, add_padding(bias, valid_bt, states_rsd.dtype), extra, position)
+        bias = add_padding(bias, valid_bt, states_rsd.dtype)
+        return Carry(states_rsd, bias, extra_tokens(batch.modality), position)
 
     def _blocks(self, modality: Modality) -> Iterator[tuple[LayerSpec, nn.Module]]:
         """The blocks of this section, prenet included, in order."""

@@ -2,7 +2,7 @@
 
 Every stage holds a section of the one list of layers. A micro-batch's student states, teacher states and running sum of
 taps travel together, so targets arrive where the predictions are made, and each stage updates its teacher alone. The
-batch itself does not travel: every rank of the pipeline has it (`feed`).
+batch itself does not travel: every rank of the pipeline has it (`feed`), and knows from it the shapes of what does.
 
 DeepSpeed wants a gradient for every float that crosses a boundary. The student's states have one, and so has the
 parameter of the position bias, which all blocks use and the first stage owns. The teacher's tensors have none: they
@@ -12,7 +12,7 @@ cross as int32 with the same bits.
 import contextlib
 import io
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol, cast
 
 import torch
@@ -23,8 +23,8 @@ from d2v_scale import faults
 from d2v_scale.data.batch import Batch
 from d2v_scale.data2vec import targets
 from d2v_scale.data2vec.stateless import key
-from d2v_scale.model.layers import Carry, has_bias
-from d2v_scale.model.stack import Draw, Student, Teacher
+from d2v_scale.model.layers import Carry, extra_tokens, has_bias, states_shape
+from d2v_scale.model.stack import Draw, Stem, Student, Teacher
 from d2v_scale.parallel.groups import Topology
 from d2v_scale.parallel.zero import NamedParameters, StepResult, StudentEngine, poisoned
 from d2v_scale.profiling import part
@@ -50,6 +50,8 @@ class Stage(nn.Module):
         self.passes: list[Stopwatch] = []
         """The forward and backward passes since `begin`."""
         self._work: deque[tuple[Batch, int]] = deque()
+        self._arriving: deque[Batch] = deque()
+        self._leaving: deque[Batch] = deque()
         # In a list, so that DeepSpeed sees the student's parameters only.
         self._teacher: list[Teacher] = []
         self._draw = Draw(0, 0)
@@ -66,6 +68,15 @@ class Stage(nn.Module):
         place = (data_parallel_rank, self.student.section.first)
         seeds = [key(draw.seed, "dropout", draw.step, *place, micro) >> 1 for micro in range(len(batches))]
         self._work = deque(zip(batches, seeds, strict=True))
+        self._arriving, self._leaving = deque(batches), deque(batches)
+
+    def next_arrival(self) -> "Travelling":
+        """What the next micro-batch to be received consists of."""
+        return _travelling(self.student, self._teacher[0], self._arriving.popleft(), self.student.section.first)
+
+    def next_departure(self) -> "Travelling":
+        """What the next micro-batch to be sent consists of."""
+        return _travelling(self.student, self._teacher[0], self._leaving.popleft(), self.student.section.last)
 
     def forward(self, received: Tensor | tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
         """One micro-batch through this stage; the last one returns its share of the loss."""
@@ -141,6 +152,28 @@ def _as_int(x: Tensor) -> Tensor:
     return x.detach().contiguous().view(torch.int32)
 
 
+Travelling = list[tuple[tuple[int, ...], torch.dtype]]
+"""Shapes and types of the tensors that go from a stage to the next."""
+
+
+def _travelling(student: Student, teacher: Teacher, batch: Batch, block: int) -> Travelling:
+    """What `_pack` makes of a micro-batch before this main block. Known on the host, from the batch alone."""
+    config, modality = student.config, batch.modality
+    dtype, teacher_dtype = next(student.parameters()).dtype, next(teacher.parameters()).dtype
+    seen: tuple[int, ...] = states_shape(config, batch, masked=False)
+    kept: Travelling = [(states_shape(config, batch, masked=True), dtype)]
+    ridden: Travelling = [(seen, teacher_dtype)]
+    if has_bias(config, modality):
+        shape: tuple[int, ...] = cast(Stem, student.stems[modality]).bias.parameter_shape
+        kept.append((shape, dtype))
+        ridden.append((shape, torch.float32))
+    if block > teacher.first_tap:
+        ridden.append(((seen[0], seen[1] - extra_tokens(modality), seen[2]), torch.float32))
+    # As `_as_int` makes them.
+    as_int = [((*shape[:-1], shape[-1] * of.itemsize // 4), torch.int32) for shape, of in ridden]
+    return [*kept, *as_int]
+
+
 class PipelineStudent(StudentEngine):
     """This rank's stage of the student inside DeepSpeed's pipeline engine, at ZeRO stage 1."""
 
@@ -155,6 +188,9 @@ class PipelineStudent(StudentEngine):
         self._schedule = Stopwatch()
         # DeepSpeed would hand out one buffer for tensors of different types, and reuse one that is still read.
         engine._allocate_or_extend_buffers = self._new_buffer
+        # It would send a message about shapes before every micro-batch, and the host would wait to read it.
+        engine._send_tensor_meta = self._check_departure
+        engine._recv_tensor_meta = self._arrival_buffers
         engine._INSTRUCTION_MAP = {
             **engine._INSTRUCTION_MAP,
             schedule.BackwardPass: self._backward_pass,
@@ -216,7 +252,15 @@ class PipelineStudent(StudentEngine):
         for wait in self.before_step:
             wait()
 
-    def _new_buffer(self, _index: int, shape: list[int], dtype: torch.dtype) -> Tensor:
+    def _check_departure(self, leaving: tuple[Tensor, ...], _stage: int) -> None:
+        known = self.pipeline_stage.next_departure()
+        found = [(tuple(x.shape), x.dtype) for x in leaving]
+        assert found == known, f"the next stage expects {known}, and this one has {found}"
+
+    def _arrival_buffers(self, _stage: int) -> tuple[Tensor, ...]:
+        return tuple(self._new_buffer(0, shape, dtype) for shape, dtype in self.pipeline_stage.next_arrival())
+
+    def _new_buffer(self, _index: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.topology.device)
 
 
