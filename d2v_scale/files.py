@@ -31,6 +31,22 @@ def temporary_name(path: Path) -> Path:
     return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
 
 
+def open_as_usual(path: Path) -> None:
+    """Give a file or folder that a library made for its owner only the mode that the umask gives to new ones."""
+    path.chmod((0o777 if path.is_dir() else 0o666) & ~_umask())
+
+
+def _umask() -> int:
+    # Asking the operating system sets it, for other threads, too.
+    try:
+        status = Path("/proc/self/status").read_text()
+        return int(next(line for line in status.splitlines() if line.startswith("Umask:")).split()[1], 8)
+    except (OSError, StopIteration):
+        mask = os.umask(0o077)
+        os.umask(mask)
+        return mask
+
+
 def file_sha256(path: Path) -> str:
     """Hexadecimal SHA-256 of a file (as `sha256sum` prints)."""
     with path.open("rb") as file:

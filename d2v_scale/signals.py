@@ -18,6 +18,7 @@ This module imports torch only inside `Agreement`, because the handlers must sta
 import contextlib
 import os
 import signal
+import stat
 import sys
 import threading
 import time
@@ -55,9 +56,10 @@ class StopReason(IntEnum):
     USR1 = 2
     TERM = 3
     INTERRUPT = 4
-    DATA_STARVED = 5
-    COLLAPSE = 6
-    NON_FINITE = 7
+    HANGUP = 5
+    DATA_STARVED = 6
+    COLLAPSE = 7
+    NON_FINITE = 8
 
     @property
     def exit_code(self) -> int:
@@ -77,6 +79,7 @@ class StopReason(IntEnum):
             StopReason.USR1: "SIGUSR1 received",
             StopReason.TERM: "SIGTERM received",
             StopReason.INTERRUPT: "SIGINT received",
+            StopReason.HANGUP: "SIGHUP received, the terminal was closed",
             StopReason.DATA_STARVED: "data starvation",
             StopReason.COLLAPSE: "collapse",
             StopReason.NON_FINITE: "non-finite loss or gradient",
@@ -87,6 +90,7 @@ _SIGNALS = {
     signal.SIGUSR1: StopReason.USR1,
     signal.SIGTERM: StopReason.TERM,
     signal.SIGINT: StopReason.INTERRUPT,
+    signal.SIGHUP: StopReason.HANGUP,
 }
 
 
@@ -104,7 +108,9 @@ class StopFlag:
 
     @classmethod
     def install(cls, deadline: float | None = None) -> "StopFlag":
-        """A flag that SIGUSR1, SIGTERM and SIGINT raise from now on. Main thread only.
+        """A flag that SIGUSR1, SIGTERM, SIGINT and SIGHUP raise from now on. Main thread only.
+
+        `nohup` keeps its meaning: what goes on when the terminal is closed is not stopped by it.
 
         `deadline` defaults to the environment's `D2V_SCALE_DEADLINE` (Unix time in seconds), if it is set.
         """
@@ -113,7 +119,8 @@ class StopFlag:
             deadline = float(os.environ["D2V_SCALE_DEADLINE"])
         flag = cls(deadline)
         for number in _SIGNALS:
-            signal.signal(number, flag._on_signal)
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, flag._on_signal)
         # It asks for a profile (d2v_scale.profiling); until there is something to profile it must not kill.
         signal.signal(signal.SIGUSR2, signal.SIG_IGN)
         return flag
@@ -123,6 +130,8 @@ class StopFlag:
             if sys.stdout.isatty():  # a live view may have hidden the cursor
                 os.write(sys.stdout.fileno(), b"\x1b[?25h")
             os._exit(EXIT_REQUEUE)
+        if number == signal.SIGHUP:
+            _leave_terminal()
         self.up(_SIGNALS[signal.Signals(number)])
 
     def up(self, reason: StopReason, detail: str = "") -> None:
@@ -135,6 +144,16 @@ class StopFlag:
         if self._reason is None and self.deadline is not None and time.time() >= self.deadline:
             self._reason = StopReason.TIME_LIMIT
         return self._reason
+
+
+def _leave_terminal() -> None:
+    """If the terminal is gone, what is still to be said goes nowhere: writing to it fails, also in other threads."""
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    for descriptor in (0, 1, 2):
+        with contextlib.suppress(OSError):
+            if stat.S_ISCHR(os.fstat(descriptor).st_mode) and not os.isatty(descriptor):
+                os.dup2(nowhere, descriptor)
+    os.close(nowhere)
 
 
 @dataclass(frozen=True)
@@ -249,10 +268,12 @@ def is_lost_peer(error: BaseException) -> bool:
 def worker_signals() -> None:
     """For `worker_init_fn` of a data loader: its processes leave stopping to the rank that started them.
 
-    Slurm and the launcher send signals to every process of a job. A worker that died of one would end the rank before
-    it has saved. SIGUSR1 and SIGINT are ignored; after SIGTERM a worker ends by itself `WORKER_GRACE_S` seconds later.
+    Slurm, the launcher and a terminal send signals to every process of a job. A worker that died of one would end the
+    rank before it has saved. SIGUSR1, SIGINT and SIGHUP are ignored; after SIGTERM a worker ends by itself
+    `WORKER_GRACE_S` seconds later.
     """
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(WORKER_GRACE_S))

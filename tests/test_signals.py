@@ -1,9 +1,14 @@
 """Stopping real processes by real signals: one rank is told, all ranks save the same step."""
 
+import fcntl
 import json
 import os
+import pty
 import signal
 import socket
+import subprocess
+import sys
+import termios
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -85,7 +90,7 @@ def test_signal_to_one_rank_in_the_first_step_then_repeated_during_the_save_then
     assert records[-1]["loss"] == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_every_stop_signal_is_survived_until_the_save(start, number: signal.Signals) -> None:
     run = start(world_size=1, steps=1000, step_s=0.05, save_s=0.2)
     run.wait_for("pid-0")
@@ -93,6 +98,48 @@ def test_every_stop_signal_is_survived_until_the_save(start, number: signal.Sign
     assert run.codes() == [errors.EXIT_REQUEUE]
     assert number.name in run.status().reason
     assert (run.dir / "saved-0").exists()
+
+
+def at_a_terminal(run_dir: Path, *prefix: str) -> tuple[subprocess.Popen[bytes], int]:
+    """The stand-in as the foreground program of a terminal of its own; the terminal's other end."""
+    ours, its = pty.openpty()
+    command = [*prefix, sys.executable, str(PROGRAM), "--run_dir", str(run_dir), "--optim.max_steps", "40"]
+    process = subprocess.Popen(
+        [*command, "--step_seconds", "0.1", "--save_seconds", "0.2"],
+        stdin=its,
+        stdout=its,
+        stderr=its,
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )
+    os.close(its)
+    return process, ours
+
+
+def test_a_closed_terminal_saves(tmp_path: Path) -> None:
+    """SIGHUP ended the run without a checkpoint, and whatever wrote to the terminal that was gone failed."""
+    process, terminal = at_a_terminal(tmp_path)
+    wait_for(tmp_path / "metrics.jsonl")
+    os.close(terminal)
+    assert process.wait(60) == errors.EXIT_REQUEUE
+    assert (tmp_path / "saved-0").exists()
+    found = status.read_status(tmp_path)
+    assert found is not None
+    assert "SIGHUP" in found.reason
+
+
+def test_nohup_keeps_its_meaning(tmp_path: Path) -> None:
+    process, terminal = at_a_terminal(tmp_path, "nohup")
+    wait_for(tmp_path / "metrics.jsonl")
+    os.close(terminal)
+    assert process.wait(60) == errors.EXIT_DONE
+
+
+def wait_for(path: Path) -> None:
+    end = time.monotonic() + 60
+    while not path.exists():
+        assert time.monotonic() < end, f"{path} did not appear"
+        time.sleep(0.05)
 
 
 def test_wall_clock_limit_stops_like_a_signal(start) -> None:
@@ -167,7 +214,7 @@ def test_data_worker_outlives_the_signals_of_its_rank() -> None:
     child = os.fork()
     if child == 0:
         worker_signals()
-        for number in (signal.SIGUSR1, signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGUSR1, signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
             os.kill(os.getpid(), number)
         os._exit(7 if signal.alarm(0) > 0 else 8)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7

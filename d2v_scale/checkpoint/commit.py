@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from d2v_scale import faults
 from d2v_scale.checkpoint.format import MANIFEST, FileEntry, Manifest
 from d2v_scale.committed import MARKER, committed_steps, directory_name
-from d2v_scale.files import file_sha256, write_whole
+from d2v_scale.files import file_sha256, open_as_usual, write_whole
 
 
 def sync_directory(path: Path) -> None:
@@ -30,6 +30,7 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> FileEntry:
     try:
         faults.point("shard_write")
         save_file(tensors, path)
+        open_as_usual(path)
         faults.point("shard_write")
         with path.open("rb") as file:
             os.fsync(file.fileno())

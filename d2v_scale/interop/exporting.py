@@ -15,6 +15,7 @@ from d2v_scale.checkpoint import Checkpoint
 from d2v_scale.data.labels import Vocabulary
 from d2v_scale.data.shard_set import find_shards
 from d2v_scale.errors import CheckpointError, DataError
+from d2v_scale.files import open_as_usual
 from d2v_scale.interop.encoder_source import EXPORT_FILE, export_note
 from d2v_scale.interop.huggingface import huggingface_keys, huggingface_settings, is_native
 from d2v_scale.interop.keymap import export_tensors
@@ -144,7 +145,9 @@ def write_tensors(tensors: Iterator[tuple[str, Tensor]], out: Path) -> None:
     def flush() -> None:
         nonlocal files
         files += 1
-        save_file(pending, out / f"part-{files:05d}.safetensors", metadata={"format": "pt"})
+        part = out / f"part-{files:05d}.safetensors"
+        save_file(pending, part, metadata={"format": "pt"})
+        open_as_usual(part)
         pending.clear()
 
     for old in [*out.glob("model*.safetensors"), *out.glob("model.safetensors.index.json")]:

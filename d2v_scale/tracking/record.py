@@ -37,7 +37,7 @@ class MetricsLog:
         self._written_at_resume = {
             name for record in kept if record["step"] == resume_step for name in record if name not in AXES
         }
-        self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
         self._unwritten = b""
         self.trouble: OSError | None = None
         """Why the newest lines are not in the file yet (a full disk, say). They are kept and tried again."""

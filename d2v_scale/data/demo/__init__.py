@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import get_args
 
 from d2v_scale.data.shard_set import INDEX_SUFFIX
+from d2v_scale.files import open_as_usual
 from d2v_scale.model.config import Modality
 
 log = logging.getLogger(__name__)
@@ -39,7 +40,7 @@ def write(modality: Modality, root: Path) -> Path:
         try:
             importlib.import_module(f"d2v_scale.data.demo.{_MODULES[modality]}").write(temporary)
             (temporary / "VERSION").write_text(VERSION)
-            temporary.chmod(0o755)
+            open_as_usual(temporary)
             shutil.rmtree(target, ignore_errors=True)
             temporary.rename(target)
         finally:
