@@ -14,6 +14,9 @@ die() { say "error: $*"; exit 2; }
 job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
 job=${job:-$SLURM_JOB_ID}
 
+# Left in the shell that submitted, they would count for more than what each rank is told here.
+unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE
+
 job_field() { # one field of `scontrol show job`
     scontrol --oneliner show job "$job" 2> /dev/null | tr ' ' '\n' | sed -n "s/^$1=//p" | head -n 1
 }
@@ -52,12 +55,12 @@ snapshot_code() { # a requeued job runs the code that it started with, whatever 
     code=$run_dir/code/$SLURM_JOB_ID
     if [[ ! -d $code ]]; then
         local partial
-        partial=$(mktemp -d "$run_dir/.code.XXXXXX") || die "cannot write to $run_dir"
+        partial=$run_dir/.code.$attempt.$$ # not mktemp's, which is for its owner only
+        mkdir "$partial" || die "cannot write to $run_dir"
         # shellcheck disable=SC2154  # set by the template
         tar -C "$repository" --exclude=__pycache__ -cf - d2v_scale ds_configs slurm tools pyproject.toml |
             tar -C "$partial" -xf - || die "cannot copy the code from $repository to $run_dir"
         { git -C "$repository" rev-parse HEAD && git -C "$repository" status --short; } > "$partial/REVISION" 2> /dev/null
-        chmod 755 "$partial"
         { mkdir -p "$run_dir/code" && mv -T "$partial" "$code"; } || die "cannot write to $run_dir/code"
     fi
     source "$code/slurm/lib.sh" # these functions too are from then
@@ -65,6 +68,10 @@ snapshot_code() { # a requeued job runs the code that it started with, whatever 
 }
 
 # ------------------------------------------------------------------------------------------------------ nodes and ports
+
+is_taken() { # whether something on this node, the job's first, listens to a port
+    (exec 3<> "/dev/tcp/127.0.0.1/$1" || exec 3<> "/dev/tcp/$MASTER_ADDR/$1") 2> /dev/null
+}
 
 find_nodes() {
     local names node offset
@@ -79,6 +86,10 @@ find_nodes() {
     # Jobs that share a node, and attempts that follow each other at once, must not meet on a port.
     offset=$((SLURM_JOB_ID * 7 + ${SLURM_RESTART_COUNT:-0}))
     export MASTER_PORT=$((20000 + (offset % 5000) * 2))
+    while { is_taken "$MASTER_PORT" || is_taken $((MASTER_PORT + 1)); } && ((MASTER_PORT < 32000)); do
+        say "port $MASTER_PORT is taken, looking further"
+        ((MASTER_PORT += 2))
+    done
     printf '%s slots='"$ranks"'\n' "${names[@]}" > "$logs/hostfile" || die "cannot write to $logs"
     say "${#names[@]} nodes (${names[*]}), $ranks ranks on each, first address $MASTER_ADDR:$MASTER_PORT"
 }
@@ -102,6 +113,66 @@ set_environment() {
     export D2V_SCALE_DEADLINE=$((end - margin))
 }
 
+# ------------------------------------------------------------------------------------------------------------ containers
+
+mounts() { # the folders that a run needs, one a line: mounts FOLDER... -- [arguments of the program]
+    local words=() word folder known kept=()
+    while [[ $1 != -- ]]; do words+=("$1/"); shift; done
+    for word in "${@:2}"; do # every path among the arguments, up to its first wildcard
+        [[ $word == --*=* ]] && word=${word#*=}
+        while IFS= read -r word; do words+=("$word"); done < <(sed -E 's/,(vision|speech|text)=/\n/g; s/^(vision|speech|text)=//' <<< "$word")
+    done
+    for word in "${words[@]}"; do
+        folder=${word%%[*?\[\{]*}
+        [[ $folder == "$word" && -d $folder ]] || folder=${folder%/*}
+        [[ $word == /* || $word == ./* || $word == ../* ]] && folder=$(cd "${folder:-/}" 2> /dev/null && pwd) || continue
+        [[ $folder != / ]] || continue
+        [[ $folder != *[,:]* ]] || die "a folder that is to be mounted may hold neither , nor : ($folder)"
+        kept+=("$folder")
+    done
+    while IFS= read -r folder; do # sorted: what holds others comes before them
+        [[ -n ${known:-} && $folder == "$known"/* ]] && continue
+        known=$folder
+        printf '%s\n' "$folder"
+    done < <(printf '%s\n' "${kept[@]}" | sort -u)
+}
+
+set_container() { # from D2V_SCALE_CONTAINER: the words before a command, or options of srun; arguments as of `mounts`
+    container=() container_options=()
+    [[ -n ${D2V_SCALE_CONTAINER:-} ]] || return 0
+    local kind=${D2V_SCALE_CONTAINER%%:*} image=${D2V_SCALE_CONTAINER#*:} folders more=() listed
+    [[ -n $image && $image != "$D2V_SCALE_CONTAINER" ]] || kind=
+    [[ -z ${D2V_SCALE_RUN_IN:-} ]] || die "give D2V_SCALE_CONTAINER or D2V_SCALE_RUN_IN, not both"
+    listed=$(mounts "$@") || { printf '%s\n' "$listed"; exit 2; }
+    mapfile -t folders <<< "$listed"
+    [[ -z ${D2V_SCALE_CONTAINER_MOUNTS:-} ]] || IFS=, read -ra more <<< "$D2V_SCALE_CONTAINER_MOUNTS"
+    folders+=("${more[@]}")
+    case $kind in
+        pyxis)
+            listed=$(for folder in "${folders[@]}"; do # SOURCE:TARGET
+                [[ $folder == *:* ]] && printf ',%s' "$folder" || printf ',%s:%s' "$folder" "$folder"
+            done)
+            container_options=("--container-image=$image" "--container-workdir=$PWD" "--container-mounts=${listed#,}") ;;
+        apptainer | singularity)
+            container=("$kind" exec --pwd "$PWD" --bind "$(IFS=, && printf '%s' "${folders[*]}")")
+            [[ ${DS_ACCELERATOR:-} == cpu ]] || container+=(--nv)
+            container+=("$image") ;;
+        *) die "D2V_SCALE_CONTAINER=$D2V_SCALE_CONTAINER is neither pyxis:IMAGE nor apptainer:IMAGE" ;;
+    esac
+    # The image may have a search path of its own.
+    container+=(env "PYTHONPATH=$code")
+    say "in a container of $image ($kind), which sees ${folders[*]}"
+}
+
+set_python() { # sets python: words that start one from this shell; it needs no package but this one
+    for python in python python3; do
+        PYTHONPATH=$code "$python" -c 'import d2v_scale.attempts' 2> /dev/null && return 0
+    done
+    python=("${container[@]}" python)
+    ((${#container_options[@]} == 0)) || python=(srun --nodes=1 --ntasks=1 --overlap --export=ALL
+        "${container_options[@]}" "${python[@]}")
+}
+
 # ----------------------------------------------------------------------------------------------------- launch and signals
 
 step_on_nodes() { # sets step: srun of a shell text on all nodes, the output of each in a file of its own
@@ -109,12 +180,14 @@ step_on_nodes() { # sets step: srun of a shell text on all nodes, the output of 
     local cpus_per_task=$((cpus / tasks_per_node > 0 ? cpus / tasks_per_node : 1))
     # shellcheck disable=SC2206  # options are separated by spaces
     step=(srun --ntasks=$((tasks_per_node * SLURM_NNODES)) --ntasks-per-node="$tasks_per_node"
-        --cpus-per-task=$cpus_per_task --overcommit --kill-on-bad-exit=0 --wait=60 ${D2V_SCALE_SRUN_OPTIONS:-}
+        --cpus-per-task=$cpus_per_task --overcommit --kill-on-bad-exit=0 --wait=60
+        --export=ALL # the list of `sbatch --export` was for the job; the ranks need all that is set here
+        "${container_options[@]}" ${D2V_SCALE_SRUN_OPTIONS:-}
         bash -c "exec >> $(printf %q "$logs/$log")-\$SLURMD_NODENAME.log 2>&1; $text")
 }
 
 in_container() { # sets command_line: "$@", quoted for a shell, inside of the container if the site uses apptainer
-    command_line="${D2V_SCALE_RUN_IN:-} $(printf '%q ' "$@")"
+    command_line="${D2V_SCALE_RUN_IN:-} $(printf '%q ' "${container[@]}" "$@")"
 }
 
 preflight() {
@@ -126,7 +199,7 @@ preflight() {
     step_on_nodes preflight "$ranks" "exec $command_line"
     MASTER_PORT=$((MASTER_PORT + 1)) "${step[@]}"
     local result=$?
-    bad_nodes=$(python -c 'import json, sys
+    bad_nodes=$("${python[@]}" -c 'import json, sys
 from d2v_scale.status import write_status
 report = json.load(open(sys.argv[1]))
 if report["exit_code"] != 0:
@@ -190,7 +263,7 @@ requeue() {
 finish() { # the end of every attempt: status.json decides, exit codes are lost on the way through srun
     trap '' USR1 TERM
     local decision code
-    decision=$(python -m d2v_scale.attempts "$run_dir" "$1")
+    decision=$("${python[@]}" -m d2v_scale.attempts "$run_dir" "$1")
     code=$?
     say "attempt $attempt ended with exit code $code: $decision"
     ((code == 0)) || say "what the ranks said: $logs/node-*.log"
@@ -214,6 +287,7 @@ read_point() { # sets point: this task's arguments of train.py, its line of the 
 check_programs() {
     local program wanted=(python)
     [[ -n ${D2V_SCALE_RUN_IN:-}${D2V_SCALE_SRUN_OPTIONS:-} ]] || wanted+=(deepspeed)
+    [[ -z ${D2V_SCALE_CONTAINER:-} ]] || wanted=()
     for program in "${wanted[@]}"; do
         command -v "$program" > /dev/null || die "no $program on PATH: set D2V_SCALE_ACTIVATE (slurm/site.env.example)"
     done
@@ -233,6 +307,9 @@ train() { # the whole job: train RECIPE DEEPSPEED_CONFIG [arguments of train.py,
     fi
     rm -f "$run_dir/status.json"
     snapshot_code
+    # MLflow's store lies beside the run directory.
+    set_container "$run_dir" "${run_dir%/*}" "$repository" "$SLURM_SUBMIT_DIR" -- "${arguments[@]}"
+    set_python
     if [[ -z $(argument resume) ]]; then
         [[ -n $(argument recipe) ]] || arguments+=(--recipe "$recipe")
         [[ -n $(argument deepspeed_config) ]] || arguments+=(--deepspeed_config "$code/ds_configs/$deepspeed_config")
@@ -248,8 +325,10 @@ train() { # the whole job: train RECIPE DEEPSPEED_CONFIG [arguments of train.py,
 run_once() { # one process on the first node, for evaluation: run_once SCRIPT_OF_TOOLS [its arguments]
     activate
     export PYTHONPATH=$repository${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
+    code=$repository
+    set_container "$repository" "$SLURM_SUBMIT_DIR" -- "${@:2}"
     in_container python "$repository/tools/$1" "${@:2}"
     # shellcheck disable=SC2086  # options are separated by spaces
-    exec srun --nodes=1 --ntasks=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-$SLURM_CPUS_ON_NODE}" \
-        ${D2V_SCALE_SRUN_OPTIONS:-} bash -c "exec $command_line"
+    exec srun --export=ALL --nodes=1 --ntasks=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-$SLURM_CPUS_ON_NODE}" \
+        "${container_options[@]}" ${D2V_SCALE_SRUN_OPTIONS:-} bash -c "exec $command_line"
 }
