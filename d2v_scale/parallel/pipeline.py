@@ -299,4 +299,6 @@ def build_pipeline(
         module = PipelineModule(layers, topology=place, partition_method="uniform", dynamic_shape=True)
     optimizer = make_optimizer([(name, p) for name, p in student.named_parameters() if p.requires_grad])
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=ds_config, dist_init_required=False)
-    return PipelineStudent(engine, ds_config, topology, stage)
+    pipeline = PipelineStudent(engine, ds_config, topology, stage)
+    pipeline.check_layout()
+    return pipeline

@@ -82,22 +82,56 @@ def partition_range(parameter: Tensor, data_parallel_rank: int) -> tuple[int, in
 def student_shards(
     module: nn.Module, zero_optimizer: Any, stage: int, data_parallel_rank: int, tensor_rank: int, tensor_size: int
 ) -> list[Shard]:
-    """The non-empty ranges this rank holds of `module`'s parameters, in the module's order."""
+    """The non-empty ranges this rank holds of `module`'s parameters, in the module's order.
+
+    Read off the addresses. DeepSpeed's compute weights lie in flat buffers of its own; after a step it copies each
+    flat master into one range of such a buffer, element by element, and what lies there is what the master stands for.
+    Its own tables of names are not used: with `round_robin_gradients` they name other parameters.
+    """
+    flats = flat_masters(zero_optimizer, stage, data_parallel_rank)
     shards = []
     for name, parameter in module.named_parameters():
         assert parameter.requires_grad, f"{name} is frozen; every student parameter must train"
         if stage == 3:
-            group, offset, _ = zero_optimizer.grad_position[zero_optimizer.get_param_id(parameter)]
-            master = zero_optimizer.fp32_partitioned_groups_flat[group]
-            start, numel = partition_range(parameter, data_parallel_rank)
+            held = parameter.ds_tensor  # type: ignore[attr-defined]
+            first, numel = partition_range(parameter, data_parallel_rank)
         else:
-            fragment = parameter._hp_mapping  # type: ignore[attr-defined]
-            if fragment is None:
-                continue
-            master = zero_optimizer.single_partition_of_fp32_groups[fragment.param_group_index]
-            offset = fragment.hp_fragment_address.start
-            start, numel = fragment.lp_fragment_address.start, fragment.lp_fragment_address.numel
-        if numel:
+            held, first, numel = parameter.data, 0, parameter.numel()
+        found = _overlap(held, numel, flats)
+        if found is not None:
+            flat, start, offset, numel = found
             cut = tensor_slice(parameter, tensor_rank, tensor_size)
-            shards.append(Shard(name, full_shape(parameter), cut, start, numel, master, offset))
+            shards.append(Shard(name, full_shape(parameter), cut, first + start, numel, flat.master, offset))
     return shards
+
+
+@dataclass(frozen=True)
+class Flat:
+    """A flat master, and the compute weights that DeepSpeed copies it to after a step."""
+
+    master: nn.Parameter
+    compute: Tensor
+
+
+def flat_masters(zero_optimizer: Any, stage: int, data_parallel_rank: int) -> list[Flat]:
+    """This rank's: its partition of each group at stages 1 and 2, each sub-group at stage 3."""
+    zero = zero_optimizer
+    if stage == 3:
+        pairs = zip(zero.fp32_partitioned_groups_flat, zero.fp16_partitioned_groups_flat, strict=True)
+    else:
+        own = [partitions[data_parallel_rank] for partitions in zero.parallel_partitioned_bit16_groups]
+        pairs = zip(zero.single_partition_of_fp32_groups, own, strict=True)
+    return [Flat(*pair) for pair in pairs]
+
+
+def _overlap(held: Tensor, numel: int, flats: list[Flat]) -> tuple[Flat, int, int, int] | None:
+    """Where the first `numel` values at `held` lie: the flat, where they begin in `held` and in it, how many."""
+    size = held.element_size()
+    for flat in flats:
+        distance = held.data_ptr() - flat.compute.data_ptr()
+        offset, end = distance // size, distance // size + numel
+        first, last = max(offset, 0), min(end, flat.compute.numel())
+        if first < last and held.device == flat.compute.device:
+            assert distance % size == 0, "a weight lies between two values of a flat buffer"
+            return flat, first - offset, first, last - first
+    return None

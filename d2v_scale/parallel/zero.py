@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from d2v_scale import faults
 from d2v_scale.parallel import rank_loops
 from d2v_scale.parallel.groups import Topology
+from d2v_scale.parallel.layout_check import check_layout
 from d2v_scale.parallel.shards import MOMENTS, Shard, global_shapes, student_shards
 
 NamedParameters = list[tuple[str, nn.Parameter]]
@@ -129,6 +130,10 @@ class StudentEngine:
             place.tensor_size,
         )
 
+    def check_layout(self) -> None:
+        """Raises ConfigError when DeepSpeed does not keep the weights where `shards` say. Collective; once built."""
+        check_layout(self.module, self.shards(), self.engine.optimizer, self.stage, self.topology)
+
     def begin_loading(self) -> None:
         """Make room for Adam moments that have not been stepped yet, so that `shards` can be written. Local."""
         for group in self._masters():
@@ -224,4 +229,6 @@ def build_student(
     engine, *_ = deepspeed.initialize(
         model=module, optimizer=optimizer, config=ds_config, mpu=topology.mpu, dist_init_required=False
     )
-    return StudentEngine(engine, ds_config, topology)
+    student = StudentEngine(engine, ds_config, topology)
+    student.check_layout()
+    return student
