@@ -137,17 +137,3 @@ def test_every_0_saves_no_step_for_its_number() -> None:
 def test_the_demo_runs_on_one_to_eight_processes(world_size):
     recipe, _ = command_line.parse([])
     recipe.check(world_size)
-
-
-def test_several_modalities_at_zero3_are_refused_because_old_gradients_would_be_applied_again(tmp_path, monkeypatch):
-    from d2v_scale import train
-
-    monkeypatch.setenv("WORLD_SIZE", "1")
-    recipe, _ = command_line.parse(["--data.sources", "[{shards: a, modality: vision}]"])
-    text, _ = command_line.parse(["--recipe", "d2v1_text_base"])
-    recipe.model.text = text.model.text
-    train.configure(recipe)
-    recipe.deepspeed_config = str(tmp_path / "zero3.json")
-    (tmp_path / "zero3.json").write_text('{"zero_optimization": {"stage": 3}}')
-    with pytest.raises(ConfigError, match="several modalities"):
-        train.configure(recipe)

@@ -246,6 +246,7 @@ class PipelineStudent(StudentEngine):
     def _reduce_gradients(self, engine: Any) -> None:
         self._schedule.stop()
         type(engine)._exec_reduce_grads(engine)
+        self._absent.before_step()
 
     def _before_step(self, *_: Any) -> None:
         faults.point("optimizer")

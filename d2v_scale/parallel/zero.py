@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from d2v_scale import faults
 from d2v_scale.parallel import rank_loops
+from d2v_scale.parallel.absent_gradients import absent_gradients
 from d2v_scale.parallel.groups import Topology
 from d2v_scale.parallel.layout_check import check_layout
 from d2v_scale.parallel.shards import MOMENTS, Shard, global_shapes, student_shards
@@ -54,6 +55,7 @@ class StudentEngine:
         self.before_step: list[Callable[[], None]] = []
         """Called before the weights change; who still reads them waits here until it is done."""
         self._micro_batches = 0
+        self._absent = absent_gradients(engine.optimizer, self.stage)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The student's forward pass. Collective at stage 3: every rank must run the same modules in the same order."""
@@ -70,6 +72,8 @@ class StudentEngine:
         assert self._micro_batches < self.accumulation, "more micro-batches than gradient_accumulation_steps"
         self.engine.backward(poisoned(loss))
         self._micro_batches += 1
+        if self._micro_batches == 1:
+            self._absent.after_first_backward()
         if self._micro_batches < self.accumulation:
             self.engine.step()
 
@@ -84,6 +88,7 @@ class StudentEngine:
         for wait in self.before_step:
             wait()
         self._micro_batches = 0
+        self._absent.before_step()
         self.engine.step()
         return self._verdict()
 

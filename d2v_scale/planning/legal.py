@@ -24,12 +24,6 @@ def deepspeed_config(recipe: Recipe, raw: dict[str, Any], world_size: int, *, ha
     config = ds_config.resolve(raw, numbers, recipe.parallel, world_size)
     if recipe.parallel.pipeline > 1:
         _check_pipeline(recipe)
-    if len(recipe.model.modalities) > 1 and config["zero_optimization"]["stage"] == 3:
-        raise ConfigError(
-            "zero_optimization.stage",
-            "is 3 with several modalities; DeepSpeed would apply an absent modality's old gradient again",
-            "Use stage 1 or 2.",
-        )
     return config
 
 

@@ -23,6 +23,7 @@ def found_for(recipe: Recipe) -> Search:
 
 @pytest.mark.usefixtures("world_of_one")
 def test_every_layout_the_planner_lists_is_one_that_training_accepts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "4")
     recipe, _ = command_line.parse(["--recipe=tiny2_vision"])
     assert [option for option in found_for(recipe).fitting if option.job.stage == 3]
@@ -30,10 +31,10 @@ def test_every_layout_the_planner_lists_is_one_that_training_accepts(monkeypatch
     recipe.data.read_from("vision=v/*.tar,speech=s/*.tar", recipe.model.modalities)
     found = found_for(recipe)
     assert len(found.fitting) > 3
+    assert [option for option in found.fitting if option.job.stage == 3]
     for option in found.fitting + found.too_large:
         option.job.recipe.deepspeed_config = str(CONFIGS / option.deepspeed_config)
         configure(option.job.recipe)
-    assert "several modalities" in found.refused["tensor 1, pipeline 1, zero3.json"]
 
 
 def test_an_odd_width_cannot_cross_stages() -> None:
