@@ -109,6 +109,7 @@ def at_a_terminal(run_dir: Path, *prefix: str) -> tuple[subprocess.Popen[bytes],
         stdin=its,
         stdout=its,
         stderr=its,
+        cwd=run_dir,  # nohup writes a file there
         start_new_session=True,
         preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
     )
