@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
+from d2v_scale import modalities
 from d2v_scale.checkpoint.config import CheckpointConfig
 from d2v_scale.data.config import DataConfig
 from d2v_scale.data2vec import targets
@@ -15,6 +16,7 @@ from d2v_scale.data2vec.config import ObjectiveConfig
 from d2v_scale.errors import ConfigError, require_above_zero, require_within
 from d2v_scale.evaluation.config import EvaluationConfig
 from d2v_scale.finetuning.config import TaskConfig
+from d2v_scale.modalities import published_parts
 from d2v_scale.model.config import ModelConfig, TeacherParts
 from d2v_scale.optim import OptimConfig
 from d2v_scale.parallel.groups import ParallelConfig, data_parallel_size
@@ -78,7 +80,7 @@ class Recipe:
 
     def parts(self) -> TeacherParts:
         """The teacher's parts, with the published ones where the recipe names none."""
-        return self.teacher_parts or TeacherParts.published(self.model)
+        return self.teacher_parts or published_parts(self.model)
 
     def resolved_precision(self, has_gpu: bool) -> Literal["fp32", "bf16"]:
         """The precision of the compute weights."""
@@ -136,7 +138,8 @@ class Recipe:
                 "With model.visible_only all rows keep equally many: give random, block1d or block2d, or spans with "
                 "objective.compat.equalize_masks.",
             )
-        if objective.loss.cls_weight > 0 and not (model.visible_only and model.vision is not None):
+        with_cls = any(stem.extra_tokens for stem in modalities.stems(model))
+        if objective.loss.cls_weight > 0 and not (model.visible_only and with_cls):
             raise ConfigError("objective.loss.cls_weight", "needs a 2.0 vision model", "Set it to 0.")
 
     def _check_sizes(self, world_size: int) -> None:
@@ -167,10 +170,10 @@ class Recipe:
                     f"mixes the images of a micro-batch, which are {rows} here",
                     "Raise global_batch_size, lower accumulation, start fewer processes, or set mixup and cutmix to 0.",
                 )
-        units = {"seconds": "speech", "tokens": "text"}
-        needed = units.get(self.batch_unit)
-        if needed is not None and self.model.modalities != [needed]:
-            raise ConfigError("batch_unit", f"is {self.batch_unit!r}", f"It needs a model with a {needed} stem only.")
+        if self.batch_unit != "samples" and [stem.unit for stem in modalities.stems(self.model)] != [self.batch_unit]:
+            fits = [kind for kind in modalities.KINDS if modalities.class_of(kind).unit == self.batch_unit]
+            needed = f"It needs a model with a {' or '.join(fits)} stem only."
+            raise ConfigError("batch_unit", f"is {self.batch_unit!r}", needed)
 
 
 def to_dict(recipe: Recipe) -> dict[str, Any]:

@@ -5,9 +5,10 @@ from functools import lru_cache
 import torch
 
 from d2v_scale.data.batch import Batch
+from d2v_scale.modalities.costs import Lengths
 from d2v_scale.model.config import Modality, ModelConfig, TeacherParts
 from d2v_scale.parallel.groups import Topology
-from d2v_scale.planning.flops import Lengths, SampleCost, sample_cost
+from d2v_scale.planning.flops import SampleCost, sample_cost
 from d2v_scale.planning.hardware import bf16_peak
 
 
@@ -57,9 +58,9 @@ def lengths_of_batch(batch: Batch, visible_only: bool) -> Lengths:
     visible_rs = batch.layout.visible_rs
     return Lengths(
         inputs=batch.inputs.shape[-1],
-        positions=positions,
+        grid=batch.extents,
         kept=visible_rs.shape[1] if visible_only and visible_rs is not None else positions,
         masked=round(batch.layout.masked_n.numel() / max(1, rows)),
-        extra=1 if batch.modality == "vision" else 0,
+        extra=batch.extra_tokens,
         clones=batch.clones,
     )

@@ -12,7 +12,7 @@ import torch
 
 from d2v_scale.data2vec.config import LossConfig, ObjectiveConfig
 from d2v_scale.engines import build_engines
-from d2v_scale.model.config import TeacherParts
+from d2v_scale.modalities import published_parts
 from d2v_scale.model.stack import Draw
 from d2v_scale.parallel import ds_config, groups
 from d2v_scale.recipe import Recipe
@@ -30,7 +30,7 @@ def train(name: str, stage: int, precision: str, checkpointing: bool, ignore: Ca
     recipe = Recipe(
         model=model,
         objective=ObjectiveConfig(target=tiny_models.target_of(name), loss=loss),
-        teacher_parts=TeacherParts.published(model),
+        teacher_parts=published_parts(model),
         accumulation=2,
     )
     numbers = ds_config.RecipeNumbers(precision=precision, accumulation=2, clip=1.0)

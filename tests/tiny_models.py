@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from d2v_scale import modalities
 from d2v_scale.data.batch import Batch
 from d2v_scale.data2vec.config import TargetConfig
 from d2v_scale.model.config import Backbone, Modality, ModelConfig, Predictor, SpeechStem, TextStem, VisionStem
@@ -92,6 +93,7 @@ def batch(name: str, samples: int = 3, clones: int = 1, padded: bool = False, se
         if padded:
             valid = torch.arange(length)[None] < torch.tensor([length - 4 * (i % 4) for i in range(samples)])[:, None]
             inputs = torch.where(valid, inputs, 1)
+    stem = modalities.of(model(name), modality)
     rows = samples * clones
     ragged = name.startswith("v1")
     masked = torch.zeros(rows, length, dtype=torch.bool)
@@ -107,4 +109,6 @@ def batch(name: str, samples: int = 3, clones: int = 1, padded: bool = False, se
         masked_rt=masked,
         student_inputs=student_inputs,
         sample_ids=torch.arange(samples) + 100,
+        grid=stem.fixed_grid or (),
+        extra_tokens=stem.extra_tokens,
     )

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from d2v_scale.evaluation.raw import RAW_NAMES
+from d2v_scale import modalities
 
 ROWS = {
     "random 1.0": "random init, 1.0",
@@ -30,7 +30,7 @@ def table(
     ]
     notes = []
     for modality, name in names.items():
-        for row, label in {"raw": RAW_NAMES[modality], **ROWS}.items():
+        for row, label in {"raw": modalities.class_of(modality).raw_name, **ROWS}.items():
             found = groups[modality, row]
             cells = [
                 f"{name} ({modality})",
@@ -83,11 +83,14 @@ def early_warning(results: list[dict[str, Any]]) -> str:
 
     Within a version, since losses of 1.0 and 2.0 are of different targets: the mean of each version is subtracted.
     """
-    lines = ["| half-way, in the record | " + " | ".join(RAW_NAMES) + " |", "|---|" + "---|" * len(RAW_NAMES)]
+    lines = [
+        "| half-way, in the record | " + " | ".join(modalities.KINDS) + " |",
+        "|---|" + "---|" * len(modalities.KINDS),
+    ]
     runs = [result for result in results if result.get("curve")]
     for sign, label in _SIGNS.items():
         cells = []
-        for modality in RAW_NAMES:
+        for modality in modalities.KINDS:
             x, y = [], []
             for version in ("1.0", "2.0"):
                 chosen = [run for run in runs if run["modality"] == modality and run["row"] == version]

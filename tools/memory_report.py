@@ -78,6 +78,8 @@ def measure(width: int, depth: int) -> None:
             valid=None,
             masked_rt=masked.to(topology.device),
             sample_ids=torch.arange(2, device=topology.device),
+            grid=(4, 4),
+            extra_tokens=1,
         )
         for _ in range(2):
             output = student(batch, Draw(seed=0, step=0))

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from d2v_scale import command_line
+from d2v_scale import command_line, modalities
 from d2v_scale.data.batch import Batch
 from d2v_scale.data.config import SAMPLE_RATE
 from d2v_scale.data2vec import masking
@@ -68,6 +68,8 @@ class Case:
             masked_rt=masked_rt,
             student_inputs=student_inputs,
             sample_ids=torch.from_numpy(sample_ids),
+            grid=grid or (),
+            extra_tokens=modalities.of(model, modality).extra_tokens,
         )
 
 

@@ -122,6 +122,8 @@ class Naive(Side):
             masked_rt=batch.masked_rt,
             student_inputs=student_inputs,
             sample_ids=batch.sample_ids.repeat_interleave(clones),
+            grid=batch.grid,
+            extra_tokens=batch.extra_tokens,
             layout=batch.layout,
         )
 

@@ -1,5 +1,6 @@
 """What the data plane hands to the training step."""
 
+import math
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -62,12 +63,22 @@ class Batch:
     epoch: int = 0
     lost: int = 0
     """Planned samples that are missing here because they could not be read."""
+    grid: tuple[int, ...] = ()
+    """How the T positions lie: extents of their axes, row-major. Empty: they are a line."""
+    extra_tokens: int = 0
+    """Positions that the encoder has before these (CLS)."""
     layout: Layout = None  # type: ignore[assignment]
     """Computed from `masked_rt` at construction, which should therefore be on the CPU."""
 
     def __post_init__(self) -> None:
         if self.layout is None:
             self.layout = Layout.of(self.masked_rt)
+        assert math.prod(self.extents) == self.masked_rt.shape[1], f"{self.grid} is not {self.masked_rt.shape[1]}"
+
+    @property
+    def extents(self) -> tuple[int, ...]:
+        """Extents of the axes of the positions: `grid`, or (T,) of a line."""
+        return self.grid or (self.masked_rt.shape[1],)
 
     @property
     def clones(self) -> int:

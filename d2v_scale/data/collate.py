@@ -8,6 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from d2v_scale import modalities
 from d2v_scale.data.batch import Batch
 from d2v_scale.data.labels import Labels
 from d2v_scale.data.plan import PlannedBatch
@@ -143,6 +144,7 @@ class Collator:
         common: dict[str, Any] = {"modality": self._modality, "source": source, "epoch": epoch, "lost": lost}
         if not rows:
             stacked = self._decoder.stack([self._decoder.blank()])
+            common |= self._geometry(stacked)
             nothing_rt = torch.zeros(self._masking.clones, stacked.positions, dtype=torch.bool)
             return Batch(
                 inputs=stacked.inputs,
@@ -155,6 +157,7 @@ class Collator:
                 **common,
             )
         stacked = self._decoder.stack([row.values for row in rows])
+        common |= self._geometry(stacked)
         masks = masking.collate(
             self._masking,
             length=stacked.length,
@@ -181,6 +184,10 @@ class Collator:
             keys=tuple(row.key for row in rows),
             **common,
         )
+
+    def _geometry(self, stacked: Stacked) -> dict[str, Any]:
+        extra_tokens = modalities.of(self._model, self._modality).extra_tokens
+        return {"grid": stacked.grid or (), "extra_tokens": extra_tokens}
 
     @property
     def _replaces_tokens(self) -> bool:

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from d2v_scale import modalities
 from d2v_scale.data.batch import Batch
 from d2v_scale.data.class_names import agreed_classes
 from d2v_scale.data.collate import Collator, Row, make_decoder
@@ -182,6 +183,8 @@ class LabelledSet:
             sample_ids=torch.tensor(ids),
             keys=tuple(keys),
             lost=len(shards) - len(rows),
+            grid=stacked.grid or (),
+            extra_tokens=modalities.of(self.model, self.modality).extra_tokens,
         )
         return batch, self.labels.stack(labels)
 

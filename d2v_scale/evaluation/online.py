@@ -194,13 +194,13 @@ def first_batches(batches: LabelledBatches, samples: int, size: int) -> tuple[Ba
     def valid(one: Batch) -> Tensor:
         return torch.ones_like(one.inputs, dtype=torch.bool) if one.valid is None else one.valid
 
-    has_lengths = first.modality != "vision"
+    alike = all(one.valid is None and one.inputs.shape[1:] == first.inputs.shape[1:] for one, _ in taken)
     cut: dict[str, Any] = {"layout": None, "keys": tuple(key for one, _ in taken for key in one.keys)}
     joined = replace(
         first,
         **cut,
         inputs=torch.cat([padded(one.inputs, length) for one, _ in taken]),
-        valid=torch.cat([padded(valid(one), length) for one, _ in taken]) if has_lengths else None,
+        valid=torch.cat([padded(valid(one), length) for one, _ in taken]) if not alike else None,
         masked_rt=torch.cat([padded(one.masked_rt, positions) for one, _ in taken]),
         sample_ids=torch.cat([one.sample_ids for one, _ in taken]),
     )

@@ -84,5 +84,7 @@ def shuffled(batches: list[tuple[Batch, Tensor]], batch_size: int, seed: int) ->
                 valid=None if batch.valid is None else batch.valid[rows],
                 masked_rt=batch.masked_rt[rows],
                 sample_ids=batch.sample_ids[rows],
+                grid=batch.grid,
+                extra_tokens=batch.extra_tokens,
             )
             yield chosen, labels_b[rows]

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from d2v_scale import modalities
 from d2v_scale.data.labels import LETTERS
 from d2v_scale.data2vec.config import MaskingConfig
 from d2v_scale.errors import ConfigError, require_within
@@ -81,6 +82,11 @@ class ImageConfig:
         """Whether images are mixed with each other."""
         return (self.mixup > 0 or self.cutmix > 0) and self.mix_probability > 0
 
+    @property
+    def changes_batches(self) -> bool:
+        """Whether anything happens to images after they were decoded."""
+        return self.mixes or self.erase > 0
+
     def check(self) -> None:
         """Raises ConfigError for what is out of range."""
         for name in ("erase", "mix_probability"):
@@ -119,8 +125,9 @@ class TaskConfig:
         """Raises ConfigError for what contradicts itself or the model, of which `model_parallel` ranks share a copy."""
         if len(model.modalities) != 1:
             raise ConfigError("task", f"needs a model of one modality, this one has {', '.join(model.modalities)}")
-        if self.kind == "ctc" and model.speech is None:
-            raise ConfigError("task.kind", "is 'ctc'", "It needs a speech model.")
+        [stem] = modalities.stems(model)
+        if self.kind not in stem.tasks:
+            raise ConfigError("task.kind", f"is {self.kind!r}", f"It needs a model of recordings, not of {stem.name}.")
         if model_parallel > 1:
             remedy = "Fine-tuning divides the batch only: set tensor and pipeline to 1, and use ZeRO-3 for room."
             raise ConfigError("parallel", f"divides the model over {model_parallel} processes", remedy)
@@ -140,7 +147,7 @@ class TaskConfig:
 
     def _check_effects(self, model: ModelConfig) -> None:
         """Raises ConfigError for an option that this task would not heed."""
-        image, of_images = self.image, model.vision is not None
+        image, of_images = self.image, modalities.stems(model)[0].content == "image"
         of_classes = self.kind == "classify"
         for key, is_set, heeded in (
             ("task.label_smoothing", self.label_smoothing > 0, of_classes),

@@ -67,7 +67,7 @@ def loss_sum(student: StudentEngine, batch: Batch, task: TaskConfig, draw: Draw,
     assert labels is not None
     if task.kind == "classify":
         targets_bc = soft_targets(labels, outputs_of(task), task.label_smoothing)
-        if batch.modality == "vision":
+        if task.image.changes_batches:
             images = erase(batch.inputs, task.image.erase, batch.sample_ids, draw.seed, draw.step)
             batch.inputs, targets_bc = mix(images, targets_bc, task.image, draw.seed, draw.step)
         logits_bc = student(batch, draw, learns=learns).float()

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from d2v_scale import modalities
 from d2v_scale.data.batch import Batch
 from d2v_scale.data2vec import ema
 from d2v_scale.data2vec.loss import cls_loss_sum, masked_loss_sum
@@ -87,6 +88,7 @@ class Fixture:
                 f"{self.folder}: io.safetensors has no input or no in.mask.", "Give a fixture folder."
             )
         padded = io.get("in.padding_mask")
+        stem = modalities.of(self.reference.model, modality)
         return Batch(
             modality=modality,
             inputs=inputs,
@@ -94,6 +96,8 @@ class Fixture:
             masked_rt=masked_rt.bool(),
             student_inputs=student_inputs,
             sample_ids=torch.arange(inputs.shape[0]),
+            grid=stem.fixed_grid or (),
+            extra_tokens=stem.extra_tokens,
         )
 
 

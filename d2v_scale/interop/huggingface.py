@@ -14,13 +14,13 @@ from d2v_scale.data2vec.config import ObjectiveConfig
 from d2v_scale.errors import CheckpointError
 from d2v_scale.interop.keymap import KeyMap
 from d2v_scale.interop.reference_config import Reference, Shapes
+from d2v_scale.modalities import published_parts
 from d2v_scale.model.config import (
     Backbone,
     Modality,
     ModelConfig,
     Predictor,
     SpeechStem,
-    TeacherParts,
     TextStem,
     VisionStem,
 )
@@ -297,7 +297,7 @@ def from_huggingface(settings: Mapping[str, Any], shapes: Shapes) -> Reference:
     # The folder says nothing of how the model was trained; only what must fit the model is set.
     objective = ObjectiveConfig()
     objective.target.top_k_layers = min(objective.target.top_k_layers, model.backbone.depth)
-    return Reference(modality, model, objective, TeacherParts.published(model))
+    return Reference(modality, model, objective, published_parts(model))
 
 
 def _complete_vision(model: ModelConfig, settings: Mapping[str, Any], shapes: Shapes) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from d2v_scale.data2vec.config import EmaConfig, LossConfig, MaskingConfig, ObjectiveConfig, TargetConfig
 from d2v_scale.errors import CheckpointError
+from d2v_scale.modalities import published_parts
 from d2v_scale.model.config import (
     Backbone,
     Modality,
@@ -173,7 +174,7 @@ def _speech_1(settings: Settings) -> Reference:
         ),
         predictor=Predictor(kind="linear"),
     )
-    parts = TeacherParts.published(model)
+    parts = published_parts(model)
     if not settings.get("ema_transformer_only", True):
         parts = TeacherParts(with_predictor=True)
     elif not settings.get("ema_layers_only", False):
@@ -233,7 +234,7 @@ def _text_1(settings: Settings, shapes: Shapes, tokens: Settings | None) -> Refe
         ),
         predictor=Predictor(kind="mlp" if settings.get("head_layers", 1) == 2 else "linear"),
     )
-    parts = TeacherParts.published(model)
+    parts = published_parts(model)
     if not settings.get("ema_transformer_layers_only", False):
         parts.copied = []
     objective = ObjectiveConfig(

@@ -6,7 +6,8 @@ import math
 from d2v_scale.data2vec.config import EmaConfig, LossConfig, MaskingConfig, ObjectiveConfig, TargetConfig
 from d2v_scale.errors import CheckpointError
 from d2v_scale.interop.reference_config import Reference, Settings, Shapes, modality_of, require
-from d2v_scale.model.config import Backbone, ModelConfig, Predictor, TeacherParts, VisionStem
+from d2v_scale.modalities import published_parts
+from d2v_scale.model.config import Backbone, ModelConfig, Predictor, VisionStem
 
 
 def from_data2vec_vision(settings: Settings, loop: Settings, shapes: Shapes) -> Reference:
@@ -88,4 +89,4 @@ def from_data2vec_vision(settings: Settings, loop: Settings, shapes: Shapes) -> 
             index="zero_based",
         ),
     )
-    return Reference("vision", model, objective, TeacherParts.published(model))
+    return Reference("vision", model, objective, published_parts(model))

@@ -6,7 +6,7 @@ from typing import Any
 
 from d2v_scale.data.labels import Vocabulary
 from d2v_scale.finetuning.config import TaskConfig
-from d2v_scale.finetuning.model import PROJECTION
+from d2v_scale.finetuning.heads import PROJECTION
 from d2v_scale.interop.huggingface import is_native
 from d2v_scale.interop.keymap import KeyMap
 from d2v_scale.interop.remote_code import MODELLING_FILE

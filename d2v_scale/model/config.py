@@ -30,6 +30,12 @@ class SpeechStem:
     alibi: bool = False
     """Add a learned-scale ALiBi bias to the attention logits (2.0)."""
 
+    def check(self, backbone: "Backbone") -> None:
+        """Raises `ConfigError` for sizes that do not fit together."""
+        _require_divisor("model.speech.pos_conv_groups", self.pos_conv_groups, "model.backbone.width", backbone.width)
+        if not self.conv_layers:
+            raise ConfigError("model.speech.conv_layers", "is empty", "Give (channels, kernel, stride) per layer.")
+
     def lengths(self, samples: Count) -> list[Count]:
         """Positions after each convolution of so many samples of a waveform; there is no padding (spec 3.1)."""
         lengths: list[Count] = []
@@ -58,6 +64,14 @@ class VisionStem:
     """Standard deviation of the relative-position table at initialisation. Published: 0, from which a short run never
     learns where patches are, since the optimizer moves the table by one learning rate a step."""
 
+    def check(self, backbone: "Backbone") -> None:
+        """Raises `ConfigError` for sizes that do not fit together."""
+        _require_divisor("model.vision.patch_size", self.patch_size, "model.vision.image_size", self.image_size)
+        if self.relative_std < 0:
+            raise ConfigError("model.vision.relative_std", f"is {self.relative_std}", "Give 0 or more.")
+        if self.positions == "sincos":
+            _require_divisor("model.vision.positions (sincos)", 4, "model.backbone.width", backbone.width)
+
 
 @dataclass(kw_only=True)
 class TextStem:
@@ -78,8 +92,9 @@ class TextStem:
     unk_id: int = 3
     mask_id: int = 50264
 
-    def check(self) -> None:
+    def check(self, backbone: "Backbone") -> None:
         """Raises `ConfigError` for special tokens outside the vocabulary or with the same id, or a negative spread."""
+        del backbone
         if self.position_std < 0:
             raise ConfigError("model.text.position_std", f"is {self.position_std}", "Give 0 or more.")
         if not self.token_std > 0:
@@ -183,10 +198,19 @@ class ModelConfig:
     """`beit`: truncated normals and depth-scaled output weights (1.0 vision, spec 3.7)."""
 
     @property
+    def stems(self) -> dict[Modality, VisionStem | SpeechStem | TextStem]:
+        """The stems there are, by name, in a fixed order."""
+        named: list[tuple[Modality, VisionStem | SpeechStem | TextStem | None]] = [
+            ("vision", self.vision),
+            ("speech", self.speech),
+            ("text", self.text),
+        ]
+        return {name: stem for name, stem in named if stem is not None}
+
+    @property
     def modalities(self) -> list[Modality]:
-        """The modalities this model has a stem for, in a fixed order."""
-        named: list[tuple[Modality, object]] = [("vision", self.vision), ("speech", self.speech), ("text", self.text)]
-        return [name for name, stem in named if stem is not None]
+        """The names of the stems, in a fixed order."""
+        return list(self.stems)
 
     def check(self) -> None:
         """Raises `ConfigError` for sizes that do not fit together. Allocates nothing."""
@@ -199,32 +223,14 @@ class ModelConfig:
                 raise ConfigError(f"model.backbone.{name}", f"is {getattr(backbone, name)}", "It must be in [0, 1).")
         if backbone.layer_scale and not backbone.norm_first:
             raise ConfigError("model.backbone.layer_scale", "needs model.backbone.norm_first", "Set one of them.")
-        if self.vision is not None:
-            vision = self.vision
-            _require_divisor("model.vision.patch_size", vision.patch_size, "model.vision.image_size", vision.image_size)
-            if vision.relative_std < 0:
-                raise ConfigError("model.vision.relative_std", f"is {vision.relative_std}", "Give 0 or more.")
-            if vision.positions == "sincos":
-                _require_divisor("model.vision.positions (sincos)", 4, "model.backbone.width", backbone.width)
-        if self.speech is not None:
-            groups = self.speech.pos_conv_groups
-            _require_divisor("model.speech.pos_conv_groups", groups, "model.backbone.width", backbone.width)
-            if not self.speech.conv_layers:
-                raise ConfigError("model.speech.conv_layers", "is empty", "Give (channels, kernel, stride) per layer.")
-        if self.text is not None:
-            self.text.check()
+        for stem in self.stems.values():
+            stem.check(backbone)
         if self.predictor.kind in ("conv1d", "conv2d"):
             groups = self.predictor.groups
             _require_divisor("model.predictor.groups", groups, "model.backbone.width", backbone.width)
             _require_divisor("model.predictor.groups", groups, "model.predictor.width", self.predictor.width)
             if self.predictor.proj_layers not in (1, 2):
                 raise ConfigError("model.predictor.proj_layers", f"is {self.predictor.proj_layers}", "Choose 1 or 2.")
-
-    def positions(self, modality: Modality) -> int | None:
-        """T of a vision input, patches; None where it depends on the input's length (speech, text)."""
-        if modality != "vision" or self.vision is None:
-            return None
-        return (self.vision.image_size // self.vision.patch_size) ** 2
 
 
 ParameterRole = Literal["averaged", "copied", "absent"]
@@ -251,19 +257,6 @@ class TeacherParts:
         if not self.with_predictor and _under(name, ["predictors", "final_norm"]):
             return "absent"
         return "copied" if _under(name, self.copied) else "averaged"
-
-    @classmethod
-    def published(cls, model: ModelConfig) -> "TeacherParts":
-        """What the published recipes do for this kind of model."""
-        parts = cls(with_predictor=model.vision is not None and not model.visible_only)
-        if model.speech is not None:
-            parts.shared.append("stems.speech.features")
-            if not model.visible_only:
-                parts.shared.append("stems.speech.context.mask_embedding")
-                parts.copied.append("stems.speech.context.pos_convs")
-        if model.text is not None:
-            (parts.shared if model.visible_only else parts.copied).append("stems.text.features")
-        return parts
 
 
 def _require_divisor(key: str, divisor: int, of_key: str, number: int) -> None:

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from d2v_scale import modalities
 from d2v_scale.data.batch import Batch
 from d2v_scale.model.config import Modality, ModelConfig
 
@@ -71,7 +72,7 @@ def describe(config: ModelConfig, modality: Modality) -> list[LayerSpec]:
     """The layers that a sample of `modality` passes, in order."""
     stem = f"stems.{modality}"
     layers = [LayerSpec("features", f"{stem}.features"), LayerSpec("context", f"{stem}.context")]
-    if has_bias(config, modality):
+    if modalities.of(config, modality).has_bias:
         layers.append(LayerSpec("bias", f"{stem}.bias"))
     prenet = config.backbone.prenet_depth
     layers += [LayerSpec("block", f"{stem}.prenet.{i}", index=i) for i in range(prenet)]
@@ -82,18 +83,6 @@ def describe(config: ModelConfig, modality: Modality) -> list[LayerSpec]:
     return layers
 
 
-def has_bias(config: ModelConfig, modality: Modality) -> bool:
-    """Whether attention gets a position bias."""
-    if modality == "vision":
-        return config.vision is not None and config.vision.positions == "relative"
-    return modality == "speech" and config.speech is not None and config.speech.alibi
-
-
-def extra_tokens(modality: Modality) -> int:
-    """Leading positions in the blocks that are not part of the input (CLS)."""
-    return 1 if modality == "vision" else 0
-
-
 def states_shape(config: ModelConfig, batch: Batch, *, masked: bool) -> tuple[int, int, int]:
     """(R, S, D) of the states between blocks: of a student (`masked`), which may see visible positions only, or of a
     teacher, which sees every sample whole. Known on the host."""
@@ -101,7 +90,7 @@ def states_shape(config: ModelConfig, batch: Batch, *, masked: bool) -> tuple[in
     if masked and config.visible_only:
         assert batch.layout.visible_rs is not None, "rows of a 2.0 batch must keep equal numbers of positions"
         length = batch.layout.visible_rs.shape[1]
-    return rows, extra_tokens(batch.modality) + length, config.backbone.width
+    return rows, batch.extra_tokens + length, config.backbone.width
 
 
 @dataclass

@@ -1,12 +1,12 @@
 """From student states to predicted targets, at masked positions only."""
 
 import itertools
-import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from d2v_scale import modalities
 from d2v_scale.model import cpu_ops
 from d2v_scale.model.config import Modality, ModelConfig
 from d2v_scale.model.init import InitRule, linear_rules
@@ -52,7 +52,8 @@ class ConvPredictor(nn.Module):
     def __init__(self, config: ModelConfig, modality: Modality) -> None:
         super().__init__()
         spec, width = config.predictor, config.backbone.width
-        self.planar = spec.kind == "conv2d" and modality == "vision"
+        stem = modalities.of(config, modality)
+        self.planar = spec.kind == "conv2d" and stem.axes == 2
         self.residual = spec.residual
         self.dropout = spec.input_dropout
         conv = nn.Conv2d if self.planar else cpu_ops.SequenceConv
@@ -69,12 +70,15 @@ class ConvPredictor(nn.Module):
             self.proj1 = cpu_ops.Linear(spec.width, 2 * spec.width)
             self.proj2 = cpu_ops.Linear(2 * spec.width, width)
             projections = [self.proj1, self.proj2]
-        if modality == "text":
+        if stem.decoder_projection_std is not None:
             for layer in projections:
-                linear_rules(layer, SMALL)
+                linear_rules(layer, InitRule("normal", stem.decoder_projection_std))
 
-    def forward(self, visible_rsd: Tensor, visible_rs: Tensor, masked_n: Tensor, noise_nd: Tensor) -> Tensor:
-        """Visible states (R, S, D) at `visible_rs` and noise (N, D) at flat `masked_n` to predictions (N, D)."""
+    def forward(
+        self, visible_rsd: Tensor, visible_rs: Tensor, masked_n: Tensor, noise_nd: Tensor, grid: tuple[int, ...]
+    ) -> Tensor:
+        """Visible states (R, S, D) at `visible_rs` and noise (N, D) at flat `masked_n` to predictions (N, D). `grid`:
+        how the positions lie (`Batch.extents`)."""
         rows, kept, width = visible_rsd.shape
         visible_rsd = cpu_ops.dropout(visible_rsd, self.dropout, self.training)
         length = kept + masked_n.shape[0] // max(1, rows)
@@ -82,9 +86,8 @@ class ConvPredictor(nn.Module):
         x_nd = visible_rsd.new_empty(rows * length, width)
         x_nd.index_copy_(0, masked_n, noise_nd.to(x_nd.dtype))
         x_nd.index_copy_(0, index_n, visible_rsd.reshape(-1, width))
-        side = math.isqrt(length)
         # Channels stay last between the layers; planar convolutions see a permuted view.
-        x = x_nd.view(rows, side, side, width) if self.planar else x_nd.view(rows, length, width)
+        x = x_nd.view(rows, *(grid if self.planar else (length,)), width)
         for conv in self.convs:
             x = self._layer(conv, x)
         out_nd = x.reshape(rows * length, -1).index_select(0, masked_n)

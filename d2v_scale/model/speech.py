@@ -8,8 +8,10 @@ from torch import Tensor, nn
 from d2v_scale.model import conv_rows, cpu_ops
 from d2v_scale.model.config import ModelConfig
 from d2v_scale.model.init import InitRule, set_rule
-from d2v_scale.model.layers import rows_of
+from d2v_scale.model.layers import Section, rows_of
 from d2v_scale.model.norm_gelu import NormGelu, norm_gelu
+from d2v_scale.model.position_bias import AlibiBias
+from d2v_scale.model.stem import Exists, Stem
 
 
 class SpeechFeatures(nn.Module):
@@ -121,3 +123,35 @@ def masked_channels(rows: int, width: int, share: float, length: int, device: to
     inside_rnd = (at >= starts_rn[..., None]) & (at < starts_rn[..., None] + length)
     used_rn = torch.arange(most, device=device) < counts_r[:, None]
     return (inside_rnd & used_rn[..., None]).any(dim=1)
+
+
+class WaveformStem(Stem):
+    """Convolutions over a waveform, and positions from convolutions over its frames."""
+
+    features: SpeechFeatures
+    context: SpeechContext
+
+    def __init__(self, config: ModelConfig, exists: Exists, section: Section) -> None:
+        super().__init__()
+        assert config.speech is not None
+        self.frames_of = config.speech.frames_of
+        if config.speech.alibi:
+            self.bias = AlibiBias(config.backbone.heads, owned=section.starts)
+        if not section.starts:
+            return
+        if exists("features"):
+            self.features = SpeechFeatures(config)
+        own = not config.visible_only and exists("context.mask_embedding")
+        self.context = SpeechContext(config, with_mask_embedding=own)
+
+    def valid_positions(self, inputs: Tensor, valid: Tensor) -> Tensor:
+        """Frames of what is real of a waveform."""
+        total = self.frames_of(inputs.shape[1])
+        frames_b = self.frames_of(valid.sum(dim=1))
+        return torch.arange(total, device=inputs.device)[None] < frames_b[:, None]
+
+    def fine_tune(self, channel_mask: tuple[float, int] | None) -> None:
+        """The convolutions never learn."""
+        self.features.frozen_convs = True
+        if channel_mask is not None:
+            self.context.channel_mask = channel_mask

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from d2v_scale import modalities
 from d2v_scale.data.batch import Batch
 from d2v_scale.data2vec import stateless, targets
 from d2v_scale.data2vec.config import TargetConfig
@@ -15,12 +16,11 @@ from d2v_scale.errors import ConfigError
 from d2v_scale.model.block import Block, beit_depth_scale
 from d2v_scale.model.config import Modality, ModelConfig, TeacherParts
 from d2v_scale.model.init import InitRule
-from d2v_scale.model.layers import Carry, LayerSpec, Section, describe, extra_tokens, has_bias
-from d2v_scale.model.position_bias import AlibiBias, RelativeBias, add_padding
+from d2v_scale.model.layers import Carry, LayerSpec, Section, describe
+from d2v_scale.model.position_bias import add_padding
 from d2v_scale.model.predictor import ConvPredictor, build_predictor
-from d2v_scale.model.speech import SpeechContext, SpeechFeatures
-from d2v_scale.model.text import TextContext, TextFeatures
-from d2v_scale.model.vision import BEIT, VisionContext, VisionFeatures, grid_of
+from d2v_scale.model.stem import Stem
+from d2v_scale.model.vision import BEIT
 
 
 @dataclass(frozen=True)
@@ -52,19 +52,19 @@ class _Stack(nn.Module):
     """The layers of `describe(config, modality)` that exist here, and how each one moves the carry."""
 
     def __init__(
-        self, config: ModelConfig, modalities: list[Modality], parts: TeacherParts | None, section: Section | None
+        self, config: ModelConfig, names: list[Modality], parts: TeacherParts | None, section: Section | None
     ) -> None:
         super().__init__()
         self.config = config
-        self.modalities = modalities
+        self.modalities = names
         self.section = section or Section.whole(config)
-        self.layers = {modality: describe(config, modality) for modality in modalities}
+        self.layers = {modality: describe(config, modality) for modality in names}
         backbone = config.backbone
 
         def exists(name: str) -> bool:
             return parts is None or parts.role(name) != "absent"
 
-        self.stems = nn.ModuleDict({m: _build_stem(config, m, exists, self.section) for m in modalities})
+        self.stems = nn.ModuleDict({m: _build_stem(config, m, exists, self.section) for m in names})
         # Places of blocks that are elsewhere stay empty, so that every parameter has one name in every section.
         self.blocks = nn.ModuleList(
             _build_block(config, backbone.prenet_depth + i)
@@ -75,7 +75,7 @@ class _Stack(nn.Module):
         if self.section.ends and backbone.final_norm and exists("final_norm"):
             self.final_norm = nn.LayerNorm(backbone.width, backbone.norm_eps)
         if self.section.ends and exists("predictors"):
-            self.predictors = nn.ModuleDict({m: build_predictor(config, m) for m in modalities})
+            self.predictors = nn.ModuleDict({m: build_predictor(config, m) for m in names})
         if config.compile:
             for module in self.modules():
                 if isinstance(module, Block):
@@ -90,24 +90,15 @@ class _Stack(nn.Module):
         return self._valid(batch, batch.inputs)
 
     def _valid(self, batch: Batch, inputs: Tensor) -> Tensor | None:
-        if batch.valid is None or batch.modality == "vision":
-            return None
-        if batch.modality == "text":
-            assert self.config.text is not None
-            return inputs != self.config.text.pad_id
-        assert self.config.speech is not None
-        total = self.config.speech.frames_of(inputs.shape[1])
-        frames_b = self.config.speech.frames_of(batch.valid.sum(dim=1))
-        return torch.arange(total, device=inputs.device)[None] < frames_b[:, None]
+        return None if batch.valid is None else self._stem(batch.modality).valid_positions(inputs, batch.valid)
 
-    def _stem(self, modality: Modality) -> "Stem":
+    def _stem(self, modality: Modality) -> Stem:
         stem = self.stems[modality]
         assert isinstance(stem, Stem)
         return stem
 
     def _features(self, batch: Batch, inputs: Tensor) -> Tensor:
-        features = self._stem(batch.modality).features
-        return features(inputs, self._valid(batch, inputs)) if batch.modality == "text" else features(inputs)
+        return self._stem(batch.modality).represent(inputs, self._valid(batch, inputs))
 
     def _enter(self, batch: Batch, features_btd: Tensor, valid_bt: Tensor | None, *, masked: bool) -> Carry:
         """The context layer and the attention bias: what the first block gets."""
@@ -116,7 +107,7 @@ class _Stack(nn.Module):
         masked_rt = batch.masked_rt if masked else None
         states_rsd = stem.context(features_btd, masked_rt, visible_rs, valid_bt, batch.clones if masked else 1)
         carry = self._carry(batch, states_rsd, valid_bt, None, masked=masked)
-        if not self.section.ends and has_bias(self.config, batch.modality):
+        if not self.section.ends and hasattr(stem, "bias"):
             carry.position = stem.bias.parameter
         return carry
 
@@ -127,15 +118,8 @@ class _Stack(nn.Module):
         where this stack has none of its own."""
         visible_rs = batch.layout.visible_rs if masked and self.config.visible_only else None
         clones = batch.clones if masked else 1
-        rows, length = states_rsd.shape[:2]
-        bias = None
-        if has_bias(self.config, batch.modality):
-            module = self._stem(batch.modality).bias
-            if batch.modality == "vision":
-                bias = module(position)
-            else:
-                everything_1t = torch.arange(length, device=states_rsd.device)[None]
-                bias = module(everything_1t if visible_rs is None else visible_rs, position)
+        stem = self._stem(batch.modality)
+        bias = stem.attention_bias(states_rsd, visible_rs, position) if hasattr(stem, "bias") else None
         if valid_bt is not None:
             valid_bt = valid_bt.repeat_interleave(clones, dim=0)
             if visible_rs is not None:
@@ -143,9 +127,8 @@ class _Stack(nn.Module):
             # A row without any real key attends to its padding: what a kernel gives over no key at all is its own
             # affair, zeros or NaN. Nothing of such a row is counted.
             valid_bt = valid_bt | ~valid_bt.any(dim=1, keepdim=True)
-        assert bias is None or bias.shape[0] in (1, rows)
-        bias = add_padding(bias, valid_bt, states_rsd.dtype)
-        return Carry(states_rsd, bias, extra_tokens(batch.modality), position)
+        assert bias is None or bias.shape[0] in (1, len(states_rsd))
+        return Carry(states_rsd, add_padding(bias, valid_bt, states_rsd.dtype), stem.extra_tokens, position)
 
     def _blocks(self, modality: Modality) -> Iterator[tuple[LayerSpec, nn.Module]]:
         """The blocks of this section, prenet included, in order."""
@@ -161,14 +144,14 @@ class Student(_Stack):
     def __init__(
         self,
         config: ModelConfig,
-        modalities: list[Modality] | None = None,
+        names: list[Modality] | None = None,
         section: Section | None = None,
         parts: TeacherParts | None = None,
     ) -> None:
         """Parameters are unfilled until `initialize` or a checkpoint writes them. Torch distributed and megatron's
-        parallel_state must be initialised. `section`: the part of the layers to build; None: all. `parts`: what of
-        them exists here; None: all."""
-        super().__init__(config, config.modalities if modalities is None else modalities, parts, section)
+        parallel_state must be initialised. `names`: the stems to build; `section`: the part of the layers; `parts`:
+        what of them exists here. None: all."""
+        super().__init__(config, config.modalities if names is None else names, parts, section)
         backbone = config.backbone
         self._has_dropout = bool(backbone.dropout or backbone.attention_dropout or backbone.activation_dropout)
 
@@ -236,7 +219,7 @@ class Student(_Stack):
             keys_n = self._row_keys(batch, draw).index_select(0, masked_n // length) + masked_n % length
             noise_nd = stateless.normal(stateless.row_keys(keys_n, "decoder noise"), width)
             noise_nd = noise_nd * self.config.predictor.noise_std
-        return predictor(encoder_rsd, batch.layout.visible_rs, masked_n, noise_nd)
+        return predictor(encoder_rsd, batch.layout.visible_rs, masked_n, noise_nd, batch.extents)
 
     def _row_keys(self, batch: Batch, draw: Draw) -> Tensor:
         """int64 (R,): a key for each row from (seed, step, sample id, clone)."""
@@ -354,42 +337,11 @@ def _with_zero_gradient(block: nn.Module, states_rsd: Tensor) -> Tensor:
     return states_rsd + 0.0 * states
 
 
-class Stem(nn.Module):
-    """The layers before the main blocks of one modality, those that exist here."""
-
-    features: nn.Module
-    context: nn.Module
-    bias: RelativeBias | AlibiBias
-    prenet: nn.ModuleList
-
-
 def _build_stem(config: ModelConfig, modality: Modality, exists: Callable[[str], bool], section: Section) -> Stem:
-    prefix = f"stems.{modality}"
-    stem = Stem()
-    if has_bias(config, modality):
-        stem.bias = _build_bias(config, modality, section)
-    if not section.starts:
-        return stem
-    if exists(f"{prefix}.features"):
-        features = {"vision": VisionFeatures, "speech": SpeechFeatures, "text": TextFeatures}
-        stem.features = features[modality](config)
-    if modality == "vision":
-        stem.context = VisionContext(config)
-    elif modality == "speech":
-        own = not config.visible_only and exists(f"{prefix}.context.mask_embedding")
-        stem.context = SpeechContext(config, with_mask_embedding=own)
-    else:
-        stem.context = TextContext()
-    stem.prenet = nn.ModuleList(_build_block(config, i) for i in range(config.backbone.prenet_depth))
+    stem = modalities.of(config, modality).build_stem(lambda name: exists(f"stems.{modality}.{name}"), section)
+    if section.starts:
+        stem.prenet = nn.ModuleList(_build_block(config, i) for i in range(config.backbone.prenet_depth))
     return stem
-
-
-def _build_bias(config: ModelConfig, modality: Modality, section: Section) -> RelativeBias | AlibiBias:
-    heads = config.backbone.heads
-    if modality == "speech":
-        return AlibiBias(heads, owned=section.starts)
-    assert config.vision is not None
-    return RelativeBias(grid_of(config.vision), heads, config.vision.relative_std, owned=section.starts)
 
 
 def _build_block(config: ModelConfig, index: int) -> Block:

@@ -7,7 +7,8 @@ from d2v_scale.errors import DataError
 from d2v_scale.model import cpu_ops
 from d2v_scale.model.config import ModelConfig
 from d2v_scale.model.init import InitRule, set_rule
-from d2v_scale.model.layers import rows_of
+from d2v_scale.model.layers import Section, rows_of
+from d2v_scale.model.stem import Exists, Stem
 
 
 class TextFeatures(nn.Module):
@@ -58,3 +59,26 @@ class TextContext(nn.Module):
         """(B, T, D) to (R, S, D): R = B * clones; S = visible tokens if given, else all."""
         del masked_rt, valid_bt
         return rows_of(features_btd, visible_rs, clones)
+
+
+class TokenStem(Stem):
+    """Embeddings of tokens and of their positions."""
+
+    def __init__(self, config: ModelConfig, exists: Exists, section: Section) -> None:
+        super().__init__()
+        assert config.text is not None
+        self.pad_id = config.text.pad_id
+        if not section.starts:
+            return
+        if exists("features"):
+            self.features = TextFeatures(config)
+        self.context = TextContext()
+
+    def valid_positions(self, inputs: Tensor, valid: Tensor) -> Tensor:
+        """Tokens that are no padding."""
+        del valid
+        return inputs != self.pad_id
+
+    def represent(self, inputs: Tensor, valid_bt: Tensor | None) -> Tensor:
+        """Padding has no position."""
+        return self.features(inputs, valid_bt)

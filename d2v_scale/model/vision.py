@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from d2v_scale.model import cpu_ops
 from d2v_scale.model.config import ModelConfig, VisionStem
 from d2v_scale.model.init import InitRule, linear_rules, set_rule
-from d2v_scale.model.layers import rows_of
-from d2v_scale.model.position_bias import sincos_positions
+from d2v_scale.model.layers import Section, rows_of
+from d2v_scale.model.position_bias import RelativeBias, sincos_positions
+from d2v_scale.model.stem import Exists, Stem
 
 BEIT = InitRule("truncated", 0.02, 0.02)
 
@@ -80,3 +81,31 @@ class VisionContext(nn.Module):
         if self.norm is not None:
             x_rsd = self.norm(x_rsd)
         return cpu_ops.dropout(x_rsd, self.dropout, self.training)
+
+
+class PatchStem(Stem):
+    """Patches, their positions, a CLS token."""
+
+    extra_tokens = 1
+
+    def __init__(self, config: ModelConfig, exists: Exists, section: Section) -> None:
+        super().__init__()
+        assert config.vision is not None
+        spec = config.vision
+        if spec.positions == "relative":
+            self.bias = RelativeBias(grid_of(spec), config.backbone.heads, spec.relative_std, owned=section.starts)
+        if not section.starts:
+            return
+        if exists("features"):
+            self.features = VisionFeatures(config)
+        self.context = VisionContext(config)
+
+    def valid_positions(self, inputs: Tensor, valid: Tensor) -> Tensor | None:
+        """Images are whole."""
+        del inputs, valid
+        return None
+
+    def attention_bias(self, states_rsd: Tensor, visible_rs: Tensor | None, position: Tensor | None) -> Tensor:
+        """Of the whole grid."""
+        del states_rsd, visible_rs
+        return self.bias(position)

@@ -19,12 +19,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from d2v_scale import faults
+from d2v_scale import faults, modalities
 from d2v_scale.data.batch import Batch
 from d2v_scale.data2vec import targets
 from d2v_scale.data2vec.stateless import key
-from d2v_scale.model.layers import Carry, extra_tokens, has_bias, states_shape
-from d2v_scale.model.stack import Draw, Stem, Student, Teacher
+from d2v_scale.model.layers import Carry, states_shape
+from d2v_scale.model.stack import Draw, Student, Teacher
+from d2v_scale.model.stem import Stem
 from d2v_scale.parallel.groups import Topology
 from d2v_scale.parallel.zero import NamedParameters, StepResult, StudentEngine, poisoned
 from d2v_scale.profiling import part
@@ -136,7 +137,7 @@ def _unpack(
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None]:
     """Student states, its position parameter, teacher states, its position parameter, sum of taps."""
     parts = iter(received)
-    with_bias = has_bias(teacher.config, batch.modality)
+    with_bias = modalities.of(teacher.config, batch.modality).has_bias
     dtype = next(teacher.parameters()).dtype
     states_rsd = next(parts)
     position = next(parts) if with_bias else None
@@ -163,12 +164,12 @@ def _travelling(student: Student, teacher: Teacher, batch: Batch, block: int) ->
     seen: tuple[int, ...] = states_shape(config, batch, masked=False)
     kept: Travelling = [(states_shape(config, batch, masked=True), dtype)]
     ridden: Travelling = [(seen, teacher_dtype)]
-    if has_bias(config, modality):
+    if modalities.of(config, modality).has_bias:
         shape: tuple[int, ...] = cast(Stem, student.stems[modality]).bias.parameter_shape
         kept.append((shape, dtype))
         ridden.append((shape, torch.float32))
     if block > teacher.first_tap:
-        ridden.append(((seen[0], seen[1] - extra_tokens(modality), seen[2]), torch.float32))
+        ridden.append(((seen[0], seen[1] - batch.extra_tokens, seen[2]), torch.float32))
     # As `_as_int` makes them.
     as_int = [((*shape[:-1], shape[-1] * of.itemsize // 4), torch.int32) for shape, of in ridden]
     return [*kept, *as_int]

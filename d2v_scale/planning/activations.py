@@ -5,16 +5,11 @@ in the precision of the forward pass; means and roots of norms in fp32. A layer'
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
+from d2v_scale import modalities
+from d2v_scale.modalities.costs import INDEX_BYTES, NORM_BYTES, Lengths, Setting
 from d2v_scale.model.config import Modality, ModelConfig
-from d2v_scale.model.layers import LayerSpec, describe, has_bias
-from d2v_scale.planning.flops import Lengths
-
-_NORM = 8
-"""Bytes a norm keeps of each position beside its input: mean and reciprocal root, fp32."""
-_INDEX = 8
-"""Bytes of an index."""
+from d2v_scale.model.layers import LayerSpec, describe
 
 
 @dataclass(frozen=True)
@@ -26,20 +21,6 @@ class LayerActivations:
     """Without activation checkpointing."""
     kept: float
     """With it: of a block only the input; everything of other layers."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Setting:
-    """How a micro-batch is computed."""
-
-    samples: float
-    """Samples of the micro-batch on each data-parallel rank."""
-    itemsize: int
-    """Bytes of a value in the forward pass: 2 in bf16, 4 in fp32."""
-    tensor: int = 1
-    """Tensor-parallel size."""
-    kernels: Literal["cuda", "cpu"] = "cuda"
-    """`cpu`: torch keeps attention weights where the attention bias trains, and dropout masks as values."""
 
 
 def activations(
@@ -73,34 +54,14 @@ def _saved(model: ModelConfig, modality: Modality, lengths: Lengths, setting: Se
     match layer.kind:
         case "block":
             return _block(model, modality, lengths, setting)
-        case "features" if modality == "vision":
-            assert model.vision is not None
-            return size * setting.samples * model.vision.channels * lengths.inputs**2
-        case "features" if modality == "text":
-            return setting.samples * lengths.positions * (size * width + _NORM + _INDEX)
         case "features":
-            return _speech_features(model, lengths, setting)
-        case "context" if modality == "text":
-            return _INDEX * rows * lengths.kept if model.visible_only else 0.0
-        case "context" if modality == "vision":
-            normed = inside * (size * width + _NORM) + _INDEX * rows * lengths.kept
-            return normed if model.visible_only else rows * lengths.positions
+            return modalities.of(model, modality).feature_bytes(lengths, setting)
         case "context":
-            assert model.speech is not None
-            full = rows * lengths.positions
-            convolutions = model.speech.pos_conv_depth * full * (3 * size * width + _NORM)
-            chosen = 2 * _INDEX * inside if model.visible_only else 0.0
-            return convolutions + full + chosen + inside * (size * width + _NORM)
-        case "bias" if modality == "speech":
-            pairs = inside * (lengths.kept + lengths.extra)
-            return 4 * pairs + (
-                size * pairs * model.backbone.heads / setting.tensor if setting.kernels == "cuda" else 0
-            )
+            return modalities.of(model, modality).context_bytes(lengths, setting)
         case "bias":
-            pairs = (lengths.positions + lengths.extra) ** 2
-            return pairs * (_INDEX + (size * model.backbone.heads / setting.tensor if setting.kernels == "cuda" else 0))
+            return modalities.of(model, modality).bias_bytes(lengths, setting)
         case "final_norm":
-            return inside * (size * width + _NORM)
+            return inside * (size * width + NORM_BYTES)
         case _:
             return _predictor(model, lengths, setting)
 
@@ -114,7 +75,7 @@ def _block(model: ModelConfig, modality: Modality, lengths: Lengths, setting: Se
     backbone, size = model.backbone, setting.itemsize
     length = lengths.kept + lengths.extra
     positions = setting.samples * lengths.clones * length
-    plain = setting.kernels == "cpu" and has_bias(model, modality)
+    plain = setting.kernels == "cpu" and modalities.of(model, modality).has_bias
     # Inputs of the two norms and of the two halves; in post-norm blocks the norms' outputs are those inputs.
     whole = (4 + (2 if backbone.layer_scale else 0)) * backbone.width
     queries = 3 if backbone.key_bias or plain else 5
@@ -125,17 +86,7 @@ def _block(model: ModelConfig, modality: Modality, lengths: Lengths, setting: Se
     dropped += backbone.ffn / setting.tensor if backbone.activation_dropout else 0
     masks = dropped * (1 if setting.kernels == "cuda" else size)
     logits = 0 if plain else 4 * backbone.heads / setting.tensor
-    return positions * (size * (whole + split / setting.tensor) + 2 * _NORM + logits + masks)
-
-
-def _speech_features(model: ModelConfig, lengths: Lengths, setting: Setting) -> float:
-    assert model.speech is not None
-    total = float(setting.itemsize * lengths.inputs)
-    after = model.speech.lengths(lengths.inputs)
-    for (channels, _, _), length in zip(model.speech.conv_layers, after, strict=True):
-        total += length * (3 * setting.itemsize * channels + _NORM)
-    total += length * (setting.itemsize * channels + _NORM)
-    return setting.samples * total
+    return positions * (size * (whole + split / setting.tensor) + 2 * NORM_BYTES + logits + masks)
 
 
 def _predictor(model: ModelConfig, lengths: Lengths, setting: Setting) -> float:
@@ -146,6 +97,6 @@ def _predictor(model: ModelConfig, lengths: Lengths, setting: Setting) -> float:
         return masked * size * width * (5 if spec.kind == "mlp" else 1)
     full = rows * lengths.positions
     inputs = [width, *[spec.width] * (spec.layers - 1)]
-    convolutions = sum(full * (size * (each + 2 * spec.width) + _NORM) for each in inputs)
-    projected = masked * (size * spec.width * (5 if spec.proj_layers == 2 else 1) + 2 * _INDEX)
-    return convolutions + projected + rows * lengths.kept * (size * width + _INDEX)
+    convolutions = sum(full * (size * (each + 2 * spec.width) + NORM_BYTES) for each in inputs)
+    projected = masked * (size * spec.width * (5 if spec.proj_layers == 2 else 1) + 2 * INDEX_BYTES)
+    return convolutions + projected + rows * lengths.kept * (size * width + INDEX_BYTES)

@@ -6,39 +6,22 @@ the layer which reads the raw input computes no gradient of it (1 time). Recompu
 these numbers (`SampleCost.recomputed`). Layer drop is not subtracted: a dropped block counts as run.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 
-from d2v_scale.data.config import SAMPLE_RATE
+from d2v_scale import modalities
 from d2v_scale.data2vec import masking
-from d2v_scale.errors import ConfigError
+from d2v_scale.modalities.costs import Lengths
 from d2v_scale.model.config import Modality, ModelConfig, TeacherParts
 from d2v_scale.model.layers import LayerKind, LayerSpec, describe
 from d2v_scale.recipe import Recipe
 
 _DRAWN = 64
 """Masks that the mean number of masked positions is taken over, where it varies."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Lengths:
-    """Sequence lengths of one sample of the size that the recipe allows at most."""
-
-    inputs: int
-    """Size of the raw input: samples of audio, tokens, or pixels along a side."""
-    positions: int
-    """T: patches, frames or tokens of the full sample."""
-    kept: int
-    """Positions that the student's blocks see in each row, extra tokens not included."""
-    masked: float
-    """Positions per row that the loss covers, mean."""
-    extra: int
-    """Extra tokens (CLS)."""
-    clones: int
-    """M: rows of the student per sample."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,41 +112,29 @@ def mfu(cost: SampleCost, samples_per_second: float, devices: int, peak_flops: f
     return Utilisation(total=cost.total * rate, student_only=cost.student_only * rate)
 
 
-def lengths_of(recipe: Recipe, modality: Modality, seconds: float | None = None) -> Lengths:
-    """Lengths of the longest sample the recipe allows; `seconds`: of a recording of this length (speech)."""
-    model, config = recipe.model, recipe.objective.masking
-    grid: tuple[int, int] | None = None
-    if modality == "vision":
-        assert model.vision is not None
-        inputs = model.vision.image_size
-        side = inputs // model.vision.patch_size
-        grid, positions = (side, side), side * side
-    elif modality == "speech":
-        assert model.speech is not None
-        inputs = round((seconds or recipe.data.speech.max_seconds) * SAMPLE_RATE)
-        positions = model.speech.frames_of(inputs)
-        if positions < 2:
-            raise ConfigError("seconds", f"{inputs / SAMPLE_RATE} s of audio are {positions} frames", "Give more.")
-    else:
-        assert model.text is not None
-        inputs = positions = model.text.max_positions
+def lengths_of(recipe: Recipe, modality: Modality, size: float | None = None) -> Lengths:
+    """Lengths of the longest sample the recipe allows; `size`: of one of this size (`Modality.extent`)."""
+    model, config, stem = recipe.model, recipe.objective.masking, modalities.of(recipe.model, modality)
+    inputs, grid = stem.extent(recipe.data, size)
+    positions = math.prod(grid)
     ids = np.arange(1 if model.visible_only else _DRAWN)
-    masks = masking.collate(config, length=positions, grid=grid, sample_ids=ids, seed=0, step=0)
+    planar = (grid[0], grid[1]) if len(grid) == 2 else None
+    masks = masking.collate(config, length=positions, grid=planar, sample_ids=ids, seed=0, step=0)
     counted_rt = masks.masked_rt
     masked = float(counted_rt.sum(1).mean())
     return Lengths(
         inputs=inputs,
-        positions=positions,
+        grid=grid,
         kept=positions - round(masked) if model.visible_only else positions,
         masked=masked,
-        extra=1 if modality == "vision" else 0,
+        extra=stem.extra_tokens,
         clones=config.clones,
     )
 
 
-def cost_of(recipe: Recipe, modality: Modality, seconds: float | None = None) -> SampleCost:
-    """FLOPs of one sample of `modality` as the recipe trains it."""
-    return sample_cost(recipe.model, modality, lengths_of(recipe, modality, seconds), recipe.parts())
+def cost_of(recipe: Recipe, modality: Modality, size: float | None = None) -> SampleCost:
+    """FLOPs of one sample of `modality` as the recipe trains it; `size` as in `lengths_of`."""
+    return sample_cost(recipe.model, modality, lengths_of(recipe, modality, size), recipe.parts())
 
 
 def sample_cost(model: ModelConfig, modality: Modality, lengths: Lengths, parts: TeacherParts) -> SampleCost:
@@ -180,7 +151,7 @@ def _layer(
             student = rows * block_forward(model, lengths.kept + lengths.extra)
             return _cost(layer, student, block_forward(model, lengths.positions + lengths.extra))
         case "features":
-            first, *others = _features(model, modality, lengths)
+            first, *others = modalities.of(model, modality).feature_flops(lengths)
             own = 0.0 if parts.role(layer.name) == "absent" else 1.0
             return LayerCost(
                 layer=layer,
@@ -189,8 +160,7 @@ def _layer(
                 teacher=own * (first + sum(others)),
             )
         case "context":
-            # 2.0 speech: the positional convolutions see every row at full length, blanks included.
-            once = _position_convolutions(model, lengths.positions) if modality == "speech" else 0.0
+            once = modalities.of(model, modality).context_flops(lengths)
             return _cost(layer, rows * once, once)
         case "predictor":
             return _cost(layer, rows * sum(_predictor(model, modality, lengths)), 0.0)
@@ -210,29 +180,9 @@ def block_forward(model: ModelConfig, length: int) -> float:
     return linears + attention
 
 
-def _features(model: ModelConfig, modality: Modality, lengths: Lengths) -> list[float]:
-    """Forward of the stem's layers, the one that reads the raw input first."""
-    width = model.backbone.width
-    if modality == "text":
-        return [0.0]
-    if modality == "vision":
-        assert model.vision is not None
-        pixels = model.vision.channels * model.vision.patch_size**2
-        return [2.0 * lengths.positions * pixels * width]
-    assert model.speech is not None
-    costs, inputs = [], 1
-    after = model.speech.lengths(lengths.inputs)
-    for (channels, kernel, _), length in zip(model.speech.conv_layers, after, strict=True):
-        costs.append(2.0 * length * inputs * kernel * channels)
-        inputs = channels
-    return [*costs, 2.0 * after[-1] * inputs * width]
-
-
-def _position_convolutions(model: ModelConfig, length: int) -> float:
-    assert model.speech is not None
-    stem, width = model.speech, model.backbone.width
-    made = length + (stem.pos_conv_kernel + 1) % 2
-    return stem.pos_conv_depth * 2.0 * made * width * (width // stem.pos_conv_groups) * stem.pos_conv_kernel
+def decoder_axes(model: ModelConfig, modality: str) -> int:
+    """Axes that the kernels of a 2.0 decoder extend along."""
+    return modalities.of(model, modality).axes if model.predictor.kind == "conv2d" else 1
 
 
 def _predictor(model: ModelConfig, modality: Modality, lengths: Lengths) -> Iterator[float]:
@@ -243,13 +193,13 @@ def _predictor(model: ModelConfig, modality: Modality, lengths: Lengths) -> Iter
         hidden = 4 if spec.kind == "mlp" else 1
         yield 2.0 * masked * hidden * width * width
         return
-    planar = spec.kind == "conv2d" and modality == "vision"
-    made: float = lengths.positions + (spec.kernel + 1) % 2
-    if planar:
-        made = (lengths.positions**0.5 + (spec.kernel + 1) % 2) ** 2
+    axes = decoder_axes(model, modality)
+    # An even kernel makes one position too many along every axis.
+    wider = (spec.kernel + 1) % 2
+    made = lengths.positions + wider if axes == 1 else math.prod(extent + wider for extent in lengths.grid)
     inputs = width
     for _ in range(spec.layers):
-        yield 2.0 * made * spec.width * (inputs // spec.groups) * spec.kernel ** (2 if planar else 1)
+        yield 2.0 * made * spec.width * (inputs // spec.groups) * spec.kernel**axes
         inputs = spec.width
     if spec.proj_layers == 1:
         yield 2.0 * masked * spec.width * width

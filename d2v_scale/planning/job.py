@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 
 from d2v_scale.data.config import SAMPLE_RATE
+from d2v_scale.modalities.costs import Lengths
 from d2v_scale.model.config import Modality
 from d2v_scale.model.layers import describe
 from d2v_scale.model.stack import Student, Teacher
@@ -68,7 +69,7 @@ class Job:
     sizes: ModelSizes
     split: stages.StageSplit
     costs: dict[Modality, flops.SampleCost]
-    lengths: dict[Modality, flops.Lengths]
+    lengths: dict[Modality, Lengths]
     stage_tensors: tuple[tuple[tuple[TensorSize, ...], tuple[TensorSize, ...]], ...]
     """For each pipeline stage the student's parameters and the teacher's."""
     stage_layers: dict[Modality, tuple[tuple[int, ...], ...]]
@@ -152,7 +153,7 @@ class Job:
         return self.step_samples(modality) / (self.data * self.recipe.accumulation)
 
 
-def samples_per_step(recipe: Recipe, lengths: flops.Lengths) -> float:
+def samples_per_step(recipe: Recipe, lengths: Lengths) -> float:
     """Samples of the longest length that make one optimizer step."""
     match recipe.batch_unit:
         case "seconds":

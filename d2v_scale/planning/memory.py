@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil, log2
 
+from d2v_scale.modalities.costs import Setting
 from d2v_scale.model.config import Modality
 from d2v_scale.planning import activations
 from d2v_scale.planning.job import Job, TensorSize
@@ -114,7 +115,7 @@ def stage_activations(job: Job, stage: int, modality: Modality) -> float:
     """Bytes of the activations that a stage keeps when it keeps most, with the teacher's and the loss's temporaries."""
     model, lengths = job.recipe.model, job.lengths[modality]
     samples = job.micro_batch(modality)
-    setting = activations.Setting(samples=samples, itemsize=job.itemsize, tensor=job.parallel.tensor)
+    setting = Setting(samples=samples, itemsize=job.itemsize, tensor=job.parallel.tensor)
     every = activations.activations(model, modality, lengths, setting)
     layers = [every[position] for position in job.stage_layers[modality][stage]]
     whole = sum(one.saved for one in layers)
@@ -125,7 +126,7 @@ def stage_activations(job: Job, stage: int, modality: Modality) -> float:
     in_flight = min(job.recipe.accumulation, pipeline - stage) if pipeline > 1 else 1
     if stage == pipeline - 1:
         whole += activations.loss_bytes(model, lengths, samples)
-    teacher = activations.Setting(samples=samples, itemsize=job.teacher_itemsize, tensor=job.parallel.tensor)
+    teacher = Setting(samples=samples, itemsize=job.teacher_itemsize, tensor=job.parallel.tensor)
     return in_flight * whole + activations.teacher_bytes(model, lengths, teacher)
 
 

@@ -9,6 +9,7 @@ import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from d2v_scale import modalities
 from d2v_scale.errors import ConfigError
 from d2v_scale.model.config import Modality, ModelConfig
 from d2v_scale.model.layers import LayerSpec, describe
@@ -80,8 +81,8 @@ def stage_blocks(recipe: Recipe, stages: int, tensor: int) -> StageSplit:
         layers = flops.cost_of(recipe, modality).layers
         for main, one in zip(_main_blocks([one.layer for one in layers]), layers, strict=True):
             costs[main] += one.on_each(tensor)
-    for main, layer in _distinct_layers(recipe.model):
-        parameters[main] += _parameters(recipe.model, layer) / (tensor if layer.sliced else 1)
+    for main, layer, modality in _distinct_layers(recipe.model):
+        parameters[main] += _parameters(recipe.model, layer, modality) / (tensor if layer.sliced else 1)
     blocks = split(costs, stages, parameters)
     return StageSplit(tuple(blocks), tuple(sum(costs[i] for i in stage) for stage in blocks))
 
@@ -138,41 +139,30 @@ def _main_blocks(layers: Sequence[LayerSpec]) -> list[int]:
     return [max(main, 0) for main in reached]
 
 
-def _distinct_layers(model: ModelConfig) -> list[tuple[int, LayerSpec]]:
-    """Every layer of a model once, with the main block it goes with."""
-    found: dict[str, tuple[int, LayerSpec]] = {}
+def _distinct_layers(model: ModelConfig) -> list[tuple[int, LayerSpec, Modality]]:
+    """Every layer of a model once, with the main block it goes with and a stem whose samples pass it."""
+    found: dict[str, tuple[int, LayerSpec, Modality]] = {}
     for modality in model.modalities:
         layers = describe(model, modality)
-        found |= {layer.name: (main, layer) for main, layer in zip(_main_blocks(layers), layers, strict=True)}
+        found |= {layer.name: (main, layer, modality) for main, layer in zip(_main_blocks(layers), layers, strict=True)}
     return list(found.values())
 
 
-def _parameters(model: ModelConfig, layer: LayerSpec) -> float:
+def _parameters(model: ModelConfig, layer: LayerSpec, modality: Modality) -> float:
     """Weights of a layer's matrices, tables and kernels; biases and norms are left out."""
     width, spec = model.backbone.width, model.predictor
-    modality: Modality | None = next((m for m in model.modalities if m in layer.name.split(".")), None)
+    stem = modalities.of(model, modality)
     match layer.kind:
         case "block":
             return 4 * width**2 + 2 * width * model.backbone.ffn
-        case "features" if modality == "text":
-            assert model.text is not None
-            return (model.text.vocab_size + model.text.max_positions + model.text.pad_id + 1) * width
-        case "features" if modality == "vision":
-            assert model.vision is not None
-            return model.vision.channels * model.vision.patch_size**2 * width
         case "features":
-            assert model.speech is not None
-            channels = [1, *(out for out, _, _ in model.speech.conv_layers)]
-            kernels = [kernel for _, kernel, _ in model.speech.conv_layers]
-            steps = zip(channels, channels[1:], kernels, strict=False)
-            return sum(inputs * outputs * kernel for inputs, outputs, kernel in steps) + channels[-1] * width
-        case "context" if modality == "speech":
-            assert model.speech is not None
-            return model.speech.pos_conv_depth * width**2 // model.speech.pos_conv_groups * model.speech.pos_conv_kernel
+            return stem.feature_weights()
+        case "context":
+            return stem.context_weights()
         case "predictor" if spec.kind in ("linear", "mlp"):
             return (4 if spec.kind == "mlp" else 1) * width**2
         case "predictor":
-            taps = spec.kernel ** (2 if spec.kind == "conv2d" and modality == "vision" else 1)
+            taps = spec.kernel ** flops.decoder_axes(model, stem.name)
             convolutions = taps * spec.width * (width + (spec.layers - 1) * spec.width) / spec.groups
             last = spec.width * width if spec.proj_layers == 1 else 2 * spec.width * (spec.width + width)
             return convolutions + last

@@ -13,20 +13,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from d2v_scale import modalities
 from d2v_scale.data.batch import Batch, Layout
-from d2v_scale.data.config import SAMPLE_RATE
 from d2v_scale.data.text import Tokenizer
 from d2v_scale.data2vec import masking
 from d2v_scale.data2vec.config import MaskingConfig
 from d2v_scale.evaluation.features import mean_over_layers
 from d2v_scale.evaluation.knn import whitened
-from d2v_scale.plots.relations import Sample, plot_cka, plot_neighbours
-from d2v_scale.plots.samples import plot_masks, plot_pca, plot_similarity
+from d2v_scale.plots.relations import plot_cka, plot_neighbours
+from d2v_scale.plots.samples import plot_masks
 
 FIRST = 16
 """Samples of which every position is held: what all of them share at a position can be told from the rest."""
 _LAST_LAYERS = 4
-_BATCH_FIELDS = ("modality", "inputs", "valid", "masked_rt", "sample_ids", "keys")
+_BATCH_FIELDS = ("modality", "inputs", "valid", "masked_rt", "sample_ids", "keys", "grid", "extra_tokens")
 
 
 @dataclass(kw_only=True)
@@ -74,16 +74,11 @@ def draw_gallery(folder: Path, gallery: Gallery) -> list[Path]:
     paths = [plot_masks(shown, folder / "masks.png", decode=word)]
     features = mean_over_layers(gallery.teacher_lnd[-_LAST_LAYERS:])
     features, _ = whitened(features, features)  # as for the k-NN accuracy
-    samples = [_sample(batch, row, decode) for row in range(len(labels))]
+    drawing = modalities.drawing_of(batch.modality)
+    samples = [drawing.sample(batch, row, decode) for row in range(len(labels))]
     paths.append(plot_neighbours(features, samples, labels, folder / "neighbours.png"))
     first_btd = gallery.first_btd
-    if batch.modality == "vision":
-        paths.append(plot_pca(batch.inputs[: len(first_btd)], first_btd, folder / "pca.png"))
-    if batch.modality == "speech":
-        frames = first_btd.shape[1] if valid_bt is None else int(valid_bt[0].sum())
-        wave = batch.inputs[0] if batch.valid is None else batch.inputs[0, : int(batch.valid[0].sum())]
-        title = f"teacher's frames: {labels[0]}, {wave.shape[0] / SAMPLE_RATE:.2f} s"
-        paths.append(plot_similarity(wave, first_btd[0, :frames], folder / "similarity.png", title=title))
+    paths += drawing.features(batch, first_btd, valid_bt, labels, folder)
     other, name = (gallery.teacher_lnd, "teacher") if gallery.student_lnd is None else (gallery.student_lnd, "student")
     paths.append(plot_cka(gallery.teacher_lnd, other, folder / "cka.png", row_name="teacher", column_name=name))
     return paths
@@ -92,11 +87,11 @@ def draw_gallery(folder: Path, gallery: Gallery) -> list[Path]:
 def masked(batch: Batch, valid_bt: Tensor | None, config: MaskingConfig, seed: int, step: int) -> Batch:
     """The batch with the masks its samples would get in training at `step`."""
     positions = batch.masked_rt.shape[1]
-    side = round(positions**0.5)
+    planar = (batch.grid[0], batch.grid[1]) if len(batch.grid) == 2 else None
     masks = masking.collate(
         config,
-        length=None if batch.modality == "vision" else positions,
-        grid=(side, side) if batch.modality == "vision" else None,
+        length=positions,
+        grid=planar,
         sample_ids=batch.sample_ids.numpy(),
         valid_lengths=None if valid_bt is None else valid_bt.sum(dim=1).numpy(),
         seed=seed,
@@ -115,16 +110,6 @@ def _decoder(tokenizer: str | None) -> Callable[[list[int]], str] | None:
     processor = sentencepiece.SentencePieceProcessor(model_file=tokenizer)
     size = processor.get_piece_size()
     return lambda ids: processor.decode([token for token in ids if token < size])
-
-
-def _sample(batch: Batch, row: int, decode: Callable[[list[int]], str] | None) -> Sample:
-    if batch.modality == "vision":
-        return batch.inputs[row]
-    sample = batch.inputs[row] if batch.valid is None else batch.inputs[row, batch.valid[row]]
-    if batch.modality == "speech":
-        return sample
-    ids: list[int] = sample.tolist()
-    return decode(ids) if decode else " ".join(map(str, ids))
 
 
 def main() -> int:

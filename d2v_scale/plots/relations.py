@@ -11,13 +11,11 @@ from torch import Tensor
 
 from d2v_scale.data2vec.statistics import linear_cka
 from d2v_scale.evaluation.knn import nearest
+from d2v_scale.plots.drawing import Sample
 from d2v_scale.plots.samples import log_spectrogram, to_image
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-Sample = Tensor | str
-"""An image (C, H, W), a waveform (samples,) or a text."""
 
 
 def plot_neighbours(

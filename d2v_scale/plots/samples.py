@@ -1,6 +1,6 @@
 """Pictures of samples: what is masked, and what the teacher sees in them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from d2v_scale import modalities
 from d2v_scale.data.batch import Batch
 from d2v_scale.data.config import SAMPLE_RATE
 
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
 
 _CLUSTERS = 8
 _ENOUGH_TO_CENTRE = 12
-_HIDDEN = (0.91, 0.58, 0.36)
 
 
 def plot_masks(
@@ -32,35 +32,11 @@ def plot_masks(
     masked_bmt = batch.masked_rt.reshape(-1, batch.clones, batch.masked_rt.shape[1])[:samples, :clones].cpu().numpy()
     real = 1.0 if batch.valid is None else float(batch.valid[:samples].float().mean())
     share = masked_bmt.mean() / max(real, 1e-9)
-    if batch.modality == "vision":
-        figure = _grid_figure(clones + 1, samples, side=1.6)
-        for sample in range(samples):
-            image = to_image(batch.inputs[sample])
-            _show(figure.add_subplot(clones + 1, samples, sample + 1), image)
-            for clone in range(clones):
-                axes = figure.add_subplot(clones + 1, samples, (clone + 1) * samples + sample + 1)
-                _show(axes, _hide(image, masked_bmt[sample, clone]))
-    elif batch.modality == "speech":
-        figure = _grid_figure(samples, 1, side=1.2, width=11)
-        for row in range(samples):
-            axes = figure.add_subplot(samples, 1, row + 1)
-            _draw_waveform(axes, batch.inputs[row], _valid_length(batch, row))
-            seconds = batch.inputs.shape[1] / SAMPLE_RATE
-            low, high = axes.get_ylim()
-            for clone in range(clones):
-                top, height = high - clone * (high - low) / clones, (high - low) / clones
-                extent = (0.0, seconds, top - 0.94 * height, top)
-                spans = np.where(masked_bmt[row, clone], 1.0, np.nan)[None]
-                axes.imshow(spans, extent=extent, aspect="auto", cmap="Oranges", alpha=0.5, vmin=0, vmax=1.6)
-    else:
-        figure = _grid_figure(samples, 1, side=0.9, width=11)
-        for row in range(samples):
-            axes = figure.add_subplot(samples, 1, row + 1)
-            _draw_tokens(axes, batch.inputs[row, : _valid_length(batch, row)].tolist(), masked_bmt[row], decode)
-    return _save(figure, path, f"masks: {share:.0%} of the positions hidden, {clones} of {batch.clones} clones")
+    figure = modalities.drawing_of(batch.modality).masks(batch, masked_bmt, decode)
+    return save(figure, path, f"masks: {share:.0%} of the positions hidden, {clones} of {batch.clones} clones")
 
 
-def plot_pca(images_bchw: Tensor, features_btd: Tensor, path: Path, *, samples: int = 8) -> Path:
+def plot_pca(images_bchw: Tensor, features_btd: Tensor, path: Path, *, grid: tuple[int, ...], samples: int = 8) -> Path:
     """The first three principal components of the teacher's patch features as red, green and blue.
 
     Components over all patches of all samples together, so that one colour means one thing in the whole picture. What
@@ -71,13 +47,12 @@ def plot_pca(images_bchw: Tensor, features_btd: Tensor, path: Path, *, samples: 
     if features_btd.shape[0] >= _ENOUGH_TO_CENTRE:
         features_btd = features_btd - features_btd.mean(dim=0)
     rgb_btc = principal_colours(features_btd)
-    side = round(rgb_btc.shape[1] ** 0.5)
-    figure = _grid_figure(2, samples, side=1.5)
+    figure = grid_figure(2, samples, side=1.5)
     for index in range(samples):
-        _show(figure.add_subplot(2, samples, index + 1), to_image(images_bchw[index]))
-        colours = rgb_btc[index].reshape(side, -1, 3).cpu().numpy()
-        _show(figure.add_subplot(2, samples, samples + index + 1), colours)
-    return _save(figure, path, "teacher's patch features: three principal components as colours")
+        show(figure.add_subplot(2, samples, index + 1), to_image(images_bchw[index]))
+        colours = rgb_btc[index].reshape(*grid, 3).cpu().numpy()
+        show(figure.add_subplot(2, samples, samples + index + 1), colours)
+    return save(figure, path, "teacher's patch features: three principal components as colours")
 
 
 def principal_colours(features_btd: Tensor) -> Tensor:
@@ -103,9 +78,9 @@ def plot_similarity(waveform_s: Tensor, features_td: Tensor, path: Path, *, titl
     centred_td = torch.nn.functional.normalize(frames_td - frames_td.mean(dim=0), dim=-1)
     seconds = waveform_s.shape[0] / SAMPLE_RATE
     clusters = KMeans(min(_CLUSTERS, len(frames_td)), n_init=4, random_state=0).fit_predict(centred_td.numpy())
-    figure = _grid_figure(1, 1, side=7, width=6)
+    figure = grid_figure(1, 1, side=7, width=6)
     wave, track, matrix = figure.subplots(3, 1, height_ratios=(1.2, 0.35, 6))
-    _draw_waveform(wave, waveform_s, waveform_s.shape[0])
+    draw_waveform(wave, waveform_s, waveform_s.shape[0])
     wave.set_xlim(0, seconds)
     track.imshow(
         clusters[None], extent=(0, seconds, 0, 1), aspect="auto", cmap="tab10", vmin=0, vmax=9, interpolation="nearest"
@@ -123,7 +98,7 @@ def plot_similarity(waveform_s: Tensor, features_td: Tensor, path: Path, *, titl
     matrix.set_xlabel("seconds")
     matrix.set_ylabel("seconds")
     figure.colorbar(image, ax=matrix, label="cosine similarity (centred)", fraction=0.04)
-    return _save(figure, path, title or "teacher's frames: similarity with one another")
+    return save(figure, path, title or "teacher's frames: similarity with one another")
 
 
 def to_image(image_chw: Tensor) -> np.ndarray:
@@ -142,19 +117,11 @@ def log_spectrogram(waveform_s: Tensor, bands: int = 96) -> np.ndarray:
     return spectrum[:192].clamp(min=1e-4).log().reshape(bands, -1, spectrum.shape[1]).mean(dim=1).numpy()
 
 
-def _hide(image: np.ndarray, masked_t: np.ndarray) -> np.ndarray:
-    side = round(len(masked_t) ** 0.5)
-    hidden = (
-        np.kron(masked_t.reshape(side, -1), np.ones((image.shape[0] // side, image.shape[1] // side)))[..., None] > 0
-    )
-    return np.where(hidden, np.array(_HIDDEN), image)
-
-
-def _valid_length(batch: Batch, row: int) -> int:
+def valid_length(batch: Batch, row: int) -> int:
     return batch.inputs.shape[1] if batch.valid is None else int(batch.valid[row].sum())
 
 
-def _draw_waveform(axes: "Axes", waveform_s: Tensor, valid: int) -> None:
+def draw_waveform(axes: "Axes", waveform_s: Tensor, valid: int) -> None:
     wave = waveform_s[:valid].float().cpu().numpy()
     width = max(1, len(wave) // 1500)  # samples a column of the picture
     columns = wave[: len(wave) // width * width].reshape(-1, width)
@@ -168,26 +135,18 @@ def _draw_waveform(axes: "Axes", waveform_s: Tensor, valid: int) -> None:
     axes.tick_params(labelsize=7)
 
 
-def _draw_tokens(axes: "Axes", ids: Sequence[int], masked_mt: np.ndarray, decode: Callable[[int], str] | None) -> None:
-    shown = min(len(ids), 40)
-    axes.imshow(masked_mt[:, :shown], aspect="auto", cmap="Oranges", vmin=0, vmax=1.6, interpolation="nearest")
-    axes.set_yticks([], [])
-    names = [decode(token) if decode else str(token) for token in ids[:shown]]
-    axes.set_xticks(range(shown), names, rotation=60, ha="right", fontsize=6)
-
-
-def _grid_figure(rows: int, columns: int, side: float, width: float | None = None) -> "Figure":
+def grid_figure(rows: int, columns: int, side: float, width: float | None = None) -> "Figure":
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width or side * columns, side * rows + 0.4), layout="constrained")
 
 
-def _show(axes: "Axes", image: np.ndarray) -> None:
+def show(axes: "Axes", image: np.ndarray) -> None:
     axes.imshow(image, interpolation="nearest")
     axes.set_axis_off()
 
 
-def _save(figure: "Figure", path: Path, title: str) -> Path:
+def save(figure: "Figure", path: Path, title: str) -> Path:
     figure.suptitle(title, fontsize=10)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)

@@ -18,7 +18,7 @@ from deepspeed.utils import safe_get_full_grad
 
 from d2v_scale.data2vec.config import ObjectiveConfig
 from d2v_scale.engines import build_engines
-from d2v_scale.model.config import TeacherParts
+from d2v_scale.modalities import published_parts
 from d2v_scale.model.stack import Draw
 from d2v_scale.optim import OptimConfig
 from d2v_scale.parallel import ds_config, groups
@@ -45,7 +45,7 @@ def run(
     model.compile, model.activation_checkpointing = compiled, checkpointing
     objective = ObjectiveConfig(target=tiny_models.target_of(name))
     recipe = Recipe(model=model, objective=objective, optim=OptimConfig(lr=1e-3, eps=1e-4))
-    recipe.teacher_parts = TeacherParts.published(model)
+    recipe.teacher_parts = published_parts(model)
     numbers = ds_config.RecipeNumbers(precision="fp32", compile=compiled)
     zero = {"stage": stage, "stage3_param_persistence_threshold": 100, "memory_efficient_linear": False}
     config = ds_config.resolve({"zero_optimization": zero}, numbers, recipe.parallel, topology.world_size)

@@ -142,6 +142,8 @@ def batch_of(generator: torch.Generator, clones: int) -> Batch:
         valid=None,
         masked_rt=order >= KEPT,
         sample_ids=torch.arange(SAMPLES),
+        grid=(4, 4),
+        extra_tokens=1,
     )
 
 

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from d2v_scale.data.batch import Batch
 from d2v_scale.data2vec import loss
 from d2v_scale.data2vec.config import LossConfig
-from d2v_scale.model.config import ModelConfig, TeacherParts
+from d2v_scale.modalities import published_parts
+from d2v_scale.model.config import ModelConfig
 from d2v_scale.model.init import initialize
 from d2v_scale.model.stack import Draw, Student, Teacher
 from d2v_scale.parallel import ds_config, groups
@@ -66,7 +67,7 @@ def loss_sum(batch: Batch, predictions_nd: Tensor, targets_btd: Tensor) -> Tenso
 def plain_losses(name: str) -> Tensor:
     """The loop without any engine: losses of STEPS steps, whose teacher follows the student."""
     config = config_of(name)
-    parts = TeacherParts.published(config)
+    parts = published_parts(config)
     student, teacher = Student(config), Teacher(config, tiny_models.target_of(name), parts)
     for stack in (student, teacher):
         initialize(stack, 1)
@@ -93,7 +94,7 @@ def plain_losses(name: str) -> Tensor:
 def engine_losses(name: str, stage: int, topology: groups.Topology) -> Tensor:
     """The same through the engines; the sum over ranks is the loss."""
     config = config_of(name)
-    parts = TeacherParts.published(config)
+    parts = published_parts(config)
     numbers = ds_config.RecipeNumbers(precision="fp32")
     parallel = groups.ParallelConfig(tensor=topology.tensor_size)
     resolved = ds_config.resolve({"zero_optimization": {"stage": stage}}, numbers, parallel, topology.world_size)

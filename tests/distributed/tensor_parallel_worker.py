@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from d2v_scale.data2vec import loss
 from d2v_scale.data2vec.config import LossConfig
+from d2v_scale.modalities import published_parts
 from d2v_scale.model import attention, cpu_ops
-from d2v_scale.model.config import TeacherParts
 from d2v_scale.model.init import full_shape_of, initial_tensor, initialize, tensor_parallel_slice
 from d2v_scale.model.stack import Draw, Student, Teacher
 from d2v_scale.parallel import groups
@@ -38,7 +38,7 @@ def run_case(name: str, padded: bool) -> dict[str, Tensor]:
     config = tiny_models.model(name, drop_path=0.3)
     config.activation_checkpointing = padded
     student = Student(config)
-    teacher = Teacher(config, tiny_models.target_of(name), TeacherParts.published(config))
+    teacher = Teacher(config, tiny_models.target_of(name), published_parts(config))
     initialize(student, 1)
     initialize(teacher, 2)
     jitter(student)

@@ -6,8 +6,9 @@ from torch import Tensor, nn
 from d2v_scale.data.batch import Batch
 from d2v_scale.data2vec import loss as objective
 from d2v_scale.data2vec.config import LossConfig, TargetConfig
+from d2v_scale.modalities import published_parts
 from d2v_scale.model import init, stack
-from d2v_scale.model.config import Backbone, ModelConfig, TeacherParts, VisionStem
+from d2v_scale.model.config import Backbone, ModelConfig, VisionStem
 from d2v_scale.step import masked_targets
 
 MODEL = ModelConfig(
@@ -18,7 +19,7 @@ MODEL = ModelConfig(
     init="beit",
 )
 TARGET = TargetConfig(tap="block", top_k_layers=2, layer_norm="layer")
-PARTS = TeacherParts.published(MODEL)
+PARTS = published_parts(MODEL)
 
 
 def Student() -> nn.Module:
@@ -43,7 +44,13 @@ def batch(step: int, rows: slice) -> Batch:
     masked = torch.rand(12, 16, generator=generator) < 0.5
     masked[:, 0], masked[:, 1] = True, False
     return Batch(
-        modality="vision", inputs=x[rows], valid=None, masked_rt=masked[rows], sample_ids=torch.arange(12)[rows]
+        modality="vision",
+        inputs=x[rows],
+        valid=None,
+        masked_rt=masked[rows],
+        sample_ids=torch.arange(12)[rows],
+        grid=(4, 4),
+        extra_tokens=1,
     )
 
 

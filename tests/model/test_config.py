@@ -6,6 +6,7 @@ import pytest
 import tiny_models
 
 from d2v_scale.errors import ConfigError
+from d2v_scale.modalities import published_parts
 from d2v_scale.model.config import Backbone, ModelConfig, TeacherParts
 
 
@@ -63,7 +64,7 @@ def test_special_tokens_must_differ() -> None:
     ],
 )
 def test_published_roles(name: str, parameter: str, role: str) -> None:
-    assert TeacherParts.published(tiny_models.model(name)).role(parameter) == role
+    assert published_parts(tiny_models.model(name)).role(parameter) == role
 
 
 def test_a_prefix_ends_at_a_dot() -> None:

@@ -6,7 +6,8 @@ import pytest
 import tiny_models
 import torch
 
-from d2v_scale.model.config import ModelConfig, TeacherParts
+from d2v_scale.modalities import published_parts
+from d2v_scale.model.config import ModelConfig
 from d2v_scale.model.init import InitRule, initial_tensor, initialize
 from d2v_scale.model.stack import Student, Teacher
 
@@ -14,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("world_of_one")
 
 
 def both(config: ModelConfig, name: str, seed: int = 1) -> tuple[Student, Teacher]:
-    student, teacher = Student(config), Teacher(config, tiny_models.target_of(name), TeacherParts.published(config))
+    student, teacher = Student(config), Teacher(config, tiny_models.target_of(name), published_parts(config))
     initialize(teacher, seed)
     initialize(student, seed)
     return student, teacher
@@ -37,7 +38,7 @@ def test_weights_do_not_depend_on_construction_order_or_the_global_generator(nam
 @pytest.mark.parametrize("name", tiny_models.NAMES)
 def test_the_teacher_has_exactly_the_parameters_of_its_roles(name: str) -> None:
     config = tiny_models.model(name)
-    parts = TeacherParts.published(config)
+    parts = published_parts(config)
     student, teacher = both(config, name)
     expected = {key for key, _ in student.named_parameters() if parts.role(key) != "absent"}
     assert {key for key, _ in teacher.named_parameters()} == expected

@@ -15,8 +15,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from d2v_scale.data.batch import Batch
 from d2v_scale.data2vec import loss, masking
 from d2v_scale.data2vec.config import LossConfig, MaskingConfig
+from d2v_scale.modalities import published_parts
 from d2v_scale.model import attention, cpu_attention, cpu_ops
-from d2v_scale.model.config import SpeechStem, TeacherParts
+from d2v_scale.model.config import SpeechStem
 from d2v_scale.model.init import initialize
 from d2v_scale.model.stack import Draw, Student, Teacher
 from d2v_scale.parallel import groups
@@ -76,7 +77,7 @@ def stacks(request: pytest.FixtureRequest) -> dict[str, tuple[Student, Teacher]]
     made = {}
     for name in NAMES:
         config = tiny_models.model(name)
-        student, teacher = Student(config), Teacher(config, tiny_models.TAPS, TeacherParts.published(config))
+        student, teacher = Student(config), Teacher(config, tiny_models.TAPS, published_parts(config))
         for stack in (student, teacher):
             initialize(stack, 1)
             stack.to(request.param)

@@ -12,7 +12,8 @@ from d2v_scale.data.batch import Batch, Layout
 from d2v_scale.data2vec import loss
 from d2v_scale.data2vec.config import LossConfig
 from d2v_scale.errors import DataError
-from d2v_scale.model.config import ModelConfig, TeacherParts
+from d2v_scale.modalities import published_parts
+from d2v_scale.model.config import ModelConfig
 from d2v_scale.model.init import initialize
 from d2v_scale.model.stack import Draw, Student, StudentOutput, Teacher
 
@@ -21,7 +22,7 @@ DRAW = Draw(seed=5, step=7)
 
 
 def build(config: ModelConfig, name: str) -> tuple[Student, Teacher]:
-    student, teacher = Student(config), Teacher(config, tiny_models.target_of(name), TeacherParts.published(config))
+    student, teacher = Student(config), Teacher(config, tiny_models.target_of(name), published_parts(config))
     for stack in (student, teacher):
         initialize(stack, 1)
     with torch.no_grad():

@@ -5,10 +5,11 @@ import tiny_models
 import torch
 from torch import Tensor
 
+from d2v_scale.modalities.costs import Lengths, Setting
 from d2v_scale.model import cpu_ops
 from d2v_scale.model.config import ModelConfig
 from d2v_scale.model.stack import Draw, Student
-from d2v_scale.planning import activations, flops
+from d2v_scale.planning import activations
 
 pytestmark = pytest.mark.usefixtures("world_of_one", "plain_operators")
 
@@ -19,15 +20,15 @@ def plain_operators(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu_ops, "applies", lambda x: False)
 
 
-def lengths_of(name: str, model: ModelConfig, batch: object) -> flops.Lengths:
+def lengths_of(name: str, model: ModelConfig, batch: object) -> Lengths:
     rows, length = batch.masked_rt.shape
     masked = float(batch.masked_rt.sum()) / rows
-    return flops.Lengths(
+    return Lengths(
         inputs=batch.inputs.shape[-1],
-        positions=length,
+        grid=batch.extents,
         kept=length - round(masked) if model.visible_only else length,
         masked=masked,
-        extra=int(tiny_models.modality_of(name) == "vision"),
+        extra=batch.extra_tokens,
         clones=batch.clones,
     )
 
@@ -70,7 +71,7 @@ def saved_bytes(student: Student, batch: object) -> dict[str, int]:
 def test_saved_bytes_on_paper_are_those_that_autograd_saves(name: str) -> None:
     model = tiny_models.model(name)
     batch = tiny_models.batch(name, samples=4, clones=3 if name.startswith("v2") else 1)
-    setting = activations.Setting(samples=4, itemsize=4, kernels="cpu")
+    setting = Setting(samples=4, itemsize=4, kernels="cpu")
     lengths = lengths_of(name, model, batch)
     layers = activations.activations(model, tiny_models.modality_of(name), lengths, setting)
     measured = saved_bytes(student_of(model), batch)
@@ -85,7 +86,7 @@ def test_saved_bytes_on_paper_are_those_that_autograd_saves(name: str) -> None:
 def test_dropout_keeps_its_masks(dropout: float) -> None:
     model = tiny_models.model("v1_text", dropout=dropout, activation_dropout=dropout)
     batch = tiny_models.batch("v1_text", samples=4)
-    setting = activations.Setting(samples=4, itemsize=4, kernels="cpu")
+    setting = Setting(samples=4, itemsize=4, kernels="cpu")
     layers = activations.activations(model, "text", lengths_of("v1_text", model, batch), setting)
     measured = saved_bytes(student_of(model).train(), batch)
     assert sum(one.saved for one in layers) == pytest.approx(sum(measured.values()), rel=0.05)
@@ -104,7 +105,7 @@ def test_checkpointing_keeps_the_inputs_of_blocks(name: str) -> None:
     model = tiny_models.model(name, depth=6)
     batch = tiny_models.batch(name, samples=4, clones=3 if name.startswith("v2") else 1)
     student = student_of(model)
-    setting = activations.Setting(samples=4, itemsize=4, kernels="cpu")
+    setting = Setting(samples=4, itemsize=4, kernels="cpu")
     layers = activations.activations(model, tiny_models.modality_of(name), lengths_of(name, model, batch), setting)
     whole = allocated(student, batch)
     model.activation_checkpointing = True
@@ -117,7 +118,7 @@ def test_tensor_parallel_ranks_share_what_is_between_their_linears() -> None:
     batch = tiny_models.batch("v1_speech", samples=2)
     lengths = lengths_of("v1_speech", model, batch)
     one, two = (
-        activations.activations(model, "speech", lengths, activations.Setting(samples=2, itemsize=2, tensor=tensor))
+        activations.activations(model, "speech", lengths, Setting(samples=2, itemsize=2, tensor=tensor))
         for tensor in (1, 2)
     )
     block, half = (next(each.saved for each in layers if each.layer.kind == "block") for layers in (one, two))

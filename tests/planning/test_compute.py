@@ -8,7 +8,7 @@ from small_shards import sound_samples
 from d2v_scale.command_line import parse
 from d2v_scale.data.speech import measure
 from d2v_scale.data.writing import write_set
-from d2v_scale.planning.compute import mean_length, step_flops, steps_for
+from d2v_scale.planning.compute import mean_size, step_flops, steps_for
 from d2v_scale.planning.flops import cost_of
 from d2v_scale.recipe import Recipe
 
@@ -30,12 +30,12 @@ def test_both_versions_get_the_same_compute() -> None:
     assert steps_for(second, "", budget) * step_flops(second, "") == pytest.approx(budget, rel=0.01)
 
 
-def test_recordings_count_by_their_mean_length(tmp_path: Path) -> None:
+def test_recordings_count_by_their_mean_size(tmp_path: Path) -> None:
     write_set(tmp_path, "train", "speech", sound_samples(20), per_shard=10, measure=measure, classes=["a", "b", "c"])
     recipe, shards = recipe_of("tiny1_speech"), str(tmp_path / "train-*.tar")
-    length = mean_length(recipe, shards)
+    length = mean_size(recipe, shards)
     assert 0.2 * 16000 < length < 0.8 * 16000
-    assert step_flops(recipe, shards) == pytest.approx(32 * cost_of(recipe, "speech", seconds=length / 16000).total)
+    assert step_flops(recipe, shards) == pytest.approx(32 * cost_of(recipe, "speech", length).total)
 
 
 @pytest.mark.parametrize("modality", ["vision", "speech", "text"])

@@ -9,8 +9,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from d2v_scale import command_line
+from d2v_scale.data.config import SAMPLE_RATE
+from d2v_scale.modalities import published_parts
+from d2v_scale.modalities.costs import Lengths
 from d2v_scale.model import cpu_ops
-from d2v_scale.model.config import TeacherParts
 from d2v_scale.model.stack import Draw, Student, Teacher
 from d2v_scale.planning import flops
 from d2v_scale.recipe import Recipe
@@ -59,18 +61,18 @@ def test_flops_on_paper_are_those_counted(name: str, monkeypatch: pytest.MonkeyP
     clones = 3 if name.startswith("v2") else 1
     batch = tiny_models.batch(name, samples=samples, clones=clones)
     model, modality = tiny_models.model(name), tiny_models.modality_of(name)
-    parts = TeacherParts.published(model)
+    parts = published_parts(model)
     student, teacher = Student(model), Teacher(model, tiny_models.target_of(name), parts)
     for parameter in [*student.parameters(), *teacher.parameters()]:
         torch.nn.init.normal_(parameter, std=0.05)
     rows, length = batch.masked_rt.shape
     masked = float(batch.masked_rt.sum()) / rows
-    lengths = flops.Lengths(
+    lengths = Lengths(
         inputs=batch.inputs.shape[-1],
-        positions=length,
+        grid=batch.extents,
         kept=length - round(masked) if model.visible_only else length,
         masked=masked,
-        extra=int(modality == "vision"),
+        extra=batch.extra_tokens,
         clones=clones,
     )
     cost = flops.sample_cost(model, modality, lengths, parts)
@@ -97,11 +99,11 @@ def test_known_cost_of_a_base_image_encoder() -> None:
 
 def test_the_shared_stem_counts_once_and_clones_share_the_teacher() -> None:
     recipe = recipe_of("d2v2_speech_base")
-    cost = flops.cost_of(recipe, "speech", seconds=10)
+    cost = flops.cost_of(recipe, "speech", 10 * SAMPLE_RATE)
     features = next(one for one in cost.layers if one.layer.kind == "features")
     assert features.teacher == 0
     recipe.objective.masking.clones *= 2
-    doubled = flops.cost_of(recipe, "speech", seconds=10)
+    doubled = flops.cost_of(recipe, "speech", 10 * SAMPLE_RATE)
     assert doubled.teacher == cost.teacher
     assert doubled.student == 2 * cost.student
     assert doubled.decoder == 2 * cost.decoder

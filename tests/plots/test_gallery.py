@@ -14,7 +14,12 @@ def labelled(modality: str) -> tuple[Batch, torch.Tensor | None]:
     valid_bt = torch.arange(16)[None] < torch.tensor([16, 16, 16, 9, 9, 9])[:, None]
     if modality == "vision":
         batch = Batch(
-            modality="vision", inputs=torch.rand(6, 3, 8, 8), valid=None, masked_rt=nothing, sample_ids=torch.arange(6)
+            modality="vision",
+            inputs=torch.rand(6, 3, 8, 8),
+            valid=None,
+            masked_rt=nothing,
+            sample_ids=torch.arange(6),
+            grid=(4, 4),
         )
         return batch, None
     if modality == "speech":

@@ -15,12 +15,17 @@ from d2v_scale.tracking.record import MetricsLog
 
 
 def batch(
-    modality: str, inputs: torch.Tensor, length: int, valid: torch.Tensor | None = None, clones: int = 2
+    modality: str,
+    inputs: torch.Tensor,
+    length: int,
+    valid: torch.Tensor | None = None,
+    clones: int = 2,
+    grid: tuple[int, ...] = (),
 ) -> Batch:
     rows = inputs.shape[0] * clones
     masked = torch.rand(rows, length, generator=torch.Generator().manual_seed(0)).argsort(1) < length // 2
     ids = torch.arange(inputs.shape[0])
-    return Batch(modality=modality, inputs=inputs, valid=valid, masked_rt=masked, sample_ids=ids)  # type: ignore[arg-type]
+    return Batch(modality=modality, inputs=inputs, valid=valid, masked_rt=masked, sample_ids=ids, grid=grid)  # type: ignore[arg-type]
 
 
 def is_picture(path: Path | None) -> bool:
@@ -31,7 +36,7 @@ def is_picture(path: Path | None) -> bool:
 
 def test_masks_are_drawn_for_every_modality(tmp_path: Path) -> None:
     images = torch.rand(3, 3, 16, 16)
-    assert is_picture(plot_masks(batch("vision", images, 16), tmp_path / "vision.png"))
+    assert is_picture(plot_masks(batch("vision", images, 16, grid=(4, 4)), tmp_path / "vision.png"))
     waves = torch.randn(2, 8000)
     valid = torch.arange(8000)[None] < torch.tensor([[8000], [5000]])
     assert is_picture(plot_masks(batch("speech", waves, 24, valid), tmp_path / "speech.png"))
@@ -40,7 +45,7 @@ def test_masks_are_drawn_for_every_modality(tmp_path: Path) -> None:
 
 
 def test_features_are_drawn(tmp_path: Path) -> None:
-    assert is_picture(plot_pca(torch.rand(3, 1, 16, 16), torch.randn(3, 16, 8), tmp_path / "pca.png"))
+    assert is_picture(plot_pca(torch.rand(3, 1, 16, 16), torch.randn(3, 16, 8), tmp_path / "pca.png", grid=(4, 4)))
     assert is_picture(plot_similarity(torch.randn(8000), torch.randn(24, 8), tmp_path / "similarity.png"))
     layers = torch.randn(3, 20, 8)
     assert is_picture(plot_cka(layers, layers, tmp_path / "cka.png", row_name="teacher", column_name="student"))

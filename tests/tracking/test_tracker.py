@@ -49,6 +49,7 @@ def test_the_first_batch_is_drawn_and_a_failure_is_only_said(
         valid=None,
         masked_rt=masked_rt,
         sample_ids=torch.arange(2),
+        grid=(4, 4),
     )
     started(tmp_path).preview(batch)
     assert (tmp_path / "plots" / "first_batch.png").exists() is not broken

@@ -1,0 +1,79 @@
+"""Modalities: one folder each, and the table of them.
+
+`of(model, name)` is what a stem says of itself (`base.Modality`). The name of a stem is what batches, parameters and
+metrics carry; its *kind* decides which class answers.
+"""
+
+from typing import TYPE_CHECKING, Literal, assert_never
+
+from d2v_scale.modalities.base import Modality
+from d2v_scale.modalities.speech.modality import Speech
+from d2v_scale.modalities.text.modality import Text
+from d2v_scale.modalities.vision.modality import Vision
+from d2v_scale.model.config import ModelConfig, TeacherParts
+
+if TYPE_CHECKING:
+    from d2v_scale.plots.drawing import Drawing
+
+__all__ = ["KINDS", "Kind", "Modality", "class_of", "drawing_of", "kind_of", "of", "published_parts", "stems"]
+
+Kind = Literal["vision", "speech", "text"]
+"""A closed set: where one is not handled, the type checker complains."""
+KINDS: tuple[Kind, ...] = ("vision", "speech", "text")
+
+
+def kind_of(name: str) -> Kind:
+    """The kind of the stem with this name."""
+    for kind in KINDS:
+        if name == kind:
+            return kind
+    raise ValueError(f"There is no stem {name!r}: the kinds are {', '.join(KINDS)}.")
+
+
+def class_of(kind: Kind) -> type[Modality]:
+    """Who answers for stems of this kind."""
+    match kind:
+        case "vision":
+            return Vision
+        case "speech":
+            return Speech
+        case "text":
+            return Text
+    assert_never(kind)
+
+
+def drawing_of(name: str) -> "Drawing":
+    """How samples of the stem with this name are drawn. Imports matplotlib's users only here."""
+    kind = kind_of(name)
+    match kind:
+        case "vision":
+            from d2v_scale.modalities.vision.drawing import ImageDrawing
+
+            return ImageDrawing()
+        case "speech":
+            from d2v_scale.modalities.speech.drawing import RecordingDrawing
+
+            return RecordingDrawing()
+        case "text":
+            from d2v_scale.modalities.text.drawing import TextDrawing
+
+            return TextDrawing()
+    assert_never(kind)
+
+
+def of(model: ModelConfig, name: str) -> Modality:
+    """What the stem `name` of `model` says of itself."""
+    return class_of(kind_of(name))(model, name)
+
+
+def stems(model: ModelConfig) -> list[Modality]:
+    """All stems of a model, in a fixed order."""
+    return [of(model, name) for name in model.modalities]
+
+
+def published_parts(model: ModelConfig) -> TeacherParts:
+    """Which parameters the teacher of a published recipe for this kind of model has, and how (spec 1.4)."""
+    parts = TeacherParts(with_predictor=any(stem.keeps_predictor for stem in stems(model)))
+    for stem in stems(model):
+        stem.add_published_parts(parts)
+    return parts

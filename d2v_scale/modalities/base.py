@@ -1,0 +1,140 @@
+"""What a modality says of itself: the one place to ask, instead of asking which modality it is.
+
+A *kind* (vision, speech, text) is a class here. The *name of a stem* is what batches, parameters, sources and metrics
+carry. What shards hold (`Content`) and what a stem reads are two things: one set of shards may serve several stems.
+
+Nothing here imports torch: the planner and the command line ask, too. What needs it is imported where it is built.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from d2v_scale.modalities.costs import Lengths, Setting
+from d2v_scale.model.config import ModelConfig, TeacherParts
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from torch import Tensor, nn
+
+    from d2v_scale.data.batch import Batch
+    from d2v_scale.data.config import DataConfig
+    from d2v_scale.model.layers import Section
+    from d2v_scale.model.stem import Stem
+
+Content = Literal["image", "recording", "text"]
+"""What the samples of shards are."""
+
+
+class Modality(ABC):
+    """A stem of a model, and everything that differs between kinds of stems."""
+
+    content: ClassVar[Content]
+    """What it reads."""
+    axes: ClassVar[int] = 1
+    """Axes along which its positions lie."""
+    extra_tokens: ClassVar[int] = 0
+    """Positions before those of the input (CLS)."""
+    unit: ClassVar[str | None] = None
+    """The `batch_unit` that its samples have beside `samples`; None: all are of one size."""
+    tasks: ClassVar[tuple[str, ...]] = ("classify", "regress")
+    """Kinds of fine-tuning that it has a head for."""
+    raw_name: ClassVar[str]
+    """What `raw_features` are called."""
+
+    def __init__(self, model: ModelConfig, name: str) -> None:
+        """`name`: of the stem in `model`."""
+        self.model = model
+        self.name = name
+
+    @property
+    def width(self) -> int:
+        """Channels of the model, D."""
+        return self.model.backbone.width
+
+    # Geometry
+
+    @abstractmethod
+    def extent(self, data: "DataConfig", size: float | None = None) -> tuple[int, tuple[int, ...]]:
+        """`Lengths.inputs` and `Lengths.grid` of the longest sample that is trained on, or of one of this `size` where
+        samples differ (samples of audio, tokens). Raises ConfigError for one without positions."""
+
+    def mean_size(self, data: "DataConfig", length_n: "NDArray[np.int64]") -> float | None:
+        """Mean `size` of the training samples that are made of members of these lengths (as an index counts them);
+        None where all are of one size."""
+        del data, length_n
+        return None
+
+    @property
+    def fixed_grid(self) -> tuple[int, ...] | None:
+        """The grid of every sample; None where it depends on the sample."""
+        return None
+
+    @property
+    def has_bias(self) -> bool:
+        """Whether attention gets a position bias."""
+        return False
+
+    # Networks
+
+    @abstractmethod
+    def build_stem(self, exists: Callable[[str], bool], section: "Section") -> "Stem":
+        """The stem's layers that are in `section`, without its prenet. `exists`: whether a parameter below
+        `stems.NAME` (`features`, `context.mask_embedding`) is to be built."""
+
+    @property
+    def decoder_projection_std(self) -> float | None:
+        """Standard deviation that a decoder's projections start from; None: torch's default."""
+        return None
+
+    @abstractmethod
+    def build_head(self, outputs: int) -> "nn.Module":
+        """The head of a fine-tuning task that gives one answer a sample."""
+
+    @property
+    def keeps_predictor(self) -> bool:
+        """Whether the teacher of the published recipes has the predictor, too, although targets do not need it."""
+        return False
+
+    def add_published_parts(self, parts: TeacherParts) -> None:
+        """Enter what the published recipes share with the teacher, or copy to it, of this stem (spec 1.4)."""
+        del parts
+
+    # Costs
+
+    @abstractmethod
+    def feature_flops(self, lengths: Lengths) -> list[float]:
+        """FLOPs of the feature layers' forward for a sample, the one that reads the raw input first."""
+
+    def context_flops(self, lengths: Lengths) -> float:
+        """FLOPs of the context's forward for one row."""
+        del lengths
+        return 0.0
+
+    @abstractmethod
+    def feature_weights(self) -> float:
+        """Weights of the feature layers' matrices, tables and kernels."""
+
+    def context_weights(self) -> float:
+        """Weights of the context's kernels."""
+        return 0.0
+
+    @abstractmethod
+    def feature_bytes(self, lengths: Lengths, setting: Setting) -> float:
+        """Bytes that the feature layers keep of a micro-batch for the backward pass."""
+
+    @abstractmethod
+    def context_bytes(self, lengths: Lengths, setting: Setting) -> float:
+        """Bytes that the context keeps of a micro-batch for the backward pass."""
+
+    def bias_bytes(self, lengths: Lengths, setting: Setting) -> float:
+        """Bytes that the position bias keeps of a micro-batch for the backward pass."""
+        del lengths, setting
+        raise AssertionError(f"{self.name} has no position bias")
+
+    # What is looked at
+
+    @abstractmethod
+    def raw_features(self, batch: "Batch") -> "Tensor":
+        """float32 (B, F): what samples are without any model."""

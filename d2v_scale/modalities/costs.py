@@ -1,0 +1,49 @@
+"""The sizes that costs are counted from: how long a sample is, and how a micro-batch is computed."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+NORM_BYTES = 8
+"""Bytes a norm keeps of each position beside its input: mean and reciprocal root, fp32."""
+INDEX_BYTES = 8
+"""Bytes of an index."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lengths:
+    """Sequence lengths of one sample, and how its positions lie."""
+
+    inputs: int
+    """Size of the raw input along its longest axis: samples of audio, tokens, or pixels along a side."""
+    grid: tuple[int, ...]
+    """Positions along each axis, row-major: (frames,), (tokens,), (rows of patches, patches in a row)."""
+    kept: int
+    """Positions that the student's blocks see in each row, extra tokens not included."""
+    masked: float
+    """Positions per row that the loss covers, mean."""
+    extra: int
+    """Extra tokens (CLS)."""
+    clones: int
+    """M: rows of the student per sample."""
+
+    @property
+    def positions(self) -> int:
+        """T: patches, frames or tokens of the full sample."""
+        count = 1
+        for extent in self.grid:
+            count *= extent
+        return count
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """How a micro-batch is computed."""
+
+    samples: float
+    """Samples of the micro-batch on each data-parallel rank."""
+    itemsize: int
+    """Bytes of a value in the forward pass: 2 in bf16, 4 in fp32."""
+    tensor: int = 1
+    """Tensor-parallel size."""
+    kernels: Literal["cuda", "cpu"] = "cuda"
+    """`cpu`: torch keeps attention weights where the attention bias trains, and dropout masks as values."""

@@ -1,0 +1,1 @@
+"""Recordings: 16 kHz waveforms to 20 ms frames."""

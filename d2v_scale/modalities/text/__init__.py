@@ -1,0 +1,1 @@
+"""Texts: blocks of tokens."""

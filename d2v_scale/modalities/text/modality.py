@@ -1,0 +1,89 @@
+"""What texts say of themselves."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from d2v_scale.modalities.base import Modality
+from d2v_scale.modalities.costs import INDEX_BYTES, NORM_BYTES, Lengths, Setting
+from d2v_scale.model.config import TeacherParts, TextStem
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from torch import Tensor, nn
+
+    from d2v_scale.data.batch import Batch
+    from d2v_scale.data.config import DataConfig
+    from d2v_scale.model.layers import Section
+    from d2v_scale.model.text import TokenStem
+
+
+class Text(Modality):
+    """Tokens to embeddings."""
+
+    content = "text"
+    unit = "tokens"
+    raw_name = "bag of tokens"
+
+    @property
+    def stem(self) -> TextStem:
+        """Its section of the model's configuration."""
+        assert self.model.text is not None
+        return self.model.text
+
+    def extent(self, data: "DataConfig", size: float | None = None) -> tuple[int, tuple[int, ...]]:
+        """A whole block, or one of `size` tokens."""
+        del data
+        tokens = self.stem.max_positions if size is None else max(2, round(size))
+        return tokens, (tokens,)
+
+    def mean_size(self, data: "DataConfig", length_n: "NDArray[np.int64]") -> float:
+        """Tokens of a row, with <s>."""
+        block = self.stem.max_positions - 1
+        if data.text.packing == "continuous":
+            return float(block + 1)
+        return float(1 + length_n.sum() / (-(-length_n // block)).sum())
+
+    def build_stem(self, exists: Callable[[str], bool], section: "Section") -> "TokenStem":
+        """Embeddings; choice of tokens."""
+        from d2v_scale.model.text import TokenStem
+
+        return TokenStem(self.model, exists, section)
+
+    @property
+    def decoder_projection_std(self) -> float:
+        """As every other matrix of published text models."""
+        return 0.02
+
+    def build_head(self, outputs: int) -> "nn.Module":
+        """The vector of <s>."""
+        from d2v_scale.finetuning.heads import TextHead
+
+        return TextHead(self.width, outputs)
+
+    def add_published_parts(self, parts: TeacherParts) -> None:
+        """Embeddings are the student's in 2.0, and copied in 1.0."""
+        (parts.shared if self.model.visible_only else parts.copied).append(f"stems.{self.name}.features")
+
+    def feature_flops(self, lengths: Lengths) -> list[float]:
+        """Looking up is free."""
+        del lengths
+        return [0.0]
+
+    def feature_weights(self) -> float:
+        """The tables."""
+        return (self.stem.vocab_size + self.stem.max_positions + self.stem.pad_id + 1) * self.width
+
+    def feature_bytes(self, lengths: Lengths, setting: Setting) -> float:
+        """Indices and the norm."""
+        return setting.samples * lengths.positions * (setting.itemsize * self.width + NORM_BYTES + INDEX_BYTES)
+
+    def context_bytes(self, lengths: Lengths, setting: Setting) -> float:
+        """The choice of visible tokens (2.0)."""
+        return INDEX_BYTES * setting.samples * lengths.clones * lengths.kept if self.model.visible_only else 0.0
+
+    def raw_features(self, batch: "Batch") -> "Tensor":
+        """How often each token occurs."""
+        from d2v_scale.evaluation.raw import bag_of_tokens
+
+        return bag_of_tokens(batch.inputs, self.stem.vocab_size, self.stem.pad_id)

@@ -1,0 +1,1 @@
+"""Images: squares cut into patches."""

@@ -1,0 +1,95 @@
+"""What images say of themselves."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from d2v_scale.modalities.base import Modality
+from d2v_scale.modalities.costs import INDEX_BYTES, NORM_BYTES, Lengths, Setting
+from d2v_scale.model.config import VisionStem
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from d2v_scale.data.batch import Batch
+    from d2v_scale.data.config import DataConfig
+    from d2v_scale.model.layers import Section
+    from d2v_scale.model.vision import PatchStem
+
+
+class Vision(Modality):
+    """Images to a grid of patches, after a CLS token."""
+
+    content = "image"
+    axes = 2
+    extra_tokens = 1
+    raw_name = "pixels"
+
+    @property
+    def stem(self) -> VisionStem:
+        """Its section of the model's configuration."""
+        assert self.model.vision is not None
+        return self.model.vision
+
+    def extent(self, data: "DataConfig", size: float | None = None) -> tuple[int, tuple[int, ...]]:
+        """All images are cropped to one size."""
+        del data, size
+        return self.stem.image_size, self.fixed_grid
+
+    @property
+    def fixed_grid(self) -> tuple[int, int]:
+        """Rows of patches, and patches in a row."""
+        side = self.stem.image_size // self.stem.patch_size
+        return side, side
+
+    @property
+    def has_bias(self) -> bool:
+        """Relative positions are a bias on attention, sine-cosine ones are added to the patches."""
+        return self.stem.positions == "relative"
+
+    def build_stem(self, exists: Callable[[str], bool], section: "Section") -> "PatchStem":
+        """Patch embedding; positions, masking, CLS token."""
+        from d2v_scale.model.vision import PatchStem
+
+        return PatchStem(self.model, exists, section)
+
+    def build_head(self, outputs: int) -> "nn.Module":
+        """Mean of the patches."""
+        from d2v_scale.finetuning.heads import ImageHead
+
+        return ImageHead(self.width, outputs, scale=1.0 if self.model.visible_only else 0.001)
+
+    @property
+    def keeps_predictor(self) -> bool:
+        """In 1.0."""
+        return not self.model.visible_only
+
+    def feature_flops(self, lengths: Lengths) -> list[float]:
+        """The patch embedding."""
+        return [2.0 * lengths.positions * self.feature_weights()]
+
+    def feature_weights(self) -> float:
+        """The patch embedding."""
+        return self.stem.channels * self.stem.patch_size**2 * self.width
+
+    def feature_bytes(self, lengths: Lengths, setting: Setting) -> float:
+        """The images."""
+        del lengths
+        return setting.itemsize * setting.samples * self.stem.channels * self.stem.image_size**2
+
+    def context_bytes(self, lengths: Lengths, setting: Setting) -> float:
+        """The norm and the choice of visible patches (2.0), or the masks (1.0)."""
+        rows = setting.samples * lengths.clones
+        if not self.model.visible_only:
+            return rows * lengths.positions
+        inside = rows * (lengths.kept + lengths.extra)
+        return inside * (setting.itemsize * self.width + NORM_BYTES) + INDEX_BYTES * rows * lengths.kept
+
+    def bias_bytes(self, lengths: Lengths, setting: Setting) -> float:
+        """The index of the table, and on a GPU the bias."""
+        pairs = (lengths.positions + lengths.extra) ** 2
+        heads = self.model.backbone.heads / setting.tensor
+        return pairs * (INDEX_BYTES + (setting.itemsize * heads if setting.kernels == "cuda" else 0))
+
+    def raw_features(self, batch: "Batch") -> "Tensor":
+        """Pixels."""
+        return batch.inputs.flatten(1)
