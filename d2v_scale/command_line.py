@@ -5,16 +5,18 @@ import dataclasses
 import difflib
 import os
 import re
+import sys
 import types
 import typing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-import yaml
-
+from d2v_scale import recipe_file
 from d2v_scale.errors import ConfigError
 from d2v_scale.recipe import Recipe, binding_differences, differences, to_dict
+from d2v_scale.recipe_file import plain
+from d2v_scale.recipe_paths import absolute
 from d2v_scale.run_start import RECIPE_FILE, began_from, may_begin_anew
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -47,19 +49,23 @@ class Options:
 
 def parse(arguments: list[str]) -> tuple[Recipe, Options]:
     """The recipe and options that `arguments` describe. Raises ConfigError; `--help` and `--print_config` exit."""
-    arguments, shards = _take_shards(arguments)
-    arguments, recipe_file = _take_recipe(arguments)
+    shown = "--print_config" in arguments
+    arguments, shards = _take_shards([a for a in arguments if a != "--print_config"])
+    arguments, base = _take_recipe(arguments)
     parser = _make_parser()
     try:
-        values = parser.parse_args([f"--recipe={recipe_file}", *arguments])
+        arguments = recipe_file.mark_arguments(arguments, (Recipe, Options))
+        values = parser.parse_args([f"--recipe={recipe_file.for_parser(base)}", *arguments])
         sections = parser.instantiate(values)
     except argparse.ArgumentError as error:
         _explain(str(error))
-    given = {f.name: sections[f.name] for f in dataclasses.fields(Options)}
-    recipe = Recipe(**{f.name: sections[f.name] for f in dataclasses.fields(Recipe)})
+    options = recipe_file.unmark(Options(**{f.name: sections[f.name] for f in dataclasses.fields(Options)}))
+    recipe = recipe_file.unmark(Recipe(**{f.name: sections[f.name] for f in dataclasses.fields(Recipe)}))
     if shards is not None:
         recipe.data.read_from(shards, recipe.model.modalities)
-    options = Options(**given)
+    if shown:
+        print(recipe_file.dump(recipe), end="")
+        sys.exit(0)
     if options.reset_teacher and options.init_from is None:
         raise ConfigError("reset_teacher", "is true without --init_from", "Give both, or neither.")
     if options.resume is not None and options.init_from is None:
@@ -164,36 +170,12 @@ def _one_paragraph(message: str) -> str:
     return re.sub(r"\s+", " ", text).strip()
 
 
-def dump(recipe: Recipe) -> str:
-    """The recipe as YAML that `parse` reads back."""
-    return yaml.safe_dump(_plain(to_dict(recipe)), sort_keys=False)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
-    return value
-
-
-def load_recipe(path: Path) -> dict[str, Any]:
-    """A resolved recipe from a run directory, as plain values. Raises ConfigError when it cannot be read."""
-    try:
-        value = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as error:
-        raise ConfigError("run_dir", f"cannot read {path}: {error}", "Choose another --run_dir.") from error
-    if not isinstance(value, dict):
-        raise ConfigError("run_dir", f"{path} is not a recipe", "Choose another --run_dir.")
-    return value
-
-
 def changed_from_named(recipe: Recipe) -> dict[str, str]:
     """Tags `recipe.<key>` for what differs from the recipe of that name in this package; none if there is no such."""
     if not (RECIPES / f"{recipe.name}.yaml").is_file():
         return {}
     named, _ = parse(["--recipe", recipe.name])
-    changed = differences(_plain(to_dict(named)), _plain(to_dict(recipe)))
+    changed = differences(plain(to_dict(absolute(named))), plain(to_dict(absolute(recipe))))
     return {f"recipe.{key}": f"{old} -> {new}" for key, (old, new) in changed.items()}
 
 
@@ -203,7 +185,9 @@ def check_same_recipe(recipe: Recipe, run_dir: Path, allow_change: bool) -> None
     existing = run_dir / RECIPE_FILE
     if allow_change or not existing.is_file() or may_begin_anew(run_dir):
         return
-    changed = binding_differences(load_recipe(existing), _plain(to_dict(recipe)))
+    changed = binding_differences(recipe_file.load(existing), plain(to_dict(recipe)))
+    # A run directory of an earlier version has its paths as they were given.
+    changed = {name: (old, new) for name, (old, new) in changed.items() if not _same_file(old, new)}
     if changed:
         shown = "; ".join(f"{name}: {old!r} there, {new!r} here" for name, (old, new) in list(changed.items())[:5])
         raise ConfigError(
@@ -211,6 +195,10 @@ def check_same_recipe(recipe: Recipe, run_dir: Path, allow_change: bool) -> None
             f"{run_dir} holds a run of another recipe ({shown})",
             "Choose another --run_dir, or continue that run with --resume (--allow_recipe_change to change it).",
         )
+
+
+def _same_file(old: Any, new: Any) -> bool:
+    return isinstance(old, str) and isinstance(new, str) and os.path.isfile(old) and str(Path.cwd() / old) == new
 
 
 def default_run_dir(recipe: Recipe, utc: str) -> Path:

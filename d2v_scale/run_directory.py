@@ -12,13 +12,13 @@ from d2v_scale.command_line import (
     Options,
     check_same_recipe,
     default_run_dir,
-    dump,
-    load_recipe,
 )
 from d2v_scale.errors import ConfigError, UserError
 from d2v_scale.files import write_whole
 from d2v_scale.parallel.groups import Topology
 from d2v_scale.recipe import Recipe, differences, to_dict
+from d2v_scale.recipe_file import dump, load
+from d2v_scale.recipe_paths import make_absolute
 from d2v_scale.run_lock import lock
 from d2v_scale.run_start import (
     DS_CONFIG_FILE,
@@ -40,10 +40,12 @@ def claim(recipe: Recipe, options: Options, ds_config: dict[str, Any], topology:
     Ranks that were started with different arguments are refused: they are several runs, started as one world.
     A directory with the same recipe continues that run; with another recipe it is refused on every rank (ConfigError),
     and so is one that another program trains in (UserError).
+    The paths in `recipe` become absolute, so that a resumption in another folder finds them.
     A change that `--allow_recipe_change` permits is recorded in recipe_changes.jsonl. Collective: all ranks must call.
     """
     if topology.world_size > 1:
         _check_same_arguments(recipe, options, topology)
+    make_absolute(recipe, only_found=options.resume is not None)
     answer: list[Any] = [None, None]
     if topology.rank == 0:
         utc = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
@@ -101,7 +103,7 @@ def _check(run_dir: Path, recipe: Recipe, options: Options) -> None:
 def _changed(run_dir: Path, recipe: Recipe) -> dict[str, tuple[Any, Any]]:
     """The keys that differ from the recipe that `run_dir` holds; none where it holds none."""
     existing = run_dir / RECIPE_FILE
-    return differences(load_recipe(existing), json.loads(json.dumps(to_dict(recipe)))) if existing.is_file() else {}
+    return differences(load(existing), json.loads(json.dumps(to_dict(recipe)))) if existing.is_file() else {}
 
 
 def _write(run_dir: Path, recipe: Recipe, ds_config: dict[str, Any], changed: dict[str, tuple[Any, Any]]) -> None:

@@ -140,7 +140,8 @@ def configure(recipe: Recipe) -> dict[str, Any]:
 def build(recipe: Recipe, options: Options, config: dict[str, Any], topology: Topology, directory: Path) -> Run:
     """All parts of the run, restored from the newest checkpoint if there is one. Collective: all ranks must call."""
     shown = recipe.evaluation
-    demo.ensure([*(source.shards for source in recipe.data.sources), shown.train, shown.test, shown.held_out])
+    if options.resume is None:  # its data exist, elsewhere if not here
+        demo.ensure([*(source.shards for source in recipe.data.sources), shown.train, shown.test, shown.held_out])
     loader = StepLoader(
         recipe.data,
         recipe.model,

@@ -8,6 +8,7 @@ import yaml
 from d2v_scale import command_line
 from d2v_scale.errors import ConfigError
 from d2v_scale.recipe import binding_differences, to_dict
+from d2v_scale.recipe_file import dump
 from d2v_scale.run_start import RECIPE_FILE
 
 PACKAGED = sorted(path.stem for path in command_line.RECIPES.glob("*.yaml"))
@@ -26,7 +27,7 @@ def test_every_packaged_recipe_parses_checks_and_survives_a_round_trip(name, tmp
     if recipe.model.modalities:  # fine-tuning recipes have the model of --init_from
         recipe.check(world_size=1)
     saved = tmp_path / "recipe.yaml"
-    saved.write_text(command_line.dump(recipe))
+    saved.write_text(dump(recipe))
     again, _ = command_line.parse([f"--recipe={saved}"])
     assert to_dict(again) == to_dict(recipe)
 
@@ -74,7 +75,7 @@ def test_an_unknown_key_in_yaml_is_named_with_its_path(tmp_path):
 
 def test_resume_takes_the_recipe_of_the_directory(tmp_path):
     recipe, _ = command_line.parse(["--optim.lr", "0.25"])
-    (tmp_path / RECIPE_FILE).write_text(command_line.dump(recipe))
+    (tmp_path / RECIPE_FILE).write_text(dump(recipe))
     resumed, options = command_line.parse(["--resume", str(tmp_path), "--stop_at", "5"])
     assert resumed.optim.lr == 0.25
     assert options.resume == str(tmp_path)
@@ -86,7 +87,7 @@ def test_resume_takes_the_recipe_of_the_directory(tmp_path):
 
 def test_another_recipe_in_the_same_directory_is_refused_and_free_keys_are_not(tmp_path):
     recipe, _ = command_line.parse([])
-    (tmp_path / RECIPE_FILE).write_text(command_line.dump(recipe))
+    (tmp_path / RECIPE_FILE).write_text(dump(recipe))
     moved, _ = command_line.parse(["--data.workers", "7", "--accumulation", "2", "--tracking.log_every", "3"])
     command_line.check_same_recipe(moved, tmp_path, allow_change=False)
     other, _ = command_line.parse(["--optim.lr", "0.5"])
@@ -97,7 +98,7 @@ def test_another_recipe_in_the_same_directory_is_refused_and_free_keys_are_not(t
 
 def test_binding_differences_leave_out_where_and_how_a_run_runs():
     recipe, _ = command_line.parse([])
-    old = yaml.safe_load(command_line.dump(recipe))
+    old = yaml.safe_load(dump(recipe))
     new, _ = command_line.parse(["--parallel.tensor", "2", "--optim.clip", "9"])
     assert list(binding_differences(old, to_dict(new))) == ["optim.clip"]
 

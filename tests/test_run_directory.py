@@ -13,6 +13,7 @@ from d2v_scale import command_line, errors, run_directory, run_start
 from d2v_scale.command_line import Options
 from d2v_scale.errors import ConfigError, UserError
 from d2v_scale.recipe import to_dict
+from d2v_scale.recipe_file import dump
 
 
 @pytest.mark.parametrize("kind", [UserError, errors.DataError, errors.CheckpointError])
@@ -30,7 +31,7 @@ def test_config_errors_arrive_with_their_key() -> None:
 
 def test_a_run_that_is_resumed_before_its_first_checkpoint_begins_from_the_same_weights(tmp_path: Path) -> None:
     recipe, options = command_line.parse(["--init_from", str(tmp_path / "source"), "--reset_teacher", "true"])
-    (tmp_path / run_start.RECIPE_FILE).write_text(command_line.dump(recipe))
+    (tmp_path / run_start.RECIPE_FILE).write_text(dump(recipe))
     run_start.note_start(tmp_path, options)
     _, resumed = command_line.parse(["--resume", str(tmp_path)])
     assert (resumed.init_from, resumed.reset_teacher) == (str(tmp_path / "source"), True)

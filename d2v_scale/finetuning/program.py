@@ -79,7 +79,8 @@ def build(
     scratch). Collective: all ranks must call."""
     task = recipe.task
     assert task is not None
-    demo.ensure([*(source.shards for source in recipe.data.sources), recipe.evaluation.test])
+    if options.resume is None:  # its data exist, elsewhere if not here
+        demo.ensure([*(source.shards for source in recipe.data.sources), recipe.evaluation.test])
     loader = LabelledLoader(
         task,
         recipe.data,

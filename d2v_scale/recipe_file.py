@@ -1,0 +1,142 @@
+"""recipe.yaml: written so that every value is read back as the same one, whatever a name or a path looks like.
+
+`25921e05` is a number to one YAML reader and text to another; where a key may be null the parser takes `#1` for
+nothing, and `_` ends it. So text that is no plain word is quoted, and goes through the parser with a mark before it.
+"""
+
+import dataclasses
+import re
+import types
+import typing
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from d2v_scale.errors import ConfigError
+from d2v_scale.recipe import Recipe, to_dict
+
+_MARK = "\ue000"  # of Unicode's private use area
+_PLAIN = re.compile(r"[A-Za-z_/][A-Za-z0-9_./-]*")
+_WORDS = {"y", "n", "yes", "no", "on", "off", "true", "false", "null", "none", "nan", "inf", "infinity"}
+"""What some reader takes for a value of another type."""
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes all text but plain words."""
+
+
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise ConfigError("recipe", f"{text!a} holds bytes that are no UTF-8", "Rename the file or folder.")
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if _is_plain(text) else '"')
+
+
+_Dumper.add_representer(str, _represent_text)
+
+
+def dump(recipe: Recipe) -> str:
+    """The recipe as YAML that `command_line.parse` reads back. Raises ConfigError for text that no YAML can hold."""
+    return _dump(plain(to_dict(recipe)))
+
+
+def _dump(values: Any) -> str:
+    # One line a value: folding is one more thing that could go wrong.
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, width=1_000_000)
+
+
+def plain(value: Any) -> Any:
+    """Nested values without tuples, which YAML does not know."""
+    if isinstance(value, dict):
+        return {k: plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(v) for v in value]
+    return value
+
+
+def load(path: Path) -> dict[str, Any]:
+    """A resolved recipe from a run directory, as plain values. Raises ConfigError when it cannot be read."""
+    try:
+        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ConfigError("run_dir", f"cannot read {path}: {error}", "Choose another --run_dir.") from error
+    if not isinstance(value, dict):
+        raise ConfigError("run_dir", f"{path} is not a recipe", "Choose another --run_dir.")
+    return value
+
+
+def for_parser(path: Path) -> str:
+    """The content of a recipe's file in a form that leaves the parser nothing to guess; the path itself where only the
+    parser can say what is wrong with it."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return _dump(_marked(values, Recipe)) if isinstance(values, dict) else str(path)
+    except (OSError, ValueError, yaml.YAMLError):
+        return str(path)
+
+
+def mark_arguments(arguments: list[str], owners: tuple[type, ...]) -> list[str]:
+    """Command-line arguments `--key VALUE` and `--key=VALUE` likewise. Where a key may be null, the word `null` is."""
+    keys = {f"--{key}" for owner in owners for key in _text_keys(owner)}
+    marked = []
+    before = ""
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if before in keys:
+            marked.append(argument if argument == "null" else _mark(argument))
+        elif equals and key in keys:
+            marked.append(argument if value == "null" else f"{key}={_mark(value)}")
+        else:
+            marked.append(argument)
+        before = argument
+    return marked
+
+
+def unmark(value: Any) -> Any:
+    """The instances of configuration classes in `value` without marks, in place; returns `value`."""
+    if isinstance(value, str):
+        return value.removeprefix(_MARK)
+    if isinstance(value, list):
+        return [unmark(item) for item in value]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        for field in dataclasses.fields(value):
+            setattr(value, field.name, unmark(getattr(value, field.name)))
+    return value
+
+
+def _marked(value: Any, kind: Any) -> Any:
+    """`value`, of a key of type `kind`, with marks before the text in which the parser might see something else."""
+    options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    if isinstance(value, str):
+        return _mark(value) if _is_text(kind) else value
+    for option in options:
+        if isinstance(value, dict) and dataclasses.is_dataclass(option):
+            kinds = typing.get_type_hints(option)
+            return {key: _marked(item, kinds.get(key)) for key, item in value.items()}
+        if isinstance(value, list) and typing.get_origin(option) is list:
+            return [_marked(item, typing.get_args(option)[0]) for item in value]
+    return value
+
+
+def _mark(text: str) -> str:
+    return text if _is_plain(text) else _MARK + text
+
+
+def _is_plain(text: str) -> bool:
+    return _PLAIN.fullmatch(text) is not None and text.lower() not in _WORDS
+
+
+def _is_text(kind: Any) -> bool:
+    return kind is str or (isinstance(kind, types.UnionType) and set(typing.get_args(kind)) == {str, types.NoneType})
+
+
+def _text_keys(owner: type, prefix: str = "") -> list[str]:
+    keys = []
+    for name, kind in typing.get_type_hints(owner).items():
+        options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+        if _is_text(kind):
+            keys.append(prefix + name)
+        for option in options:
+            if isinstance(option, type) and dataclasses.is_dataclass(option):
+                keys += _text_keys(option, f"{prefix}{name}.")
+    return keys
