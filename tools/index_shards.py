@@ -4,7 +4,8 @@
     python tools/index_shards.py 'pipe:ssh host cat /shards/a-{000000..000099}.tar' --modality speech --out indexes/
     python tools/index_shards.py 's3://bucket/a-{000000..000099}.tar' --modality text --tokenizer t.model --out indexes/
 
-Nothing is written to the shards. What is damaged in them is named, and its samples count as lost in training.
+Nothing is written to the shards. Every sample is decoded as training decodes it: what is damaged is named, and its
+samples count as lost in training. Labels that are no class numbers are of no matter to pretraining, and counted.
 Interrupted runs continue where they stopped, and shards that have not changed are not read again; those of a `pipe:`
 command and of servers that do not tell always are. Train with `--data OUT/NAME.index.json`.
 """
@@ -21,19 +22,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import get_args
 
-from d2v_scale.data import speech, text
 from d2v_scale.data.fetching import ShardCache
-from d2v_scale.data.shard_index import (
-    FORMAT,
-    Measure,
-    SetIndex,
-    ShardEntry,
-    index_shard,
-    real_place,
-    relative_path,
-)
+from d2v_scale.data.labels import class_number
+from d2v_scale.data.measures import measure_of
+from d2v_scale.data.shard_index import FORMAT, SetIndex, ShardEntry, index_shard, real_place, relative_path
 from d2v_scale.data.shard_jobs import Part, run_all
 from d2v_scale.data.shard_set import INDEX_SUFFIX, expand, is_remote
+from d2v_scale.data.text import require_special_ids
 from d2v_scale.errors import EXIT_BAD_INPUT, DataError, UserError
 from d2v_scale.files import file_sha256
 from d2v_scale.model.config import Modality
@@ -86,14 +81,17 @@ class Job:
 
     def _index(self, tar: Path) -> Part:
         part = Part("", {})
-        counter: Measure | None = speech.measure if self.modality == "speech" else None
-        if self.modality == "text":
-            counter = text.TokenCounter(self.tokenizer)
+        decoded = measure_of(self.modality, self.tokenizer)
 
         def measure(members: dict[str, bytes]) -> int:
+            length = decoded(members)
             if "cls" in members:
-                part.classes = max(part.classes, int(members["cls"]) + 1)
-            return counter(members) if counter is not None else 0
+                try:
+                    part.classes = max(part.classes, class_number(members["cls"]) + 1)
+                except ValueError as error:
+                    part.odd_labels += 1
+                    part.odd_label = part.odd_label or str(error)
+            return length
 
         entry = index_shard(tar, self.members, self.members.parent, measure)
         if is_remote(self.path):
@@ -129,7 +127,7 @@ def make_index(arguments: argparse.Namespace) -> tuple[SetIndex, Path]:
     out.mkdir(parents=True, exist_ok=True)
     name = arguments.name or _common_name(paths)
     if arguments.modality == "text" and arguments.tokenizer is not None:
-        text.Tokenizer(arguments.tokenizer)
+        require_special_ids(arguments.tokenizer)
     cache = out / ".fetched"
     target = out / f"{name}{INDEX_SUFFIX}"
     _refuse_overwriting(list(_jobs(paths, out, name, arguments, cache)), target)
@@ -138,6 +136,7 @@ def make_index(arguments: argparse.Namespace) -> tuple[SetIndex, Path]:
         for path in cache.iterdir():
             path.unlink()
         cache.rmdir()
+    _tell_odd_labels(parts)
     classes = (
         arguments.classes.split(",") if arguments.classes else [str(k) for k in range(max(p.classes for p in parts))]
     )
@@ -154,6 +153,16 @@ def make_index(arguments: argparse.Namespace) -> tuple[SetIndex, Path]:
             # It served to continue an interrupted run. The next one cannot tell whether the shard is still the same.
             job.record.unlink(missing_ok=True)
     return index, target
+
+
+def _tell_odd_labels(parts: list[Part]) -> None:
+    odd = sum(part.odd_labels for part in parts)
+    if odd:
+        first = next(part.odd_label for part in parts if part.odd_labels)
+        print(
+            f"{odd} labels are of no use to probes and fine-tuning; pretraining needs none. The first: {first}",
+            file=sys.stderr,
+        )
 
 
 def _paths(pattern: str) -> list[str]:

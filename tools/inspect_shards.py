@@ -1,7 +1,7 @@
 """Look into shards: statistics, integrity, and pictures of batches with the masks drawn on.
 
     python tools/inspect_shards.py 'demo_data/vision/train-*.tar' --out out/preview
-    python tools/inspect_shards.py PATTERN --check                # reads every byte; exit 2 when something is damaged
+    python tools/inspect_shards.py PATTERN --check                # decodes every sample; exit 2 when one is damaged
     python tools/inspect_shards.py PATTERN --recipe d2v2_vision_base --out out/preview
 
 Without `--recipe` the masks of the preview are random with probability 0.5.
@@ -16,7 +16,9 @@ from numpy.typing import NDArray
 
 from d2v_scale.data.config import DataConfig, SourceConfig
 from d2v_scale.data.loader import StepLoader
-from d2v_scale.data.reading import SampleFault
+from d2v_scale.data.measures import measure_of
+from d2v_scale.data.reading import Fault, SampleFault, SampleStore
+from d2v_scale.data.shard_index import Measure
 from d2v_scale.data.shard_set import ShardSet, find_shards, is_remote
 from d2v_scale.data.source import open_store
 from d2v_scale.data.text import Tokenizer
@@ -74,24 +76,37 @@ def _histogram(what: str, values: NDArray[np.floating], unit: str) -> None:
 
 
 def check(shards: ShardSet) -> int:
-    """Read every sample and compare every checksum; print what is wrong and return how many samples are lost."""
-    data = DataConfig()
-    store = open_store(shards, data)
+    """Decode every sample as training does; print what is wrong and return how many samples are lost."""
+    assert shards.index is not None
+    store = open_store(shards, DataConfig())
+    measure = measure_of(shards.index.modality, shards.tokenizer)
     lost = 0
     for shard, path in enumerate(shards.paths):
         found = 0
         for number in range(shards.entries[shard].samples):
-            try:
-                store.read(shard, number)
-            except SampleFault as error:
-                found += 1
-                if lost + found <= _NAMED:
-                    print(f"lost: {error}")
+            fault = _fault(store, shard, number, measure)
+            found += fault is not None
+            if fault is not None and lost + found <= _NAMED:
+                print(f"lost: {fault}")
         lost += found
         if not is_remote(path) and found == 0 and file_sha256(Path(path)) != shards.entries[shard].sha256:
             print(f"changed outside its samples: {path}")
     print(f"integrity: {lost} of {int(shards.samples_s.sum())} samples lost")
     return lost
+
+
+def _fault(store: SampleStore, shard: int, number: int, measure: Measure) -> Fault | None:
+    """Why training would lose a sample; None: it would not."""
+    try:
+        sample = store.read(shard, number)
+        length, indexed = measure(sample.members()), int(store.members(shard).length_n[number])
+        if length != indexed:
+            return store.describe(shard, number, f"has the length {length}, its index says {indexed}")
+    except SampleFault as error:
+        return error.fault
+    except Exception as error:  # a decoder raises anything for damaged content
+        return store.describe(shard, number, f"cannot be decoded: {type(error).__name__}: {error}")
+    return None
 
 
 def pictures(shards: ShardSet, pattern: str, recipe_name: str | None, out: Path, steps: int) -> None:
@@ -130,7 +145,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shards", help="path with {000000..000099}, glob, directory or index file")
     parser.add_argument("--index", help="index file of shards that are not local")
-    parser.add_argument("--check", action="store_true", help="read every sample and compare its checksum")
+    parser.add_argument("--check", action="store_true", help="decode every sample and compare its checksum")
     parser.add_argument("--out", type=Path, help="directory for pictures")
     parser.add_argument("--recipe", help="recipe whose crops and masks the pictures show")
     parser.add_argument("--steps", type=int, default=2, help="pictures")

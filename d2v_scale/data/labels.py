@@ -15,6 +15,18 @@ LETTERS = "ETAONIHSRDLUMWCFGYPBVK'XJQZ"
 _SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "|"]
 
 
+MOST_CLASSES = 100_000
+"""Numbers from here on are ids of something, and no classes: heads and lists of names have a row for each class."""
+
+
+def class_number(label: bytes | memoryview) -> int:
+    """The class in a `.cls`. Raises ValueError for any other label."""
+    text = bytes(label).decode("utf-8", "backslashreplace").strip()
+    if not text.isdecimal() or int(text) >= MOST_CLASSES:
+        raise ValueError(f"its .cls is {text[:40]!r}, which is no class number below {MOST_CLASSES}")
+    return int(text)
+
+
 class Labels(Protocol):
     """How the label of a sample is read, and labels become a tensor."""
 
@@ -39,10 +51,9 @@ class ClassLabels:
 
     def read(self, sample: RawSample) -> int:
         """The class. One that there is not is a fault of the sample."""
-        label = int(_text(sample, self.extension))
-        if label < 0 or (self._classes is not None and label >= self._classes):
-            allowed = "" if self._classes is None else f" to {self._classes - 1}"
-            raise sample.fault(f"its .cls is {label}, classes are 0{allowed}")
+        label = class_number(sample.member((self.extension,))[1])
+        if self._classes is not None and label >= self._classes:
+            raise sample.fault(f"its .cls is {label}, classes are 0 to {self._classes - 1}")
         return label
 
     def stack(self, labels: list[int | None]) -> Tensor:

@@ -68,11 +68,20 @@ class RawSample:
             if size >= 0 and extension in extensions:
                 if size == 0:
                     raise self.fault(f"its .{extension} is empty")
-                if column in self._assembled:
-                    return extension, memoryview(self._assembled[column])
-                start = int(members.offset_ne[self._number, column])
-                return extension, self._content[start : start + size]
+                return extension, self._content_of(column, size)
         raise self.fault(f"has no .{', .'.join(extensions)}")
+
+    def members(self) -> dict[str, bytes]:
+        """All members, by extension."""
+        size_e = self._members.member_size_ne[self._number].tolist()
+        held = [(column, size) for column, size in enumerate(size_e) if size >= 0]
+        return {self._members.extensions[column]: bytes(self._content_of(column, size)) for column, size in held}
+
+    def _content_of(self, column: int, size: int) -> memoryview:
+        if column in self._assembled:
+            return memoryview(self._assembled[column])
+        start = int(self._members.offset_ne[self._number, column])
+        return self._content[start : start + size]
 
     def has(self, extension: str) -> bool:
         """True when the sample has such a member."""

@@ -28,6 +28,10 @@ class Part:
     extensions: list[str] = field(default_factory=list)
     classes: int = 0
     """Highest label + 1."""
+    odd_labels: int = 0
+    """Labels that are no class numbers."""
+    odd_label: str = ""
+    """What is wrong with the first of them."""
 
 
 class Job(Protocol):

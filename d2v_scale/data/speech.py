@@ -1,8 +1,7 @@
 """Recordings: decode, resample, normalise over the whole file, crop."""
 
 import io
-from functools import lru_cache
-from typing import Any
+from collections.abc import Mapping
 
 import numpy as np
 import soundfile
@@ -12,41 +11,67 @@ from numpy.typing import NDArray
 from d2v_scale.data.collate import Row, Stacked
 from d2v_scale.data.config import SAMPLE_RATE, SpeechData
 from d2v_scale.data.reading import RawSample, Store
+from d2v_scale.data.resampling import length_at_16_khz, resample
 from d2v_scale.data.streaming import StreamStore
 from d2v_scale.errors import ConfigError
 from d2v_scale.model.config import SpeechStem
 
-EXTENSIONS = ("flac", "wav", "ogg", "mp3", "opus", "aiff")
+EXTENSIONS = ("flac", "wav", "ogg", "oga", "mp3", "opus", "aiff", "aif", "aifc", "au", "sph", "w64", "caf")
+_LOWEST_RATE, _HIGHEST_RATE = 1000, 1_000_000
+_BLOCK = 1 << 22
+"""Frames that are read at once, so that a header that lies costs no memory."""
 _NORM_EPS = 1e-5
 
 Wave = NDArray[np.float32]
 
 
-def decode(content: bytes | memoryview) -> Wave:
-    """A file of any format soundfile reads, as mono float32 at 16 kHz (n,).
+class _Sequential(soundfile.SoundFile):
+    """A file that is read from its beginning on. soundfile seeks between reads, which fails where a FLAC does not say
+    how long it is."""
 
-    Raises what soundfile raises, and ValueError where a value is NaN or infinite: one would cost a whole step.
+    def seekable(self) -> bool:
+        return False
+
+
+def read(content: bytes | memoryview) -> tuple[Wave, int]:
+    """A file of any format that libsndfile reads, as mono float32 (n,), and its rate, Hz. n is what is really there,
+    whatever the header says.
+
+    Raises what soundfile raises, and ValueError where there is nothing, or a value is NaN or infinite: one would cost a
+    whole step.
     """
-    wave, rate = soundfile.read(io.BytesIO(content), dtype="float32")
+    if len(content) == 0:
+        raise ValueError("is empty")
+    with _Sequential(io.BytesIO(content)) as file:
+        rate, remaining, blocks = file.samplerate, file.frames, []
+        if not _LOWEST_RATE <= rate <= _HIGHEST_RATE:
+            raise ValueError(f"has {rate} samples a second, which is no rate of sound")
+        while remaining > 0:
+            wanted = min(remaining, _BLOCK)
+            blocks.append(file.read(wanted, dtype="float32"))
+            remaining -= wanted
+            if len(blocks[-1]) < wanted:
+                break
+    wave = np.concatenate(blocks) if blocks else np.zeros(0, dtype=np.float32)
+    if len(wave) == 0:
+        raise ValueError("has no samples")
     if not np.isfinite(wave.sum(dtype=np.float64)):
         raise ValueError("it holds values that are not finite")
-    if wave.ndim > 1:
-        wave = wave.mean(axis=1)
-    return resample(wave, rate)
+    return (wave.mean(axis=1) if wave.ndim > 1 else wave), rate
 
 
-def resample(wave: Wave, rate: int) -> Wave:
-    """From `rate` to 16 kHz: ceil(n * 16000 / rate) samples."""
-    if rate == SAMPLE_RATE:
-        return wave
-    return _resampler(rate)(torch.from_numpy(wave)).numpy()
+def decode(content: bytes | memoryview) -> Wave:
+    """What `read` reads, at 16 kHz."""
+    return resample(*read(content))
 
 
-@lru_cache(maxsize=8)
-def _resampler(rate: int) -> Any:
-    from torchaudio.transforms import Resample
-
-    return Resample(rate, SAMPLE_RATE)
+def measure(members: Mapping[str, bytes | memoryview]) -> int:
+    """Samples at 16 kHz of the sample's recording, as `decode` gives them. Raises where it cannot be decoded."""
+    content = next((data for extension, data in members.items() if extension in EXTENSIONS), None)
+    if content is None:
+        raise ValueError(f"has no .{', .'.join(EXTENSIONS)}")
+    wave, rate = read(content)
+    return length_at_16_khz(len(wave), rate)
 
 
 def normalize(wave: Wave) -> Wave:
@@ -54,15 +79,6 @@ def normalize(wave: Wave) -> Wave:
     centred = wave - wave.mean(dtype=np.float64).astype(np.float32)
     variance = np.dot(centred, centred) / max(1, len(centred))
     return centred * np.float32(1 / np.sqrt(variance + _NORM_EPS))
-
-
-def measure(members: dict[str, bytes]) -> int:
-    """Samples at 16 kHz, from the file's header. Raises where it is no recording."""
-    content = next((data for extension, data in members.items() if extension in EXTENSIONS), None)
-    if content is None:
-        raise ValueError(f"has no .{', .'.join(EXTENSIONS)}")
-    info = soundfile.info(io.BytesIO(content))
-    return -(-info.frames * SAMPLE_RATE // info.samplerate)
 
 
 class SpeechDecoder:

@@ -3,6 +3,7 @@
 import io
 import logging
 from collections import OrderedDict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,6 @@ from numpy.typing import NDArray
 from d2v_scale.data.collate import Row, Stacked
 from d2v_scale.data.config import DataConfig
 from d2v_scale.data.reading import RawSample, SampleStore, Store
-from d2v_scale.data.streaming import StreamStore
 from d2v_scale.data.token_cache import TokenCache
 from d2v_scale.errors import ConfigError, DataError
 from d2v_scale.files import file_sha256
@@ -23,6 +23,8 @@ log = logging.getLogger(__name__)
 
 EXTENSIONS = ("npy", "txt")
 SECOND_EXTENSIONS = ("npy2", "txt2")
+
+IDS_INSTEAD = 'The ids of another one can be stored as .npy: see "Weights from elsewhere" in README.md.'
 
 Tokens = NDArray[np.int64]
 
@@ -63,12 +65,16 @@ class Tokenizer:
         """Ids it gives are below this; <mask> comes after them."""
         return self._model.vocab_size()
 
+    @property
+    def special_ids(self) -> tuple[int, int, int, int]:
+        """<s>, <pad>, </s>, <unk>; -1: it has none."""
+        return self._model.bos_id(), self._model.pad_id(), self._model.eos_id(), self._model.unk_id()
+
     def check(self, stem: TextStem) -> None:
         """Raises ConfigError where it does not fit the model."""
-        ours = (self._model.bos_id(), self._model.pad_id(), self._model.eos_id(), self._model.unk_id())
         theirs = (stem.bos_id, stem.pad_id, stem.eos_id, stem.unk_id)
-        if ours != theirs:
-            raise ConfigError("model.text", f"has special ids {theirs}, the tokenizer has {ours}")
+        if self.special_ids != theirs:
+            raise ConfigError("model.text", f"has special ids {theirs}, the tokenizer has {self.special_ids}")
         if not self.size <= stem.mask_id < stem.vocab_size:
             raise ConfigError(
                 "model.text.vocab_size",
@@ -77,19 +83,46 @@ class Tokenizer:
             )
 
 
-def document(sample: RawSample, tokenizer: Tokenizer | None) -> Tokens:
-    """The ids of a document: those stored in `.npy`, else its `.txt` tokenised. Ends with </s>."""
-    extension, content = sample.member(EXTENSIONS)
-    return tokens_of(extension, bytes(content), tokenizer)
+def require_special_ids(tokenizer: Path) -> Tokenizer:
+    """The sentencepiece model, to make shards or an index with. Raises DataError where no model could be trained on
+    its ids, so that this is found out before anything is made."""
+    read = Tokenizer(tokenizer)
+    stem = TextStem()
+    expected = (stem.bos_id, stem.pad_id, stem.eos_id, stem.unk_id)
+    if read.special_ids != expected:
+        raise DataError(
+            f"{tokenizer} has the ids {read.special_ids} for <s>, <pad>, </s>, <unk> (-1: none), "
+            f"models need {expected}.",
+            f"Train one with tools/train_tokenizer.py. {IDS_INSTEAD}",
+        )
+    return read
+
+
+def require_text(text: str) -> str:
+    """The text, as it is. Raises ValueError for one that training would not use as it is meant."""
+    if "\0" in text:
+        raise ValueError("holds NUL bytes: it is no text, or of another encoding")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        if 0xDC80 <= ord(text[error.start]) <= 0xDCFF:  # how Python keeps a byte that it cannot decode
+            raise ValueError(f"is not of the encoding that it was read in, from character {error.start} on") from None
+        raise ValueError(f"holds half of a surrogate pair at character {error.start}") from None
+    if not text.strip():
+        raise ValueError("is empty")
+    return text
 
 
 def tokens_of(extension: str, content: bytes, tokenizer: Tokenizer | None) -> Tokens:
-    """The ids in a member's bytes."""
+    """The ids in a member's bytes, at least one. Raises ValueError where they are no text or ids."""
     if extension == "npy":
-        return np.load(io.BytesIO(content), allow_pickle=False).astype(np.int64)
+        ids = np.load(io.BytesIO(content), allow_pickle=False)
+        if ids.ndim != 1 or ids.dtype.kind not in "iu" or len(ids) == 0 or int(ids.min()) < 0:
+            raise ValueError(f"its .npy ({ids.dtype}, {'x'.join(map(str, ids.shape))}) is no line of token ids")
+        return ids.astype(np.int64)
     if tokenizer is None:
         raise ValueError("is text, but there is no tokenizer (data.text.tokenizer)")
-    return tokenizer(content.decode("utf-8"))
+    return tokenizer(require_text(content.decode("utf-8", errors="surrogateescape")))
 
 
 class TextDecoder:
@@ -141,10 +174,7 @@ class TextDecoder:
         enough = 1 if self._by_document else self._block
         while len(self._left) < enough:
             sample = store.read(shard, item)
-            tokens = self._ids(sample)
-            if len(tokens) == 0:
-                assert isinstance(store, StreamStore), "plans know the lengths of indexed documents"
-                store.pass_over("documents without tokens")
+            tokens = self._tokens_of(sample)
             self._left_key = sample.key
             self._left = np.concatenate((self._left, tokens))
         tokens, self._left = self._left[: self._block], self._left[self._block :]
@@ -152,24 +182,24 @@ class TextDecoder:
 
     def evaluation_row(self, sample: RawSample) -> Tokens:
         """The document's beginning, or a pair of texts: <s> first </s> </s> second </s>, the longer one shortened."""
-        first = self._ids(sample)
+        first = self._tokens_of(sample)
         if not any(sample.has(extension) for extension in SECOND_EXTENSIONS):
             return np.concatenate(([self._stem.bos_id], self._shortened(first, self._block)))
-        extension, content = sample.member(SECOND_EXTENSIONS)
-        second = self._checked(sample, tokens_of(extension.removesuffix("2"), bytes(content), self._tokenizer))
+        second = self._tokens_of(sample, SECOND_EXTENSIONS)
         room = self._block - 1
         kept = min(len(first), max(room - len(second), room - room // 2))
         pair = self._shortened(first, kept), self._shortened(second, room - kept)
         return np.concatenate(([self._stem.bos_id], pair[0], [self._stem.eos_id], pair[1]))
 
-    def _ids(self, sample: RawSample) -> Tokens:
-        return self._checked(sample, document(sample, self._tokenizer))
-
-    def _checked(self, sample: RawSample, tokens: Tokens) -> Tokens:
-        """The same ids. Raises SampleFault where the model has no such word, or one would pass for padding."""
-        if len(tokens) and not 0 <= tokens.min() <= tokens.max() < self._stem.vocab_size:
-            wrong = tokens.min() if tokens.min() < 0 else tokens.max()
-            raise sample.fault(f"holds the id {wrong}, the model has {self._stem.vocab_size} (model.text.vocab_size)")
+    def _tokens_of(self, sample: RawSample, extensions: tuple[str, ...] = EXTENSIONS) -> Tokens:
+        """The ids of a document. Raises SampleFault, which knows the document: an item is a block of several."""
+        extension, content = sample.member(extensions)
+        try:
+            tokens = tokens_of(extension.removesuffix("2"), bytes(content), self._tokenizer)
+        except Exception as error:  # numpy raises many for what is no array
+            raise sample.fault(f"cannot be decoded: {error}") from error
+        if (highest := int(tokens.max())) >= self._stem.vocab_size:  # on a GPU it would end the run
+            raise sample.fault(f"holds the id {highest}, the model has {self._stem.vocab_size} (model.text.vocab_size)")
         if (tokens == self._stem.pad_id).any():
             raise sample.fault(f"holds the id {self._stem.pad_id}, which is padding (model.text.pad_id)")
         return tokens
@@ -230,7 +260,7 @@ class TextDecoder:
 
     def _document(self, store: SampleStore, shard: int, number: int) -> Tokens:
         sample = store.read(shard, number)
-        tokens = self._ids(sample)
+        tokens = self._tokens_of(sample)
         expected = int(store.members(shard).length_n[number])
         if len(tokens) != expected:
             raise sample.fault(f"has {len(tokens)} tokens, its index says {expected}: another tokenizer?")
@@ -238,13 +268,19 @@ class TextDecoder:
 
 
 class TokenCounter:
-    """A `Measure` for text shards: tokens of a document, </s> included."""
+    """A `Measure` for text shards: tokens of a document, </s> included. Of a pair both texts have to be readable."""
 
     def __init__(self, tokenizer: Path | None) -> None:
         self._tokenizer = Tokenizer(tokenizer) if tokenizer is not None else None
 
-    def __call__(self, members: dict[str, bytes]) -> int:
-        for extension in EXTENSIONS:
-            if extension in members:
-                return len(tokens_of(extension, members[extension], self._tokenizer))
-        raise ValueError(f"has no .{', .'.join(EXTENSIONS)}")
+    def __call__(self, members: Mapping[str, bytes | memoryview]) -> int:
+        first = self._tokens(members, EXTENSIONS)
+        if any(extension in members for extension in SECOND_EXTENSIONS):
+            self._tokens(members, SECOND_EXTENSIONS)
+        return first
+
+    def _tokens(self, members: Mapping[str, bytes | memoryview], extensions: tuple[str, ...]) -> int:
+        for extension, content in members.items():
+            if extension in extensions:
+                return len(tokens_of(extension.removesuffix("2"), bytes(content), self._tokenizer))
+        raise ValueError(f"has no .{', .'.join(extensions)}")

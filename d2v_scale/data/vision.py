@@ -2,11 +2,12 @@
 
 import io
 import math
+from collections.abc import Mapping
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageEnhance, ImageOps
+from PIL import ExifTags, Image, ImageEnhance, ImageOps, UnidentifiedImageError
 
 from d2v_scale.data.collate import Row, Stacked
 from d2v_scale.data.config import VisionData
@@ -14,8 +15,30 @@ from d2v_scale.data.reading import RawSample, Store
 from d2v_scale.errors import ConfigError
 from d2v_scale.model.config import VisionStem
 
-EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "ppm", "pgm", "gif", "tif", "tiff")
+EXTENSIONS = ("jpg", "jpeg", "jpe", "jfif", "png", "webp", "bmp", "ppm", "pgm", "pbm", "pnm", "gif", "tif", "tiff")
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "GIF", "TIFF")
+"""What Pillow reads in every installation; what a file is called says nothing."""
+_REFUSED_FORMATS = {
+    b"ftypavi": "AVIF",
+    b"ftyphei": "HEIC",
+    b"ftyphev": "HEIC",
+    b"ftypmif1": "HEIC",
+    b"ftypmsf1": "HEIC",
+    b"ftypjxl": "JPEG XL",
+    b"jP  ": "JPEG 2000",
+}
+"""By the bytes from the fifth on."""
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What makes an image upright, by the orientation in its EXIF data."""
+_SIDEWAYS = (5, 6, 7, 8)
 _TRIES = 10
 DRAWS = 4 * _TRIES + 8
 _JITTER_ORDERS = ((0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0))
@@ -62,6 +85,67 @@ def eight_bit(image: Image.Image) -> Image.Image:
     return image
 
 
+def open_image(content: bytes | memoryview, max_pixels: int) -> Image.Image:
+    """An image of a format that is read; of a JPEG the header only. Raises ValueError, and what Pillow does.
+
+    Larger images than `max_pixels` are refused before anything is decoded.
+    """
+    if len(content) == 0:
+        raise ValueError("is empty")
+    pillows_own, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # there is one limit, and it is configured
+    try:
+        image = Image.open(io.BytesIO(content), formats=_FORMATS)
+    except UnidentifiedImageError:
+        begins = bytes(content[4:12])
+        called = next((name for magic, name in _REFUSED_FORMATS.items() if begins.startswith(magic)), None)
+        what = f"is {called}, which is not read" if called else "is no image of a format that is read"
+        raise ValueError(f"{what} ({', '.join(_FORMATS)})") from None
+    finally:
+        Image.MAX_IMAGE_PIXELS = pillows_own
+    if image.width * image.height > max_pixels:
+        raise ValueError(f"has {image.width} x {image.height} pixels, more than data.vision.max_pixels={max_pixels}")
+    if image.width * image.height == 0:
+        raise ValueError("has no pixels")
+    if image.format != "JPEG":  # which alone can be decoded at a fraction of its size
+        image.load()
+    return image
+
+
+def _orientation(image: Image.Image) -> int:
+    """1 to 8 as EXIF counts; 1 where it is not told, or not legibly. Pillow turns TIFFs itself."""
+    try:
+        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # of damaged EXIF data; the image may be sound
+        return 1
+
+
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """Width and height as the image is meant to be seen."""
+    return (image.height, image.width) if _orientation(image) in _SIDEWAYS else image.size
+
+
+def upright(image: Image.Image, mode: str, factor: int = 1) -> Image.Image:
+    """The pixels of what `open_image` gave, 8 bits a channel, as the image is meant to be seen. A JPEG is decoded at
+    1/`factor` of its size (1, 2, 4 or 8). Raises ValueError for pixels of unknown range, and what Pillow does."""
+    turn = _TURNS.get(_orientation(image))
+    if factor > 1 and image.format == "JPEG":
+        image.draft(mode, (-(-image.width // factor), -(-image.height // factor)))
+    image.load()
+    image = eight_bit(image)
+    if image.mode != mode:
+        image = image.convert(mode)
+    return image if turn is None else image.transpose(turn)
+
+
+def measure(members: Mapping[str, bytes | memoryview], max_pixels: int = VisionData.max_pixels) -> int:
+    """0: images have no length. Raises where training could not use the sample's image."""
+    content = next((data for extension, data in members.items() if extension in EXTENSIONS), None)
+    if content is None:
+        raise ValueError(f"has no .{', .'.join(EXTENSIONS)}")
+    upright(open_image(content, max_pixels), "RGB", factor=8)
+    return 0
+
+
 class VisionDecoder:
     """Samples to rows of pixels, rows to a normalised batch."""
 
@@ -89,7 +173,7 @@ class VisionDecoder:
     def view(self, sample: RawSample, draws: NDArray[np.float64]) -> Image.Image:
         """Crop, flip and jitter by `draws`, uniforms in [0, 1)."""
         image = self._open(sample)
-        resized = self._resize(image, crop_box(*image.size, self._config, draws))
+        resized = self._resize(image, crop_box(*upright_size(image), self._config, draws))
         u_flip, u_order, *u_jitter = draws[4 * _TRIES : 4 * _TRIES + 5].tolist()
         if any(self._config.jitter):
             resized = self._jitter(resized, u_order, u_jitter)
@@ -98,7 +182,7 @@ class VisionDecoder:
     def evaluation_row(self, sample: RawSample) -> Pixels:
         """The centre crop: uint8 (side, side, channels)."""
         image = self._open(sample)
-        return np.asarray(self._resize(image, centre_box(*image.size, self._config.evaluation_crop)))
+        return np.asarray(self._resize(image, centre_box(*upright_size(image), self._config.evaluation_crop)))
 
     def stack(self, rows: list[Pixels]) -> Stacked:
         """float32 (B, C, side, side), normalised."""
@@ -114,26 +198,21 @@ class VisionDecoder:
 
     def _open(self, sample: RawSample) -> Image.Image:
         _, content = sample.member(EXTENSIONS)
-        # Opening reads the header only, so a bomb is refused before anything is decoded.
-        image = Image.open(io.BytesIO(content), formats=_FORMATS)
-        if image.width * image.height > self._config.max_pixels:
-            raise sample.fault(
-                f"has {image.width} x {image.height} pixels, more than data.vision.max_pixels={self._config.max_pixels}"
-            )
-        return image
+        try:
+            return open_image(content, self._config.max_pixels)
+        except ValueError as error:
+            raise sample.fault(str(error)) from None
 
     def _resize(self, image: Image.Image, box: Box) -> Image.Image:
-        """`box` of the image at the model's size, bicubic. Large JPEGs are decoded at a fraction of their size."""
-        width, height = image.size
+        """`box` of the upright image at the model's size, bicubic. Large JPEGs are decoded at a fraction of theirs."""
+        assert self._mode is not None
+        width, height = upright_size(image)
         reduction = min(box[2] - box[0], box[3] - box[1]) / self._side
-        if image.format == "JPEG" and reduction >= 2:
-            factor = 1 << min(3, int(math.log2(reduction)))
-            image.draft(self._mode, (-(-width // factor), -(-height // factor)))
+        factor = 1 << min(3, int(math.log2(reduction))) if reduction >= 2 else 1
+        image = upright(image, self._mode, factor)
+        if image.size != (width, height):
             across, down = image.width / width, image.height / height
             box = (box[0] * across, box[1] * down, min(box[2] * across, image.width), min(box[3] * down, image.height))
-        image = eight_bit(image)
-        if image.mode != self._mode:
-            image = image.convert(self._mode)
         return image.resize((self._side, self._side), Image.Resampling.BICUBIC, box=box)
 
     def _jitter(self, image: Image.Image, u_order: float, u_jitter: list[float]) -> Image.Image:

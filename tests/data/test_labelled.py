@@ -47,7 +47,7 @@ def test_lost_labelled_samples_are_named_and_counted(tmp_path: Path, caplog: pyt
     labelled = LabelledSet(str(tmp_path), "vision", data, IMAGES, labels=ClassLabels(3))
     for _ in range(2):
         assert sum(len(batch.keys) for batch, _ in labelled.read()) == 9
-    assert caplog.text.count("image-0001: cannot be decoded: UnidentifiedImageError") == 1
+    assert caplog.text.count("image-0001: is no image of a format that is read") == 1
     assert caplog.text.count("image-0006: its .cls is 7, classes are 0 to 2") == 1
     assert "3 of 12 labelled samples" in caplog.text
     lost = LabelledSet(str(tmp_path), "vision", data, IMAGES, labels=ClassLabels(0))
