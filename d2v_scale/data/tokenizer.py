@@ -1,10 +1,11 @@
 """Training a sentencepiece model with the special ids that the models use."""
 
-from collections.abc import Iterable
+import itertools
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from d2v_scale.data.shard_index import atomic_file
-from d2v_scale.errors import DataError
+from d2v_scale.errors import DataError, UserError
 
 
 def train(
@@ -24,10 +25,15 @@ def train(
     """
     import sentencepiece
 
+    failed: list[UserError] = []
+    lines = _remembering(failed, (line for text in texts for line in _lines(text)))
+    first = next((line for line in lines if line.strip()), None)
+    if first is None:
+        raise DataError("There is no text to train a tokenizer on.", "Give documents that are not empty.")
     with atomic_file(path) as temporary, temporary.open("wb") as stream:
         try:
             sentencepiece.SentencePieceTrainer.train(
-                sentence_iterator=(line for text in texts for line in _lines(text)),
+                sentence_iterator=itertools.chain([first], lines),
                 model_writer=stream,
                 model_type=kind,
                 vocab_size=vocab_size,
@@ -46,7 +52,17 @@ def train(
                 minloglevel=2,
             )
         except (RuntimeError, ValueError) as error:
+            if failed:  # the trainer wraps it in one of its own
+                raise failed[0] from None
             raise DataError(f"No tokenizer of {vocab_size} pieces could be trained: {error}.") from error
+
+
+def _remembering(failed: list[UserError], lines: Iterator[str]) -> Iterator[str]:
+    try:
+        yield from lines
+    except UserError as error:
+        failed.append(error)
+        raise
 
 
 def _lines(text: str) -> list[str]:
