@@ -1,6 +1,7 @@
 """Samples for small sets of shards."""
 
 import io
+from pathlib import Path
 
 import numpy as np
 import soundfile
@@ -37,3 +38,14 @@ def documents(count: int) -> list[str]:
     rng = np.random.default_rng(3)
     words = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "while", "seven", "wizards", "box"]
     return [" ".join(rng.choice(words, rng.integers(3, 60))) for _ in range(count)]
+
+
+def images_folder(root: Path) -> Path:
+    """Two folders of six PNGs of noise."""
+    rng = np.random.default_rng(0)
+    for label in ("cat", "dog"):
+        for k in range(6):
+            path = root / label / f"{k}.v1.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(rng.integers(0, 255, (9, 9, 3), dtype=np.uint8)).save(path)
+    return root

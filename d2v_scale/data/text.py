@@ -117,8 +117,10 @@ def tokens_of(extension: str, content: bytes, tokenizer: Tokenizer | None) -> To
     """The ids in a member's bytes, at least one. Raises ValueError where they are no text or ids."""
     if extension == "npy":
         ids = np.load(io.BytesIO(content), allow_pickle=False)
-        if ids.ndim != 1 or ids.dtype.kind not in "iu" or len(ids) == 0 or int(ids.min()) < 0:
+        if ids.ndim != 1 or ids.dtype.kind not in "iu" or len(ids) == 0:
             raise ValueError(f"its .npy ({ids.dtype}, {'x'.join(map(str, ids.shape))}) is no line of token ids")
+        if int(ids.min()) < 0:
+            raise ValueError(f"its .npy, no line of token ids, holds the id {ids.min()}")
         return ids.astype(np.int64)
     if tokenizer is None:
         raise ValueError("is text, but there is no tokenizer (data.text.tokenizer)")
