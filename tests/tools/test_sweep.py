@@ -16,14 +16,17 @@ sys.path.append(str(TOOLS))
 import sweep  # noqa: E402
 
 from d2v_scale.errors import ConfigError, UserError  # noqa: E402
+from d2v_scale.recipe import Recipe  # noqa: E402
 from d2v_scale.status import write_status  # noqa: E402
 
 
-def options(out: Path, *grid: str, seeds: tuple[int, ...] = (1, 2), equal_compute: bool = False) -> argparse.Namespace:
+def options(
+    out: Path, *grid: str, seeds: tuple[int, ...] | None = (1, 2), equal_compute: bool = False
+) -> argparse.Namespace:
     return argparse.Namespace(
         recipe="tiny2_vision",
         grid=list(grid),
-        seeds=list(seeds),
+        seeds=None if seeds is None else list(seeds),
         out=out,
         training=["--data=shards/*.tar"],
         equal_compute=equal_compute,
@@ -98,6 +101,144 @@ def test_slurm_gets_a_line_for_every_run_that_is_not_done(tmp_path: Path, capsys
     lines = (tmp_path / "points.txt").read_text().splitlines()
     assert [shlex.split(line) for line in lines] == [list(points[1].arguments)]
     assert "--array=0-0%1" in capsys.readouterr().out
+
+
+def trained(point: sweep.Point) -> Recipe:
+    """The recipe that a task of this point runs."""
+    return sweep.parse(list(point.arguments))[0]
+
+
+def submitted(out: Path, capsys: pytest.CaptureFixture[str], *grid: str, **more) -> tuple[Path, list[list[str]], str]:
+    """The list that an array's tasks are told to read, what stands in it, and what was said."""
+    out.mkdir(exist_ok=True)
+    chosen = options(out, *grid, **more)
+    assert sweep.submit(sweep.points_of(chosen), chosen) == 0
+    printed = capsys.readouterr()
+    (told,) = [word for word in printed.out.split() if word.startswith("--export=")]
+    listing = Path(told.partition("D2V_SCALE_SWEEP=")[2])
+    return listing, [shlex.split(line) for line in listing.read_text().splitlines()], printed.err
+
+
+def test_a_grid_over_seed_trains_each_seed_under_its_own_label(tmp_path: Path) -> None:
+    """Every point trained seed 1."""
+    points = sweep.points_of(options(tmp_path, "seed=1,2,3", seeds=None))
+    assert [(point.seed, trained(point).seed, point.label) for point in points] == [
+        (seed, seed, f"seed {seed}") for seed in (1, 2, 3)
+    ]
+    joined = sweep.points_of(options(tmp_path, "seed+optim.lr=4+1e-3,5+2e-3", seeds=None))
+    assert [(trained(point).seed, trained(point).optim.lr) for point in joined] == [(4, 1e-3), (5, 2e-3)]
+
+
+@pytest.mark.parametrize(
+    ("grid", "seeds", "training", "says"),
+    [
+        (["seed=1,2"], (1,), [], "--grid seed= and --seeds both give seeds"),
+        (["seed=1,2"], None, ["--seed=3"], "--grid seed= and --seed both"),
+        ([], (1,), ["--seed", "3"], "--seeds and --seed both"),
+        (["optim.lr=1,2", "optim.lr=3"], None, [], "optim.lr on two axes"),
+        (["run_dir=a,b"], None, [], "directory of its own"),
+        ([], None, ["--run_dir=a"], "directory of its own"),
+    ],
+)
+def test_what_is_given_twice_is_refused(
+    tmp_path: Path, grid: list[str], seeds: tuple[int, ...] | None, training: list[str], says: str
+) -> None:
+    chosen = options(tmp_path, *grid, seeds=seeds)
+    chosen.training += training
+    with pytest.raises(UserError, match=says):
+        sweep.points_of(chosen)
+
+
+def test_a_seed_among_the_training_arguments_counts(tmp_path: Path) -> None:
+    chosen = options(tmp_path, seeds=None)
+    chosen.training += ["--seed", "7"]
+    assert [trained(point).seed for point in sweep.points_of(chosen)] == [7]
+
+
+def test_a_later_submission_leaves_the_list_of_an_earlier_one_alone(tmp_path: Path, capsys) -> None:
+    """Queued and requeued tasks of the first array read other points than they were submitted for."""
+    first, points, said = submitted(tmp_path, capsys, "optim.lr=1e-3,2e-3", seeds=(1,))
+    assert "too, and not finished" not in said
+    run_dir = Path(points[0][-1].partition("=")[2])
+    run_dir.mkdir(parents=True)
+    write_status(run_dir, 0, "all steps done")
+    second, later, said = submitted(tmp_path, capsys, "optim.lr=1e-3,2e-3", seeds=(1, 2))
+    assert second != first
+    assert [shlex.split(line) for line in first.read_text().splitlines()] == points
+    assert len(later) == 3
+    assert f"1 of these points are in {first}" in said
+    assert submitted(tmp_path, capsys, "optim.lr=1e-3,2e-3", seeds=(1, 2))[0] == second, "the same again needs no other"
+
+
+def test_lists_can_be_swept(tmp_path: Path, capsys) -> None:
+    points = sweep.points_of(options(tmp_path, "optim.betas=[0.9,0.98],[0.9, 0.95]", seeds=(1,)))
+    assert [trained(point).optim.betas for point in points] == [(0.9, 0.98), (0.9, 0.95)]
+    assert len({point.label for point in points}) == 2
+    both = sweep.points_of(options(tmp_path, "optim.betas+optim.lr=[0.9,0.98]+1,[0.8,0.95]+'1e+2'"))
+    assert [trained(point).optim.lr for point in both[::2]] == [1, 100]
+
+
+VALUES = {
+    "a b": "a b",
+    '"a, b"': "a, b",
+    "'\"q\"'": '"q"',
+    "it's": "it's",
+    "a=b": "a=b",
+    "1e+3": "1e+3",
+    "$HOME `ls`;a|b&": "$HOME `ls`;a|b&",
+    "/a/{x,y}/*.tar": "/a/{x,y}/*.tar",
+    "'['": "[",
+    '""': "",
+    "ü": "ü",
+    # Alike in a file name:
+    "a/b": "a/b",
+    "a_b": "a_b",
+    "x" * 300: "x" * 300,
+    "x" * 301: "x" * 301,
+}
+"""On the command line, and in the recipe."""
+
+
+def test_a_value_arrives_at_the_task_as_it_was_given(tmp_path: Path, capsys) -> None:
+    """Through the axis, the list, the batch shell's reading of it and train.py; with its own directory and label."""
+    chosen = options(tmp_path, f"name={','.join(VALUES)}", seeds=(1,))
+    points = sweep.points_of(chosen)
+    assert [trained(point).name for point in points] == [*VALUES.values()]
+    assert len({point.label for point in points}) == len({point.run_dir for point in points}) == len(VALUES)
+    library = (TOOLS.parent / "slurm/lib.sh").read_text()
+    read = library[library.index("read_point()") :]
+    read = read[: read.index("\n}\n") + 3]
+    script = f'die() {{ exit 2; }}\n{read}\nread_point && printf "%s\\0" "${{point[@]}}"'
+    listing = sweep.own_list(tmp_path, points)
+    for number, point in enumerate(points):
+        environment = os.environ | {"D2V_SCALE_SWEEP": str(listing), "SLURM_ARRAY_TASK_ID": str(number)}
+        got = subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True, check=True).stdout
+        assert tuple(got.split("\0")[:-1]) == point.arguments
+        assert point.run_dir.parent == (tmp_path / "runs").resolve()
+        point.run_dir.mkdir(parents=True)
+        (point.run_dir / "metrics.jsonl").write_text('{"step": 1, "loss": 0.5, "knn_accuracy": 0.5}\n')
+    table = sweep.collect(points, tmp_path).splitlines()
+    assert len([line for line in table if "| 1 | 1 |" in line]) == len(VALUES)
+
+
+def test_the_same_point_twice_runs_once(tmp_path: Path, capsys) -> None:
+    points = sweep.points_of(options(tmp_path, "optim.lr=1e-3,0.001,2e-3,1e-3", seeds=(1, 1)))
+    assert [trained(point).optim.lr for point in points] == [1e-3, 2e-3]
+    assert "lr 0.001 is lr 1e-3, seed 1: it runs once" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("axis", ["optim.betas=[0.9,0.98", "name=a]", "name='a", "name=(a"])
+def test_half_a_bracket_is_refused(axis: str) -> None:
+    with pytest.raises(UserError, match="other half"):
+        sweep.axis_of(axis)
+
+
+def test_what_a_list_or_sbatch_cannot_take_is_refused(tmp_path: Path) -> None:
+    for out, axis in ((tmp_path / "a,b", "optim.lr=1,2"), (tmp_path / "out", "name=a\nb")):
+        out.mkdir()
+        chosen = options(out, axis)
+        with pytest.raises(UserError, match=r"comma|several lines"):
+            sweep.submit(sweep.points_of(chosen), chosen)
 
 
 @pytest.mark.slow
