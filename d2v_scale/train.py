@@ -134,7 +134,10 @@ def configure(recipe: Recipe) -> dict[str, Any]:
     recipe.data.check(recipe.model.modalities)
     has_gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
     raw = ds_config.read(recipe.deepspeed_config) if recipe.deepspeed_config else DEFAULT_DEEPSPEED
-    return legal.deepspeed_config(recipe, raw, world_size, has_gpu=has_gpu)
+    config = legal.deepspeed_config(recipe, raw, world_size, has_gpu=has_gpu)
+    for line in ds_config.remarks(raw, recipe.optim):
+        log.info("%s", line)
+    return config
 
 
 def build(recipe: Recipe, options: Options, config: dict[str, Any], topology: Topology, directory: Path) -> Run:

@@ -25,7 +25,7 @@ SETTINGS = toy.Settings()
 
 
 def build(case: dict, topology: groups.Topology) -> tuple[zero.StudentEngine, ShardedTeacher]:
-    raw = {"zero_optimization": {"stage": case["stage"], **case.get("zero", {})}}
+    raw = {**case.get("json", {}), "zero_optimization": {"stage": case["stage"], **case.get("zero", {})}}
     numbers = ds_config.RecipeNumbers(
         precision=case.get("precision", "fp32"),
         accumulation=case.get("accumulation", 1),

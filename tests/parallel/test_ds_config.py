@@ -62,8 +62,8 @@ def test_a_batch_that_does_not_divide_rounds_the_label_up() -> None:
         ({"gradient_clipping": 1.0}, "gradient_clipping"),
         ({"bf16": {"enabled": True}}, "bf16.enabled"),
         ({"fp16": {"enabled": True}}, "fp16.enabled"),
-        ({"optimizer": {"type": "AdamW"}}, "optimizer"),
-        ({"scheduler": {"type": "WarmupLR"}}, "scheduler"),
+        ({"optimizer": {"type": "Lamb"}}, "optimizer.type"),
+        ({"scheduler": {"type": "OneCycle"}}, "scheduler.type"),
         ({"zero_optimization": {"stage": 0}}, "zero_optimization.stage"),
         ({"zero_optimization": {}}, "zero_optimization.stage"),
         (
@@ -139,6 +139,14 @@ def test_a_batch_in_seconds_leaves_no_room_for_a_number() -> None:
 def test_pipeline_needs_stage_1(stage: int) -> None:
     with pytest.raises(ConfigError, match="ZeRO-1 only"):
         resolve({"zero_optimization": {"stage": stage}}, pipeline=2)
+
+
+def test_a_key_that_is_there_twice_is_refused(tmp_path: Path) -> None:
+    """Python's reader would take the last one without a word."""
+    twice = tmp_path / "twice.json"
+    twice.write_text('{"zero_optimization": {"stage": 2, "stage": 3}}')
+    with pytest.raises(ConfigError, match="has the key 'stage' twice"):
+        ds_config.read(twice)
 
 
 def test_a_pipeline_sends_whole_tensors() -> None:
