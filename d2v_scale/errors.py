@@ -25,11 +25,16 @@ class UserError(ValueError):
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Rank 0 sends what it found to the others, who raise it too."""
-        return _rebuilt, (type(self), str(self), vars(self))
+        return as_it_was(self)
 
 
-def _rebuilt(kind: type[UserError], text: str, state: dict[str, Any]) -> UserError:
-    error = kind.__new__(kind, text)
+def as_it_was(error: Exception) -> tuple[Any, ...]:
+    """What `__reduce__` gives for an error whose `__init__` does not take its own text: `__init__` is left out."""
+    return _rebuilt, (type(error), error.args, vars(error))
+
+
+def _rebuilt(kind: type[Exception], arguments: tuple[Any, ...], state: dict[str, Any]) -> Exception:
+    error = kind.__new__(kind, *arguments)
     vars(error).update(state)
     return error
 

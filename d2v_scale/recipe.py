@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
-from d2v_scale import modalities
+from d2v_scale import modalities, ranges
 from d2v_scale.checkpoint.config import CheckpointConfig
 from d2v_scale.data.config import DataConfig
-from d2v_scale.data2vec import targets
+from d2v_scale.data2vec import masking, targets
 from d2v_scale.data2vec.config import ObjectiveConfig
-from d2v_scale.errors import ConfigError, require_above_zero, require_within
+from d2v_scale.errors import ConfigError
 from d2v_scale.evaluation.config import EvaluationConfig
 from d2v_scale.finetuning.config import TaskConfig
 from d2v_scale.modalities import published_parts
@@ -90,8 +90,7 @@ class Recipe:
 
     def check(self, world_size: int) -> None:
         """Raises ConfigError for what contradicts itself. Pure: before any process group is formed."""
-        require_within("max_skipped_in_a_row", self.max_skipped_in_a_row, 1)
-        require_above_zero("hang_limit_minutes", self.hang_limit_minutes)
+        ranges.check(self)
         for section in (self.optim, self.checkpoint, self.tracking, self.evaluation):
             section.check()
         self.profile.bounds()
@@ -138,14 +137,29 @@ class Recipe:
                 "With model.visible_only all rows keep equally many: give random, block1d or block2d, or spans with "
                 "objective.compat.equalize_masks.",
             )
-        with_cls = any(stem.extra_tokens for stem in modalities.stems(model))
-        if objective.loss.cls_weight > 0 and not (model.visible_only and with_cls):
-            raise ConfigError("objective.loss.cls_weight", "needs a 2.0 vision model", "Set it to 0.")
+        self._check_for_each_modality()
+
+    def _trained_stems(self) -> list[modalities.Modality]:
+        """Those that a source is read for; without any, all."""
+        read = {source.modality for source in self.data.sources}
+        return [stem for stem in modalities.stems(self.model) if stem.name in read or not read]
+
+    def _check_for_each_modality(self) -> None:
+        """What a step of one modality would find out, at the first that comes."""
+        stems = self._trained_stems()
+        with_cls = self.model.visible_only and any(stem.extra_tokens for stem in stems)
+        if self.objective.loss.cls_weight > 0 and not with_cls:
+            raise ConfigError(
+                "objective.loss.cls_weight", "needs a 2.0 vision model, and images to train on", "Set it to 0."
+            )
+        for stem in stems:
+            _, grid = stem.extent(self.data)
+            place: dict[str, Any] = {"grid": grid} if stem.axes == 2 else {"length": grid[0]}
+            # As a data worker will: masks that cannot be drawn are refused here.
+            masking.collate(self.objective.masking, **place, sample_ids=[0], seed=self.seed, step=0)
 
     def _check_sizes(self, world_size: int) -> None:
         replicas = data_parallel_size(self.parallel, world_size)
-        require_within("accumulation", self.accumulation, 1)
-        require_within("global_batch_size", self.global_batch_size, 1)
         if self.model.backbone.heads % self.parallel.tensor:
             raise ConfigError(
                 "parallel.tensor", f"{self.parallel.tensor} does not divide the {self.model.backbone.heads} heads"

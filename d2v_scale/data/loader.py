@@ -22,7 +22,7 @@ from d2v_scale.data.reading import Fault, SampleStore
 from d2v_scale.data.source import Source, open_source
 from d2v_scale.data.streaming import StreamedSource, StreamStore
 from d2v_scale.data2vec.config import CompatConfig, MaskingConfig
-from d2v_scale.errors import CheckpointError, DataStarved
+from d2v_scale.errors import CheckpointError, DataStarved, UserError, Verdict
 from d2v_scale.files import file_sha256
 from d2v_scale.model.config import ModelConfig
 from d2v_scale.signals import worker_signals
@@ -73,7 +73,14 @@ class _StepDataset(Dataset[DecodedStep]):
         self._seed = seed
         self._stores: list[SampleStore | StreamStore] | None = None
 
-    def __getitem__(self, task: StepTask) -> DecodedStep:  # type: ignore[override]
+    def __getitem__(self, task: StepTask) -> DecodedStep | UserError | Verdict:  # type: ignore[override]
+        """The step, or our own error: raised in a worker, PyTorch would make another of it."""
+        try:
+            return self._decoded(task)
+        except (UserError, Verdict) as error:
+            return error
+
+    def _decoded(self, task: StepTask) -> DecodedStep:
         if self._stores is None:
             self._stores = [source.open_store() for source in self._sources]
         decoded = DecodedStep(task.step, [])
@@ -261,7 +268,7 @@ class StepLoader:
     def _start(self) -> Iterator[DecodedStep]:
         self._warn_of_cropping()
         workers = self._data.workers
-        loader: DataLoader[DecodedStep] = DataLoader(
+        loader: DataLoader[Any] = DataLoader(
             self._dataset,
             # The sampler runs in this process, ahead of the workers; what it yields is what they are asked for.
             sampler=self._tasks(),  # type: ignore[arg-type]
@@ -273,7 +280,7 @@ class StepLoader:
             pin_memory=self._device.type == "cuda",
         )
         with forking():
-            steps = iter(loader)
+            steps = _raising(iter(loader))
         return on_device(steps, self._device) if self._device.type == "cuda" else steps
 
     def _warn_of_cropping(self) -> None:
@@ -298,6 +305,13 @@ class StepLoader:
             self._pending.append((step, list(cursors), planned))
             yield StepTask(step, shares)
             step += 1
+
+
+def _raising(steps: Iterator[DecodedStep | UserError | Verdict]) -> Iterator[DecodedStep]:
+    for decoded in steps:
+        if isinstance(decoded, Exception):
+            raise decoded
+        yield decoded
 
 
 def on_device(steps: Iterator[DecodedStep], device: torch.device) -> Iterator[DecodedStep]:

@@ -6,14 +6,14 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 from d2v_scale.data.fetching import ShardCache
 from d2v_scale.data.shard_index import Members
 from d2v_scale.data.shard_set import ShardSet, is_remote
-from d2v_scale.errors import DataError
+from d2v_scale.errors import DataError, as_it_was
 
 _BLOCK, _TYPE, _SPARSE = 512, 156, b"S"
 """Of a tar header: its size, where its type stands, and the type of GNU's sparse files."""
@@ -38,6 +38,9 @@ class SampleFault(Exception):
     def __init__(self, shard: str, key: str, reason: str) -> None:
         super().__init__(f"{shard}: {key}: {reason}")
         self.fault = Fault(shard, key, reason)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return as_it_was(self)
 
 
 class RawSample:

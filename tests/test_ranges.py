@@ -1,0 +1,154 @@
+"""Every numeric key of a recipe against numbers that mean nothing."""
+
+import copy
+import functools
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from d2v_scale import command_line, ranges
+from d2v_scale.data.config import SourceConfig
+from d2v_scale.errors import ConfigError
+from d2v_scale.finetuning.config import TaskConfig
+from d2v_scale.model.config import SpeechStem, TextStem
+from d2v_scale.recipe import Recipe
+
+WRONG = (math.inf, -math.inf, math.nan, -1, True)
+
+
+@pytest.fixture(scope="module")
+def recipes() -> list[Recipe]:
+    """With every optional section: three stems, a list of sources, fine-tuning; optional numbers are given."""
+    everything = command_line.parse(["--recipe", "d2v2_vision_base"])[0]
+    everything.model.speech = SpeechStem()
+    everything.model.text = TextStem()
+    everything.model.predictor.kind = "conv1d"
+    everything.objective.masking.kind = "random"
+    everything.objective.loss.cls_weight = 0.0
+    everything.objective.loss.scale = 1.0
+    everything.tracking.peak_tflops = 1.0
+    everything.tracking.plot_every = 10
+    everything.evaluation.layers = [-1]
+    everything.data.sources = [SourceConfig(shards="a", modality=m) for m in ("vision", "speech", "text")]  # type: ignore[arg-type]
+    everything.check(1)
+    tuned = copy.deepcopy(everything)
+    tuned.task = TaskConfig(kind="classify", classes=5)
+    tuned.model.speech = tuned.model.text = None
+    tuned.data.sources = tuned.data.sources[:1]
+    return [everything, tuned]
+
+
+def replaced(recipe: Recipe, key: str, value: Any) -> Recipe:
+    changed = copy.deepcopy(recipe)
+    *path, name = key.split(".")
+    step = lambda owner, part: owner[int(part)] if part.isdigit() else getattr(owner, part)  # noqa: E731
+    setattr(functools.reduce(step, path, changed), name, value)
+    return changed
+
+
+def variants(value: Any, wrong: Any) -> list[Any]:
+    """The value, or each member of a list of them, replaced."""
+    if not isinstance(value, (list, tuple)):
+        return [wrong]
+    found = []
+    for position, item in enumerate(value):
+        found += [type(value)([*value[:position], one, *value[position + 1 :]]) for one in variants(item, wrong)]
+    return found
+
+
+def test_inf_nan_a_negative_number_and_true_are_refused_for_every_numeric_key(recipes: list[Recipe]) -> None:
+    """`optim.lr: .inf` trained, `data.workers: -1` ended with a traceback of PyTorch."""
+    tried = set()
+    for recipe in recipes:
+        for key, value, is_switch in ranges.numbers(recipe):
+            if value is None or isinstance(value, (bool, str)) or is_switch:
+                continue
+            general = key.replace(".0.", ".*.").replace(".1.", ".*.").replace(".2.", ".*.")
+            for wrong in WRONG:
+                if wrong == -1 and wrong is not True and general in ranges.SIGNED:
+                    continue
+                for candidate in variants(value, wrong):
+                    with pytest.raises(ConfigError) as error:
+                        replaced(recipe, key, candidate).check(1)
+                    assert error.value.key == key
+                    tried.add(general)
+    assert len(tried) > 100
+    assert {"optim.lr", "data.workers", "data.sources.*.weight", "model.speech.conv_layers", "task.classes"} <= tried
+    assert set(ranges.ABOVE_ZERO) | set(ranges.SHARES) | set(ranges.SIGNED) <= tried
+
+
+def test_zero_ends_in_a_configuration_error_or_means_something(recipes: list[Recipe]) -> None:
+    """No other exception: a patch size of 0 was divided by."""
+    for recipe in recipes:
+        for key, value, _ in ranges.numbers(recipe):
+            if isinstance(value, (int, float)) and not isinstance(value, bool):
+                try:
+                    replaced(recipe, key, 0).check(1)
+                    accepted = True
+                except ConfigError:
+                    accepted = False
+                if key in ranges.ABOVE_ZERO:
+                    assert not accepted, key
+
+
+def test_the_keys_that_differ_exist(recipes: list[Recipe]) -> None:
+    known = {*command_line.known_keys(), "data.sources.*.weight"}
+    assert set(ranges.SIGNED) <= known
+    assert set(ranges.ABOVE_ZERO) <= known
+    assert set(ranges.SHARES) <= known
+
+
+@pytest.mark.parametrize("text", ["--optim.lr=.inf", "--optim.lr=.nan", "--data.workers=-1", "--seed=true"])
+def test_from_the_command_line_each_ends_with_code_2(text: str, tmp_path: Path, monkeypatch: Any) -> None:
+    from d2v_scale import train
+    from d2v_scale.signals import StopFlag
+
+    codes: list[int] = []
+
+    def left(code: int) -> None:
+        codes.append(code)
+        raise SystemExit(code)
+
+    monkeypatch.setattr(train.os, "_exit", left)
+    with pytest.raises(SystemExit):
+        train.main([text, "--run_dir", str(tmp_path / "run")], StopFlag())
+    assert codes == [2]
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("modality", "kind", "key"),
+    [
+        ("speech", "block2d", "objective.masking.kind"),
+        ("text", "block2d", "objective.masking.kind"),
+        ("vision", "block2d", None),
+    ],
+)
+def test_masks_of_a_grid_for_a_line_of_positions_are_refused_before_the_start(
+    modality: str, kind: str, key: str | None, recipes: list[Recipe]
+) -> None:
+    """A data worker found it out, and the run ended with code 1."""
+    recipe = copy.deepcopy(recipes[0])
+    recipe.data.sources = [SourceConfig(shards="a", modality=modality)]  # type: ignore[arg-type]
+    recipe.objective.masking.kind = kind  # type: ignore[assignment]
+    if key is None:
+        recipe.check(1)
+        return
+    with pytest.raises(ConfigError) as error:
+        recipe.check(1)
+    assert error.value.key == key
+
+
+def test_a_mask_larger_than_the_grid_and_a_cls_loss_without_images_are_refused(recipes: list[Recipe]) -> None:
+    first = command_line.parse(["--recipe", "d2v1_vision_base"])[0]
+    first.objective.masking.target_count = 196
+    with pytest.raises(ConfigError, match="196 of 196 patches"):
+        first.check(1)
+    recipe = copy.deepcopy(recipes[0])
+    recipe.objective.loss.cls_weight = 0.01
+    recipe.check(1)
+    recipe.data.sources = recipe.data.sources[1:]
+    with pytest.raises(ConfigError, match="images to train on"):
+        recipe.check(1)
