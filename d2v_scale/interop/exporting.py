@@ -19,7 +19,7 @@ from d2v_scale.files import open_as_usual
 from d2v_scale.interop.encoder_source import EXPORT_FILE, export_note
 from d2v_scale.interop.huggingface import huggingface_keys, huggingface_settings, is_native
 from d2v_scale.interop.keymap import export_tensors
-from d2v_scale.interop.remote_code import MODELLING_FILE, remote_code_keys, remote_code_settings
+from d2v_scale.interop.remote_code import MODELLING_FILE, MODELLING_FILES, remote_code_keys, remote_code_settings
 from d2v_scale.interop.task_heads import add_head, head_settings, prefixed, write_ctc_tokenizer
 from d2v_scale.interop.tokenizer_files import write_tokenizer
 from d2v_scale.model.config import Modality
@@ -110,7 +110,8 @@ def export_huggingface(
     write_tensors(tensors, out)
     lines = chosen.lines()
     if not native:
-        shutil.copyfile(MODELLING_FILE, out / MODELLING_FILE.name)
+        for file in MODELLING_FILES:
+            shutil.copyfile(file, out / file.name)
         lines.append(
             f"no class of transformers computes this model: {MODELLING_FILE.name} does (trust_remote_code=True)"
         )

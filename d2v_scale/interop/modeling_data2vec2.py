@@ -1,8 +1,9 @@
-"""data2vec 2.0 encoders for speech and vision, as a Hugging Face model of its own.
+"""data2vec 2.0 encoders for speech and vision, as Hugging Face models of their own.
 
-This file travels with exported weights and needs torch and transformers only. The architectures are not those of
-`Data2VecAudioModel` (no ALiBi there) or of any image class (post-norm with fixed positions), so loading the weights
-into one of them would be silently wrong.
+This file and the two that it imports travel with exported weights and need torch and transformers only. The
+architectures are not those of `Data2VecAudioModel` (no ALiBi there) or of any image class (post-norm with fixed
+positions), so loading the weights into one of them would be silently wrong. Options, outputs and methods are those of
+transformers' data2vec classes; what this architecture lacks raises.
 
 Speech: 16 kHz waveforms, each normalised to zero mean and unit variance, in `input_values`. Vision: `pixel_values`;
 position 0 of the output is the CLS token.
@@ -10,389 +11,382 @@ position 0 of the output is the CLS token.
 
 # mypy: allow-untyped-defs, allow-untyped-calls
 
+import functools
 import math
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
+from transformers import initialization as init
 from transformers.modeling_outputs import (
-    BaseModelOutput,
+    BaseModelOutputWithPooling,
     CausalLMOutput,
     ImageClassifierOutput,
     SequenceClassifierOutput,
+    TokenClassifierOutput,
+    Wav2Vec2BaseModelOutput,
 )
 
-# What a class of another architecture would read from config.json: sizes that none can be built with.
-NO_OTHER_CLASS = {"hidden_size": 1, "num_attention_heads": 2}
+from .configuration_data2vec2 import Data2Vec2AudioConfig, Data2Vec2Config, Data2Vec2VisionConfig
+from .layers_data2vec2 import AlibiScale, Block, SpeechContext, SpeechFeatures, VisionContext, VisionFeatures
 
 
-class Data2Vec2Config(PretrainedConfig):
-    """Sizes of a data2vec 2.0 speech or vision encoder. `depth` counts all blocks."""
+class Data2Vec2PreTrainedModel(PreTrainedModel):
+    """What encoders and heads have in common."""
 
-    model_type = "data2vec2"
-
-    def __init__(
-        self,
-        modality="vision",
-        width=768,
-        depth=12,
-        heads=12,
-        ffn=3072,
-        layer_norm_eps=1e-6,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        activation_dropout=0.0,
-        image_size=224,
-        patch_size=16,
-        num_channels=3,
-        conv_layers=(),
-        pos_conv_depth=5,
-        pos_conv_kernel=19,
-        pos_conv_groups=16,
-        alibi=True,
-        vocab_size=32,
-        classifier_proj_size=256,
-        **kwargs,
-    ):
-        self.modality = modality
-        self.width = width
-        self.depth = depth
-        self.heads = heads
-        self.ffn = ffn
-        self.layer_norm_eps = layer_norm_eps
-        self.hidden_dropout = hidden_dropout
-        self.attention_dropout = attention_dropout
-        self.activation_dropout = activation_dropout
-        self.image_size = image_size
-        self.patch_size = patch_size
-        self.num_channels = num_channels
-        self.conv_layers = [list(layer) for layer in conv_layers]
-        self.pos_conv_depth = pos_conv_depth
-        self.pos_conv_kernel = pos_conv_kernel
-        self.pos_conv_groups = pos_conv_groups
-        self.alibi = alibi
-        self.vocab_size = vocab_size
-        self.classifier_proj_size = classifier_proj_size
-        super().__init__(**{key: value for key, value in kwargs.items() if key not in NO_OTHER_CLASS})
-
-    @property
-    def hidden_size(self):
-        """Channels of the output."""
-        return self.width
-
-    def to_dict(self):
-        """As config.json has it."""
-        return {**super().to_dict(), **NO_OTHER_CLASS}
-
-
-class SpeechFeatures(nn.Module):
-    """Waveform (B, samples) to frames (B, T, D)."""
-
-    def __init__(self, config):
-        super().__init__()
-        channels = [1, *(layer[0] for layer in config.conv_layers)]
-        self.convs = nn.ModuleList(
-            nn.Conv1d(inputs, layer[0], layer[1], layer[2], bias=False)
-            for inputs, layer in zip(channels, config.conv_layers, strict=False)
-        )
-        self.conv_norms = nn.ModuleList(nn.LayerNorm(layer[0]) for layer in config.conv_layers)
-        self.norm = nn.LayerNorm(channels[-1])
-        self.proj = nn.Linear(channels[-1], config.width)
-
-    def forward(self, wave):
-        x = wave.to(self.proj.weight.dtype)[:, None]
-        for conv, norm in zip(self.convs, self.conv_norms, strict=True):
-            x = F.gelu(norm(conv(x).transpose(1, 2))).transpose(1, 2)
-        return self.proj(self.norm(x.transpose(1, 2)))
-
-
-class SpeechContext(nn.Module):
-    """Adds what the positional convolutions give, then a norm."""
-
-    def __init__(self, config):
-        super().__init__()
-        width, kernel = config.width, config.pos_conv_kernel
-        self.pos_convs = nn.ModuleList(
-            nn.Conv1d(width, width, kernel, padding=kernel // 2, groups=config.pos_conv_groups)
-            for _ in range(config.pos_conv_depth)
-        )
-        self.norm = nn.LayerNorm(width, config.layer_norm_eps)
-
-    def forward(self, x):
-        positions = x
-        for conv in self.pos_convs:
-            positions = conv(positions.transpose(1, 2))[..., : x.shape[1]].transpose(1, 2)
-            positions = F.gelu(F.layer_norm(positions, positions.shape[-1:], eps=1e-5))
-        return self.norm(x + positions)
-
-
-class AlibiScale(nn.Module):
-    """-scale * slope * |i - j| for each head; the scale is learned and not negative."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.scale = nn.Parameter(torch.ones(config.heads))
-
-    def forward(self, length):
-        heads = self.scale.shape[0]
-        slopes = torch.tensor(alibi_slopes(heads), device=self.scale.device)
-        at = torch.arange(length, device=self.scale.device)
-        distance = (at[:, None] - at[None, :]).abs().float()
-        return -(self.scale.float().clamp(min=0) * slopes)[:, None, None] * distance
-
-
-def alibi_slopes(heads):
-    """Geometric for a power of two, else completed with every other slope of twice as many heads."""
-    power = 2 ** int(math.log2(heads))
-    slopes = [2.0 ** (-8.0 * (i + 1) / power) for i in range(power)]
-    return slopes if power == heads else slopes + alibi_slopes(2 * power)[0::2][: heads - power]
-
-
-class VisionFeatures(nn.Module):
-    """Images (B, C, H, W) to patches (B, T, D), row by row."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.patch = nn.Conv2d(config.num_channels, config.width, config.patch_size, config.patch_size)
-
-    def forward(self, images):
-        return self.patch(images.to(self.patch.weight.dtype))
-
-
-class VisionContext(nn.Module):
-    """Adds fixed positions, prepends the CLS token, then a norm."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.cls = nn.Parameter(torch.zeros(1, 1, config.width))
-        self.norm = nn.LayerNorm(config.width, config.layer_norm_eps)
-
-    def forward(self, patches):
-        rows, columns = patches.shape[-2:]
-        x = patches.flatten(2).transpose(1, 2)
-        x = x + sincos_positions(x.shape[-1], rows, columns).to(x)
-        return self.norm(torch.cat((self.cls.expand(x.shape[0], -1, -1), x), dim=1))
-
-
-def sincos_positions(width, rows, columns):
-    """(rows * columns, width): the first half of the channels encodes the column, the second the row."""
-    omega = torch.exp(torch.arange(width // 4, dtype=torch.float64) * (-math.log(10000.0) / (width // 4)))
-
-    def encode(count):
-        angles = torch.arange(count, dtype=torch.float64)[:, None] * omega
-        return torch.cat((angles.sin(), angles.cos()), dim=1)
-
-    column = encode(columns)[None].expand(rows, -1, -1)
-    row = encode(rows)[:, None].expand(-1, columns, -1)
-    return torch.cat((column, row), dim=-1).reshape(rows * columns, width).float()
-
-
-class Attention(nn.Module):
-    """Rows of `qkv` are ordered [head][q|k|v][head_dim]."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.heads = config.heads
-        self.dropout = config.attention_dropout
-        self.qkv = nn.Linear(config.width, 3 * config.width)
-        self.out = nn.Linear(config.width, config.width)
-
-    def forward(self, x, bias):
-        rows, length, width = x.shape
-        q, k, v = self.qkv(x).view(rows, length, self.heads, 3, -1).permute(3, 0, 2, 1, 4)
-        dropout = self.dropout if self.training else 0.0
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)
-        return self.out(mixed.transpose(1, 2).reshape(rows, length, width))
-
-
-class FeedForward(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        self.fc1 = nn.Linear(config.width, config.ffn)
-        self.fc2 = nn.Linear(config.ffn, config.width)
-        self.dropout = config.activation_dropout
-
-    def forward(self, x):
-        return self.fc2(F.dropout(F.gelu(self.fc1(x)), self.dropout, self.training))
-
-
-class Block(nn.Module):
-    """Post-norm Transformer block."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.dropout = config.hidden_dropout
-        self.norm1 = nn.LayerNorm(config.width, config.layer_norm_eps)
-        self.attention = Attention(config)
-        self.norm2 = nn.LayerNorm(config.width, config.layer_norm_eps)
-        self.ffn = FeedForward(config)
-
-    def forward(self, x, bias):
-        x = self.norm1(x + F.dropout(self.attention(x, bias), self.dropout, self.training))
-        return self.norm2(x + F.dropout(self.ffn(x), self.dropout, self.training))
-
-
-class Data2Vec2Model(PreTrainedModel):
-    """The encoder. `last_hidden_state` (B, T, D) is the last block's output; there is no norm after it."""
-
-    config_class = Data2Vec2Config
+    config_class: type = Data2Vec2Config
     base_model_prefix = "data2vec2"
+    supports_gradient_checkpointing = True
+    # The trainer divides the loss by the steps that it accumulates.
+    accepts_loss_kwargs = False
+    _supports_sdpa = True
+    _no_split_modules = ("Block",)
 
     def __init__(self, config):
+        config.refuse_other_architectures()
         super().__init__(config)
-        speech = config.modality == "speech"
-        self.main_input_name = "input_values" if speech else "pixel_values"
-        self.features = SpeechFeatures(config) if speech else VisionFeatures(config)
-        self.context = SpeechContext(config) if speech else VisionContext(config)
-        if speech and config.alibi:
-            self.bias = AlibiScale(config)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
-        self.post_init()
 
     def _init_weights(self, module):
-        if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d)):
-            nn.init.normal_(module.weight, std=0.02)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-        elif isinstance(module, nn.LayerNorm):
-            nn.init.ones_(module.weight)
-            nn.init.zeros_(module.bias)
-        elif isinstance(module, AlibiScale):
-            nn.init.ones_(module.scale)
+        super()._init_weights(module)
+        if isinstance(module, AlibiScale):
+            init.ones_(module.scale)
         elif isinstance(module, VisionContext):
-            nn.init.normal_(module.cls)
+            init.normal_(module.cls)
+        elif getattr(module, "layer_weights", None) is not None:
+            init.constant_(module.layer_weights, 1 / len(module.layer_weights))
+
+    def _given(self, output, return_dict):
+        """`output`, or a tuple of what is in it where the caller or the configuration wants one."""
+        return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+
+    def freeze_base_model(self):
+        """Train the head alone."""
+        for parameter in self.base_model.parameters():
+            parameter.requires_grad = False
+
+
+class Data2Vec2AudioPreTrainedModel(Data2Vec2PreTrainedModel):
+    """What models of speech have in common."""
+
+    config_class = Data2Vec2AudioConfig
+    main_input_name = "input_values"
+    input_modalities = "audio"
+
+    def freeze_feature_encoder(self):
+        """Do not train the convolutions over the waveform."""
+        self.base_model.features.freeze_convolutions()
 
     def frames_of(self, samples):
         """Frames that the convolutions make of this many samples."""
-        for _, kernel, stride in self.config.conv_layers:
+        for kernel, stride in zip(self.config.conv_kernel, self.config.conv_stride, strict=True):
             samples = (samples - kernel) // stride + 1
         return samples
 
+    def _get_feat_extract_output_lengths(self, input_lengths, add_adapter=None):
+        return self.frames_of(input_lengths)
+
+    def _get_feature_vector_attention_mask(self, feature_vector_length, attention_mask, add_adapter=None):
+        """bool (B, T) of a mask over samples. A row of padding alone keeps its first frame: its numbers mean nothing,
+        but are finite."""
+        frames = self.frames_of(attention_mask.long().sum(-1)).clamp(min=1)
+        return torch.arange(feature_vector_length, device=attention_mask.device)[None] < frames[:, None]
+
+
+def run_blocks(model, x, bias, output_attentions, output_hidden_states):
+    """(output, states before and after every block or None, attention weights or None); asked for by the caller, else
+    by the configuration."""
+    config = model.config
+    output_attentions = config.output_attentions if output_attentions is None else output_attentions
+    output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
+    states, attentions = [x], []
+    for block in model.blocks:
+        if not (model.training and config.layerdrop > 0 and torch.rand(()) < config.layerdrop):
+            call = block
+            if block.gradient_checkpointing and model.training:
+                call = functools.partial(block._gradient_checkpointing_func, block.__call__)
+            x, weights = call(x, bias, output_attentions)
+            attentions.append(weights)
+        states.append(x)
+    return x, tuple(states) if output_hidden_states else None, tuple(attentions) if output_attentions else None
+
+
+def blocks_of(config):
+    """All blocks; later ones lose more branches while training."""
+    last = max(config.depth - 1, 1)
+    return nn.ModuleList(Block(config, config.drop_path_rate * i / last) for i in range(config.depth))
+
+
+class Data2Vec2AudioModel(Data2Vec2AudioPreTrainedModel):
+    """The encoder of speech. `last_hidden_state` (B, T, D) is the last block's output; there is no norm after it."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.features = SpeechFeatures(config)
+        self.context = SpeechContext(config)
+        if config.alibi:
+            self.bias = AlibiScale(config)
+        self.blocks = blocks_of(config)
+        self.post_init()
+
     def forward(
         self,
-        pixel_values=None,
-        input_values=None,
+        input_values,
         attention_mask=None,
+        mask_time_indices=None,
+        output_attentions=None,
         output_hidden_states=None,
         return_dict=None,
-        **kwargs,
     ):
-        """`attention_mask` (speech): 1 where the waveform is real. Padded frames are not attended to; as in
-        pretraining, the positional convolutions see them."""
+        """`attention_mask` (B, samples): 1 where the waveform is real. Padded frames are not attended to; as in
+        pretraining, the positional convolutions see them. `mask_time_indices` bool (B, T): frames to hide."""
+        x, features = self.features(input_values)
         valid = None
-        if self.config.modality == "speech":
-            x = self.features(input_values)
-            if attention_mask is not None:
-                frames = self.frames_of(attention_mask.long().sum(-1)).clamp(min=1)
-                valid = torch.arange(x.shape[1], device=x.device)[None] < frames[:, None]
-        else:
-            x = self.features(pixel_values)
-        x = self.context(x)
+        if attention_mask is not None:
+            valid = self._get_feature_vector_attention_mask(x.shape[1], attention_mask)
+        x = self.context(self._masked(x, mask_time_indices, valid))
         x = F.dropout(x, self.config.hidden_dropout, self.training)
         bias = self.bias(x.shape[1])[None].to(x.dtype) if hasattr(self, "bias") else None
         if valid is not None:
-            padded = ~valid[:, None, None, :]
             zeros = torch.zeros(1, 1, 1, x.shape[1], dtype=x.dtype, device=x.device)
-            bias = (zeros if bias is None else bias).masked_fill(padded, -math.inf)
-        states = [x]
-        for block in self.blocks:
-            x = block(x, bias)
-            states.append(x)
-        hidden = tuple(states) if output_hidden_states else None
-        if return_dict is False:
-            return (x, hidden) if hidden is not None else (x,)
-        return BaseModelOutput(last_hidden_state=x, hidden_states=hidden)
+            bias = (zeros if bias is None else bias).masked_fill(~valid[:, None, None, :], -math.inf)
+        x, states, attentions = run_blocks(self, x, bias, output_attentions, output_hidden_states)
+        output = Wav2Vec2BaseModelOutput(
+            last_hidden_state=x, extract_features=features, hidden_states=states, attentions=attentions
+        )
+        return self._given(output, return_dict)
+
+    def _masked(self, x, mask_time_indices, valid):
+        """SpecAugment, as transformers' classes draw it; what is hidden is zero, as in fine-tuning of 2.0."""
+        config, (rows, length, width) = self.config, x.shape
+        augments = self.training and config.apply_spec_augment
+        if augments and max(config.mask_time_prob, config.mask_feature_prob) > 0:
+            # Here, as it imports much that an encoder does not need.
+            from transformers.models.wav2vec2.modeling_wav2vec2 import _compute_mask_indices
+        if mask_time_indices is None and augments and config.mask_time_prob > 0:
+            shape, least = (rows, length), config.mask_time_min_masks
+            drawn = _compute_mask_indices(shape, config.mask_time_prob, config.mask_time_length, valid, least)
+            mask_time_indices = torch.from_numpy(drawn).to(x.device)
+        if mask_time_indices is not None:
+            x = x.masked_fill(mask_time_indices[..., None], 0.0)
+        if augments and config.mask_feature_prob > 0:
+            shape, least = (rows, width), config.mask_feature_min_masks
+            drawn = _compute_mask_indices(shape, config.mask_feature_prob, config.mask_feature_length, None, least)
+            x = x.masked_fill(torch.from_numpy(drawn).to(x.device)[:, None], 0.0)
+        return x
 
 
-class Data2Vec2ForCTC(PreTrainedModel):
-    """A character, or the blank (number `pad_token_id`), at every frame of speech."""
+class Data2Vec2VisionPreTrainedModel(Data2Vec2PreTrainedModel):
+    """What models of images have in common."""
 
-    config_class = Data2Vec2Config
-    base_model_prefix = "data2vec2"
-    main_input_name = "input_values"
+    config_class = Data2Vec2VisionConfig
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+
+
+class Data2Vec2VisionModel(Data2Vec2VisionPreTrainedModel):
+    """The encoder of images. `last_hidden_state` (B, 1 + T, D) is the last block's output, CLS first; there is no norm
+    after it."""
 
     def __init__(self, config):
         super().__init__(config)
-        self.data2vec2 = Data2Vec2Model(config)
+        self.features = VisionFeatures(config)
+        self.context = VisionContext(config)
+        self.blocks = blocks_of(config)
+        self.post_init()
+
+    def get_input_embeddings(self):
+        """The patches' projection."""
+        return self.features.patch
+
+    def forward(
+        self,
+        pixel_values,
+        bool_masked_pos=None,
+        output_attentions=None,
+        output_hidden_states=None,
+        interpolate_pos_encoding=False,
+        return_dict=None,
+    ):
+        """Images of another size than `config.image_size` have more or fewer positions; with
+        `interpolate_pos_encoding` they are laid over those of pretraining."""
+        if bool_masked_pos is not None:
+            raise ValueError("bool_masked_pos: a data2vec 2.0 encoder has no mask token.")
+        x = self.context(self.features(pixel_values), interpolate_pos_encoding)
+        x = F.dropout(x, self.config.hidden_dropout, self.training)
+        x, states, attentions = run_blocks(self, x, None, output_attentions, output_hidden_states)
+        output = BaseModelOutputWithPooling(last_hidden_state=x, hidden_states=states, attentions=attentions)
+        return self._given(output, return_dict)
+
+
+class Data2Vec2ForCTC(Data2Vec2AudioPreTrainedModel):
+    """A character, or the blank (number `pad_token_id`), at every frame of speech."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.data2vec2 = Data2Vec2AudioModel(config)
         self.lm_head = nn.Linear(config.width, config.vocab_size)
         self.post_init()
 
-    _init_weights = Data2Vec2Model._init_weights
-
-    def forward(self, input_values=None, attention_mask=None, labels=None, output_hidden_states=None, **kwargs):
+    def forward(
+        self,
+        input_values,
+        attention_mask=None,
+        labels=None,
+        output_attentions=None,
+        output_hidden_states=None,
+        return_dict=None,
+    ):
         """`labels`: characters (B, U), filled with -100."""
-        outputs = self.data2vec2(
-            input_values=input_values, attention_mask=attention_mask, output_hidden_states=output_hidden_states
-        )
-        logits = self.lm_head(outputs.last_hidden_state)
+        if labels is not None and labels.numel() and labels.max() >= self.config.vocab_size:
+            raise ValueError(f"labels go up to {int(labels.max())}, but vocab_size is {self.config.vocab_size}.")
+        outputs = self.data2vec2(input_values, attention_mask, None, output_attentions, output_hidden_states, True)
+        states = F.dropout(outputs.last_hidden_state, self.config.final_dropout, self.training)
+        logits = self.lm_head(states)
         loss = None
         if labels is not None:
             mask = torch.ones_like(input_values) if attention_mask is None else attention_mask
-            loss = F.ctc_loss(
-                logits.float().log_softmax(-1).transpose(0, 1),
-                labels.clamp(min=0),
-                self.data2vec2.frames_of(mask.long().sum(-1)),
-                (labels >= 0).sum(-1),
-                blank=self.config.pad_token_id,
-                reduction="sum",
-                zero_infinity=True,
-            )
-        return CausalLMOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
+            with torch.backends.cudnn.flags(enabled=False):
+                loss = F.ctc_loss(
+                    logits.float().log_softmax(-1).transpose(0, 1),
+                    labels.clamp(min=0),
+                    self.frames_of(mask.long().sum(-1)).clamp(min=1),
+                    (labels >= 0).sum(-1),
+                    blank=self.config.pad_token_id,
+                    reduction=self.config.ctc_loss_reduction,
+                    zero_infinity=self.config.ctc_zero_infinity,
+                )
+        output = CausalLMOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+        return self._given(output, return_dict)
 
 
-class Data2Vec2ForImageClassification(PreTrainedModel):
+class Data2Vec2ForImageClassification(Data2Vec2VisionPreTrainedModel):
     """Mean of the patches, norm, linear."""
-
-    config_class = Data2Vec2Config
-    base_model_prefix = "data2vec2"
-    main_input_name = "pixel_values"
 
     def __init__(self, config):
         super().__init__(config)
-        self.data2vec2 = Data2Vec2Model(config)
+        self.data2vec2 = Data2Vec2VisionModel(config)
         self.head_norm = nn.LayerNorm(config.width, 1e-6)
         self.classifier = nn.Linear(config.width, config.num_labels)
         self.post_init()
 
-    _init_weights = Data2Vec2Model._init_weights
-
-    def forward(self, pixel_values=None, labels=None, output_hidden_states=None, **kwargs):
-        """`labels`: classes (B,)."""
-        outputs = self.data2vec2(pixel_values=pixel_values, output_hidden_states=output_hidden_states)
+    def forward(
+        self,
+        pixel_values=None,
+        labels=None,
+        output_attentions=None,
+        output_hidden_states=None,
+        interpolate_pos_encoding=False,
+        return_dict=None,
+    ):
+        """`labels`: classes (B,); of several labels (B, labels); of a regression (B,) or (B, labels)."""
+        outputs = self.data2vec2(
+            pixel_values, None, output_attentions, output_hidden_states, interpolate_pos_encoding, True
+        )
         logits = self.classifier(self.head_norm(outputs.last_hidden_state[:, 1:].mean(1)))
-        loss = None if labels is None else F.cross_entropy(logits, labels)
-        return ImageClassifierOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
+        loss = None if labels is None else label_loss(self.config, logits, labels)
+        output = ImageClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+        return self._given(output, return_dict)
 
 
-class Data2Vec2ForSequenceClassification(PreTrainedModel):
-    """Speech: linear, mean over the real frames, linear."""
+def label_loss(config, logits, labels):
+    """By `config.problem_type`; where it says nothing, by the number and the type of the labels."""
+    kind, logits = config.problem_type, logits.float()
+    if kind is None:
+        whole = labels.dtype in (torch.int64, torch.int32)
+        kind = "single_label_classification" if whole else "multi_label_classification"
+        kind = "regression" if config.num_labels == 1 else kind
+    if kind == "regression":
+        return F.mse_loss(logits.reshape(labels.shape), labels.float())
+    if kind == "multi_label_classification":
+        return F.binary_cross_entropy_with_logits(logits, labels.float())
+    return F.cross_entropy(logits.view(-1, config.num_labels), labels.view(-1))
 
-    config_class = Data2Vec2Config
-    base_model_prefix = "data2vec2"
-    main_input_name = "input_values"
+
+class _OverLayers(Data2Vec2AudioPreTrainedModel):
+    """The encoder, and a learned mean over its layers' outputs where `use_weighted_layer_sum` says so."""
 
     def __init__(self, config):
         super().__init__(config)
-        self.data2vec2 = Data2Vec2Model(config)
+        self.data2vec2 = Data2Vec2AudioModel(config)
+        if config.use_weighted_layer_sum:
+            self.layer_weights = nn.Parameter(torch.full((config.depth + 1,), 1 / (config.depth + 1)))
+
+    def encode(self, input_values, attention_mask, output_attentions, output_hidden_states):
+        """The encoder's outputs, and (B, T, D) for the head."""
+        weighted = self.config.use_weighted_layer_sum
+        wanted = True if weighted else output_hidden_states
+        outputs = self.data2vec2(input_values, attention_mask, None, output_attentions, wanted, True)
+        x = outputs.last_hidden_state
+        if weighted:
+            x = (torch.stack(outputs.hidden_states) * self.layer_weights.softmax(0).view(-1, 1, 1, 1)).sum(0)
+            if not (self.config.output_hidden_states if output_hidden_states is None else output_hidden_states):
+                outputs.hidden_states = None
+        return outputs, x
+
+
+class Data2Vec2ForSequenceClassification(_OverLayers):
+    """Speech: linear, mean over the real frames, linear."""
+
+    def __init__(self, config):
+        super().__init__(config)
         self.projector = nn.Linear(config.width, config.classifier_proj_size)
         self.classifier = nn.Linear(config.classifier_proj_size, config.num_labels)
         self.post_init()
 
-    _init_weights = Data2Vec2Model._init_weights
-
-    def forward(self, input_values=None, attention_mask=None, labels=None, output_hidden_states=None, **kwargs):
-        """`labels`: classes (B,)."""
-        outputs = self.data2vec2(
-            input_values=input_values, attention_mask=attention_mask, output_hidden_states=output_hidden_states
-        )
-        x = self.projector(outputs.last_hidden_state)
-        if attention_mask is not None:
-            frames = self.data2vec2.frames_of(attention_mask.long().sum(-1))
-            real = torch.arange(x.shape[1], device=x.device)[None] < frames[:, None]
-            x = (x * real[..., None]).sum(1) / real.sum(1, keepdim=True)
+    def forward(
+        self,
+        input_values,
+        attention_mask=None,
+        labels=None,
+        output_attentions=None,
+        output_hidden_states=None,
+        return_dict=None,
+    ):
+        """`labels` as of `Data2Vec2ForImageClassification`."""
+        outputs, x = self.encode(input_values, attention_mask, output_attentions, output_hidden_states)
+        x = self.projector(x).float()
+        if attention_mask is None:
+            pooled = x.mean(1)
         else:
-            x = x.mean(1)
-        logits = self.classifier(x)
-        loss = None if labels is None else F.cross_entropy(logits, labels)
-        return SequenceClassifierOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
+            real = self._get_feature_vector_attention_mask(x.shape[1], attention_mask)
+            pooled = (x * real[..., None]).sum(1) / real.sum(1, keepdim=True)
+        logits = self.classifier(pooled.to(self.classifier.weight.dtype))
+        loss = None if labels is None else label_loss(self.config, logits, labels)
+        output = SequenceClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+        return self._given(output, return_dict)
+
+
+class Data2Vec2ForAudioFrameClassification(_OverLayers):
+    """Speech: linear at every frame."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.classifier = nn.Linear(config.width, config.num_labels)
+        self.post_init()
+
+    def forward(
+        self,
+        input_values,
+        attention_mask=None,
+        labels=None,
+        output_attentions=None,
+        output_hidden_states=None,
+        return_dict=None,
+    ):
+        """`labels` (B, T, labels): 1 at the class of a frame."""
+        outputs, x = self.encode(input_values, attention_mask, output_attentions, output_hidden_states)
+        logits, loss = self.classifier(x), None
+        if labels is not None:
+            flat = logits.float().view(-1, self.config.num_labels)
+            loss = F.cross_entropy(flat, labels.view(-1, self.config.num_labels).argmax(1))
+        output = TokenClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+        return self._given(output, return_dict)

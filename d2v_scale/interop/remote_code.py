@@ -1,4 +1,4 @@
-"""2.0 speech and vision for Hugging Face: a modelling file of our own beside the weights, and what its config says."""
+"""2.0 speech and vision for Hugging Face: modelling files of our own beside the weights, and what their config says."""
 
 from pathlib import Path
 from typing import Any
@@ -7,6 +7,29 @@ from d2v_scale.interop.keymap import KeyMap
 from d2v_scale.model.config import Modality, ModelConfig
 
 MODELLING_FILE = Path(__file__).with_name("modeling_data2vec2.py")
+MODELLING_FILES = (
+    MODELLING_FILE,
+    *(Path(__file__).with_name(f"{part}_data2vec2.py") for part in ("configuration", "layers")),
+)
+"""All that an exported folder needs; the first imports the others."""
+_CONFIGURATIONS: dict[Modality, str] = {"speech": "Data2Vec2AudioConfig", "vision": "Data2Vec2VisionConfig"}
+_CLASSES: dict[Modality, dict[str, str]] = {
+    "speech": {
+        "AutoModel": "Data2Vec2AudioModel",
+        "AutoModelForCTC": "Data2Vec2ForCTC",
+        "AutoModelForAudioClassification": "Data2Vec2ForSequenceClassification",
+        "AutoModelForAudioFrameClassification": "Data2Vec2ForAudioFrameClassification",
+    },
+    "vision": {
+        "AutoModel": "Data2Vec2VisionModel",
+        "AutoModelForImageClassification": "Data2Vec2ForImageClassification",
+    },
+}
+
+
+def remote_class(auto: str, modality: Modality) -> str:
+    """The class that one of transformers' automatic classes loads."""
+    return _CLASSES[modality][auto]
 
 
 def remote_code_keys(names: list[str], config: ModelConfig, modality: Modality) -> KeyMap:
@@ -29,10 +52,11 @@ def remote_code_settings(config: ModelConfig, modality: Modality) -> dict[str, A
     backbone = config.backbone
     settings: dict[str, Any] = {
         "model_type": "data2vec2",
-        "architectures": ["Data2Vec2Model"],
+        "architectures": [remote_class("AutoModel", modality)],
+        # Every head, whatever is exported: from_pretrained puts a new one on an encoder.
         "auto_map": {
-            "AutoConfig": f"{MODELLING_FILE.stem}.Data2Vec2Config",
-            "AutoModel": f"{MODELLING_FILE.stem}.Data2Vec2Model",
+            "AutoConfig": f"configuration_data2vec2.{_CONFIGURATIONS[modality]}",
+            **{auto: f"{MODELLING_FILE.stem}.{name}" for auto, name in _CLASSES[modality].items()},
         },
         "modality": modality,
         # Sizes that no other class can be built with: loading the weights into one fails instead of being wrong.

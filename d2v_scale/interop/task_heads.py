@@ -9,7 +9,7 @@ from d2v_scale.finetuning.config import TaskConfig
 from d2v_scale.finetuning.heads import PROJECTION
 from d2v_scale.interop.huggingface import is_native
 from d2v_scale.interop.keymap import KeyMap
-from d2v_scale.interop.remote_code import MODELLING_FILE
+from d2v_scale.interop.remote_code import remote_class
 from d2v_scale.model.config import Modality, ModelConfig
 
 # The encoder is an attribute of the task's class; these are not below it.
@@ -26,11 +26,6 @@ _NATIVE = {
     "AutoModelForSequenceClassification": "Data2VecTextForSequenceClassification",
     "AutoModelForAudioClassification": "Data2VecAudioForSequenceClassification",
     "AutoModelForCTC": "Data2VecAudioForCTC",
-}
-_REMOTE = {
-    "AutoModelForImageClassification": "Data2Vec2ForImageClassification",
-    "AutoModelForAudioClassification": "Data2Vec2ForSequenceClassification",
-    "AutoModelForCTC": "Data2Vec2ForCTC",
 }
 
 
@@ -66,15 +61,8 @@ def head_settings(
 ) -> dict[str, Any]:
     """What config.json has beside the encoder's settings, or in place of them."""
     auto = auto_class(task, modality)
-    native = is_native(model, modality)
-    name = (_NATIVE if native else _REMOTE)[auto]
+    name = _NATIVE[auto] if is_native(model, modality) else remote_class(auto, modality)
     settings: dict[str, Any] = {"architectures": [name]}
-    if not native:
-        settings["auto_map"] = {
-            "AutoConfig": f"{MODELLING_FILE.stem}.Data2Vec2Config",
-            "AutoModel": f"{MODELLING_FILE.stem}.Data2Vec2Model",
-            auto: f"{MODELLING_FILE.stem}.{name}",
-        }
     if task.kind == "ctc":
         return settings | {
             "vocab_size": len(Vocabulary(task.ctc.letters)),

@@ -10,20 +10,16 @@ import numpy as np
 import pytest
 import tiny_models
 import torch
+from exported_models import tuned
 
-from d2v_scale.checkpoint import write_single
-from d2v_scale.data.config import DataConfig, VisionData
 from d2v_scale.data.labelled import LabelledSet
 from d2v_scale.data.writing import write_set
-from d2v_scale.data2vec.config import ObjectiveConfig
 from d2v_scale.finetuning.config import CtcConfig, TaskConfig
 from d2v_scale.finetuning.evaluation import answers
-from d2v_scale.finetuning.model import TaskModel
 from d2v_scale.finetuning.predictor import TaskPredictor
 from d2v_scale.interop.mlflow_model import model_settings, signature
 from d2v_scale.model.config import Modality
 from d2v_scale.model.stack import Draw
-from d2v_scale.recipe import Recipe, to_dict
 
 TOOLS = Path(__file__).parents[2] / "tools"
 CTC = TaskConfig(kind="ctc", ctc=CtcConfig(letters="abc"))
@@ -47,23 +43,6 @@ def export(*arguments: object) -> int:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.main([str(argument) for argument in arguments])
-
-
-def tuned(name: str, task: TaskConfig, tmp_path: Path, evaluation_crop: float = 0.875) -> Path:
-    """A run directory with a fine-tuned model of random weights."""
-    torch.manual_seed(0)
-    recipe = Recipe(
-        name=name,
-        model=tiny_models.model(name),
-        task=task,
-        data=DataConfig(vision=VisionData(evaluation_crop=evaluation_crop)),
-        objective=ObjectiveConfig(target=tiny_models.target_of(name)),
-    )
-    shapes = {n: p.shape for n, p in TaskModel(recipe.model, task).named_parameters()}
-    student = {n: 0.3 * torch.randn(shape) + (n.endswith("norm1.weight")) for n, shape in shapes.items()}
-    extra = {"recipe": json.loads(json.dumps(to_dict(recipe))), "classes": ["ant", "bee", "cow"]}
-    write_single(tmp_path / "run" / "checkpoints", student, None, extra)
-    return tmp_path / "run"
 
 
 def test_the_teacher_of_a_fine_tuned_model_is_refused_as_there_is_none(

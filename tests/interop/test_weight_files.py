@@ -114,11 +114,9 @@ def settings(folder: Path, **values: object) -> None:
 
 
 def named_by_config(folder: Path) -> None:
+    stale = zeros(folder)
     shutil.move(folder / "model.safetensors", folder / "best.safetensors")
-    save(
-        {k: torch.zeros_like(t) for k, t in load_file(folder / "best.safetensors").items()},
-        folder / "model.safetensors",
-    )
+    save(stale, folder / "model.safetensors")
     settings(folder, transformers_weights="best.safetensors")
 
 
@@ -140,7 +138,7 @@ SAME: dict[str, tuple[Callable[[Path], object], str]] = {
     "an optimizer beside": (lambda d: torch.save({"state": {}}, d / "optimizer.bin"), "optimizer.bin"),
     "training arguments beside": (lambda d: (d / "training_args.bin").write_bytes(b"cos\nsystem\n"), "training_args"),
     "a stale .bin beside": (lambda d: torch.save(zeros(d), d / "pytorch_model.bin"), "pytorch_model.bin"),
-    "TensorFlow and Flax beside": (lambda d: (d / "tf_model.h5").write_bytes(b"x"), "tf_model.h5"),
+    "TensorFlow beside": (lambda d: (d / "tf_model.h5").write_bytes(b"x"), "tf_model.h5"),
     "a file that config.json names": (named_by_config, "model.safetensors"),
     "data parallelism's prefix": (prefixed("module."), ""),
     "a compiled model's prefix": (prefixed("module._orig_mod."), ""),
