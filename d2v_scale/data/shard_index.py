@@ -235,11 +235,12 @@ class _Measured(NamedTuple):
 
 def _measured(content: mmap.mmap, sample: TarSample, extensions: list[str], measure: Measure | None) -> _Measured:
     """Reads the sample, and notes where it cannot be had."""
-    end = min(sample.end, len(content))
+    reach, end = sample.end, min(sample.end, len(content))
     crc = zlib.crc32(memoryview(content)[sample.start : end])
     for piece in sample.pieces_outside():
+        reach = max(reach, piece.start + piece.size)
         crc = zlib.crc32(memoryview(content)[piece.start : piece.start + piece.size], crc)
-    if sample.reach > len(content):
+    if reach > len(content):
         sample.lose("is cut off at the end of the file")
     if sample.unreadable or measure is None:
         return _Measured(end, crc, -1 if sample.unreadable else 0)

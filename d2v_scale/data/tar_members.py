@@ -10,7 +10,7 @@ import posixpath
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 NO_END = "ends without an end-of-archive mark"
 
@@ -29,8 +29,7 @@ _COMPRESSED = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(NamedTuple):
     """A part of a member's bytes."""
 
     start: int
@@ -54,6 +53,8 @@ class TarMember:
     """Bytes that no piece holds are zero."""
     unreadable: str = ""
     """Why its bytes cannot be had; empty: they can."""
+    is_link: bool = False
+    """Its pieces are those of another member."""
     kind: str = ""
     """What it is, where it is no file, as `PassedOver` counts it."""
 
@@ -168,6 +169,8 @@ def _is_header(content: mmap.mmap, position: int) -> bool:
 
 
 def _member(info: tarfile.TarInfo) -> TarMember:
+    if info.type == tarfile.REGTYPE and info.sparse is None:  # type: ignore[attr-defined]
+        return _stored(info)
     if info.type == _CONTINUED:
         return TarMember(info.name, info.offset, info.offset_data, 0, [], "continues a file of another tar")
     if info.isdir() or info.type == _DUMPED_FOLDER:
@@ -177,9 +180,13 @@ def _member(info: tarfile.TarInfo) -> TarMember:
     if info.isdev():
         return TarMember(info.name, info.offset, info.offset_data, 0, [], kind="devices and pipes")
     if info.islnk() or info.issym():
-        return TarMember(info.name, info.offset, info.offset_data, 0, [])
+        return TarMember(info.name, info.offset, info.offset_data, 0, [], is_link=True)
     if info.sparse is not None:  # type: ignore[attr-defined]
         return _sparse(info)
+    return _stored(info)
+
+
+def _stored(info: tarfile.TarInfo) -> TarMember:
     pieces = [Piece(info.offset_data, info.size, 0)] if info.size else []
     return TarMember(info.name, info.offset, info.offset_data + info.size, info.size, pieces)
 

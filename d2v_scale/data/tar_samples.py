@@ -13,25 +13,21 @@ class TarSample:
     """The files of one key."""
 
     key: str
+    start: int
+    """Where its first header begins, bytes."""
+    end: int = 0
+    """Where its own bytes in the tar end."""
     members: dict[str, TarMember] = field(default_factory=dict)
     """By extension."""
     unreadable: str = ""
     """Why the sample is lost; empty: it is not."""
 
-    @property
-    def start(self) -> int:
-        """Where its first header begins, bytes."""
-        return next(iter(self.members.values())).start
-
-    @property
-    def end(self) -> int:
-        """Where its own bytes in the tar end."""
-        return max(member.end for member in self.members.values())
-
-    @property
-    def reach(self) -> int:
-        """Where the last of its bytes ends, its own or those that a link leads to."""
-        return max([self.end, *(piece.start + piece.size for piece in self.pieces_outside())])
+    def add(self, extension: str, member: TarMember) -> None:
+        """Take in the file of an extension; they come in their order."""
+        self.members[extension] = member
+        self.end = max(self.end, member.end)
+        if member.unreadable:
+            self.lose(f"its .{extension} {member.unreadable}")
 
     def lose(self, why: str) -> None:
         """The sample cannot be had; the first reason stays."""
@@ -39,18 +35,19 @@ class TarSample:
 
     def holds(self, member: TarMember) -> bool:
         """Whether a member lies in one piece among the sample's own bytes."""
-        if not member.pieces:
+        if member.is_link or len(member.pieces) != 1:
             return member.size == 0
-        return (
-            len(member.pieces) == 1 and member.pieces[0].size == member.size and not self._is_outside(member.pieces[0])
-        )
+        return member.pieces[0].size == member.size
 
     def pieces_outside(self) -> list[Piece]:
         """What links lead to, in the order in which `Members.pieces_p5` has it."""
-        return [piece for member in self.members.values() for piece in member.pieces if self._is_outside(piece)]
-
-    def _is_outside(self, piece: Piece) -> bool:
-        return not self.start <= piece.start or piece.start + piece.size > self.end
+        links = [member for member in self.members.values() if member.is_link]
+        return [
+            piece
+            for member in links
+            for piece in member.pieces
+            if piece.start < self.start or piece.start + piece.size > self.end
+        ]
 
 
 def tar_samples(members: list[TarMember | None], passed_over: PassedOver) -> Iterator[TarSample]:
@@ -60,10 +57,14 @@ def tar_samples(members: list[TarMember | None], passed_over: PassedOver) -> Ite
     current: str | None = None
     files: list[tuple[str, TarMember]] = []
     for member in [*members, None]:
-        if member is not None and (kind := _no_file_of_a_sample(member)):
-            passed_over.add(kind, member.name)
-            continue
-        key, extension = base_plus_ext(member.name) if member is not None else (None, None)
+        key, extension = None, ""
+        if member is not None:
+            kind = _no_file_of_a_sample(member)
+            if not kind:
+                key, extension = base_plus_ext(member.name)
+            if key is None:
+                passed_over.add(kind or "files without an extension", member.name)
+                continue
         if key != current or member is None:
             if current is not None:
                 if current in seen:
@@ -71,38 +72,36 @@ def tar_samples(members: list[TarMember | None], passed_over: PassedOver) -> Ite
                 seen.add(current)
                 yield from _of_one_key(current, files, passed_over)
             current, files = key, []
-        if member is not None and extension is not None:
+        if member is not None:
             files.append((extension.lower(), member))
 
 
 def _no_file_of_a_sample(member: TarMember) -> str:
-    """As what `member` is passed over; empty: it belongs to a sample."""
+    """As what `member` is passed over; empty: it is a file that is not hidden."""
     if member.kind:
         return member.kind
+    if "/." not in member.name and not member.name.startswith((".", "__MACOSX/")) and "/__MACOSX/" not in member.name:
+        return ""
     folders, _, name = member.name.rpartition("/")
     if name.startswith("._"):
         return "AppleDouble files (._*)"
     if "__MACOSX" in folders.split("/"):
         return "files in __MACOSX"
-    if name.startswith("."):
-        return "hidden files"
-    return "" if base_plus_ext(member.name)[0] is not None else "files without an extension"
+    return "hidden files" if name.startswith(".") else ""
 
 
 def _of_one_key(key: str, files: list[tuple[str, TarMember]], passed_over: PassedOver) -> Iterator[TarSample]:
     """The sample of consecutive files; several, where their names repeat."""
-    samples = [TarSample(key)]
+    samples = [TarSample(key, files[0][1].start)]
     for extension, member in files:
         if extension in samples[-1].members:
-            samples.append(TarSample(key))
-        samples[-1].members[extension] = member
-    for sample in samples:
-        for extension, member in sample.members.items():
-            if member.unreadable:
-                sample.lose(f"its .{extension} {member.unreadable}")
-        if sample.members.keys() != samples[0].members.keys():
-            for other in samples:
-                other.lose("has several members of one name, and nothing tells which of them belong together")
-    for _ in samples[1:]:
-        passed_over.add("keys that are there twice in a row, each time a sample", key)
+            samples.append(TarSample(key, member.start))
+        samples[-1].add(extension, member)
+    if len(samples) > 1:
+        alike = all(sample.members.keys() == samples[0].members.keys() for sample in samples)
+        for sample in samples:
+            if not alike:
+                sample.lose("has several members of one name, and nothing tells which of them belong together")
+        for _ in samples[1:]:
+            passed_over.add("keys that are there twice in a row, each time a sample", key)
     yield from samples
