@@ -104,6 +104,11 @@ class RunObserver:
         """Whether the run should end for it."""
         return self._monitor.collapsed
 
+    @property
+    def starved(self) -> str | None:
+        """Why the run should end for want of data, as of the last `figures`; the same on all ranks."""
+        return self._totals.starved()
+
     def state_dict(self) -> dict[str, object]:
         """What was read so far, for the checkpoint. Collective: all ranks must call."""
         self._totals.collect(self._loader.take_counts(), self._topology)

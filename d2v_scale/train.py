@@ -232,6 +232,8 @@ def train(run: Run, stop_flag: StopFlag, agreement: Agreement, watchdog: Watchdo
             signs = record(run, result, seen, lr)
             if observer.collapsed:
                 stop_flag.up(StopReason.COLLAPSE, "; ".join(signs))
+            if observer.starved is not None:
+                stop_flag.up(StopReason.DATA_STARVED, observer.starved)
         if run.step == end or (recipe.evaluation.every and run.step % recipe.evaluation.every == 0):
             with observer.meter.paused():
                 evaluate(run)

@@ -12,7 +12,7 @@ from d2v_scale import modalities
 from d2v_scale.data.batch import Batch
 from d2v_scale.data.labels import Labels
 from d2v_scale.data.plan import PlannedBatch
-from d2v_scale.data.reading import Fault, RawSample, SampleFault, Store
+from d2v_scale.data.reading import Fault, NothingHere, RawSample, SampleFault, Store
 from d2v_scale.data2vec import masking
 from d2v_scale.data2vec.config import CompatConfig, MaskingConfig
 from d2v_scale.data2vec.stateless import array_keys, array_uniform
@@ -91,7 +91,8 @@ def make_decoder(modality: Modality, data: Any, model: ModelConfig, tokenizer: A
 def read_rows(
     planned: PlannedBatch, store: Store, decoder: Decoder, seed: int
 ) -> tuple[list[Row], list[int], list[Fault]]:
-    """The rows that can be delivered, their numbers in `planned`, and a fault for each of the others."""
+    """The rows that can be delivered, their numbers in `planned`, and a fault for each of the others but those of a
+    stream that holds nothing."""
     keys_n = array_keys(planned.sample_ids, "crop", seed)
     keys_n = array_keys(keys_n.view(np.int64) ^ planned.epoch_n, "epoch")
     draws_nk = array_uniform(keys_n, decoder.draws)
@@ -102,6 +103,8 @@ def read_rows(
             kept.append(k)
         except SampleFault as error:
             faults.append(error.fault)
+        except NothingHere:
+            continue
         except Verdict:
             raise
         except Exception as error:  # a decoder raises anything for damaged content, and one sample must not end a run

@@ -27,6 +27,8 @@ class Tally:
     """Values of the inputs that are no padding: tokens, or samples of audio; 0 for images."""
     padded: int
     """Values of the inputs, padding included."""
+    blank: int = 0
+    """Rows that stayed blank because a stream's share of the shards holds nothing; none of them is lost."""
 
 
 @dataclass
@@ -65,8 +67,15 @@ class SourceCount:
 class Counters:
     """Totals of one rank since its process started. Every lost sample is counted; the first of a shard are named."""
 
-    def __init__(self, sources: list[str], max_bad_ratio: float, samples_per_epoch: float = 0) -> None:
-        """`samples_per_epoch`: this rank's share of all sources, 0 where that is not known."""
+    def __init__(
+        self,
+        sources: list[str],
+        max_bad_ratio: float,
+        samples_per_epoch: float = 0,
+        slack: int = 1,
+    ) -> None:
+        """`samples_per_epoch`: this rank's share of all sources, 0 where that is not known. `slack`: a greater factor
+        lets more of the latest rows be lost."""
         self._sources = sources
         self._max_bad_ratio = max_bad_ratio
         self._samples_per_epoch = max(samples_per_epoch, _SAMPLES_BEFORE_ALARM)
@@ -76,6 +85,8 @@ class Counters:
         self._untaken = {name: SourceCount() for name in sources}
         self._epochs = dict.fromkeys(sources, 0)
         self._planned = 0
+        self._blank = 0
+        self._slack = slack
         self._last: Fault | None = None
 
     def count(self, planned: PlannedBatch, tallies: list[Tally], faults: list[Fault], cursors: list[Cursor]) -> None:
@@ -98,8 +109,10 @@ class Counters:
         for fault in faults:
             self._name(fault)
         self._planned += len(planned)
-        self._recent.append((sum(sum(tally.delivered.values()) for tally in tallies), len(faults)))
-        while sum(map(sum, self._recent)) - sum(self._recent[0]) >= _RECENT_SAMPLES:
+        blank = sum(tally.blank for tally in tallies)
+        self._blank += blank
+        self._recent.append((blank + sum(sum(tally.delivered.values()) for tally in tallies), len(faults)))
+        while sum(map(sum, self._recent)) - sum(self._recent[0]) >= _RECENT_SAMPLES * self._slack:
             self._recent.popleft()
         self._epochs = {name: cursor.epoch for name, cursor in zip(self._sources, cursors, strict=True)}
 
@@ -135,13 +148,15 @@ class Counters:
         return values
 
     def alarm(self) -> str | None:
-        """Says so when more than `max_bad_ratio` of this rank's samples were lost, or half of the last 500.
+        """Says so when more than `max_bad_ratio` of this rank's samples were lost, or half of the last ones.
 
         Measured against an epoch at least, so that one bad shard of very many does not end a run in its first steps.
         """
-        seen = self.delivered + self.lost
+        seen = self.delivered + self.lost + self._blank
         recent = sum(lost for _, lost in self._recent), sum(map(sum, self._recent))
-        starved = recent[0] > max(_RECENT_RATIO, self._max_bad_ratio) * max(recent[1], _SAMPLES_BEFORE_ALARM)
+        starved = recent[0] > max(_RECENT_RATIO, self._max_bad_ratio) * max(
+            recent[1], _SAMPLES_BEFORE_ALARM * self._slack
+        )
         if not starved and self.lost <= self._max_bad_ratio * max(seen, self._samples_per_epoch):
             return None
         worst, count = self.lost_by_shard.most_common(1)[0]

@@ -33,6 +33,8 @@ log = logging.getLogger(__name__)
 _NOT_ARRIVED = ("DataLoader timed out", "DataLoader worker (pid")
 
 _MUCH_CROPPED = 0.1
+_LEAST_IN_A_SHARD = 1000
+_MOST_SLACK = 50
 
 BatchUnit = Literal["samples", "seconds", "tokens"]
 
@@ -111,6 +113,7 @@ def _tally(batch: Batch, planned: PlannedBatch, kept: list[int], faults: list[Fa
         lost=dict(+lost),
         real=padded if not padded or batch.valid is None else int(batch.valid.sum()),
         padded=padded,
+        blank=max(0, len(planned) - len(kept) - len(faults)),
     )
 
 
@@ -158,10 +161,16 @@ class StepLoader:
         self._dataset = _StepDataset(self.sources, decoders, collators, seed)
         self._step = 0
         self._cursors = [Cursor() for _ in self.sources]
-        per_epoch = sum(source.items_per_epoch for source in self.sources) / dp_size
-        self._counters = Counters([source.name for source in self.sources], data.max_bad_ratio, per_epoch)
+        self._counters = self._make_counters(dp_size)
         self._pending: deque[tuple[int, list[Cursor], PlannedBatch]] = deque()
         self._steps: Iterator[DecodedStep] | None = None
+
+    def _make_counters(self, dp_size: int) -> Counters:
+        names, ratio = [source.name for source in self.sources], self._data.max_bad_ratio
+        # A stream does not know how long it is, and meets its shards one after the other: one bad one is not all.
+        streamed = sum(len(source.shards.paths) for source in self.sources if isinstance(source, StreamedSource))
+        rows = _LEAST_IN_A_SHARD * streamed + sum(source.items_per_epoch for source in self.sources)
+        return Counters(names, ratio, rows / dp_size, slack=min(max(1, streamed // dp_size), _MOST_SLACK))
 
     def _open_sources(
         self, model: ModelConfig, seed: int, dp_rank: int, dp_size: int

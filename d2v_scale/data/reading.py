@@ -43,6 +43,10 @@ class SampleFault(Exception):
         return as_it_was(self)
 
 
+class NothingHere(Exception):
+    """Raised where a reader's share of the shards holds nothing: its rows stay blank, and none is lost."""
+
+
 class RawSample:
     """The members of one sample, not decoded."""
 
@@ -157,7 +161,7 @@ class Store(Protocol):
     """Where decoders get samples from."""
 
     def read(self, shard: int, number: int) -> RawSample:
-        """The sample `number` of `shard`. Raises SampleFault."""
+        """The sample `number` of `shard`. Raises SampleFault, and NothingHere."""
 
     def describe(self, shard: int, number: int, reason: str) -> Fault:
         """A fault of a sample that could be read but not used."""

@@ -17,7 +17,7 @@ from d2v_scale.data.config import DataConfig, SourceConfig
 from d2v_scale.data.fetching import ShardCache
 from d2v_scale.data.order import KeyedPermutation
 from d2v_scale.data.plan import Cursor, PlannedBatch
-from d2v_scale.data.reading import Fault, RawSample, SampleFault, read_sample
+from d2v_scale.data.reading import Fault, NothingHere, RawSample, SampleFault, read_sample
 from d2v_scale.data.shard_index import index_tar
 from d2v_scale.data.shard_set import ShardSet, is_remote
 from d2v_scale.data2vec.stateless import key, numpy_generator
@@ -66,6 +66,7 @@ class StreamedSource:
         self._dp_rank = dp_rank
         self._dp_size = dp_size
         self._opened = time.time()
+        self._batch_size = 1
         if source.modality == "text" and self.tokenizer is None:
             raise ConfigError("data.text.tokenizer", "is not set, and the shards have no index that names one")
         log.warning(
@@ -91,6 +92,7 @@ class StreamedSource:
         if unit == "tokens":
             assert self._model.text is not None
             batch_size = max(1, batch_size // self._model.text.max_positions)
+        self._batch_size = batch_size
         return StreamPlan(self._data.source_names().index(self.name), batch_size)
 
     def open_store(self) -> "StreamStore":
@@ -104,24 +106,38 @@ class StreamedSource:
             self._dp_rank * workers + number,
             self._dp_size * workers,
             self._opened,
+            self._batch_size,
         )
 
 
 class StreamStore:
-    """One of `streams` readers: its `read` hands out the next sample, whichever is asked for."""
+    """One of `streams` readers: its `read` hands out the next sample, whichever is asked for.
+
+    A reader whose share of the shards holds nothing leaves its rows blank. The set is starved when none of its shards
+    holds anything; where they do and yet nothing of it can be used by any reader, `RunTotals` finds out.
+    """
 
     def __init__(
-        self, paths: list[str], cache: ShardCache, seed: int, stream: int, streams: int, opened: float = 0.0
+        self,
+        paths: list[str],
+        cache: ShardCache,
+        seed: int,
+        stream: int,
+        streams: int,
+        opened: float = 0.0,
+        batch_size: int = 1,
     ) -> None:
         """`opened`: when the run opened its sources (Unix seconds). Without an index nothing tells whether an older
-        copy is still what lies at the URL."""
+        copy is still what lies at the URL. `batch_size`: rows of a step, of all streams."""
         self._paths = paths
         self._cache = cache
         self._seed = seed
         self._stream = stream
         self._streams = streams
         self._opened = opened
-        self._samples: Iterator[RawSample] | None = None
+        self._batch_size = batch_size
+        self._samples: Iterator[RawSample | None] | None = None
+        self._samples_elsewhere = 0
         self._last: RawSample | None = None
         self._counts: dict[int, int] = {}
         self._damage: list[Fault] = []
@@ -129,11 +145,16 @@ class StreamStore:
         self._why = ""
 
     def read(self, shard: int, number: int) -> RawSample:
-        """The next sample. The first call, by its row's `number`, decides how much is passed over."""
+        """The next sample. The first call, by its row's `number`, decides how much is passed over. Raises NothingHere
+        where this stream has none, and DataStarved where the whole set has none."""
         if self._samples is None:
-            self._samples = self._read_from(number // self._streams)
-        self._last = next(self._samples)
-        return self._last
+            before = number // self._batch_size * self._batch_size  # rows of the steps before this one
+            self._samples = self._read_from(before // self._streams)
+        sample = next(self._samples)
+        if sample is None:
+            raise NothingHere
+        self._last = sample
+        return sample
 
     def describe(self, shard: int, number: int, reason: str) -> Fault:
         """A fault of the sample that was read last."""
@@ -141,8 +162,8 @@ class StreamStore:
         return self._last.fault(reason).fault
 
     def pass_over(self, why: str) -> None:
-        """The sample that was read last makes no row, and is no fault. After an epoch of nothing else, `read` raises
-        DataStarved, which says `why`."""
+        """The sample that was read last makes no row, and is no fault. After an epoch of nothing else rows stay blank;
+        where there is no other stream, `read` raises DataStarved, which says `why`."""
         self._passed_over += 1
         self._why = why
 
@@ -151,7 +172,8 @@ class StreamStore:
         damage, self._damage = self._damage, []
         return damage
 
-    def _read_from(self, passed: int) -> Iterator[RawSample]:
+    def _read_from(self, passed: int) -> Iterator[RawSample | None]:
+        """Samples without end; None for a row that stays blank."""
         if passed:
             log.info("reading past %d samples of this stream", passed)
         epoch = 0
@@ -168,12 +190,11 @@ class StreamStore:
                         passed -= 1
                     else:
                         yield sample
-            if delivered == 0:
-                faults = "; ".join(str(fault) for fault in self._damage[-3:])
-                raise DataStarved(f"No sample could be read in an epoch of the stream. {faults}")
             if self._passed_over == delivered:
-                raise DataStarved(f"No sample of an epoch of the stream can be used: {self._why}.")
-            if self._passed_over:
+                blank = self._blank_rows(epoch, delivered)
+                yield from [None] * max(0, blank - passed)
+                passed = max(0, passed - blank)
+            elif self._passed_over:
                 log.warning(
                     "epoch %d of a stream: %d of %d samples left out: %s",
                     epoch,
@@ -183,6 +204,23 @@ class StreamStore:
                 )
             epoch += 1
 
+    def _blank_rows(self, epoch: int, passed_over: int) -> int:
+        """How many rows stay blank before the next epoch, since this stream has nothing to give: about as many as
+        others have in one. Raises DataStarved where the whole set has nothing."""
+        if passed_over and self._streams == 1:
+            raise DataStarved(f"No sample of an epoch of the stream can be used: {self._why}.")
+        if epoch == 0:
+            why = self._why if passed_over else "none can be read"
+            log.warning("Stream %d of %d has no sample: its rows stay blank (%s)", self._stream, self._streams, why)
+        if not passed_over and not self._samples_elsewhere:
+            damage = list(self._damage)
+            found = (next(self._samples_of(shard, epoch, of_all=True), None) for shard in range(len(self._paths)))
+            if not any(found):
+                faults = "; ".join(str(fault) for fault in self._damage[-3:])
+                raise DataStarved(f"No sample could be read in an epoch of the stream. {faults}")
+            self._damage = damage  # what others find they tell themselves
+        return passed_over or self._samples_elsewhere
+
     def _shards(self, epoch: int) -> Iterator[int]:
         """This stream's shards, or all of them where there are fewer shards than streams."""
         count = len(self._paths)
@@ -190,7 +228,8 @@ class StreamStore:
         first, step = (self._stream, self._streams) if count >= self._streams else (0, 1)
         return (permuted(position) for position in range(first, count, step))
 
-    def _samples_of(self, shard: int, epoch: int) -> Iterator[RawSample]:
+    def _samples_of(self, shard: int, epoch: int, of_all: bool = False) -> Iterator[RawSample]:
+        """This stream's samples of a shard, or with `of_all` every stream's."""
         name = self._paths[shard]
         try:
             path = Path(self._cache.fetch(name, newer_than=self._opened) if is_remote(name) else name)
@@ -204,7 +243,9 @@ class StreamStore:
 
                 order = numpy_generator("stream", self._seed, epoch, shard).permutation(len(members))
                 whole = [int(k) for k in order if members.length_n[k] >= 0]
-                if len(self._paths) < self._streams:
+                if of_all:
+                    self._samples_elsewhere = -(-len(whole) * len(self._paths) // self._streams)
+                elif len(self._paths) < self._streams:
                     whole = whole[self._stream :: self._streams]
                 self._counts[shard] = len(whole)
                 for number in whole:

@@ -15,6 +15,8 @@ from d2v_scale.parallel.groups import Topology
 
 log = logging.getLogger(__name__)
 
+_DRY_ROWS = 500
+
 
 @dataclass
 class _SourceTotals:
@@ -28,6 +30,8 @@ class _SourceTotals:
     """Those that are not over."""
     closed: EpochCount | None = None
     """The last one that is."""
+    dry: int = 0
+    """Rows that were planned since one was delivered to any rank."""
     unchecked: int = -1
     """Epochs up to this one were begun by a version that kept no totals."""
 
@@ -102,6 +106,8 @@ class RunTotals:
             self._recent["tokens"] += real
         if source.modality == "speech":
             self._recent["audio_seconds"] += real / SAMPLE_RATE
+        before = totals.delivered
+        totals.dry += sum(epoch.planned for epoch in mine.epochs.values())
         for number in sorted(mine.epochs):
             delivered, lost = next(numbers), next(numbers)
             epoch = totals.epochs.setdefault(number, EpochCount())
@@ -113,6 +119,8 @@ class RunTotals:
             totals.left_out += mine.epochs[number].left_out
             totals.delivered += delivered
             totals.lost += lost
+        if totals.delivered > before:
+            totals.dry = 0
         if totals.epochs:
             self._epochs[source.name] = max(totals.epochs)
         for number in [number for number in sorted(totals.epochs) if number < self._epochs[source.name]]:
@@ -136,6 +144,13 @@ class RunTotals:
             log.warning("%s", told)
         elif epoch.left_out:
             log.info("%s", told)
+
+    def starved(self) -> str | None:
+        """Why the run should end, or None: no rank was given a sample of a source for long. The same on all ranks."""
+        for name, totals in self._totals.items():
+            if totals.dry >= _DRY_ROWS:
+                return f"No sample of {name} could be used by any rank, of the last {totals.dry} that were asked for"
+        return None
 
     # -- record --------------------------------------------------------------------------------------------------
 

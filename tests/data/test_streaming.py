@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from small_shards import sound_samples
+from small_shards import image_samples, sound_samples
 
 from d2v_scale.data import streaming
 from d2v_scale.data.config import DataConfig, SourceConfig
@@ -17,10 +17,12 @@ from d2v_scale.data.fetching import ShardCache
 from d2v_scale.data.loader import StepLoader
 from d2v_scale.data.shard_index import TarContents, index_tar
 from d2v_scale.data.streaming import StreamStore
+from d2v_scale.data.totals import RunTotals
 from d2v_scale.data.writing import Sample, write_set
 from d2v_scale.data2vec.config import MaskingConfig
 from d2v_scale.errors import ConfigError, DataStarved
 from d2v_scale.model.config import Modality, ModelConfig, SpeechStem, TextStem, VisionStem
+from d2v_scale.parallel import groups
 
 MODEL = ModelConfig(
     vision=VisionStem(image_size=8, patch_size=4),
@@ -40,17 +42,17 @@ def bare(source: Path, target: Path) -> Path:
 def stream(
     shards: Path,
     modality: Modality = "vision",
-    rank: int = 0,
-    ranks: int = 1,
-    size: int = 6,
     tokenizer: Path | None = None,
     min_seconds: float = 0.1,
+    bad: float = 0.5,
+    rank: int = 0,
+    ranks: int = 1,
 ) -> StepLoader:
-    data = DataConfig(sources=[SourceConfig(shards=str(shards), modality=modality)], workers=0, max_bad_ratio=0.5)
+    data = DataConfig(sources=[SourceConfig(shards=str(shards), modality=modality)], workers=0, max_bad_ratio=bad)
     data.text.tokenizer = str(tokenizer) if tokenizer else None
     data.speech.min_seconds = min_seconds
     masking = MaskingConfig(kind="random", prob=0.5)
-    return StepLoader(data, MODEL, masking, seed=1, global_batch_size=6)
+    return StepLoader(data, MODEL, masking, seed=1, global_batch_size=6 * ranks, dp_rank=rank, dp_size=ranks)
 
 
 @pytest.mark.parametrize("streams", [1, 2, 5, 7])
@@ -182,3 +184,76 @@ def test_speech_and_text_stream_too(sounds: Path, texts: Path, tmp_path: Path) -
     assert batch.valid is None
     with pytest.raises(ConfigError, match=r"data.text.tokenizer"):
         stream(tmp_path / "texts", "text")
+
+
+@pytest.mark.parametrize("content", [bytes(1024), b"", b"<html>404</html>" * 100])
+def test_a_share_of_a_stream_that_holds_nothing_stays_blank(
+    images: Path, tmp_path: Path, content: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It ended the whole run as starved."""
+    shards = bare(images, tmp_path / "bare")
+    (shards / "train-000004.tar").unlink()
+    (shards / "train-000001.tar").write_bytes(content)
+    keys: set[str] = set()
+    blank = []
+    for rank in range(4):
+        loader = stream(shards, rank=rank, ranks=4, bad=0.01)
+        batches = [next(loader)[0] for _ in range(3)]
+        blank.append([batch.is_blank for batch in batches])
+        keys |= {key for batch in batches for key in batch.keys} - {""}
+        assert loader.alarm() is None
+        assert loader.counters()["lost"] == sum(batch.lost for batch in batches) <= 2
+    assert sorted(blank) == [[False] * 3] * 3 + [[True] * 3]
+    assert len(keys) == 54
+    assert caplog.text.count("has no sample: its rows stay blank (none can be read)") == 1
+
+
+def test_every_sample_comes_once_an_epoch_beside_a_share_that_holds_nothing(images: Path, tmp_path: Path) -> None:
+    shards = bare(images, tmp_path / "bare")
+    (shards / "train-000004.tar").unlink()
+    (shards / "train-000001.tar").write_bytes(bytes(1024))
+    loaders = [stream(shards, rank=rank, ranks=4) for rank in range(4)]
+    rows = [key for loader in loaders for _ in range(10) for key in next(loader)[0].keys if key]
+    # Three epochs: the blank one takes as long as the others, so that all change shards together.
+    assert {rows.count(f"image-{k:04d}") for k in range(80) if k // 20 != 1} == {3}
+
+
+def test_fewer_samples_than_streams_leave_some_blank(tmp_path: Path) -> None:
+    write_set(tmp_path / "made", "a", "vision", image_samples(3), per_shard=3)
+    shards = bare(tmp_path / "made", tmp_path / "bare")
+    blank = [next(stream(shards, rank=rank, ranks=8))[0].is_blank for rank in range(8)]
+    assert sum(blank) == 5
+
+
+def test_a_set_is_starved_when_all_its_shares_are(tmp_path: Path) -> None:
+    for k in range(4):
+        (tmp_path / f"a-{k}.tar").write_bytes(b"<html>404</html>" * 100 if k % 2 else bytes(1024))
+    for rank in range(4):
+        with pytest.raises(DataStarved, match="No sample could be read in an epoch of the stream"):
+            next(stream(tmp_path, rank=rank, ranks=4))
+
+
+def test_a_set_of_which_no_rank_can_use_anything_is_starved_at_a_log_point(tmp_path: Path) -> None:
+    """Whether another rank's recordings are long enough is known when the ranks' totals are added up."""
+    write_set(tmp_path / "made", "a", "speech", sound_samples(20, seconds=(0.1, 0.2)), per_shard=10)
+    shards = bare(tmp_path / "made", tmp_path / "bare")
+    loaders = [stream(shards, "speech", min_seconds=0.3, rank=rank, ranks=2) for rank in range(2)]
+    totals = RunTotals(loaders[0].sources)
+    for step in range(60):
+        assert totals.starved() is None or step * 12 >= 500
+        assert [next(loader)[0].is_blank for loader in loaders] == [True, True]
+        totals.collect(loaders[0].take_counts(), groups.single_process())
+        assert all(loader.alarm() is None for loader in loaders)
+    assert "No sample of speech could be used by any rank" in str(totals.starved())
+
+
+def test_a_bad_shard_of_a_long_stream_ends_no_run(tmp_path: Path) -> None:
+    """It was judged as if it were the whole set, being all that was read of late."""
+    samples = [{"__key__": f"bad-{k}", "png": b"no image"} for k in range(600)]
+    write_set(tmp_path / "made", "b", "vision", samples, per_shard=600)
+    for k in range(60):
+        write_set(tmp_path / "made", f"a{k}", "vision", image_samples(2), per_shard=2)
+    loader = stream(bare(tmp_path / "made", tmp_path / "bare"), bad=0.02)
+    while loader.counters()["lost"] < 600:
+        next(loader)
+        assert loader.alarm() is None
