@@ -1,13 +1,15 @@
-"""The loss of a logged step by data source and by how much of a row was hidden."""
+"""The loss of single steps by data source and by how much of a row was hidden; the spread of each source's states."""
 
 import torch
 from torch import Tensor
 
 from d2v_scale.data.batch import Batch
-from d2v_scale.data2vec import loss
+from d2v_scale.data2vec import loss, statistics
 from d2v_scale.data2vec.config import LossConfig
 from d2v_scale.parallel.groups import Topology
 
+OF_A_SOURCE = ("loss", "target_std", "prediction_std")
+"""Figures that are recorded as `<figure>/<source>`."""
 BUCKETS = 4
 """Equal ranges of the masked share of a row."""
 
@@ -15,9 +17,14 @@ BUCKETS = 4
 class LossBreakdown:
     """Sums and counts of the masked loss per bucket; `figures` divides them over all ranks."""
 
-    def __init__(self, sources: list[str], device: torch.device) -> None:
-        """`sources`: the names of all data sources, in an order that all ranks share."""
+    def __init__(self, sources: list[str], device: torch.device, width: int | None = None) -> None:
+        """`sources`: the names of all data sources, in an order that all ranks share. `width`: channels of the targets,
+        to see how far each source's targets and predictions spread; None: not looked at."""
         self._sources = sources
+        self._moments: Tensor | None = None
+        if width is not None:
+            # Of targets, then of predictions: count, sum and sum of squares over the channels.
+            self._moments = torch.zeros(len(sources), 2, 1 + 2 * width, dtype=torch.float64, device=device)
         self._sums = torch.zeros(2, len(sources) + BUCKETS, dtype=torch.float64, device=device)
 
     @torch.no_grad()
@@ -35,9 +42,14 @@ class LossBreakdown:
             own = self._sources.index(batch.source)
             self._sums[0, own] += loss_n.sum()
             self._sums[1, own] += loss_n.numel()
+            if self._moments is not None:
+                for row, x_nd in enumerate((targets_nd, predictions_nd)):
+                    count, total_d, square_d = statistics.moments(x_nd)
+                    self._moments[own, row] += torch.cat((count[None], total_d, square_d))
 
     def figures(self, topology: Topology) -> dict[str, Tensor]:
-        """`loss/<source>` (where there are several) and `loss/masked_<from>_<to>` in percent, for those that occurred.
+        """`loss/<source>` (where there are several) and `loss/masked_<from>_<to>` in percent, for those that occurred;
+        with `width` also `target_std/<source>` and `prediction_std/<source>`.
 
         Waits for the device. Collective: all ranks must call.
         """
@@ -47,4 +59,20 @@ class LossBreakdown:
         names = [*self._sources, *(f"masked_{i * width}_{(i + 1) * width}" for i in range(BUCKETS))]
         skipped = 1 if len(self._sources) == 1 else 0
         found = list(zip(names, totals, counts, strict=True))[skipped:]
-        return {f"loss/{name}": torch.tensor(total / count) for name, total, count in found if count}
+        figures = {f"loss/{name}": torch.tensor(total / count) for name, total, count in found if count}
+        return figures | self._spreads(topology)
+
+    def _spreads(self, topology: Topology) -> dict[str, Tensor]:
+        if self._moments is None:
+            return {}
+        topology.sum_over_model(self._moments)
+        width = (self._moments.shape[2] - 1) // 2
+        figures = {}
+        for source, rows in zip(self._sources, self._moments.cpu(), strict=True):
+            for name, row in zip(("target_std", "prediction_std"), rows, strict=True):
+                # One vector has no spread.
+                if row[0] > 1:
+                    figures[f"{name}/{source}"] = statistics.std_from_moments(
+                        row[0], row[1 : 1 + width], row[1 + width :]
+                    )
+        return figures

@@ -1,6 +1,6 @@
 """From the logged figures to a warning, then to a verdict: a collapse, or a teacher that stands still."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from d2v_scale.data2vec.config import HealthConfig
@@ -12,30 +12,52 @@ class HealthMonitor:
 
     config: HealthConfig
     unhealthy: dict[str, int] = field(default_factory=dict)
-    """Log points in a row that each sign has been bad for."""
+    """Log points in a row that each sign has been bad for; of a source, those at which it was measured."""
 
-    def observe(self, values: Mapping[str, float], completed_updates: int, decay: float) -> list[str]:
+    def observe(
+        self, values: Mapping[str, float], completed_updates: int, decay: float, measured: Collection[str] = ()
+    ) -> list[str]:
         """The signs that are bad now, in words. `values`: target_std, prediction_std, teacher_update_norm (spec 1.5)
         and lr.
+
+        Where there are `target_std/<source>` and so on, each source is judged by itself, and only when it is one of
+        those `measured` since the last call: the others of a mixture neither excuse it nor make it wait.
 
         The spread of targets and predictions counts only after `config.after` updates, as in the reference; a teacher
         that does not move although its decay is below 1 counts from the start.
         """
         bad: dict[str, str] = {}
         if completed_updates > self.config.after:
-            limits = {"target_std": self.config.min_target_std, "prediction_std": self.config.min_prediction_std}
-            for name, limit in limits.items():
+            for name, source, limit in self._judged(values, measured):
                 # Written so that a NaN counts as bad.
-                if name in values and not values[name] >= limit:
-                    bad[name] = f"{name} is {values[name]:.4g}, below {limit:g}: the representations collapse"
+                if not values[name] >= limit:
+                    whose = f" of {source}" if source else ""
+                    bad[name] = f"{name} is {values[name]:.4g}, below {limit:g}: the representations{whose} collapse"
         # The first update of a warm-up from zero moves nothing, rightly.
         moving = decay < 1 and values.get("lr", 1.0) > 0 and completed_updates > 1
         if moving and values.get("teacher_update_norm", 1.0) == 0.0:
             bad["teacher_update_norm"] = f"the teacher does not move, although its decay is {decay:g}"
-        self.unhealthy = {name: self.unhealthy.get(name, 0) + 1 for name in bad}
+        waiting = {
+            name: times for name, times in self.unhealthy.items() if "/" in name and _source(name) not in measured
+        }
+        self.unhealthy = waiting | {name: self.unhealthy.get(name, 0) + 1 for name in bad}
         return list(bad.values())
+
+    def _judged(self, values: Mapping[str, float], measured: Collection[str]) -> Iterator[tuple[str, str, float]]:
+        """Name, source ("": all of them) and limit of the figures that are looked at."""
+        limits = {"target_std": self.config.min_target_std, "prediction_std": self.config.min_prediction_std}
+        for figure, limit in limits.items():
+            own = [name for name in values if name.startswith(f"{figure}/")]
+            if own:
+                yield from ((name, _source(name), limit) for name in own if _source(name) in measured)
+            elif figure in values:
+                yield figure, "", limit
 
     @property
     def collapsed(self) -> bool:
         """Whether some sign has been bad for `config.patience` log points in a row."""
         return any(times >= self.config.patience for times in self.unhealthy.values())
+
+
+def _source(name: str) -> str:
+    return name.partition("/")[2]

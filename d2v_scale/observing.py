@@ -1,9 +1,11 @@
 """All that is measured of a step that is logged, put together: what `train` records and judges."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from d2v_scale.breakdown import LossBreakdown
+from d2v_scale.breakdown import OF_A_SOURCE, LossBreakdown
 from d2v_scale.data.batch import Batch
 from d2v_scale.data.loader import StepLoader
 from d2v_scale.data.totals import RunTotals
@@ -35,8 +37,16 @@ class RunObserver:
         """Logged steps of this process."""
         self.meter = SpeedMeter()
         self._ema_waited = 0.0
+        self._sources = recipe.data.source_names()
+        self._by_source = self._new_breakdown()
+        self._measured: set[str] = set()
+        """Sources with a step in `_by_source`."""
+        self._judged: set[str] = set()
+        """Those whose spread in the last figures is a new one."""
+        self._latest: dict[str, float] = {}
+        """Last figures of every source."""
         self.breakdown: LossBreakdown | None = None
-        """Where the step in progress puts its loss by source; None: it is not logged."""
+        """Where the step in progress puts its loss by source; None: it is not looked at."""
 
     def start(self, samples: int) -> None:
         """Training begins or goes on here, after `samples`."""
@@ -44,12 +54,23 @@ class RunObserver:
         self._recorded_samples, self._steps = samples, 0
 
     def before(self, micro_batches: list[Batch], logged: bool) -> None:
-        """Get ready for a step. Local."""
+        """Get ready for a step. Local.
+
+        A logged step is looked at, and of several sources the first step of each since the last log point: a source
+        that is read rarely would wait long for a log point to fall on its step.
+        """
         self._flops.count(micro_batches)
-        self.breakdown = None
+        sources = {batch.source for batch in micro_batches}
+        looked_at = logged or (len(self._sources) > 1 and not sources <= self._measured)
+        self.breakdown = self._by_source if looked_at else None
+        if looked_at:
+            self._measured |= sources
         if logged:
-            self.breakdown = LossBreakdown(self._recipe.data.source_names(), self._topology.device)
             self._diagnostics.arm()
+
+    def _new_breakdown(self) -> LossBreakdown:
+        width = self._recipe.model.backbone.width if len(self._sources) > 1 else None
+        return LossBreakdown(self._sources, self._topology.device, width)
 
     def after(self) -> None:
         """A step is done. Local."""
@@ -58,6 +79,8 @@ class RunObserver:
 
     def figures(self, result: StepResult, seen: Observations, samples: int) -> dict[str, float]:
         """Of the logged step just done, and of speed and data since the last call. `samples`: seen by the whole run.
+
+        Of several sources each has its figures at every call, those of its last step that was looked at.
 
         Waits for the device. Collective: all ranks must call.
         """
@@ -70,6 +93,11 @@ class RunObserver:
         }
         packed = torch.stack([value.to(self._topology.device, torch.float64) for value in measured.values()])
         values = dict(zip(measured, packed.tolist(), strict=True))
+        self._judged = {source for source in self._sources if f"target_std/{source}" in values}
+        own = [f"{figure}/{source}" for figure in OF_A_SOURCE for source in self._sources]
+        self._latest |= {name: values[name] for name in own if name in values}
+        values |= self._latest
+        self._by_source, self._measured = self._new_breakdown(), set()
         speed = self.meter.read()
         elapsed = speed["step_seconds"] * self._steps
         self._totals.collect(self._loader.take_counts(), self._topology)
@@ -97,7 +125,7 @@ class RunObserver:
 
     def signs(self, values: dict[str, float]) -> list[str]:
         """What is unhealthy about these `figures` and the learning rate `lr`, in words."""
-        return self._monitor.observe(values, self._student.completed_updates, values["decay"])
+        return self._monitor.observe(values, self._student.completed_updates, values["decay"], self._judged)
 
     @property
     def collapsed(self) -> bool:
@@ -113,6 +141,16 @@ class RunObserver:
         """What was read so far, for the checkpoint. Collective: all ranks must call."""
         self._totals.collect(self._loader.take_counts(), self._topology)
         return self._totals.state_dict()
+
+    def health_state(self) -> dict[str, object]:
+        """How long each sign has been bad, and the last figures of every source, for the checkpoint."""
+        return {"unhealthy": dict(self._monitor.unhealthy), "sources": dict(self._latest)}
+
+    def load_health(self, state: dict[str, Any] | None) -> None:
+        """Continue from `health_state`; None: the checkpoint has none."""
+        if state is not None:
+            self._monitor.unhealthy = {name: int(times) for name, times in state["unhealthy"].items()}
+            self._latest = {name: float(value) for name, value in state["sources"].items()}
 
     def load_state_dict(self, state: dict[str, object] | None, data: dict[str, object]) -> None:
         """Continue from `state` (None: the checkpoint has none) beside the loader's state `data`."""

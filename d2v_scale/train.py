@@ -189,6 +189,7 @@ def load(run: Run) -> None:
         run.rows.fill_(checkpoint.extra["samples"] * run.recipe.objective.masking.clones)
         run.loader.load_state_dict(checkpoint.extra["data"])
         run.observer.load_state_dict(checkpoint.extra.get("totals"), checkpoint.extra["data"])
+        run.observer.load_health(checkpoint.extra.get("health"))
         log.info("Continuing at step %d from %s", run.step, checkpoint.path)
     elif run.options.init_from is not None:
         source: Checkpoint = open_any(run.options.init_from, together=True)
@@ -282,7 +283,7 @@ def draw_pictures(run: Run) -> None:
 def save(run: Run) -> None:
     """Begin a checkpoint of this step; the loop waits for the snapshot only. Collective."""
     run.tracker.flush()
-    extra = {**facts(run), "totals": run.observer.state_dict()}
+    extra = {**facts(run), "totals": run.observer.state_dict(), "health": run.observer.health_state()}
     held = pieces(run.student, run.teacher)
     stall = run.writer.save(run.step, held, state(run.student, run.teacher), extra)
     run.tracker.log(run.step, run.samples, {"checkpoint_stall_seconds": stall})

@@ -44,3 +44,26 @@ def test_the_loss_by_source_and_by_masked_share_adds_up() -> None:
         },
         rel=1e-5,
     )
+
+
+def test_the_spread_of_each_source_is_that_of_its_own_states() -> None:
+    generator = torch.Generator().manual_seed(0)
+    breakdown = LossBreakdown(["a", "b", "c"], torch.device("cpu"), width=4)
+    scales = {"a": 1.0, "b": 0.01}
+    for _ in range(2):
+        for source, scale in scales.items():
+            batch = Batch(
+                modality="text",
+                inputs=torch.zeros(2, 300, dtype=torch.long),
+                valid=None,
+                masked_rt=torch.ones(2, 300, dtype=torch.bool),
+                sample_ids=torch.arange(2),
+                source=source,
+            )
+            targets_nd = torch.randn(600, 4, generator=generator) * scale
+            breakdown.add(batch, 2 * targets_nd, targets_nd, LossConfig())
+    values = breakdown.figures(OneProcess())  # type: ignore[arg-type]
+    assert not any(name.endswith("/c") for name in values)
+    for source, scale in scales.items():
+        assert float(values[f"target_std/{source}"]) == pytest.approx(scale, rel=0.05)
+        assert float(values[f"prediction_std/{source}"]) == pytest.approx(2 * scale, rel=0.05)

@@ -1,5 +1,6 @@
 """The training loop of the program, run in this process."""
 
+import json
 import logging
 import subprocess
 import sys
@@ -8,8 +9,10 @@ from pathlib import Path
 
 import host_syncs
 import pytest
+from small_shards import image_samples
 
 from d2v_scale import command_line, errors, run_directory, train
+from d2v_scale.data.writing import write_set
 from d2v_scale.parallel import groups
 from d2v_scale.signals import Agreement, StopFlag
 from d2v_scale.status import read_status
@@ -62,6 +65,47 @@ def test_evaluations_pictures_and_checkpoints_are_in_no_rate(tmp_path: Path, mon
     # Three seconds lie between the first and the second step.
     assert records[1]["step_seconds"] < 2
     assert records[1]["samples_per_second"] > 4
+
+
+def test_each_source_of_a_mixture_has_its_figures_at_every_log_point_and_after_a_restart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A source that is read rarely had figures only where a log point fell on its step."""
+    monkeypatch.chdir(tmp_path)
+    write_set(tmp_path / "often", "train", "vision", image_samples(48), per_shard=24)
+    write_set(tmp_path / "rare", "train", "vision", image_samples(48), per_shard=24)
+    sources = [{"shards": str(tmp_path / name / "train.index.json"), "name": name} for name in ("often", "rare")]
+    sources[0]["weight"] = 5.0  # type: ignore[assignment]
+    keys = ["recipe=demo_vision", "data.workers=0", "tracking.log_every=4", "global_batch_size=8"]
+    keys += ["evaluation.train=null", "evaluation.test=null", "tracking.plot_every=null", "checkpoint.every=12"]
+    keys += [f"data.sources={json.dumps(sources)}", "objective.health.after=0", "objective.health.min_target_std=100"]
+    keys += ["objective.health.patience=99"]
+    recipe, options = command_line.parse([f"--{key}" for key in keys])
+    topology = groups.single_process()
+    states: list[dict[str, dict[str, float]]] = []
+    records: list[dict[str, float]] = []
+    for stop_at in (12, 16):
+        options.stop_at = stop_at
+        run = train.build(recipe, options, train.configure(recipe), topology, tmp_path)
+        states.append(run.observer.health_state())  # type: ignore[arg-type]
+        monkeypatch.setattr(run.tracker, "log", lambda step, samples, values: records.append({"step": step, **values}))
+        with Watchdog(tmp_path, rank=0, world_size=1, limit_s=600) as watchdog:
+            assert train.train(run, StopFlag(), Agreement(), watchdog) is None
+        states.append(run.observer.health_state())  # type: ignore[arg-type]
+        assert run.writer.finish()
+        run.teacher.destroy()
+        run.student.destroy()
+    logged = [record for record in records if "loss" in record]
+    assert [record["step"] for record in logged] == [1, 4, 8, 12, 16]
+    seen = [{name.partition("/")[2] for name in record if name.startswith("target_std/")} for record in logged]
+    first = next(k for k, names in enumerate(seen) if names == {"often", "rare"})
+    assert first <= 3
+    assert all(names == {"often", "rare"} for names in seen[first:])
+    # As it was saved, so it goes on; and it was bad at fewer log points than the other.
+    assert states[0]["unhealthy"] == {}
+    assert states[2] == states[1]
+    unhealthy = states[3]["unhealthy"]
+    assert 0 < unhealthy["target_std/rare"] <= unhealthy["target_std/often"]
 
 
 @pytest.mark.parametrize(

@@ -111,7 +111,8 @@ class HealthConfig:
     after: int = 5000
     """Updates before the check starts."""
     patience: int = 3
-    """Consecutive log points below a limit before the run is stopped; each one before is a warning."""
+    """Consecutive log points below a limit before the run is stopped; each one before is a warning. Of several sources
+    each has its own: those log points count that a step of it came before."""
 
     def check(self) -> None:
         """Raises ConfigError for values that the verdict cannot be read from."""
