@@ -22,6 +22,7 @@ from d2v_scale.parallel import ds_config
 from d2v_scale.parallel.groups import Topology
 from d2v_scale.parallel.host_source import HostSource
 from d2v_scale.parallel.host_update import HostUpdate
+from d2v_scale.parallel.layout_check import check_cut
 from d2v_scale.parallel.shards import TensorSlice, full_shape, global_shapes, partition_range, tensor_slice
 from d2v_scale.parallel.zero import StudentEngine, construct
 
@@ -317,6 +318,8 @@ class ShardedTeacher(EmaTeacher):
             self._engine, self._gather_stream = _sharded(self._entry, engine_config, topology)
         self.module = self._entry.teacher
         self._hold(self._match(role, torch.device("cpu") if on_host else topology.device), on_host)
+        if self._engine is not None:
+            check_cut(self.module, topology)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The forward pass (targets), without gradient. Collective: every rank must call."""

@@ -89,6 +89,9 @@ class _Partitioned:
         offset = 0
         for parameter in (parameter for group in zero.fp16_groups for parameter in group):
             number, numel = parameter.ds_id, parameter.partition_numel()
+            if numel * zero._get_param_partition_rank(parameter) >= parameter.ds_numel:
+                offset += numel  # this rank has nothing but padding of it
+                continue
             self._accumulated[number] = zero.grad_partitions_flat_buffer.narrow(0, offset, numel)
             offset += numel
             if zero.offload_optimizer:

@@ -1,4 +1,4 @@
-"""Where DeepSpeed keeps the student, verified once before training: checkpoints name what they read by it."""
+"""Where DeepSpeed keeps student and teacher, verified once before training: checkpoints name what they read by it."""
 
 from typing import Any
 
@@ -20,9 +20,23 @@ def check_layout(module: nn.Module, shards: list[Shard], zero_optimizer: Any, st
     """
     rank = topology.data_parallel_rank
     flats = {flat.master.data_ptr(): flat for flat in flat_masters(zero_optimizer, stage, rank)}
-    # Both on every rank: the second is collective.
-    incomplete = _incomplete(module, shards, topology)
-    found = _misplaced(module, shards, flats, stage, rank) or incomplete
+    # All of them on every rank: some are collective.
+    found = [_misplaced(module, shards, flats, stage, rank), _incomplete(module, shards, topology)]
+    if stage == 3:
+        found.append(_cut_elsewhere(module, rank))
+    _raise_everywhere("student", next(filter(None, found), None), topology)
+
+
+def check_cut(module: nn.Module, topology: Topology) -> None:
+    """Raises ConfigError, on all ranks, with the first of the teacher's tensors that ZeRO-3 cuts elsewhere. Collective.
+
+    `partition_range` says which values a rank holds of a tensor.
+    """
+    _raise_everywhere("teacher", _cut_elsewhere(module, topology.data_parallel_rank), topology)
+
+
+def _raise_everywhere(what: str, found: str | None, topology: Topology) -> None:
+    """Raise on all ranks what any of them has found. Collective."""
     problems: list[str | None] = [None] * topology.world_size
     dist.all_gather_object(problems, found)
     for rank, problem in enumerate(problems):
@@ -31,7 +45,7 @@ def check_layout(module: nn.Module, shards: list[Shard], zero_optimizer: Any, st
 
             raise ConfigError(
                 "deepspeed_config",
-                f"DeepSpeed {deepspeed.__version__} does not keep the student where checkpoints look for it: "
+                f"DeepSpeed {deepspeed.__version__} does not keep the {what} where checkpoints look for it: "
                 f"{problem} (rank {rank})",
                 "Leave out of the DeepSpeed JSON what ds_configs/ do without, or install another DeepSpeed 0.19.",
             )
@@ -82,3 +96,20 @@ def _incomplete(module: nn.Module, shards: list[Shard], topology: Topology) -> s
         if held != whole:
             return f"of {name} the ranks have {held} values, not {whole}"
     return None
+
+
+def _cut_elsewhere(module: nn.Module, data_parallel_rank: int) -> str | None:
+    """The first parameter whose gathered values are not this rank's in this rank's range. Gathers one at a time."""
+    import deepspeed
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()  # gathers wait for nothing that was written before them
+    found = None
+    for name, parameter in module.named_parameters():
+        first, numel = partition_range(parameter, data_parallel_rank)
+        with deepspeed.zero.GatheredParameters([parameter]):
+            whole_n = parameter.data.view(-1).narrow(0, first, numel)
+            own_n = parameter.ds_tensor.data[:numel].to(whole_n.device)  # type: ignore[attr-defined]
+            if found is None and not torch.equal(whole_n, own_n):
+                found = f"rank {data_parallel_rank} has other values of {name} than those from {first} on"
+    return found

@@ -13,7 +13,7 @@ import toy_model as toy
 
 from d2v_scale.errors import ConfigError
 from d2v_scale.parallel import ds_config, groups, zero
-from d2v_scale.parallel.layout_check import check_layout
+from d2v_scale.parallel.layout_check import _cut_elsewhere, check_layout
 from d2v_scale.parallel.shards import Shard, full_shape
 
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
@@ -59,6 +59,11 @@ def other_values(student: zero.StudentEngine) -> list[Shard]:
     return student.shards()
 
 
+def another_cut(student: zero.StudentEngine) -> list[Shard]:
+    """Each rank takes itself for the other."""
+    return student.shards()
+
+
 ROUND_ROBIN = {"round_robin_gradients": True}
 CASES: dict[str, tuple[dict, Change]] = {
     "round robin, by addresses": ({"stage": 2, **ROUND_ROBIN}, zero.StudentEngine.shards),
@@ -70,6 +75,7 @@ CASES: dict[str, tuple[dict, Change]] = {
     "lost at stage 3": ({"stage": 3}, one_lost),
     "twice": ({"stage": 3}, one_twice),
     "other values, offload": ({"stage": 2, **OFFLOAD}, other_values),
+    "cut elsewhere": ({"stage": 3, "stage3_param_persistence_threshold": 0}, another_cut),
     "other values at stage 3, offload": ({"stage": 3, **OFFLOAD}, other_values),
 }
 
@@ -80,6 +86,8 @@ def verdict(raw: dict, change: Change, topology: groups.Topology) -> str | None:
     student = zero.build_student(
         toy.Student, config, lambda named: toy.optimizer(named, toy.Settings()), topology, toy.initialize
     )
+    if change is another_cut:
+        return _cut_elsewhere(student.module, 1 - topology.data_parallel_rank)
     try:
         check_layout(student.module, change(student), student.engine.optimizer, student.stage, topology)
     except ConfigError as error:
