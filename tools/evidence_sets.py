@@ -181,8 +181,14 @@ def _arguments(modality: Modality, source: Path, split: str, shards: Path) -> li
 
 def _news(source: Path, split: str, target: Path) -> Path:
     """One split of the CSV as JSONL: every fifth row is test. What is left out is said with the training part."""
-    with source.open(encoding="utf-8-sig", newline="") as stream:
-        rows = [row for row in csv.reader(stream) if row]
+    csv.field_size_limit(sys.maxsize)
+    try:
+        with source.open(encoding="utf-8-sig", newline="") as stream:
+            rows = [row for row in csv.reader(stream) if row]
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise UserError(
+            f"{source} cannot be read: {error}.", "Write it as UTF-8, its texts in quotation marks."
+        ) from None
     notes = []
     if _has_header(rows):
         notes.append(f"its first row ({', '.join(rows[0])}) is taken for a header")

@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import get_args
 
+from d2v_scale.data.config import VisionData
 from d2v_scale.data.fetching import ShardCache
 from d2v_scale.data.labels import class_number
 from d2v_scale.data.measures import measure_of
@@ -50,6 +51,7 @@ class Job:
     tokenizer: Path | None
     tokenizer_sha256: str | None
     cache: Path
+    max_pixels: int
 
     @property
     def record(self) -> Path:
@@ -59,7 +61,7 @@ class Job:
         return self.digest_of(_version(self.path))
 
     def digest_of(self, version: object) -> str:
-        inputs = (FORMAT, self.path, version, self.modality, self.tokenizer_sha256)
+        inputs = (FORMAT, self.path, version, self.modality, self.tokenizer_sha256, self.max_pixels)
         return hashlib.sha256(repr(inputs).encode()).hexdigest()
 
     def is_done(self) -> bool:
@@ -81,7 +83,7 @@ class Job:
 
     def _index(self, tar: Path) -> Part:
         part = Part("", {})
-        decoded = measure_of(self.modality, self.tokenizer)
+        decoded = measure_of(self.modality, self.tokenizer, self.max_pixels)
 
         def measure(members: dict[str, bytes]) -> int:
             length = decoded(members)
@@ -176,7 +178,7 @@ def _jobs(paths: list[str], out: Path, name: str, arguments: argparse.Namespace,
     model = arguments.tokenizer
     checksum = None if model is None else file_sha256(model)
     for path, stem in zip(paths, _stems(paths, name), strict=True):
-        yield Job(path, out / f"{stem}.index", arguments.modality, model, checksum, cache)
+        yield Job(path, out / f"{stem}.index", arguments.modality, model, checksum, cache, arguments.max_pixels)
 
 
 def _stems(paths: list[str], name: str) -> list[str]:
@@ -257,6 +259,9 @@ def main() -> int:
     parser.add_argument("--name", help="the index is NAME.index.json; default: what the shards are called")
     parser.add_argument("--tokenizer", type=Path, help="sentencepiece model, to count the tokens of text")
     parser.add_argument("--classes", help="names of the labels, separated by commas; default: their numbers")
+    parser.add_argument(
+        "--max_pixels", type=int, default=VisionData.max_pixels, help="as data.vision.max_pixels of the recipe"
+    )
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     arguments = parser.parse_args()
     try:

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from d2v_scale.data.config import DataConfig, SourceConfig
+from d2v_scale.data.config import DataConfig, SourceConfig, VisionData
 from d2v_scale.data.loader import StepLoader
 from d2v_scale.data.measures import measure_of
 from d2v_scale.data.reading import Fault, SampleFault, SampleStore
@@ -75,11 +75,11 @@ def _histogram(what: str, values: NDArray[np.floating], unit: str) -> None:
         print(f"  {low:10.4g} {'#' * round(_WIDTH * count / counts.max())} {count}")
 
 
-def check(shards: ShardSet) -> int:
+def check(shards: ShardSet, max_pixels: int) -> int:
     """Decode every sample as training does; print what is wrong and return how many samples are lost."""
     assert shards.index is not None
     store = open_store(shards, DataConfig())
-    measure = measure_of(shards.index.modality, shards.tokenizer)
+    measure = measure_of(shards.index.modality, shards.tokenizer, max_pixels)
     lost = 0
     for shard, path in enumerate(shards.paths):
         found = 0
@@ -146,6 +146,9 @@ def main() -> int:
     parser.add_argument("shards", help="path with {000000..000099}, glob, directory or index file")
     parser.add_argument("--index", help="index file of shards that are not local")
     parser.add_argument("--check", action="store_true", help="decode every sample and compare its checksum")
+    parser.add_argument(
+        "--max_pixels", type=int, default=VisionData.max_pixels, help="as data.vision.max_pixels of the recipe"
+    )
     parser.add_argument("--out", type=Path, help="directory for pictures")
     parser.add_argument("--recipe", help="recipe whose crops and masks the pictures show")
     parser.add_argument("--steps", type=int, default=2, help="pictures")
@@ -155,7 +158,7 @@ def main() -> int:
         if not shards.indexed:
             raise DataError(f"The shards of {arguments.shards!r} have no index.", "Run tools/index_shards.py first.")
         statistics(shards)
-        lost = check(shards) if arguments.check else 0
+        lost = check(shards, arguments.max_pixels) if arguments.check else 0
         if arguments.out is not None:
             pictures(shards, arguments.shards, arguments.recipe, arguments.out, arguments.steps)
     except UserError as error:

@@ -26,7 +26,7 @@ from d2v_scale.data import demo, speech, text_files, tokenizer, vision
 from d2v_scale.data.config import VisionData
 from d2v_scale.data.conversion import Conversion, Item, Job, finite_number
 from d2v_scale.data.folders import FoundFiles, find_files
-from d2v_scale.data.shard_index import SetIndex, ShardEntry
+from d2v_scale.data.shard_index import SetIndex, ShardEntry, relative_path
 from d2v_scale.data.shard_jobs import run_all
 from d2v_scale.data.shard_set import INDEX_SUFFIX
 from d2v_scale.data.tables import Columns
@@ -46,9 +46,15 @@ MODALITIES: dict[str, Modality] = {"images": "vision", "audio": "speech", "text"
 def file_items(found: FoundFiles, label: str | None, known: list[str]) -> tuple[list[Item], list[str]]:
     """Files in a fixed random order, and the classes. `label`: pattern whose group is the label; null: the folder."""
     labels: list[str | None] = []
+    try:
+        pattern = re.compile(label or "()")
+    except re.error as error:
+        raise DataError(f"--label {label!r} is no pattern: {error}.") from None
+    if pattern.groups < 1:
+        raise DataError(f"--label {label!r} has no group.", "Put parentheses around what is the label.")
     for path in found.files:
         if label is not None:
-            matched = re.search(label, found.relative(path))
+            matched = pattern.search(found.relative(path))
             labels.append(matched.group(1) if matched else None)
         else:
             folder = Path(found.relative(path)).parent
@@ -96,7 +102,7 @@ def transcribed(items: list[Item], found: FoundFiles, texts: dict[str, str]) -> 
     for item in items:
         assert item.path is not None
         name = Path(found.relative(Path(item.path))).with_suffix("")
-        item.transcript = texts.get(name.as_posix(), texts.get(name.name))
+        item.transcript = texts.get(name.as_posix(), texts.get(name.name)) or None
     kept = [item for item in items if item.transcript is not None]
     print(f"{len(kept)} of {len(items)} recordings have a transcript", file=sys.stderr)
     if not kept:
@@ -138,7 +144,7 @@ def convert(arguments: argparse.Namespace) -> tuple[SetIndex, int]:
     skipped = {name: reason for part in parts for name, reason in part.skipped.items()}
     _judge(index, skipped, arguments.max_bad)
     if conversion.tokenizer is not None:
-        index.tokenizer = os.path.relpath(conversion.tokenizer.resolve(), out.resolve())
+        index.tokenizer = relative_path(conversion.tokenizer, out)
         index.tokenizer_sha256 = conversion.tokenizer_sha256
     index.save(out / f"{arguments.prefix}{INDEX_SUFFIX}")
     return index, len(skipped)

@@ -10,16 +10,19 @@ The texts are WebDataset shards (`.txt` members), or files or a folder of them a
 import argparse
 import os
 import sys
-from collections import Counter
+import tempfile
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-
-import webdataset as wds
+from typing import BinaryIO
 
 from d2v_scale.data import text, text_files, tokenizer
+from d2v_scale.data.config import DataConfig, SourceConfig
+from d2v_scale.data.fetching import ShardCache
 from d2v_scale.data.folders import find_files
-from d2v_scale.data.shard_set import expand
+from d2v_scale.data.reading import SampleFault, read_sample
+from d2v_scale.data.shard_index import Members, index_tar
+from d2v_scale.data.shard_set import find_shards, is_remote
 from d2v_scale.data.tables import Columns
 from d2v_scale.data.text_files import Document, Reading
 from d2v_scale.errors import EXIT_BAD_INPUT, DataError, UserError
@@ -30,8 +33,10 @@ _NAMED = 20
 class Texts:
     """The texts of a source, and a count of its documents that are left out."""
 
-    def __init__(self, source: str, reading: Reading) -> None:
+    def __init__(self, source: str, reading: Reading, cache: ShardCache) -> None:
+        """`cache`: where a shard that is not local is while it is read."""
         self._source = source
+        self._cache = cache
         self._reading = reading
         self.used = 0
         self.left_out = 0
@@ -58,24 +63,43 @@ class Texts:
         return self._of_shards()
 
     def _of_shards(self) -> Iterator[Document]:
-        seen: Counter[str] = Counter()
-        damage: list[Document] = []
-
-        def go_on(error: Exception) -> bool:
-            damage.append(Document("", place=self._source, fault=f"{type(error).__name__}: {error}"))
-            return True
-
-        for sample in wds.WebDataset(expand(self._source), shardshuffle=False, handler=go_on, empty_check=False):
-            yield from damage
-            damage.clear()
-            seen.update(sample.keys())
-            place = f"{sample['__url__']}: {sample['__key__']}"
-            for extension in ("txt", "txt2"):
-                if extension in sample:
-                    yield text_files.checked(sample[extension], place)
-        yield from damage
-        if not seen["txt"]:
+        found = False
+        for name in find_shards(SourceConfig(shards=self._source, modality="text")).paths:
+            try:
+                path = Path(self._cache.fetch(name) if is_remote(name) else name)
+                contents = index_tar(path)
+            except OSError as error:
+                raise DataError(f"The shard {name} cannot be read: {error}.", "Restore it, or leave it out.") from error
+            for damage in contents.damage:
+                yield Document("", place=name, fault=damage)
+            with path.open("rb") as stream:
+                for number in range(len(contents.members)):
+                    for document in _of_sample(name, stream, contents.members, number):
+                        found = True
+                        yield document
+            if is_remote(name):
+                self._cache.remove(name)
+        if not found:
             raise DataError(f"The shards of {self._source!r} hold no .txt.", "Give shards of text.")
+
+
+def _of_sample(shard: str, stream: BinaryIO, members: Members, number: int) -> Iterator[Document]:
+    """The texts of a sample, which the index names if it cannot be had."""
+
+    def read_at(start: int, size: int) -> bytes:
+        stream.seek(start)
+        return stream.read(size)
+
+    if members.length_n[number] < 0:
+        return
+    try:
+        held = read_sample(shard, read_at, members, number).members()
+    except SampleFault as error:
+        yield Document("", place=shard, fault=f"{error.fault.key}: {error.fault.reason}")
+        return
+    for extension in ("txt", "txt2"):
+        if extension in held:
+            yield text_files.checked(held[extension], f"{shard}: {members.key(number)}")
 
 
 def main() -> int:
@@ -90,9 +114,12 @@ def main() -> int:
     parser.add_argument("--columns", help="columns of a table or keys of JSON, as tools/make_shards.py takes them")
     parser.add_argument("--encoding", help="of files without a byte order mark, as latin-1; default: UTF-8")
     arguments = parser.parse_args()
+    fetched = tempfile.TemporaryDirectory()
     try:
         columns = Columns.parse(arguments.columns) if arguments.columns else None
-        texts = Texts(arguments.source, Reading(split="line", columns=columns, encoding=arguments.encoding))
+        reading = Reading(split="line", columns=columns, encoding=arguments.encoding)
+        data = DataConfig(cache_dir=fetched.name)
+        texts = Texts(arguments.source, reading, ShardCache.of(data))
         tokenizer.train(
             islice(texts, arguments.limit),
             arguments.out,
@@ -105,6 +132,8 @@ def main() -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
+    finally:
+        fetched.cleanup()
     if texts.left_out:
         print(f"{texts.left_out} of {texts.left_out + texts.used} documents were left out", file=sys.stderr)
     print(f"{arguments.out}: {pieces.size} pieces; model.text.vocab_size {pieces.size + 1}, mask_id {pieces.size}")

@@ -1,6 +1,5 @@
 """Files and documents to shards that hold nothing which training would refuse: one job a shard."""
 
-import functools
 import hashlib
 import io
 import math
@@ -56,9 +55,7 @@ class Conversion:
 
     def measure(self) -> Measure:
         """What decides whether training can read a sample."""
-        if self.modality == "vision":
-            return functools.partial(vision.measure, max_pixels=self.max_pixels)
-        return measure_of(self.modality, None if self.ids else self.tokenizer)
+        return measure_of(self.modality, None if self.ids else self.tokenizer, self.max_pixels)
 
 
 @dataclass

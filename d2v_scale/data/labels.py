@@ -1,5 +1,6 @@
 """Labels beside the data of a sample: classes (`.cls`), scores (`.score`), transcripts (`.txt` beside a recording)."""
 
+import math
 from typing import Any, Protocol
 
 import numpy as np
@@ -67,8 +68,11 @@ class Scores:
     extension = "score"
 
     def read(self, sample: RawSample) -> float:
-        """The score."""
-        return float(_text(sample, self.extension))
+        """The score. Raises ValueError for one that is no finite number."""
+        score = float(_text(sample, self.extension))
+        if not math.isfinite(score):
+            raise ValueError(f"its .score is {score}")
+        return score
 
     def stack(self, labels: list[float | None]) -> Tensor:
         """float32 (B,)."""

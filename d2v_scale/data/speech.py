@@ -37,11 +37,26 @@ def read(content: bytes | memoryview) -> tuple[Wave, int]:
     """A file of any format that libsndfile reads, as mono float32 (n,), and its rate, Hz. n is what is really there,
     whatever the header says.
 
-    Raises what soundfile raises, and ValueError where there is nothing, or a value is NaN or infinite: one would cost a
-    whole step.
+    Raises ValueError where it cannot be decoded, where there is nothing, and where a value is NaN or infinite: one
+    would cost a whole step.
     """
     if len(content) == 0:
         raise ValueError("is empty")
+    try:
+        blocks, rate = _blocks(content)
+    except soundfile.LibsndfileError as error:
+        what = "is MP4 or AAC, which is not read" if bytes(content[4:8]) == b"ftyp" else "is not decoded by libsndfile"
+        raise ValueError(f"{what}: {error.error_string}") from None
+    wave = np.concatenate(blocks) if blocks else np.zeros(0, dtype=np.float32)
+    if len(wave) == 0:
+        raise ValueError("has no samples")
+    if not np.isfinite(wave.sum(dtype=np.float64)):
+        raise ValueError("it holds values that are not finite")
+    return (wave.mean(axis=1) if wave.ndim > 1 else wave), rate
+
+
+def _blocks(content: bytes | memoryview) -> tuple[list[Wave], int]:
+    """What a file holds, in pieces, and its rate."""
     with _Sequential(io.BytesIO(content)) as file:
         rate, remaining, blocks = file.samplerate, file.frames, []
         if not _LOWEST_RATE <= rate <= _HIGHEST_RATE:
@@ -52,12 +67,7 @@ def read(content: bytes | memoryview) -> tuple[Wave, int]:
             remaining -= wanted
             if len(blocks[-1]) < wanted:
                 break
-    wave = np.concatenate(blocks) if blocks else np.zeros(0, dtype=np.float32)
-    if len(wave) == 0:
-        raise ValueError("has no samples")
-    if not np.isfinite(wave.sum(dtype=np.float64)):
-        raise ValueError("it holds values that are not finite")
-    return (wave.mean(axis=1) if wave.ndim > 1 else wave), rate
+    return blocks, rate
 
 
 def decode(content: bytes | memoryview) -> Wave:

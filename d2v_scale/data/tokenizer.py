@@ -54,7 +54,8 @@ def train(
         except (RuntimeError, ValueError) as error:
             if failed:  # the trainer wraps it in one of its own
                 raise failed[0] from None
-            raise DataError(f"No tokenizer of {vocab_size} pieces could be trained: {error}.") from error
+            reason = str(error).rstrip(".")
+            raise DataError(f"No tokenizer of {vocab_size} pieces could be trained: {reason}.") from error
 
 
 def _remembering(failed: list[UserError], lines: Iterator[str]) -> Iterator[str]:

@@ -19,7 +19,13 @@ from d2v_scale.files import open_as_usual
 from d2v_scale.interop.encoder_source import EXPORT_FILE, export_note
 from d2v_scale.interop.huggingface import huggingface_keys, huggingface_settings, is_native
 from d2v_scale.interop.keymap import export_tensors
-from d2v_scale.interop.remote_code import MODELLING_FILE, MODELLING_FILES, remote_code_keys, remote_code_settings
+from d2v_scale.interop.remote_code import (
+    IMAGE_PROCESSOR_FILE,
+    MODELLING_FILE,
+    MODELLING_FILES,
+    remote_code_keys,
+    remote_code_settings,
+)
 from d2v_scale.interop.task_heads import add_head, head_settings, prefixed, write_ctc_tokenizer
 from d2v_scale.interop.tokenizer_files import write_tokenizer
 from d2v_scale.model.config import Modality
@@ -199,7 +205,10 @@ def _write_processor(recipe: Recipe, modality: Modality, out: Path, tokenizer: P
         assert recipe.model.vision is not None
         side, data, channels = recipe.model.vision.image_size, recipe.data.vision, recipe.model.vision.channels
         settings = {
+            # Without trust_remote_code transformers' own: the same, but for EXIF's turns and for 16 bits a channel.
             "image_processor_type": "BeitImageProcessorPil",
+            "auto_map": {"AutoImageProcessor": f"{IMAGE_PROCESSOR_FILE.stem}.UprightImageProcessor"},
+            "do_convert_rgb": channels == 3,
             "do_resize": True,
             # The centre crop that evaluation takes.
             "size": {"shortest_edge": round(side / data.evaluation_crop)},
@@ -213,6 +222,7 @@ def _write_processor(recipe: Recipe, modality: Modality, out: Path, tokenizer: P
             "image_std": data.std[:channels],
             "do_reduce_labels": False,
         }
+        shutil.copyfile(IMAGE_PROCESSOR_FILE, out / IMAGE_PROCESSOR_FILE.name)
     _write_json(out / "preprocessor_config.json", settings)
     return []
 

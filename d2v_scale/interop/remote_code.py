@@ -7,6 +7,7 @@ from d2v_scale.interop.keymap import KeyMap
 from d2v_scale.model.config import Modality, ModelConfig
 
 MODELLING_FILE = Path(__file__).with_name("modeling_data2vec2.py")
+IMAGE_PROCESSOR_FILE = Path(__file__).with_name("image_processing_data2vec2.py")
 MODELLING_FILES = (
     MODELLING_FILE,
     *(Path(__file__).with_name(f"{part}_data2vec2.py") for part in ("configuration", "layers")),

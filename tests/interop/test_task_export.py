@@ -121,6 +121,15 @@ def test_the_image_processor_crops_a_long_image_as_evaluation_does(
     assert theirs.shape == batch.inputs.shape
     # Squashed or cut elsewhere, the waves would be off by their whole height of two.
     assert (theirs - batch.inputs).abs().max() < 0.25
+    # An image that is stored lying on its side is seen upright, and a grey one in three channels.
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    stored = Image.fromarray(pixels).transpose(Image.Transpose.ROTATE_90)
+    stored.save(tmp_path / "turned.png", exif=exif)
+    upright = AutoImageProcessor.from_pretrained(out, trust_remote_code=True)
+    turned = upright(Image.open(tmp_path / "turned.png"), return_tensors="pt").pixel_values
+    assert torch.equal(turned, theirs)
+    assert processor(Image.new("L", size), return_tensors="pt").pixel_values.shape == theirs.shape
 
 
 @pytest.mark.parametrize(("name", "task"), [("v2_vision", TaskConfig(classes=3)), ("v2_speech", CTC)])
