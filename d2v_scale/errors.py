@@ -9,6 +9,8 @@ from typing import Any
 
 EXIT_DONE = 0
 EXIT_BAD_INPUT = 2
+EXIT_PARTIAL = 3
+"""Of a tool that makes a file for each of many: some could not be made, and are named."""
 EXIT_REQUEUE = 10
 EXIT_NON_FINITE = 11
 EXIT_COLLAPSE = 12

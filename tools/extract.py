@@ -7,6 +7,8 @@
 Processes take turns at the shards by RANK and WORLD_SIZE (or SLURM_PROCID and SLURM_NTASKS), each on the GPU of its
 LOCAL_RANK (or SLURM_LOCALID). A file that is there is complete and is not made again, so an interrupted run continues
 with any number of processes; extract.json says of what encoder and shards the files are, and others are refused.
+A shard that is empty, cut off or cannot be read gets no file: it is named, in extract.json ("without"), too. The files
+of the others are made, and the exit code is 3. A later call makes its file if it can be read then.
 
 Parquet: columns key, label (-1: none), features. Shards: KEY.npy and KEY.cls, with an index. Features are fp32 (D,),
 the mean over the layers and the valid positions, or with `--pool none` fp16 (T, D), which Parquet has as fp32.
@@ -14,6 +16,7 @@ the mean over the layers and the valid positions, or with `--pool none` fp16 (T,
 
 import argparse
 import fcntl
+import itertools
 import json
 import os
 import sys
@@ -31,11 +34,12 @@ from d2v_scale.data.labelled import LabelledSet
 from d2v_scale.data.shard_index import SetIndex, ShardEntry, atomic_file, index_shard
 from d2v_scale.data.shard_set import INDEX_SUFFIX, ShardSet, find_shards, is_remote
 from d2v_scale.data.writing import is_written, members_file, write_shard
-from d2v_scale.errors import EXIT_BAD_INPUT, DataError, UserError
+from d2v_scale.errors import EXIT_BAD_INPUT, EXIT_PARTIAL, DataError, UserError
 from d2v_scale.evaluation.features import mean_over_positions
 from d2v_scale.evaluation.frozen import FrozenEncoder
 from d2v_scale.files import write_whole
 from d2v_scale.interop.exporting import pick_modality
+from d2v_scale.model.config import Modality
 from d2v_scale.parallel import launchers
 
 _RECORD = "extract.json"
@@ -123,8 +127,8 @@ def write_tar(path: Path, samples: Iterator[Extracted]) -> int:
     return write_shard(path, made).samples
 
 
-def extract(arguments: argparse.Namespace) -> None:
-    """Make this process's files. Raises DataError and CheckpointError."""
+def extract(arguments: argparse.Namespace) -> int:
+    """Make this process's files; returns the exit code. Raises DataError and CheckpointError."""
     rank, world_size = process_number()
     encoder = FrozenEncoder.load(arguments.checkpoint, arguments.weights)
     modality = pick_modality(encoder.recipe, arguments.modality)
@@ -132,35 +136,73 @@ def extract(arguments: argparse.Namespace) -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     suffix = ".parquet" if arguments.format == "parquet" else ".tar"
     targets = [arguments.out / (target_name(path) + suffix) for path in found.paths]
-    if len(set(targets)) < len(targets):
-        raise DataError("Two shards have the same file name.", "Extract them into different directories.")
+    first: dict[Path, str] = {}
+    for target, path in zip(targets, found.paths, strict=True):
+        if first.setdefault(target, path) != path:
+            raise DataError(f"{first[target]} and {path} have the same file name.", "Extract them into other folders.")
     record_making(arguments, encoder, modality, found, targets)
-    recipe = encoder.recipe
-    kept = 0
-    for number in range(rank, len(targets), world_size):
-        target = targets[number]
-        if target.is_file() and (suffix == ".parquet" or is_written(target)):
-            kept += 1
+    mine = range(rank, len(targets), world_size)
+    made = [target.is_file() and (suffix == ".parquet" or is_written(target)) for target in targets]
+    without: dict[str, str] = {}
+    for number in mine:
+        if made[number]:
             continue
-        lost: list[int] = []
-        samples = LabelledSet(
-            found.paths[number],
-            modality,
-            recipe.data,
-            recipe.model,
-            batch_size=arguments.batch_size,
-            require_labels=False,
-            found=found.one(number),
-        )
-        rows = features_of(encoder, samples, arguments.layers, arguments.pool, lost)
-        written = (write_parquet if suffix == ".parquet" else write_tar)(target, rows)
-        print(f"{target}: {written} samples, {len(samples) - written} lost", flush=True)
-    if kept:
-        print(f"{kept} of {len(range(rank, len(targets), world_size))} files were there already", flush=True)
-    if suffix == ".tar" and found.index is not None and all(is_written(target) for target in targets):
-        entries: list[ShardEntry] = [index_shard(t, members_file(t), t.parent) for t in targets]
+        try:
+            _extract_one(arguments, encoder, modality, found, number, targets[number])
+        except DataError as error:
+            without[targets[number].name] = f"{found.paths[number]}: {error}"
+            print(f"not extracted: {found.paths[number]}: {error}", file=sys.stderr, flush=True)
+    if kept := sum(made[number] for number in mine):
+        print(f"{kept} of {len(mine)} files were there already", flush=True)
+    failed = _note_without(arguments.out, [targets[number].name for number in mine], without)
+    there = [target for target in targets if target.name not in failed]
+    if suffix == ".tar" and found.index is not None and there and all(is_written(target) for target in there):
+        entries: list[ShardEntry] = [index_shard(t, members_file(t), t.parent) for t in there]
         index = SetIndex(modality=modality, shards=entries, classes=found.index.classes)
         index.save(arguments.out / f"features{INDEX_SUFFIX}")
+    if len(without) == len(targets):
+        raise DataError(f"No shard of {arguments.shards!r} could be extracted.", "They are named above.")
+    if without:
+        print(f"{len(without)} of {len(mine)} shards have no file", file=sys.stderr)
+    return EXIT_PARTIAL if without else 0
+
+
+def _extract_one(
+    arguments: argparse.Namespace,
+    encoder: FrozenEncoder,
+    modality: Modality,
+    found: ShardSet,
+    number: int,
+    target: Path,
+) -> None:
+    """Make the file of a shard. Raises DataError where nothing of it can be read, or too much is cut off."""
+    lost: list[int] = []
+    samples = LabelledSet(
+        found.paths[number],
+        modality,
+        encoder.recipe.data,
+        encoder.recipe.model,
+        batch_size=arguments.batch_size,
+        require_labels=False,
+        found=found.one(number),
+    )
+    rows = features_of(encoder, samples, arguments.layers, arguments.pool, lost)
+    first = next(rows, None)
+    if first is None:
+        raise samples.nothing_readable()
+    written = (write_parquet if target.suffix == ".parquet" else write_tar)(target, itertools.chain([first], rows))
+    print(f"{target}: {written} samples, {len(samples) - written} lost", flush=True)
+
+
+def _note_without(out: Path, mine: list[str], without: dict[str, str]) -> dict[str, str]:
+    """Write into extract.json which of this process's files could not be made; returns those of all processes."""
+    with (out / f".{_RECORD}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        record = json.loads((out / _RECORD).read_text())
+        noted = {name: why for name, why in record.get("without", {}).items() if name not in mine} | without
+        if noted != record.get("without", {}):
+            write_whole(out / _RECORD, json.dumps(record | {"without": noted}, indent=1) + "\n")
+    return noted
 
 
 def record_making(
@@ -190,10 +232,13 @@ def _record_making(
     shards = {target.name: found.one(number).entries[0].sha256 for number, target in enumerate(targets)}
     remedy = "Extract into another folder, or remove the files."
     known: dict[str, str] = {}
+    without: dict[str, str] = {}
     if path.is_file():
         try:
             before = json.loads(path.read_text())
-            known = before.pop("shards")
+            without = before.get("without", {})
+            # A shard that could not be extracted may have been restored since.
+            known = {name: sha256 for name, sha256 in before["shards"].items() if name not in without}
         except (ValueError, KeyError, AttributeError) as error:
             raise DataError(f"{path} cannot be read: {error!r}.", remedy) from error
         for name, value in making.items():
@@ -205,7 +250,7 @@ def _record_making(
         if target.name not in known and target.exists():
             raise DataError(f"{target} is there, and {path} does not say what it is of.", remedy)
     if shards.items() - known.items():
-        write_whole(path, json.dumps(making | {"shards": known | shards}, indent=1) + "\n")
+        write_whole(path, json.dumps(making | {"shards": known | shards, "without": without}, indent=1) + "\n")
 
 
 def target_name(path: str) -> str:
@@ -240,11 +285,10 @@ def main() -> int:
     parser.add_argument("--batch_size", type=int, default=32)
     arguments = parser.parse_args()
     try:
-        extract(arguments)
+        return extract(arguments)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
-    return 0
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """tools/extract.py"""
 
 import importlib
+import json
 import os
 import sys
 from collections.abc import Callable
@@ -18,7 +19,8 @@ from d2v_scale.data.config import SourceConfig
 from d2v_scale.data.reading import SampleStore
 from d2v_scale.data.shard_index import SetIndex
 from d2v_scale.data.shard_set import find_shards
-from d2v_scale.data.writing import write_set
+from d2v_scale.data.writing import write_set, write_shard
+from d2v_scale.errors import EXIT_PARTIAL
 from d2v_scale.evaluation.frozen import FrozenEncoder
 from d2v_scale.model.config import ModelConfig, SpeechStem, VisionStem
 from d2v_scale.recipe import Recipe
@@ -83,6 +85,43 @@ def test_features_of_every_position_become_shards_that_can_be_read(extract: Call
 
     assert np.load(io.BytesIO(sample.member(("npy",))[1])).shape == (4, 3)
     assert sample.key == "image-0024"
+
+
+@pytest.mark.parametrize("form", ["parquet", "shards"])
+def test_shards_that_hold_nothing_or_are_cut_off_end_no_extraction(
+    extract: Callable[..., int], tmp_path: Path, form: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One of them ended it for all others, with exit code 2."""
+    folder, out = tmp_path / "shards", tmp_path / "out"
+    bad = [{"__key__": f"bad-{k}", "png": b"no image"} for k in range(3)]
+    entries = [write_shard(folder / "test-empty.tar", []), write_shard(folder / "test-nothing.tar", bad)]
+    index = SetIndex.load(folder / "test.index.json")
+    index.shards = [entries[0], *index.shards, entries[1]]
+    index.save(folder / "test.index.json")
+    whole = (folder / "test-000001.tar").read_bytes()
+    (folder / "test-000001.tar").write_bytes(whole[: len(whole) // 2])
+    for times in range(2):
+        assert extract(out, "--format", form, shards=folder / "test.index.json") == EXIT_PARTIAL
+        printed = capsys.readouterr()
+        for name in ("test-empty", "test-000001", "test-nothing"):
+            assert f"not extracted: {folder}/{name}.tar: " in printed.err
+        assert "3 of 5 shards have no file" in printed.err
+        suffix = ".tar" if form == "shards" else ".parquet"
+        assert sorted(path.stem for path in out.glob(f"*{suffix}")) == ["test-000000", "test-000002"]
+        assert ("2 of 5 files were there already" in printed.out) == bool(times)
+    if form == "shards":
+        assert find_shards(SourceConfig(shards=str(out))).samples_s.tolist() == [9, 5]
+    assert len(json.loads((out / "extract.json").read_text())["without"]) == 3
+    # What is restored is extracted by a later call.
+    (folder / "test-000001.tar").write_bytes(whole)
+    assert extract(out, "--format", form, shards=folder / "test.index.json") == EXIT_PARTIAL
+    assert (out / f"test-000001{suffix}").exists()
+    assert len(json.loads((out / "extract.json").read_text())["without"]) == 2
+
+
+def test_nothing_to_extract_is_bad_input(extract: Callable[..., int], tmp_path: Path) -> None:
+    write_set(tmp_path / "empty", "e", "vision", [{"__key__": "a", "png": b"no image"}], per_shard=1)
+    assert extract(tmp_path / "out", shards=tmp_path / "empty") == 2
 
 
 def test_the_index_of_the_shards_may_lie_elsewhere(extract: Callable[..., int], tmp_path: Path) -> None:
