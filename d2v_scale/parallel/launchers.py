@@ -56,7 +56,10 @@ def adopt(environment: MutableMapping[str, str] = os.environ) -> Place:
     place = started_as(environment)
     stated = environment.pop("WORLD_SIZE", None)
     if stated is not None and stated != str(place.world_size):
-        log.warning("WORLD_SIZE=%s is set, but there is %s: it is ignored.", stated, _count(place))
+        count = "one process" if place.world_size == 1 else f"a world of {place.world_size}, as {place.launcher} says"
+        log.warning(
+            "WORLD_SIZE=%s is set without RANK, left by something else: it is ignored. This is %s.", stated, count
+        )
     if place.world_size == 1:
         return place
     if place.launcher.startswith("Slurm"):
@@ -106,10 +109,6 @@ def started_as(environment: Mapping[str, str] = os.environ) -> Place:
             environment["SLURM_NTASKS"],
         )
     return ALONE
-
-
-def _count(place: Place) -> str:
-    return f"one process ({_ALONE})" if place.world_size == 1 else f"a world of {place.world_size} by {place.launcher}"
 
 
 def _as_torch_says(environment: MutableMapping[str, str]) -> Place:

@@ -49,6 +49,22 @@ def test_what_templates_name_is_there_and_fine_tuning_has_a_task() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("preflight", ["0", "1"])
+def test_sbatch_export_of_a_list_reaches_the_ranks_whole(workplace: Make, preflight: str) -> None:
+    """SLURM_EXPORT_ENV, which sbatch leaves behind, had `srun` give the ranks no PATH: execve(): bash."""
+    place = workplace(STAND_IN)
+    names = ("SLURM_CONF", "DS_ACCELERATOR", "GLOO_SOCKET_IFNAME", "D2V_SCALE_MIN_FREE_GB")
+    listed = {name: place.cluster.env[name] for name in names}
+    activate = place.dir / "activate"
+    activate.write_text(f"export PATH={place.cluster.env['PATH']}\n")
+    listed |= {"D2V_SCALE_ACTIVATE": str(activate), "D2V_SCALE_PREFLIGHT": preflight}
+    export = "--export=" + ",".join(f"{name}={value}" for name, value in listed.items())
+    job = place.submit("pretrain_base.sh", "--optim.max_steps=2", options=(export,))
+    assert job.wait_for_end() == "COMPLETED", job.story()
+    assert job.status.outcome == "done"
+
+
+@pytest.mark.slow
 def test_fine_tuning_starts_from_its_first_argument(workplace: Make) -> None:
     job = workplace(STAND_IN).submit("finetune.sh", "runs/pretrained", "--optim.max_steps=3", env=NO_PREFLIGHT)
     assert job.wait_for_end() == "COMPLETED", job.story()

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -81,6 +82,33 @@ def test_normal_end(uninterrupted: Job) -> None:
     assert json.loads(report.read_text())["bad_nodes"] == {}
     weights = uninterrupted.weights()
     assert len(weights) == 4, f"one file a rank: {weights}"
+
+
+def train_plainly(place: Workplace, run_dir: Path) -> list[str]:
+    """`python train.py`, without a launcher, for three steps."""
+    steps = ("--stop_at=3", "--checkpoint.every=3", f"--run_dir={run_dir}")
+    return ["python", str(place.dir / "d2v_scale/train.py"), *TRAINING.arguments, *steps]
+
+
+def assert_one_run(run_dir: Path, ranks: int) -> None:
+    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records if "loss" in record] == [1, 2, 3]
+    assert len([*run_dir.glob("checkpoints/*/rank-*.safetensors")]) == ranks
+
+
+def test_srun_without_a_launcher_is_one_world(place: Workplace, tmp_path: Path) -> None:
+    """`srun -n 2 python train.py` trained twice into one directory."""
+    command = ("srun", "-N2", "-n2", *train_plainly(place, tmp_path / "run"))
+    place.cluster.run(*command, cwd=place.dir, timeout=300)
+    assert_one_run(tmp_path / "run", ranks=2)
+
+
+@pytest.mark.slow
+def test_one_process_of_a_batch_script_with_several_tasks_waits_for_no_other(place: Workplace, tmp_path: Path) -> None:
+    script = shlex.join(train_plainly(place, tmp_path / "run"))
+    batch = ("sbatch", "--wait", "-n4", f"--output={tmp_path}/out", f"--wrap={script}")
+    place.cluster.run(*batch, cwd=place.dir, timeout=300)
+    assert_one_run(tmp_path / "run", ranks=1)
 
 
 def test_usr1_and_a_node_that_goes_down_end_with_the_same_weights(
