@@ -8,9 +8,12 @@ if __name__ == "__main__":
     from pathlib import Path
 
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    from d2v_scale import rank_environment as _rank_environment
     from d2v_scale.signals import StopFlag as _StopFlag
 
     _flag = _StopFlag.install()
+    # Libraries read it once, when torch is imported or a GPU first used.
+    _rank_environment.prepare()
     from d2v_scale.train import main as _main
 
     sys.exit(_main(sys.argv[1:], _flag))

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from d2v_scale import open_files
+from d2v_scale import open_files, rank_environment
 from d2v_scale.errors import ConfigError, UserError
 from d2v_scale.parallel import launchers, timeouts
 
@@ -166,6 +166,7 @@ def initialize(config: ParallelConfig | None = None, timeout_minutes: float = 30
         raise UserError(
             f"{problem} on {socket.gethostname()}", "Raise it (limits.conf, LimitNOFILE) or start fewer ranks."
         )
+    rank_environment.order_kernels(config.tensor)
     prepare_accelerator()
     import deepspeed
 
@@ -281,13 +282,18 @@ def _select_device(local_rank: int) -> torch.device:
 
 
 def prepare_accelerator() -> None:
-    """On CPU: one thread a rank unless the user says otherwise, and no operator is compiled at start."""
+    """One thread a rank on a CPU, on a GPU node its share of the cores, unless the user says otherwise; on a CPU no
+    operator is compiled at start."""
     on_cpu = os.environ.get("DS_ACCELERATOR", "" if torch.cuda.is_available() else "cpu") == "cpu"
     if on_cpu:
         os.environ["DS_ACCELERATOR"] = "cpu"
         if "OMP_NUM_THREADS" not in os.environ:
             os.environ["OMP_NUM_THREADS"] = "1"
             torch.set_num_threads(1)
+    elif "OMP_NUM_THREADS" not in os.environ and (threads := rank_environment.threads_of_a_rank(os.environ)):
+        # Only now the launcher's variables are known under torch's names.
+        os.environ["OMP_NUM_THREADS"] = str(threads)
+        torch.set_num_threads(threads)
     with _without("mlflow"):
         import deepspeed
 
