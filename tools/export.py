@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import sys
 import warnings
 from pathlib import Path
@@ -22,7 +23,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--modality", choices=("vision", "speech", "text"), help="which one, where there are several")
     parser.add_argument("--tokenizer", type=Path, help="sentencepiece model (default: the one of the training data)")
     parser.add_argument("--log_model", type=Path, metavar="RUN", help="also log it as a model of this run in MLflow")
+    parser.add_argument("--license", default=None, metavar="ID", help="of the weights, for the model card: apache-2.0")
     options = parser.parse_args(arguments)
+    if options.license is not None and (options.to == "fairseq" or not re.fullmatch(r"[\w.+-]+", options.license)):
+        parser.error("--license needs --to hf or safetensors, and a name such as apache-2.0")
     for name in ("log_model", "tokenizer"):
         if getattr(options, name) is not None and options.to != "hf":
             parser.error(f"--{name} needs --to hf")
@@ -51,6 +55,7 @@ def run(options: argparse.Namespace) -> int:
     from d2v_scale.interop import exporting
     from d2v_scale.interop.encoder_source import recipe_of
     from d2v_scale.interop.export_check import LARGEST_DIFFERENCE, largest_difference, largest_logit_difference
+    from d2v_scale.interop.model_card import UNKNOWN_LICENSE, write_card
     from d2v_scale.interop.reference_export import export_reference
 
     checkpoint = open_any(options.checkpoint)
@@ -62,9 +67,11 @@ def run(options: argparse.Namespace) -> int:
             raise UserError("A fine-tuned model has no teacher.", "Leave --weights out.")
     weights = options.weights or ("teacher" if recipe.task is None else "student")
     whose = "student and teacher" if options.to == "fairseq" else f"the {weights}"
+    license_id = options.license or UNKNOWN_LICENSE
     if options.to == "safetensors":
         print(f"{checkpoint.path}: {recipe.name}, weights of {whose}")
-        print("\n".join(exporting.export_safetensors(checkpoint, recipe, options.out, weights)))
+        lines = exporting.export_safetensors(checkpoint, recipe, options.out, weights)
+        print("\n".join(lines + write_card(checkpoint, recipe, None, options.out, weights, license_id)))
         print(f"wrote {options.out}")
         return 0
     modality = exporting.pick_modality(recipe, options.modality)
@@ -76,6 +83,7 @@ def run(options: argparse.Namespace) -> int:
     else:
         tokenizer = options.tokenizer or (exporting.find_tokenizer(recipe) if modality == "text" else None)
         lines = exporting.export_huggingface(checkpoint, recipe, modality, options.out, weights, tokenizer)
+        lines += write_card(checkpoint, recipe, modality, options.out, weights, license_id)
     for line in lines:
         print(line)
     print(f"wrote {options.out}")

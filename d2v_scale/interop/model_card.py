@@ -1,0 +1,145 @@
+"""README.md of an exported folder: what the model is, what it saw, how it did, how to load it."""
+
+import math
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from d2v_scale.checkpoint import Checkpoint
+from d2v_scale.finetuning.config import TaskConfig
+from d2v_scale.interop.huggingface import is_native
+from d2v_scale.interop.task_heads import auto_class
+from d2v_scale.model.config import Modality, ModelConfig
+from d2v_scale.recipe import Recipe
+from d2v_scale.tracking.record import AXES, METRICS_FILE, read_records
+
+CARD_FILE = "README.md"
+UNKNOWN_LICENSE = "unknown"
+# A card that people have rewritten lacks it, and is theirs.
+_MARK = "<!-- Written by tools/export.py. Without this line, a later export leaves the file alone. -->"
+_ENCODER_TASKS: dict[Modality, str] = {
+    "vision": "image-feature-extraction",
+    "speech": "feature-extraction",
+    "text": "feature-extraction",
+}
+_HEAD_TASKS = {
+    "AutoModelForImageClassification": "image-classification",
+    "AutoModelForSequenceClassification": "text-classification",
+    "AutoModelForAudioClassification": "audio-classification",
+    "AutoModelForCTC": "automatic-speech-recognition",
+}
+
+
+def write_card(
+    checkpoint: Checkpoint, recipe: Recipe, modality: Modality | None, out: Path, weights: str, license_id: str
+) -> list[str]:
+    """Write README.md beside what was exported; `modality` None: a folder under our own names. Returns lines for the
+    user. A README.md that people wrote stays."""
+    path = out / CARD_FILE
+    if path.exists() and _MARK not in path.read_text(encoding="utf-8", errors="replace"):
+        return [f"{path} is not ours, and stays as it is"]
+    path.write_text(_card(checkpoint, recipe, modality, out, weights, license_id), encoding="utf-8")
+    return []
+
+
+def _card(
+    checkpoint: Checkpoint, recipe: Recipe, modality: Modality | None, out: Path, weights: str, license_id: str
+) -> str:
+    version = "2.0" if recipe.model.visible_only else "1.0"
+    modalities = ", ".join(recipe.model.modalities if modality is None else [modality])
+    what = "encoder" if recipe.task is None else "fine-tuned model"
+    head = ["library_name: transformers"] if modality is not None else []
+    if modality is not None:
+        auto = _automatic(recipe.task, modality)
+        head.append(f"pipeline_tag: {_HEAD_TASKS.get(auto, _ENCODER_TASKS[modality])}")
+    tags = [f"- {tag}" for tag in ("data2vec", *modalities.split(", "))]
+    rows = [("recipe", recipe.name), ("steps", f"{checkpoint.step}"), ("weights", f"the {weights}'s")]
+    rows += [("parameters", _sizes(recipe.model)), ("data", _data(recipe)), ("license", license_id)]
+    loading = _own_lines() if modality is None else _lines(recipe, modality, out)
+    return "\n".join(
+        [
+            *["---", f"license: {license_id}", *head, "tags:", *tags, "---", _MARK],
+            *["", f"# {recipe.name}", "", f"A data2vec {version} {what} of {modalities}, trained with d2v_scale."],
+            *["", "| | |", "|---|---|", *(f"| {name} | {_cell(value)} |" for name, value in rows)],
+            *["", "## Scores", "", *_scores(checkpoint)],
+            *["", "## Loading", "", "In this folder:", "", "```python", *loading, "```", ""],
+        ]
+    )
+
+
+def _cell(value: str) -> str:
+    return value.replace("|", "\\|").replace("\n", " ")
+
+
+def _sizes(model: ModelConfig) -> str:
+    backbone = model.backbone
+    return f"{backbone.prenet_depth + backbone.depth} blocks of width {backbone.width}, {backbone.heads} heads"
+
+
+def _data(recipe: Recipe) -> str:
+    """Names alone: paths and commands may hold what is nobody's business."""
+    sources = [source for source in recipe.data.sources if source.shards]
+    found = []
+    for source in sources:
+        name = source.name or ("" if ":" in source.shards else PurePosixPath(source.shards).name)
+        found.append(f"{source.modality} ({name})" if name else source.modality)
+    return ", ".join(found) or "not recorded"
+
+
+def _scores(checkpoint: Checkpoint) -> list[str]:
+    """The last value of every score up to the checkpoint's step, from the run's own record."""
+    run_dir = checkpoint.path.resolve().parent.parent
+    values: dict[str, tuple[float, int]] = {}
+    for record in read_records(run_dir) if (run_dir / METRICS_FILE).is_file() else []:
+        if record["step"] <= checkpoint.step:
+            values |= {name: (value, record["step"]) for name, value in record.items() if _is_score(name, value)}
+    if not values:
+        return ["None were recorded."]
+    rows = [f"| {name} | {value:.4g} | {step} |" for name, (value, step) in sorted(values.items())]
+    return ["| score | value | at step |", "|---|---|---|", *rows]
+
+
+def _is_score(name: str, value: Any) -> bool:
+    known = name in ("loss", "knn_accuracy") or name.startswith("test/")
+    return known and name not in AXES and isinstance(value, (int, float)) and math.isfinite(value)
+
+
+def _automatic(task: TaskConfig | None, modality: Modality) -> str:
+    return "AutoModel" if task is None else auto_class(task, modality)
+
+
+def _own_lines() -> list[str]:
+    return [
+        "from d2v_scale.interop.encoder_source import open_encoder",
+        "",
+        'source = open_encoder(".")',
+        "print(source.recipe.name, source.step)",
+    ]
+
+
+def _lines(recipe: Recipe, modality: Modality, out: Path) -> list[str]:
+    """A program that loads the folder and runs it on a stand-in for the user's input."""
+    auto, model = _automatic(recipe.task, modality), recipe.model
+    remote = "" if is_native(model, modality) else ", trust_remote_code=True"
+    result = "last_hidden_state" if auto == "AutoModel" else "logits"
+    processor, example, call = _example(model, modality, out)
+    imports = f"from transformers import {', '.join(sorted({auto, *processor}))}"
+    lines = ["import torch", *(["from PIL import Image"] if "Image." in example else []), imports, ""]
+    lines.append(f'model = {auto}.from_pretrained("."{remote}).eval()')
+    lines += [f'processor = {name}.from_pretrained(".")' for name in processor]
+    return [*lines, example, "with torch.no_grad():", f"    output = model({call}).{result}", "print(output.shape)"]
+
+
+def _example(model: ModelConfig, modality: Modality, out: Path) -> tuple[list[str], str, str]:
+    if modality == "speech":
+        call = '**processor(wave.numpy(), sampling_rate=16000, return_tensors="pt")'
+        return ["AutoFeatureExtractor"], "wave = torch.randn(16000)  # one second, 16 kHz", call
+    if modality == "text":
+        if (out / "tokenizer.json").is_file():
+            return ["AutoTokenizer"], 'text = "Words of a text."', '**processor(text, return_tensors="pt")'
+        return [], "ids = torch.tensor([[0, 5, 6, 2]])  # of the tokenizer that it was trained with", "input_ids=ids"
+    assert model.vision is not None
+    side, channels = model.vision.image_size, model.vision.channels
+    if channels == 3:
+        call = '**processor(image, return_tensors="pt")'
+        return ["AutoImageProcessor"], f'image = Image.new("RGB", ({side}, {side}))', call
+    return [], f"pixels = torch.randn(1, {channels}, {side}, {side})", "pixel_values=pixels"
