@@ -44,7 +44,7 @@ IN_IMAGE = {
 run_dir = words[words.index("--run_dir") + 1]
 json.dump({"outcome": "done", "exit_code": 0, "reason": "all steps done"}, open(f"{run_dir}/status.json", "w"))
 """,
-    "python": f'exec {sys.executable} "$@"',
+    "python": f'[[ $1 != */probe.py ]] || exit 0; exec {sys.executable} "$@"',
 }
 
 
@@ -68,9 +68,17 @@ class Site:
 
     def train(self, *arguments: str, python_on_host: bool = True, **settings: str) -> subprocess.CompletedProcess[str]:
         """What a template does."""
+        environment = self._environment() | settings
+        if not python_on_host:
+            environment["PATH"] = self._without_python(environment["PATH"].partition(":")[2])
+        script = 'repository=$1; source "$1/slurm/lib.sh"; train demo_vision zero1.json "${@:2}"'
+        command = ["bash", "-c", script, "_", str(self.repository), *arguments]
+        return subprocess.run(command, env=environment, cwd=self.dir, capture_output=True, text=True, timeout=120)
+
+    def _environment(self) -> dict[str, str]:
         path = f"{self.dir}/host:/usr/sbin:/usr/bin:/sbin:/bin"
-        environment = {
-            "PATH": f"{self.dir}/image:{path}" if python_on_host else self._without_python(path),
+        return {
+            "PATH": f"{self.dir}/image:{path}",
             "IN_IMAGE": f"{self.dir}/image:{path}",
             "CALLS": str(self.dir / "calls"),
             "SLURM_JOB_ID": "7",
@@ -82,10 +90,13 @@ class Site:
             "D2V_SCALE_RANKS_PER_NODE": "2",
             "D2V_SCALE_PREFLIGHT": "0",
             "D2V_SCALE_RUNS": str(self.dir / "runs"),
-            **settings,
         }
-        script = 'repository=$1; source "$1/slurm/lib.sh"; train demo_vision zero1.json "${@:2}"'
-        command = ["bash", "-c", script, "_", str(self.repository), *arguments]
+
+    def run_once(self, *words: str, **settings: str) -> subprocess.CompletedProcess[str]:
+        """What slurm/eval.sh does."""
+        script = 'repository=$1; source "$1/slurm/lib.sh"; run_once "${@:2}"'
+        command = ["bash", "-c", script, "_", str(self.repository), *words]
+        environment = self._environment() | settings
         return subprocess.run(command, env=environment, cwd=self.dir, capture_output=True, text=True, timeout=120)
 
     def _without_python(self, path: str) -> str:
@@ -210,3 +221,13 @@ def test_folders_are_for_whom_the_umask_says(site: Site) -> None:
     finally:
         os.umask(before)
     assert (site.dir / "runs/test-7/code/7").stat().st_mode & 0o777 == 0o775
+
+
+def test_an_evaluation_runs_in_the_container_too(site: Site) -> None:
+    given = ("probe.py", str(site.dir / "runs"), "--data", str(site.dir / "shards/[ab].tar"), "--out", "a b")
+    done = site.run_once(*given, D2V_SCALE_CONTAINER="apptainer:/images/d2v.sif", LOCAL_RANK="3")
+    (call,) = site.calls("apptainer")
+    assert call["words"][-6:] == [str(site.repository / "tools/probe.py"), *given[1:]], done.stdout + done.stderr
+    assert str(site.dir) in call["words"][call["words"].index("--bind") + 1].split(",")
+    assert "LOCAL_RANK" not in call["env"]
+    assert "--export=ALL" in site.calls("srun")[0]["words"]
