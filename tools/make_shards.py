@@ -16,6 +16,7 @@ import itertools
 import os
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import get_args
@@ -98,10 +99,16 @@ def text_items(found: Iterable[Document], classes: list[str], score: bool) -> It
 
 
 def transcribed(items: list[Item], found: FoundFiles, texts: dict[str, str]) -> list[Item]:
-    """The items with their texts, those without one left out. Raises DataError where no item has any."""
-    for item in items:
-        assert item.path is not None
-        name = Path(found.relative(Path(item.path))).with_suffix("")
+    """The items with their texts, those without one left out. Raises DataError where no item has any, and where one
+    text is of several."""
+    names = [Path(found.relative(Path(str(item.path)))).with_suffix("") for item in items]
+    called = Counter(name.name for name in names)
+    for item, name in zip(items, names, strict=True):
+        if name.as_posix() not in texts and name.name in texts and called[name.name] > 1:
+            raise DataError(
+                f"{called[name.name]} recordings are called {name.name!r}, which has one transcript.",
+                "Write the path below SRC before each text.",
+            )
         item.transcript = texts.get(name.as_posix(), texts.get(name.name)) or None
     kept = [item for item in items if item.transcript is not None]
     print(f"{len(kept)} of {len(items)} recordings have a transcript", file=sys.stderr)

@@ -22,7 +22,7 @@ from d2v_scale.data.fetching import ShardCache
 from d2v_scale.data.folders import find_files
 from d2v_scale.data.reading import SampleFault, read_sample
 from d2v_scale.data.shard_index import Members, index_tar
-from d2v_scale.data.shard_set import find_shards, is_remote
+from d2v_scale.data.shard_set import INDEX_SUFFIX, expand, find_shards, is_remote
 from d2v_scale.data.tables import Columns
 from d2v_scale.data.text_files import Document, Reading
 from d2v_scale.errors import EXIT_BAD_INPUT, DataError, UserError
@@ -54,8 +54,8 @@ class Texts:
 
     def _documents(self) -> Iterator[Document]:
         path = Path(self._source)
-        holds_shards = path.is_dir() and any(path.glob("*.tar"))
-        if path.exists() and not holds_shards and (path.is_dir() or text_files.kind_of(path) in text_files.EXTENSIONS):
+        of_shards = self._source.endswith(INDEX_SUFFIX) or (path.is_dir() and any(path.glob("*.tar")))
+        if path.exists() and not of_shards and (path.is_dir() or text_files.kind_of(path) in text_files.EXTENSIONS):
             found = find_files(path, text_files.EXTENSIONS, extension_of=text_files.kind_of)
             if found.left_out():
                 print(found.left_out(), file=sys.stderr)
@@ -64,7 +64,8 @@ class Texts:
 
     def _of_shards(self) -> Iterator[Document]:
         found = False
-        for name in find_shards(SourceConfig(shards=self._source, modality="text")).paths:
+        listed = self._source.endswith(INDEX_SUFFIX)
+        for name in find_shards(SourceConfig(shards=self._source)).paths if listed else expand(self._source):
             try:
                 path = Path(self._cache.fetch(name) if is_remote(name) else name)
                 contents = index_tar(path)

@@ -106,7 +106,8 @@ def require_text(text: str) -> str:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         if 0xDC80 <= ord(text[error.start]) <= 0xDCFF:  # how Python keeps a byte that it cannot decode
-            raise ValueError(f"is not of the encoding that it was read in, from character {error.start} on") from None
+            read_in = "the encoding that it was read in (UTF-8, or what --encoding says)"
+            raise ValueError(f"is not of {read_in} from character {error.start} on") from None
         raise ValueError(f"holds half of a surrogate pair at character {error.start}") from None
     if not text.strip():
         raise ValueError("is empty")

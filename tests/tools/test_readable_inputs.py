@@ -56,6 +56,17 @@ def test_linked_folders_are_read_and_hidden_ones_are_not(run: Callable[..., str]
     assert "leads back to a folder that it lies in" in text
 
 
+def test_paths_with_spaces_have_transcripts(run: Callable[..., str], tmp_path: Path) -> None:
+    (tmp_path / "src" / "speaker one").mkdir(parents=True)
+    for number in range(2):
+        wave = np.random.default_rng(number).standard_normal(4000) * 0.1
+        soundfile.write(tmp_path / "src" / "speaker one" / f"t{number}.wav", wave, 16000)
+    texts = _written(tmp_path / "texts", ["speaker one/t0\thello there", "speaker one/t1\t"])
+    text = run("make_shards", "audio", tmp_path / "src", tmp_path / "out", "--transcripts", texts, "--processes", 1)
+    assert "1 of 2 recordings have a transcript" in text  # an empty one would be lost in fine-tuning
+    assert "1 samples" in text
+
+
 def test_sideways_pictures_are_shrunk_upright(run: Callable[..., str], tmp_path: Path) -> None:
     (tmp_path / "src").mkdir()
     exif = Image.Exif()
@@ -95,6 +106,8 @@ def test_bad_documents_are_named_and_end_nothing(run: Callable[..., str], tmp_pa
     assert "has no column 'text'. It has: body" in run("train_tokenizer", *call, status=2)
     # Of shards, too.
     text = run("train_tokenizer", tmp_path / "out" / "*.tar", tmp_path / "u.model", *training)
+    assert file_sha256(tmp_path / "t.model") == file_sha256(tmp_path / "u.model")
+    run("train_tokenizer", tmp_path / "out" / "train.index.json", tmp_path / "u.model", *training)
     assert file_sha256(tmp_path / "t.model") == file_sha256(tmp_path / "u.model")
     write_set(tmp_path / "bad", "a", "text", [{"__key__": "a", "txt": b"Gr\xfc\xdfe"}], per_shard=9)
     text = run("train_tokenizer", tmp_path / "bad" / "*.tar", tmp_path / "u.model", *training, status=2)

@@ -225,6 +225,12 @@ def test_recordings_get_the_transcripts_that_a_file_has(run: Callable[..., str],
     store = SampleStore(find_shards(SourceConfig(shards=str(tmp_path / "out"), modality="speech")))
     texts = {bytes(store.read(0, number).member(("txt",))[1]).decode() for number in range(len(store.members(0)))}
     assert texts == {"HELLO THERE", "GOOD BYE"}
+    (tmp_path / "src" / "another").mkdir()
+    (tmp_path / "src" / "another" / "take-2.wav").write_bytes(
+        (tmp_path / "src" / "speaker" / "take-2.wav").read_bytes()
+    )
+    call[2] = str(tmp_path / "other")
+    assert "2 recordings are called 'take-2'" in run("make_shards", *call, "--processes", "1", status=2)
 
 
 def test_tars_of_one_name_in_two_folders_have_an_index_each(run: Callable[..., str], tmp_path: Path) -> None:
