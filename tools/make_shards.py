@@ -171,7 +171,7 @@ def _judge(index: SetIndex, skipped: dict[str, str], max_bad: float) -> None:
     if len(skipped) > max_bad * total:
         raise DataError(
             f"{could_not}, more than --max_bad {max_bad}; no index was written.",
-            "Remove what is named above, or raise --max_bad.",
+            "Remove what is named above, leave it out with --match, or raise --max_bad.",
         )
 
 

@@ -54,8 +54,8 @@ class Texts:
 
     def _documents(self) -> Iterator[Document]:
         path = Path(self._source)
-        of_shards = self._source.endswith(INDEX_SUFFIX) or (path.is_dir() and any(path.glob("*.tar")))
-        if path.exists() and not of_shards and (path.is_dir() or text_files.kind_of(path) in text_files.EXTENSIONS):
+        holds_shards = path.is_dir() and any(path.glob("*.tar"))
+        if path.exists() and not holds_shards and (path.is_dir() or text_files.kind_of(path) in text_files.EXTENSIONS):
             found = find_files(path, text_files.EXTENSIONS, extension_of=text_files.kind_of)
             if found.left_out():
                 print(found.left_out(), file=sys.stderr)

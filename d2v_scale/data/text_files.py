@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
+from d2v_scale.data.shard_set import INDEX_SUFFIX
 from d2v_scale.data.tables import Columns, rows
 from d2v_scale.data.text import require_text
 from d2v_scale.errors import DataError
@@ -77,6 +78,8 @@ class Reading:
 
 def kind_of(path: Path) -> str:
     """The extension that says what a file holds: `jsonl` of `a.jsonl.gz`. Lower case."""
+    if path.name.endswith(INDEX_SUFFIX):  # lies where shards were written, which may be among the texts
+        return INDEX_SUFFIX[1:]
     suffixes = [suffix[1:].lower() for suffix in path.suffixes]
     if len(suffixes) > 1 and suffixes[-1] in _COMPRESSED:
         return suffixes[-2]

@@ -114,6 +114,15 @@ def test_bad_documents_are_named_and_end_nothing(run: Callable[..., str], tmp_pa
     assert "There is no text to train a tokenizer on" in text
 
 
+def test_shards_written_among_their_texts_are_no_texts(run: Callable[..., str], tmp_path: Path) -> None:
+    for number, text in enumerate(documents(60)):
+        (tmp_path / f"{number}.txt").write_text(text)
+    for _ in range(2):
+        text = run("make_shards", "text", tmp_path, tmp_path / "out", "--vocab_size", 290, "--processes", 1)
+        assert "60 samples" in text
+        assert "0 skipped" in text
+
+
 def test_files_of_another_encoding_are_named_or_converted(run: Callable[..., str], tmp_path: Path) -> None:
     run("make_shards", "text", _written(tmp_path / "good.txt", documents(200)), tmp_path / "t", "--vocab_size", 320)
     model = tmp_path / "t" / "tokenizer.model"
