@@ -1,6 +1,7 @@
 """Waveforms of any rate to 16 kHz: torchaudio's windowed sinc (Hann, 6 zero crossings, cut-off at 0.99)."""
 
 import math
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from typing import Any
 
@@ -33,6 +34,27 @@ def resample(wave_n: Wave, rate: int) -> Wave:
     if after * (2 * _half_width(before, after) + before) <= _LARGEST_KERNEL:
         return _by_kernel(rate)(torch.from_numpy(wave_n)).numpy()
     return _by_output(wave_n, before, after)
+
+
+def resampled(blocks: Iterable[Wave], rate: int) -> Iterator[Wave]:
+    """Consecutive pieces of a recording from `rate` (Hz) to 16 kHz: together what `resample` makes of the whole (of a
+    single piece the same bits), with two pieces in memory."""
+    if rate == SAMPLE_RATE:
+        yield from blocks
+        return
+    divisor = math.gcd(rate, SAMPLE_RATE)
+    before, after = rate // divisor, SAMPLE_RATE // divisor
+    # In periods of `before` samples, which become `after`: what an output is made of on each side, what is held of the
+    # recording and was made already.
+    context, held_n, made = math.ceil(_half_width(before, after) / before) + 1, np.zeros(0, np.float32), 0
+    for block in blocks:
+        ready = len(held_n) // before - context
+        if ready > made:
+            yield resample(held_n[: (ready + context) * before], rate)[made * after : ready * after]
+            kept = max(0, ready - context)
+            held_n, made = held_n[kept * before :], ready - kept
+        held_n = np.concatenate((held_n, block))
+    yield resample(held_n, rate)[made * after :]
 
 
 @lru_cache(maxsize=8)

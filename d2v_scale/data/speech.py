@@ -1,7 +1,8 @@
 """Recordings: decode, resample, normalise over the whole file, crop."""
 
 import io
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import numpy as np
 import soundfile
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 from d2v_scale.data.collate import Row, Stacked
 from d2v_scale.data.config import SAMPLE_RATE, SpeechData
 from d2v_scale.data.reading import RawSample, Store
-from d2v_scale.data.resampling import length_at_16_khz, resample
+from d2v_scale.data.resampling import length_at_16_khz, resampled
 from d2v_scale.data.streaming import StreamStore
 from d2v_scale.errors import ConfigError
 from d2v_scale.model.config import SpeechStem
@@ -19,7 +20,7 @@ from d2v_scale.model.config import SpeechStem
 EXTENSIONS = ("flac", "wav", "ogg", "oga", "mp3", "opus", "aiff", "aif", "aifc", "au", "sph", "w64", "caf")
 _LOWEST_RATE, _HIGHEST_RATE = 1000, 1_000_000
 _BLOCK = 1 << 22
-"""Frames that are read at once, so that a header that lies costs no memory."""
+"""Values that are read at once, so that neither a long recording nor a header that lies costs much memory."""
 _NORM_EPS = 1e-5
 
 Wave = NDArray[np.float32]
@@ -33,46 +34,53 @@ class _Sequential(soundfile.SoundFile):
         return False
 
 
-def read(content: bytes | memoryview) -> tuple[Wave, int]:
-    """A file of any format that libsndfile reads, as mono float32 (n,), and its rate, Hz. n is what is really there,
-    whatever the header says.
+def decode(content: bytes | memoryview) -> Wave:
+    """A file of any format that libsndfile reads, as mono float32 at 16 kHz (n,). n is what is really there, whatever
+    the header says. A long recording is never in memory at its own rate.
 
     Raises ValueError where it cannot be decoded, where there is nothing, and where a value is NaN or infinite: one
     would cost a whole step.
     """
+    rate, blocks = _blocks(content)
+    return np.concatenate(list(resampled(blocks, rate)))
+
+
+def _blocks(content: bytes | memoryview) -> tuple[int, Iterator[Wave]]:
+    """The rate of a file, Hz, and what it holds, in mono pieces. Both raise as `decode` does."""
     if len(content) == 0:
         raise ValueError("is empty")
+    with _named_errors(content):
+        file = _Sequential(io.BytesIO(content))
+    if not _LOWEST_RATE <= file.samplerate <= _HIGHEST_RATE:
+        raise ValueError(f"has {file.samplerate} samples a second, which is no rate of sound")
+    return file.samplerate, _mono_blocks(file, content)
+
+
+def _mono_blocks(file: soundfile.SoundFile, content: bytes | memoryview) -> Iterator[Wave]:
+    remaining, found, at_once = file.frames, 0, max(1, _BLOCK // file.channels)
+    with file:
+        while remaining > 0:
+            wanted = min(remaining, at_once)
+            with _named_errors(content):
+                block = file.read(wanted, dtype="float32")
+            if not np.isfinite(block.sum(dtype=np.float64)):
+                raise ValueError("it holds values that are not finite")
+            if len(block):
+                yield block.mean(axis=1) if block.ndim > 1 else block
+            found, remaining = found + len(block), remaining - wanted
+            if len(block) < wanted:
+                break
+    if found == 0:
+        raise ValueError("has no samples")
+
+
+@contextmanager
+def _named_errors(content: bytes | memoryview) -> Iterator[None]:
     try:
-        blocks, rate = _blocks(content)
+        yield
     except soundfile.LibsndfileError as error:
         what = "is MP4 or AAC, which is not read" if bytes(content[4:8]) == b"ftyp" else "is not decoded by libsndfile"
         raise ValueError(f"{what}: {error.error_string}") from None
-    wave = np.concatenate(blocks) if blocks else np.zeros(0, dtype=np.float32)
-    if len(wave) == 0:
-        raise ValueError("has no samples")
-    if not np.isfinite(wave.sum(dtype=np.float64)):
-        raise ValueError("it holds values that are not finite")
-    return (wave.mean(axis=1) if wave.ndim > 1 else wave), rate
-
-
-def _blocks(content: bytes | memoryview) -> tuple[list[Wave], int]:
-    """What a file holds, in pieces, and its rate."""
-    with _Sequential(io.BytesIO(content)) as file:
-        rate, remaining, blocks = file.samplerate, file.frames, []
-        if not _LOWEST_RATE <= rate <= _HIGHEST_RATE:
-            raise ValueError(f"has {rate} samples a second, which is no rate of sound")
-        while remaining > 0:
-            wanted = min(remaining, _BLOCK)
-            blocks.append(file.read(wanted, dtype="float32"))
-            remaining -= wanted
-            if len(blocks[-1]) < wanted:
-                break
-    return blocks, rate
-
-
-def decode(content: bytes | memoryview) -> Wave:
-    """What `read` reads, at 16 kHz."""
-    return resample(*read(content))
 
 
 def measure(members: Mapping[str, bytes | memoryview]) -> int:
@@ -80,15 +88,16 @@ def measure(members: Mapping[str, bytes | memoryview]) -> int:
     content = next((data for extension, data in members.items() if extension in EXTENSIONS), None)
     if content is None:
         raise ValueError(f"has no .{', .'.join(EXTENSIONS)}")
-    wave, rate = read(content)
-    return length_at_16_khz(len(wave), rate)
+    rate, blocks = _blocks(content)
+    return length_at_16_khz(sum(map(len, blocks)), rate)
 
 
 def normalize(wave: Wave) -> Wave:
     """Zero mean and unit variance over the whole recording (spec S32: before any crop; eps 1e-5 on the variance)."""
     centred = wave - wave.mean(dtype=np.float64).astype(np.float32)
     variance = np.dot(centred, centred) / max(1, len(centred))
-    return centred * np.float32(1 / np.sqrt(variance + _NORM_EPS))
+    centred *= np.float32(1 / np.sqrt(variance + _NORM_EPS))
+    return centred
 
 
 class SpeechDecoder:
@@ -124,7 +133,8 @@ class SpeechDecoder:
         if len(wave) < length:
             raise sample.fault(f"is {len(wave)} samples long, its index says at least {length}")
         start = int(draws[0] * (len(wave) - length + 1))
-        return Row(sample.key, wave[start : start + length])
+        # A view of a long recording would keep all of it until the batch is full.
+        return Row(sample.key, wave[start : start + length].copy())
 
     def evaluation_row(self, sample: RawSample) -> Wave:
         """The recording from its beginning, at most `max_seconds`. Raises SampleFault where it is no frame long."""

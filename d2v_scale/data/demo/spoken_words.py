@@ -9,7 +9,8 @@ import numpy as np
 import soundfile
 
 from d2v_scale.data.config import SAMPLE_RATE
-from d2v_scale.data.speech import Wave, measure, resample
+from d2v_scale.data.resampling import resample
+from d2v_scale.data.speech import Wave, measure
 from d2v_scale.data.writing import Sample, write_set
 from d2v_scale.errors import DataError
 
