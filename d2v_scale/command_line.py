@@ -66,6 +66,8 @@ def parse(arguments: list[str]) -> tuple[Recipe, Options]:
     if shown:
         print(recipe_file.dump(recipe), end="")
         sys.exit(0)
+    if options.stop_at is not None and options.stop_at < 0:
+        raise ConfigError("stop_at", f"is {options.stop_at}", "Give a step of the run.")
     if options.reset_teacher and options.init_from is None:
         raise ConfigError("reset_teacher", "is true without --init_from", "Give both, or neither.")
     if options.resume is not None and options.init_from is None:
