@@ -130,8 +130,7 @@ def _exported(path: Path) -> EncoderSource:
         reference = source.reference
         ours, report = import_tensors(source.keymap, source.student)
         report.require_complete(str(path))
-        for note in source.notes:
-            log.warning("%s: %s", path, note)
+        _name_unread(path, source.notes)
         recipe = Recipe(name=path.name, model=reference.model, objective=reference.objective, data=source.data)
         return EncoderSource(path, recipe, ours.get)
     try:
@@ -140,6 +139,7 @@ def _exported(path: Path) -> EncoderSource:
     except (ValueError, KeyError, OSError) as error:
         raise CheckpointError(f"{path / EXPORT_FILE} is damaged ({error}).", "Export it again.") from error
     tensors = Folder(path)
+    _name_unread(path, tensors.notes)
     if (path / "config.json").is_file():
         ours, report = import_tensors(_keymap(recipe), without_prefixes(tensors))
         if report.wrong:
@@ -155,6 +155,11 @@ def _exported(path: Path) -> EncoderSource:
         note.get("classes"),
         note.get("tokenizer_sha256"),
     )
+
+
+def _name_unread(path: Path, notes: list[str]) -> None:
+    for note in notes:
+        log.warning("%s: %s", path, note)
 
 
 def _keymap(recipe: Recipe) -> KeyMap:
