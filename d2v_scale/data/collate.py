@@ -1,6 +1,7 @@
 """From decoded rows to a `Batch` with its masks."""
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -96,10 +97,28 @@ def read_rows(
     keys_n = array_keys(planned.sample_ids, "crop", seed)
     keys_n = array_keys(keys_n.view(np.int64) ^ planned.epoch_n, "epoch")
     draws_nk = array_uniform(keys_n, decoder.draws)
+    rows, kept, faults = _read(planned, range(len(planned)), planned.length, draws_nk, store, decoder)
+    while faults and (length := planned.length_of_read(kept)) > planned.length:
+        # The shortest could not be read: its length, which nobody has seen, crops no other.
+        planned = replace(planned, length=length)
+        rows, kept, more = _read(planned, kept, length, draws_nk, store, decoder)
+        faults += more
+    return rows, kept, faults
+
+
+def _read(
+    planned: PlannedBatch,
+    numbers: Iterable[int],
+    length: int,
+    draws_nk: NDArray[np.float64],
+    store: Store,
+    decoder: Decoder,
+) -> tuple[list[Row], list[int], list[Fault]]:
     rows, kept, faults = [], [], []
-    for k, (shard, item) in enumerate(zip(planned.shard_n.tolist(), planned.item_n.tolist(), strict=True)):
+    for k in numbers:
+        shard, item = int(planned.shard_n[k]), int(planned.item_n[k])
         try:
-            rows.append(decoder.training_row(store, shard, item, planned.length, draws_nk[k]))
+            rows.append(decoder.training_row(store, shard, item, length, draws_nk[k]))
             kept.append(k)
         except SampleFault as error:
             faults.append(error.fault)

@@ -44,6 +44,10 @@ class PlannedBatch:
     """Items by epoch that were passed over on the way to this batch, because their length is 0."""
     cropped: int = 0
     """What the rows of all ranks lose together, because each takes the length of the shortest."""
+    length_n: Ints | None = None
+    """What the index says that each item's length is, where rows are cropped to the shortest; 0: not read."""
+    elsewhere: int = 0
+    """The smallest length among the rows of the other shares; 0: there is none."""
     unread: int = 0
     """Items among them whose length the index could not read: lost, each a hole in the batch."""
 
@@ -58,7 +62,20 @@ class PlannedBatch:
     def share(self, part: int, parts: int) -> "PlannedBatch":
         """The `part`th of `parts` contiguous shares, equal but for one item."""
         rows = slice(len(self) * part // parts, len(self) * (part + 1) // parts)
-        return replace(self, epoch_n=self.epoch_n[rows], shard_n=self.shard_n[rows], item_n=self.item_n[rows])
+        share = replace(self, epoch_n=self.epoch_n[rows], shard_n=self.shard_n[rows], item_n=self.item_n[rows])
+        if self.length_n is not None:
+            others = np.delete(self.length_n, rows)
+            share.length_n = self.length_n[rows]
+            share.elsewhere = int(others[others > 0].min()) if (others > 0).any() else 0
+        return share
+
+    def length_of_read(self, kept: list[int]) -> int:
+        """The common length if the rows `kept` are the only ones of this share that could be read: `length`, unless it
+        was that of one which could not."""
+        if self.length_n is None or not kept:
+            return self.length
+        shortest = int(self.length_n[kept].min())
+        return min(shortest, self.elsewhere) if self.elsewhere else shortest
 
     @property
     def measured_length(self) -> int:
@@ -210,6 +227,8 @@ class SourcePlan:
         if len(known):
             batch.length = int(known.min() if self._crop_to_shortest else known.max())
             batch.cropped = int((known - batch.length).clip(min=0).sum())
+        if self._crop_to_shortest:
+            batch.length_n = length_n[rows].clip(min=0)
         return batch
 
 

@@ -9,6 +9,8 @@ import pytest
 from damaged_shards import DamagedSet
 from small_shards import image_samples, sound_samples
 
+from d2v_scale.data import speech
+from d2v_scale.data.batch import Batch
 from d2v_scale.data.config import DataConfig, SourceConfig
 from d2v_scale.data.loader import StepLoader
 from d2v_scale.data.plan import Cursor
@@ -212,3 +214,30 @@ def test_a_truncated_tar_never_gives_a_partial_sample(tmp_path: Path, offset: in
     assert with_both.all() or int(np.sum(whole)) == 1
     assert entry.samples == len(members)
     assert (members.start_n[whole] + members.size_n[whole] <= offset).all()
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_recording_that_goes_bad_after_the_indexing_crops_no_other(tmp_path: Path, ranks: int) -> None:
+    """Its neighbours were cropped to its length, which nobody could hear."""
+    samples = sound_samples(8, seconds=(1.0, 1.2))
+    short = sound_samples(1, seconds=(0.2, 0.21))[0] | {"__key__": "short"}
+    entry = write_shard(tmp_path / "a-0.tar", [short, *samples], speech.measure)
+    SetIndex(modality="speech", shards=[entry]).save(tmp_path / "a.index.json")
+    data = DataConfig(sources=[SourceConfig(shards=str(tmp_path), modality="speech")], workers=0, max_bad_ratio=0.5)
+
+    def batches() -> list[Batch]:
+        return [
+            next(StepLoader(data, MODEL, MASKING, seed=1, global_batch_size=9, dp_rank=rank, dp_size=ranks))[0]
+            for rank in range(ranks)
+        ]
+
+    length = {batch.inputs.shape[1] for batch in batches()}
+    assert length == {int(Members.load(tmp_path / "a-0.index").length_n[0])}
+    content = bytearray((tmp_path / "a-0.tar").read_bytes())
+    content[600] ^= 1
+    (tmp_path / "a-0.tar").write_bytes(content)
+    damaged = batches()
+    assert sum(len(batch.keys) for batch in damaged) == 8
+    assert sum(batch.lost for batch in damaged) == 1
+    # The other rank cannot know: it goes by what was planned.
+    assert min(batch.inputs.shape[1] for batch in damaged if batch.lost) >= 16000
