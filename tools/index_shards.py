@@ -273,7 +273,7 @@ def main() -> int:
         for damage in shard.damage:
             print(f"damaged: {shard.path}: {damage}", file=sys.stderr)
         for line in shard.passed_over:
-            print(f"passed over: {shard.path}: {line}", file=sys.stderr)
+            print(f"passed over: {shard.path}: {line}")
     damaged, lost = sum(bool(shard.damage) for shard in index.shards), sum(shard.lost for shard in index.shards)
     told = f", {lost} of them lost" if lost else ""
     print(f"{len(index.shards)} shards, {index.samples} samples{told}, {damaged} damaged shards: {target}")
