@@ -22,6 +22,8 @@ _FIRST_PORT, _PORTS = 20000, 5000
 _RESERVED_STEPS = 0xFFFF0000
 """Slurm numbers the steps of batch scripts, interactive shells and containers of the job from here on."""
 
+_ON_NODE = "D2V_SCALE_NUMBER_ON_NODE"
+
 _LAUNCH = "Start the processes with `deepspeed`, `torchrun`, `srun` or `mpirun`, which say who is who"
 _ALONE = "`unset RANK WORLD_SIZE` to train in one process"
 
@@ -43,6 +45,11 @@ ALONE = Place(0, 1, 0)
 def world_size(environment: Mapping[str, str] = os.environ) -> int:
     """Processes of this run as torch's variables say it. WORLD_SIZE without RANK is a leftover of some shell."""
     return int(environment.get("WORLD_SIZE", "1")) if "RANK" in environment else 1
+
+
+def number_on_node(environment: Mapping[str, str] = os.environ) -> int:
+    """This process among those of its node, from 0; LOCAL_RANK is the number of its GPU among those that it sees."""
+    return int(environment.get(_ON_NODE, environment.get("LOCAL_RANK", "0")))
 
 
 def adopt(environment: MutableMapping[str, str] = os.environ) -> Place:
@@ -70,6 +77,7 @@ def adopt(environment: MutableMapping[str, str] = os.environ) -> Place:
     alone_on_gpu = re.fullmatch(r"[^,\s]+", environment.get("CUDA_VISIBLE_DEVICES", "")) is not None
     environment["RANK"], environment["WORLD_SIZE"] = str(place.rank), str(place.world_size)
     environment["LOCAL_RANK"] = "0" if alone_on_gpu else str(place.local_rank)
+    environment[_ON_NODE] = str(place.local_rank)
     environment["MASTER_ADDR"] = address
     environment.setdefault("MASTER_PORT", str(port))
     if place.rank == 0:

@@ -179,6 +179,7 @@ def test_tasks_that_see_one_gpu_each_take_their_first() -> None:
         world = task(1, CUDA_VISIBLE_DEVICES=visible)
         launchers.adopt(world)
         assert world["LOCAL_RANK"] == expected
+        assert launchers.number_on_node(world) == 1
 
 
 def test_a_taken_port_is_one_line_that_names_it(tmp_path: Path) -> None:
