@@ -2,6 +2,9 @@
 
 For runs on nodes without network, and for what an outage left behind. May be repeated: what is there is not added
 twice. To another server than the run's own: set MLFLOW_TRACKING_URI; the whole run is sent then.
+
+Before it says "complete" it asks the server for every point. Exit code 0: complete, or the run is in progress; 1: not
+complete (the server does not answer, the run is in its trash, or values were refused); 2: no run directory.
 """
 
 import argparse
@@ -11,6 +14,7 @@ from pathlib import Path
 
 from d2v_scale.errors import EXIT_BAD_INPUT
 from d2v_scale.tracking.follow import catch_up
+from d2v_scale.tracking.mirror import REFUSED_FILE
 from d2v_scale.tracking.mirror_state import tracking_uri
 from d2v_scale.tracking.record import METRICS_FILE
 
@@ -32,17 +36,27 @@ def main() -> int:
             return EXIT_BAD_INPUT
         try:
             mirror = catch_up(run_dir)
+            missing = [] if mirror is None else mirror.missing()
         except Exception as error:
-            print(f"{run_dir}: {tracking_uri(run_dir)} failed: {error}", file=sys.stderr)
+            print(f"{run_dir}: not complete. {tracking_uri(run_dir)} failed: {error}", file=sys.stderr)
             failed = 1
             continue
         if mirror is None:
             print(f"{run_dir}: the run is in progress and sends its record itself.")
+            continue
+        place = f"MLflow run {mirror.state.run_id} at {mirror.state.tracking_uri}"
+        if missing:
+            print(f"{run_dir}: not complete. {place} lacks points of {', '.join(missing)}.", file=sys.stderr)
+            failed = 1
         elif mirror.refused:
-            print(f"{run_dir}: MLflow refused {mirror.refused} values as invalid; the rest is there.", file=sys.stderr)
+            print(
+                f"{run_dir}: {mirror.refused} values were refused as invalid, {run_dir / REFUSED_FILE} names them; "
+                f"{place} has the rest.",
+                file=sys.stderr,
+            )
             failed = 1
         else:
-            print(f"{run_dir}: MLflow run {mirror.state.run_id} at {mirror.state.tracking_uri} is complete.")
+            print(f"{run_dir}: {place} is complete.")
     return failed
 
 

@@ -86,6 +86,9 @@ def catch_up(run_dir: Path) -> Mirror | None:
             return None
         mirror = Mirror(run_dir)
         mirror.step()
+        if mirror.missing():
+            # Its store was put back to an earlier state, perhaps; what it has is not added twice.
+            mirror.send_all_again()
         return mirror
 
 

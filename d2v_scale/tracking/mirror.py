@@ -8,24 +8,34 @@ A process instead of a thread because creating the sqlite store takes seconds of
 slow the training steps down.
 """
 
-import json
+import contextlib
 import os
-import re
 import sys
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from d2v_scale.files import append_line
+from d2v_scale.tracking.mirror_lines import (
+    complete_bytes,
+    events_in,
+    mlflow_name,
+    points_of,
+    read_from,
+    read_lines,
+    size_of,
+)
+from d2v_scale.tracking.mirror_server import KEY_TAG, InTrash, Server, describe_point
 from d2v_scale.tracking.mirror_state import EVENTS_FILE, MirrorState, state_locked, tracking_uri
 from d2v_scale.tracking.record import AXES, METRICS_FILE, SUPERSEDED_FILE, parse_lines
 from d2v_scale.tracking.system import node_of, system_files
 
 POINTS_PER_CALL = 1000
+REFUSED_FILE = "logs/mlflow_refused.jsonl"
 _ENOUGH = POINTS_PER_CALL - 100
 """Points to wait for before a call: another record might no longer fit."""
 END_OF_RUN = {"done": "FINISHED", "requeue": "SCHEDULED", "failed": "FAILED"}
-_PERMANENT = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST"}
 _ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "15",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
@@ -52,7 +62,7 @@ class Mirror:
         from mlflow import MlflowClient
 
         self.run_dir = run_dir
-        begin = next((e for _, _, e in _events(_read_from(run_dir / EVENTS_FILE, 0)) if e["event"] == "begin"), {})
+        begin = next((e for _, _, e in events_in(read_from(run_dir / EVENTS_FILE, 0)) if e["event"] == "begin"), {})
         self.experiment = begin.get("experiment", "d2v_scale")
         self.run_name = begin.get("run_name") or run_dir.resolve().name
         uri = tracking_uri(run_dir)
@@ -61,15 +71,18 @@ class Mirror:
             key = self.state.job_key or uuid.uuid4().hex
             self.state = MirrorState(tracking_uri=uri, job_key=key, generation=self.state.generation)
             self.state.save(run_dir)
-        if self.state.metrics_offset > _size(run_dir / METRICS_FILE):
+        if self.state.metrics_offset > size_of(run_dir / METRICS_FILE):
             # Of a file that is no more; what is sent a second time adds nothing.
             self.state.metrics_offset = self.state.metrics_sending = 0
         self._make_client: Callable[[], MlflowClient] = lambda: MlflowClient(tracking_uri=uri)
         self._client: MlflowClient | None = None
         self._already: dict[int, set[str]] = {}
         self._connected = False
-        self.refused = 0
-        """Points and events that MLflow declared invalid; they stay in the files."""
+
+    @property
+    def refused(self) -> int:
+        """Points and events of this run that MLflow declared invalid; logs/mlflow_refused.jsonl names them."""
+        return self.state.refused
 
     def _save(self) -> None:
         """Remember the position, unless a new attempt of the run has rewritten what the position is in."""
@@ -86,7 +99,7 @@ class Mirror:
         offsets = {path: self.state.system_offsets.get(path.name, 0) for path in system_files(self.run_dir)}
         offsets[self.run_dir / METRICS_FILE] = self.state.metrics_offset
         offsets[self.run_dir / EVENTS_FILE] = self.state.events_offset
-        unsent = sum(_complete(_read_from(path, offset)) for path, offset in offsets.items())
+        unsent = sum(complete_bytes(read_from(path, offset)) for path, offset in offsets.items())
         return unsent + len(self.state.artifacts_waiting)
 
     def step(self) -> None:
@@ -97,20 +110,70 @@ class Mirror:
         try:
             self._send()
         except Exception as error:
-            if getattr(error, "error_code", "") != "RESOURCE_DOES_NOT_EXIST":
+            if getattr(error, "error_code", "") != "RESOURCE_DOES_NOT_EXIST" or self._server.knows(self.state.run_id):
                 raise
-            # Another store answers at the same address: the run is unknown there, so it gets all of it.
-            state = self.state
-            self.state = MirrorState(
-                tracking_uri=state.tracking_uri, job_key=state.job_key, generation=state.generation
-            )
-            self._connected = False
+            # The run was removed for good, or another store answers at the same address: it gets all of it.
+            self._begin_again(run_id="")
             self._send()
+
+    def send_all_again(self) -> None:
+        """Send the whole run directory, whatever was sent before; adds only what the server does not have."""
+        self._begin_again(self.state.run_id)
+        self._send()
+
+    def _begin_again(self, run_id: str) -> None:
+        """Forget what was sent: what the server has of it is not added twice."""
+        old = self.state
+        self.state = MirrorState(
+            tracking_uri=old.tracking_uri, job_key=old.job_key, generation=old.generation, run_id=run_id
+        )
+        self._connected = False
+
+    @property
+    def _server(self) -> Server:
+        assert self._client is not None
+        return Server(self._client, self.state.job_key, self._refuse)
+
+    def _refuse(self, what: str, error: Exception) -> None:
+        """Note what MLflow declared invalid: the record has it, MLflow will not."""
+        self.state.refused += 1
+        refused = {"run": self.state.run_id, "refused": what, "reason": str(error).splitlines()[0][:500]}
+        with contextlib.suppress(OSError):
+            (self.run_dir / "logs").mkdir(exist_ok=True)
+            append_line(self.run_dir / REFUSED_FILE, refused)
+        print(f"refused: {what} ({refused['reason']})", file=sys.stderr, flush=True)
+
+    def missing(self, *names: str) -> list[str]:
+        """Which recorded names (none given: all) the server does not have at every step up to the mirror's offset.
+
+        A store that was put back to an earlier state lacks what the offset says it has. Asks the server.
+        """
+        if not self.state.run_id:
+            return []
+        if self._client is None:
+            self._client = self._make_client()
+        self._load_superseded(send=False)
+        wanted: dict[str, set[tuple[int, int]]] = {}
+        data = read_from(self.run_dir / METRICS_FILE, 0)[: self.state.metrics_offset]
+        for _, _, record in parse_lines(data):
+            for point in points_of(record, self._already):
+                if not names or point.key in names:
+                    wanted.setdefault(point.key, set()).add((point.step, point.timestamp))
+        refused = {line.get("refused") for line in read_lines(self.run_dir / REFUSED_FILE)}
+        lacking = []
+        for name, points in wanted.items():
+            left = points - self._server.points(self.state.run_id, name)
+            if any(describe_point(name, step) not in refused for step, _ in left):
+                lacking.append(name)
+        return lacking
 
     def _send(self) -> None:
         if not self._connected:
             self._client = self._client or self._make_client()
             self._ensure_run()
+            if self.missing("loss"):
+                print("the server lacks points that it had: all is sent again", file=sys.stderr, flush=True)
+                self._begin_again(self.state.run_id)
             self._load_superseded()
             self._connected = True
         self._send_events(final=False)
@@ -123,44 +186,30 @@ class Mirror:
 
     def _ensure_run(self) -> None:
         assert self._client is not None
-        if self.state.run_id:
-            self._client.get_run(self.state.run_id)
+        if self.state.run_id and self._server.is_ours(self.state.run_id):
             return
-        experiment_id = self._ensure_experiment()
-        self.state.run_id = self._run_with_key(experiment_id, self.state.job_key, self.run_name, {})
+        if self.state.run_id:  # another job's, by its key
+            self._begin_again(run_id="")
+        self.state.run_id = self._run_with_key(self._ensure_experiment(), self.state.job_key, self.run_name, {})
         self._save()
 
     def _run_with_key(self, experiment_id: str, key: str, name: str, tags: dict[str, str]) -> str:
         """The id of the run tagged with our key; made if there is none (the answer to its creation may get lost)."""
         assert self._client is not None
-        found = self._client.search_runs([experiment_id], f"tags.`d2v.job` = '{key}'", max_results=1)
-        if found:
-            return found[0].info.run_id
-        tags = tags | {"d2v.job": key, "mlflow.source.type": "JOB", "mlflow.source.name": "d2v_scale"}
+        found = self._server.run_with_key(experiment_id, key)
+        if found is not None:
+            return found
+        tags = tags | {KEY_TAG: key, "mlflow.source.type": "JOB", "mlflow.source.name": "d2v_scale"}
         return self._client.create_run(experiment_id, tags=tags, run_name=name).info.run_id
 
     def _ensure_experiment(self) -> str:
-        from mlflow.exceptions import MlflowException
-
-        assert self._client is not None
-        experiment = self._client.get_experiment_by_name(self.experiment)
-        if experiment is not None:
-            return experiment.experiment_id
         local = self.state.tracking_uri.startswith("sqlite:")
         place = (self.run_dir.resolve().parent / "mlflow_artifacts").as_uri() if local else None
-        # The tag opens the experiment in the interface's view for model training.
-        tags = {"mlflow.experimentKind": "custom_model_development"}
-        try:
-            return self._client.create_experiment(self.experiment, artifact_location=place, tags=tags)
-        except MlflowException:  # another run created it at the same moment
-            experiment = self._client.get_experiment_by_name(self.experiment)
-            if experiment is None:
-                raise
-            return experiment.experiment_id
+        return self._server.experiment(self.experiment, place)
 
     # Metrics
 
-    def _load_superseded(self) -> None:
+    def _load_superseded(self, send: bool = True) -> None:
         """What MLflow holds of earlier attempts: those (step, name) are not sent a second time."""
         self._already = {}
         path = self.run_dir / SUPERSEDED_FILE
@@ -170,7 +219,8 @@ class Mirror:
                 if not record.get("certain", True):
                     unsure.append(record)
                 self._already.setdefault(record["step"], set()).update(record)
-        self._log_points([point for record in unsure for point in _points(record, {})])
+        if send:
+            self._log_points([point for record in unsure for point in points_of(record, {})])
 
     def _send_metrics(self) -> None:
         while (chunk := self._next_chunk()) is not None:
@@ -188,15 +238,15 @@ class Mirror:
         for path in system_files(self.run_dir):
             begin = offsets.get(path.name, 0)
             prefix = f"system/{node_of(path)}/"
-            data = _read_from(path, begin)
+            data = read_from(path, begin)
             for _, end, record in parse_lines(data):
                 named = {key if key in AXES else prefix + key: value for key, value in record.items()}
-                points += _points(named, {})
+                points += points_of(named, {})
                 offsets = {**offsets, path.name: begin + end}
                 if len(points) >= _ENOUGH:
                     self._log_system(points, offsets)
                     points = []
-            offsets = {**offsets, path.name: begin + _complete(data)}
+            offsets = {**offsets, path.name: begin + complete_bytes(data)}
         if offsets != self.state.system_offsets:
             self._log_system(points, offsets)
 
@@ -209,35 +259,19 @@ class Mirror:
         """Points of the next lines, up to about one call's worth, and the offset where they end."""
         points: list[Any] = []
         end = begin = self.state.metrics_offset
-        data = _read_from(self.run_dir / METRICS_FILE, begin)
+        data = read_from(self.run_dir / METRICS_FILE, begin)
         for _, line_end, record in parse_lines(data):
-            points += _points(record, self._already)
+            points += points_of(record, self._already)
             end = begin + line_end
             if len(points) >= _ENOUGH:
                 break
         else:
-            end = begin + _complete(data)
+            end = begin + complete_bytes(data)
         return (points, end) if end > begin else None
 
     def _log_points(self, points: list[Any]) -> None:
         for start in range(0, len(points), POINTS_PER_CALL):
-            self._log_batch(points[start : start + POINTS_PER_CALL])
-
-    def _log_batch(self, points: list[Any]) -> None:
-        from mlflow.exceptions import MlflowException
-
-        assert self._client is not None
-        try:
-            self._client.log_batch(self.state.run_id, metrics=points, synchronous=True)
-        except MlflowException as error:
-            if error.error_code not in _PERMANENT:
-                raise
-            if len(points) == 1:
-                self.refused += 1
-                return
-            half = len(points) // 2
-            self._log_batch(points[:half])
-            self._log_batch(points[half:])
+            self._server.log(self.state.run_id, metrics=points[start : start + POINTS_PER_CALL])
 
     # Params, tags, artifacts, status
 
@@ -246,21 +280,20 @@ class Mirror:
         from mlflow.exceptions import MlflowException
 
         begin = self.state.events_offset
-        data = _read_from(self.run_dir / EVENTS_FILE, begin)
-        for start, end, event in _events(data):
+        data = read_from(self.run_dir / EVENTS_FILE, begin)
+        for start, end, event in events_in(data):
             if event["event"] == "status" and event["status"] in END_OF_RUN and not final:
                 return
             try:
                 self._apply(event)
             except MlflowException as error:
-                if error.error_code not in _PERMANENT:
+                if not self._server.blames_what_was_sent(error, self.state.run_id):
                     raise
-                self.refused += 1
-                print(f"refused at {begin + start}: {event} {error}", file=sys.stderr, flush=True)
+                self._refuse(f"event {event['event']} at byte {begin + start}", error)
             self.state.events_offset = begin + end
             self._save()
-        if self.state.events_offset != begin + _complete(data):  # the last line is none
-            self.state.events_offset = begin + _complete(data)
+        if self.state.events_offset != begin + complete_bytes(data):  # the last line is none
+            self.state.events_offset = begin + complete_bytes(data)
             self._save()
 
     def _store_artifacts(self) -> None:
@@ -275,14 +308,13 @@ class Mirror:
                 code = getattr(error, "error_code", "")
                 if code == "RESOURCE_DOES_NOT_EXIST":
                     raise
-                if code not in _PERMANENT:
+                if not self._server.blames_what_was_sent(error, self.state.run_id):
                     others = [one for one in self.state.artifacts_waiting if one is not event]
                     self.state.artifacts_waiting = [*others, event]
                     self._save()
                     reason = f"not the artifact {event['path']} ({type(error).__name__}: {error})"
                     raise NotStored(reason + f", and {len(others)} more wait" * bool(others)) from error
-                self.refused += 1
-                print(f"refused: {event} {error}", file=sys.stderr, flush=True)
+                self._refuse(f"artifact {event['path']}", error)
             self.state.artifacts_waiting = [one for one in self.state.artifacts_waiting if one is not event]
             self._save()
 
@@ -301,8 +333,8 @@ class Mirror:
         if event["event"] == "params":
             self._apply_params(event["values"])
         elif event["event"] == "tags":
-            tags = [RunTag(_name(key), value[:5000]) for key, value in event["values"].items()]
-            self._client.log_batch(run_id, tags=tags, synchronous=True)
+            tags = [RunTag(mlflow_name(key), value[:5000]) for key, value in event["values"].items()]
+            self._server.log(run_id, tags=tags)
         elif event["event"] == "artifact":
             self.state.artifacts_waiting = [*self.state.artifacts_waiting, event]
         elif event["event"] == "evaluation":
@@ -320,10 +352,16 @@ class Mirror:
         when = int(event["time"] * 1000)
         key = f"{self.state.job_key}/{event['name']}/{when}"
         tags = {"mlflow.parentRunId": self.state.run_id}
-        child = self._run_with_key(self._client.get_run(self.state.run_id).info.experiment_id, key, event["name"], tags)
-        metrics = [Metric(_name(name), value, when, event["step"]) for name, value in event["values"].items()]
-        params = [Param(_name(name), value[:6000]) for name, value in event["params"].items()]
-        self._client.log_batch(child, metrics=metrics, params=params, synchronous=True)
+        experiment_id = self._client.get_run(self.state.run_id).info.experiment_id
+        try:
+            child = self._run_with_key(experiment_id, key, event["name"], tags)
+        except InTrash as error:  # somebody does not want this evaluation: the run's other records wait for nothing
+            self._refuse(f"evaluation {event['name']} at step {event['step']}", error)
+            return
+        metrics = [Metric(mlflow_name(name), value, when, event["step"]) for name, value in event["values"].items()]
+        params = [Param(mlflow_name(name), value[:6000]) for name, value in event["params"].items()]
+        self._server.log(child, metrics=metrics)
+        self._server.log(child, params=params)
         self._client.set_terminated(child, "FINISHED", end_time=when)
 
     def _apply_params(self, values: dict[str, str]) -> None:
@@ -331,7 +369,7 @@ class Mirror:
         from mlflow.entities import Param, RunTag
 
         assert self._client is not None
-        wanted = {_name(key): value[:6000] for key, value in values.items()}
+        wanted = {mlflow_name(key): value[:6000] for key, value in values.items()}
         there = self._client.get_run(self.state.run_id).data.params
         new = [Param(key, value) for key, value in wanted.items() if key not in there]
         changed = [
@@ -340,55 +378,5 @@ class Mirror:
             if there.get(key, value) != value
         ]
         for start in range(0, len(new), 100):
-            self._client.log_batch(self.state.run_id, params=new[start : start + 100], synchronous=True)
-        if changed:
-            self._client.log_batch(self.state.run_id, tags=changed, synchronous=True)
-
-
-def _name(name: str) -> str:
-    """A name MLflow accepts."""
-    return re.sub(r"[^\w\-./: ]", "_", name).strip("/")[:250]
-
-
-def _points(record: dict[str, Any], already: dict[int, set[str]]) -> list[Any]:
-    from mlflow.entities import Metric
-
-    when = int(record["time"] * 1000)
-    # The other axes ride on training records only: one point a step.
-    left_out = {"step", "time", "mirrored", "certain", *(() if "loss" in record else ("samples", "hours"))}
-    left_out |= already.get(record["step"], set())
-    return [
-        Metric(_name(key), float(value), when, record["step"])
-        for key, value in record.items()
-        if key not in left_out and isinstance(value, int | float)
-    ]
-
-
-def _events(data: bytes) -> Iterator[tuple[int, int, dict[str, Any]]]:
-    end = 0
-    for line in data.splitlines(keepends=True):
-        start, end = end, end + len(line)
-        if not line.endswith(b"\n"):
-            return
-        try:
-            event = json.loads(line)
-        except ValueError:  # torn by a kill or a full disk: it must not stand in the way of all that follow
-            continue
-        yield start, end, event
-
-
-def _complete(data: bytes) -> int:
-    """Bytes up to the end of the last whole line; what follows is being written, or was torn."""
-    return data.rfind(b"\n") + 1
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.exists() else 0
-
-
-def _read_from(path: Path, offset: int) -> bytes:
-    if not path.exists():
-        return b""
-    with path.open("rb") as file:
-        file.seek(offset)
-        return file.read()
+            self._server.log(self.state.run_id, params=new[start : start + 100])
+        self._server.log(self.state.run_id, tags=changed)

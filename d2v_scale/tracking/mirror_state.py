@@ -33,6 +33,8 @@ class MirrorState:
     """Up to here it may be: an attempt to send it was begun."""
     events_offset: int = 0
     """mlflow_events.jsonl up to here is done, but for the artifacts that wait."""
+    refused: int = 0
+    """Points and events that MLflow declared invalid."""
     artifacts_waiting: list[dict[str, Any]] = field(default_factory=list)
     """Events of artifacts that are not stored yet."""
     system_offsets: dict[str, int] = field(default_factory=dict)

@@ -14,7 +14,7 @@ from d2v_scale.errors import EXIT_LOST_PEER
 from d2v_scale.status import write_status
 from d2v_scale.tracking import RunTracker, TrackingConfig
 from d2v_scale.tracking.follow import note_sudden_end
-from d2v_scale.tracking.mirror import _events
+from d2v_scale.tracking.mirror_lines import events_in
 from d2v_scale.tracking.mirror_state import EVENTS_FILE
 from d2v_scale.tracking.tracker import append_event
 
@@ -63,7 +63,7 @@ def test_a_torn_event_costs_itself_and_nothing_else(tmp_path: Path) -> None:
         file.write('{"event": "params", "values": {"a": ')
     append_event(tmp_path, "status", status="done")
     data = (tmp_path / EVENTS_FILE).read_bytes()
-    found = list(_events(data))
+    found = list(events_in(data))
     assert [event["event"] for _, _, event in found] == ["begin", "status"]
     assert found[-1][1] == len(data)
 
@@ -77,7 +77,7 @@ def test_a_run_that_was_killed_does_not_stay_running(tmp_path: Path) -> None:
     note_sudden_end(tmp_path, starts=1)  # of the first attempt, while the second runs
     write_status(tmp_path, EXIT_LOST_PEER, "rank 3 is gone")
     note_sudden_end(tmp_path, starts=2)
-    events = [event for _, _, event in _events((tmp_path / EVENTS_FILE).read_bytes())]
+    events = [event for _, _, event in events_in((tmp_path / EVENTS_FILE).read_bytes())]
     assert [event["event"] for event in events] == ["begin", "status", "begin", "status"]
     assert events[-1]["status"] == "requeue"
 
