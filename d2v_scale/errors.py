@@ -7,6 +7,8 @@ file and the remedy, and end the program with exit code 2. The verdicts are conc
 import math
 from typing import Any
 
+from d2v_scale.redaction import redact
+
 EXIT_DONE = 0
 EXIT_BAD_INPUT = 2
 EXIT_PARTIAL = 3
@@ -22,6 +24,7 @@ class UserError(ValueError):
     """A mistake in what the user gave us. `message` says what is wrong, `remedy` what to do about it."""
 
     def __init__(self, message: str, remedy: str = "") -> None:
+        message, remedy = redact(message), redact(remedy)
         ended = message if message.endswith((".", "?", "!")) else f"{message}."
         super().__init__(f"{ended} {remedy}".strip())
 

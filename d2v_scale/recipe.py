@@ -21,6 +21,7 @@ from d2v_scale.model.config import ModelConfig, TeacherParts
 from d2v_scale.optim import OptimConfig
 from d2v_scale.parallel.groups import ParallelConfig, data_parallel_size
 from d2v_scale.profiling import ProfileConfig
+from d2v_scale.redaction import redact_values
 from d2v_scale.teacher import TeacherConfig
 from d2v_scale.tracking.config import TrackingConfig
 
@@ -191,8 +192,8 @@ class Recipe:
 
 
 def to_dict(recipe: Recipe) -> dict[str, Any]:
-    """The recipe as plain values, for YAML, the checkpoint and MLflow."""
-    return dataclasses.asdict(recipe)
+    """The recipe as plain values, for YAML, the checkpoint and MLflow: secrets in paths are left out."""
+    return redact_values(dataclasses.asdict(recipe))
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from d2v_scale.data.shard_set import expand, is_remote
-from d2v_scale.errors import UserError
+from d2v_scale.errors import ConfigError, UserError
 from d2v_scale.recipe import Recipe
+from d2v_scale.redaction import REDACTED
 
 
 def _places(recipe: Recipe) -> Iterator[tuple[Any, str]]:
@@ -30,6 +31,24 @@ def make_absolute(recipe: Recipe, *, only_found: bool) -> None:
         path = getattr(section, key)
         if path and not is_remote(path) and not (only_found and not _exists(path)):
             setattr(section, key, str(Path.cwd() / path))
+
+
+def check_complete(recipe: Recipe) -> None:
+    """Raises ConfigError where a path lacks the secret that it was given with: a run directory does not keep it."""
+    for section, key in _places(recipe):
+        if REDACTED in (getattr(section, key) or ""):
+            given = "--data" if key in ("shards", "index") else f"--{_owner(recipe, section)}{key}"
+            raise ConfigError(
+                given.removeprefix("--"),
+                f"is kept as {getattr(section, key)}, without its secret",
+                f"Give {given} again, with the secret or with $NAME for an environment variable that holds it, which "
+                "is kept.",
+            )
+
+
+def _owner(recipe: Recipe, section: Any) -> str:
+    named = {"data.text.": recipe.data.text, "data.": recipe.data, "evaluation.": recipe.evaluation}
+    return next((name for name, one in named.items() if one is section), "")
 
 
 def absolute(recipe: Recipe) -> Recipe:

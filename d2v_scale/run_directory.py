@@ -19,6 +19,7 @@ from d2v_scale.parallel.groups import Topology
 from d2v_scale.recipe import Recipe, differences, to_dict
 from d2v_scale.recipe_file import dump, load
 from d2v_scale.recipe_paths import make_absolute
+from d2v_scale.redaction import RedactingFormatter, redact_values
 from d2v_scale.run_lock import lock
 from d2v_scale.run_start import (
     DS_CONFIG_FILE,
@@ -103,7 +104,11 @@ def _check(run_dir: Path, recipe: Recipe, options: Options) -> None:
 def _changed(run_dir: Path, recipe: Recipe) -> dict[str, tuple[Any, Any]]:
     """The keys that differ from the recipe that `run_dir` holds; none where it holds none."""
     existing = run_dir / RECIPE_FILE
-    return differences(load(existing), json.loads(json.dumps(to_dict(recipe)))) if existing.is_file() else {}
+    return (
+        differences(redact_values(load(existing)), json.loads(json.dumps(to_dict(recipe))))
+        if existing.is_file()
+        else {}
+    )
 
 
 def _write(run_dir: Path, recipe: Recipe, ds_config: dict[str, Any], changed: dict[str, tuple[Any, Any]]) -> None:
@@ -114,14 +119,14 @@ def _write(run_dir: Path, recipe: Recipe, ds_config: dict[str, Any], changed: di
         record = {"time": time.time(), "changed": {k: {"from": a, "to": b} for k, (a, b) in changed.items()}}
         with (run_dir / "recipe_changes.jsonl").open("a") as file:
             file.write(json.dumps(record) + "\n")
-    write_whole(run_dir / DS_CONFIG_FILE, json.dumps(ds_config, indent=2) + "\n")
+    write_whole(run_dir / DS_CONFIG_FILE, json.dumps(redact_values(ds_config), indent=2) + "\n")
     write_whole(run_dir / RECIPE_FILE, dump(recipe))
 
 
 def log_to_file(run_dir: Path, rank: int) -> None:
     """Keep this rank's log lines in `logs/rank-<rank>.log`, beside what rank 0 shows at the terminal."""
     handler = logging.FileHandler(run_dir / "logs" / f"rank-{rank:05d}.log")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    handler.setFormatter(RedactingFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logger = logging.getLogger("d2v_scale")
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)

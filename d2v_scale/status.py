@@ -15,6 +15,7 @@ from typing import Literal, get_args
 
 from d2v_scale.errors import EXIT_DONE, EXIT_LOST_PEER, EXIT_REQUEUE
 from d2v_scale.files import write_whole
+from d2v_scale.redaction import redact
 
 Outcome = Literal["done", "requeue", "failed"]
 
@@ -61,7 +62,7 @@ def write_status(run_dir: str | Path, exit_code: int, reason: str, step: int | N
     never replaces one. Raises OSError if the directory takes no file at all.
     """
     directory = Path(run_dir)
-    status = Status(outcome_of(exit_code), exit_code, reason, step, time.time())
+    status = Status(outcome_of(exit_code), exit_code, redact(reason), step, time.time())
     earlier = read_status(directory)
     if earlier is not None and _weight(earlier) >= _weight(status):
         return earlier

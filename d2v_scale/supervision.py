@@ -18,6 +18,7 @@ from d2v_scale.errors import EXIT_DONE
 from d2v_scale.parallel.groups import Topology
 from d2v_scale.parallel.zero import StepResult, StudentEngine
 from d2v_scale.recipe import Recipe, to_dict
+from d2v_scale.redaction import redact
 from d2v_scale.run_start import DS_CONFIG_FILE, RECIPE_FILE
 from d2v_scale.signals import Agreement, Stop, StopFlag, StopReason
 from d2v_scale.status import outcome_of, write_status
@@ -127,7 +128,8 @@ def report_losses(run: AnyRun, by_rank: Iterable[Mapping[str, int]]) -> None:
     """Write how many samples of each shard this invocation lost, to lost_samples.json and MLflow. Rank 0."""
     lost: Counter[str] = Counter()
     for of_rank in by_rank:
-        lost.update(of_rank)
+        for shard, samples in of_rank.items():
+            lost[redact(shard)] += samples
     if lost:
         path = run.directory / "lost_samples.json"
         try:

@@ -51,6 +51,8 @@ from d2v_scale.parallel.zero import StepResult, StudentEngine
 from d2v_scale.planning import legal
 from d2v_scale.profiling import StepProfiler, decoders, part
 from d2v_scale.recipe import Recipe
+from d2v_scale.recipe_paths import check_complete
+from d2v_scale.redaction import RedactingFormatter
 from d2v_scale.signals import Agreement, Stop, StopFlag, StopReason, is_lost_peer
 from d2v_scale.status import write_status
 from d2v_scale.step import Observations, train_step
@@ -95,7 +97,9 @@ class Run:
 
 def main(arguments: list[str], stop_flag: StopFlag) -> int:
     """Run the program; returns the exit code that status.json also holds."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    terminal = logging.StreamHandler()
+    terminal.setFormatter(RedactingFormatter("%(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[terminal])
     directory: Path | None = None
     rank = 0
     try:
@@ -133,6 +137,7 @@ def configure(recipe: Recipe) -> dict[str, Any]:
     Raises ConfigError before any process group is formed.
     """
     world_size = launchers.world_size()
+    check_complete(recipe)
     recipe.check(world_size)
     recipe.data.check(recipe.model.modalities)
     has_gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"

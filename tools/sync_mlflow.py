@@ -13,9 +13,10 @@ import sys
 from pathlib import Path
 
 from d2v_scale.errors import EXIT_BAD_INPUT
+from d2v_scale.redaction import redact
 from d2v_scale.tracking.follow import catch_up
 from d2v_scale.tracking.mirror import REFUSED_FILE
-from d2v_scale.tracking.mirror_state import tracking_uri
+from d2v_scale.tracking.mirror_state import shown_uri
 from d2v_scale.tracking.record import METRICS_FILE
 
 
@@ -38,7 +39,7 @@ def main() -> int:
             mirror = catch_up(run_dir)
             missing = [] if mirror is None else mirror.missing()
         except Exception as error:
-            print(f"{run_dir}: not complete. {tracking_uri(run_dir)} failed: {error}", file=sys.stderr)
+            print(redact(f"{run_dir}: not complete. {shown_uri(run_dir)} failed: {error}"), file=sys.stderr)
             failed = 1
             continue
         if mirror is None:

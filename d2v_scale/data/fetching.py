@@ -24,8 +24,10 @@ from typing import NamedTuple
 
 from d2v_scale.data.config import DataConfig
 from d2v_scale.files import temporary_name
+from d2v_scale.redaction import redact
 
 _CHUNK = 1 << 20
+_URL = "D2V_SCALE_URL"
 _FIRST_PAUSE_S = 60.0
 _POLL_S = 0.1
 
@@ -119,7 +121,7 @@ class ShardCache:
                 return None
             except FetchError as error:
                 if tried > self._retries or time.monotonic() > deadline:
-                    return f"{error} (tried {tried} times)"
+                    return redact(f"{error} (tried {tried} times)")
 
     def _download(self, url: str, path: Path, size: int | None, deadline: float) -> None:
         for left_behind in self._directory.glob(f".{path.name}.*.tmp"):
@@ -215,19 +217,21 @@ def _copies(directory: Path, pattern: str) -> list[_Copy]:
 
 
 def stream_to(url: str, out: int, timeout_s: float, deadline: float) -> None:
-    """Copy a `pipe:` command's output or a URL's content to the descriptor `out`.
+    """Copy a `pipe:` command's output or a URL's content to the descriptor `out`. `$NAME` is looked up in both.
 
     Raises FetchError, also after `timeout_s` of silence and, however much still comes, at `deadline`
     (`time.monotonic`).
     """
     shell = url.startswith("pipe:")
-    command: str | list[str] = url[len("pipe:") :] if shell else [sys.executable, "-m", "d2v_scale.data.fetching", url]
+    command: str | list[str] = url[len("pipe:") :] if shell else [sys.executable, "-m", "d2v_scale.data.fetching"]
     process = subprocess.Popen(
         command,
         shell=shell,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
+        # Not as an argument, which every user of the node can read: a URL may be signed.
+        env=os.environ if shell else {**os.environ, _URL: os.path.expandvars(url)},
         start_new_session=True,
     )
     assert process.stdout is not None
@@ -276,10 +280,10 @@ def _write(out: int, chunk: bytes) -> None:
 
 
 def main() -> None:
-    """Copy the URL that is the first argument to standard output."""
+    """Copy the URL that the environment names to standard output."""
     import fsspec
 
-    with fsspec.open(sys.argv[1], "rb") as stream:
+    with fsspec.open(os.environ[_URL], "rb") as stream:
         shutil.copyfileobj(stream, sys.stdout.buffer, _CHUNK)
 
 

@@ -23,6 +23,7 @@ from d2v_scale.data.shard_set import ShardSet, is_remote
 from d2v_scale.data2vec.stateless import key, numpy_generator
 from d2v_scale.errors import ConfigError, DataStarved
 from d2v_scale.model.config import Modality, ModelConfig
+from d2v_scale.redaction import same_address
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +60,7 @@ class StreamedSource:
         self.name = name
         self.modality: Modality = source.modality
         self.tokenizer = Path(data.text.tokenizer) if data.text.tokenizer else None
-        self.fingerprint = key(*shards.paths) >> 2
+        self.fingerprint = key(*(same_address(path) for path in shards.paths)) >> 2
         self._data = data
         self._model = model
         self._seed = seed

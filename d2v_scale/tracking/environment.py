@@ -8,6 +8,8 @@ import sys
 from importlib.metadata import distributions, version
 from pathlib import Path
 
+from d2v_scale.redaction import redact_values
+
 _ROOT = Path(__file__).resolve().parents[2]
 _VERSIONS = ("torch", "deepspeed", "megatron-core", "webdataset", "d2v_scale")
 _SLURM = ("JOB_ID", "ARRAY_JOB_ID", "ARRAY_TASK_ID", "JOB_NAME", "JOB_NODELIST", "JOB_PARTITION", "NNODES")
@@ -44,7 +46,7 @@ def write_environment(run_dir: Path) -> Path:
 
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     content = {
-        "command": sys.argv,
+        "command": redact_values(sys.argv),
         "tags": environment_tags(),
         "platform": platform.platform(),
         "processors": os.cpu_count(),

@@ -8,9 +8,10 @@ import sys
 import time
 from pathlib import Path
 
+from d2v_scale.redaction import redact
 from d2v_scale.status import read_status
 from d2v_scale.tracking.mirror import Mirror, NotStored, Outdated
-from d2v_scale.tracking.mirror_state import tracking_uri
+from d2v_scale.tracking.mirror_state import shown_uri
 from d2v_scale.tracking.tracker import append_event, earlier_starts, has_ended
 
 LOCK_FILE = ".mlflow.lock"
@@ -49,10 +50,11 @@ def follow(run_dir: Path, finish_timeout: float) -> bool:
         except Exception as error:  # whatever MLflow or its store raises, the run goes on
             failed = True
             wait = min(MAX_BACKOFF_SECONDS, wait * 2)
-            print(f"{time.strftime('%F %T')} {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+            said = redact(f"{time.strftime('%F %T')} {type(error).__name__}: {error}")
+            print(said, file=sys.stderr, flush=True)
             if not warned:
                 warned = True
-                _tell(_complaint(tracking_uri(run_dir), error))
+                _tell(_complaint(shown_uri(run_dir), error))
         if deadline is not None and mirror is not None and (not mirror.pending() or failed):
             return not mirror.pending() and not mirror.refused
         if deadline is not None and time.monotonic() > deadline:
@@ -112,7 +114,7 @@ def _reason(error: Exception) -> str:
 
 def _tell(message: str) -> None:
     try:
-        print(message, flush=True)
+        print(redact(message), flush=True)
     except OSError:  # the run is gone
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 

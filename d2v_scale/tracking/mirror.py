@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from d2v_scale.files import append_line
+from d2v_scale.redaction import redact
 from d2v_scale.tracking.mirror_lines import (
     complete_bytes,
     events_in,
@@ -27,7 +28,7 @@ from d2v_scale.tracking.mirror_lines import (
     size_of,
 )
 from d2v_scale.tracking.mirror_server import KEY_TAG, InTrash, Server, describe_point
-from d2v_scale.tracking.mirror_state import EVENTS_FILE, MirrorState, state_locked, tracking_uri
+from d2v_scale.tracking.mirror_state import EVENTS_FILE, MirrorState, kept_uri, state_locked, tracking_uri
 from d2v_scale.tracking.record import AXES, METRICS_FILE, SUPERSEDED_FILE, parse_lines
 from d2v_scale.tracking.system import node_of, system_files
 
@@ -67,9 +68,9 @@ class Mirror:
         self.run_name = begin.get("run_name") or run_dir.resolve().name
         uri = tracking_uri(run_dir)
         self.state = MirrorState.load(run_dir)
-        if self.state.tracking_uri != uri:
+        if self.state.tracking_uri != kept_uri(uri):
             key = self.state.job_key or uuid.uuid4().hex
-            self.state = MirrorState(tracking_uri=uri, job_key=key, generation=self.state.generation)
+            self.state = MirrorState(tracking_uri=kept_uri(uri), job_key=key, generation=self.state.generation)
             self.state.save(run_dir)
         if self.state.metrics_offset > size_of(run_dir / METRICS_FILE):
             # Of a file that is no more; what is sent a second time adds nothing.
@@ -137,7 +138,7 @@ class Mirror:
     def _refuse(self, what: str, error: Exception) -> None:
         """Note what MLflow declared invalid: the record has it, MLflow will not."""
         self.state.refused += 1
-        refused = {"run": self.state.run_id, "refused": what, "reason": str(error).splitlines()[0][:500]}
+        refused = {"run": self.state.run_id, "refused": what, "reason": redact(str(error).splitlines()[0][:500])}
         with contextlib.suppress(OSError):
             (self.run_dir / "logs").mkdir(exist_ok=True)
             append_line(self.run_dir / REFUSED_FILE, refused)

@@ -4,12 +4,15 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from d2v_scale.errors import UserError
 from d2v_scale.files import write_whole
+from d2v_scale.redaction import REDACTED, redact
 
 STATE_FILE = "mlflow_run.json"
 STATE_LOCK = ".mlflow_run.lock"
@@ -63,13 +66,32 @@ def state_locked(run_dir: Path) -> Iterator[None]:
         yield
 
 
+def kept_uri(uri: str) -> str:
+    """`uri` as a run directory keeps it. An HTTP server's user and password are MLFLOW_TRACKING_USERNAME's and
+    MLFLOW_TRACKING_PASSWORD's to give the next time; another store's address is redacted."""
+    return re.sub(r"^(https?://)[^/@]*@", r"\1", redact(uri))
+
+
 def tracking_uri(run_dir: Path) -> str:
     """MLFLOW_TRACKING_URI, else the store that has this run, else a sqlite store beside the run directories.
 
     Beside them, so that sibling runs compare. A resume or a later sync without the variable goes on where the run is;
     only a sqlite store that is no more (the run directories were moved) is made anew beside them.
+    Raises UserError where the store's password would be needed, which nothing keeps.
     """
     recorded = MirrorState.load(run_dir).tracking_uri
+    if REDACTED in recorded and not os.environ.get("MLFLOW_TRACKING_URI"):
+        raise UserError(
+            f"The run in {run_dir} is at {recorded}, whose password is kept nowhere.", "Set MLFLOW_TRACKING_URI."
+        )
     gone = recorded.startswith("sqlite:///") and not Path(recorded.removeprefix("sqlite:///")).exists()
     local = f"sqlite:///{run_dir.resolve().parent / 'mlflow.db'}"
     return os.environ.get("MLFLOW_TRACKING_URI") or (local if gone or not recorded else recorded)
+
+
+def shown_uri(run_dir: Path) -> str:
+    """`tracking_uri` for people: without a password, and whether it can be used or not."""
+    try:
+        return redact(tracking_uri(run_dir))
+    except UserError:
+        return MirrorState.load(run_dir).tracking_uri

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from d2v_scale.redaction import redact_values
 from d2v_scale.status import Status, read_status
 from d2v_scale.tracking.mirror_state import EVENTS_FILE
 from d2v_scale.tracking.record import METRICS_FILE, SUPERSEDED_FILE, parse_lines, read_records
@@ -89,7 +90,7 @@ def _recipe(run_dir: Path) -> dict[str, str]:
 
     path = run_dir / "recipe.yaml"
     content = yaml.safe_load(path.read_text()) if path.exists() else None
-    return flatten(content) if isinstance(content, dict) else {}
+    return flatten(redact_values(content)) if isinstance(content, dict) else {}
 
 
 def _incidents(

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from d2v_scale.files import append_line
+from d2v_scale.redaction import redact, redact_values
 from d2v_scale.tracking.config import TrackingConfig
-from d2v_scale.tracking.mirror_state import EVENTS_FILE, MirrorState, tracking_uri
+from d2v_scale.tracking.mirror_state import EVENTS_FILE, MirrorState, shown_uri
 from d2v_scale.tracking.record import MetricsLog
 from d2v_scale.tracking.terminal import Terminal
 
@@ -99,7 +100,7 @@ class RunTracker:
     def message(self, text: str) -> None:
         """Say something at the terminal (main rank only)."""
         if self._terminal is not None:
-            self._terminal.message(text)
+            self._terminal.message(redact(text))
 
     def artifact(self, path: Path | str, folder: str = "") -> None:
         """Have MLflow keep a file or directory of the run directory, in `folder` of the run's artifacts."""
@@ -180,7 +181,7 @@ class RunTracker:
                 self._mirror.wait()
             if self._mirror.returncode != 0:
                 self.message(
-                    f"MLflow at {tracking_uri(self.run_dir)} has not got all of this run (details: "
+                    f"MLflow at {shown_uri(self.run_dir)} has not got all of this run (details: "
                     f"{self.run_dir / 'logs' / 'mlflow.log'}). Send the rest with: "
                     f"python tools/sync_mlflow.py {self.run_dir}"
                 )
@@ -260,7 +261,7 @@ def _milestones(run_dir: Path) -> list[str]:
 
 def append_event(run_dir: Path, event: str, **content: Any) -> None:
     """One line in mlflow_events.jsonl: something other than a metric that MLflow is to know of the run."""
-    append_line(run_dir / EVENTS_FILE, {"event": event, "time": time.time(), **content})
+    append_line(run_dir / EVENTS_FILE, {"event": event, "time": time.time(), **redact_values(content)})
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
