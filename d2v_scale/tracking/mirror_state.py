@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 from d2v_scale.errors import UserError
 from d2v_scale.files import write_whole
@@ -84,8 +85,10 @@ def tracking_uri(run_dir: Path) -> str:
         raise UserError(
             f"The run in {run_dir} is at {recorded}, whose password is kept nowhere.", "Set MLFLOW_TRACKING_URI."
         )
-    gone = recorded.startswith("sqlite:///") and not Path(recorded.removeprefix("sqlite:///")).exists()
-    local = f"sqlite:///{run_dir.resolve().parent / 'mlflow.db'}"
+    gone = recorded.startswith("sqlite:///") and not Path(unquote(recorded.removeprefix("sqlite:///"))).exists()
+    # In a database's URL `?` begins its options, and %20 is a space.
+    place = str(run_dir.resolve().parent / "mlflow.db").replace("%", "%25").replace("?", "%3F")
+    local = f"sqlite:///{place}"
     return os.environ.get("MLFLOW_TRACKING_URI") or (local if gone or not recorded else recorded)
 
 

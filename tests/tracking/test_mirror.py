@@ -375,3 +375,25 @@ def test_an_artifact_that_cannot_be_stored_holds_up_no_metrics_and_is_tried_agai
     assert stored == [
         (state(run_dir)["run_id"], str(run_dir / name), "inputs") for name in ("other.yaml", "recipe.yaml")
     ]
+
+
+def test_a_run_directory_of_any_name_keeps_its_store_and_artifacts(tmp_path: Path) -> None:
+    folder = tmp_path / "a%20b #c ü?d=1 [x]%"
+    run_dir = folder / "run?x=%2F#y z"
+    run_dir.mkdir(parents=True)
+    tracker = started(run_dir, enabled=False)
+    (run_dir / "recipe.yaml").write_text("a: 1\n")
+    tracker.artifact(run_dir / "recipe.yaml", "inputs")
+    train(run_dir, 1, 3, tracker, pause=0)
+    tracker.finish("done")
+    mirror = catch_up(run_dir)
+    assert mirror is not None
+    assert mirror.missing() == []
+    assert {path.name for path in folder.iterdir()} == {run_dir.name, "mlflow.db", "mlflow_artifacts"}
+    assert [path.read_text() for path in (folder / "mlflow_artifacts").rglob("recipe.yaml")] == ["a: 1\n"]
+    client = assert_complete(tracking_uri(run_dir), run_dir)
+    run_id = state(run_dir)["run_id"]
+    assert [file.path for file in client.list_artifacts(run_id, "inputs")] == ["inputs/recipe.yaml"]
+    assert Path(client.download_artifacts(run_id, "inputs/recipe.yaml", str(tmp_path))).read_text() == "a: 1\n"
+    # The state names the store: a later call finds it again, and the same run in it.
+    assert MirrorState.load(run_dir).tracking_uri == tracking_uri(run_dir)
