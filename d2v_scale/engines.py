@@ -20,7 +20,7 @@ log = logging.getLogger("d2v_scale.train")
 
 def build_engines(recipe: Recipe, config: dict[str, Any], topology: Topology) -> tuple[StudentEngine, EmaTeacher]:
     """Both engines, with initial weights; `config` is DeepSpeed's, resolved. Collective: all ranks must call."""
-    parts, target = recipe.parts(), recipe.objective.target
+    parts, targets = recipe.parts(), recipe.targets()
 
     def optimizer(named: NamedParameters) -> Any:
         return make_optimizer(parameter_groups(named, recipe.optim), recipe.optim)
@@ -34,7 +34,7 @@ def build_engines(recipe: Recipe, config: dict[str, Any], topology: Topology) ->
             lambda module: initialize(module, recipe.seed),
         )
         return student, ShardedTeacher(
-            lambda: Teacher(recipe.model, target, parts), student, recipe.teacher, config, topology, parts.role
+            lambda: Teacher(recipe.model, targets, parts), student, recipe.teacher, config, topology, parts.role
         )
     split = stage_blocks(recipe, topology.pipeline_size, topology.tensor_size)
     if topology.rank == 0:
@@ -49,7 +49,7 @@ def build_engines(recipe: Recipe, config: dict[str, Any], topology: Topology) ->
         lambda module: initialize(module, recipe.seed),
     )
     teacher = StageTeacher(
-        lambda: Teacher(recipe.model, target, parts, section), stage, recipe.teacher, config, topology, parts.role
+        lambda: Teacher(recipe.model, targets, parts, section), stage, recipe.teacher, config, topology, parts.role
     )
     stage.pipeline_stage.accompany(cast(Teacher, teacher.module))
     return stage, teacher

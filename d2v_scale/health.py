@@ -11,6 +11,8 @@ class HealthMonitor:
     """Watches the figures of the log points. Feed it values that are the same on all ranks, and so is its verdict."""
 
     config: HealthConfig
+    own: Mapping[str, HealthConfig] = field(default_factory=dict)
+    """Limits of single sources, by their names."""
     unhealthy: dict[str, int] = field(default_factory=dict)
     """Log points in a row that each sign has been bad for; of a source, those at which it was measured."""
 
@@ -23,16 +25,15 @@ class HealthMonitor:
         Where there are `target_std/<source>` and so on, each source is judged by itself, and only when it is one of
         those `measured` since the last call: the others of a mixture neither excuse it nor make it wait.
 
-        The spread of targets and predictions counts only after `config.after` updates, as in the reference; a teacher
+        The spread of targets and predictions counts only after `after` updates, as in the reference; a teacher
         that does not move although its decay is below 1 counts from the start.
         """
         bad: dict[str, str] = {}
-        if completed_updates > self.config.after:
-            for name, source, limit in self._judged(values, measured):
-                # Written so that a NaN counts as bad.
-                if not values[name] >= limit:
-                    whose = f" of {source}" if source else ""
-                    bad[name] = f"{name} is {values[name]:.4g}, below {limit:g}: the representations{whose} collapse"
+        for name, source, limit in self._judged(values, measured):
+            # Written so that a NaN counts as bad.
+            if completed_updates > self._limits(source).after and not values[name] >= limit:
+                whose = f" of {source}" if source else ""
+                bad[name] = f"{name} is {values[name]:.4g}, below {limit:g}: the representations{whose} collapse"
         # The first update of a warm-up from zero moves nothing, rightly.
         moving = decay < 1 and values.get("lr", 1.0) > 0 and completed_updates > 1
         if moving and values.get("teacher_update_norm", 1.0) == 0.0:
@@ -45,18 +46,20 @@ class HealthMonitor:
 
     def _judged(self, values: Mapping[str, float], measured: Collection[str]) -> Iterator[tuple[str, str, float]]:
         """Name, source ("": all of them) and limit of the figures that are looked at."""
-        limits = {"target_std": self.config.min_target_std, "prediction_std": self.config.min_prediction_std}
-        for figure, limit in limits.items():
+        for figure in ("target_std", "prediction_std"):
             own = [name for name in values if name.startswith(f"{figure}/")]
-            if own:
-                yield from ((name, _source(name), limit) for name in own if _source(name) in measured)
-            elif figure in values:
-                yield figure, "", limit
+            for name in own or ([figure] if figure in values else []):
+                if not own or _source(name) in measured:
+                    yield name, _source(name), getattr(self._limits(_source(name)), f"min_{figure}")
+
+    def _limits(self, source: str) -> HealthConfig:
+        """Of a source; "": of all."""
+        return self.own.get(source, self.config)
 
     @property
     def collapsed(self) -> bool:
-        """Whether some sign has been bad for `config.patience` log points in a row."""
-        return any(times >= self.config.patience for times in self.unhealthy.values())
+        """Whether some sign has been bad for `patience` log points in a row."""
+        return any(times >= self._limits(_source(name)).patience for name, times in self.unhealthy.items())
 
 
 def _source(name: str) -> str:

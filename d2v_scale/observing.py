@@ -30,7 +30,11 @@ class RunObserver:
         self._diagnostics = StepDiagnostics(student, recipe.model.backbone.depth)
         self._flops = FlopMeter(recipe.model, recipe.parts(), self._topology, recipe.tracking.peak_tflops)
         self._totals = RunTotals(loader.sources)
-        self._monitor = HealthMonitor(recipe.objective.health)
+        sources = zip(recipe.data.source_names(), recipe.data.sources, strict=True)
+        own = {name: recipe.objective.of(source.modality).health for name, source in sources}
+        # What is measured of a single source bears no name.
+        of_all = next(iter(own.values())) if len(own) == 1 else recipe.objective.health
+        self._monitor = HealthMonitor(of_all, own)
         self._recorded_samples = 0
         self._steps = 0
         self.records = 0

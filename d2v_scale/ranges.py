@@ -50,6 +50,8 @@ ABOVE_ZERO = (
     "objective.loss.scale",
     "objective.health.patience",
     "data.sources.*.weight",
+    "data.sources.*.repeat",
+    "data.sources.*.batch_size",
     "data.temperature",
     "data.window_shards",
     "data.prefetch",
@@ -100,6 +102,10 @@ SHARES = (
 """Keys that may not be above 1."""
 
 
+_OWN = re.compile(r"^(model|objective)\.(?:vision|speech|text)\.(predictor|masking|target|loss|health)")
+"""What a stem does differently is held to the bounds of what it overrides."""
+
+
 def numbers(section: Any, prefix: str = "") -> Iterator[tuple[str, Any, bool]]:
     """Every key of a section that may hold numbers: its dotted name, its value, and whether true and false fit it."""
     hints = typing.get_type_hints(type(section))
@@ -118,7 +124,7 @@ def check(section: Any) -> None:
     """Raises ConfigError for the first key with an impossible number."""
     for key, value, is_switch in numbers(section):
         shown = f"is {list(value) if isinstance(value, tuple) else value}"
-        general = re.sub(r"\.\d+\.", ".*.", key)
+        general = _OWN.sub(r"\1.\2", re.sub(r"\.\d+\.", ".*.", key))
         for number in _flat(value):
             if isinstance(number, bool):
                 if not is_switch:

@@ -4,20 +4,20 @@ Every section is defined beside what it configures. A recipe is YAML; the resolv
 """
 
 import dataclasses
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 from d2v_scale import modalities, ranges
 from d2v_scale.checkpoint.config import CheckpointConfig
-from d2v_scale.data.config import DataConfig
+from d2v_scale.data.config import DataConfig, SourceConfig
 from d2v_scale.data2vec import masking, targets
-from d2v_scale.data2vec.config import ObjectiveConfig
+from d2v_scale.data2vec.config import MaskingConfig, ObjectiveConfig, TargetConfig
 from d2v_scale.errors import ConfigError
 from d2v_scale.evaluation.config import EvaluationConfig
 from d2v_scale.finetuning.config import TaskConfig
 from d2v_scale.modalities import published_parts
-from d2v_scale.model.config import ModelConfig, TeacherParts
+from d2v_scale.model.config import Modality, ModelConfig, TeacherParts
 from d2v_scale.optim import OptimConfig
 from d2v_scale.parallel.groups import ParallelConfig, data_parallel_size
 from d2v_scale.profiling import ProfileConfig
@@ -79,6 +79,26 @@ class Recipe:
     task: TaskConfig | None = None
     """What the encoder is fine-tuned for, on labels; null: it is pretrained."""
 
+    def of(self, name: str) -> "Recipe":
+        """The same recipe with the stem `name` alone, and what this stem does differently entered where it counts."""
+        source = next((source for source in self.data.sources if source.modality == name), SourceConfig())
+        return replace(
+            self,
+            model=self.model.of(name),
+            objective=self.objective.of(name),
+            teacher_parts=self.parts(),
+            global_batch_size=source.batch_size or self.global_batch_size,
+            batch_unit=source.batch_unit or self.batch_unit,
+        )
+
+    def targets(self) -> dict[Modality, TargetConfig]:
+        """How each stem's targets are made."""
+        return {name: self.objective.of(name).target for name in self.model.modalities}
+
+    def masking(self) -> dict[Modality, MaskingConfig]:
+        """What is masked of each stem's samples."""
+        return {name: self.objective.of(name).masking for name in self.model.modalities}
+
     def parts(self) -> TeacherParts:
         """The teacher's parts, with the published ones where the recipe names none."""
         return self.teacher_parts or published_parts(self.model)
@@ -111,53 +131,58 @@ class Recipe:
                 "Give at least one of model.vision, model.speech, model.text, or to fine-tune --init_from.",
             )
         model.check()
-        if model.visible_only != model.predictor.kind.startswith("conv"):
-            raise ConfigError(
-                "model.predictor.kind",
-                f"is {model.predictor.kind!r} with model.visible_only={model.visible_only}",
-                "2.0 (visible_only) decodes with conv1d or conv2d, 1.0 predicts with linear or mlp.",
-            )
 
     def _check_objective(self) -> None:
-        objective, model = self.objective, self.model
+        self.objective.check()
+        unknown = [name for name in modalities.KINDS if name not in self.model.modalities]
+        for name in unknown:
+            if getattr(self.objective, name) is not None:
+                raise ConfigError(f"objective.{name}", f"is set, but the model has no stem {name}", "Leave it out.")
+        for stem in self._trained_stems():
+            try:
+                self._check_own_objective(stem, self.objective.of(stem.name))
+            except ConfigError as error:
+                # Of a value that is this stem's own, the key where it stands.
+                key = self.objective.key(stem.name, error.key)
+                raise ConfigError(key, str(error).removeprefix(f"{error.key}: ")) from None
+
+    def _check_own_objective(self, stem: modalities.Modality, objective: ObjectiveConfig) -> None:
+        """Raises ConfigError for what contradicts a stem, whose own values are entered in `objective`."""
+        model = self.model
         objective.check()
         targets.first_tapped_layer(objective.target, model.backbone.depth)
         targets.accumulator(objective.target)
-        if objective.masking.clones > 1 and not model.visible_only:
+        masks = objective.masking
+        if masks.clones > 1 and not model.visible_only:
             raise ConfigError(
                 "objective.masking.clones",
-                f"is {objective.masking.clones}, which needs model.visible_only",
+                f"is {masks.clones}, which needs model.visible_only",
                 "Several masks per sample are part of data2vec 2.0.",
             )
-        kind = objective.masking.kind
-        trimmed = kind == "spans" and objective.compat.equalize_masks
-        if model.visible_only and not trimmed and kind not in ("block1d", "block2d", "random"):
+        trimmed = masks.kind == "spans" and objective.compat.equalize_masks
+        if model.visible_only and not trimmed and masks.kind not in ("block1d", "block2d", "random"):
             raise ConfigError(
                 "objective.masking.kind",
-                f"is {kind!r}, which hides more positions in some rows than in others",
+                f"is {masks.kind!r}, which hides more positions in some rows than in others",
                 "With model.visible_only all rows keep equally many: give random, block1d or block2d, or spans with "
                 "objective.compat.equalize_masks.",
             )
-        self._check_for_each_modality()
+        # Beside images, a weight that all stems have counts in their steps alone.
+        own = self.objective.key(stem.name, "objective.loss.cls_weight") != "objective.loss.cls_weight"
+        heard = [stem] if own else self._trained_stems()
+        if objective.loss.cls_weight > 0 and not (model.visible_only and any(one.extra_tokens for one in heard)):
+            raise ConfigError(
+                "objective.loss.cls_weight", "needs a 2.0 vision model, and images to train on", "Set it to 0."
+            )
+        _, grid = stem.extent(self.data)
+        place: dict[str, Any] = {"grid": grid} if stem.axes == 2 else {"length": grid[0]}
+        # As a data worker will: masks that cannot be drawn are refused here.
+        masking.collate(masks, **place, sample_ids=[0], seed=self.seed, step=0)
 
     def _trained_stems(self) -> list[modalities.Modality]:
         """Those that a source is read for; without any, all."""
         read = {source.modality for source in self.data.sources}
         return [stem for stem in modalities.stems(self.model) if stem.name in read or not read]
-
-    def _check_for_each_modality(self) -> None:
-        """What a step of one modality would find out, at the first that comes."""
-        stems = self._trained_stems()
-        with_cls = self.model.visible_only and any(stem.extra_tokens for stem in stems)
-        if self.objective.loss.cls_weight > 0 and not with_cls:
-            raise ConfigError(
-                "objective.loss.cls_weight", "needs a 2.0 vision model, and images to train on", "Set it to 0."
-            )
-        for stem in stems:
-            _, grid = stem.extent(self.data)
-            place: dict[str, Any] = {"grid": grid} if stem.axes == 2 else {"length": grid[0]}
-            # As a data worker will: masks that cannot be drawn are refused here.
-            masking.collate(self.objective.masking, **place, sample_ids=[0], seed=self.seed, step=0)
 
     def _check_sizes(self, world_size: int) -> None:
         replicas = data_parallel_size(self.parallel, world_size)
@@ -170,13 +195,8 @@ class Recipe:
                 "parallel.tensor",
                 f"{self.parallel.tensor} does not divide model.backbone.ffn {self.model.backbone.ffn}",
             )
-        if self.batch_unit == "samples" and self.global_batch_size < replicas * self.accumulation:
-            raise ConfigError(
-                "global_batch_size",
-                f"{self.global_batch_size} samples are fewer than {replicas} data-parallel ranks x "
-                f"{self.accumulation} micro-batches",
-                "Raise it, lower accumulation, or start fewer processes.",
-            )
+        for name in self.model.modalities:
+            self._check_batch(name, replicas)
         if self.task is not None and self.task.image.mixes:
             rows = self.global_batch_size // (replicas * self.accumulation)
             if rows < 2:
@@ -185,10 +205,25 @@ class Recipe:
                     f"mixes the images of a micro-batch, which are {rows} here",
                     "Raise global_batch_size, lower accumulation, start fewer processes, or set mixup and cutmix to 0.",
                 )
-        if self.batch_unit != "samples" and [stem.unit for stem in modalities.stems(self.model)] != [self.batch_unit]:
-            fits = [kind for kind in modalities.KINDS if modalities.class_of(kind).unit == self.batch_unit]
-            needed = f"It needs a model with a {' or '.join(fits)} stem only."
-            raise ConfigError("batch_unit", f"is {self.batch_unit!r}", needed)
+
+    def _check_batch(self, name: str, replicas: int) -> None:
+        """Raises ConfigError where a step of the stem `name` is too small, or counted in a unit it does not have."""
+        sizes = [(f"data.sources.{k}.", s) for k, s in enumerate(self.data.sources) if s.modality == name]
+        for prefix, source in sizes or [("", SourceConfig())]:
+            size, unit = source.batch_size or self.global_batch_size, source.batch_unit or self.batch_unit
+            if unit == "samples" and size < replicas * self.accumulation:
+                raise ConfigError(
+                    "global_batch_size" if source.batch_size is None else f"{prefix}batch_size",
+                    f"{size} samples are fewer than {replicas} data-parallel ranks x {self.accumulation} micro-batches",
+                    "Raise it, lower accumulation, or start fewer processes.",
+                )
+            if unit not in ("samples", modalities.of(self.model, name).unit):
+                fits = [kind for kind in modalities.KINDS if modalities.class_of(kind).unit == unit]
+                raise ConfigError(
+                    "batch_unit" if source.batch_unit is None else f"{prefix}batch_unit",
+                    f"is {unit!r}, which samples of {name} are not counted in",
+                    f"It fits {' or '.join(fits)}; each of data.sources may have its own batch_unit.",
+                )
 
 
 def to_dict(recipe: Recipe) -> dict[str, Any]:

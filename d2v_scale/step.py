@@ -34,8 +34,8 @@ class Observations:
 
     loss: Tensor
     """This rank's share of the step's loss: the sum over ranks is the loss."""
-    rows: Tensor
-    """Rows (samples times clones) of the whole step."""
+    samples: Tensor
+    """Samples of the whole step."""
     moments: Tensor
     """float64 (3, 1 + 2D): count, sum and sum of squares over the channels of targets, predictions and stem output."""
     alignment: Tensor
@@ -43,11 +43,11 @@ class Observations:
     ema_time: Stopwatch = field(default_factory=Stopwatch)
 
     @classmethod
-    def empty(cls, rows: Tensor, width: int, device: torch.device) -> "Observations":
+    def empty(cls, samples: Tensor, width: int, device: torch.device) -> "Observations":
         """Nothing seen yet."""
         zero = torch.zeros((), dtype=torch.float64, device=device)
         moments = torch.zeros(3, 1 + 2 * width, dtype=torch.float64, device=device)
-        return cls(zero, rows, moments, torch.zeros(4, device=device))
+        return cls(zero, samples, moments, torch.zeros(4, device=device))
 
     def count(self, what: int, x_nd: Tensor) -> None:
         """Add the moments of these vectors (N, D)."""
@@ -91,7 +91,7 @@ class StepLoss:
         self._factor = topology.data_parallel_size * len(batches)
         self._breakdown = breakdown
         self._observe = observe
-        self.seen = Observations.empty(self._counts[1], width, topology.device)
+        self.seen = Observations.empty(self._counts[1] / objective.masking.clones, width, topology.device)
 
     def entered(self, features_btd: Tensor) -> None:
         """The stem has made these features of a micro-batch."""
@@ -110,6 +110,7 @@ class StepLoss:
             weight = 0.0 if batch.is_blank else 1.0
             total = weight * loss.cls_loss_sum(cls_rd, targets_btd, self._config, width)
             share = share + total / self._counts[1].float()
+        share = share * self._config.weight if self._config.weight != 1 else share
         self.seen.loss += share.detach()
         if self._observe:
             self.seen.count(TARGETS, targets_nd)
@@ -138,7 +139,8 @@ def train_step(
     and only if the optimizer stepped.
     """
     width = cast(Student, student.module).config.backbone.width
-    step_loss = StepLoss(objective, batches, student.topology, width, breakdown, observe=observe)
+    own = objective.of(batches[0].modality)
+    step_loss = StepLoss(own, batches, student.topology, width, breakdown, observe=observe)
     if isinstance(student, PipelineStudent):
         assert isinstance(teacher, StageTeacher)
         teacher.prepare()

@@ -82,8 +82,8 @@ class Run:
     evaluation: OnlineEvaluation | None
     held_out: HeldOutSet | None
     observer: RunObserver
-    rows: Tensor
-    """float64 scalar on the device: rows (samples times clones) seen by all ranks since the run began."""
+    seen_samples: Tensor
+    """float64 scalar on the device: samples seen by all ranks since the run began."""
     step: int = 0
     """Steps taken, those included that were skipped because something was not finite."""
     saved: int = -1
@@ -92,7 +92,7 @@ class Run:
     @property
     def samples(self) -> int:
         """Samples seen by all ranks since the run began. Waits for the device."""
-        return round(float(self.rows) / self.recipe.objective.masking.clones)
+        return round(float(self.seen_samples))
 
 
 def main(arguments: list[str], stop_flag: StopFlag) -> int:
@@ -156,7 +156,7 @@ def build(recipe: Recipe, options: Options, config: dict[str, Any], topology: To
     loader = StepLoader(
         recipe.data,
         recipe.model,
-        recipe.objective.masking,
+        recipe.masking(),
         recipe.objective.compat,
         seed=recipe.seed,
         global_batch_size=recipe.global_batch_size,
@@ -182,7 +182,7 @@ def build(recipe: Recipe, options: Options, config: dict[str, Any], topology: To
         evaluation=OnlineEvaluation.of(recipe, student, teacher),
         held_out=HeldOutSet.of(recipe, student, teacher),
         observer=RunObserver(recipe, student, teacher, loader),
-        rows=torch.zeros((), dtype=torch.float64, device=topology.device),
+        seen_samples=torch.zeros((), dtype=torch.float64, device=topology.device),
     )
     load(run)
     return run
@@ -194,7 +194,7 @@ def load(run: Run) -> None:
     if checkpoint is not None:
         restore(checkpoint, run.student, run.teacher)
         run.step = run.saved = checkpoint.step
-        run.rows.fill_(checkpoint.extra["samples"] * run.recipe.objective.masking.clones)
+        run.seen_samples.fill_(checkpoint.extra["samples"])
         run.loader.load_state_dict(checkpoint.extra["data"])
         run.observer.load_state_dict(checkpoint.extra.get("totals"), checkpoint.extra["data"])
         run.observer.load_health(checkpoint.extra.get("health"))
@@ -234,7 +234,7 @@ def train(run: Run, stop_flag: StopFlag, agreement: Agreement, watchdog: Watchdo
         )
         run.step += 1
         profiler.end(run.step)
-        run.rows += seen.rows
+        run.seen_samples += seen.samples
         observer.after()
         judge(run, result, stop_flag)
         if logged:

@@ -36,6 +36,8 @@ PUBLISHED_PARAMETERS = {
 }
 # Sizes that nobody has published: nothing to compare the exact numbers with.
 OUR_BILLIONS = {"d2v2_vision_1b": 1.1, "d2v2_speech_1b": 1.0, "d2v2_vision_7b": 6.9}
+# Models of several modalities, counted in test_own_settings.py.
+JOINT = ("d2v2_joint_base", "d2v2_joint_base_shared_decoder", "d2v2_joint_large")
 # Positions of a typical input, and how many of them are masked where that number is fixed.
 FIXED_MASKS = {
     "d2v2_speech_base": (780, 390),
@@ -61,7 +63,7 @@ def load(name: str) -> Recipe:
 
 
 def test_every_published_recipe_is_listed_here() -> None:
-    assert {path.stem for path in RECIPES.glob("d2v*.yaml")} == {*PUBLISHED_PARAMETERS, *OUR_BILLIONS}
+    assert {path.stem for path in RECIPES.glob("d2v*.yaml")} == {*PUBLISHED_PARAMETERS, *OUR_BILLIONS, *JOINT}
 
 
 @pytest.mark.parametrize("name", PUBLISHED_PARAMETERS)

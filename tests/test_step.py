@@ -10,7 +10,7 @@ import pytest
 import tiny_models
 import torch
 
-from d2v_scale.data2vec.config import LossConfig, ObjectiveConfig
+from d2v_scale.data2vec.config import LossConfig, MaskingConfig, ObjectiveConfig
 from d2v_scale.engines import build_engines
 from d2v_scale.modalities import published_parts
 from d2v_scale.model.stack import Draw
@@ -114,11 +114,15 @@ def test_a_blank_row_adds_nothing_to_the_cls_loss() -> None:
         keys=("",),
         layout=None,  # type: ignore[arg-type]
     )
-    batch, losses, rows = tiny_models.batch("v2_vision", 2, 2), [], []
+    batch, losses, samples = tiny_models.batch("v2_vision", 2, 2), [], []
     for batches in ([batch], [batch, blank]):
         recipe = Recipe(
             model=tiny_models.model("v2_vision"),
-            objective=ObjectiveConfig(target=tiny_models.target_of("v2_vision"), loss=LossConfig(cls_weight=0.5)),
+            objective=ObjectiveConfig(
+                masking=MaskingConfig(clones=2),
+                target=tiny_models.target_of("v2_vision"),
+                loss=LossConfig(cls_weight=0.5),
+            ),
             accumulation=len(batches),
         )
         numbers = ds_config.RecipeNumbers(precision="fp32", accumulation=len(batches))
@@ -126,11 +130,11 @@ def test_a_blank_row_adds_nothing_to_the_cls_loss() -> None:
         student, teacher = build_engines(recipe, config, groups.single_process())
         _, seen = train_step(student, teacher, batches, recipe.objective, Draw(1, 0), observe=False)
         losses.append(float(seen.loss))
-        rows.append(float(seen.rows))
+        samples.append(float(seen.samples))
         teacher.destroy()
         student.destroy()
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
-    assert rows == [4, 4]
+    assert samples == [2, 2]
 
 
 def test_reads_of_values_are_found(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -118,7 +118,7 @@ def pictures(shards: ShardSet, pattern: str, recipe_name: str | None, out: Path,
         from d2v_scale.command_line import parse
 
         recipe, _ = parse(["--recipe", recipe_name, "--data", pattern])
-        data, model, masking = recipe.data, recipe.model, recipe.objective.masking
+        data, model, masking = recipe.data, recipe.model, recipe.objective.of(modality).masking
         compat, seed = recipe.objective.compat, recipe.seed
     else:
         data, masking, compat, seed = DataConfig(), MaskingConfig(kind="random", prob=0.5), CompatConfig(), 1

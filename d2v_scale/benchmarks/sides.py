@@ -63,7 +63,7 @@ class Ours(Side):
         )
         parts = recipe.parts()
         self.teacher = ShardedTeacher(
-            lambda: Teacher(recipe.model, recipe.objective.target, parts),
+            lambda: Teacher(recipe.model, recipe.targets(), parts),
             self.student,
             recipe.teacher,
             config,
@@ -108,7 +108,7 @@ class Naive(Side):
         self.student = Student(recipe.model).to(device)
         initialize(self.student, recipe.seed)
         parts = recipe.parts().__class__(with_predictor=True)
-        self.teacher = Teacher(recipe.model, recipe.objective.target, parts).to(device)
+        self.teacher = Teacher(recipe.model, recipe.targets(), parts).to(device)
         self.teacher.load_state_dict(self.student.state_dict())
         self.optimizer = default_adamw(self.student.parameters(), recipe.optim)
 

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
 from d2v_scale.errors import ConfigError
@@ -27,6 +27,13 @@ class SourceConfig:
     """Name in logs and checkpoints; empty: the modality, numbered where several sources share it."""
     weight: float = 1.0
     """Relative share of the steps that read this source, before `temperature`."""
+    repeat: float | None = None
+    """How often this set comes while others' come once: its share of the steps also grows with its number of batches.
+    All sources have it, or none; shards need an index. null: `weight` alone says."""
+    batch_size: int | None = None
+    """Size of a step that reads this source, in `batch_unit`; null: the recipe's `global_batch_size`."""
+    batch_unit: Literal["samples", "seconds", "tokens"] | None = None
+    """Unit of that size; null: the recipe's."""
     index: str | None = None
     """Index file (*.index.json) of shards that are not local; null: looked for beside the shards."""
 
@@ -132,7 +139,7 @@ class DataConfig:
         modalities = modalities or [source.modality for source in self.sources]
         named = [re.fullmatch(r"(vision|speech|text)=(.+)", part) for part in parts]
         if all(named):
-            self.sources = [SourceConfig(modality=m[1], shards=m[2]) for m in named if m]  # type: ignore[arg-type]
+            self.sources = [self._source_of(m[1], m[2]) for m in named if m]
             return
         if len(modalities) != 1:
             raise ConfigError(
@@ -140,7 +147,13 @@ class DataConfig:
                 f"names no modality, but the model has {len(modalities)} stems",
                 "Write --data 'vision=PATTERN,speech=PATTERN'.",
             )
-        self.sources = [SourceConfig(modality=modalities[0], shards=shards)]
+        self.sources = [self._source_of(modalities[0], shards)]
+
+    def _source_of(self, modality: str, shards: str) -> SourceConfig:
+        """A source of these shards, mixed and batched as the recipe does it for this modality."""
+        same = [source for source in self.sources if source.modality == modality]
+        base = same[0] if same else SourceConfig(modality=modality)  # type: ignore[arg-type]
+        return replace(base, shards=shards, index=None, name="")
 
     def check(self, modalities: Iterable[Modality]) -> None:
         """Raises ConfigError for what contradicts itself or the model's stems. Touches no file."""
@@ -156,6 +169,10 @@ class DataConfig:
                 raise ConfigError(f"data.sources.{k}.shards", "is empty", "Name shards with --data.")
             if not source.weight > 0:
                 raise ConfigError(f"data.sources.{k}.weight", f"is {source.weight}", "Give a number above 0.")
+        repeated = [source.repeat is not None for source in self.sources]
+        if any(repeated) and not all(repeated):
+            key = f"data.sources.{repeated.index(False)}.repeat"
+            raise ConfigError(key, "is not set, but another source's is", "Give all sources one, or none.")
         names = self.source_names()
         if len(set(names)) < len(names):
             raise ConfigError("data.sources", f"have the same name twice: {', '.join(names)}")

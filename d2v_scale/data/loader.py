@@ -2,7 +2,7 @@
 
 import logging
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -24,7 +24,7 @@ from d2v_scale.data.streaming import StreamedSource, StreamStore
 from d2v_scale.data2vec.config import CompatConfig, MaskingConfig
 from d2v_scale.errors import CheckpointError, DataStarved, UserError, Verdict
 from d2v_scale.files import file_sha256
-from d2v_scale.model.config import ModelConfig
+from d2v_scale.model.config import Modality, ModelConfig
 from d2v_scale.signals import worker_signals
 
 log = logging.getLogger(__name__)
@@ -131,7 +131,7 @@ class StepLoader:
         self,
         data: DataConfig,
         model: ModelConfig,
-        masking: MaskingConfig,
+        masking: MaskingConfig | Mapping[Modality, MaskingConfig],
         compat: CompatConfig | None = None,
         *,
         seed: int,
@@ -142,7 +142,8 @@ class StepLoader:
         dp_size: int = 1,
         device: torch.device | str = "cpu",
     ) -> None:
-        """Opens and checks the indexes: raises ConfigError and DataError, before any training step."""
+        """Opens and checks the indexes: raises ConfigError and DataError, before any training step. `masking`: of all
+        stems, or by a stem's name."""
         data.check(model.modalities)
         self._data = data
         self._device = torch.device(device)
@@ -151,11 +152,17 @@ class StepLoader:
         self._accumulation = accumulation
         compat = compat or CompatConfig()
         self.sources = self._open_sources(model, seed, dp_rank, dp_size)
-        self._plans = [source.plan(global_batch_size, batch_unit) for source in self.sources]
-        self._mixture = Mixture([source.weight for source in data.sources], data.temperature, seed)
+        sizes = [(source.batch_size or global_batch_size, source.batch_unit or batch_unit) for source in data.sources]
+        self._plans = [source.plan(*size) for source, size in zip(self.sources, sizes, strict=True)]
+        weights = [
+            source.weight * (1.0 if source.repeat is None else source.repeat * opened.batches_per_epoch(*size))
+            for source, opened, size in zip(data.sources, self.sources, sizes, strict=True)
+        ]
+        self._mixture = Mixture(weights, data.temperature, seed)
         decoders = [self._make_decoder(source, model) for source in self.sources]
+        masks = {m: masking if isinstance(masking, MaskingConfig) else masking[m] for m in model.modalities}
         collators = [
-            Collator(source.modality, decoder, model, masking, compat, seed, self.labels)
+            Collator(source.modality, decoder, model, masks[source.modality], compat, seed, self.labels)
             for source, decoder in zip(self.sources, decoders, strict=True)
         ]
         self._dataset = _StepDataset(self.sources, decoders, collators, seed)

@@ -82,6 +82,13 @@ class Source:
             return int((-(-self.shards.length_s // (self._block - 1))).sum())
         return int(self.shards.samples_s.sum())
 
+    def batches_per_epoch(self, batch_size: int, unit: str) -> float:
+        """About how many batches of `batch_size` samples, seconds or tokens an epoch has."""
+        if unit == "samples":
+            return self.items_per_epoch / batch_size
+        length = float(self.shards.length_s.sum())
+        return length / (batch_size * (SAMPLE_RATE if unit == "seconds" else 1))
+
     @property
     def epoch_is_counted(self) -> bool:
         """Whether `items_per_epoch` is exact."""

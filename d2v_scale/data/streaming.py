@@ -81,6 +81,13 @@ class StreamedSource:
         """Not known."""
         return 0
 
+    def batches_per_epoch(self, batch_size: int, unit: str) -> float:
+        """Raises ConfigError: not known."""
+        del batch_size, unit
+        raise ConfigError(
+            "data.sources.repeat", f"needs indexed shards; those of {self.name} have no index", "Index them."
+        )
+
     @property
     def epoch_is_counted(self) -> bool:
         """A stream does not know where an epoch ends."""

@@ -1,9 +1,11 @@
 """The method's knobs: what is masked, what is regressed, how it is weighed, how the teacher follows."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from d2v_scale.data2vec.own import OwnObjective
 from d2v_scale.errors import require_above_zero, require_within
+from d2v_scale.merging import merged
 
 
 @dataclass(kw_only=True)
@@ -65,11 +67,14 @@ class LossConfig:
     """Always a mean over masked positions of the whole step; this is about the channels (1.0 vision: mean)."""
     cls_weight: float = 0.0
     """Weight of the CLS term, a mean per row (2.0 vision)."""
+    weight: float = 1.0
+    """Factor on the whole loss, for stems that weigh more or less than others."""
 
     def check(self) -> None:
         """Raises ConfigError for values that make no loss."""
         require_within("objective.loss.beta", self.beta, 0)
         require_within("objective.loss.cls_weight", self.cls_weight, 0)
+        require_above_zero("objective.loss.weight", self.weight)
         if self.scale is not None:
             require_above_zero("objective.loss.scale", self.scale)
 
@@ -120,6 +125,10 @@ class HealthConfig:
         require_within("objective.health.patience", self.patience, 1)
 
 
+_OWN = ("masking", "target", "loss", "health")
+"""Blocks that a stem may override."""
+
+
 @dataclass(kw_only=True)
 class ObjectiveConfig:
     """Everything that turns a batch, a student and a teacher into a loss."""
@@ -130,6 +139,24 @@ class ObjectiveConfig:
     ema: EmaConfig = field(default_factory=EmaConfig)
     health: HealthConfig = field(default_factory=HealthConfig)
     compat: CompatConfig = field(default_factory=CompatConfig)
+    vision: OwnObjective | None = None
+    """What images do differently."""
+    speech: OwnObjective | None = None
+    """What recordings do differently."""
+    text: OwnObjective | None = None
+    """What texts do differently."""
+
+    def of(self, name: str) -> "ObjectiveConfig":
+        """The objective of the stem `name`: what it does differently entered in the blocks of all."""
+        own: OwnObjective | None = getattr(self, name)
+        parts = {part: merged(getattr(self, part), getattr(own, part)) for part in _OWN} if own is not None else {}
+        return replace(self, **parts, vision=None, speech=None, text=None)
+
+    def key(self, name: str, key: str) -> str:
+        """Where the value at a dotted key of this section, as the stem `name` has it, is written."""
+        section, _, field = key.removeprefix("objective.").partition(".")
+        own = getattr(getattr(self, name), section, None)
+        return key if getattr(own, field, None) is None else f"objective.{name}.{section}.{field}"
 
     def check(self) -> None:
         """Raises ConfigError for values out of their range; what depends on the model is checked by the recipe."""

@@ -45,12 +45,12 @@ class FrozenEncoder:
         source = open_encoder(path, "student" if weights == "student" else "teacher")
         recipe = source.recipe
         topology = groups.single_process()
-        target = recipe.objective.target
+        targets = recipe.targets()
         if recipe.task is not None:
             # It was fine-tuned: how targets were made does not matter, and need not fit.
-            target = dataclasses.replace(target, top_k_layers=1)
+            targets = {name: dataclasses.replace(target, top_k_layers=1) for name, target in targets.items()}
         # Nothing shared: this encoder owns the stem too.
-        model = Teacher(recipe.model, target, TeacherParts())
+        model = Teacher(recipe.model, targets, TeacherParts())
         initialize(model, recipe.seed)
         if weights != "random":
             write_encoder(model, source)
@@ -63,7 +63,7 @@ class FrozenEncoder:
     def untrained(cls, recipe: Recipe) -> "FrozenEncoder":
         """The encoder as a run of this recipe begins, without a checkpoint."""
         topology = groups.single_process()
-        model = Teacher(recipe.model, recipe.objective.target, TeacherParts())
+        model = Teacher(recipe.model, recipe.targets(), TeacherParts())
         initialize(model, recipe.seed)
         return cls(model.to(topology.device), recipe, topology.device, Path(), 0, "random")
 

@@ -54,8 +54,8 @@ class HeldOutSet:
         if found is None:
             return None
         batches = [batch for batch, _ in found.batches]
-        objective, width = recipe.objective, recipe.model.backbone.width
-        return cls(batches, student, teacher, objective.loss, width, trained_on=found.trained_on)
+        loss_config, width = recipe.objective.of(batches[0].modality).loss, recipe.model.backbone.width
+        return cls(batches, student, teacher, loss_config, width, trained_on=found.trained_on)
 
     @torch.no_grad()
     def figures(self) -> dict[str, float]:

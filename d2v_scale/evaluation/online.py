@@ -144,7 +144,7 @@ class OnlineEvaluation:
             valid_bt=valid_bt,
             teacher_lnd=torch.cat([pooled for pooled, _ in found], dim=1),
             first_btd=torch.cat([last for _, last in found[: FIRST // _PICTURED_AT_ONCE]]),
-            masks=recipe.objective.masking,
+            masks=recipe.objective.of(batch.modality).masking,
             seed=recipe.seed,
             step=step,
             tokenizer=self._names.tokenizer,

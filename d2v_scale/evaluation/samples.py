@@ -74,7 +74,8 @@ def _set_of(recipe: Recipe, shards: str | None, limit: int, masked: bool) -> Lab
     """`shards`: the named ones; None: the first of training alone, as a large set would all be read for its index."""
     first = recipe.data.sources[0]
     modality = recipe.model.modalities[0] if shards else first.modality
-    clones = recipe.objective.masking.clones if masked else 1
+    masks = recipe.objective.of(modality).masking
+    clones = masks.clones if masked else 1
     return LabelledSet(
         shards or first.shards,
         modality,
@@ -83,7 +84,7 @@ def _set_of(recipe: Recipe, shards: str | None, limit: int, masked: bool) -> Lab
         batch_size=max(1, recipe.evaluation.batch_size // clones),
         limit=limit if shards else min(limit, _OF_TRAINING),
         require_labels=False,
-        masking=recipe.objective.masking if masked else None,
+        masking=masks if masked else None,
         compat=recipe.objective.compat,
         min_seconds=recipe.data.speech.min_seconds if modality == "speech" else 0.0,
         found=None if shards else find_shards(first).one(0),

@@ -62,8 +62,8 @@ def drawing_of(name: str) -> "Drawing":
 
 
 def of(model: ModelConfig, name: str) -> Modality:
-    """What the stem `name` of `model` says of itself."""
-    return class_of(kind_of(name))(model, name)
+    """What the stem `name` of `model` says of itself. Its `model` has this stem alone (`ModelConfig.of`)."""
+    return class_of(kind_of(name))(model.of(name), name)
 
 
 def stems(model: ModelConfig) -> list[Modality]:

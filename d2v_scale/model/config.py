@@ -1,9 +1,11 @@
 """What a model is made of: one stem per modality, one backbone, one predictor. Sizes only; no tensors here."""
 
+import dataclasses
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from d2v_scale.errors import ConfigError
+from d2v_scale.merging import merged
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -14,7 +16,35 @@ Count = TypeVar("Count", int, "Tensor")
 
 
 @dataclass(kw_only=True)
-class SpeechStem:
+class OwnPredictor:
+    """What the predictor of one stem does differently: `model.predictor` has the words. null: as there."""
+
+    kind: Literal["linear", "mlp", "conv1d", "conv2d"] | None = None
+    width: int | None = None
+    kernel: int | None = None
+    groups: int | None = None
+    layers: int | None = None
+    residual: bool | None = None
+    proj_layers: int | None = None
+    input_dropout: float | None = None
+    noise_std: float | None = None
+    final_norm: bool | None = None
+
+
+@dataclass(kw_only=True)
+class StemSettings:
+    """What any stem may do differently from the others. null: as `model.backbone` and `model.predictor` say."""
+
+    prenet_depth: int | None = None
+    """Blocks of this stem before the main ones."""
+    input_dropout: float | None = None
+    """On the input of the first block (after this stem's norm)."""
+    predictor: OwnPredictor | None = None
+    """This stem's predictor."""
+
+
+@dataclass(kw_only=True)
+class SpeechStem(StemSettings):
     """Raw 16 kHz waveform to 20 ms frames (reference: wav2vec 2.0 feature encoder, layer-norm mode)."""
 
     conv_layers: list[tuple[int, int, int]] = field(
@@ -50,7 +80,7 @@ class SpeechStem:
 
 
 @dataclass(kw_only=True)
-class VisionStem:
+class VisionStem(StemSettings):
     """Images to patches."""
 
     image_size: int = 224
@@ -74,7 +104,7 @@ class VisionStem:
 
 
 @dataclass(kw_only=True)
-class TextStem:
+class TextStem(StemSettings):
     """Token ids to embeddings with learned positions."""
 
     vocab_size: int = 50265
@@ -176,6 +206,10 @@ class Predictor:
     input_dropout: float = 0.0
     noise_std: float = 0.01
     """Standard deviation of the decoder's mask tokens (conv only)."""
+    final_norm: bool = False
+    """A LayerNorm between the convolutions and the projection (conv only)."""
+    shared: bool = False
+    """One predictor for all stems; its parameters are below `predictors.shared`."""
 
 
 @dataclass(kw_only=True)
@@ -207,6 +241,20 @@ class ModelConfig:
         ]
         return {name: stem for name, stem in named if stem is not None}
 
+    def of(self, name: str) -> "ModelConfig":
+        """The same model with the stem `name` alone, and what this stem does differently entered in `backbone` and
+        `predictor`. The blocks and the widths are those of the whole model."""
+        stem = self.stems[name]  # type: ignore[index]
+        alone: dict[str, Any] = dict.fromkeys(self.stems)
+        alone[name] = dataclasses.replace(stem, prenet_depth=None, input_dropout=None, predictor=None)
+        alone["predictor"] = merged(self.predictor, stem.predictor)
+        backbone = self.backbone
+        if stem.prenet_depth is not None:
+            backbone = dataclasses.replace(backbone, prenet_depth=stem.prenet_depth)
+        if stem.input_dropout is not None:
+            backbone = dataclasses.replace(backbone, input_dropout=stem.input_dropout)
+        return dataclasses.replace(self, **alone, backbone=backbone)
+
     @property
     def modalities(self) -> list[Modality]:
         """The names of the stems, in a fixed order."""
@@ -223,14 +271,48 @@ class ModelConfig:
                 raise ConfigError(f"model.backbone.{name}", f"is {getattr(backbone, name)}", "It must be in [0, 1).")
         if backbone.layer_scale and not backbone.norm_first:
             raise ConfigError("model.backbone.layer_scale", "needs model.backbone.norm_first", "Set one of them.")
-        for stem in self.stems.values():
+        for name, stem in self.stems.items():
             stem.check(backbone)
-        if self.predictor.kind in ("conv1d", "conv2d"):
-            groups = self.predictor.groups
-            _require_divisor("model.predictor.groups", groups, "model.backbone.width", backbone.width)
-            _require_divisor("model.predictor.groups", groups, "model.predictor.width", self.predictor.width)
-            if self.predictor.proj_layers not in (1, 2):
-                raise ConfigError("model.predictor.proj_layers", f"is {self.predictor.proj_layers}", "Choose 1 or 2.")
+            self._check_own(name)
+
+    def _check_own(self, name: Modality) -> None:
+        stem, one = self.stems[name], self.of(name)
+        if one.backbone.prenet_depth < 0:
+            key = "model.backbone" if stem.prenet_depth is None else f"model.{name}"
+            raise ConfigError(f"{key}.prenet_depth", f"is {one.backbone.prenet_depth}", "Give 0 or more.")
+        if not 0 <= one.backbone.input_dropout < 1:
+            raise ConfigError(f"model.{name}.input_dropout", f"is {stem.input_dropout}", "It must be in [0, 1).")
+        if self.predictor.shared and stem.predictor is not None:
+            remedy = "Leave it out, or set model.predictor.shared to false."
+            raise ConfigError(f"model.{name}.predictor", "is set, but all stems share one", remedy)
+        if self.predictor.shared and self.predictor.kind == "conv2d":
+            raise ConfigError("model.predictor.kind", "is 'conv2d', but stems of a line share it", "Give conv1d.")
+        spec = one.predictor
+        if self.visible_only != spec.kind.startswith("conv"):
+            raise ConfigError(
+                self.predictor_key(name, "kind"),
+                f"is {spec.kind!r} with model.visible_only={self.visible_only}",
+                "2.0 (visible_only) decodes with conv1d or conv2d, 1.0 predicts with linear or mlp.",
+            )
+        if spec.kind in ("conv1d", "conv2d"):
+            key = self.predictor_key(name, "groups")
+            _require_divisor(key, spec.groups, "model.backbone.width", self.backbone.width)
+            _require_divisor(key, spec.groups, self.predictor_key(name, "width"), spec.width)
+            if spec.proj_layers not in (1, 2):
+                key = self.predictor_key(name, "proj_layers")
+                raise ConfigError(key, f"is {spec.proj_layers}", "Choose 1 or 2.")
+
+    @property
+    def predictor_name(self) -> str:
+        """The name below `predictors` of a model with one stem (`of`)."""
+        [name] = self.stems
+        return "shared" if self.predictor.shared else name
+
+    def predictor_key(self, name: Modality, field: str) -> str:
+        """The dotted key that this setting of a stem's predictor comes from."""
+        own = self.stems[name].predictor
+        prefix = "model" if getattr(own, field, None) is None else f"model.{name}"
+        return f"{prefix}.predictor.{field}"
 
 
 ParameterRole = Literal["averaged", "copied", "absent"]

@@ -74,12 +74,13 @@ def describe(config: ModelConfig, modality: Modality) -> list[LayerSpec]:
     layers = [LayerSpec("features", f"{stem}.features"), LayerSpec("context", f"{stem}.context")]
     if modalities.of(config, modality).has_bias:
         layers.append(LayerSpec("bias", f"{stem}.bias"))
-    prenet = config.backbone.prenet_depth
+    one = config.of(modality)
+    prenet = one.backbone.prenet_depth
     layers += [LayerSpec("block", f"{stem}.prenet.{i}", index=i) for i in range(prenet)]
     layers += [LayerSpec("block", f"blocks.{i}", index=prenet + i, main=i) for i in range(config.backbone.depth)]
     if config.backbone.final_norm:
         layers.append(LayerSpec("final_norm", "final_norm"))
-    layers.append(LayerSpec("predictor", f"predictors.{modality}"))
+    layers.append(LayerSpec("predictor", f"predictors.{one.predictor_name}"))
     return layers
 
 

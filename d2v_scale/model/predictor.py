@@ -62,6 +62,9 @@ class ConvPredictor(nn.Module):
             conv(inputs, outputs, spec.kernel, padding=spec.kernel // 2, groups=spec.groups)
             for inputs, outputs in itertools.pairwise(widths)
         )
+        if spec.final_norm:
+            self.norm = nn.LayerNorm(spec.width, config.backbone.norm_eps)
+        self.final_norm = spec.final_norm
         self.proj_layers = spec.proj_layers
         if spec.proj_layers == 1:
             self.proj = cpu_ops.Linear(spec.width, width)
@@ -70,7 +73,7 @@ class ConvPredictor(nn.Module):
             self.proj1 = cpu_ops.Linear(spec.width, 2 * spec.width)
             self.proj2 = cpu_ops.Linear(2 * spec.width, width)
             projections = [self.proj1, self.proj2]
-        if stem.decoder_projection_std is not None:
+        if stem.decoder_projection_std is not None and not spec.shared:
             for layer in projections:
                 linear_rules(layer, InitRule("normal", stem.decoder_projection_std))
 
@@ -91,6 +94,8 @@ class ConvPredictor(nn.Module):
         for conv in self.convs:
             x = self._layer(conv, x)
         out_nd = x.reshape(rows * length, -1).index_select(0, masked_n)
+        if self.final_norm:
+            out_nd = self.norm(out_nd)
         return self.proj(out_nd) if self.proj_layers == 1 else self.proj2(F.gelu(self.proj1(out_nd)))
 
     def _layer(self, conv: nn.Module, x: Tensor) -> Tensor:

@@ -68,7 +68,9 @@ class SpeechContext(nn.Module):
             cpu_ops.SequenceConv(width, width, kernel, padding=kernel // 2, groups=stem.pos_conv_groups)
             for _ in range(stem.pos_conv_depth)
         )
-        self.norm = nn.LayerNorm(width, config.backbone.norm_eps)
+        # Except of 2.0 where the blocks normalise their own input.
+        normed = not (config.visible_only and config.backbone.norm_first)
+        self.norm = nn.LayerNorm(width, config.backbone.norm_eps) if normed else nn.Identity()
         self.channel_mask = (0.0, 64)
         """Fine-tuning: share of the channels in spans that are zero while training, and a span's length."""
 

@@ -1,6 +1,6 @@
 """Student and teacher: two stacks from one list of layers."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -58,6 +58,8 @@ class _Stack(nn.Module):
         self.config = config
         self.modalities = names
         self.section = section or Section.whole(config)
+        self.configs = {modality: config.of(modality) for modality in names}
+        """What each stem's samples pass (`ModelConfig.of`)."""
         self.layers = {modality: describe(config, modality) for modality in names}
         backbone = config.backbone
 
@@ -75,7 +77,8 @@ class _Stack(nn.Module):
         if self.section.ends and backbone.final_norm and exists("final_norm"):
             self.final_norm = nn.LayerNorm(backbone.width, backbone.norm_eps)
         if self.section.ends and exists("predictors"):
-            self.predictors = nn.ModuleDict({m: build_predictor(config, m) for m in names})
+            predictors = {one.predictor_name: build_predictor(one, m) for m, one in self.configs.items()}
+            self.predictors = nn.ModuleDict(predictors)
         if config.compile:
             for module in self.modules():
                 if isinstance(module, Block):
@@ -207,7 +210,8 @@ class Student(_Stack):
         return states_rsd
 
     def _predict(self, batch: Batch, encoder_rsd: Tensor, draw: Draw, noise_rtd: Tensor | None) -> Tensor:
-        predictor = self.predictors[batch.modality]
+        one = self.configs[batch.modality]
+        predictor = self.predictors[one.predictor_name]
         masked_n = batch.layout.masked_n
         width = encoder_rsd.shape[-1]
         if not isinstance(predictor, ConvPredictor):
@@ -218,7 +222,7 @@ class Student(_Stack):
             length = batch.masked_rt.shape[1]
             keys_n = self._row_keys(batch, draw).index_select(0, masked_n // length) + masked_n % length
             noise_nd = stateless.normal(stateless.row_keys(keys_n, "decoder noise"), width)
-            noise_nd = noise_nd * self.config.predictor.noise_std
+            noise_nd = noise_nd * one.predictor.noise_std
         return predictor(encoder_rsd, batch.layout.visible_rs, masked_n, noise_nd, batch.extents)
 
     def _row_keys(self, batch: Batch, draw: Draw) -> Tensor:
@@ -230,7 +234,7 @@ class Student(_Stack):
 
     def _branch_scales(self, batch: Batch, draw: Draw) -> Tensor | None:
         """Drop path: fp32 (blocks, 2, R, 1, 1), 0 or 1 / (1 - rate of the block); None where it is off."""
-        rates = self.config.backbone.drop_path_rates()
+        rates = self.configs[batch.modality].backbone.drop_path_rates()
         if not self.training or not any(rates):
             return None
         count = len(rates)
@@ -251,11 +255,17 @@ class Teacher(_Stack):
     """The teacher's own copies of what it runs: frozen, and in eval mode whatever `train()` is called with."""
 
     def __init__(
-        self, config: ModelConfig, target: TargetConfig, parts: TeacherParts, section: Section | None = None
+        self,
+        config: ModelConfig,
+        target: TargetConfig | Mapping[Modality, TargetConfig],
+        parts: TeacherParts,
+        section: Section | None = None,
     ) -> None:
+        """`target`: one for all stems, or by the stem's name."""
         super().__init__(config, config.modalities, parts, section)
-        self.target = target
-        self.first_tap = targets.first_tapped_layer(target, config.backbone.depth)
+        depth = config.backbone.depth
+        self.targets = {m: target if isinstance(target, TargetConfig) else target[m] for m in config.modalities}
+        self.first_taps = {m: targets.first_tapped_layer(one, depth) for m, one in self.targets.items()}
         self.requires_grad_(False)
         super().train(False)
 
@@ -271,7 +281,7 @@ class Teacher(_Stack):
     @torch.no_grad()
     def forward(self, batch: Batch, features_btd: Tensor | None = None) -> Tensor:
         """Targets, fp32 (B, T, D), of the unmasked samples. `features_btd`: the student's, where they are shared."""
-        accumulator = targets.accumulator(self.target)
+        accumulator = targets.accumulator(self.targets[batch.modality])
         self.run_blocks(batch, self.enter(batch, features_btd), accumulator)
         return accumulator.finish()
 
@@ -290,10 +300,11 @@ class Teacher(_Stack):
 
     def run_blocks(self, batch: Batch, carry: Carry, accumulator: targets.TargetAccumulator) -> None:
         """Move the carry through the blocks that are here, and add their taps."""
+        target, first_tap = self.targets[batch.modality], self.first_taps[batch.modality]
         for layer, block in self._blocks(batch.modality):
             carry.states_rsd, ffn_rsd = block(carry.states_rsd, carry.attention_bias, None)
-            if layer.main >= self.first_tap:
-                tap_rsd = ffn_rsd if self.target.tap == "ffn" else carry.states_rsd
+            if layer.main >= first_tap:
+                tap_rsd = ffn_rsd if target.tap == "ffn" else carry.states_rsd
                 accumulator.add(tap_rsd[:, carry.extra_tokens :])
 
     @torch.no_grad()
@@ -340,7 +351,8 @@ def _with_zero_gradient(block: nn.Module, states_rsd: Tensor) -> Tensor:
 def _build_stem(config: ModelConfig, modality: Modality, exists: Callable[[str], bool], section: Section) -> Stem:
     stem = modalities.of(config, modality).build_stem(lambda name: exists(f"stems.{modality}.{name}"), section)
     if section.starts:
-        stem.prenet = nn.ModuleList(_build_block(config, i) for i in range(config.backbone.prenet_depth))
+        depth = config.of(modality).backbone.prenet_depth
+        stem.prenet = nn.ModuleList(_build_block(config, i) for i in range(depth))
     return stem
 
 

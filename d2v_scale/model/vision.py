@@ -57,7 +57,9 @@ class VisionContext(nn.Module):
         if self.has_mask_token:
             self.mask_token = nn.Parameter(torch.empty(1, 1, width))
             set_rule(self.mask_token, BEIT if beit else InitRule("normal", 0.02))
-        self.norm = nn.LayerNorm(width, config.backbone.norm_eps) if config.visible_only else None
+        # Of 2.0, where the blocks do not normalise their own input.
+        normed = config.visible_only and not config.backbone.norm_first
+        self.norm = nn.LayerNorm(width, config.backbone.norm_eps) if normed else None
         self.has_positions = config.vision.positions == "sincos"
         if self.has_positions:
             self.register_buffer("positions_td", sincos_positions(width, grid_of(config.vision)), persistent=False)

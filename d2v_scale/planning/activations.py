@@ -63,7 +63,7 @@ def _saved(model: ModelConfig, modality: Modality, lengths: Lengths, setting: Se
         case "final_norm":
             return inside * (size * width + NORM_BYTES)
         case _:
-            return _predictor(model, lengths, setting)
+            return _predictor(model.of(modality), lengths, setting)
 
 
 def _block_input(model: ModelConfig, lengths: Lengths, setting: Setting) -> float:

@@ -114,7 +114,8 @@ def mfu(cost: SampleCost, samples_per_second: float, devices: int, peak_flops: f
 
 def lengths_of(recipe: Recipe, modality: Modality, size: float | None = None) -> Lengths:
     """Lengths of the longest sample the recipe allows; `size`: of one of this size (`Modality.extent`)."""
-    model, config, stem = recipe.model, recipe.objective.masking, modalities.of(recipe.model, modality)
+    model, config = recipe.model, recipe.objective.of(modality).masking
+    stem = modalities.of(model, modality)
     inputs, grid = stem.extent(recipe.data, size)
     positions = math.prod(grid)
     ids = np.arange(1 if model.visible_only else _DRAWN)
@@ -182,12 +183,12 @@ def block_forward(model: ModelConfig, length: int) -> float:
 
 def decoder_axes(model: ModelConfig, modality: str) -> int:
     """Axes that the kernels of a 2.0 decoder extend along."""
-    return modalities.of(model, modality).axes if model.predictor.kind == "conv2d" else 1
+    return modalities.of(model, modality).axes if model.of(modality).predictor.kind == "conv2d" else 1
 
 
 def _predictor(model: ModelConfig, modality: Modality, lengths: Lengths) -> Iterator[float]:
     """Forward of the predictor's layers over one row."""
-    spec, width = model.predictor, model.backbone.width
+    spec, width = model.of(modality).predictor, model.backbone.width
     masked = lengths.masked
     if spec.kind in ("linear", "mlp"):
         hidden = 4 if spec.kind == "mlp" else 1

@@ -46,7 +46,7 @@ class ModelSizes:
         """Read from modules on the meta device, which hold no values. Process groups must be formed."""
         with torch.device("meta"):
             student = Student(recipe.model)
-            teacher = Teacher(recipe.model, recipe.objective.target, recipe.parts())
+            teacher = Teacher(recipe.model, recipe.targets(), recipe.parts())
         return cls(_sizes(student), _sizes(teacher), frozenset(n for n, p in student.named_parameters() if p.dim() > 1))
 
 
@@ -146,7 +146,7 @@ class Job:
 
     def step_samples(self, modality: Modality) -> float:
         """Samples of the longest length that make one optimizer step."""
-        return samples_per_step(self.recipe, self.lengths[modality])
+        return samples_per_step(self.recipe.of(modality), self.lengths[modality])
 
     def micro_batch(self, modality: Modality) -> float:
         """Samples of one micro-batch on one data-parallel rank."""

@@ -150,7 +150,7 @@ def _distinct_layers(model: ModelConfig) -> list[tuple[int, LayerSpec, Modality]
 
 def _parameters(model: ModelConfig, layer: LayerSpec, modality: Modality) -> float:
     """Weights of a layer's matrices, tables and kernels; biases and norms are left out."""
-    width, spec = model.backbone.width, model.predictor
+    width, spec = model.backbone.width, model.of(modality).predictor
     stem = modalities.of(model, modality)
     match layer.kind:
         case "block":

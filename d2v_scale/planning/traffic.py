@@ -135,7 +135,7 @@ def _hops(job: Job, modality: Modality, devices_per_node: int, stage: int) -> li
     moved = 0.0
     if stage < pipeline - 1:
         moved += states + job.teacher_itemsize * samples * (lengths.positions + lengths.extra) * width
-        tapped = first_tapped_layer(job.recipe.objective.target, model.backbone.depth)
+        tapped = first_tapped_layer(job.recipe.targets()[modality], model.backbone.depth)
         if job.split.blocks[stage].stop > tapped:
             moved += 4 * samples * lengths.positions * width
     if stage > 0:

@@ -15,9 +15,9 @@ import torch
 from deepspeed.runtime.pipe import p2p
 from topology_worker import clones
 
+from d2v_scale import modalities
 from d2v_scale.data.batch import Batch
 from d2v_scale.engines import build_engines
-from d2v_scale.model.layers import has_bias
 from d2v_scale.model.stack import Draw
 from d2v_scale.parallel import ds_config, groups
 from d2v_scale.step import train_step
@@ -74,9 +74,10 @@ def main() -> None:
             assert result.applied
             assert not syncs.found, f"{name}: the host waits{syncs}"
         # States and, where blocks get a position bias, its parameter: of both networks; and the sum of taps, if any.
-        back = 1 + has_bias(recipe.model, tiny_models.modality_of(name))
+        modality = tiny_models.modality_of(name)
+        back = 1 + modalities.of(recipe.model, modality).has_bias
         section = student.module.section
-        tapped = (section.last if section.starts else section.first) > teacher.module.first_tap
+        tapped = (section.last if section.starts else section.first) > teacher.module.first_taps[modality]
         there = 2 * back + tapped
         sent, received = (there, back) if topology.pipeline_rank == 0 else (back, there)
         expected = {"send values": MICRO_BATCHES * sent, "recv values": MICRO_BATCHES * received}

@@ -1,0 +1,240 @@
+"""Settings that one stem has for itself: masks, targets, loss, predictor, prenet, batch."""
+
+import dataclasses
+import math
+from typing import Any
+
+import pytest
+import tiny_models
+import torch
+
+from d2v_scale.command_line import parse
+from d2v_scale.data.config import DataConfig, SourceConfig
+from d2v_scale.data2vec import own
+from d2v_scale.data2vec.config import HealthConfig, LossConfig, MaskingConfig, ObjectiveConfig, TargetConfig
+from d2v_scale.engines import build_engines
+from d2v_scale.errors import ConfigError
+from d2v_scale.health import HealthMonitor
+from d2v_scale.model.config import Backbone, ModelConfig, OwnPredictor, Predictor
+from d2v_scale.model.stack import Draw, Student
+from d2v_scale.parallel import ds_config, groups
+from d2v_scale.planning import flops, stages
+from d2v_scale.recipe import Recipe
+from d2v_scale.step import train_step
+
+TEXT = "{modality: text, shards: t"
+JOINT = ("d2v2_joint_base", "d2v2_joint_base_shared_decoder", "d2v2_joint_large")
+
+
+def joint_model(**predictor: Any) -> ModelConfig:
+    """Three stems that differ in prenet, dropout and decoder."""
+    vision, speech, text = (
+        tiny_models.vision("sincos"),
+        tiny_models.speech(alibi=True),
+        tiny_models.text(),
+    )
+    if not predictor.get("shared"):
+        vision.predictor = OwnPredictor(kind="conv2d", width=16, kernel=3, final_norm=True)
+    vision.prenet_depth, speech.input_dropout = 2, 0.1
+    decoder = dataclasses.replace(tiny_models.decoder("conv1d"), **predictor)
+    return ModelConfig(
+        visible_only=True,
+        vision=vision,
+        speech=speech,
+        text=text,
+        backbone=Backbone(**{**tiny_models.POST, "prenet_depth": 1}),
+        predictor=decoder,
+    )
+
+
+@pytest.mark.parametrize(
+    ("overrides", "base"),
+    [
+        (own.OwnMasking, MaskingConfig),
+        (own.OwnTarget, TargetConfig),
+        (own.OwnLoss, LossConfig),
+        (own.OwnHealth, HealthConfig),
+        (OwnPredictor, Predictor),
+    ],
+)
+def test_every_setting_can_be_a_stems_own(overrides: type, base: type) -> None:
+    """All of a predictor's but whether it is shared, which is not one stem's to say."""
+    names = {field.name for field in dataclasses.fields(base)} - {"shared"}
+    assert {field.name for field in dataclasses.fields(overrides)} == names
+    assert all(field.default is None for field in dataclasses.fields(overrides))
+
+
+def test_a_stem_has_its_own_values_and_inherits_the_rest() -> None:
+    objective = ObjectiveConfig(masking=MaskingConfig(kind="random", prob=0.5, clones=4), loss=LossConfig(beta=1.0))
+    objective.vision = own.OwnObjective(masking=own.OwnMasking(prob=0.8), loss=own.OwnLoss(weight=2.0))
+    of_images, of_texts = objective.of("vision"), objective.of("text")
+    assert of_images.masking == MaskingConfig(kind="random", prob=0.8, clones=4)
+    assert of_images.loss == LossConfig(beta=1.0, weight=2.0)
+    assert of_texts.masking == objective.masking
+    assert objective.key("vision", "objective.masking.prob") == "objective.vision.masking.prob"
+    assert objective.key("vision", "objective.masking.kind") == "objective.masking.kind"
+
+
+@pytest.mark.parametrize("name", ["v2_vision", "v2_text"])
+def test_a_stems_own_values_train_as_those_of_all_do(name: str) -> None:
+    """One model written in two ways: losses bitwise equal, and not those of what was overridden."""
+    modality, model = tiny_models.modality_of(name), tiny_models.model(name)
+    objective = ObjectiveConfig(
+        masking=MaskingConfig(clones=2), target=tiny_models.target_of(name), loss=LossConfig(beta=2.0)
+    )
+    plain = dataclasses.replace(model, predictor=dataclasses.replace(model.predictor, layers=1))
+    twice = dataclasses.replace(objective, loss=LossConfig(beta=0.0), target=TargetConfig(top_k_layers=1))
+    section = own.OwnObjective(loss=own.OwnLoss(beta=2.0), target=own.OwnTarget(**dataclasses.asdict(objective.target)))
+    setattr(twice, modality, section)
+    stem = dataclasses.replace(model.stems[modality], predictor=OwnPredictor(layers=model.predictor.layers))
+    assert losses(Recipe(model=dataclasses.replace(plain, **{modality: stem}), objective=twice), name) == losses(
+        Recipe(model=model, objective=objective), name
+    )
+    assert losses(Recipe(model=plain, objective=twice), name) != losses(Recipe(model=model, objective=objective), name)
+
+
+def losses(recipe: Recipe, *names: str) -> list[float]:
+    """Of two steps of each stem in turn."""
+    recipe.optim.lr = 1e-2
+    numbers = ds_config.RecipeNumbers(precision="fp32", accumulation=1)
+    config = ds_config.resolve({"zero_optimization": {"stage": 1}}, numbers, recipe.parallel, 1)
+    student, teacher = build_engines(recipe, config, groups.single_process())
+    found = []
+    for step in range(2):
+        for name in names:
+            clones = recipe.objective.of(tiny_models.modality_of(name)).masking.clones
+            batch = tiny_models.batch(name, 2, clones, seed=step)
+            result, seen = train_step(student, teacher, [batch], recipe.objective, Draw(1, step), observe=False)
+            assert result.applied
+            assert float(seen.samples) == 2
+            found.append(float(seen.loss))
+    teacher.destroy()
+    student.destroy()
+    return found
+
+
+@pytest.mark.parametrize("predictor", [{}, {"shared": True}])
+def test_stems_that_differ_in_everything_train_together(predictor: dict[str, Any]) -> None:
+    recipe = Recipe(model=joint_model(**predictor), objective=ObjectiveConfig(target=tiny_models.TAPS))
+    recipe.objective.vision = own.OwnObjective(masking=own.OwnMasking(clones=4), target=own.OwnTarget(top_k_layers=1))
+    recipe.objective.text = own.OwnObjective(loss=own.OwnLoss(beta=1.0, weight=0.5))
+    found = losses(recipe, "v2_vision", "v2_speech", "v2_text")
+    assert all(map(math.isfinite, found))
+    doubled = dataclasses.replace(recipe.objective, text=own.OwnObjective(loss=own.OwnLoss(beta=1.0, weight=1.0)))
+    again = losses(dataclasses.replace(recipe, objective=doubled), "v2_vision", "v2_speech", "v2_text")
+    assert again[:2] == found[:2]
+    assert again[2] == pytest.approx(2 * found[2], rel=1e-6)
+
+
+def test_costs_and_stages_know_what_is_a_stems_own() -> None:
+    recipe = Recipe(model=joint_model(), objective=ObjectiveConfig(target=tiny_models.TAPS))
+    recipe.objective.masking = MaskingConfig(kind="random", prob=0.5)
+    recipe.objective.vision = own.OwnObjective(masking=own.OwnMasking(clones=4, prob=0.75))
+    lengths = {name: flops.lengths_of(recipe, name) for name in recipe.model.modalities}
+    assert [lengths[name].clones for name in lengths] == [4, 1, 1]
+    assert lengths["vision"].kept == 4
+    for name in recipe.model.modalities:
+        assert flops.cost_of(recipe, name) == flops.cost_of(recipe.of(name), name)
+    assert stages.stage_blocks(recipe, 2, 1).blocks
+
+
+@pytest.mark.usefixtures("world_of_one")
+@pytest.mark.parametrize("name", JOINT)
+def test_the_joint_recipes_have_the_parameters_that_their_figures_say(name: str) -> None:
+    """A pre-norm block of width D and hidden width F has (4 D + 4) D in attention, (2 F + 1) D + F in its FFN and 4 D
+    in two norms: 7,087,872 at 768 and 3072, 12,596,224 at 1024 and 4096. There are `depth` shared ones and three times
+    `prenet` of their own; the final norm has 2 D.
+
+    Stems: patches 3 * 16^2 * D + D and one CLS token; seven convolutions of 512 channels (4,199,424 weights) with seven
+    norms and one after them (8 * 2 * 512), the projection 512 D + D, five positional convolutions of kernel 19 in 16
+    groups (D (D / 16) 19 + D each) and a scale a head; tables 50,265 D and (512 + 2) D and a norm.
+
+    Decoders, of width W, kernel k (k^2 in two dimensions), g groups: first W (D / g) k + W, then W (W / g) k + W for
+    every further layer, a projection W D + D, and for images a norm of 2 W.
+    """
+    recipe, _ = parse(["--recipe", name, "--data", "speech=s.tar,vision=v.tar,text=t.tar"])
+    recipe.check(64)
+    large, shared = name.endswith("large"), name.endswith("shared_decoder")
+    d, f, heads, depth, prenet = (1024, 4096, 16, 16, 8) if large else (768, 3072, 12, 8, 4)
+    block = (4 * d + 4) * d + (2 * f + 1) * d + f + 4 * d
+    assert block == (12_596_224 if large else 7_087_872)
+    convolutions = 512 * 10 + 4 * 512 * 512 * 3 + 2 * 512 * 512 * 2
+    speech = convolutions + 8 * 2 * 512 + 512 * d + d + 5 * (d * (d // 16) * 19 + d) + heads
+    stems = (3 * 16**2 * d + d + d) + speech + (50_265 * d + 514 * d + 2 * d)
+
+    def decoder(w: int, taps: int, g: int, layers: int) -> int:
+        return w * (d // g) * taps + w + (layers - 1) * (w * (w // g) * taps + w) + w * d + d
+
+    text = decoder(d, 9, 1, 5)
+    decoders = text if shared else text + decoder(512, 9, 16, 6) + 2 * 512 + decoder(384, 7, 16, 4)
+    with torch.device("meta"):
+        student = Student(recipe.model)
+    total = sum(parameter.numel() for parameter in student.parameters())
+    assert total == (depth + 3 * prenet) * block + 2 * d + stems + decoders
+
+
+@pytest.mark.parametrize("name", JOINT)
+def test_a_joint_recipe_mixes_and_masks_as_published(name: str) -> None:
+    recipe, _ = parse(["--recipe", name, "--data", "speech=s.tar,vision=v.tar,text=t.tar"])
+    assert [(s.modality, s.shards, s.repeat) for s in recipe.data.sources] == [
+        *(("speech", "s.tar", 20), ("vision", "v.tar", 5), ("text", "t.tar", 1))
+    ]
+    masks = recipe.masking()
+    assert {m: (masks[m].prob, masks[m].length, masks[m].clones, masks[m].inverse) for m in masks} == {
+        "speech": (0.7, 5, 8, False),
+        "vision": (0.8, 1, 8, False),
+        "text": (0.25, 2, 8, False),
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "key", "said"),
+    [
+        (["--objective.vision.masking.kind=bert"], "objective.vision.masking.kind", "more positions in some rows"),
+        (["--objective.speech.masking.kind=block2d"], "objective.speech.masking.kind", "grid"),
+        (["--objective.vision.target.top_k_layers=9"], "objective.vision.target.top_k_layers", "9 of 8"),
+        (["--objective.text.loss.cls_weight=1"], "objective.text.loss.cls_weight", "needs a 2.0 vision model"),
+        (["--objective.text.masking.prob=1.5"], "objective.text.masking.prob", "at most 1"),
+        (["--objective.text.masking.clones=0"], "objective.text.masking.clones", "above 0"),
+        (["--model.vision.predictor.groups=7"], "model.vision.predictor.groups", "does not divide"),
+        (["--model.speech.predictor.kind=mlp"], "model.speech.predictor.kind", "visible_only"),
+        (["--model.speech.prenet_depth=-1"], "model.speech.prenet_depth", "below 0"),
+        (["--model.predictor.shared=true"], "model.vision.predictor", "all stems share one"),
+        (
+            ["--data.sources", "[{modality: text, shards: t, batch_unit: seconds}]"],
+            "data.sources.0.batch_unit",
+            "speech",
+        ),
+        (["--data.sources", "[{modality: text, shards: t, batch_size: 3}]"], "data.sources.0.batch_size", "3 samples"),
+    ],
+)
+def test_a_stems_own_mistake_is_named_where_it_stands(arguments: list[str], key: str, said: str) -> None:
+    data = [] if arguments[0] == "--data.sources" else ["--data", "speech=s.tar,vision=v.tar,text=t.tar"]
+    recipe, _ = parse(["--recipe", "d2v2_joint_base", *data, *arguments])
+    with pytest.raises(ConfigError) as error:
+        recipe.check(64)
+    assert error.value.key == key
+    assert said in str(error.value)
+
+
+def test_an_override_for_a_stem_that_is_not_there_is_refused() -> None:
+    recipe, _ = parse(["--recipe", "d2v2_vision_base", "--data", "v.tar", "--objective.speech.masking.prob=0.5"])
+    with pytest.raises(ConfigError, match=r"objective\.speech: is set, but the model has no stem speech"):
+        recipe.check(1)
+
+
+def test_a_source_without_repeat_beside_one_with_it_is_refused() -> None:
+    sources = [SourceConfig(shards="a", repeat=2.0), SourceConfig(shards="b", modality="text")]
+    with pytest.raises(ConfigError, match=r"data\.sources\.1\.repeat"):
+        DataConfig(sources=sources).check(["vision", "text"])
+
+
+def test_a_stem_collapses_by_its_own_limits() -> None:
+    monitor = HealthMonitor(
+        HealthConfig(after=0, patience=1), {"a": HealthConfig(after=100, patience=1), "b": HealthConfig(after=0)}
+    )
+    values = {"target_std/a": 0.0, "target_std/b": 0.0, "prediction_std/a": 1.0, "prediction_std/b": 1.0}
+    assert [sign[:12] for sign in monitor.observe(values, 50, 1.0, {"a", "b"})] == ["target_std/b"]
+    assert not monitor.collapsed, "b has three log points"
+    assert len(monitor.observe(values, 150, 1.0, {"a", "b"})) == 2
+    assert monitor.collapsed, "a has one"
