@@ -22,7 +22,8 @@ sys.path[0] = str(ROOT)
 
 from d2v_scale import command_line  # noqa: E402
 from d2v_scale.errors import EXIT_BAD_INPUT, UserError  # noqa: E402
-from d2v_scale.planning import flops, hardware, stages, traffic  # noqa: E402
+from d2v_scale.planning import collectives, flops, hardware, stages, traffic  # noqa: E402
+from d2v_scale.planning.collectives import SUMS  # noqa: E402
 from d2v_scale.planning.job import ModelSizes, samples_per_step  # noqa: E402
 from d2v_scale.planning.search import Cluster, Option, describe, search  # noqa: E402
 from d2v_scale.recipe import Recipe  # noqa: E402
@@ -94,12 +95,15 @@ def details(option: Option, cluster: Cluster) -> list[str]:
             lines.append(f"  GB on each {place:6s}    {shown}")
     for modality, time in option.times.items():
         sent = traffic.transfers(job, modality, cluster.devices_per_node)
+        calls = collectives.collectives(job)
         lines += [f"  {modality}, each device and step:"]
         lines += [
             f"    {one.name:22s} {one.within / GB:9.3f} GB within the node, {one.between / GB:.3f} GB between nodes"
+            + (f", {calls[one.name]} collectives" if one.name in calls else "")
             + (" (overlaps)" if one.hidden else "")
             for one in sent
         ]
+        lines += [f"    {name:22s} {calls[name]} collectives of a few numbers" for name in calls if name == SUMS]
         lines.append(
             f"    estimated step         {time.total:.3f} s: products {time.compute:.3f} s, "
             f"transfers {time.exposed:.3f} s and {time.hidden:.3f} s overlapping, updates {time.update:.3f} s"

@@ -87,6 +87,9 @@ def resolve(raw: dict[str, Any], numbers: RecipeNumbers, parallel: ParallelConfi
     if zero["stage"] == 1 and replicas == 1 and parallel.pipeline == 1 and "offload_optimizer" not in zero:
         # Where nothing is reduced, the buffer for it only costs a copy of every gradient.
         zero.setdefault("contiguous_gradients", False)
+    if zero["stage"] == 3 and "param_persistence_threshold" not in zero:
+        # DeepSpeed would gather every small parameter after each step in a collective of its own.
+        zero.setdefault("stage3_param_persistence_threshold", 0)
     if zero["stage"] < 3 and replicas > 1 and not zero.setdefault("reduce_scatter", False):
         # With it DeepSpeed sends the same, but loops over ranks and copies the bucket. It divides before the sum.
         config["prescale_gradients"] = True

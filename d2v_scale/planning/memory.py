@@ -92,23 +92,40 @@ def held(job: Job, stage: int) -> tuple[dict[str, float], dict[str, float]]:
 
 def persistent(job: Job, tensors: Sequence[TensorSize]) -> int:
     """Elements of the parameters that stage 3 leaves gathered."""
+    return sum(one.local(job.parallel.tensor) for one in persistent_tensors(job, tensors))
+
+
+def persistent_tensors(job: Job, tensors: Sequence[TensorSize]) -> list[TensorSize]:
+    """The parameters that stage 3 leaves gathered, and gathers one by one after each step."""
     threshold = int(job.zero.get("stage3_param_persistence_threshold", PERSISTENCE_THRESHOLD))
-    sizes = (one.local(job.parallel.tensor) for one in tensors)
-    return sum(size for size in sizes if size <= threshold)
+    return [one for one in tensors if one.local(job.parallel.tensor) <= threshold]
 
 
 def kept_gathered(job: Job, elements: float) -> float:
     """Elements, of so many that stage 3 gathers for the forward pass, that are still gathered when the backward pass
     begins: those used again within the reuse distance, which is counted to the end of the model and back. DeepSpeed's
     prefetching keeps some more, so this is the least."""
-    reuse = float(job.zero.get("stage3_max_reuse_distance", REUSE_DISTANCE))
-    return min(elements, max(reuse, _prefetched(job)) / 2)
+    return min(elements, max(fetching(job)[2], _prefetched(job)) / 2)
 
 
 def _prefetched(job: Job) -> float:
     """Elements that stage 3 gathers ahead."""
-    bucket = float(job.zero.get("stage3_prefetch_bucket_size", PREFETCH_BUCKET))
-    return min(bucket, float(job.zero.get("stage3_max_live_parameters", REUSE_DISTANCE)))
+    ahead, live, _ = fetching(job)
+    return min(ahead, live)
+
+
+def fetching(job: Job) -> tuple[float, float, float]:
+    """Elements that stage 3 gathers ahead at once, that it has gathered at most, and within which it keeps what will be
+    used again."""
+    zero = job.zero
+    ahead = float(zero.get("stage3_prefetch_bucket_size", PREFETCH_BUCKET))
+    live = float(zero.get("stage3_max_live_parameters", REUSE_DISTANCE))
+    return ahead, live, float(zero.get("stage3_max_reuse_distance", REUSE_DISTANCE))
+
+
+def reduce_bucket(job: Job) -> float:
+    """Elements of the bucket that gradients are reduced in."""
+    return float(job.zero.get("reduce_bucket_size", BUCKET))
 
 
 def stage_activations(job: Job, stage: int, modality: Modality) -> float:
@@ -170,12 +187,8 @@ def _gradients_are_views(job: Job) -> bool:
 
 def _stage_1_gradients(job: Job, tensors: Sequence[TensorSize]) -> float:
     """The fullest rank's gradients: every parameter that its partition touches keeps its whole gradient."""
-    groups = [tensors]
-    if job.recipe.optim.decay_on == "matrices":
-        decayed = job.sizes.decayed
-        groups = [[one for one in tensors if (one.name in decayed) is chosen] for chosen in (True, False)]
     held_by: Counter[int] = Counter()
-    for group in groups:
+    for group in parameter_groups(job, tensors):
         sizes = [one.local(job.parallel.tensor) for one in group]
         share, start = max(1, ceil(sum(sizes) / job.data)), 0
         for size in sizes:
@@ -185,11 +198,19 @@ def _stage_1_gradients(job: Job, tensors: Sequence[TensorSize]) -> float:
     return float(job.itemsize * max(held_by.values(), default=0))
 
 
+def parameter_groups(job: Job, tensors: Sequence[TensorSize]) -> list[Sequence[TensorSize]]:
+    """What the optimizer treats alike."""
+    if job.recipe.optim.decay_on != "matrices":
+        return [tensors]
+    decayed = job.sizes.decayed
+    return [[one for one in tensors if (one.name in decayed) is chosen] for chosen in (True, False)]
+
+
 def _buffers(job: Job, stage: int, gradients: float, saved: float) -> float:
     """What exists for a moment: gathered weights, buckets, and gradients on their way into this rank's part."""
     student, teacher = job.stage_tensors[stage]
     own, tensor, size = _local(student, job.parallel.tensor), job.parallel.tensor, job.itemsize
-    bucket = min(own, float(job.zero.get("reduce_bucket_size", BUCKET)))
+    bucket = min(own, reduce_bucket(job))
     backward = size * bucket * (2 if job.zero.get("overlap_comm") else 1)
     if job.parallel.pipeline == 1 and job.data > 1:
         backbone = job.recipe.model.backbone

@@ -2,7 +2,9 @@
 
 from typing import Any
 
+import deepspeed
 import plan_worker
+import pytest
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.zero import stage3
@@ -35,8 +37,6 @@ def check_scatter(theirs: Any, dtype: torch.dtype) -> None:
 
 def check_gather(topology: groups.Topology, dtype: torch.dtype) -> None:
     """Both ways over the same partitioned parameters."""
-    import deepspeed
-
     strided = 0
     config = {
         "train_micro_batch_size_per_gpu": 1,
@@ -73,8 +73,8 @@ def steps(
     case = {"precision": precision, "accumulation": accumulation, "zero": {}}
     recipe = plan_worker.recipe_of(case, 3)
     # Buckets smaller than the model, and parameters that fill more than one.
-    zero: dict[str, Any] = {"stage": stage, "overlap_comm": True, "reduce_bucket_size": 40_000, **more}
-    config = legal.deepspeed_config(recipe, {"zero_optimization": zero}, 3, has_gpu=False)
+    section: dict[str, Any] = {"stage": stage, "overlap_comm": True, "reduce_bucket_size": 40_000, **more}
+    config = legal.deepspeed_config(recipe, {"zero_optimization": section}, 3, has_gpu=False)
     torch.manual_seed(0)
     student, teacher = build_engines(recipe, config, topology)
     generator = torch.Generator().manual_seed(dist.get_rank())
@@ -97,15 +97,16 @@ def main() -> None:
     topology = groups.initialize(groups.ParallelConfig())
     theirs = stage3.reduce_scatter_coalesced
     assert rank_loops.replace(), "these tests are for the DeepSpeed that the replacements were written for"
-    ours, is_plain = stage3.reduce_scatter_coalesced, rank_loops._is_plain
-    assert ours is not theirs
+    assert stage3.reduce_scatter_coalesced is not theirs
     for dtype in (torch.float32, torch.bfloat16):
         check_scatter(theirs, dtype)
         check_gather(topology, dtype)
     for precision, stage, accumulation in CASES:
-        stage3.reduce_scatter_coalesced, rank_loops._is_plain = theirs, lambda *_: False
-        expected = steps(topology, stage, precision, accumulation, {"reduce_scatter": True})
-        stage3.reduce_scatter_coalesced, rank_loops._is_plain = ours, is_plain
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(stage3, "reduce_scatter_coalesced", theirs)
+            patch.setattr(rank_loops, "_is_plain", lambda *_: False)
+            own = {"reduce_scatter": True, "stage3_param_persistence_threshold": 1000}
+            expected = steps(topology, stage, precision, accumulation, own)
         found = steps(topology, stage, precision, accumulation, {})
         assert all(torch.isfinite(x).all() for x in found)
         different = [number for number, (x, y) in enumerate(zip(found, expected, strict=True)) if not torch.equal(x, y)]

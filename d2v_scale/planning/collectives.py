@@ -1,0 +1,118 @@
+"""How many collectives a data-parallel rank takes part in during one optimizer step, by kind of transfer.
+
+Over many ranks a collective costs more by being one than by its bytes, so their number decides about buckets and
+thresholds. DeepSpeed's choices are followed parameter by parameter: what it gathers together at stage 3, what it fills
+buckets with, and what it leaves gathered.
+"""
+
+from collections import deque
+from collections.abc import Sequence
+from itertools import accumulate, groupby
+
+from d2v_scale.planning import memory
+from d2v_scale.planning.job import Job, TensorSize
+
+Module = list[tuple[str, int]]
+"""What is gathered for one call at the latest: names and elements of parameters."""
+
+SUMS = "norms and counts"
+"""All-reduces of a few numbers: the count of what is masked, the verdict, and the norm, at stages 1 and 2 of every
+parameter group."""
+
+
+def collectives(job: Job) -> dict[str, int]:
+    """Of one step, between data-parallel ranks, by the names of `traffic.transfers` and `SUMS`. Empty in a pipeline and
+    where one rank has the whole batch."""
+    if job.data == 1 or job.parallel.pipeline > 1:
+        return {}
+    tensor, micro = job.parallel.tensor, job.recipe.accumulation
+    student, teacher = job.stage_tensors[0]
+    ahead, live, reuse = memory.fetching(job)
+    found = {"teacher gather": micro * gathers(_modules(teacher, tensor, whole_blocks=True), ahead, live)}
+    bucket = memory.reduce_bucket(job)
+    groups = memory.parameter_groups(job, student)
+    if job.stage < 3:
+        found["gradient all-reduce"] = (micro if job.stage == 2 else 1) * buckets(_modules(student, tensor), bucket)
+        found["weight gather"] = len(groups)
+        found[SUMS] = 2 + len(groups)
+        return found
+    lasting = memory.persistent_tensors(job, student)
+    there = [one for one in student if one not in lasting]
+    modules = _modules(there, tensor, whole_blocks=job.recipe.model.compile)
+    found["weight gather"] = micro * gathers([*modules, *reversed(modules)], ahead, live, reuse) + len(lasting)
+    found["gradient scatter"] = micro * buckets(_modules(student, tensor), bucket)
+    found[SUMS] = 3
+    return found
+
+
+def buckets(modules: Sequence[Module], most: float) -> int:
+    """In how many buckets of so many elements the gradients of these modules are reduced, last one first; a gradient
+    that is larger goes alone."""
+    count, room = 0, 0.0
+    for module in reversed(modules):
+        size = sum(size for _, size in module)
+        if size > room:
+            count, room = count + 1, most
+        room -= size
+    return count
+
+
+def gathers(trace: Sequence[Module], ahead: float, live: float, reuse: float = 0.0) -> int:
+    """All-gathers of ZeRO-3 for modules that run in this order, as DeepSpeed's coordinator makes them.
+
+    What a module lacks is gathered at once; then, ahead of the modules that follow, parameters until they are `ahead`
+    elements or `live` are there. After its call a module's parameters go, but for those that are used again before
+    `reuse` elements have been. The first to be called is the model itself, which lacks nothing.
+    """
+    trace = [[], *trace]
+    sizes = dict(parameter for module in trace for parameter in module)
+    before = [0, *accumulate(sum(size for _, size in module) for module in trace)]
+    uses: dict[str, deque[int]] = {name: deque() for name in sizes}
+    for step, module in enumerate(trace):
+        for name, _ in module:
+            uses[name].append(step)
+    queue = deque((name, step) for step, module in enumerate(trace) for name, _ in module)
+    fetched_for = dict.fromkeys(sizes, -1)
+    there: set[str] = set()
+    held, count = 0, 0
+    for step, module in enumerate(trace):
+        wanted = {name for name, _ in module if name not in there}
+        if wanted:
+            count += 1
+        due = {name for name, _ in module if fetched_for[name] < step}
+        while due and queue:
+            name, at = queue.popleft()
+            fetched_for[name] = at
+            due.discard(name)
+        there |= wanted
+        held += sum(sizes[name] for name in wanted)
+        room, more = min(live - held, ahead), 0
+        chosen: set[str] = set()
+        while queue and more < room:
+            name, at = queue.popleft()
+            fetched_for[name] = max(fetched_for[name], at)
+            if name not in there and name not in chosen:
+                chosen.add(name)
+                more += sizes[name]
+        count += bool(chosen)
+        there |= chosen
+        held += more
+        for name, size in module:
+            uses[name].popleft()
+            again = uses[name][0] if uses[name] else None
+            soon = again is not None and before[again] - before[step + 1] < reuse
+            if fetched_for[name] <= step + 1 and not soon and name in there:
+                there.discard(name)
+                held -= size
+    return count
+
+
+def _modules(tensors: Sequence[TensorSize], tensor: int, *, whole_blocks: bool = False) -> list[Module]:
+    """Parameters by the module that has them; of a block as one, where it is gathered whole."""
+
+    def owner(one: TensorSize) -> str:
+        parts = one.name.split(".")
+        place = next((i for i, part in enumerate(parts) if part in ("blocks", "prenet")), None)
+        return ".".join(parts[: place + 2] if whole_blocks and place is not None else parts[:-1])
+
+    return [[(one.name, one.local(tensor)) for one in alike] for _, alike in groupby(tensors, key=owner)]
