@@ -1,6 +1,7 @@
 """Every numeric key of a recipe against numbers that mean nothing."""
 
 import copy
+import dataclasses
 import functools
 import math
 from pathlib import Path
@@ -10,9 +11,10 @@ import pytest
 
 from d2v_scale import command_line, ranges
 from d2v_scale.data.config import SourceConfig
+from d2v_scale.data2vec.own import OwnHealth, OwnLoss, OwnMasking, OwnObjective, OwnTarget
 from d2v_scale.errors import ConfigError
 from d2v_scale.finetuning.config import TaskConfig
-from d2v_scale.model.config import SpeechStem, TextStem
+from d2v_scale.model.config import OwnPredictor, SpeechStem, TextStem
 from d2v_scale.recipe import Recipe
 
 WRONG = (math.inf, -math.inf, math.nan, -1, True)
@@ -31,9 +33,20 @@ def recipes() -> list[Recipe]:
     everything.tracking.peak_tflops = 1.0
     everything.tracking.plot_every = 10
     everything.evaluation.layers = [-1]
-    everything.data.sources = [SourceConfig(shards="a", modality=m) for m in ("vision", "speech", "text")]  # type: ignore[arg-type]
+    everything.data.sources = [
+        SourceConfig(shards="a", modality=m, repeat=2.0, batch_size=64)  # type: ignore[arg-type]
+        for m in ("vision", "speech", "text")
+    ]
+    everything.objective.vision = OwnObjective(
+        masking=OwnMasking(prob=0.5, length=1, clones=2),
+        target=OwnTarget(top_k_layers=2),
+        loss=OwnLoss(beta=1.0),
+        health=OwnHealth(patience=2),
+    )
+    everything.model.text.predictor = OwnPredictor(kernel=5, input_dropout=0.1)
     everything.check(1)
     tuned = copy.deepcopy(everything)
+    tuned.objective.vision = None
     tuned.task = TaskConfig(kind="classify", classes=5)
     tuned.model.speech = tuned.model.text = None
     tuned.data.sources = tuned.data.sources[:1]
@@ -94,7 +107,8 @@ def test_zero_ends_in_a_configuration_error_or_means_something(recipes: list[Rec
 
 
 def test_the_keys_that_differ_exist(recipes: list[Recipe]) -> None:
-    known = {*command_line.known_keys(), "data.sources.*.weight"}
+    of_sources = {f"data.sources.*.{field.name}" for field in dataclasses.fields(SourceConfig)}
+    known = {*command_line.known_keys(), *of_sources}
     assert set(ranges.SIGNED) <= known
     assert set(ranges.ABOVE_ZERO) <= known
     assert set(ranges.SHARES) <= known

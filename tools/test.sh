@@ -26,4 +26,5 @@ ruff format --check .
 mypy
 marks=()
 [ "$full" -eq 1 ] || marks=(-m "not slow")
-python -m pytest "${marks[@]}" "${arguments[@]}"
+# Why a test was skipped, and which took longest.
+python -m pytest -rs --durations=15 "${marks[@]}" "${arguments[@]}"
