@@ -55,7 +55,7 @@ snapshot_code() { # a requeued job runs the code that it started with, whatever 
     code=$run_dir/code/$SLURM_JOB_ID
     if [[ ! -d $code ]]; then
         local partial
-        partial=$run_dir/.code.$attempt.$$ # not mktemp's, which is for its owner only
+        partial=$run_dir/.code.$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}.$$ # not mktemp's, which is for its owner only
         mkdir "$partial" || die "cannot write to $run_dir"
         # shellcheck disable=SC2154  # set by the template
         tar -C "$repository" --exclude=__pycache__ -cf - d2v_scale ds_configs slurm tools pyproject.toml |
