@@ -1,4 +1,4 @@
-"""What the data plane hands to the training step."""
+"""What the data plane hands to the training step. The letters that names of tensors end in: docs/method.md."""
 
 import math
 from dataclasses import dataclass, fields, replace

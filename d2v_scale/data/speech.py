@@ -93,7 +93,7 @@ def measure(members: Mapping[str, bytes | memoryview]) -> int:
 
 
 def normalize(wave: Wave) -> Wave:
-    """Zero mean and unit variance over the whole recording (spec S32: before any crop; eps 1e-5 on the variance)."""
+    """Zero mean and unit variance over the whole recording (spec 3.1: before any crop; eps 1e-5 on the variance)."""
     centred = wave - wave.mean(dtype=np.float64).astype(np.float32)
     variance = np.dot(centred, centred) / max(1, len(centred))
     centred *= np.float32(1 / np.sqrt(variance + _NORM_EPS))

@@ -1,4 +1,4 @@
-"""Which positions the student does not see (spec section 2). NumPy: masks are drawn beside the data.
+"""Which positions the student does not see (spec 2). NumPy: masks are drawn beside the data.
 
 A row's mask is a pure function of (seed, step, sample id, clone) and of the row's own length, so it is the same at any
 world size, in any worker and beside any other row. All kinds but `blockwise` are drawn for all rows at once.
@@ -143,7 +143,7 @@ def _lowest(scores_rn: Floats, counts_r: NDArray[np.int64]) -> Bools:
 
 
 def _span_starts(config: MaskingConfig, length: int, valid_r: NDArray[np.int64], keys_r: NDArray[np.uint64]) -> Bools:
-    """Distinct span starts of each row: int(prob * valid / span + u) of them, u uniform (2.1, 2.2)."""
+    """Distinct span starts of each row: int(prob * valid / span + u) of them, u uniform (spec 2.1, 2.2)."""
     span = config.length if config.kind == "spans" else 1
     rounding_r = _stream(keys_r, "rounding", 1)[:, 0]
     counts_r = (config.prob * valid_r / span + rounding_r).astype(np.int64)
@@ -194,7 +194,7 @@ def _random(config: MaskingConfig, length: int, keys_r: NDArray[np.uint64]) -> B
 
 
 def _blocks(config: MaskingConfig, shape: tuple[int, ...], keys_r: NDArray[np.uint64]) -> Bools:
-    """Blocks around random centres, then an exact count by random single positions (2.4)."""
+    """Blocks around random centres, then an exact count by random single positions (spec 2.4)."""
     rows, length, side, dims = len(keys_r), int(np.prod(shape)), config.length, len(shape)
     # Written so that floating-point truncation gives the published counts, such as int(196 * (1 - 0.8)) = 39.
     selected_share = 1 - config.prob if config.inverse else config.prob
@@ -220,7 +220,7 @@ def _blocks(config: MaskingConfig, shape: tuple[int, ...], keys_r: NDArray[np.ui
 
 
 def _blockwise(config: MaskingConfig, grid: tuple[int, int], keys_r: NDArray[np.uint64]) -> Bools:
-    """BEiT's rectangles until `target_count` is reached or ten tries in a row fail (2.3)."""
+    """BEiT's rectangles until `target_count` is reached or ten tries in a row fail (spec 2.3)."""
     height, width = grid
     if not 0 < config.target_count < height * width:
         raise ConfigError(
