@@ -17,7 +17,7 @@ from d2v_scale.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
-TORCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_MPI_LOCAL_SIZES = ("OMPI_COMM_WORLD_LOCAL_SIZE", "MV2_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS", "PMI_LOCAL_SIZE")
 _FIRST_PORT, _PORTS = 20000, 5000
 _RESERVED_STEPS = 0xFFFF0000
 """Slurm numbers the steps of batch scripts, interactive shells and containers of the job from here on."""
@@ -78,6 +78,11 @@ def adopt(environment: MutableMapping[str, str] = os.environ) -> Place:
     environment["RANK"], environment["WORLD_SIZE"] = str(place.rank), str(place.world_size)
     environment["LOCAL_RANK"] = "0" if alone_on_gpu else str(place.local_rank)
     environment[_ON_NODE] = str(place.local_rank)
+    here = _slurm_local_size(environment) if place.launcher.startswith("Slurm") else _mpi_local_size(environment)
+    if here is None:
+        environment.pop("LOCAL_WORLD_SIZE", None)
+    else:
+        environment["LOCAL_WORLD_SIZE"] = here
     environment["MASTER_ADDR"] = address
     environment.setdefault("MASTER_PORT", str(port))
     if place.rank == 0:
@@ -216,6 +221,19 @@ def _is_known(host: str) -> bool:
     return True
 
 
+def _slurm_local_size(environment: Mapping[str, str]) -> str | None:
+    """Tasks of the step on this node, of which Slurm has a list such as `8(x3),4`; None where it does not say."""
+    listed = environment.get("SLURM_STEP_TASKS_PER_NODE", environment.get("SLURM_TASKS_PER_NODE", ""))
+    node = environment.get("SLURM_NODEID", "")
+    runs = re.findall(r"(\d+)(?:\(x(\d+)\))?", listed)
+    sizes = [size for size, nodes in runs for _ in range(int(nodes or 1))]
+    return sizes[int(node)] if node.isdecimal() and int(node) < len(sizes) else None
+
+
+def _mpi_local_size(environment: Mapping[str, str]) -> str | None:
+    return next((environment[name] for name in _MPI_LOCAL_SIZES if name in environment), None)
+
+
 def _slurm_port(environment: Mapping[str, str]) -> int:
     """A port that all tasks find by themselves, and other jobs and steps on the node and earlier attempts do not."""
     names = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")
@@ -226,9 +244,7 @@ def _slurm_port(environment: Mapping[str, str]) -> int:
 def _mpi_address(environment: Mapping[str, str], place: Place) -> str:
     if environment.get("MASTER_ADDR"):
         return environment["MASTER_ADDR"]
-    sizes = ("OMPI_COMM_WORLD_LOCAL_SIZE", "MV2_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS", "PMI_LOCAL_SIZE")
-    here = next((environment[name] for name in sizes if name in environment), None)
-    if here == str(place.world_size):
+    if _mpi_local_size(environment) == str(place.world_size):
         return "127.0.0.1"
     raise ConfigError(
         "MASTER_ADDR",

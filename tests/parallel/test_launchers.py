@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from d2v_scale import rank_environment
 from d2v_scale.errors import ConfigError
 from d2v_scale.parallel import launchers
 
@@ -44,6 +45,25 @@ def test_srun_plain_gives_a_world_of_two_at_one_address() -> None:
     assert {world["WORLD_SIZE"] for world in worlds} == {"2"}
     assert len({(world["MASTER_ADDR"], world["MASTER_PORT"]) for world in worlds}) == 1
     assert worlds[0]["MASTER_ADDR"] == "127.0.0.1"
+
+
+@pytest.mark.parametrize(
+    ("said", "ranks"),
+    [
+        (task(1, SLURM_STEP_TASKS_PER_NODE="2", SLURM_NODEID="0"), "2"),
+        (task(1, SLURM_STEP_TASKS_PER_NODE="8(x3),4", SLURM_NODEID="2"), "8"),
+        (task(1, SLURM_STEP_TASKS_PER_NODE="8(x3),4", SLURM_NODEID="3"), "4"),
+        (task(1, SLURM_STEP_TASKS_PER_NODE="8(x3),4", SLURM_NODEID="4", LOCAL_WORLD_SIZE="6"), None),
+        (task(1, LOCAL_WORLD_SIZE="6"), None),  # left in the shell by something else
+        (OPEN_MPI, "2"),
+    ],
+)
+def test_ranks_of_srun_and_mpirun_share_the_cores_of_their_node(said: dict[str, str], ranks: str | None) -> None:
+    """Only `deepspeed` and `torchrun` said how many there are: others took all cores each."""
+    world = dict(said)
+    launchers.adopt(world)
+    assert world.get("LOCAL_WORLD_SIZE") == ranks
+    assert rank_environment.threads_of_a_rank(world, 96) == (None if ranks is None else 96 // int(ranks))
 
 
 def test_another_step_and_another_attempt_meet_at_other_ports() -> None:
