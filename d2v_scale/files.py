@@ -1,10 +1,11 @@
 """Files and lines that appear whole or not at all, and checksums of files."""
 
+import contextlib
 import hashlib
 import json
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,20 @@ def write_whole(path: Path, text: str | bytes) -> None:
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """`with atomic_file(path) as temporary:` renames `temporary` to `path` if the block succeeds, else removes it.
+    The folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_name(path)
+    try:
+        yield temporary
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    temporary.replace(path)
 
 
 def temporary_name(path: Path) -> Path:

@@ -7,8 +7,7 @@ import torch
 
 from d2v_scale.checkpoint.commit import write_tensors
 from d2v_scale.data.demo import write as write_demo
-from d2v_scale.data.shard_index import atomic_file
-from d2v_scale.files import file_sha256, write_whole
+from d2v_scale.files import atomic_file, file_sha256, write_whole
 from d2v_scale.interop import exporting
 from d2v_scale.run_lock import lock, release
 from d2v_scale.tracking.record import MetricsLog

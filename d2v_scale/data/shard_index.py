@@ -22,7 +22,7 @@ from d2v_scale.data.config import Modality
 from d2v_scale.data.tar_members import NO_END, PassedOver, Piece, compression_of, shown, tar_members
 from d2v_scale.data.tar_samples import TarSample, tar_samples
 from d2v_scale.errors import DataError
-from d2v_scale.files import file_sha256, temporary_name
+from d2v_scale.files import atomic_file, file_sha256
 
 FORMAT = 2
 """1: knew of no pieces, took lengths from headers, and did not say what it passed over. It is still read."""
@@ -164,24 +164,6 @@ class SetIndex:
             if isinstance(error, DataError):
                 raise
             raise DataError(f"The index {path} cannot be read: {error}.", _REINDEX) from error
-
-
-class atomic_file:
-    """`with atomic_file(path) as temporary:` renames `temporary` to `path` if the block succeeds."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._temporary = temporary_name(path)
-
-    def __enter__(self) -> Path:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        return self._temporary
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
-            self._temporary.replace(self._path)
-        else:
-            self._temporary.unlink(missing_ok=True)
 
 
 class TarContents(NamedTuple):

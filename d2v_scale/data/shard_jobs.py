@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from d2v_scale.data.shard_index import atomic_file
+from d2v_scale.files import atomic_file
 
 _IN_FLIGHT = 4
 _REPORT_EVERY = 10

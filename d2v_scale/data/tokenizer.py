@@ -4,8 +4,8 @@ import itertools
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from d2v_scale.data.shard_index import atomic_file
 from d2v_scale.errors import DataError, UserError
+from d2v_scale.files import atomic_file
 
 
 def train(

@@ -6,9 +6,9 @@ from typing import Any
 
 from webdataset.writer import TarWriter
 
-from d2v_scale.data.shard_index import Measure, Members, SetIndex, ShardEntry, atomic_file, index_shard
+from d2v_scale.data.shard_index import Measure, Members, SetIndex, ShardEntry, index_shard
 from d2v_scale.data.shard_set import INDEX_SUFFIX
-from d2v_scale.files import file_sha256
+from d2v_scale.files import atomic_file, file_sha256
 from d2v_scale.model.config import Modality
 
 Sample = dict[str, Any]
