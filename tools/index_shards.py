@@ -33,6 +33,7 @@ from d2v_scale.data.text import require_special_ids
 from d2v_scale.errors import EXIT_BAD_INPUT, DataError, UserError
 from d2v_scale.files import file_sha256
 from d2v_scale.model.config import Modality
+from d2v_scale.redaction import same_address
 
 _TIMEOUT_S = 300.0
 _RETRIES = 2
@@ -228,7 +229,7 @@ def _refuse_overwriting(jobs: list[Job], target: Path) -> None:
 
 def _place(path: str) -> str:
     """Where a shard lies, whatever key its URL is signed with."""
-    return path.split("?")[0] if "://" in path else path if is_remote(path) else real_place(path)
+    return same_address(path) if is_remote(path) else real_place(path)
 
 
 def _require_samples(index: SetIndex, shards: str) -> None:

@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 from d2v_scale.data.config import DataConfig
 from d2v_scale.files import temporary_name
-from d2v_scale.redaction import redact
+from d2v_scale.redaction import redact, same_address
 
 _CHUNK = 1 << 20
 _URL = "D2V_SCALE_URL"
@@ -58,7 +58,8 @@ class ShardCache:
 
     def path_of(self, url: str, sha256: str = "") -> Path:
         """Where the copy of `url` with this content lies, whatever key the URL is signed with."""
-        url = url.split("?")[0] if sha256 and "://" in url and not url.startswith("pipe:") else url
+        # Without a checksum two addresses of one place may stand for two contents.
+        url = same_address(url) if sha256 else url
         return self._directory / f"{hashlib.sha256((sha256 + url).encode()).hexdigest()[:32]}.tar"
 
     def fetch(self, url: str, size: int | None = None, sha256: str = "", newer_than: float = 0.0) -> str:

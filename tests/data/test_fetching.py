@@ -129,6 +129,27 @@ def test_the_shards_used_longest_ago_make_room(tmp_path: Path) -> None:
     assert [ours.path_of(url).exists() for url in urls] == [True, False, True]
 
 
+@pytest.mark.parametrize(
+    "address",
+    [
+        "https://h/a.tar?X-Amz-Date={}&X-Amz-Signature={}",
+        "https://h/a.tar?part=1&sig={}",
+        "https://bob:{}@h/a.tar",
+        "pipe:curl -H 'Authorization: Bearer {}' https://h/a.tar",
+    ],
+)
+def test_a_copy_is_found_whatever_key_its_address_is_signed_with(tmp_path: Path, address: str) -> None:
+    first, second = (address.replace("{}", key * 20) for key in ("a", "b"))
+    ours = cache(tmp_path)
+    assert ours.path_of(first, "sum") == ours.path_of(second, "sum")
+    assert ours.path_of(first, "sum") != ours.path_of(first, "another")
+
+
+def test_what_tells_addresses_apart_is_no_signature(tmp_path: Path) -> None:
+    ours = cache(tmp_path)
+    assert ours.path_of("https://h/get?id=1", "sum") != ours.path_of("https://h/get?id=2", "sum")
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, int], str]:
     """The cache lies on a disk of 3000 bytes. Makes URLs of shards of so many bytes that note each download."""

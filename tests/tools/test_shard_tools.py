@@ -298,3 +298,11 @@ def test_what_a_url_is_signed_with_is_no_name(run: Callable[..., str], shard: st
     paths = [shard.format(k) for k in range(2)]
     assert tool._common_name(paths) == "data"
     assert tool._stems(paths, "data") == ["data-000000", "data-000001"]
+
+
+def test_shards_are_told_apart_by_what_is_no_signature(run: Callable[..., str]) -> None:
+    """All that one address gives by number passed for one shard."""
+    del run  # puts the tools on the path
+    tool = importlib.import_module("index_shards")
+    assert tool._place("https://h/a.tar?sig=ab") == tool._place("https://h/a.tar?sig=cd")
+    assert tool._place("https://h/get?id=1") != tool._place("https://h/get?id=2")
