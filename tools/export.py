@@ -48,6 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run(options: argparse.Namespace) -> int:
     """Write the folder, say what is in it, and for Hugging Face prove that it computes the same."""
+    from d2v_scale import modalities
     from d2v_scale.checkpoint import open_any
     from d2v_scale.errors import UserError
     from d2v_scale.evaluation.frozen import FrozenEncoder
@@ -75,13 +76,14 @@ def run(options: argparse.Namespace) -> int:
         print(f"wrote {options.out}")
         return 0
     modality = exporting.pick_modality(recipe, options.modality)
-    if options.tokenizer is not None and modality != "text":
+    with_tokenizer = modalities.class_of(modalities.kind_of(modality)).uses_tokenizer
+    if options.tokenizer is not None and not with_tokenizer:
         raise UserError(f"An encoder of {modality} has no tokenizer.", "Leave --tokenizer out.")
     print(f"{checkpoint.path}: {recipe.name}, {modality}, weights of {whose}")
     if options.to == "fairseq":
         lines = export_reference(checkpoint, recipe, modality, options.out)
     else:
-        tokenizer = options.tokenizer or (exporting.find_tokenizer(recipe) if modality == "text" else None)
+        tokenizer = options.tokenizer or (exporting.find_tokenizer(recipe) if with_tokenizer else None)
         lines = exporting.export_huggingface(checkpoint, recipe, modality, options.out, weights, tokenizer)
         lines += write_card(checkpoint, recipe, modality, options.out, weights, license_id)
     for line in lines:

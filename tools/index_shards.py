@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import get_args
 
+from d2v_scale import modalities
 from d2v_scale.data.config import VisionData
 from d2v_scale.data.fetching import ShardCache
 from d2v_scale.data.labels import class_number
@@ -129,7 +130,8 @@ def make_index(arguments: argparse.Namespace) -> tuple[SetIndex, Path]:
         raise DataError("The shards are not local.", "Say with --out where their index goes.")
     out.mkdir(parents=True, exist_ok=True)
     name = arguments.name or _common_name(paths)
-    if arguments.modality == "text" and arguments.tokenizer is not None:
+    kind = modalities.class_of(modalities.kind_of(arguments.modality))
+    if kind.uses_tokenizer and arguments.tokenizer is not None:
         require_special_ids(arguments.tokenizer)
     cache = out / ".fetched"
     target = out / f"{name}{INDEX_SUFFIX}"

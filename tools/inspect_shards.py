@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from d2v_scale import modalities
 from d2v_scale.data.config import DataConfig, SourceConfig, VisionData
 from d2v_scale.data.loader import StepLoader
 from d2v_scale.data.measures import measure_of
@@ -51,10 +52,10 @@ def statistics(shards: ShardSet) -> None:
         )
         print(f"  .{extension}: in {held} samples")
     _histogram("size of a sample", size_n / 1000, "kB")
-    if shards.index.modality == "speech":
-        _histogram("duration", length_n[length_n >= 0] / 16000, "s")
-    if shards.index.modality == "text":
-        _histogram("length", length_n[length_n >= 0], "tokens")
+    length = modalities.class_of(modalities.kind_of(shards.index.modality)).shown_length
+    if length is not None:
+        what, unit, of_one = length
+        _histogram(what, length_n[length_n >= 0] / of_one, unit)
     if shards.index.classes:
         print(f"{len(shards.index.classes)} classes: {', '.join(shards.index.classes[:20])}")
     if (length_n < 0).any():

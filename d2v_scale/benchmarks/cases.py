@@ -1,5 +1,6 @@
 """What is measured: published recipes cut down to a size for a CPU, and synthetic batches for any recipe."""
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,38 +39,27 @@ class Case:
         model, modality = self.recipe.model, self.modality
         generator = torch.Generator().manual_seed(step)
         sample_ids = np.arange(self.samples) + step * self.samples
-        length: int | None = None
-        grid: tuple[int, int] | None = None
-        if modality == "vision":
-            assert model.vision is not None
-            size, side = model.vision.image_size, model.vision.image_size // model.vision.patch_size
-            inputs = torch.randn(self.samples, model.vision.channels, size, size, generator=generator)
-            grid = (side, side)
-        elif modality == "speech":
-            assert model.speech is not None
-            inputs = torch.randn(self.samples, self.length, generator=generator)
-            length = model.speech.frames_of(self.length)
-        else:
-            assert model.text is not None
-            inputs = torch.randint(4, model.text.mask_id, (self.samples, self.length), generator=generator)
-            length = self.length
+        stem = modalities.of(model, modality)
+        _, grid = stem.extent(self.recipe.data, self.length)
+        inputs = stem.noise(self.samples, self.length, generator)
         masks = masking.collate(
-            self.recipe.objective.masking, length=length, grid=grid, sample_ids=sample_ids, seed=1, step=step
+            self.recipe.objective.of(modality).masking,
+            length=math.prod(grid),
+            grid=(grid[0], grid[1]) if len(grid) == 2 else None,
+            sample_ids=sample_ids,
+            seed=1,
+            step=step,
         )
         masked_rt = torch.from_numpy(masks.masked_rt)
-        student_inputs = None
-        if modality == "text" and not model.visible_only:
-            assert model.text is not None
-            student_inputs = torch.where(masked_rt, model.text.mask_id, inputs)
         return Batch(
             modality=modality,
             inputs=inputs,
             valid=None,
             masked_rt=masked_rt,
-            student_inputs=student_inputs,
+            student_inputs=stem.student_inputs(inputs, masks),
             sample_ids=torch.from_numpy(sample_ids),
-            grid=grid or (),
-            extra_tokens=modalities.of(model, modality).extra_tokens,
+            grid=grid if len(grid) > 1 else (),
+            extra_tokens=stem.extra_tokens,
         )
 
 

@@ -71,24 +71,6 @@ class Decoder(Protocol):
         """A row of a batch that has none."""
 
 
-def make_decoder(modality: Modality, data: Any, model: ModelConfig, tokenizer: Any = None) -> Decoder:
-    """The decoder of a modality. Raises ConfigError where data and model do not fit."""
-    if modality == "vision":
-        from d2v_scale.data.vision import VisionDecoder
-
-        assert model.vision is not None
-        return VisionDecoder(data.vision, model.vision)
-    if modality == "speech":
-        from d2v_scale.data.speech import SpeechDecoder
-
-        assert model.speech is not None
-        return SpeechDecoder(data.speech, model.speech)
-    from d2v_scale.data.text import TextDecoder
-
-    assert model.text is not None
-    return TextDecoder(data, model.text, tokenizer)
-
-
 def read_rows(
     planned: PlannedBatch, store: Store, decoder: Decoder, seed: int
 ) -> tuple[list[Row], list[int], list[Fault]]:
@@ -146,8 +128,8 @@ class Collator:
     ) -> None:
         """`labels`: how the rows' labels become those of the batch; None: rows have none."""
         self._modality: Modality = modality
+        self._stem = modalities.of(model, modality)
         self._decoder = decoder
-        self._model = model
         self._masking = masks
         self._compat = compat
         self._seed = seed
@@ -172,7 +154,7 @@ class Collator:
                 inputs=stacked.inputs,
                 valid=stacked.valid,
                 masked_rt=nothing_rt,
-                student_inputs=stacked.inputs if self._replaces_tokens else None,
+                student_inputs=self._stem.student_inputs(stacked.inputs, masking.Masks(nothing_rt.numpy())),
                 sample_ids=torch.full((1,), -1),
                 labels=None if self._labels is None else self._labels.stack([None]),
                 keys=("",),
@@ -191,16 +173,14 @@ class Collator:
             compat=self._compat,
         )
         inputs, valid = stacked.inputs, stacked.valid
-        if self._replaces_tokens and self._compat.text_teacher_masked_only:
-            assert self._model.text is not None
-            # Padding everywhere else; `valid` may not be None then, since the teacher's input is padded.
-            valid = torch.ones_like(inputs, dtype=torch.bool) if valid is None else valid
-            inputs = torch.where(torch.from_numpy(masks.masked_rt), inputs, self._model.text.pad_id)
+        student_inputs = self._stem.student_inputs(inputs, masks)
+        if student_inputs is not None and self._compat.text_teacher_masked_only:
+            inputs, valid = self._stem.masked_only(inputs, valid, torch.from_numpy(masks.masked_rt))
         return Batch(
             inputs=inputs,
             valid=valid,
             masked_rt=torch.from_numpy(masks.masked_rt),
-            student_inputs=self._student_tokens(stacked.inputs, masks) if self._replaces_tokens else None,
+            student_inputs=student_inputs,
             sample_ids=torch.from_numpy(ids),
             labels=None if self._labels is None else self._labels.stack([row.label for row in rows]),
             keys=tuple(row.key for row in rows),
@@ -208,21 +188,4 @@ class Collator:
         )
 
     def _geometry(self, stacked: Stacked) -> dict[str, Any]:
-        extra_tokens = modalities.of(self._model, self._modality).extra_tokens
-        return {"grid": stacked.grid or (), "extra_tokens": extra_tokens}
-
-    @property
-    def _replaces_tokens(self) -> bool:
-        return self._modality == "text" and not self._model.visible_only
-
-    def _student_tokens(self, tokens_bt: Tensor, masks: masking.Masks) -> Tensor:
-        stem = self._model.text
-        assert stem is not None
-        replaced = masking.replace_tokens(
-            tokens_bt.numpy(),
-            masks,
-            vocab_size=stem.vocab_size,
-            mask_id=stem.mask_id,
-            special_ids=[stem.bos_id, stem.pad_id, stem.eos_id, stem.unk_id],
-        )
-        return torch.from_numpy(replaced)
+        return {"grid": stacked.grid or (), "extra_tokens": self._stem.extra_tokens}

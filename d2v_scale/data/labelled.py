@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from d2v_scale import modalities
 from d2v_scale.data.batch import Batch
 from d2v_scale.data.class_names import agreed_classes
-from d2v_scale.data.collate import Collator, Row, make_decoder
+from d2v_scale.data.collate import Collator, Row
 from d2v_scale.data.config import SAMPLE_RATE, DataConfig, SourceConfig
 from d2v_scale.data.labels import ClassLabels, Labels, Transcripts
 from d2v_scale.data.plan import PlannedBatch
@@ -68,7 +68,8 @@ class LabelledSet:
         check_before_start(self._found, source, self.data.max_bad_ratio)
         self.classes = agreed_classes(self._found.class_names)
         self.tokenizer = Path(self.data.text.tokenizer) if self.data.text.tokenizer else self._found.tokenizer
-        if self.modality == "text":
+        self._stem = modalities.of(self.model, self.modality)
+        if self._stem.uses_tokenizer:
             self._found.require_tokenizer(self.shards, self.tokenizer)
         self._faults: list[Fault] = []
         labelled, longest = [], 0
@@ -76,7 +77,7 @@ class LabelledSet:
             members = self._found.members(k)
             labelled.append(np.flatnonzero(self._wanted(members)))
             longest = max(longest, int(members.length_n[labelled[-1]].max(initial=0)))
-        self._decoder = make_decoder(self.modality, self._decoded(longest), self.model, self.tokenizer)
+        self._decoder = self._stem.build_decoder(self._decoded(longest), self.tokenizer)
         shard_n = np.repeat(np.arange(len(labelled)), [len(items) for items in labelled])
         item_n = np.concatenate(labelled)
         if len(item_n) == 0:
@@ -126,7 +127,7 @@ class LabelledSet:
     @property
     def tokenizer_sha256(self) -> str | None:
         """Checksum of the tokenizer that ids are of; None where it is not known or there is no text."""
-        if self.modality != "text":
+        if not self._stem.uses_tokenizer:
             return None
         if self.tokenizer is not None and "npy" not in self._found.members(0).extensions:
             return file_sha256(self.tokenizer)
@@ -139,12 +140,11 @@ class LabelledSet:
         return DataError(f"No sample of {self.shards!r} can be read{first}.", "See tools/inspect_shards.py.")
 
     def _decoded(self, longest: int) -> DataConfig:
-        """How to decode. `longest`: of the recordings, samples."""
-        if self.modality != "speech" or not isinstance(self.labels, Transcripts):
+        """How to decode. `longest`: of the samples, as the index counts them."""
+        if not isinstance(self.labels, Transcripts):
             return self.data
         # A transcript is of the whole recording: words that were cut off would count as errors.
-        seconds = max(self.data.speech.max_seconds, longest / SAMPLE_RATE)
-        return replace(self.data, speech=replace(self.data.speech, max_seconds=seconds))
+        return self._stem.uncut(self.data, longest)
 
     def _lose(self, fault: Fault) -> None:
         """Log the first faults, each once however often the set is read."""
@@ -184,7 +184,7 @@ class LabelledSet:
             keys=tuple(keys),
             lost=len(shards) - len(rows),
             grid=stacked.grid or (),
-            extra_tokens=modalities.of(self.model, self.modality).extra_tokens,
+            extra_tokens=self._stem.extra_tokens,
         )
         return batch, self.labels.stack(labels)
 

@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from d2v_scale import modalities
 from d2v_scale.data.batch import Batch
-from d2v_scale.data.collate import Collator, Decoder, make_decoder, read_rows
+from d2v_scale.data.collate import Collator, Decoder, read_rows
 from d2v_scale.data.config import DataConfig
 from d2v_scale.data.counters import Counters, SourceCount, Tally
 from d2v_scale.data.forking import forking
@@ -107,7 +108,7 @@ def _tally(batch: Batch, planned: PlannedBatch, kept: list[int], faults: list[Fa
     lost = Counter(planned.epoch_n[~delivered_n].tolist())
     # A stream hands out samples that nobody planned, and finds damage beside those it was asked for.
     lost[batch.epoch] += len(faults) - lost.total()
-    padded = batch.inputs.numel() if kept and batch.modality != "vision" else 0
+    padded = batch.inputs.numel() if kept and not batch.grid else 0
     return Tally(
         delivered=dict(Counter(planned.epoch_n[delivered_n].tolist())),
         lost=dict(+lost),
@@ -186,7 +187,7 @@ class StepLoader:
         return [open_source(data, k, model, seed, dp_rank, dp_size) for k in range(len(data.sources))]
 
     def _make_decoder(self, source: Source | StreamedSource, model: ModelConfig) -> Decoder:
-        return make_decoder(source.modality, self._data, model, source.tokenizer)
+        return modalities.of(model, source.modality).build_decoder(self._data, source.tokenizer)
 
     def tokenizer(self, source: str) -> Path | None:
         """The sentencepiece model of a source's text, by the source's name; None where there is none."""
@@ -195,9 +196,11 @@ class StepLoader:
     def tokenizer_sha256(self) -> str | None:
         """Checksum of the tokenizer that ids are of; None where it is not known or there is no text."""
         for source in self.sources:
-            if source.modality == "text" and source.shards.index is not None:
+            if not modalities.class_of(modalities.kind_of(source.modality)).uses_tokenizer:
+                continue
+            if source.shards.index is not None:
                 return source.shards.index.tokenizer_sha256
-            if source.modality == "text" and source.tokenizer is not None:
+            if source.tokenizer is not None:
                 return file_sha256(source.tokenizer)
         return None
 
@@ -301,7 +304,8 @@ class StepLoader:
 
     def _warn_of_cropping(self) -> None:
         for source, plan, cursor in zip(self.sources, self._plans, self._cursors, strict=True):
-            if not isinstance(plan, SourcePlan) or source.modality != "speech":
+            crops = modalities.class_of(modalities.kind_of(source.modality)).cropped
+            if not isinstance(plan, SourcePlan) or not crops:
                 continue
             if (share := plan.cropped_share(cursor)) > _MUCH_CROPPED:
                 log.warning(

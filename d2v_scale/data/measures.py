@@ -1,8 +1,8 @@
 """What decides whether a sample can be read: one function per content, for converters, indexes, checks and training."""
 
-import functools
 from pathlib import Path
 
+from d2v_scale import modalities
 from d2v_scale.data.config import VisionData
 from d2v_scale.data.shard_index import Measure
 from d2v_scale.model.config import Modality
@@ -15,14 +15,4 @@ def measure_of(modality: Modality, tokenizer: Path | None = None, max_pixels: in
     `tokenizer`: the sentencepiece model of text, None where the shards hold ids. `max_pixels`: as
     data.vision.max_pixels of the recipe.
     """
-    if modality == "vision":
-        from d2v_scale.data.vision import measure
-
-        return functools.partial(measure, max_pixels=max_pixels)
-    if modality == "speech":
-        from d2v_scale.data.speech import measure as speech_measure
-
-        return speech_measure
-    from d2v_scale.data.text import TokenCounter
-
-    return TokenCounter(tokenizer)
+    return modalities.class_of(modalities.kind_of(modality)).measure(tokenizer, max_pixels)

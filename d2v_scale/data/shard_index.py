@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from d2v_scale import modalities
 from d2v_scale.data.config import Modality
 from d2v_scale.data.tar_members import NO_END, PassedOver, Piece, compression_of, shown, tar_members
 from d2v_scale.data.tar_samples import TarSample, tar_samples
@@ -145,7 +146,7 @@ class SetIndex:
             "samples": self.samples,
             "bytes": sum(shard.bytes for shard in self.shards),
             "length": sum(shard.length for shard in self.shards),
-            "length_unit": {"speech": "samples at 16 kHz", "text": "tokens", "vision": "none"}[self.modality],
+            "length_unit": modalities.class_of(modalities.kind_of(self.modality)).length_unit,
         }
         with atomic_file(path) as temporary:
             temporary.write_text(json.dumps({"format": self.format, "totals": totals} | asdict(self), indent=1) + "\n")

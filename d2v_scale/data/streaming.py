@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from torch.utils.data import get_worker_info
 
+from d2v_scale import modalities
 from d2v_scale.data.config import DataConfig, SourceConfig
 from d2v_scale.data.fetching import ShardCache
 from d2v_scale.data.order import KeyedPermutation
@@ -68,7 +69,8 @@ class StreamedSource:
         self._dp_size = dp_size
         self._opened = time.time()
         self._batch_size = 1
-        if source.modality == "text" and self.tokenizer is None:
+        self._stem = modalities.of(model, source.modality)
+        if self._stem.uses_tokenizer and self.tokenizer is None:
             raise ConfigError("data.text.tokenizer", "is not set, and the shards have no index that names one")
         log.warning(
             "%s has no index: its shards are streamed, each rank its own. A resumed run reads past what was used, "

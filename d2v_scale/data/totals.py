@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from d2v_scale.data.config import SAMPLE_RATE
+from d2v_scale import modalities
 from d2v_scale.data.counters import EpochCount, SourceCount
 from d2v_scale.data.source import Source
 from d2v_scale.data.streaming import StreamedSource
@@ -43,7 +43,7 @@ class RunTotals:
         self._sources = list(sources)
         self._totals = {source.name: _SourceTotals() for source in sources}
         self._epochs = {source.name: 0 for source in sources}
-        self._recent = {"tokens": 0, "audio_seconds": 0.0}
+        self._recent: dict[str, float] = {}
         self._recent_real, self._recent_padded = 0, 0
         self._recent_cropped, self._recent_uncropped = 0, 0
 
@@ -99,13 +99,13 @@ class RunTotals:
         totals.real += real
         self._recent_real += real
         self._recent_padded += padded
-        if source.modality == "speech":
+        kind = _kind(source)
+        if kind.cropped:
             self._recent_cropped += mine.cropped
             self._recent_uncropped += mine.uncropped
-        if source.modality == "text":
-            self._recent["tokens"] += real
-        if source.modality == "speech":
-            self._recent["audio_seconds"] += real / SAMPLE_RATE
+        if kind.throughput is not None:
+            name, values = kind.throughput
+            self._recent[name] = self._recent.get(name, 0.0) + real / values
         before = totals.delivered
         totals.dry += sum(epoch.planned for epoch in mine.epochs.values())
         for number in sorted(mine.epochs):
@@ -162,17 +162,16 @@ class RunTotals:
         whole epoch `epoch_planned`, `epoch_delivered`, `epoch_lost`, `epoch_left_out`."""
         totals = self._totals.values()
         values: dict[str, float] = {}
-        for name, modality, unit in (("tokens", "text", 1), ("audio_seconds", "speech", SAMPLE_RATE)):
-            if any(source.modality == modality for source in self._sources):
-                real = sum(self._totals[source.name].real for source in self._sources if source.modality == modality)
-                values[name] = real / unit
-                values[f"{name}_per_second"] = self._recent[name] / elapsed_s
-                self._recent[name] = 0
+        counted = {unit for source in self._sources if (unit := _kind(source).throughput) is not None}
+        for name, of_one in sorted(counted, reverse=True):
+            sources = [source.name for source in self._sources if _kind(source).throughput == (name, of_one)]
+            values[name] = sum(self._totals[source].real for source in sources) / of_one
+            values[f"{name}_per_second"] = self._recent.pop(name, 0.0) / elapsed_s
         for key in ("delivered", "lost", "left_out", "planned"):
             values[f"data/{key}"] = sum(getattr(one, key) for one in totals)
         values["data/padding"] = 1 - self._recent_real / self._recent_padded if self._recent_padded else 0.0
         self._recent_real, self._recent_padded = 0, 0
-        if any(source.modality == "speech" for source in self._sources):
+        if any(_kind(source).cropped for source in self._sources):
             values["data/cropped"] = self._recent_cropped / max(1, self._recent_uncropped)
             self._recent_cropped, self._recent_uncropped = 0, 0
         for name, one in self._totals.items():
@@ -182,3 +181,7 @@ class RunTotals:
                 values |= {f"data/{name}/epoch_{key}": count for key, count in vars(one.closed).items()}
                 one.closed = None
         return values
+
+
+def _kind(source: Source | StreamedSource) -> type[modalities.Modality]:
+    return modalities.class_of(modalities.kind_of(source.modality))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch.distributed as dist
 from torch import Tensor
 
+from d2v_scale import modalities
 from d2v_scale.data.batch import Batch
 from d2v_scale.data.labelled import LabelledSet
 from d2v_scale.data.shard_set import find_shards
@@ -86,6 +87,6 @@ def _set_of(recipe: Recipe, shards: str | None, limit: int, masked: bool) -> Lab
         require_labels=False,
         masking=masks if masked else None,
         compat=recipe.objective.compat,
-        min_seconds=recipe.data.speech.min_seconds if modality == "speech" else 0.0,
+        min_seconds=modalities.of(recipe.model, modality).shortest_seconds(recipe.data),
         found=None if shards else find_shards(first).one(0),
     )

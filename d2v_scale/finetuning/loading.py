@@ -11,9 +11,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from d2v_scale import modalities
 from d2v_scale.data.class_names import agreed_classes
-from d2v_scale.data.collate import Decoder, Row, Stacked, make_decoder
+from d2v_scale.data.collate import Decoder, Row, Stacked
 from d2v_scale.data.config import SAMPLE_RATE, DataConfig
+from d2v_scale.data.items import Recordings
 from d2v_scale.data.labels import ClassLabels, Labels, Scores, SpokenTexts, Transcripts, Vocabulary
 from d2v_scale.data.loader import StepLoader
 from d2v_scale.data.order import WindowOrder
@@ -111,20 +113,23 @@ class LabelledSource(Source):
             raise ConfigError("batch_unit", "is 'tokens'", "Fine-tuning counts samples, or seconds of speech.")
         options = [self._data.window_shards, *self._plan_options(), self._extension, int(self._keep_long)]
         self.fingerprint = key(self.fingerprint, self._seed, batch_size, unit, "labelled", *options) >> 2
-        order = WindowOrder(len(self.shards.paths), self._items, self._data.window_shards, self._seed, self.name)
+        order = WindowOrder(
+            len(self.shards.paths),
+            lambda shard: len(self._labelled(shard)),
+            self._data.window_shards,
+            self._seed,
+            self.name,
+        )
         number = self._data.source_names().index(self.name)
-        if self.modality != "speech":
+        if not isinstance(self.items, Recordings):
             return SourcePlan(order, number, batch_size)
-        seconds = unit == "seconds"
-        size = batch_size * SAMPLE_RATE if seconds else batch_size
-        return SourcePlan(order, number, size, length_of=self._usable_lengths, cost_is_length=seconds)
-
-    def _items(self, shard: int) -> int:
-        return len(self._labelled(shard))
+        size, _ = self.items.plan(batch_size, unit)
+        return SourcePlan(order, number, size, length_of=self._usable_lengths, cost_is_length=unit == "seconds")
 
     def _usable_lengths(self, shard: int) -> NDArray[np.int64]:
         """Samples at 16 kHz; 0 where the recording is too short, or too long for its transcript to be cut."""
-        length_n = self._speech_lengths(shard)
+        assert isinstance(self.items, Recordings)
+        length_n = self.items.usable(shard)
         if not self._keep_long:
             longest = round(self._data.speech.max_seconds * SAMPLE_RATE)
             length_n = np.where(np.asarray(self._lengths(shard)) > longest, 0, length_n)
@@ -211,6 +216,6 @@ class LabelledLoader(StepLoader):
     def _make_decoder(self, source: Source | StreamedSource, model: ModelConfig) -> Decoder:
         image = self._task.image
         augment = RandAugment(image.rand_augment, image.rand_augment_std) if image.rand_augment > 0 else None
-        decoder = make_decoder(source.modality, self._data, model, source.tokenizer)
+        decoder = modalities.of(model, source.modality).build_decoder(self._data, source.tokenizer)
         assert self.labels is not None
         return LabelledDecoder(decoder, self.labels, augment, self._data.shards_kept)

@@ -14,12 +14,21 @@ from d2v_scale.modalities.costs import Lengths, Setting
 from d2v_scale.model.config import ModelConfig, TeacherParts
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import numpy as np
+    import torch
     from numpy.typing import NDArray
     from torch import Tensor, nn
 
     from d2v_scale.data.batch import Batch
+    from d2v_scale.data.collate import Decoder
     from d2v_scale.data.config import DataConfig
+    from d2v_scale.data.items import Items
+    from d2v_scale.data.items import Lengths as SampleLengths
+    from d2v_scale.data.shard_index import Measure
+    from d2v_scale.data.shard_set import ShardSet
+    from d2v_scale.data2vec.masking import Masks
     from d2v_scale.model.layers import Section
     from d2v_scale.model.stem import Stem
 
@@ -40,6 +49,16 @@ class Modality(ABC):
     """The `batch_unit` that its samples have beside `samples`; None: all are of one size."""
     tasks: ClassVar[tuple[str, ...]] = ("classify", "regress")
     """Kinds of fine-tuning that it has a head for."""
+    uses_tokenizer: ClassVar[bool] = False
+    """Whether its inputs are ids of a tokenizer."""
+    length_unit: ClassVar[str] = "none"
+    """What an index counts the length of a sample in."""
+    shown_length: ClassVar[tuple[str, str, int] | None] = None
+    """What a length is called, its unit for people, and how many of `length_unit` are one; None: there is none."""
+    cropped: ClassVar[bool] = False
+    """Whether rows take the length of their batch's shortest."""
+    throughput: ClassVar[tuple[str, int] | None] = None
+    """Name of what is counted of its inputs in the record, and how many values of an input are one of it."""
     raw_name: ClassVar[str]
     """What `raw_features` are called."""
 
@@ -66,6 +85,10 @@ class Modality(ABC):
         del data, length_n
         return None
 
+    @abstractmethod
+    def noise(self, samples: int, size: int, generator: "torch.Generator") -> "Tensor":
+        """Inputs of a batch of so many samples of this `size` that mean nothing, for benchmarks. On the CPU."""
+
     @property
     def fixed_grid(self) -> tuple[int, ...] | None:
         """The grid of every sample; None where it depends on the sample."""
@@ -75,6 +98,47 @@ class Modality(ABC):
     def has_bias(self) -> bool:
         """Whether attention gets a position bias."""
         return False
+
+    # From shards to a batch
+
+    @classmethod
+    @abstractmethod
+    def measure(cls, tokenizer: "Path | None", max_pixels: int) -> "Measure":
+        """What gives the length of a sample from its members' bytes: see `data.measures.measure_of`."""
+
+    def items(self, shards: "ShardSet", data: "DataConfig", lengths: "SampleLengths") -> "Items":
+        """What of these shards a plan deals with."""
+        from d2v_scale.data.items import Items
+
+        return Items(shards, data, lengths)
+
+    @abstractmethod
+    def build_decoder(self, data: "DataConfig", tokenizer: "Path | None") -> "Decoder":
+        """How samples become rows, and rows a batch. Raises ConfigError where data and model do not fit."""
+
+    def shortest_seconds(self, data: "DataConfig") -> float:
+        """Samples that last less are left out."""
+        del data
+        return 0.0
+
+    def uncut(self, data: "DataConfig", longest: int) -> "DataConfig":
+        """Settings that cut nothing off a sample of this length, as the index counts it."""
+        del longest
+        return data
+
+    def student_inputs(self, inputs: "Tensor", masks: "Masks") -> "Tensor | None":
+        """What the student is given where masks change the inputs themselves; None: it is given what the teacher is.
+        `masks` with no position: of a row that stands for none."""
+        del inputs, masks
+        return None
+
+    def masked_only(
+        self, inputs: "Tensor", valid: "Tensor | None", masked_bt: "Tensor"
+    ) -> "tuple[Tensor, Tensor | None]":
+        """Inputs of which the teacher sees the masked positions alone, and what of them is real: a bug of the reference
+        that `objective.compat` can repeat."""
+        del masked_bt
+        return inputs, valid
 
     # Networks
 

@@ -1,6 +1,7 @@
 """What recordings say of themselves."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from d2v_scale.data.config import SAMPLE_RATE
@@ -10,12 +11,20 @@ from d2v_scale.modalities.costs import INDEX_BYTES, NORM_BYTES, Lengths, Setting
 from d2v_scale.model.config import SpeechStem, TeacherParts
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import numpy as np
+    import torch
     from numpy.typing import NDArray
     from torch import Tensor, nn
 
     from d2v_scale.data.batch import Batch
     from d2v_scale.data.config import DataConfig
+    from d2v_scale.data.items import Lengths as SampleLengths
+    from d2v_scale.data.items import Recordings
+    from d2v_scale.data.shard_index import Measure
+    from d2v_scale.data.shard_set import ShardSet
+    from d2v_scale.data.speech import SpeechDecoder
     from d2v_scale.model.layers import Section
     from d2v_scale.model.speech import WaveformStem
 
@@ -25,6 +34,10 @@ class Speech(Modality):
 
     content = "recording"
     unit = "seconds"
+    length_unit = "samples at 16 kHz"
+    shown_length = ("duration", "s", SAMPLE_RATE)
+    cropped = True
+    throughput = ("audio_seconds", SAMPLE_RATE)
     tasks = ("classify", "regress", "ctc")
     raw_name = "mean log-mel"
 
@@ -46,10 +59,46 @@ class Speech(Modality):
         """Samples at 16 kHz, cropped."""
         return float(length_n.clip(max=round(data.speech.max_seconds * SAMPLE_RATE)).mean())
 
+    def noise(self, samples: int, size: int, generator: "torch.Generator") -> "Tensor":
+        """Normal."""
+        import torch
+
+        return torch.randn(samples, size, generator=generator)
+
     @property
     def has_bias(self) -> bool:
         """ALiBi."""
         return self.stem.alibi
+
+    @classmethod
+    def measure(cls, tokenizer: "Path | None", max_pixels: int) -> "Measure":
+        """Samples at 16 kHz."""
+        from d2v_scale.data.speech import measure
+
+        del tokenizer, max_pixels
+        return measure
+
+    def items(self, shards: "ShardSet", data: "DataConfig", lengths: "SampleLengths") -> "Recordings":
+        """Whole recordings."""
+        from d2v_scale.data.items import Recordings
+
+        return Recordings(shards, data, lengths)
+
+    def build_decoder(self, data: "DataConfig", tokenizer: "Path | None") -> "SpeechDecoder":
+        """Resampling, normalisation, crop."""
+        from d2v_scale.data.speech import SpeechDecoder
+
+        del tokenizer
+        return SpeechDecoder(data.speech, self.stem)
+
+    def shortest_seconds(self, data: "DataConfig") -> float:
+        """As training."""
+        return data.speech.min_seconds
+
+    def uncut(self, data: "DataConfig", longest: int) -> "DataConfig":
+        """No recording is longer."""
+        seconds = max(data.speech.max_seconds, longest / SAMPLE_RATE)
+        return replace(data, speech=replace(data.speech, max_seconds=seconds))
 
     def build_stem(self, exists: Callable[[str], bool], section: "Section") -> "WaveformStem":
         """Convolutions; masking, positional convolutions."""

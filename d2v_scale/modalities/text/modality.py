@@ -8,12 +8,21 @@ from d2v_scale.modalities.costs import INDEX_BYTES, NORM_BYTES, Lengths, Setting
 from d2v_scale.model.config import TeacherParts, TextStem
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import numpy as np
+    import torch
     from numpy.typing import NDArray
     from torch import Tensor, nn
 
     from d2v_scale.data.batch import Batch
     from d2v_scale.data.config import DataConfig
+    from d2v_scale.data.items import Lengths as SampleLengths
+    from d2v_scale.data.items import TextBlocks
+    from d2v_scale.data.shard_index import Measure
+    from d2v_scale.data.shard_set import ShardSet
+    from d2v_scale.data.text import TextDecoder
+    from d2v_scale.data2vec.masking import Masks
     from d2v_scale.model.layers import Section
     from d2v_scale.model.text import TokenStem
 
@@ -23,6 +32,10 @@ class Text(Modality):
 
     content = "text"
     unit = "tokens"
+    uses_tokenizer = True
+    length_unit = "tokens"
+    shown_length = ("length", "tokens", 1)
+    throughput = ("tokens", 1)
     raw_name = "bag of tokens"
 
     @property
@@ -37,12 +50,66 @@ class Text(Modality):
         tokens = self.stem.max_positions if size is None else max(2, round(size))
         return tokens, (tokens,)
 
+    def noise(self, samples: int, size: int, generator: "torch.Generator") -> "Tensor":
+        """Any ordinary token."""
+        import torch
+
+        return torch.randint(4, self.stem.mask_id, (samples, size), generator=generator)
+
     def mean_size(self, data: "DataConfig", length_n: "NDArray[np.int64]") -> float:
         """Tokens of a row, with <s>."""
         block = self.stem.max_positions - 1
         if data.text.packing == "continuous":
             return float(block + 1)
         return float(1 + length_n.sum() / (-(-length_n // block)).sum())
+
+    @classmethod
+    def measure(cls, tokenizer: "Path | None", max_pixels: int) -> "Measure":
+        """Tokens."""
+        from d2v_scale.data.text import TokenCounter
+
+        del max_pixels
+        return TokenCounter(tokenizer)
+
+    def items(self, shards: "ShardSet", data: "DataConfig", lengths: "SampleLengths") -> "TextBlocks":
+        """Blocks, or chunks of documents."""
+        from d2v_scale.data.items import TextBlocks, TextChunks
+
+        kind = TextChunks if data.text.packing == "document" else TextBlocks
+        return kind(shards, data, lengths, self.stem.max_positions)
+
+    def build_decoder(self, data: "DataConfig", tokenizer: "Path | None") -> "TextDecoder":
+        """Tokens to rows."""
+        from d2v_scale.data.text import TextDecoder
+
+        return TextDecoder(data, self.stem, tokenizer)
+
+    def student_inputs(self, inputs: "Tensor", masks: "Masks") -> "Tensor | None":
+        """1.0: the tokens with <mask>; 2.0 leaves masked tokens out later."""
+        from d2v_scale.data2vec import masking
+
+        if self.model.visible_only:
+            return None
+        import torch
+
+        stem = self.stem
+        replaced = masking.replace_tokens(
+            inputs.numpy(),
+            masks,
+            vocab_size=stem.vocab_size,
+            mask_id=stem.mask_id,
+            special_ids=[stem.bos_id, stem.pad_id, stem.eos_id, stem.unk_id],
+        )
+        return torch.from_numpy(replaced)
+
+    def masked_only(
+        self, inputs: "Tensor", valid: "Tensor | None", masked_bt: "Tensor"
+    ) -> "tuple[Tensor, Tensor | None]":
+        """Padding everywhere else; `valid` may not be None then, since the teacher's input is padded."""
+        import torch
+
+        valid = torch.ones_like(inputs, dtype=torch.bool) if valid is None else valid
+        return torch.where(masked_bt, inputs, self.stem.pad_id), valid
 
     def build_stem(self, exists: Callable[[str], bool], section: "Section") -> "TokenStem":
         """Embeddings; choice of tokens."""

@@ -1,5 +1,6 @@
 """What images say of themselves."""
 
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -8,10 +9,15 @@ from d2v_scale.modalities.costs import INDEX_BYTES, NORM_BYTES, Lengths, Setting
 from d2v_scale.model.config import VisionStem
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    import torch
     from torch import Tensor, nn
 
     from d2v_scale.data.batch import Batch
     from d2v_scale.data.config import DataConfig
+    from d2v_scale.data.shard_index import Measure
+    from d2v_scale.data.vision import VisionDecoder
     from d2v_scale.model.layers import Section
     from d2v_scale.model.vision import PatchStem
 
@@ -35,6 +41,14 @@ class Vision(Modality):
         del data, size
         return self.stem.image_size, self.fixed_grid
 
+    def noise(self, samples: int, size: int, generator: "torch.Generator") -> "Tensor":
+        """Normal."""
+        import torch
+
+        del size
+        side = self.stem.image_size
+        return torch.randn(samples, self.stem.channels, side, side, generator=generator)
+
     @property
     def fixed_grid(self) -> tuple[int, int]:
         """Rows of patches, and patches in a row."""
@@ -45,6 +59,21 @@ class Vision(Modality):
     def has_bias(self) -> bool:
         """Relative positions are a bias on attention, sine-cosine ones are added to the patches."""
         return self.stem.positions == "relative"
+
+    @classmethod
+    def measure(cls, tokenizer: "Path | None", max_pixels: int) -> "Measure":
+        """Images have no length."""
+        from d2v_scale.data.vision import measure
+
+        del tokenizer
+        return functools.partial(measure, max_pixels=max_pixels)
+
+    def build_decoder(self, data: "DataConfig", tokenizer: "Path | None") -> "VisionDecoder":
+        """Crop, flip, jitter."""
+        from d2v_scale.data.vision import VisionDecoder
+
+        del tokenizer
+        return VisionDecoder(data.vision, self.stem)
 
     def build_stem(self, exists: Callable[[str], bool], section: "Section") -> "PatchStem":
         """Patch embedding; positions, masking, CLS token."""
