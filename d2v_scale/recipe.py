@@ -150,7 +150,7 @@ class Recipe:
         """Raises ConfigError for what contradicts a stem, whose own values are entered in `objective`."""
         model = self.model
         objective.check()
-        targets.first_tapped_layer(objective.target, model.backbone.depth)
+        targets.tapped_layers(objective.target, model.backbone.depth)
         targets.accumulator(objective.target)
         masks = objective.masking
         if masks.clones > 1 and not model.visible_only:

@@ -75,6 +75,15 @@ def test_a_stem_has_its_own_values_and_inherits_the_rest() -> None:
     assert objective.key("vision", "objective.masking.kind") == "objective.masking.kind"
 
 
+def test_the_nearer_choice_of_layers_counts() -> None:
+    objective = ObjectiveConfig(target=TargetConfig(layers=[0, 2]))
+    objective.vision = own.OwnObjective(target=own.OwnTarget(top_k_layers=1))
+    objective.text = own.OwnObjective(target=own.OwnTarget(layers=[1]))
+    assert objective.of("vision").target == TargetConfig(top_k_layers=1)
+    assert objective.of("text").target == TargetConfig(layers=[1])
+    assert objective.of("speech").target == objective.target
+
+
 @pytest.mark.parametrize("name", ["v2_vision", "v2_text"])
 def test_a_stems_own_values_train_as_those_of_all_do(name: str) -> None:
     """One model written in two ways: losses bitwise equal, and not those of what was overridden."""
@@ -193,6 +202,7 @@ def test_a_joint_recipe_mixes_and_masks_as_published(name: str) -> None:
         (["--objective.vision.masking.kind=bert"], "objective.vision.masking.kind", "more positions in some rows"),
         (["--objective.speech.masking.kind=block2d"], "objective.speech.masking.kind", "grid"),
         (["--objective.vision.target.top_k_layers=9"], "objective.vision.target.top_k_layers", "9 of 8"),
+        (["--objective.vision.target.layers=[1,9]"], "objective.vision.target.layers", "blocks of 8"),
         (["--objective.text.loss.cls_weight=1"], "objective.text.loss.cls_weight", "needs a 2.0 vision model"),
         (["--objective.text.masking.prob=1.5"], "objective.text.masking.prob", "at most 1"),
         (["--objective.text.masking.clones=0"], "objective.text.masking.clones", "above 0"),

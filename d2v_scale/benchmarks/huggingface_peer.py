@@ -18,6 +18,7 @@ from d2v_scale.benchmarks.cases import Case
 from d2v_scale.benchmarks.sides import Side, default_adamw, finish_plainly
 from d2v_scale.data.batch import Batch
 from d2v_scale.data2vec.config import ObjectiveConfig
+from d2v_scale.data2vec.targets import tapped_layers
 from d2v_scale.interop.huggingface import huggingface_keys, huggingface_settings
 from d2v_scale.interop.keymap import KeyMap, export_tensors
 from d2v_scale.model.config import ModelConfig
@@ -63,7 +64,8 @@ class HuggingFacePeer(Side):
         objective = self.recipe.objective
         with self.teacher.taps(objective.target.tap) as taps:
             self.teacher(batch.inputs)
-        layers = [tap[:, self.teacher.extra :] for tap in taps[-objective.target.top_k_layers :]]
+        tapped = tapped_layers(objective.target, len(taps))
+        layers = [taps[layer][:, self.teacher.extra :] for layer in tapped]
         return _average(layers, objective)
 
     def loss(self, batch: Batch, noise_rtd: Tensor) -> float:

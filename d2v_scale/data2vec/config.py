@@ -48,6 +48,10 @@ class TargetConfig:
     tap: Literal["ffn", "block"] = "ffn"
     """`ffn`: second FFN linear before dropout and residual; `block`: the block's output (1.0 vision)."""
     top_k_layers: int = 8
+    """K: the last K main blocks are tapped."""
+    layers: list[int] | None = None
+    """Which main blocks are tapped instead, in any choice; the first is 0. Where it is set, `top_k_layers` is not
+    read."""
     layer_norm: str = "instance"
     """Parameter-free norms of each tap, joined by `+` and applied in that order, or `none`. `instance`: over time for
     each sample and channel; `layer`: over channels; `batch`: over samples and time; `group`: over time and channels."""
@@ -150,6 +154,9 @@ class ObjectiveConfig:
         """The objective of the stem `name`: what it does differently entered in the blocks of all."""
         own: OwnObjective | None = getattr(self, name)
         parts = {part: merged(getattr(self, part), getattr(own, part)) for part in _OWN} if own is not None else {}
+        if own is not None and own.target.top_k_layers is not None and own.target.layers is None:
+            # Its own K is nearer than the layers of all.
+            parts["target"] = replace(parts["target"], layers=None)
         return replace(self, **parts, vision=None, speech=None, text=None)
 
     def key(self, name: str, key: str) -> str:

@@ -26,6 +26,7 @@ class OwnTarget:
     kind: str | None = None
     tap: Literal["ffn", "block"] | None = None
     top_k_layers: int | None = None
+    layers: list[int] | None = None
     layer_norm: str | None = None
     final_norm: str | None = None
 

@@ -1,4 +1,4 @@
-"""What the student regresses: parameter-free norms and an average of the teacher's top blocks (spec 1.2).
+"""What the student regresses: parameter-free norms and an average of some of the teacher's blocks (spec 1.2).
 
 A target function is named by `TargetConfig.kind` and is an accumulator: blocks add their taps as they run, so that one
 (B, T, D) sum is all that is ever held (or sent from one pipeline stage to the next).
@@ -45,19 +45,28 @@ def _normalise(x_btd: Tensor, name: str) -> Tensor:
     return centred_btd.mul_(torch.rsqrt(variance + _EPS))
 
 
-def first_tapped_layer(config: TargetConfig, depth: int) -> int:
-    """Index of the first of the last K main blocks. Raises `ConfigError` if the model has fewer than K."""
+def tapped_layers(config: TargetConfig, depth: int) -> tuple[int, ...]:
+    """Indexes of the main blocks that are tapped, ascending. Raises `ConfigError` for some that the model lacks."""
+    if config.layers is not None:
+        layers = tuple(sorted(set(config.layers)))
+        if not layers or len(layers) < len(config.layers) or layers[0] < 0 or layers[-1] >= depth:
+            raise ConfigError(
+                "objective.target.layers",
+                f"{config.layers} are not different main blocks of {depth}.",
+                f"Choose from 0 to {depth - 1}; blocks of the stem (prenet) are never tapped.",
+            )
+        return layers
     if not 1 <= config.top_k_layers <= depth:
         raise ConfigError(
             "objective.target.top_k_layers",
             f"{config.top_k_layers} of {depth} main blocks cannot be averaged.",
             f"Choose 1 to {depth}; blocks of the stem (prenet) are never tapped.",
         )
-    return depth - config.top_k_layers
+    return tuple(range(depth - config.top_k_layers, depth))
 
 
 class TargetAccumulator:
-    """`average_top_k`: each tap normalised, the mean of K taps, normalised again. All in fp32, without gradient.
+    """`average_top_k`: each tap normalised, the mean of all taps, normalised again. All in fp32, without gradient.
 
     CLS tokens must be cut off before `add`, so that instance norms do not see them; padded positions take part in the
     statistics, as in the reference. `total_btd` and `count` continue a sum begun elsewhere (an earlier pipeline stage).
@@ -66,7 +75,7 @@ class TargetAccumulator:
     def __init__(self, config: TargetConfig, total_btd: Tensor | None = None, count: int = 0) -> None:
         self._tap_norms = split_norms(config.layer_norm, "objective.target.layer_norm")
         self._final_norms = split_norms(config.final_norm, "objective.target.final_norm")
-        self._top_k_layers = config.top_k_layers
+        self._taps = config.top_k_layers if config.layers is None else len(config.layers)
         self.total_btd = total_btd
         self.count = count
 
@@ -85,9 +94,9 @@ class TargetAccumulator:
 
     @torch.no_grad()
     def finish(self) -> Tensor:
-        """The targets, fp32 (B, T, D). Exactly K taps must have been added."""
+        """The targets, fp32 (B, T, D). All taps must have been added."""
         assert self.total_btd is not None, "no tap was added"
-        assert self.count == self._top_k_layers, f"{self.count} taps for top_k_layers={self._top_k_layers}"
+        assert self.count == self._taps, f"{self.count} taps instead of {self._taps}"
         targets_btd = self.total_btd / self.count
         for name in self._final_norms:
             targets_btd = _normalise(targets_btd, name)
@@ -107,7 +116,7 @@ def accumulator(config: TargetConfig, total_btd: Tensor | None = None, count: in
 
 
 def make_targets(taps: Iterable[Tensor], config: TargetConfig) -> Tensor:
-    """Targets, fp32 (B, T, D), from the taps (B, T, D) of the last K main blocks, first block first.
+    """Targets, fp32 (B, T, D), from the taps (B, T, D) of main blocks, first block first.
 
     The one-call form, for tests and notebooks.
     """

@@ -48,7 +48,9 @@ class FrozenEncoder:
         targets = recipe.targets()
         if recipe.task is not None:
             # It was fine-tuned: how targets were made does not matter, and need not fit.
-            targets = {name: dataclasses.replace(target, top_k_layers=1) for name, target in targets.items()}
+            targets = {
+                name: dataclasses.replace(target, top_k_layers=1, layers=None) for name, target in targets.items()
+            }
         # Nothing shared: this encoder owns the stem too.
         model = Teacher(recipe.model, targets, TeacherParts())
         initialize(model, recipe.seed)

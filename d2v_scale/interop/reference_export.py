@@ -9,6 +9,7 @@ from torch import Tensor
 
 from d2v_scale.checkpoint import Checkpoint
 from d2v_scale.data2vec.config import ObjectiveConfig
+from d2v_scale.data2vec.targets import tapped_layers
 from d2v_scale.errors import CheckpointError
 from d2v_scale.interop.keymap import export_tensors
 from d2v_scale.interop.reference_names import reference_keys
@@ -90,10 +91,13 @@ def _norm_flags(objective: ObjectiveConfig) -> dict[str, bool]:
     return flags | {f"{n}_norm_targets": n in final for n in order_final}
 
 
-def _common(objective: ObjectiveConfig) -> dict[str, Any]:
+def _common(objective: ObjectiveConfig, depth: int) -> dict[str, Any]:
+    layers = tapped_layers(objective.target, depth)
+    if layers[-1] != depth - 1 or layers[0] != depth - len(layers):
+        raise CheckpointError(f"fairseq averages the last blocks; this model's targets are of blocks {list(layers)}.")
     return {
         **_norm_flags(objective),
-        "average_top_k_layers": objective.target.top_k_layers,
+        "average_top_k_layers": len(layers),
         "loss_beta": objective.loss.beta,
         "loss_scale": objective.loss.scale,
         "ema_decay": objective.ema.start,
@@ -116,7 +120,7 @@ def fairseq_settings(
         layers = ", ".join(str(tuple(layer)) for layer in model.speech.conv_layers)
         return {
             "_name": "data2vec_audio",
-            **_common(objective),
+            **_common(objective, backbone.depth),
             "extractor_mode": "layer_norm",
             "layer_norm_first": False,
             "conv_bias": False,
@@ -140,7 +144,7 @@ def fairseq_settings(
     assert model.text is not None
     return {
         "_name": "data2vec_text",
-        **_common(objective),
+        **_common(objective, backbone.depth),
         "max_positions": model.text.max_positions,
         "head_layers": 2 if model.predictor.kind == "mlp" else 1,
         "ema_transformer_layers_only": bool(parts.copied),
@@ -224,7 +228,7 @@ def _settings_2(
         stem |= {"max_source_positions": model.text.max_positions, "dropout": backbone.input_dropout}
     return {
         "_name": "data2vec_multi",
-        **_common(objective),
+        **_common(objective, backbone.depth),
         "embed_dim": backbone.width,
         "depth": backbone.depth,
         "num_heads": backbone.heads,
@@ -277,7 +281,7 @@ def data2vec_vision_settings(model: ModelConfig, objective: ObjectiveConfig) -> 
         "init_values": backbone.layer_scale,
     }
     loop = {
-        "target_layers": list(range(backbone.depth - target.top_k_layers, backbone.depth)),
+        "target_layers": list(tapped_layers(target, backbone.depth)),
         "layer_results": "end",
         "target_layer_norm_last": target.layer_norm == "layer",
         "post_target_layer_norm": target.final_norm == "layer",

@@ -59,8 +59,12 @@ def from_data2vec_vision(settings: Settings, loop: Settings, shapes: Shapes) -> 
     )
     layers = loop.get("target_layers", list(range(depth - 6, depth)))
     layers = list(ast.literal_eval(layers)) if isinstance(layers, str) else list(layers)
-    if layers != list(range(depth - len(layers), depth)):
-        raise CheckpointError(f"target layers {layers} are not the last ones of {depth}, which is not supported.")
+    if not layers or not all(type(layer) is int and -depth <= layer < depth for layer in layers):
+        raise CheckpointError(f"target layers {layers} are not blocks of {depth}.")
+    # Negative numbers count from the end there.
+    layers = sorted(layer % depth for layer in layers)
+    if len(set(layers)) < len(layers):
+        raise CheckpointError(f"target layers {layers} name a block twice, which is not supported.")
     require(loop, "layer_results", "end", default="end")
     for flag in ("target_batch_norm", "target_instance_norm", "post_target_instance_norm"):
         require(loop, flag, False, None)
@@ -74,6 +78,7 @@ def from_data2vec_vision(settings: Settings, loop: Settings, shapes: Shapes) -> 
         target=TargetConfig(
             tap="block",
             top_k_layers=len(layers),
+            layers=None if layers[-1] == depth - 1 and layers[0] == depth - len(layers) else layers,
             layer_norm="layer" if loop.get("target_layer_norm_last", True) else "none",
             final_norm="layer" if loop.get("post_target_layer_norm", False) else "none",
         ),

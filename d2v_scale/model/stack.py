@@ -265,7 +265,8 @@ class Teacher(_Stack):
         super().__init__(config, config.modalities, parts, section)
         depth = config.backbone.depth
         self.targets = {m: target if isinstance(target, TargetConfig) else target[m] for m in config.modalities}
-        self.first_taps = {m: targets.first_tapped_layer(one, depth) for m, one in self.targets.items()}
+        self.tapped = {m: targets.tapped_layers(one, depth) for m, one in self.targets.items()}
+        """The main blocks whose taps targets are made of, by stem."""
         self.requires_grad_(False)
         super().train(False)
 
@@ -285,6 +286,10 @@ class Teacher(_Stack):
         self.run_blocks(batch, self.enter(batch, features_btd), accumulator)
         return accumulator.finish()
 
+    def taps_before(self, modality: Modality, block: int) -> int:
+        """How many of the tapped main blocks come before this one."""
+        return sum(layer < block for layer in self.tapped[modality])
+
     def enter(self, batch: Batch, features_btd: Tensor | None) -> Carry:
         """The stem on the unmasked input: what the first block gets."""
         if self.owns_features(batch.modality):
@@ -300,10 +305,10 @@ class Teacher(_Stack):
 
     def run_blocks(self, batch: Batch, carry: Carry, accumulator: targets.TargetAccumulator) -> None:
         """Move the carry through the blocks that are here, and add their taps."""
-        target, first_tap = self.targets[batch.modality], self.first_taps[batch.modality]
+        target, tapped = self.targets[batch.modality], self.tapped[batch.modality]
         for layer, block in self._blocks(batch.modality):
             carry.states_rsd, ffn_rsd = block(carry.states_rsd, carry.attention_bias, None)
-            if layer.main >= first_tap:
+            if layer.main in tapped:
                 tap_rsd = ffn_rsd if target.tap == "ffn" else carry.states_rsd
                 accumulator.add(tap_rsd[:, carry.extra_tokens :])
 

@@ -112,8 +112,8 @@ class Stage(nn.Module):
                 teacher_carry = teacher.enter(batch, features_btd.detach())
             else:
                 teacher_carry = teacher.resume(batch, teacher_states_bsd, teacher_position)
-            target, first_tap = teacher.targets[batch.modality], teacher.first_taps[batch.modality]
-            taps = targets.accumulator(target, total_btd, max(0, section.first - first_tap))
+            earlier = teacher.taps_before(batch.modality, section.first)
+            taps = targets.accumulator(teacher.targets[batch.modality], total_btd, earlier)
             teacher.run_blocks(batch, teacher_carry, taps)
         if not section.ends:
             return _pack(carry, teacher_carry, taps.total_btd)
@@ -144,7 +144,7 @@ def _unpack(
     position = next(parts) if with_bias else None
     teacher_states_bsd = next(parts).view(dtype)
     teacher_position = next(parts).view(torch.float32).to(dtype) if with_bias else None
-    tapped = teacher.section.first > teacher.first_taps[batch.modality]
+    tapped = teacher.taps_before(batch.modality, teacher.section.first)
     total_btd = next(parts).view(torch.float32) if tapped else None
     assert next(parts, None) is None, "the stages disagree about what travels"
     return states_rsd, position, teacher_states_bsd, teacher_position, total_btd
@@ -170,7 +170,7 @@ def _travelling(student: Student, teacher: Teacher, batch: Batch, block: int) ->
         shape: tuple[int, ...] = cast(Stem, student.stems[modality]).bias.parameter_shape
         kept.append((shape, dtype))
         ridden.append((shape, torch.float32))
-    if block > teacher.first_taps[modality]:
+    if teacher.taps_before(modality, block):
         ridden.append(((seen[0], seen[1] - batch.extra_tokens, seen[2]), torch.float32))
     # As `_as_int` makes them.
     as_int = [((*shape[:-1], shape[-1] * of.itemsize // 4), torch.int32) for shape, of in ridden]

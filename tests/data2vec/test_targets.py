@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 
 from d2v_scale.data2vec.config import TargetConfig
-from d2v_scale.data2vec.targets import TargetAccumulator, accumulator, first_tapped_layer, make_targets
+from d2v_scale.data2vec.targets import TargetAccumulator, accumulator, make_targets, tapped_layers
 from d2v_scale.errors import ConfigError
 
 
@@ -61,7 +61,7 @@ def test_a_sum_continued_elsewhere_gives_the_same_targets() -> None:
 
 
 def test_a_wrong_number_of_taps_is_refused() -> None:
-    with pytest.raises(AssertionError, match="top_k_layers=2"):
+    with pytest.raises(AssertionError, match="3 taps instead of 2"):
         make_targets(taps(3), TargetConfig(top_k_layers=2))
 
 
@@ -79,6 +79,13 @@ def test_an_unknown_name_is_a_config_error_with_its_key(config: TargetConfig, ke
 
 
 def test_more_layers_than_the_model_has_is_a_config_error() -> None:
-    assert first_tapped_layer(TargetConfig(top_k_layers=8), 12) == 4
+    assert tapped_layers(TargetConfig(top_k_layers=8), 12) == tuple(range(4, 12))
     with pytest.raises(ConfigError, match="top_k_layers"):
-        first_tapped_layer(TargetConfig(top_k_layers=13), 12)
+        tapped_layers(TargetConfig(top_k_layers=13), 12)
+
+
+def test_any_layers_can_be_tapped() -> None:
+    assert tapped_layers(TargetConfig(layers=[3, 1]), 5) == (1, 3)
+    for wrong in ([], [5], [-1], [2, 2]):
+        with pytest.raises(ConfigError, match=r"objective\.target\.layers"):
+            tapped_layers(TargetConfig(layers=wrong), 5)

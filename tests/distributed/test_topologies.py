@@ -33,6 +33,10 @@ TOPOLOGIES: dict[str, tuple[int, dict]] = {
 }
 
 
+LAYERS = {"model": "v1_text", "target": {"layers": [0, 2]}}
+"""Taps of either stage, and not of the last block."""
+
+
 def train(root: Path, world_size: int, cases: list[dict]) -> dict[str, Checkpoint]:
     """Run the cases in one launch; the checkpoint of each."""
     for case in cases:
@@ -95,7 +99,7 @@ def references(root: Path) -> dict[str, Checkpoint]:
     """What one process computes."""
     cases = [{"name": model, "model": model, "accumulation": 4} for model in tiny_models.NAMES]
     poisoned = {"name": "skipping", "model": "v2_vision", "accumulation": 4, "poisoned_step": 2}
-    return train(root, 1, [*cases, poisoned])
+    return train(root, 1, [*cases, poisoned, {"name": "layers", **LAYERS, "accumulation": 4}])
 
 
 def compare(found: dict[str, Checkpoint], references: dict[str, Checkpoint]) -> list[tuple[str, dict[str, float]]]:
@@ -118,6 +122,7 @@ def on_two_ranks(root: Path) -> dict[str, Checkpoint]:
         [
             *cases_of("pp2", tiny_models.NAMES),
             *cases_of("tp2", ("v2_speech",)),
+            {"name": "layers pp2", **LAYERS, **pipeline},
             {"name": "bf16", "model": "v1_vision", "precision": "bf16", **pipeline},
             {"name": "delayed", "model": "v2_text", "steps": [0, 2], "sleeps": SLEEPS, **pipeline},
         ],

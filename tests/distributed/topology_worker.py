@@ -39,7 +39,7 @@ def recipe_of(case: dict) -> Recipe:
     name = case["model"]
     model = tiny_models.model(name, depth=4, drop_path=0.2)
     model.activation_checkpointing = case.get("checkpointing", False)
-    target = dataclasses.replace(tiny_models.target_of(name), top_k_layers=3)
+    target = dataclasses.replace(tiny_models.target_of(name), top_k_layers=3, **case.get("target", {}))
     loss = LossConfig(cls_weight=0.5 if name == "v2_vision" else 0.0)
     return Recipe(
         model=model,

@@ -91,6 +91,44 @@ def test_a_recipe_that_differs_from_the_recording_fails(
     assert any(line.split("  ")[0].strip().endswith(noticed_in) for line in failures(folder))
 
 
+def with_another_block(folder: Path) -> None:
+    """The recorded model, and after its last block one that changes nothing: its layer scales are 0. What was tapped
+    still is, and is no longer the last; only the norm of the whole gradient is another, by that of the new scales."""
+    change_meta(folder, "config", "depth", value=5)
+    for name in ("student_init", "teacher_init"):
+        tensors = load_file(folder / f"{name}.safetensors")
+        new = {k.replace("blocks.3.", "blocks.4."): t.clone() for k, t in tensors.items() if k.startswith("blocks.3.")}
+        new |= {k: torch.zeros_like(t) for k, t in new.items() if ".gamma_" in k}
+        save_file({**tensors, **new}, folder / f"{name}.safetensors")
+    meta = json.loads((folder / "meta.json").read_text())
+    meta["steps_torch_adamw"] = meta["steps_torch_adamw"][:1]
+    del meta["steps_torch_adamw"][0]["grad_norm_total"]
+    del meta["steps_torch_adamw"][0]["ema_decay_after"]
+    (folder / "meta.json").write_text(json.dumps(meta))
+
+
+@pytest.mark.parametrize("layers", [[1, 2, 3], "[3, 1, 2]", [-4, -3, -2]])
+def test_targets_of_any_layers_are_the_references(layers: list[int] | str, tmp_path: Path) -> None:
+    """1.0 vision's `target_layers: [1, 2, 3]` of 5."""
+    folder = copy_of("v1_vision_beit", tmp_path)
+    with_another_block(folder)
+    change_meta(folder, "loop_config", "target_layers", value=layers)
+    assert load_tool().main([str(folder)]) == 0
+    assert Fixture(folder).reference.objective.target.layers == [1, 2, 3]
+
+
+@pytest.mark.parametrize(("layers", "said"), [([0, 2, 3], "FAIL"), ([1, 5], "not blocks of 5"), ([1, 1], "twice")])
+def test_other_layers_are_not_taken_for_the_recorded_ones(
+    layers: list[int], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = copy_of("v1_vision_beit", tmp_path)
+    with_another_block(folder)
+    change_meta(folder, "loop_config", "target_layers", value=layers)
+    assert load_tool().main([str(folder)]) in (1, 2)
+    out, err = capsys.readouterr()
+    assert said in out + err
+
+
 def test_clones_share_one_teacher_forward_and_have_equal_targets(monkeypatch: pytest.MonkeyPatch) -> None:
     """Acceptance check 8."""
     replay = Replay(Fixture(REDUCED / "v2_image"))
