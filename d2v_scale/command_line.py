@@ -17,7 +17,6 @@ from d2v_scale.errors import ConfigError
 from d2v_scale.recipe import Recipe, binding_differences, differences, to_dict
 from d2v_scale.recipe_file import plain
 from d2v_scale.recipe_paths import absolute
-from d2v_scale.redaction import redact_values
 from d2v_scale.run_start import RECIPE_FILE, began_from, may_begin_anew
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -188,7 +187,7 @@ def check_same_recipe(recipe: Recipe, run_dir: Path, allow_change: bool) -> None
     existing = run_dir / RECIPE_FILE
     if allow_change or not existing.is_file() or may_begin_anew(run_dir):
         return
-    changed = binding_differences(redact_values(recipe_file.load(existing)), plain(to_dict(recipe)))
+    changed = binding_differences(recipe_file.load(existing), plain(to_dict(recipe)))
     # A run directory of an earlier version has its paths as they were given.
     changed = {name: (old, new) for name, (old, new) in changed.items() if not _same_file(old, new)}
     if changed:

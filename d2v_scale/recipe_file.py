@@ -15,6 +15,7 @@ import yaml
 
 from d2v_scale.errors import ConfigError
 from d2v_scale.recipe import Recipe, to_dict
+from d2v_scale.redaction import redact_values
 
 _MARK = "\ue000"  # of Unicode's private use area
 _PLAIN = re.compile(r"[A-Za-z_/][A-Za-z0-9_./-]*")
@@ -55,14 +56,15 @@ def plain(value: Any) -> Any:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """A resolved recipe from a run directory, as plain values. Raises ConfigError when it cannot be read."""
+    """A resolved recipe from a run directory, as plain values without secrets, which earlier versions kept. Raises
+    ConfigError when it cannot be read."""
     try:
         value = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise ConfigError("run_dir", f"cannot read {path}: {error}", "Choose another --run_dir.") from error
     if not isinstance(value, dict):
         raise ConfigError("run_dir", f"{path} is not a recipe", "Choose another --run_dir.")
-    return value
+    return redact_values(value)
 
 
 def for_parser(path: Path) -> str:

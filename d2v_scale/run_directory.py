@@ -8,16 +8,12 @@ from typing import Any
 
 import torch.distributed as dist
 
-from d2v_scale.command_line import (
-    Options,
-    check_same_recipe,
-    default_run_dir,
-)
+from d2v_scale.command_line import Options, check_same_recipe, default_run_dir
 from d2v_scale.errors import ConfigError, UserError
 from d2v_scale.files import write_whole
 from d2v_scale.parallel.groups import Topology
 from d2v_scale.recipe import Recipe, differences, to_dict
-from d2v_scale.recipe_file import dump, load
+from d2v_scale.recipe_file import dump, load, plain
 from d2v_scale.recipe_paths import make_absolute
 from d2v_scale.redaction import RedactingFormatter, redact_values
 from d2v_scale.run_lock import lock
@@ -104,11 +100,7 @@ def _check(run_dir: Path, recipe: Recipe, options: Options) -> None:
 def _changed(run_dir: Path, recipe: Recipe) -> dict[str, tuple[Any, Any]]:
     """The keys that differ from the recipe that `run_dir` holds; none where it holds none."""
     existing = run_dir / RECIPE_FILE
-    return (
-        differences(redact_values(load(existing)), json.loads(json.dumps(to_dict(recipe))))
-        if existing.is_file()
-        else {}
-    )
+    return differences(load(existing), plain(to_dict(recipe))) if existing.is_file() else {}
 
 
 def _write(run_dir: Path, recipe: Recipe, ds_config: dict[str, Any], changed: dict[str, tuple[Any, Any]]) -> None:
