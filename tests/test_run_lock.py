@@ -141,7 +141,7 @@ def test_a_number_that_was_given_again_is_not_the_holder(tmp_path: Path) -> None
 
 def test_a_zombie_is_not_alive() -> None:
     child = subprocess.Popen(["true"])
-    time.sleep(0.5)
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # it has ended, and nobody has taken note
     assert run_lock._started(child.pid) is None
     child.wait()
 
@@ -151,25 +151,23 @@ def test_a_living_holder_elsewhere_keeps_others_out_without_shared_locks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, locks: str
 ) -> None:
     """NFS with `nolock` gives the lock to every node."""
-    monkeypatch.setattr(run_lock, "SILENT_S", 0.6)
+    monkeypatch.setattr(run_lock, "SILENT_S", 2.0)
     if locks == "none":
         deny(monkeypatch, errno.ENOLCK)
     theirs = elsewhere(tmp_path)
     with touching(tmp_path / LOCK_FILE):
         with pytest.raises(UserError, match=r"process 4711 on n7\. Wait .* If n7 is down, remove .*\.lock"):
-            run_lock.lock(tmp_path, wait_s=1.5)
+            run_lock.lock(tmp_path, wait_s=2.5)
         assert theirs.token in (tmp_path / LOCK_FILE).read_text()
     # It died with its node: nobody touches the file any more.
-    run_lock.lock(tmp_path, wait_s=3)
+    run_lock.lock(tmp_path, wait_s=60)
     assert theirs.token not in (tmp_path / LOCK_FILE).read_text()
 
 
 def test_an_old_holder_elsewhere_is_not_waited_for(tmp_path: Path) -> None:
     elsewhere(tmp_path)
     os.utime(tmp_path / LOCK_FILE, (1, 1))
-    began = time.monotonic()
     run_lock.lock(tmp_path, wait_s=0)
-    assert time.monotonic() - began < 5
 
 
 def test_the_lock_that_a_node_took_down_with_it_stops_its_own_job_only(
@@ -200,9 +198,10 @@ def test_of_two_that_come_at_once_where_there_are_no_locks_one_stays(
 def test_the_holder_touches_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run_lock, "BEAT_S", 0.1)
     run_lock.lock(tmp_path)
-    before = (tmp_path / LOCK_FILE).stat().st_mtime_ns
-    time.sleep(0.5)
-    assert (tmp_path / LOCK_FILE).stat().st_mtime_ns > before
+    before, end = (tmp_path / LOCK_FILE).stat().st_mtime_ns, time.monotonic() + 60
+    while (tmp_path / LOCK_FILE).stat().st_mtime_ns == before:
+        assert time.monotonic() < end
+        time.sleep(0.05)
 
 
 def test_the_record_of_an_earlier_version_leaves_it_to_the_lock(tmp_path: Path) -> None:
