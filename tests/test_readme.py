@@ -1,13 +1,13 @@
 """Every command of the README is run, on small data, in the order a user would."""
 
 import os
-import re
 import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import papers
 import pytest
 from launch import PROCESS, run_program
 from PIL import Image
@@ -170,27 +170,14 @@ STAND_INS: dict[str, list[str] | None] = {
 }
 
 
-def readme_blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-
-
-def readme_commands() -> list[str]:
-    commands = []
-    for block in readme_blocks("bash"):
-        for line in block.replace("\\\n", " ").splitlines():
-            command = " ".join(line.split("#")[0].split())
-            if command:
-                commands.append(command)
-    return commands
+README = (ROOT / "README.md").read_text()
 
 
 def test_every_readme_command_has_a_stand_in_and_every_file_in_it_exists():
-    commands = readme_commands()
-    assert set(commands) == set(STAND_INS)
-    for command in commands:
-        for word in shlex.split(command):
-            if word.startswith(("tools/", "slurm/", "ds_configs/", "d2v_scale/")):
-                assert (ROOT / word).exists(), word
+    found = papers.commands(README)
+    assert set(found) == set(STAND_INS)
+    for command in found:
+        assert papers.missing_files(command) == []
 
 
 def options_of(words: list[str]) -> set[str]:
@@ -207,7 +194,7 @@ def test_a_stand_in_has_the_options_that_the_readme_has() -> None:
 
 
 def test_deepspeed_is_on_the_path_before_it_is_called() -> None:
-    commands = readme_commands()
+    commands = papers.commands(README)
     assert commands.index(PATH_LINE) < next(k for k, line in enumerate(commands) if line.startswith("deepspeed"))
 
 
@@ -258,5 +245,5 @@ def test_the_readmes_commands_run_in_order(workplace):
         code, output = run(environment, workplace, *stand_in, again=stand_in[0] in started)
         started.add(stand_in[0])
         assert code == 0, f"{command}\n{output[-5000:]}"
-    (program,) = readme_blocks("python")
+    (program,) = papers.blocks(README, "python")
     subprocess.run([sys.executable, "-c", program], cwd=workplace, env=environment, check=True, timeout=120)
