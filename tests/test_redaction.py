@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from small_shards import image_samples
 
 from d2v_scale.data.writing import write_set
@@ -35,6 +36,54 @@ PLANTED = "pl4ntedS3cretValue"
         f"pipe:gsutil --token={PLANTED} cat x",
         f"pipe:x --password {PLANTED} y",
         f"curl: (22) https://h/a.tar?token={PLANTED}: 403",
+        *(
+            f"pipe:{command} https://h/a.tar"
+            for command in (
+                f"curl -H 'Ocp-Apim-Subscription-Key: {PLANTED}'",
+                f'curl -H "Api-Key: {PLANTED}"',
+                f"curl -sH 'Token: {PLANTED}'",
+                f"curl --header=X-Auth:{PLANTED}",
+                f"curl -b 'sid={PLANTED}'",
+                f"curl -sSu me:{PLANTED}",
+                f"curl -U proxy:{PLANTED}",
+                f"curl --pass {PLANTED}",
+                f"curl --cert c.pem:{PLANTED}",
+                f'curl -d \'{{"token": "{PLANTED}"}}\'',
+                f"sshpass -p {PLANTED} ssh h cat",
+                f"sshpass -p{PLANTED} ssh h cat",
+                f"SSHPASS={PLANTED} sshpass -e ssh h cat",
+                f"PGPASSWORD={PLANTED} psql",
+                f"AZURE_STORAGE_KEY={PLANTED} az",
+                f"az --account-key {PLANTED}",
+                f"az --connection-string 'AccountName=a;AccountKey={PLANTED};EndpointSuffix=x'",
+                f"openssl enc -d -pass pass:{PLANTED} -in",
+                f"openssl enc -d -k {PLANTED} -in",
+                f"gpg --batch --passphrase {PLANTED} -d",
+                f"echo {PLANTED} | gpg --passphrase-fd 0 -d",
+                f"7z x -so -p{PLANTED}",
+                f"unzip -P {PLANTED} -p",
+                f"s3cmd --secret_key={PLANTED} get",
+                f"rclone --sftp-pass {PLANTED} cat",
+                f"smbclient -U u%{PLANTED}",
+                f"lftp -e 'open -u user,{PLANTED} h'",
+            )
+        ),
+        *(
+            f"https://h/a.tar{query}"
+            for query in (
+                f"?key={PLANTED}",
+                f"?secret_key={PLANTED}",
+                f"?st={PLANTED}&e=1",
+                f"?tok%65n={PLANTED}",
+                f"#access_token={PLANTED}",
+                f"?odbc_connect=UID%3Du%3BPWD%3D{PLANTED}",
+            )
+        ),
+        f"postgresql://u:p@h/db?sslpassword={PLANTED}",
+        f"sftp://u:pa/ss{PLANTED}@h/a",
+        f"https://u:p#{PLANTED}@h/a",
+        f'{{"api_key": "{PLANTED}"}}',
+        f"password: {PLANTED}",
     ],
 )
 def test_a_secret_is_left_out_and_leaving_it_out_twice_changes_nothing(text: str) -> None:
@@ -57,6 +106,19 @@ def test_a_secret_is_left_out_and_leaving_it_out_twice_changes_nothing(text: str
         "--batch_unit tokens",
         "tokens=5 tokens_per_second=7",
         "optim.lr=1e-3 key_bias=true",
+        "https://h/a.tar?versionId=3/L4kqtJlcpXroDTDmJ+rmSpXd3dIbrHY",
+        "https://h/x?download=true&alt=media",
+        "http://h:8080/a@2x.tar",
+        "hdfs://nn:8020/a/b@c.tar",
+        "mssql+pyodbc://u:$PW@h/db?driver=ODBC+Driver+17+for+SQL+Server",
+        "pipe:curl -sL --retry 3 -H 'Range: bytes=0-' -b cookies.txt https://h/a.tar",
+        'pipe:curl -u "$U:$P" -H "X-Api-Key: $KEY" https://h/a.tar',
+        "pipe:docker run -u 1000:1000 x",
+        "pipe:rsync -avu host:/a/b.tar .",
+        "pipe:gpg --passphrase-file /k -d a",
+        "pipe:openssl enc -d -pass file:/k -in a",
+        "pipe:ssh -p 2222 h cat a | unzip -p /dev/stdin",
+        "pipe:sshpass -f /k ssh h cat a",
     ],
 )
 def test_what_holds_no_secret_is_left_as_it_is(text: str) -> None:
@@ -69,6 +131,16 @@ def test_values_of_secret_variables_are_left_out_and_paths_are_not(monkeypatch: 
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false-or-true")
     values = {"a": [f"x{PLANTED}y", "/run/secrets/x", "false-or-true"], PLANTED: 1}
     assert redact_values(values) == {"a": [f"x{REDACTED}y", "/run/secrets/x", "false-or-true"], REDACTED: 1}
+
+
+def test_a_value_whose_key_names_a_secret_is_left_out_and_recipes_have_none() -> None:
+    values = {"comet": {"enabled": True, "api_key": "shortkey", "project": "p"}, "token": "$TOKEN", "max_tokens": "5"}
+    expected = {"comet": {"enabled": True, "api_key": REDACTED, "project": "p"}, "token": "$TOKEN", "max_tokens": "5"}
+    assert redact_values(values) == expected
+    for recipe in (ROOT / "d2v_scale" / "recipes").glob("*.yaml"):
+        assert redact(recipe.read_text()) == recipe.read_text(), recipe
+        loaded = yaml.safe_load(recipe.read_text())
+        assert redact_values(loaded) == loaded, recipe
 
 
 def holding(root: Path, secret: str) -> list[str]:
