@@ -21,8 +21,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from d2v_scale import open_files
 from d2v_scale.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_REQUEUE, DataError
+from d2v_scale.parallel import open_files
 
 PACKAGES = ("torch", "deepspeed", "megatron-core")
 SHARDS_PER_RANK = 3

@@ -8,7 +8,7 @@ if __name__ == "__main__":
     from pathlib import Path
 
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-    from d2v_scale import rank_environment as _rank_environment
+    from d2v_scale.parallel import rank_environment as _rank_environment
     from d2v_scale.signals import StopFlag as _StopFlag
 
     _flag = _StopFlag.install()

@@ -21,9 +21,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from d2v_scale import open_files, rank_environment
 from d2v_scale.errors import ConfigError, UserError
-from d2v_scale.parallel import launchers, timeouts
+from d2v_scale.parallel import launchers, open_files, rank_environment, timeouts
 
 STALE_LOCK_SECONDS = 600
 NOTICE_SECONDS = 30.0

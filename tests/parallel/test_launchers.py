@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from d2v_scale import rank_environment
 from d2v_scale.errors import ConfigError
-from d2v_scale.parallel import launchers
+from d2v_scale.parallel import launchers, rank_environment
 
 ROOT = Path(__file__).resolve().parents[2]
 STEP = {

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from d2v_scale import rank_environment
+from d2v_scale.parallel import rank_environment
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def prepared(**given: str) -> dict[str, str]:
@@ -80,7 +80,7 @@ def test_the_program_sets_it_before_torch_is_imported(tmp_path: Path) -> None:
     # As on a node with a GPU: whatever stands for its device file is there.
     (tmp_path / "sitecustomize.py").write_text(
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
-        "from d2v_scale import rank_environment\n"
+        "from d2v_scale.parallel import rank_environment\n"
         "rank_environment._DEVICE_FILES = ('/',)\n"
     )
     environment = {

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from d2v_scale import open_files
+from d2v_scale.parallel import open_files
 
 WORLD = 64
 
@@ -18,7 +18,7 @@ AGREEING = """
 import json, os, socket, sys
 import torch, torch.distributed as dist
 import torch.testing._internal.distributed.fake_pg
-from d2v_scale import open_files
+from d2v_scale.parallel import open_files
 from d2v_scale.signals import Agreement
 
 world = int(sys.argv[1])
@@ -55,7 +55,7 @@ def test_sixty_four_ranks_agree_under_a_soft_limit_of_128(tmp_path: Path) -> Non
     """Rank 0 needs 148 descriptors: gloo ended with "too many open files" at the first agreement."""
     (tmp_path / "agreeing.py").write_text(AGREEING)
     environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.getenv("PYTHONPATH")]))
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), os.getenv("PYTHONPATH")]))
     done = subprocess.run(
         [sys.executable, str(tmp_path / "agreeing.py"), str(WORLD)],
         env=environment,
@@ -74,7 +74,7 @@ def test_sixty_four_ranks_agree_under_a_soft_limit_of_128(tmp_path: Path) -> Non
 
 
 def test_the_soft_limit_goes_up_to_the_hard_one_and_never_down() -> None:
-    program = "from d2v_scale import open_files; print(open_files.raise_limit(), open_files.problem(0, 2))"
+    program = "from d2v_scale.parallel import open_files; print(open_files.raise_limit(), open_files.problem(0, 2))"
     for soft, hard, expected in ((64, 300, 300), (300, 300, 300), (64, 80, 80)):
         done = subprocess.run(
             [sys.executable, "-c", program], preexec_fn=limited(soft, hard), capture_output=True, text=True
