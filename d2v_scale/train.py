@@ -40,6 +40,7 @@ from d2v_scale.evaluation.held_out import HeldOutSet
 from d2v_scale.evaluation.online import OnlineEvaluation
 from d2v_scale.finetuning import program
 from d2v_scale.finetuning.start import adopt
+from d2v_scale.model import attention_kernels
 from d2v_scale.model.stack import Draw
 from d2v_scale.observing import RunObserver
 from d2v_scale.optim import set_rates
@@ -113,6 +114,8 @@ def main(arguments: list[str], stop_flag: StopFlag) -> int:
         topology = groups.initialize(recipe.parallel, patience_s / 60)
         directory = run_directory.claim(recipe, options, config, topology)
         run_directory.log_to_file(directory, topology.rank)
+        if topology.device.type == "cuda" and topology.rank == 0:
+            log.info("%s", attention_kernels.describe(torch.cuda.get_device_name(topology.device)))
         if recipe.task is None:
             run = build(recipe, options, config, topology, directory)
             code = supervise(run, stop_flag, train, save)

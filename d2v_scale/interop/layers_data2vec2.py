@@ -3,10 +3,12 @@
 # mypy: allow-untyped-defs, allow-untyped-calls
 
 import math
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 class SpeechFeatures(nn.Module):
@@ -149,7 +151,10 @@ class Attention(nn.Module):
             weights = F.dropout(weights, dropout)
             mixed = weights @ v
         else:
-            mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)
+            # cuDNN before 9.26 gives NaN gradients with a bias on Hopper: pytorch/pytorch#196678.
+            own = bias is not None and q.is_cuda
+            with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]) if own else nullcontext():
+                mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)
         return self.out(mixed.transpose(1, 2).reshape(rows, length, width)), weights
 
 

@@ -1,9 +1,8 @@
 """Bidirectional self-attention over local heads."""
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from d2v_scale.model import cpu_attention
+from d2v_scale.model import attention_kernels, cpu_attention
 from d2v_scale.model.config import Backbone
 from d2v_scale.model.init import ZEROS, InitRule
 from d2v_scale.model.parallel_linear import (
@@ -49,5 +48,4 @@ def _attend(q_rhsd: Tensor, k_rhsd: Tensor, v_rhsd: Tensor, bias: Tensor | None,
     """(R, S, H, d) of q, k and v, (R, H, S, d) each."""
     if cpu_attention.applies(q_rhsd, bias, dropout):
         return cpu_attention.attend(q_rhsd, k_rhsd, v_rhsd, bias, dropout)
-    mixed_rhsd = F.scaled_dot_product_attention(q_rhsd, k_rhsd, v_rhsd, attn_mask=bias, dropout_p=dropout)
-    return mixed_rhsd.transpose(1, 2)
+    return attention_kernels.attend(q_rhsd, k_rhsd, v_rhsd, bias, dropout).transpose(1, 2)

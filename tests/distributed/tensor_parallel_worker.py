@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from d2v_scale.data2vec import loss
 from d2v_scale.data2vec.config import LossConfig
 from d2v_scale.modalities import published_parts
-from d2v_scale.model import attention, cpu_ops
+from d2v_scale.model import attention_kernels, cpu_ops
 from d2v_scale.model.init import full_shape_of, initial_tensor, initialize, tensor_parallel_slice
 from d2v_scale.model.stack import Draw, Student, Teacher
 from d2v_scale.parallel import groups
@@ -99,7 +99,7 @@ def dropout_differs_between_heads_and_hidden_units_only() -> None:
     initialize(student, 1)
     heads: list[Tensor] = []
     hidden_units: list[Tensor] = []
-    attend, dropout = attention.F.scaled_dot_product_attention, cpu_ops.dropout
+    attend, dropout = attention_kernels.F.scaled_dot_product_attention, cpu_ops.dropout
 
     def watched_attend(*args, **kwargs) -> Tensor:
         heads.append(torch.rand(4))
@@ -111,10 +111,10 @@ def dropout_differs_between_heads_and_hidden_units_only() -> None:
             hidden_units.append((out == 0).float())
         return out
 
-    attention.F.scaled_dot_product_attention, cpu_ops.dropout = watched_attend, watched_dropout
+    attention_kernels.F.scaled_dot_product_attention, cpu_ops.dropout = watched_attend, watched_dropout
     torch.manual_seed(7)
     out = student(tiny_models.batch("v1_speech"), Draw(0, 0))
-    attention.F.scaled_dot_product_attention, cpu_ops.dropout = attend, dropout
+    attention_kernels.F.scaled_dot_product_attention, cpu_ops.dropout = attend, dropout
     out.predictions_nd.sum().backward()
     state = torch.get_rng_state()
     assert all(torch.equal(state, other) for other in everywhere(state)), "the common generators are out of step"
