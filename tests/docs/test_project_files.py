@@ -1,4 +1,4 @@
-"""Links between the papers lead to files and headings that exist; what they state of the project is what it states."""
+"""Links between the papers lead to files and headings that exist; what they state of the project is so."""
 
 import re
 import tomllib
@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+
+import d2v_scale
 
 ROOT = Path(__file__).parents[2]
 PAPERS = sorted(
@@ -51,6 +53,17 @@ def test_the_citation_is_of_this_project() -> None:
     for key, stated in (("title", "name"), ("version", "version"), ("license", "license"), ("abstract", "description")):
         assert citation[key] == project[stated]
     assert {"cff-version", "message", "authors"} <= set(citation)
+    assert d2v_scale.__version__ == project["version"]
+
+
+def test_the_changelog_is_by_version_and_kind() -> None:
+    text = (ROOT / "CHANGELOG.md").read_text()
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    versions = re.findall(r"^## (\d+\.\d+\.\d+)(?: \(unreleased\))?$", text, re.MULTILINE)
+    assert len(versions) == len(re.findall(r"^## ", text, re.MULTILINE))
+    assert version in versions[:2], "the version is the newest, or the one before what is not released"
+    kinds = re.findall(r"^### (.*)$", text, re.MULTILINE)
+    assert kinds == ["Added", "Changed", "Fixed"] * len(versions)
 
 
 def test_the_licence_is_filled_in() -> None:
