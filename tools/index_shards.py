@@ -130,7 +130,7 @@ def make_index(arguments: argparse.Namespace) -> tuple[SetIndex, Path]:
         raise DataError("The shards are not local.", "Say with --out where their index goes.")
     out.mkdir(parents=True, exist_ok=True)
     name = arguments.name or _common_name(paths)
-    kind = modalities.class_of(modalities.kind_of(arguments.modality))
+    kind = modalities.class_of(arguments.modality)
     if kind.uses_tokenizer and arguments.tokenizer is not None:
         require_special_ids(arguments.tokenizer)
     cache = out / ".fetched"

@@ -52,7 +52,7 @@ def statistics(shards: ShardSet) -> None:
         )
         print(f"  .{extension}: in {held} samples")
     _histogram("size of a sample", size_n / 1000, "kB")
-    length = modalities.class_of(modalities.kind_of(shards.index.modality)).shown_length
+    length = modalities.class_of(shards.index.modality).shown_length
     if length is not None:
         what, unit, of_one = length
         _histogram(what, length_n[length_n >= 0] / of_one, unit)

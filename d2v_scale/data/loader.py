@@ -196,7 +196,7 @@ class StepLoader:
     def tokenizer_sha256(self) -> str | None:
         """Checksum of the tokenizer that ids are of; None where it is not known or there is no text."""
         for source in self.sources:
-            if not modalities.class_of(modalities.kind_of(source.modality)).uses_tokenizer:
+            if not modalities.class_of(source.modality).uses_tokenizer:
                 continue
             if source.shards.index is not None:
                 return source.shards.index.tokenizer_sha256
@@ -304,7 +304,7 @@ class StepLoader:
 
     def _warn_of_cropping(self) -> None:
         for source, plan, cursor in zip(self.sources, self._plans, self._cursors, strict=True):
-            crops = modalities.class_of(modalities.kind_of(source.modality)).cropped
+            crops = modalities.class_of(source.modality).cropped
             if not isinstance(plan, SourcePlan) or not crops:
                 continue
             if (share := plan.cropped_share(cursor)) > _MUCH_CROPPED:

@@ -15,4 +15,4 @@ def measure_of(modality: Modality, tokenizer: Path | None = None, max_pixels: in
     `tokenizer`: the sentencepiece model of text, None where the shards hold ids. `max_pixels`: as
     data.vision.max_pixels of the recipe.
     """
-    return modalities.class_of(modalities.kind_of(modality)).measure(tokenizer, max_pixels)
+    return modalities.class_of(modality).measure(tokenizer, max_pixels)

@@ -146,7 +146,7 @@ class SetIndex:
             "samples": self.samples,
             "bytes": sum(shard.bytes for shard in self.shards),
             "length": sum(shard.length for shard in self.shards),
-            "length_unit": modalities.class_of(modalities.kind_of(self.modality)).length_unit,
+            "length_unit": modalities.class_of(self.modality).length_unit,
         }
         with atomic_file(path) as temporary:
             temporary.write_text(json.dumps({"format": self.format, "totals": totals} | asdict(self), indent=1) + "\n")

@@ -184,4 +184,4 @@ class RunTotals:
 
 
 def _kind(source: Source | StreamedSource) -> type[modalities.Modality]:
-    return modalities.class_of(modalities.kind_of(source.modality))
+    return modalities.class_of(source.modality)

@@ -30,8 +30,9 @@ def kind_of(name: str) -> Kind:
     raise ValueError(f"There is no stem {name!r}: the kinds are {', '.join(KINDS)}.")
 
 
-def class_of(kind: Kind) -> type[Modality]:
-    """Who answers for stems of this kind."""
+def class_of(name: str) -> type[Modality]:
+    """Who answers for the stem with this name: what needs no model."""
+    kind = kind_of(name)
     match kind:
         case "vision":
             return Vision
@@ -63,7 +64,7 @@ def drawing_of(name: str) -> "Drawing":
 
 def of(model: ModelConfig, name: str) -> Modality:
     """What the stem `name` of `model` says of itself. Its `model` has this stem alone (`ModelConfig.of`)."""
-    return class_of(kind_of(name))(model.of(name), name)
+    return class_of(name)(model.of(name), name)
 
 
 def stems(model: ModelConfig) -> list[Modality]:
