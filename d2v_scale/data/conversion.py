@@ -18,7 +18,7 @@ from d2v_scale.data.shard_jobs import Part
 from d2v_scale.data.writing import Sample, is_written, write_shard
 from d2v_scale.model.config import Modality
 
-_RULES = 2
+_RULES = 3
 """Raised where what is stored of the same inputs changes: shards that were written before are written again."""
 
 
@@ -168,9 +168,20 @@ def _recording(content: bytes) -> dict[str, bytes]:
         return {"flac": content}
     # Some store floating point in the range of integers. What is louder than full scale is made softer, not cut off.
     peak = float(np.abs(wave).max())
+    wave = wave / peak if peak > 1 else wave
+    bits = next((bits for bits in (16, 24) if not _vanishes(wave, bits)), None)
+    if bits is None:
+        raise ValueError(f"is too quiet for a FLAC, or next to its peak of {peak:.3g}: most of it would be zero")
     out = io.BytesIO()
-    soundfile.write(out, wave / peak if peak > 1 else wave, SAMPLE_RATE, format="FLAC", subtype="PCM_16")
+    soundfile.write(out, wave, SAMPLE_RATE, format="FLAC", subtype=f"PCM_{bits}")
     return {"flac": out.getvalue()}
+
+
+def _vanishes(wave: speech.Wave, bits: int) -> bool:
+    """Whether most of what is not zero is, when it is stored with so many bits a sample."""
+    half_a_step = 2.0**-bits
+    there, kept = np.count_nonzero(wave), np.count_nonzero(np.abs(wave) > half_a_step)
+    return bool(kept < there / 2)
 
 
 def finite_number(label: str) -> float:

@@ -21,6 +21,9 @@ EXTENSIONS = ("flac", "wav", "ogg", "oga", "mp3", "opus", "aiff", "aif", "aifc",
 _LOWEST_RATE, _HIGHEST_RATE = 1000, 1_000_000
 _BLOCK = 1 << 22
 """Values that are read at once, so that neither a long recording nor a header that lies costs much memory."""
+_LOUDEST = float(1 << 32)
+"""Some store integers of up to 32 bits as floating point. What is greater is no sound, and would leave none of the rest
+when the recording is normalised."""
 _NORM_EPS = 1e-5
 
 Wave = NDArray[np.float32]
@@ -38,8 +41,8 @@ def decode(content: bytes | memoryview) -> Wave:
     """A file of any format that libsndfile reads, as mono float32 at 16 kHz (n,). n is what is really there, whatever
     the header says. A long recording is never in memory at its own rate.
 
-    Raises ValueError where it cannot be decoded, where there is nothing, and where a value is NaN or infinite: one
-    would cost a whole step.
+    Raises ValueError where it cannot be decoded, where there is nothing, and where a value is NaN, infinite or beyond
+    all sound: one would cost a whole step.
     """
     rate, blocks = _blocks(content)
     return np.concatenate(list(resampled(blocks, rate)))
@@ -63,15 +66,22 @@ def _mono_blocks(file: soundfile.SoundFile, content: bytes | memoryview) -> Iter
             wanted = min(remaining, at_once)
             with _named_errors(content):
                 block = file.read(wanted, dtype="float32")
-            if not np.isfinite(block.sum(dtype=np.float64)):
-                raise ValueError("it holds values that are not finite")
             if len(block):
+                _require_sound(float(block.min()), float(block.max()))
                 yield block.mean(axis=1) if block.ndim > 1 else block
             found, remaining = found + len(block), remaining - wanted
             if len(block) < wanted:
                 break
     if found == 0:
         raise ValueError("has no samples")
+
+
+def _require_sound(lowest: float, highest: float) -> None:
+    """Raises ValueError for what `lowest` and `highest` of a recording cannot be; of NaN both are NaN."""
+    if not (np.isfinite(lowest) and np.isfinite(highest)):
+        raise ValueError("it holds values that are not finite")
+    if max(-lowest, highest) > _LOUDEST:
+        raise ValueError(f"it holds values up to {max(-lowest, highest):.3g}, which is no sound")
 
 
 @contextmanager

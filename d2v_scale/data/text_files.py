@@ -130,7 +130,7 @@ def _documents_of(path: Path, reading: Reading) -> Iterator[Document]:
         if kind in _TABLES:
             for row in rows(path, stream, reading.columns, quoted=kind == "csv"):
                 place = f"{path}:{row.line}"
-                yield Document(row.first, row.label or None, row.second, place, row.fault)
+                yield Document(row.first, (row.label or "").strip() or None, row.second, place, row.fault)
         elif kind in _RECORDS:
             yield from _records(path, stream, reading.columns)
         elif reading.split == "file":
@@ -208,7 +208,7 @@ def _of_record(record: Any, keys: Columns, named: bool, place: str) -> Document:
     label = record.get(keys.label) if keys.label is not None else None
     if isinstance(label, (dict, list)):
         return Document("", place=place, fault=f"{keys.label!r} is a JSON {_kind(label)}, no label")
-    return Document(texts[0] or "", None if label is None else str(label), texts[1], place)
+    return Document(texts[0] or "", None if label is None else str(label).strip(), texts[1], place)
 
 
 def _kind(value: Any) -> str:

@@ -37,12 +37,14 @@ class RecipeNumbers:
 def read(path: str | Path) -> dict[str, Any]:
     """A DeepSpeed JSON as it stands. Raises ConfigError when it cannot be read."""
     try:
-        text = Path(path).read_text()
+        text = Path(path).read_text(encoding="utf-8-sig")
     except OSError as error:
         raise ConfigError("deepspeed_config", f"cannot read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError("deepspeed_config", f"{path} is not UTF-8: {error}", "Save it as UTF-8.") from error
     try:
         value = json.loads(text, object_pairs_hook=_once)
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ConfigError("deepspeed_config", f"{path} is not valid JSON: {error}") from error
     if not isinstance(value, dict):
         raise ConfigError("deepspeed_config", f"{path} must hold a JSON object")

@@ -237,3 +237,11 @@ def test_unreadable_files_are_named(tmp_path: Path) -> None:
     bad.write_text(json.dumps([1]))
     with pytest.raises(ConfigError, match="JSON object"):
         ds_config.read(bad)
+    bad.write_text("[" * 100_000)
+    with pytest.raises(ConfigError, match="not valid JSON"):
+        ds_config.read(bad)
+    bad.write_text("{}", encoding="utf-16")
+    with pytest.raises(ConfigError, match=r"bad\.json is not UTF-8"):
+        ds_config.read(bad)
+    bad.write_text('{"zero_optimization": {"stage": 1}}', encoding="utf-8-sig")
+    assert ds_config.read(bad) == {"zero_optimization": {"stage": 1}}

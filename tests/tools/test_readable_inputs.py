@@ -87,6 +87,38 @@ def test_loud_floating_point_is_made_softer_and_not_cut_off(run: Callable[..., s
     assert np.abs(stored - wave / np.abs(wave).max()).max() < 1e-3
 
 
+def test_quiet_floating_point_is_not_stored_as_silence(run: Callable[..., str], tmp_path: Path) -> None:
+    """16 bits of a recording in which little is above half a step were zeros, with no word; so was what a value beyond
+    all sound left of the rest."""
+    source = tmp_path / "src"
+    source.mkdir()
+    noise = np.random.default_rng(0).normal(size=16000).astype(np.float32)
+    spiked = noise.copy()
+    spiked[100] = 1e30
+    near = noise * 1e-3
+    near[100] = 1e6
+    recordings = {"quiet": noise * 1e-5, "silent": noise * 0, "lost": noise * 1e-8, "spiked": spiked, "near": near}
+    for name, wave in recordings.items():
+        soundfile.write(source / f"{name}.wav", wave, 16000, subtype="FLOAT")
+    text = run("make_shards", "audio", source, tmp_path / "out", "--max_bad", 1, "--processes", 1)
+    assert "2 samples" in text
+    for reason in ("lost.wav: is too quiet", "spiked.wav: it holds values up to 1e+30", "near.wav: is too quiet"):
+        assert reason in text
+    with tarfile.open(tmp_path / "out" / "train-000000.tar") as tar:
+        content = {name.split("-")[-1]: tar.extractfile(name).read() for name in tar.getnames()}  # type: ignore[union-attr]
+    stored, _ = soundfile.read(io.BytesIO(content["quiet.flac"]), dtype="float32")
+    assert np.abs(stored - recordings["quiet"]).max() < 1e-7
+    assert soundfile.info(io.BytesIO(content["silent.flac"])).subtype == "PCM_16"
+
+
+def test_white_space_makes_no_class_of_its_own(run: Callable[..., str], tmp_path: Path) -> None:
+    table = tmp_path / "t.csv"
+    table.write_text("text,label\n" + "".join(f"words of line {k},{' ' * (k % 2)}a\n" for k in range(40)) + "x, \n")
+    options = ("--columns", "text,label", "--vocab_size", 300, "--fewer_pieces", "--processes", 1)
+    run("make_shards", "text", table, tmp_path / "out", *options)
+    assert SetIndex.load(tmp_path / "out" / "train.index.json").classes == ["a"]
+
+
 def test_bad_documents_are_named_and_end_nothing(run: Callable[..., str], tmp_path: Path) -> None:
     """One lone surrogate, or one line without `text`, and there was no tokenizer and no shard at all."""
     lines = [json.dumps({"text": text}) for text in documents(200)]
