@@ -10,6 +10,7 @@ from d2v_scale.train import configure
 
 
 def test_more_stages_than_blocks_are_refused_before_any_process_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "8")
     recipe, _ = command_line.parse(["--recipe=demo_vision", "--parallel.pipeline=8"])
     with pytest.raises(ConfigError, match="8 stages cannot share 4 main blocks") as caught:
