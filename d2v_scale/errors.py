@@ -4,7 +4,6 @@
 file and the remedy, and end the program with exit code 2. The verdicts are conclusions a run comes to about itself.
 """
 
-import math
 from typing import Any
 
 from d2v_scale.redaction import redact
@@ -50,19 +49,6 @@ class ConfigError(UserError):
     def __init__(self, key: str, message: str, remedy: str = "") -> None:
         super().__init__(f"{key}: {message}", remedy)
         self.key = key
-
-
-def require_within(key: str, value: float, least: float, most: float = math.inf) -> None:
-    """Raises ConfigError for a value outside of these bounds, which are allowed."""
-    if not least <= value <= most:
-        bounds = f"at least {least}" if most == math.inf else f"a value from {least} to {most}"
-        raise ConfigError(key, f"is {value}", f"Give {bounds}.")
-
-
-def require_above_zero(key: str, value: float) -> None:
-    """Raises ConfigError for a value that is not above 0."""
-    if not value > 0:
-        raise ConfigError(key, f"is {value}", "Give a number above 0.")
 
 
 class DataError(UserError):

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 
-from d2v_scale.errors import ConfigError, require_within
+from d2v_scale.errors import ConfigError
 
 
 @dataclass(kw_only=True)
@@ -41,9 +41,6 @@ class OptimConfig:
 
     def check(self) -> None:
         """Raises ConfigError for values that contradict each other."""
-        require_within("optim.max_steps", self.max_steps, 1)
-        for key in ("lr", "min_lr", "eps", "weight_decay"):
-            require_within(f"optim.{key}", getattr(self, key), 0)
         if self.schedule in ("cosine", "polynomial") and self.min_lr > self.lr:
             raise ConfigError("optim.min_lr", f"is {self.min_lr}, above optim.lr {self.lr}", "Give at most optim.lr.")
         if not all(0 <= beta < 1 for beta in self.betas):

@@ -112,8 +112,7 @@ class Recipe:
     def check(self, world_size: int) -> None:
         """Raises ConfigError for what contradicts itself. Pure: before any process group is formed."""
         ranges.check(self)
-        for section in (self.optim, self.checkpoint, self.tracking, self.evaluation):
-            section.check()
+        self.optim.check()
         self.profile.bounds()
         self._check_model()
         if self.task is None:
@@ -133,7 +132,6 @@ class Recipe:
         model.check()
 
     def _check_objective(self) -> None:
-        self.objective.check()
         unknown = [name for name in modalities.KINDS if name not in self.model.modalities]
         for name in unknown:
             if getattr(self.objective, name) is not None:
@@ -149,7 +147,6 @@ class Recipe:
     def _check_own_objective(self, stem: modalities.Modality, objective: ObjectiveConfig) -> None:
         """Raises ConfigError for what contradicts a stem, whose own values are entered in `objective`."""
         model = self.model
-        objective.check()
         targets.tapped_layers(objective.target, model.backbone.depth)
         targets.accumulator(objective.target)
         masks = objective.masking

@@ -2,8 +2,6 @@
 
 from dataclasses import dataclass
 
-from d2v_scale.errors import require_above_zero, require_within
-
 
 @dataclass(kw_only=True)
 class CheckpointConfig:
@@ -17,13 +15,6 @@ class CheckpointConfig:
     """Also keep those whose step is a multiple of this; 0 keeps none."""
     peer_timeout: float = 1800.0
     """Seconds to wait for the slowest rank's file before a save counts as failed."""
-
-    def check(self) -> None:
-        """Raises ConfigError for values out of their range."""
-        require_within("checkpoint.every", self.every, 0)
-        require_within("checkpoint.keep_last", self.keep_last, 1)
-        require_within("checkpoint.keep_every", self.keep_every, 0)
-        require_above_zero("checkpoint.peer_timeout", self.peer_timeout)
 
     def due(self, step: int) -> bool:
         """Whether this step is saved because of its number."""

@@ -4,7 +4,6 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from d2v_scale.data2vec.own import OwnObjective
-from d2v_scale.errors import require_above_zero, require_within
 from d2v_scale.merging import merged
 
 
@@ -31,12 +30,6 @@ class MaskingConfig:
     """Smallest block, patches (blockwise)."""
     clones: int = 1
     """M: masks per sample; the teacher runs once for all of them."""
-
-    def check(self) -> None:
-        """Raises ConfigError for values that no mask can be drawn with."""
-        require_within("objective.masking.prob", self.prob, 0, 1)
-        for key in ("length", "target_count", "min_block", "clones"):
-            require_within(f"objective.masking.{key}", getattr(self, key), 1)
 
 
 @dataclass(kw_only=True)
@@ -74,14 +67,6 @@ class LossConfig:
     weight: float = 1.0
     """Factor on the whole loss, for stems that weigh more or less than others."""
 
-    def check(self) -> None:
-        """Raises ConfigError for values that make no loss."""
-        require_within("objective.loss.beta", self.beta, 0)
-        require_within("objective.loss.cls_weight", self.cls_weight, 0)
-        require_above_zero("objective.loss.weight", self.weight)
-        if self.scale is not None:
-            require_above_zero("objective.loss.scale", self.scale)
-
 
 @dataclass(kw_only=True)
 class EmaConfig:
@@ -89,16 +74,11 @@ class EmaConfig:
 
     start: float = 0.999
     end: float = 0.9999
+    """1 is a decay, too: it freezes the teacher."""
     anneal_steps: int = 30000
     """Linear from start to end over this many optimizer updates."""
     index: Literal["completed", "zero_based"] = "completed"
     """Which update number the schedule is read at: fairseq counts completed updates, BEiT starts at 0."""
-
-    def check(self) -> None:
-        """Raises ConfigError for what is no decay. 1 is one: it freezes the teacher."""
-        require_within("objective.ema.start", self.start, 0, 1)
-        require_within("objective.ema.end", self.end, 0, 1)
-        require_within("objective.ema.anneal_steps", self.anneal_steps, 0)
 
 
 @dataclass(kw_only=True)
@@ -122,11 +102,6 @@ class HealthConfig:
     patience: int = 3
     """Consecutive log points below a limit before the run is stopped; each one before is a warning. Of several sources
     each has its own: those log points count that a step of it came before."""
-
-    def check(self) -> None:
-        """Raises ConfigError for values that the verdict cannot be read from."""
-        require_within("objective.health.after", self.after, 0)
-        require_within("objective.health.patience", self.patience, 1)
 
 
 _OWN = ("masking", "target", "loss", "health")
@@ -164,10 +139,3 @@ class ObjectiveConfig:
         section, _, field = key.removeprefix("objective.").partition(".")
         own = getattr(getattr(self, name), section, None)
         return key if getattr(own, field, None) is None else f"objective.{name}.{section}.{field}"
-
-    def check(self) -> None:
-        """Raises ConfigError for values out of their range; what depends on the model is checked by the recipe."""
-        self.masking.check()
-        self.loss.check()
-        self.ema.check()
-        self.health.check()

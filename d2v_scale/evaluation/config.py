@@ -2,8 +2,6 @@
 
 from dataclasses import dataclass, field
 
-from d2v_scale.errors import require_within
-
 
 @dataclass(kw_only=True)
 class EvaluationConfig:
@@ -31,9 +29,3 @@ class EvaluationConfig:
     """Samples to classify."""
     max_masked: int = 256
     """Samples of `held_out` to look at, always with the same masks."""
-
-    def check(self) -> None:
-        """Raises ConfigError for values out of their range."""
-        require_within("evaluation.every", self.every, 0)
-        for key in ("batch_size", "k", "max_train", "max_test", "max_masked"):
-            require_within(f"evaluation.{key}", getattr(self, key), 1)

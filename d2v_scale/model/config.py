@@ -97,8 +97,6 @@ class VisionStem(StemSettings):
     def check(self, backbone: "Backbone") -> None:
         """Raises `ConfigError` for sizes that do not fit together."""
         _require_divisor("model.vision.patch_size", self.patch_size, "model.vision.image_size", self.image_size)
-        if self.relative_std < 0:
-            raise ConfigError("model.vision.relative_std", f"is {self.relative_std}", "Give 0 or more.")
         if self.positions == "sincos":
             _require_divisor("model.vision.positions (sincos)", 4, "model.backbone.width", backbone.width)
 
@@ -123,12 +121,8 @@ class TextStem(StemSettings):
     mask_id: int = 50264
 
     def check(self, backbone: "Backbone") -> None:
-        """Raises `ConfigError` for special tokens outside the vocabulary or with the same id, or a negative spread."""
+        """Raises `ConfigError` for special tokens outside the vocabulary or with the same id."""
         del backbone
-        if self.position_std < 0:
-            raise ConfigError("model.text.position_std", f"is {self.position_std}", "Give 0 or more.")
-        if not self.token_std > 0:
-            raise ConfigError("model.text.token_std", f"is {self.token_std}", "Give a number above 0.")
         ids = {name: getattr(self, name) for name in ("bos_id", "pad_id", "eos_id", "unk_id", "mask_id")}
         for name, value in ids.items():
             if not 0 <= value < self.vocab_size:
@@ -264,8 +258,6 @@ class ModelConfig:
         """Raises `ConfigError` for sizes that do not fit together. Allocates nothing."""
         backbone = self.backbone
         _require_divisor("model.backbone.heads", backbone.heads, "model.backbone.width", backbone.width)
-        if not backbone.init_std > 0:
-            raise ConfigError("model.backbone.init_std", f"is {backbone.init_std}", "Give a number above 0.")
         for name in ("dropout", "attention_dropout", "activation_dropout", "input_dropout", "drop_path", "layer_drop"):
             if not 0 <= getattr(backbone, name) < 1:
                 raise ConfigError(f"model.backbone.{name}", f"is {getattr(backbone, name)}", "It must be in [0, 1).")
@@ -277,9 +269,6 @@ class ModelConfig:
 
     def _check_own(self, name: Modality) -> None:
         stem, one = self.stems[name], self.of(name)
-        if one.backbone.prenet_depth < 0:
-            key = "model.backbone" if stem.prenet_depth is None else f"model.{name}"
-            raise ConfigError(f"{key}.prenet_depth", f"is {one.backbone.prenet_depth}", "Give 0 or more.")
         if not 0 <= one.backbone.input_dropout < 1:
             raise ConfigError(f"model.{name}.input_dropout", f"is {stem.input_dropout}", "It must be in [0, 1).")
         if self.predictor.shared and stem.predictor is not None:

@@ -2,8 +2,6 @@
 
 from dataclasses import dataclass
 
-from d2v_scale.errors import require_above_zero, require_within
-
 
 @dataclass(kw_only=True)
 class TrackingConfig:
@@ -25,12 +23,3 @@ class TrackingConfig:
     finish_timeout: float = 60.0
     """Seconds the end of a run may wait for MLflow to catch up; what is left then can be sent by
     tools/sync_mlflow.py. A server that does not answer at all is given up after the first failure."""
-
-    def check(self) -> None:
-        """Raises ConfigError for values out of their range."""
-        require_within("tracking.log_every", self.log_every, 1)
-        if self.plot_every is not None:
-            require_within("tracking.plot_every", self.plot_every, 0)
-        require_within("tracking.finish_timeout", self.finish_timeout, 0)
-        if self.peak_tflops is not None:
-            require_above_zero("tracking.peak_tflops", self.peak_tflops)

@@ -6,6 +6,7 @@ import tiny_models
 
 from d2v_scale.errors import ConfigError
 from d2v_scale.finetuning.config import CtcConfig, ImageConfig, TaskConfig
+from d2v_scale.parallel.groups import ParallelConfig
 from d2v_scale.recipe import Recipe
 
 IMAGES: list[tuple[str, Any]] = [
@@ -39,8 +40,9 @@ CTC: list[tuple[str, Any]] = [
     ],
 )
 def test_what_cannot_be_is_refused_by_its_key(task: TaskConfig, name: str, ranks: int, key: str) -> None:
+    recipe = Recipe(model=tiny_models.model(name), task=task, parallel=ParallelConfig(tensor=ranks))
     with pytest.raises(ConfigError) as caught:
-        task.check(tiny_models.model(name), ranks)
+        recipe.check(world_size=ranks)
     assert caught.value.key == key
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from d2v_scale import ranges
 from d2v_scale.tracking import RunTracker, SpeedMeter, TrackingConfig, read_records
 from d2v_scale.tracking.record import METRICS_FILE, SUPERSEDED_FILE, MetricsLog
 from d2v_scale.tracking.terminal import Terminal
@@ -196,7 +197,7 @@ def test_a_full_disk_loses_no_record(tmp_path: Path, monkeypatch: pytest.MonkeyP
 @pytest.mark.usefixtures("drawing")
 def test_null_draws_no_curves_at_the_end(tmp_path: Path) -> None:
     config = TrackingConfig(enabled=False, plot_every=None)
-    config.check()
+    ranges.check(config)
     tracker = RunTracker(tmp_path, config, is_main=True)
     tracker.start({}, {})
     tracker.log(1, 1, {"loss": 1.0})
