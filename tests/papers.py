@@ -34,10 +34,11 @@ def edited(source: str, hunks: str) -> str:
     must be there once. Raises AssertionError."""
     for hunk in hunks.split("\n@@\n"):
         lines = hunk.strip("\n").splitlines()
-        before = "\n".join(line[1:] for line in lines if not line.startswith("+"))
-        after = "\n".join(line[1:] for line in lines if not line.startswith("-"))
-        assert source.count(before) == 1, f"{source.count(before)} times, not once:\n{before}"
-        source = source.replace(before, after)
+        before = "".join(f"{line[1:]}\n" for line in lines if not line.startswith("+"))
+        after = "".join(f"{line[1:]}\n" for line in lines if not line.startswith("-"))
+        places = f"\n{source}".count(f"\n{before}")
+        assert places == 1, f"{places} times, not once:\n{before}"
+        source = f"\n{source}".replace(f"\n{before}", f"\n{after}").removeprefix("\n")
     return source
 
 

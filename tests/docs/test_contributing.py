@@ -99,7 +99,7 @@ def test_its_examples_run_where_its_changes_were_made(copy: Path) -> None:
         env={**os.environ, **PROCESS, "PYTHONPATH": str(copy)},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
     )
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     assert "masks a sample" in done.stdout, "the recipe that was added is planned"
