@@ -34,19 +34,31 @@ class Case:
         """The recipe's only modality."""
         return self.recipe.model.modalities[0]
 
-    def batch(self, step: int = 0) -> Batch:
-        """A batch of noise with the recipe's masks, the same for the same `step`. On the CPU."""
+    def batch(self, step: int = 0, *, padded: bool = False) -> Batch:
+        """A batch of noise with the recipe's masks, the same for the same `step`. On the CPU.
+
+        `padded`: its samples are 60 to 100 % as long, evenly spread. Only of those that are waveforms.
+        """
         model, modality = self.recipe.model, self.modality
         generator = torch.Generator().manual_seed(step)
         sample_ids = np.arange(self.samples) + step * self.samples
         stem = modalities.of(model, modality)
         _, grid = stem.extent(self.recipe.data, self.length)
         inputs = stem.noise(self.samples, self.length, generator)
+        valid: torch.Tensor | None = None
+        valid_lengths: list[int] | None = None
+        if padded:
+            assert inputs.is_floating_point(), "only waveforms are padded here"
+            real_b = torch.linspace(0.6, 1.0, self.samples).mul(self.length).long()
+            valid = torch.arange(self.length)[None] < real_b[:, None]
+            inputs = inputs * valid
+            valid_lengths = [math.prod(stem.extent(self.recipe.data, real)[1]) for real in real_b.tolist()]
         masks = masking.collate(
             self.recipe.objective.of(modality).masking,
             length=math.prod(grid),
             grid=(grid[0], grid[1]) if len(grid) == 2 else None,
             sample_ids=sample_ids,
+            valid_lengths=valid_lengths,
             seed=1,
             step=step,
         )
@@ -54,7 +66,7 @@ class Case:
         return Batch(
             modality=modality,
             inputs=inputs,
-            valid=None,
+            valid=valid,
             masked_rt=masked_rt,
             student_inputs=stem.student_inputs(inputs, masks),
             sample_ids=torch.from_numpy(sample_ids),

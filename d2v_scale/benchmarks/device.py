@@ -1,9 +1,10 @@
 """Speed and memory of whole steps on one GPU: ViT-L and speech-large, 1.0 and 2.0, against the Hugging Face peer.
 
-Every row is measured in a process of its own with a time limit, so that one that runs out of memory or breaks costs
-that row alone, and the table names it. Writes table.md, results.json, operations.txt and a trace of each main row into
-the output folder. MFU: FLOPs of matrix products, convolutions and attention (d2v_scale/planning/flops.py) over the
-device's published dense bf16 peak; `student` leaves out what the teacher computes.
+The rows and their rank: `device_rows.py`. Every row is measured in a process of its own with a time limit, so that one
+that runs out of memory or breaks costs that row alone, and the table names it. Writes table.md, results.json,
+operations.txt and a trace of each main row into the output folder. MFU: FLOPs of matrix products, convolutions and
+attention (d2v_scale/planning/flops.py) over the device's published dense bf16 peak; `student` leaves out what the
+teacher computes.
 """
 
 import argparse
@@ -19,99 +20,38 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from d2v_scale.benchmarks.device_case import Spec
+from d2v_scale.benchmarks import device_gradients
+from d2v_scale.benchmarks.device_rows import Spec, specs
 
+RESULTS = {"step_seconds", "gradients", "beside"}
+"""Keys of a row that was measured: it has one of them."""
 AGREE = 0.05
 """Largest relative difference of losses of the same weights and batch, bf16."""
-_NARROW = ("model.backbone.width=64", "model.backbone.heads=4", "model.backbone.ffn=128", "model.backbone.depth=2")
-_TARGET = ("objective.target.top_k_layers=2", "model.backbone.prenet_depth=0")
-
-VARIANTS: dict[str, tuple[str, ...]] = {
-    "ours": (),
-    "hf": (),
-    "compile": ("model.compile=true",),
-    "recomputed": ("model.activation_checkpointing=true",),
-    "recomputed, compile": ("model.activation_checkpointing=true", "model.compile=true"),
-    "teacher on cpu": ("teacher.placement=cpu",),
-}
-
-
-@dataclass(frozen=True)
-class Model:
-    """A row's model at full and at dry-run size."""
-
-    name: str
-    recipe: str
-    samples: int
-    length: int
-    """Audio samples of a recording."""
-    small: tuple[str, ...]
-    """Recipe options of the dry run."""
-
-
-MODELS = (
-    Model(
-        "ViT-L 1.0",
-        "d2v1_vision_large",
-        128,
-        0,
-        ("model.vision.image_size=64", "objective.masking.target_count=8", "objective.masking.min_block=4"),
-    ),
-    Model("ViT-L 2.0", "d2v2_vision_large", 32, 0, ("model.vision.image_size=64", "model.predictor.width=64")),
-    Model("speech-large 1.0", "d2v1_speech_large", 16, 240_000, ()),
-    Model("speech-large 2.0", "d2v2_speech_large", 8, 240_000, ("model.predictor.width=64",)),
-)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `bench.py device`."""
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
+    parser.add_argument(
+        "--only",
+        metavar="ROWS",
+        help="names of rows or patterns, with commas between; `first`: the first eight minutes",
+    )
     parser.add_argument("--minutes", type=float, default=9.0, help="rows that do not fit in are named, not measured")
     parser.add_argument(
         "--dry_run", action="store_true", help="tiny models, two steps, any device; all rows of the first"
     )
 
 
-def specs(out: Path, dry_run: bool) -> list[Spec]:
-    """What to measure, the most important first."""
-    found = []
-    for variant, options in VARIANTS.items():
-        for number, model in enumerate(MODELS):
-            main = variant == "ours"
-            spec = Spec(
-                model=model.name,
-                variant=variant,
-                recipe=model.recipe,
-                options=tuple(f"--{option}" for option in options),
-                peer=variant == "hf",
-                samples=model.samples,
-                length=model.length,
-                warmup=4,
-                steps=6,
-                details=str(out / _file_name(model.name)) if main else None,
-                workers=max(2, min(12, (os.cpu_count() or 2) - 2)),
-            )
-            if dry_run:
-                if number and variant not in ("ours", "hf"):
-                    continue
-                small = tuple(f"--{option}" for option in (*_NARROW, *_TARGET, *model.small))
-                spec = replace(
-                    spec, options=(*spec.options, *small), samples=2, length=model.length and 8000, warmup=1, steps=1
-                )
-                spec = replace(spec, workers=1)
-            found.append(spec)
-    return found
-
-
 def run(options: argparse.Namespace) -> int:
     """Measure, print the table and write the folder; 1 if a row failed."""
     options.out.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + 60 * options.minutes
-    wanted = specs(options.out, options.dry_run)
+    wanted = specs(options.out, options.dry_run, options.only)
     rows = [
         {"model": one.model, "variant": one.variant, **row} for one, row in zip(wanted, _rows(wanted, end), strict=True)
     ]
@@ -121,7 +61,7 @@ def run(options: argparse.Namespace) -> int:
     for spec in wanted:
         if spec.details is not None and Path(spec.details).exists():
             for trace in (Path(spec.details) / "logs").glob("*.json.gz"):
-                trace.rename(options.out / f"trace-{_file_name(spec.model)}.json.gz")
+                trace.rename(options.out / f"trace-{spec.model.lower().replace(' ', '-')}.json.gz")
             shutil.rmtree(spec.details)
     told["specs"] = [asdict(spec) for spec in wanted]
     (options.out / "results.json").write_text(json.dumps({**told, "rows": rows}, indent=1) + "\n")
@@ -129,7 +69,7 @@ def run(options: argparse.Namespace) -> int:
     text = table(rows, told)
     (options.out / "table.md").write_text(text)
     print(text)
-    return 1 if any("step_seconds" not in row for row in rows) else 0
+    return 1 if any(RESULTS.isdisjoint(row) or row.get("gradients", {}).get("failed") for row in rows) else 0
 
 
 def _rows(wanted: list[Spec], end: float) -> Iterator[dict[str, Any]]:
@@ -207,7 +147,7 @@ def complete(rows: list[dict[str, Any]]) -> None:
             continue
         plain = of_variant.get((row["model"], "ours"), {})
         peer = of_variant.get((row["model"], "hf"), {})
-        if "step_seconds" in peer:
+        if "step_seconds" in peer and row["variant"] not in OTHER_BATCHES:
             row["against_hf"] = row["samples_per_second"] / peer["samples_per_second"]
             if row["samples"] == peer["samples"] and abs(row["loss"] - peer["loss"]) > AGREE * abs(peer["loss"]):
                 _note(row, f"loss {row['loss']:.4g}, the peer's {peer['loss']:.4g}")
@@ -216,7 +156,7 @@ def complete(rows: list[dict[str, Any]]) -> None:
             without = plain["step_seconds"] * (1 - plain["ema_share"])
             row["ema_share"] = max(0.0, 1 - without / row["step_seconds"])
         norm, usual = row.get("grad_norm"), plain.get("grad_norm")
-        if norm is None or usual is None or row["samples"] != plain["samples"]:
+        if norm is None or usual is None or row["samples"] != plain["samples"] or row["variant"] in OTHER_BATCHES:
             continue
         if abs(norm - usual) > 0.2 * usual:
             _note(row, f"gradient norm {norm:.4g} against {usual:.4g}")
@@ -244,6 +184,8 @@ def facts() -> dict[str, Any]:
     }
 
 
+OTHER_BATCHES = ("varying lengths", "padded")
+"""Variants whose batches are not those of `ours`."""
 VERSIONS = ("torch", "deepspeed", "transformers", "cuda")
 COLUMNS: dict[str, tuple[str, str]] = {
     # Title; key and format.
@@ -266,10 +208,21 @@ def table(rows: list[dict[str, Any]], told: dict[str, Any]) -> str:
     lines = [f"{told['device']}, {told['date']}, {said}; `{told['command']}`.", ""]
     lines += [f"| model | variant | {' | '.join(COLUMNS)} |", "|---" * (len(COLUMNS) + 2) + "|"]
     for row in rows:
+        if not RESULTS.isdisjoint(row) and "step_seconds" not in row:
+            continue
         cells = [_shown(row.get(key), how) for key, how in COLUMNS.values()]
         lines.append(f"| {row['model']} | {row['variant']} | {' | '.join(cells)} |")
     lines += ["", *(f"- {row['model']}, {row['variant']}: {row['note']}" for row in rows if row.get("note"))]
+    lines += [f"- {row['model']}: {_beside(row)}" for row in rows if "beside" in row]
+    lines += ["", *(device_gradients.table(row["gradients"]) for row in rows if "gradients" in row)]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _beside(row: dict[str, Any]) -> str:
+    return (
+        f"the teacher's forward on a stream of its own beside the student's takes {row['beside']:.2f} of both in turn, "
+        f"of which it is {100 * row['teacher_share']:.0f} %"
+    )
 
 
 def _shown(value: Any, how: str) -> str:
@@ -282,8 +235,7 @@ def _shown(value: Any, how: str) -> str:
 
 def _said(row: dict[str, Any]) -> str:
     speed = f"{row['samples_per_second']:.2f} samples/s" if "samples_per_second" in row else ""
+    speed = _beside(row) if "beside" in row else speed
+    if "gradients" in row:
+        speed = f"{len(row['gradients']['calls'])} calls of attention compared"
     return "; ".join(filter(None, (speed, row.get("note", ""))))
-
-
-def _file_name(model: str) -> str:
-    return model.lower().replace(" ", "-")

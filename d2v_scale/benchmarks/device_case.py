@@ -10,15 +10,16 @@ import statistics
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from d2v_scale.benchmarks import cases
+from d2v_scale.benchmarks import cases, device_gradients
 from d2v_scale.benchmarks.cases import SAMPLE_RATE, Case
+from d2v_scale.benchmarks.device_rows import Spec
 from d2v_scale.benchmarks.huggingface_peer import HuggingFacePeer
 from d2v_scale.benchmarks.sides import Ours, Side
 from d2v_scale.data.batch import Batch
@@ -27,35 +28,13 @@ from d2v_scale.optim import set_rates
 from d2v_scale.parallel import groups
 from d2v_scale.parallel.groups import Topology
 from d2v_scale.planning import hardware
-from d2v_scale.planning.flops import mfu, sample_cost
+from d2v_scale.planning.flops import sample_cost
 from d2v_scale.profiling import ProfileConfig, StepProfiler, decoders
 from d2v_scale.step import Observations, train_step
 from d2v_scale.utilisation import lengths_of_batch
 
-
-@dataclass(kw_only=True)
-class Spec:
-    """What one process measures."""
-
-    model: str
-    """What the table calls it."""
-    variant: str
-    recipe: str
-    options: tuple[str, ...]
-    """Recipe options."""
-    peer: bool = False
-    """Measure the Hugging Face peer under bf16 autocast instead of this project."""
-    samples: int
-    """Of a step; halved until it fits the device."""
-    length: int
-    """Audio samples of each recording."""
-    warmup: int
-    steps: int
-    """Steps of a block; three blocks are timed, and the median counts."""
-    details: str | None = None
-    """Folder for a trace and the table of the costliest operations; also measures the wait for data."""
-    workers: int = 0
-    """Processes that decode, for the wait for data."""
+SHARES = (0.2, 0.4, 0.6, 0.8, 1.0, 1.2, 1.33)
+"""Of `Spec.length`: the lengths of varying batches; 3 to 20 s of 15."""
 
 
 class _AutocastPeer(HuggingFacePeer):
@@ -77,14 +56,14 @@ class Measured:
             self.side = _AutocastPeer(self.case, topology.device)
         else:
             self.side = Ours(self.case, topology, "bf16")
-        self.batches = [self.case.batch(step).to(topology.device) for step in range(2)]
+        self.batches = [batch.to(topology.device) for batch in batches_of(self.case, spec)]
         self.grad_norm: float | None = None
         self._number = 0
 
     def step(self, batch: Batch | None = None) -> Observations | None:
         """One step; what ours leaves for the log."""
         self._number += 1
-        batch = batch or self.batches[self._number % 2]
+        batch = batch or self.batches[self._number % len(self.batches)]
         if not isinstance(self.side, Ours):
             self.side.step(batch, self._number)
             return None
@@ -107,15 +86,17 @@ class Measured:
 
     def blocks(self) -> tuple[list[float], float]:
         """Seconds of a step in each of three blocks, after the warm-up; seconds of the EMA in a step of the last."""
-        for _ in range(self.spec.warmup):
+        # Whole rounds, so that every block has the same batches.
+        rounds, count = max(1, self.spec.steps // len(self.batches)), len(self.batches)
+        for _ in range(max(self.spec.warmup, count)):
             self.step()
         seconds, seen = [], []
         for _ in range(3):
             _wait()
             begin = time.perf_counter()
-            seen = [self.step() for _ in range(self.spec.steps)]
+            seen = [self.step() for _ in range(rounds * count)]
             _wait()
-            seconds.append((time.perf_counter() - begin) / self.spec.steps)
+            seconds.append((time.perf_counter() - begin) / (rounds * count))
         return seconds, statistics.mean(0.0 if one is None else one.ema_time.seconds() for one in seen)
 
     def describe(self, peak_flops: float | None) -> dict[str, Any]:
@@ -125,24 +106,70 @@ class Measured:
             torch.cuda.reset_peak_memory_stats()
         seconds, ema = self.blocks()
         step = statistics.median(seconds)
-        recipe, batch = self.case.recipe, self.batches[0]
-        lengths = lengths_of_batch(batch, recipe.model.visible_only)
-        cost = sample_cost(recipe.model, self.case.modality, lengths, recipe.parts())
+        samples = statistics.mean(batch.inputs.shape[0] for batch in self.batches)
+        total, student_only = self._flops()
         row |= {
             "step_seconds": step,
             "step_seconds_of_blocks": seconds,
-            "samples_per_second": self.case.samples / step,
-            "gflops_per_sample": cost.total / 1e9,
-            "gflops_per_sample_student": cost.student_only / 1e9,
+            "samples_per_second": samples / step,
+            "gflops_per_sample": total / samples / 1e9,
+            "gflops_per_sample_student": student_only / samples / 1e9,
             "grad_norm": self.grad_norm,
         }
         if peak_flops is not None:
-            row |= asdict(mfu(cost, row["samples_per_second"], 1, peak_flops))
+            row |= {"total": total / step / peak_flops, "student_only": student_only / step / peak_flops}
         if torch.cuda.is_available():
             row["peak_gib"] = torch.cuda.max_memory_allocated() / 1024**3
         if not self.spec.peer:
             row["ema_share"] = ema / step
         return row
+
+    def _flops(self) -> tuple[float, float]:
+        """Of a step, the mean over the batches: all, and the student's alone. Padding counts as work."""
+        recipe = self.case.recipe
+        sums = [0.0, 0.0]
+        for batch in self.batches:
+            lengths = lengths_of_batch(batch, recipe.model.visible_only)
+            cost = sample_cost(recipe.model, self.case.modality, lengths, recipe.parts())
+            sums[0] += batch.inputs.shape[0] * cost.total
+            sums[1] += batch.inputs.shape[0] * cost.student_only
+        return sums[0] / len(self.batches), sums[1] / len(self.batches)
+
+    def streams(self) -> dict[str, float]:
+        """Time of the student's and the teacher's forward at once over both in turn, and the teacher's share of that.
+
+        The teacher is given features that are there already: it waits for nothing but the weights."""
+        assert isinstance(self.side, Ours)
+        student, teacher, batch = self.side.student, self.side.teacher, self.batches[0]
+        features_btd = student(batch, Draw(1, 1)).features_btd
+        own = torch.cuda.Stream() if torch.cuda.is_available() else None
+
+        def beside() -> None:
+            if own is None:
+                teacher(batch, features_btd)
+            else:
+                own.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(own):
+                    teacher(batch, features_btd)
+            student(batch, Draw(1, 1))
+            if own is not None:
+                torch.cuda.current_stream().wait_stream(own)
+
+        def in_turn() -> None:
+            student(batch, Draw(1, 1))
+            teacher(batch, features_btd)
+
+        ways = {"beside": beside, "in turn": in_turn, "teacher": lambda: teacher(batch, features_btd)}
+        best = dict.fromkeys(ways, float("inf"))
+        for number in range(self.spec.warmup + 3 * self.spec.steps):
+            for name, way in ways.items():
+                _wait()
+                begin = time.perf_counter()
+                way()
+                _wait()
+                if number >= self.spec.warmup:
+                    best[name] = min(best[name], time.perf_counter() - begin)
+        return {"beside": best["beside"] / best["in turn"], "teacher_share": best["teacher"] / best["in turn"]}
 
     def data_wait(self, folder: Path) -> float:
         """Share of the time that steps on decoded shards wait for the next batch."""
@@ -189,6 +216,17 @@ class Measured:
         return table.read_text()
 
 
+def batches_of(case: Case, spec: Spec) -> list[Batch]:
+    """What the steps take in turn, on the CPU."""
+    if spec.lengths != "varying":
+        return [case.batch(step, padded=spec.lengths == "padded") for step in range(2)]
+    found = []
+    for step, share in enumerate(SHARES):
+        length = int(share * case.length)
+        found.append(replace(case, samples=max(1, round(case.samples / share)), length=length).batch(step))
+    return found
+
+
 def write_shards(case: Case, folder: Path, count: int, length: int) -> None:
     """Photographs or recordings to decode."""
     from d2v_scale.benchmarks.data import photographs, recordings
@@ -216,12 +254,18 @@ def measure(spec: Spec, row_file: Path) -> None:
         if not sys.stdin.readline():
             return  # the program that asked for the row is gone
         topology = groups.single_process()
+        if spec.kind == "gradients":
+            found = device_gradients.measure(topology.device)
+            note = "; ".join(f"{call}: not the math kernel's gradients" for call in found["failed"])
+            row_file.write_text(json.dumps({"gradients": found, "note": note}))
+            groups.shutdown()
+            return
         peak = hardware.bf16_peak(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
         samples = spec.samples
         while True:
             try:
                 measured = Measured(spec, samples, topology)
-                row = measured.describe(peak)
+                row = dict[str, Any](measured.streams()) if spec.kind == "streams" else measured.describe(peak)
                 break
             except torch.OutOfMemoryError:
                 if samples == 1:
