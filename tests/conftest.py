@@ -1,6 +1,11 @@
 """Fixtures that any test may ask for. What tests share (`tiny_models`) is found through `pythonpath` in pyproject."""
 
+import signal
+
 import pytest
+
+# Whoever runs the tests under nohup has it ignored, and so would every program that a test starts and hangs up on.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture
