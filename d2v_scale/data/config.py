@@ -167,6 +167,8 @@ class DataConfig:
                 )
             if not source.shards:
                 raise ConfigError(f"data.sources.{k}.shards", "is empty", "Name shards with --data.")
+            if not source.weight > 0:
+                raise ConfigError(f"data.sources.{k}.weight", f"is {source.weight}", "Give a number above 0.")
         repeated = [source.repeat is not None for source in self.sources]
         if any(repeated) and not all(repeated):
             key = f"data.sources.{repeated.index(False)}.repeat"
@@ -174,6 +176,8 @@ class DataConfig:
         names = self.source_names()
         if len(set(names)) < len(names):
             raise ConfigError("data.sources", f"have the same name twice: {', '.join(names)}")
+        if not self.temperature > 0:
+            raise ConfigError("data.temperature", f"is {self.temperature}", "Give a number above 0.")
         if not 1 <= self.window_shards <= _WINDOW_LIMIT:
             raise ConfigError(
                 "data.window_shards",
