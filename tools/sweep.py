@@ -34,6 +34,7 @@ from d2v_scale.command_line import parse
 from d2v_scale.errors import EXIT_BAD_INPUT, UserError
 from d2v_scale.plots.curves import series
 from d2v_scale.recipe import to_dict
+from d2v_scale.redaction import redact
 from d2v_scale.status import read_status
 from d2v_scale.tracking.record import read_records
 
@@ -76,7 +77,7 @@ class Point:
 def axis_of(text: str) -> list[list[tuple[str, str]]]:
     """`a+b=1+x,2+y` to [[(a, 1), (b, x)], [(a, 2), (b, y)]]. Raises UserError."""
     keys, _, values = text.partition("=")
-    names = keys.split("+")
+    names = [name.strip() for name in keys.split("+")]
     points = []
     for point in _split(values, ","):
         parts = _split(point, "+") if len(names) > 1 else [point.strip()]
@@ -224,6 +225,11 @@ def own_list(out: Path, points: list[Point]) -> Path:
     if "," in str(out.resolve()):
         raise UserError(f"sbatch takes no path with a comma ({out.resolve()})", "Choose another --out.")
     lines = [shlex.join(point.arguments) for point in points]
+    if secret := next((line for line in lines if redact(line) != line), None):
+        raise UserError(
+            f"The list of points would hold a secret: {secret}",
+            "Write it as $NAME, an environment variable, which is looked up when it is needed.",
+        )
     if any(len(line.splitlines()) != 1 for line in lines):
         raise UserError("A value has several lines, and the list of points has one for each", "Write it in one line.")
     text = "".join(f"{line}\n" for line in lines)
@@ -323,7 +329,7 @@ def main() -> int:
     parser.add_argument("--equal_compute", action="store_true", help="same FLOPs at every point instead of same steps")
     parser.add_argument("--collect", action="store_true", help="only compare what was recorded")
     parser.add_argument("--slurm", action="store_true", help="submit an array of jobs; --collect later")
-    parser.add_argument("--dry_run", "--dry-run", action="store_true", help="with --slurm: only show the command")
+    parser.add_argument("--dry_run", "--dry-run", action="store_true", help="show what would run or be submitted")
     options = parser.parse_args(own)
     options.training = training
     try:
@@ -331,6 +337,9 @@ def main() -> int:
         options.out.mkdir(parents=True, exist_ok=True)
         if options.slurm:
             return submit(points, options)
+        if options.dry_run:
+            print("\n".join(shlex.join(["train.py", *map(redact, point.arguments)]) for point in points))
+            return 0
         if not options.collect:
             run_local(points, max(1, options.jobs))
     except UserError as error:

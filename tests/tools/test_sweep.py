@@ -65,6 +65,28 @@ def test_a_sweep_that_evaluates_nothing_says_so(tmp_path: Path, capsys: pytest.C
     assert capsys.readouterr().err == ""
 
 
+def test_a_dry_run_runs_nothing_without_slurm_too(tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It trained every point."""
+    monkeypatch.setattr(sweep, "run_local", lambda *_: pytest.fail("it ran"))
+    arguments = ["tiny2_vision", "--grid", " optim.lr = 1e-3, 2e-3", "--out", str(tmp_path / "out"), "--dry_run"]
+    monkeypatch.setattr(sys, "argv", ["sweep.py", *arguments, "--", "--data=https://h/a.tar?sig=pl4ntedS3cret"])
+    assert sweep.main() == 0
+    printed = capsys.readouterr().out
+    assert [line.count("--optim.lr=") for line in printed.splitlines()] == [1, 1]
+    assert "pl4ntedS3cret" not in printed
+
+
+def test_no_secret_is_in_the_list_of_a_submission(tmp_path: Path) -> None:
+    chosen = options(tmp_path, "optim.lr=1e-3,2e-3", seeds=(1,))
+    chosen.training = ["--data=https://h/a.tar?sig=pl4ntedS3cret"]
+    with pytest.raises(UserError, match=r"\$NAME") as caught:
+        sweep.submit(sweep.points_of(chosen), chosen)
+    assert "pl4ntedS3cret" not in str(caught.value)
+    assert not list(tmp_path.glob("points*"))
+    chosen.training = ["--data=https://h/a.tar?sig=$SIGNATURE"]
+    assert sweep.submit(sweep.points_of(chosen), chosen) == 0
+
+
 def test_equal_compute_gives_more_masks_fewer_steps(tmp_path: Path) -> None:
     few, many = sweep.points_of(
         options(tmp_path, "objective.masking.clones=1,8", seeds=(1,), equal_compute=True)
