@@ -56,15 +56,43 @@ def plain(value: Any) -> Any:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """A resolved recipe from a run directory, as plain values without secrets, which earlier versions kept. Raises
-    ConfigError when it cannot be read."""
+    """A resolved recipe from a run directory, as plain values: without secrets, which earlier versions kept, and with
+    the defaults of keys that those did not have yet. Raises ConfigError when it cannot be read."""
     try:
         value = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise ConfigError("run_dir", f"cannot read {path}: {error}", "Choose another --run_dir.") from error
     if not isinstance(value, dict):
         raise ConfigError("run_dir", f"{path} is not a recipe", "Choose another --run_dir.")
-    return redact_values(value)
+    return completed(redact_values(value), Recipe)
+
+
+def completed(values: dict[str, Any], owner: type) -> dict[str, Any]:
+    """The values of a section, with the default of every key that is absent: what the parser takes them for, too."""
+    found = dict(values)
+    kinds = typing.get_type_hints(owner)
+    for field in dataclasses.fields(owner):
+        section, value = _section(kinds[field.name]), found.get(field.name)
+        if field.name not in found:
+            if field.default_factory is not dataclasses.MISSING:
+                found[field.name] = _as_values(field.default_factory())
+            elif field.default is not dataclasses.MISSING:
+                found[field.name] = _as_values(field.default)
+        elif section is not None and isinstance(value, dict):
+            found[field.name] = completed(value, section)
+        elif section is not None and isinstance(value, list):
+            found[field.name] = [completed(item, section) if isinstance(item, dict) else item for item in value]
+    return found
+
+
+def _section(kind: Any) -> type | None:
+    """The configuration class of a key that holds one, none, or a list of them."""
+    options = [kind, *typing.get_args(kind)]
+    return next((one for one in options if isinstance(one, type) and dataclasses.is_dataclass(one)), None)
+
+
+def _as_values(value: Any) -> Any:
+    return plain(dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value)  # type: ignore[arg-type]
 
 
 def for_parser(path: Path) -> str:

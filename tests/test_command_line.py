@@ -1,11 +1,12 @@
 """Recipes, overrides and mistakes: every mistake names the key and the remedy before anything starts."""
 
+import copy
 from pathlib import Path
 
 import pytest
 import yaml
 
-from d2v_scale import command_line
+from d2v_scale import command_line, recipe_file
 from d2v_scale.errors import ConfigError
 from d2v_scale.recipe import binding_differences, to_dict
 from d2v_scale.recipe_file import dump
@@ -94,6 +95,23 @@ def test_another_recipe_in_the_same_directory_is_refused_and_free_keys_are_not(t
     with pytest.raises(ConfigError, match=r"optim\.lr"):
         command_line.check_same_recipe(other, tmp_path, allow_change=False)
     command_line.check_same_recipe(other, tmp_path, allow_change=True)
+
+
+def test_a_run_of_a_version_that_lacks_keys_is_continued(tmp_path):
+    recipe, _ = command_line.parse([])
+    values = yaml.safe_load(dump(recipe))
+    whole = copy.deepcopy(values)
+    for section, key in (("predictor", "final_norm"), ("backbone", "layer_drop")):
+        del values["model"][section][key]
+    del values["objective"]["loss"]["weight"]
+    del values["objective"]["health"]
+    del values["data"]["sources"][0]["weight"]
+    (tmp_path / RECIPE_FILE).write_text(yaml.safe_dump(values))
+    assert recipe_file.load(tmp_path / RECIPE_FILE) == whole
+    command_line.check_same_recipe(recipe, tmp_path, allow_change=False)
+    other, _ = command_line.parse(["--model.predictor.final_norm", "true"])
+    with pytest.raises(ConfigError, match=r"model\.predictor\.final_norm: False there, True here"):
+        command_line.check_same_recipe(other, tmp_path, allow_change=False)
 
 
 def test_binding_differences_leave_out_where_and_how_a_run_runs():
