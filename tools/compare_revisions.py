@@ -2,7 +2,7 @@
 
     python tools/compare_revisions.py                       # the parent commit with the work tree
     python tools/compare_revisions.py main --steps 8 --golden recorded/v1_audio
-    git bisect run python /elsewhere/tools/compare_revisions.py GOOD --tree . --only losses
+    git bisect run python /elsewhere/tools/compare_revisions.py GOOD --tree . --only losses --demos demo_vision
 
 files: names of commands, templates, recipes and configurations. options: of every command's --help. recipes: every
 packaged recipe as resolved. refusals: exit codes of wrong input. shards: the demo sets. losses: of the demo recipes,
@@ -88,6 +88,8 @@ class Pair:
     new: Side
     steps: int
     golden: list[Path]
+    chosen: list[str] | None = None
+    """Demo recipes; None: all."""
 
     @property
     def sides(self) -> tuple[Side, Side]:
@@ -103,7 +105,7 @@ class Pair:
         found = {}
         for path in sorted(self.old.path(RECIPES).glob("*.yaml")):
             modality = re.search(r"demo_data/(\w+)/", path.read_text())
-            if modality is not None:
+            if modality is not None and (self.chosen is None or path.stem in self.chosen):
                 found[path.stem] = modality.group(1)
         return found
 
@@ -333,6 +335,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=4, help="of every run; twice as many for checkpoints (4)")
     parser.add_argument("--golden", type=Path, action="append", default=[], help="a recorded run; may be repeated")
     parser.add_argument("--only", nargs="+", choices=list(SECTIONS), default=list(SECTIONS), metavar="PART")
+    parser.add_argument("--demos", nargs="+", metavar="RECIPE", help="only these of the demo recipes")
     parser.add_argument("--tree", type=Path, default=Path(__file__).resolve().parents[1], help="the work tree (this)")
     parser.add_argument("--keep", type=Path, help="new folder that the programs write into, and that is kept")
     options = parser.parse_args(arguments)
@@ -350,7 +353,7 @@ def main(arguments: list[str] | None = None) -> int:
             stack.callback(old.close)
             new = Side("the work tree", options.tree.resolve(), folder / "new")
             stack.callback(new.close)
-            pair = Pair(old, new, options.steps, [path.resolve() for path in options.golden])
+            pair = Pair(old, new, options.steps, [path.resolve() for path in options.golden], options.demos)
             for name in options.only:
                 for row in SECTIONS[name](pair):
                     print(f"{row.kind}: {row.name}: {row.result}", file=sys.stderr, flush=True)

@@ -176,5 +176,6 @@ def test_what_neither_can_do_was_not_compared(tree: Path) -> None:
 
 def test_a_revision_that_is_not_there_or_does_not_start_is_refused(tree: Path) -> None:
     assert compare(tree, "no_such_revision")[0] == 2
+    assert compare(tree, "HEAD", "--only", "losses", "--demos", "another") == (0, {})
     (tree / "d2v_scale" / "train.py").write_text("import no_such_module\n")
     assert compare(tree, "HEAD", "--only", "recipes")[0] == 2
