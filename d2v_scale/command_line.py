@@ -93,6 +93,8 @@ def _take_shards(arguments: list[str]) -> tuple[list[str], str | None]:
     finder.add_argument("--data")
     finder.add_argument("--local_rank", "--local-rank")  # the environment says the same
     known, rest = finder.parse_known_args(arguments)
+    if known.data is not None and not known.data.strip():  # of a shell's variable that is not set
+        raise ConfigError("data", "is empty", "Name shards, or leave --data out.")
     return rest, known.data
 
 

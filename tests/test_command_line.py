@@ -67,6 +67,13 @@ def test_a_mistake_names_the_key_and_the_nearest_valid_one(arguments, key, hint)
     assert hint in str(error.value)
 
 
+@pytest.mark.parametrize("given", [["--data", ""], ["--data="], ["--data", " "]])
+def test_an_empty_data_argument_is_refused_by_name(given: list[str]):
+    """`--data "$SHARDS"` where that variable is not set: said with the key, before shards are looked for."""
+    with pytest.raises(ConfigError, match="data: is empty"):
+        command_line.parse(given)
+
+
 def test_an_unknown_key_in_yaml_is_named_with_its_path(tmp_path):
     file = tmp_path / "mine.yaml"
     file.write_text("name: mine\nobjective:\n  masking:\n    lenght: 3\n")
