@@ -57,7 +57,7 @@ class Source:
         self._seed = seed
         self._lengths = lru_cache(maxsize=data.shards_kept)(self._read_lengths)
         stem = modalities.of(model, source.modality)
-        self.items = stem.items(shards, data, lambda shard: self._lengths(shard))
+        self.items = stem.items(shards, data, self._lengths)
         if stem.uses_tokenizer:
             self.tokenizer = Path(data.text.tokenizer) if data.text.tokenizer else shards.tokenizer
             self._check_tokenizer(source)
