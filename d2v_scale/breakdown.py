@@ -17,19 +17,18 @@ BUCKETS = 4
 class LossBreakdown:
     """Sums and counts of the masked loss per bucket; `figures` divides them over all ranks."""
 
-    def __init__(self, sources: list[str], device: torch.device, width: int | None = None) -> None:
-        """`sources`: the names of all data sources, in an order that all ranks share. `width`: channels of the targets,
-        to see how far each source's targets and predictions spread; None: not looked at."""
+    def __init__(self, sources: list[str], device: torch.device, widths: list[tuple[int, int]] | None = None) -> None:
+        """`sources`: the names of all data sources, in an order that all ranks share. `widths`: channels of the raw
+        targets and of the predictions of each, to see how far these spread; None: not looked at."""
         self._sources = sources
-        self._moments: Tensor | None = None
-        if width is not None:
-            # Of targets, then of predictions: count, sum and sum of squares over the channels.
-            self._moments = torch.zeros(len(sources), 2, 1 + 2 * width, dtype=torch.float64, device=device)
+        # Of a source's raw targets, then of its predictions: count, sum and sum of squares over the channels.
+        self._sizes = [1 + 2 * width for pair in widths or [] for width in pair]
+        self._moments = torch.zeros(sum(self._sizes), dtype=torch.float64, device=device)
         self._sums = torch.zeros(2, len(sources) + BUCKETS, dtype=torch.float64, device=device)
 
     @torch.no_grad()
-    def add(self, batch: Batch, predictions_nd: Tensor, targets_nd: Tensor, config: LossConfig) -> None:
-        """Count one micro-batch. Nothing waits for the device."""
+    def add(self, batch: Batch, predictions_nd: Tensor, targets_nd: Tensor, raw_nd: Tensor, config: LossConfig) -> None:
+        """Count one micro-batch. `raw_nd`: the targets before any state entered. Nothing waits for the device."""
         factor = loss.channel_factor(config, targets_nd.shape[1])
         loss_n = loss.elementwise(predictions_nd, targets_nd, config.beta).sum(dim=1).double() * factor
         # A row's share counts its positions, padding included.
@@ -42,14 +41,15 @@ class LossBreakdown:
             own = self._sources.index(batch.source)
             self._sums[0, own] += loss_n.sum()
             self._sums[1, own] += loss_n.numel()
-            if self._moments is not None:
-                for row, x_nd in enumerate((targets_nd, predictions_nd)):
+            if self._sizes:
+                rows = self._moments.split(self._sizes)
+                for row, x_nd in zip(rows[2 * own : 2 * own + 2], (raw_nd, predictions_nd), strict=True):
                     count, total_d, square_d = statistics.moments(x_nd)
-                    self._moments[own, row] += torch.cat((count[None], total_d, square_d))
+                    row += torch.cat((count[None], total_d, square_d))
 
     def figures(self, topology: Topology) -> dict[str, Tensor]:
         """`loss/<source>` (where there are several) and `loss/masked_<from>_<to>` in percent, for those that occurred;
-        with `width` also `target_std/<source>` and `prediction_std/<source>`.
+        with `widths` also `target_std/<source>` and `prediction_std/<source>`.
 
         Waits for the device. Collective: all ranks must call.
         """
@@ -63,16 +63,14 @@ class LossBreakdown:
         return figures | self._spreads(topology)
 
     def _spreads(self, topology: Topology) -> dict[str, Tensor]:
-        if self._moments is None:
+        if not self._sizes:
             return {}
         topology.sum_over_model(self._moments)
-        width = (self._moments.shape[2] - 1) // 2
+        names = [f"{figure}/{source}" for source in self._sources for figure in ("target_std", "prediction_std")]
         figures = {}
-        for source, rows in zip(self._sources, self._moments.cpu(), strict=True):
-            for name, row in zip(("target_std", "prediction_std"), rows, strict=True):
-                # One vector has no spread.
-                if row[0] > 1:
-                    figures[f"{name}/{source}"] = statistics.std_from_moments(
-                        row[0], row[1 : 1 + width], row[1 + width :]
-                    )
+        for name, row in zip(names, self._moments.cpu().split(self._sizes), strict=True):
+            # One vector has no spread.
+            if row[0] > 1:
+                sum_d, square_d = row[1:].chunk(2)
+                figures[name] = statistics.std_from_moments(row[0], sum_d, square_d)
         return figures

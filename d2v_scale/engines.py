@@ -20,29 +20,31 @@ log = logging.getLogger("d2v_scale.train")
 
 def build_engines(recipe: Recipe, config: dict[str, Any], topology: Topology) -> tuple[StudentEngine, EmaTeacher]:
     """Both engines, with initial weights; `config` is DeepSpeed's, resolved. Collective: all ranks must call."""
-    parts, targets = recipe.parts(), recipe.targets()
+    parts, targets, widths = recipe.parts(), recipe.targets(), recipe.target_widths()
 
     def optimizer(named: NamedParameters) -> Any:
         return make_optimizer(parameter_groups(named, recipe.optim), recipe.optim)
 
     if topology.pipeline_size == 1:
         student = build_student(
-            lambda: Student(recipe.model),
+            lambda: Student(recipe.model, target_widths=widths),
             config,
             optimizer,
             topology,
             lambda module: initialize(module, recipe.seed),
         )
-        return student, ShardedTeacher(
+        sharded = ShardedTeacher(
             lambda: Teacher(recipe.model, targets, parts), student, recipe.teacher, config, topology, parts.role
         )
+        cast(Teacher, sharded.module).begin_state(topology.device)
+        return student, sharded
     split = stage_blocks(recipe, topology.pipeline_size, topology.tensor_size)
     if topology.rank == 0:
         log.info("%s", describe_split(split, recipe.accumulation))
     blocks = split.blocks[topology.pipeline_rank]
     section = Section(blocks.start, blocks.stop, recipe.model.backbone.depth)
     stage = build_pipeline(
-        lambda: Student(recipe.model, section=section),
+        lambda: Student(recipe.model, section=section, target_widths=widths),
         config,
         optimizer,
         topology,
@@ -51,6 +53,7 @@ def build_engines(recipe: Recipe, config: dict[str, Any], topology: Topology) ->
     teacher = StageTeacher(
         lambda: Teacher(recipe.model, targets, parts, section), stage, recipe.teacher, config, topology, parts.role
     )
+    cast(Teacher, teacher.module).begin_state(topology.device)
     stage.pipeline_stage.accompany(cast(Teacher, teacher.module))
     return stage, teacher
 

@@ -1,6 +1,6 @@
 """All that is measured of a step that is logged, put together: what `train` records and judges."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from d2v_scale.data.totals import RunTotals
 from d2v_scale.data2vec import ema
 from d2v_scale.diagnostics import StepDiagnostics
 from d2v_scale.health import HealthMonitor
+from d2v_scale.model.stack import Teacher
 from d2v_scale.parallel.pipeline import PipelineStudent
 from d2v_scale.parallel.zero import StepResult, StudentEngine
 from d2v_scale.recipe import Recipe
@@ -42,6 +43,9 @@ class RunObserver:
         self.meter = SpeedMeter()
         self._ema_waited = 0.0
         self._sources = recipe.data.source_names()
+        targets = cast(Teacher, teacher.module).targets
+        pairs = [(targets[s.modality].raw_width, targets[s.modality].width) for s in recipe.data.sources]
+        self._widths = pairs if len(pairs) > 1 else None
         self._by_source = self._new_breakdown()
         self._measured: set[str] = set()
         """Sources with a step in `_by_source`."""
@@ -73,8 +77,7 @@ class RunObserver:
             self._diagnostics.arm()
 
     def _new_breakdown(self) -> LossBreakdown:
-        width = self._recipe.model.backbone.width if len(self._sources) > 1 else None
-        return LossBreakdown(self._sources, self._topology.device, width)
+        return LossBreakdown(self._sources, self._topology.device, self._widths)
 
     def after(self) -> None:
         """A step is done. Local."""

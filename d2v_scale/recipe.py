@@ -95,6 +95,16 @@ class Recipe:
         """How each stem's targets are made."""
         return {name: self.objective.of(name).target for name in self.model.modalities}
 
+    def target_widths(self) -> dict[Modality, int]:
+        """Channels of each stem's targets, and of its predictor's output."""
+        places = {name: modalities.target_place(self.model, name) for name in self.model.modalities}
+        return {name: targets.build(one, places[name]).width for name, one in self.targets().items()}
+
+    def has_target_state(self) -> bool:
+        """Whether any stem's target has a state."""
+        places = {name: modalities.target_place(self.model, name) for name in self.model.modalities}
+        return any(targets.build(one, places[name]).initial_state() for name, one in self.targets().items())
+
     def masking(self) -> dict[Modality, MaskingConfig]:
         """What is masked of each stem's samples."""
         return {name: self.objective.of(name).masking for name in self.model.modalities}
@@ -147,8 +157,13 @@ class Recipe:
     def _check_own_objective(self, stem: modalities.Modality, objective: ObjectiveConfig) -> None:
         """Raises ConfigError for what contradicts a stem, whose own values are entered in `objective`."""
         model = self.model
-        targets.tapped_layers(objective.target, model.backbone.depth)
-        targets.accumulator(objective.target)
+        target = targets.check(objective.target, modalities.target_place(model, stem.name))
+        if objective.loss.cls_weight > 0 and target.width != model.backbone.width:
+            raise ConfigError(
+                "objective.loss.cls_weight",
+                f"compares an output of width {model.backbone.width} with targets of width {target.width}",
+                "Set it to 0, or choose another objective.target.kind.",
+            )
         masks = objective.masking
         if masks.clones > 1 and not model.visible_only:
             raise ConfigError(

@@ -7,12 +7,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from d2v_scale import target_state
 from d2v_scale.breakdown import LossBreakdown
 from d2v_scale.data.batch import Batch
 from d2v_scale.data2vec import ema, loss, statistics
 from d2v_scale.data2vec.config import ObjectiveConfig
 from d2v_scale.data2vec.stateless import key
-from d2v_scale.model.stack import Draw, Student
+from d2v_scale.data2vec.targets import Made, State, Target
+from d2v_scale.model.stack import Draw, Student, Teacher
 from d2v_scale.parallel.groups import Topology
 from d2v_scale.parallel.pipeline import PipelineStudent
 from d2v_scale.parallel.stage_teacher import StageTeacher
@@ -36,17 +38,18 @@ class Observations:
     """This rank's share of the step's loss: the sum over ranks is the loss."""
     samples: Tensor
     """Samples of the whole step."""
-    moments: Tensor
-    """float64 (3, 1 + 2D): count, sum and sum of squares over the channels of targets, predictions and stem output."""
+    moments: list[Tensor]
+    """Of raw targets, predictions and stem output, each with its channels D: float64 (1 + 2D,), count, sum and sum of
+    squares."""
     alignment: Tensor
     """float32 (4,): effective rank and mean cosine of this rank's last targets, and of its last predictions."""
     ema_time: Stopwatch = field(default_factory=Stopwatch)
 
     @classmethod
-    def empty(cls, samples: Tensor, width: int, device: torch.device) -> "Observations":
-        """Nothing seen yet."""
+    def empty(cls, samples: Tensor, widths: tuple[int, int, int], device: torch.device) -> "Observations":
+        """Nothing seen yet. `widths`: of raw targets, predictions and stem output."""
         zero = torch.zeros((), dtype=torch.float64, device=device)
-        moments = torch.zeros(3, 1 + 2 * width, dtype=torch.float64, device=device)
+        moments = [torch.zeros(1 + 2 * width, dtype=torch.float64, device=device) for width in widths]
         return cls(zero, samples, moments, torch.zeros(4, device=device))
 
     def count(self, what: int, x_nd: Tensor) -> None:
@@ -81,27 +84,36 @@ class StepLoss:
         batches: list[Batch],
         topology: Topology,
         width: int,
+        target: Target,
+        state: State,
         breakdown: LossBreakdown | None,
         *,
         observe: bool,
     ) -> None:
-        """Collective over the data-parallel group: all its ranks must call."""
+        """`width`: channels of the stem's output; `state`: the target's, {} where it has none or targets are made
+        elsewhere. Collective over the data-parallel group: all its ranks must call."""
         self._config = objective.loss
+        self._target, self._state = target, state
+        self.statistics: dict[str, Tensor] = {}
+        """What the micro-batches say about the target's state, added up."""
         self._counts = count_step(batches, topology)
         self._factor = topology.data_parallel_size * len(batches)
         self._breakdown = breakdown
         self._observe = observe
-        self.seen = Observations.empty(self._counts[1] / objective.masking.clones, width, topology.device)
+        widths = (target.raw_width, target.width, width)
+        self.seen = Observations.empty(self._counts[1] / objective.masking.clones, widths, topology.device)
 
     def entered(self, features_btd: Tensor) -> None:
         """The stem has made these features of a micro-batch."""
         if self._observe:
             self.seen.count(STEM, features_btd.flatten(0, 1))
 
-    def share(self, batch: Batch, predictions_nd: Tensor, cls_rd: Tensor | None, targets_btd: Tensor) -> Tensor:
+    def share(self, batch: Batch, predictions_nd: Tensor, cls_rd: Tensor | None, made: Made) -> Tensor:
         """What a micro-batch adds to the loss, scaled for DeepSpeed's division."""
+        targets_btd = made.targets_btd
         width = targets_btd.shape[-1]
         targets_nd = masked_targets(targets_btd, batch)
+        self._ask(made)
         total = loss.masked_loss_sum(predictions_nd, targets_nd, self._config, width)
         share = total / self._counts[0].float()
         # Of several modalities only images have a CLS token; a step is of one, on all ranks.
@@ -112,15 +124,26 @@ class StepLoss:
             share = share + total / self._counts[1].float()
         share = share * self._config.weight if self._config.weight != 1 else share
         self.seen.loss += share.detach()
+        if not self._observe and self._breakdown is None:
+            return share * self._factor
+        raw_nd = targets_nd if made.raw_btd is targets_btd else masked_targets(made.raw_btd, batch)
         if self._observe:
-            self.seen.count(TARGETS, targets_nd)
+            self.seen.count(TARGETS, raw_nd)
             self.seen.count(PREDICTIONS, predictions_nd)
             looks = (statistics.effective_rank, statistics.mean_cosine)
-            found = [look(x_nd) for x_nd in (targets_nd, predictions_nd) for look in looks]
+            found = [look(x_nd) for x_nd in (raw_nd, predictions_nd) for look in looks]
             self.seen.alignment = torch.stack(found).float()
         if self._breakdown is not None:
-            self._breakdown.add(batch, predictions_nd, targets_nd, self._config)
+            self._breakdown.add(batch, predictions_nd, targets_nd, raw_nd, self._config)
         return share * self._factor
+
+    @torch.no_grad()
+    def _ask(self, made: Made) -> None:
+        """Add what a micro-batch says about the target's state."""
+        if self._state:
+            assert made.counted_bt is not None
+            said = self._target.statistics(made.raw_btd, made.counted_bt, self._state)
+            self.statistics = {name: x.double() + self.statistics.get(name, 0.0) for name, x in said.items()}
 
 
 def train_step(
@@ -135,12 +158,15 @@ def train_step(
 ) -> tuple[StepResult, Observations]:
     """Run one step over this rank's micro-batches. Collective: all ranks must call, with the same modality.
 
-    `observe` also collects what `collapse_statistics` needs. `breakdown` gets the loss by source. The teacher moves if
-    and only if the optimizer stepped.
+    `observe` also collects what `collapse_statistics` needs. `breakdown` gets the loss by source. The teacher and the
+    state of its targets move if and only if the optimizer stepped.
     """
     width = cast(Student, student.module).config.backbone.width
-    own = objective.of(batches[0].modality)
-    step_loss = StepLoss(own, batches, student.topology, width, breakdown, observe=observe)
+    stem = batches[0].modality
+    target, state = cast(Teacher, teacher.module).targets[stem], target_state.of(teacher).get(stem, {})
+    step_loss = StepLoss(
+        objective.of(stem), batches, student.topology, width, target, state, breakdown, observe=observe
+    )
     if isinstance(student, PipelineStudent):
         assert isinstance(teacher, StageTeacher)
         teacher.prepare()
@@ -153,8 +179,8 @@ def train_step(
                 output = student(batch, draw)
             step_loss.entered(output.features_btd)
             with part("teacher"):
-                targets_btd = teacher(batch, output.features_btd)
-            share = step_loss.share(batch, output.predictions_nd, output.cls_rd, targets_btd)
+                made = teacher.make(batch, output.features_btd)
+            share = step_loss.share(batch, output.predictions_nd, output.cls_rd, made)
             with part("backward"):
                 student.backward(share)
         with part("optimizer"):
@@ -164,6 +190,8 @@ def train_step(
             teacher.measure()
         with part("ema"), step_loss.seen.ema_time:
             teacher.update(ema.decay(objective.ema, student.completed_updates))
+        if step_loss.statistics:
+            target_state.move(teacher, stem, step_loss.statistics)
     return result, step_loss.seen
 
 
@@ -181,14 +209,16 @@ def collapse_statistics(observations: Observations, topology: Topology) -> dict[
 
     Effective rank and mean cosine are of one rank's last micro-batch. Collective: all ranks must call.
     """
-    sums = torch.cat((observations.loss[None], observations.moments.flatten()))
+    sums = torch.cat((observations.loss[None], *observations.moments))
     topology.sum_over_model(sums)
     alignment = observations.alignment.clone()
     if topology.pipeline_size > 1:
         dist.all_reduce(alignment, group=topology.pipeline_group)
 
+    rows = sums[1:].split([one.numel() for one in observations.moments])
+
     def spread(what: int) -> Tensor:
-        row = sums[1:].view_as(observations.moments)[what]
+        row = rows[what]
         width = (row.numel() - 1) // 2
         return statistics.std_from_moments(row[0], row[1 : 1 + width], row[1 + width :])
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from d2v_scale import faults
 from d2v_scale.data2vec import ema
+from d2v_scale.data2vec.targets import Made
 from d2v_scale.errors import ConfigError
 from d2v_scale.parallel import ds_config
 from d2v_scale.parallel.groups import Topology
@@ -268,18 +269,9 @@ class EmaTeacher(ABC):
             values = held.range if one_tensor else self._values.narrow(0, offset, numel)
             offset += 0 if one_tensor else numel
             cut = tensor_slice(held.parameter, place.tensor_rank, place.tensor_size)
-            shard = TeacherShard(
-                name,
-                shape,
-                cut,
-                held.start,
-                values,
-                None if one_tensor else held.range,
-                held.source,
-                role(name) == "averaged",
-                cut is not None or place.tensor_rank == 0,
-            )
-            shards.append(shard)
+            compute = None if one_tensor else held.range
+            averaged, counted = role(name) == "averaged", cut is not None or place.tensor_rank == 0
+            shards.append(TeacherShard(name, shape, cut, held.start, values, compute, held.source, averaged, counted))
         return shards
 
 
@@ -324,6 +316,10 @@ class ShardedTeacher(EmaTeacher):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The forward pass (targets), without gradient. Collective: every rank must call."""
         return self._run("forward", args, kwargs)
+
+    def make(self, batch: Any, features_btd: Tensor | None) -> Made:
+        """The module's `make`: targets and what is observed of them. Collective: every rank must call."""
+        return self._run("make", (batch, features_btd), {})
 
     def features(self, batch: Any, features_btd: Tensor | None, layers: list[int]) -> list[Tensor]:
         """The module's `features`: hidden states for evaluation, without gradient. Collective."""

@@ -43,9 +43,9 @@ def edited(source: str, hunks: str) -> str:
 
 
 def apply(diff: str, root: Path) -> None:
-    """Edit the files below `root` that a diff names."""
+    """Edit the files below `root` that a diff names, or write those that are not there."""
     parts = re.split(r"^--- (\S+)\n", diff, flags=re.MULTILINE)
     assert not parts[0].strip(), "a diff begins with `--- FILE`"
     for name, hunks in zip(parts[1::2], parts[2::2], strict=True):
         path = root / name
-        path.write_text(edited(path.read_text(), hunks))
+        path.write_text(edited(path.read_text(), hunks) if path.exists() else edited("", hunks) + "\n")

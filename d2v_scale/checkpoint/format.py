@@ -5,7 +5,9 @@
       manifest.json            where every range of every tensor is; sizes and SHA-256 of the files; the run's state
       COMMITTED                SHA-256 of the manifest. Written last: without it the directory is not a checkpoint
 
-Kinds: `student` (fp32 weights), `exp_avg` and `exp_avg_sq` (Adam moments, cut like the student), `teacher` (fp32).
+Kinds: `student` (fp32 weights), `exp_avg` and `exp_avg_sq` (Adam moments, cut like the student), `teacher` (fp32), and
+`state`: named fp32 tensors that belong to no module, whole, such as the state of targets. A reader takes all of `state`
+or refuses the checkpoint, and refuses kinds that it does not know.
 A range lies in a tensor-parallel slice of the tensor (a tensor that is not sliced has one slice, itself).
 
 A tensor is cut into one range a rank, at 1,024 ranks and 7 billion parameters into 850,000 in all. They are held as
@@ -33,6 +35,7 @@ from d2v_scale.parallel.shards import TensorSlice
 FORMAT = 2
 MANIFEST = "manifest.json"
 STUDENT_KINDS = ("student", "exp_avg", "exp_avg_sq")
+KINDS = (*STUDENT_KINDS, "teacher", "state")
 
 
 def local_shape(shape: tuple[int, ...], dim: int | None, count: int) -> tuple[int, ...]:
@@ -141,6 +144,12 @@ class Manifest:
             raise NewerFormatError(
                 f"{path} has checkpoint format {version}, written by d2v_scale {body.get('written_by', '?')}; this "
                 f"version reads formats up to {FORMAT}.",
+                "Upgrade d2v_scale to read it.",
+            )
+        if isinstance(body.get("tensors"), dict) and (unknown := sorted(body["tensors"].keys() - set(KINDS))):
+            raise NewerFormatError(
+                f"{path} holds {', '.join(unknown)}, written by d2v_scale {body.get('written_by', '?')}, which this "
+                "version does not know.",
                 "Upgrade d2v_scale to read it.",
             )
         try:

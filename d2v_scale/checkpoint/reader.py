@@ -62,7 +62,7 @@ class Checkpoint:
         return self.manifest.extra
 
     def kinds(self) -> list[str]:
-        """Which of `student`, `exp_avg`, `exp_avg_sq`, `teacher` are there."""
+        """Which of `format.KINDS` are there."""
         return list(self.manifest.tensors)
 
     def names(self, kind: str) -> list[str]:

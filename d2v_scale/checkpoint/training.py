@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from d2v_scale import target_state
 from d2v_scale.checkpoint.format import Piece
 from d2v_scale.checkpoint.reader import Checkpoint
 from d2v_scale.parallel.shards import MOMENTS, TensorSlice
@@ -32,6 +33,10 @@ def pieces(student: StudentEngine, teacher: EmaTeacher | None) -> list[Piece]:
     for held in teacher.shards():
         if _writes(held.slice, teacher.topology.tensor_rank):
             found.append(Piece("teacher", held.name, held.shape, held.slice, held.start, held.values))
+    if teacher.topology.data_parallel_rank == 0 and teacher.topology.tensor_rank == 0:
+        # All ranks that have it have the same.
+        named = target_state.named(teacher).items()
+        found += [Piece("state", name, tuple(x.shape), None, 0, x.reshape(-1)) for name, x in named]
     return found
 
 
@@ -58,6 +63,7 @@ def restore(checkpoint: Checkpoint, student: StudentEngine, teacher: EmaTeacher 
     student.skipped_in_a_row = counters["skipped_in_a_row"]
     if teacher is not None:
         _read_teacher(checkpoint, teacher)
+        _read_state(checkpoint, teacher)
         teacher.finish_loading(counters["teacher_updates"])
 
 
@@ -67,16 +73,20 @@ def restore_weights(
 ) -> None:
     """Start a new run from weights: no moments, counters at zero. Collective.
 
-    The teacher is the checkpoint's, or with `reset_teacher` a copy of the student. Raises CheckpointError, before
-    anything is changed, when the checkpoint is of another model.
+    The teacher is the checkpoint's, or with `reset_teacher` a copy of the student. So is the state of targets, which
+    begins anew with `reset_teacher` and where the checkpoint has none. Raises CheckpointError, before anything is
+    changed, when the checkpoint is of another model.
     """
-    _check(checkpoint, student, None if reset_teacher else teacher, ())
+    has_state = bool(checkpoint.names("state")) and not reset_teacher
+    _check(checkpoint, student, None if reset_teacher else teacher, (), with_state=has_state)
     _read_student(checkpoint, student, ())
     student.finish_loading(0)
     if reset_teacher:
         teacher.copy_student()
     else:
         _read_teacher(checkpoint, teacher)
+        if has_state:
+            _read_state(checkpoint, teacher)
         teacher.finish_loading(0)
 
 
@@ -98,14 +108,26 @@ def _read_teacher(checkpoint: Checkpoint, teacher: EmaTeacher) -> None:
         held.values.copy_(checkpoint.read("teacher", held.name, held.slice, held.start, held.numel))
 
 
+def _read_state(checkpoint: Checkpoint, teacher: EmaTeacher) -> None:
+    for name, values in target_state.named(teacher).items():
+        values.copy_(checkpoint.tensor("state", name))
+
+
 def _check(
-    checkpoint: Checkpoint, student: StudentEngine, teacher: EmaTeacher | None, moments: tuple[str, ...]
+    checkpoint: Checkpoint,
+    student: StudentEngine,
+    teacher: EmaTeacher | None,
+    moments: tuple[str, ...],
+    *,
+    with_state: bool = True,
 ) -> None:
     expected = student.global_shapes()
     for kind in ("student", *moments):
         checkpoint.check_names(kind, expected)
     if teacher is not None:
         checkpoint.check_names("teacher", teacher.global_shapes())
+    if with_state:
+        checkpoint.check_names("state", {} if teacher is None else target_state.shapes(teacher))
 
 
 def _writes(cut: TensorSlice | None, tensor_rank: int) -> bool:

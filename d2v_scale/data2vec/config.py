@@ -37,7 +37,9 @@ class TargetConfig:
     """How the teacher's taps become a target (spec 1.2)."""
 
     kind: str = "average_top_k"
-    """Name of the target function (d2v_scale/data2vec/targets.py)."""
+    """`average_top_k`; `last_layer`; `input`: pixels of a patch, samples of a frame; `whitened`: by running moments of
+    every channel; `codes`: the nearest of a growing codebook; or `package.module:Class`, your own
+    (d2v_scale/data2vec/targets)."""
     tap: Literal["ffn", "block"] = "ffn"
     """`ffn`: second FFN linear before dropout and residual; `block`: the block's output (1.0 vision)."""
     top_k_layers: int = 8
@@ -50,6 +52,9 @@ class TargetConfig:
     each sample and channel; `layer`: over channels; `batch`: over samples and time; `group`: over time and channels."""
     final_norm: str = "none"
     """Parameter-free norms after the average, written as in `layer_norm`."""
+    options: dict[str, float] | None = None
+    """Numbers that the kind has for itself; null: its defaults. `whitened`: `momentum` (0.999); `codes`: `codes` (256),
+    `momentum` (0.99), `grow_above` (0, share of the variance)."""
 
 
 @dataclass(kw_only=True)

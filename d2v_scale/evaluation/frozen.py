@@ -1,6 +1,5 @@
 """An encoder from a checkpoint, in one process and without DeepSpeed: for probes, pictures and export checks."""
 
-import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -45,14 +44,8 @@ class FrozenEncoder:
         source = open_encoder(path, "student" if weights == "student" else "teacher")
         recipe = source.recipe
         topology = groups.single_process()
-        targets = recipe.targets()
-        if recipe.task is not None:
-            # It was fine-tuned: how targets were made does not matter, and need not fit.
-            targets = {
-                name: dataclasses.replace(target, top_k_layers=1, layers=None) for name, target in targets.items()
-            }
-        # Nothing shared: this encoder owns the stem too.
-        model = Teacher(recipe.model, targets, TeacherParts())
+        # Nothing shared: this encoder owns the stem too. How targets were made does not matter, and need not be known.
+        model = Teacher(recipe.model, None, TeacherParts())
         initialize(model, recipe.seed)
         if weights != "random":
             write_encoder(model, source)
@@ -65,7 +58,7 @@ class FrozenEncoder:
     def untrained(cls, recipe: Recipe) -> "FrozenEncoder":
         """The encoder as a run of this recipe begins, without a checkpoint."""
         topology = groups.single_process()
-        model = Teacher(recipe.model, recipe.targets(), TeacherParts())
+        model = Teacher(recipe.model, None, TeacherParts())
         initialize(model, recipe.seed)
         return cls(model.to(topology.device), recipe, topology.device, Path(), 0, "random")
 

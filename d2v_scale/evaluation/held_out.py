@@ -12,6 +12,7 @@ from torch import Tensor
 from d2v_scale.data.batch import Batch
 from d2v_scale.data2vec import loss
 from d2v_scale.data2vec.config import LossConfig
+from d2v_scale.data2vec.targets import Made
 from d2v_scale.evaluation.layer_probe import LayerProbe
 from d2v_scale.evaluation.samples import samples_without_labels
 from d2v_scale.model.stack import Draw
@@ -54,7 +55,8 @@ class HeldOutSet:
         if found is None:
             return None
         batches = [batch for batch, _ in found.batches]
-        loss_config, width = recipe.objective.of(batches[0].modality).loss, recipe.model.backbone.width
+        name = batches[0].modality
+        loss_config, width = recipe.objective.of(name).loss, recipe.target_widths()[name]
         return cls(batches, student, teacher, loss_config, width, trained_on=found.trained_on)
 
     @torch.no_grad()
@@ -97,8 +99,8 @@ def forward_only(batches: list[Batch], student: StudentEngine, teacher: EmaTeach
         assert isinstance(teacher, ShardedTeacher)
         for batch in batches:
             output = module(batch, _SAME_NOISE)
-            targets_btd = teacher(batch, output.features_btd)
-            objective.share(batch, output.predictions_nd, output.cls_rd, targets_btd)
+            made = teacher.make(batch, output.features_btd)
+            objective.share(batch, output.predictions_nd, output.cls_rd, made)
     module.train(was_training)
 
 
@@ -115,11 +117,11 @@ class _Sums:
     def entered(self, features_btd: Tensor) -> None:
         """Not looked at."""
 
-    def share(self, batch: Batch, predictions_nd: Tensor, cls_rd: Tensor | None, targets_btd: Tensor) -> Tensor:
+    def share(self, batch: Batch, predictions_nd: Tensor, cls_rd: Tensor | None, made: Made) -> Tensor:
         """Add a micro-batch; gives 0, as nothing is trained."""
         del cls_rd
         if next(self._counted):
-            predictions_nd, targets_nd = predictions_nd.double(), masked_targets(targets_btd, batch).double()
+            predictions_nd, targets_nd = predictions_nd.double(), masked_targets(made.targets_btd, batch).double()
             scalars = (
                 torch.tensor(float(len(targets_nd)), dtype=torch.float64, device=targets_nd.device),
                 loss.masked_loss_sum(predictions_nd, targets_nd, self._config, self._width).double(),

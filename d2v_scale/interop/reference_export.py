@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from d2v_scale.checkpoint import Checkpoint
-from d2v_scale.data2vec.config import ObjectiveConfig
-from d2v_scale.data2vec.targets import tapped_layers
+from d2v_scale.data2vec.config import ObjectiveConfig, TargetConfig
+from d2v_scale.data2vec.targets import Place, build
 from d2v_scale.errors import CheckpointError
 from d2v_scale.interop.keymap import export_tensors
 from d2v_scale.interop.reference_names import reference_keys
@@ -91,8 +91,19 @@ def _norm_flags(objective: ObjectiveConfig) -> dict[str, bool]:
     return flags | {f"{n}_norm_targets": n in final for n in order_final}
 
 
+def _averaged_layers(target: TargetConfig, depth: int) -> tuple[int, ...]:
+    """The blocks whose mean the targets are. Raises CheckpointError for targets of another kind."""
+    if target.kind not in ("average_top_k", "last_layer"):
+        raise CheckpointError(
+            f"targets of kind {target.kind!r} have no name in the reference's configuration, which knows averages of "
+            "blocks.",
+            "Export the encoder to Hugging Face's format instead.",
+        )
+    return build(target, Place(depth=depth, width=1, input_width=None)).layers
+
+
 def _common(objective: ObjectiveConfig, depth: int) -> dict[str, Any]:
-    layers = tapped_layers(objective.target, depth)
+    layers = _averaged_layers(objective.target, depth)
     if layers[-1] != depth - 1 or layers[0] != depth - len(layers):
         raise CheckpointError(f"fairseq averages the last blocks; this model's targets are of blocks {list(layers)}.")
     return {
@@ -257,6 +268,7 @@ def data2vec_vision_settings(model: ModelConfig, objective: ObjectiveConfig) -> 
     """Model arguments and training-loop arguments of data2vec_vision."""
     assert model.vision is not None
     backbone, target = model.backbone, objective.target
+    layers = _averaged_layers(target, backbone.depth)
     if (
         target.tap != "block"
         or target.layer_norm not in ("layer", "none")
@@ -281,7 +293,7 @@ def data2vec_vision_settings(model: ModelConfig, objective: ObjectiveConfig) -> 
         "init_values": backbone.layer_scale,
     }
     loop = {
-        "target_layers": list(tapped_layers(target, backbone.depth)),
+        "target_layers": list(layers),
         "layer_results": "end",
         "target_layer_norm_last": target.layer_norm == "layer",
         "post_target_layer_norm": target.final_norm == "layer",

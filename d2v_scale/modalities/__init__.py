@@ -13,9 +13,21 @@ from d2v_scale.modalities.vision.modality import Vision
 from d2v_scale.model.config import ModelConfig, TeacherParts
 
 if TYPE_CHECKING:
+    from d2v_scale.data2vec.targets import Place
     from d2v_scale.plots.drawing import Drawing
 
-__all__ = ["KINDS", "Kind", "Modality", "class_of", "drawing_of", "kind_of", "of", "published_parts", "stems"]
+__all__ = [
+    "KINDS",
+    "Kind",
+    "Modality",
+    "class_of",
+    "drawing_of",
+    "kind_of",
+    "of",
+    "published_parts",
+    "stems",
+    "target_place",
+]
 
 Kind = Literal["vision", "speech", "text"]
 """A closed set: where one is not handled, the type checker complains."""
@@ -70,6 +82,14 @@ def of(model: ModelConfig, name: str) -> Modality:
 def stems(model: ModelConfig) -> list[Modality]:
     """All stems of a model, in a fixed order."""
     return [of(model, name) for name in model.modalities]
+
+
+def target_place(model: ModelConfig, name: str) -> "Place":
+    """What there is to make the targets of the stem `name` from."""
+    from d2v_scale.data2vec.targets import Place
+
+    backbone = model.backbone
+    return Place(depth=backbone.depth, width=backbone.width, input_width=of(model, name).input_width)
 
 
 def published_parts(model: ModelConfig) -> TeacherParts:

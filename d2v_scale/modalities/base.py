@@ -140,6 +140,16 @@ class Modality(ABC):
         del masked_bt
         return inputs, valid
 
+    @property
+    def input_width(self) -> int | None:
+        """Values of the raw input at one position; None: there are none to regress."""
+        return None
+
+    def input_values(self, batch: "Batch") -> "Tensor":
+        """fp32 (B, T, `input_width`): the raw input at each position, to be regressed."""
+        del batch
+        raise AssertionError(f"{self.name} has no values at a position")
+
     # Networks
 
     @abstractmethod

@@ -17,39 +17,39 @@ SMALL = InitRule("normal", 0.02)
 
 
 class LinearPredictor(nn.Module):
-    """D to D (1.0 speech and vision)."""
+    """D to the targets' width, which is D, too, in 1.0 speech and vision."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, outputs: int) -> None:
         super().__init__()
-        self.proj = cpu_ops.Linear(config.backbone.width, config.backbone.width)
+        self.proj = cpu_ops.Linear(config.backbone.width, outputs)
         if config.init == "beit":
             linear_rules(self.proj, BEIT)
 
     def forward(self, x_nd: Tensor) -> Tensor:
-        """States at masked positions (N, D) to predictions (N, D)."""
+        """States at masked positions (N, D) to predictions (N, W)."""
         return self.proj(x_nd)
 
 
 class MlpPredictor(nn.Module):
-    """D to 2D, GELU, to D (1.0 text)."""
+    """D to 2D, GELU, to the targets' width (1.0 text: D)."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, outputs: int) -> None:
         super().__init__()
         width = config.backbone.width
         self.fc1 = cpu_ops.Linear(width, 2 * width)
-        self.fc2 = cpu_ops.Linear(2 * width, width)
+        self.fc2 = cpu_ops.Linear(2 * width, outputs)
         for layer in (self.fc1, self.fc2):
             linear_rules(layer, SMALL)
 
     def forward(self, x_nd: Tensor) -> Tensor:
-        """States at masked positions (N, D) to predictions (N, D)."""
+        """States at masked positions (N, D) to predictions (N, W)."""
         return self.fc2(F.gelu(self.fc1(x_nd)))
 
 
 class ConvPredictor(nn.Module):
     """The 2.0 decoder: visible states and noise back in their places, grouped convolutions, projection (spec 4.2)."""
 
-    def __init__(self, config: ModelConfig, modality: Modality) -> None:
+    def __init__(self, config: ModelConfig, modality: Modality, outputs: int) -> None:
         super().__init__()
         spec, width = config.predictor, config.backbone.width
         stem = modalities.of(config, modality)
@@ -67,11 +67,11 @@ class ConvPredictor(nn.Module):
         self.final_norm = spec.final_norm
         self.proj_layers = spec.proj_layers
         if spec.proj_layers == 1:
-            self.proj = cpu_ops.Linear(spec.width, width)
+            self.proj = cpu_ops.Linear(spec.width, outputs)
             projections = [self.proj]
         else:
             self.proj1 = cpu_ops.Linear(spec.width, 2 * spec.width)
-            self.proj2 = cpu_ops.Linear(2 * spec.width, width)
+            self.proj2 = cpu_ops.Linear(2 * spec.width, outputs)
             projections = [self.proj1, self.proj2]
         if stem.decoder_projection_std is not None and not spec.shared:
             for layer in projections:
@@ -80,7 +80,7 @@ class ConvPredictor(nn.Module):
     def forward(
         self, visible_rsd: Tensor, visible_rs: Tensor, masked_n: Tensor, noise_nd: Tensor, grid: tuple[int, ...]
     ) -> Tensor:
-        """Visible states (R, S, D) at `visible_rs` and noise (N, D) at flat `masked_n` to predictions (N, D). `grid`:
+        """Visible states (R, S, D) at `visible_rs` and noise (N, D) at flat `masked_n` to predictions (N, W). `grid`:
         how the positions lie (`Batch.extents`)."""
         rows, kept, width = visible_rsd.shape
         visible_rsd = cpu_ops.dropout(visible_rsd, self.dropout, self.training)
@@ -106,12 +106,12 @@ class ConvPredictor(nn.Module):
         return out + x if self.residual and out.shape[-1] == x.shape[-1] else out
 
 
-def build_predictor(config: ModelConfig, modality: Modality) -> nn.Module:
-    """The predictor that `config.predictor.kind` names."""
+def build_predictor(config: ModelConfig, modality: Modality, outputs: int) -> nn.Module:
+    """The predictor that `config.predictor.kind` names, of targets with so many channels."""
     match config.predictor.kind:
         case "linear":
-            return LinearPredictor(config)
+            return LinearPredictor(config, outputs)
         case "mlp":
-            return MlpPredictor(config)
+            return MlpPredictor(config, outputs)
         case _:
-            return ConvPredictor(config, modality)
+            return ConvPredictor(config, modality, outputs)

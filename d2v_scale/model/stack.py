@@ -52,7 +52,12 @@ class _Stack(nn.Module):
     """The layers of `describe(config, modality)` that exist here, and how each one moves the carry."""
 
     def __init__(
-        self, config: ModelConfig, names: list[Modality], parts: TeacherParts | None, section: Section | None
+        self,
+        config: ModelConfig,
+        names: list[Modality],
+        parts: TeacherParts | None,
+        section: Section | None,
+        target_widths: Mapping[Modality, int],
     ) -> None:
         super().__init__()
         self.config = config
@@ -77,7 +82,8 @@ class _Stack(nn.Module):
         if self.section.ends and backbone.final_norm and exists("final_norm"):
             self.final_norm = nn.LayerNorm(backbone.width, backbone.norm_eps)
         if self.section.ends and exists("predictors"):
-            predictors = {one.predictor_name: build_predictor(one, m) for m, one in self.configs.items()}
+            widths = {m: target_widths.get(m, backbone.width) for m in names}
+            predictors = {one.predictor_name: build_predictor(one, m, widths[m]) for m, one in self.configs.items()}
             self.predictors = nn.ModuleDict(predictors)
         if config.compile:
             for module in self.modules():
@@ -150,11 +156,12 @@ class Student(_Stack):
         names: list[Modality] | None = None,
         section: Section | None = None,
         parts: TeacherParts | None = None,
+        target_widths: Mapping[Modality, int] | None = None,
     ) -> None:
         """Parameters are unfilled until `initialize` or a checkpoint writes them. Torch distributed and megatron's
         parallel_state must be initialised. `names`: the stems to build; `section`: the part of the layers; `parts`:
-        what of them exists here. None: all."""
-        super().__init__(config, config.modalities if names is None else names, parts, section)
+        what of them exists here. None: all. `target_widths`: channels of each stem's targets; None: the model's."""
+        super().__init__(config, config.modalities if names is None else names, parts, section, target_widths or {})
         backbone = config.backbone
         self._has_dropout = bool(backbone.dropout or backbone.attention_dropout or backbone.activation_dropout)
 
@@ -257,16 +264,18 @@ class Teacher(_Stack):
     def __init__(
         self,
         config: ModelConfig,
-        target: TargetConfig | Mapping[Modality, TargetConfig],
+        target: TargetConfig | Mapping[Modality, TargetConfig] | None,
         parts: TeacherParts,
         section: Section | None = None,
     ) -> None:
-        """`target`: one for all stems, or by the stem's name."""
-        super().__init__(config, config.modalities, parts, section)
-        depth = config.backbone.depth
-        self.targets = {m: target if isinstance(target, TargetConfig) else target[m] for m in config.modalities}
-        self.tapped = {m: targets.tapped_layers(one, depth) for m, one in self.targets.items()}
-        """The main blocks whose taps targets are made of, by stem."""
+        """`target`: one for all stems, or by the stem's name; None: no targets are made."""
+        named = dict.fromkeys(config.modalities, target) if isinstance(target, TargetConfig) else dict(target or {})
+        built = {m: targets.build(one, modalities.target_place(config, m)) for m, one in named.items() if one}
+        super().__init__(config, config.modalities, parts, section, {m: one.width for m, one in built.items()})
+        self.targets = built
+        """How targets are made, by stem."""
+        self.state: dict[Modality, targets.State] = {}
+        """The state of those that have one, in fp32 whatever the module is cast to, on the stage that makes targets."""
         self.requires_grad_(False)
         super().train(False)
 
@@ -282,13 +291,21 @@ class Teacher(_Stack):
     @torch.no_grad()
     def forward(self, batch: Batch, features_btd: Tensor | None = None) -> Tensor:
         """Targets, fp32 (B, T, D), of the unmasked samples. `features_btd`: the student's, where they are shared."""
-        accumulator = targets.accumulator(self.targets[batch.modality])
-        self.run_blocks(batch, self.enter(batch, features_btd), accumulator)
-        return accumulator.finish()
+        return self.make(batch, features_btd).targets_btd
+
+    @torch.no_grad()
+    def make(self, batch: Batch, features_btd: Tensor | None = None) -> targets.Made:
+        """The targets, and what is observed of them. Arguments as for `forward`."""
+        return self.leave(batch, self.run_blocks(batch, self.enter(batch, features_btd)))
+
+    def begin_state(self, device: torch.device) -> None:
+        """Give targets that have a state the one that a run begins with. Local."""
+        initial = {m: target.initial_state() for m, target in self.targets.items() if self.section.ends}
+        self.state = {m: {n: x.to(device) for n, x in one.items()} for m, one in initial.items() if one}
 
     def taps_before(self, modality: Modality, block: int) -> int:
         """How many of the tapped main blocks come before this one."""
-        return sum(layer < block for layer in self.tapped[modality])
+        return sum(layer < block for layer in self.targets[modality].layers)
 
     def enter(self, batch: Batch, features_btd: Tensor | None) -> Carry:
         """The stem on the unmasked input: what the first block gets."""
@@ -303,14 +320,30 @@ class Teacher(_Stack):
         """What the first block of a later section gets: the states and `Carry.position` of the section before."""
         return self._carry(batch, states_rsd, self._valid(batch, batch.inputs), position, masked=False)
 
-    def run_blocks(self, batch: Batch, carry: Carry, accumulator: targets.TargetAccumulator) -> None:
-        """Move the carry through the blocks that are here, and add their taps."""
-        target, tapped = self.targets[batch.modality], self.tapped[batch.modality]
+    def run_blocks(self, batch: Batch, carry: Carry, running_btd: Tensor | None = None) -> Tensor | None:
+        """Move the carry through the blocks that are here, and add their taps to the running sum."""
+        target = self.targets[batch.modality]
         for layer, block in self._blocks(batch.modality):
             carry.states_rsd, ffn_rsd = block(carry.states_rsd, carry.attention_bias, None)
-            if layer.main in tapped:
-                tap_rsd = ffn_rsd if target.tap == "ffn" else carry.states_rsd
-                accumulator.add(tap_rsd[:, carry.extra_tokens :])
+            if layer.main in target.layers:
+                tap_rsd = ffn_rsd if target.config.tap == "ffn" else carry.states_rsd
+                running_btd = target.add(running_btd, tap_rsd[:, carry.extra_tokens :])
+        return running_btd
+
+    def leave(self, batch: Batch, running_btd: Tensor | None) -> targets.Made:
+        """The targets of the sum of all taps."""
+        target, state = self.targets[batch.modality], self.state.get(batch.modality, {})
+        stem = modalities.of(self.config, batch.modality)
+        inputs_btd = stem.input_values(batch) if target.reads_inputs else None
+        counted_bt = self._counted(batch) if state else None
+        return targets.make(target, running_btd, inputs_btd, counted_bt, state)
+
+    def _counted(self, batch: Batch) -> Tensor:
+        """fp32 (B, T): 1 where a position is of the input, 0 in padding and rows that stand for no sample."""
+        shape = (len(batch.inputs), batch.masked_rt.shape[1])
+        valid_bt = None if batch.is_blank else self._valid(batch, batch.inputs)
+        whole_bt = torch.full(shape, float(not batch.is_blank), device=batch.inputs.device)
+        return whole_bt if valid_bt is None else valid_bt.float()
 
     @torch.no_grad()
     def features(self, batch: Batch, features_btd: Tensor | None, layers: list[int]) -> list[Tensor]:

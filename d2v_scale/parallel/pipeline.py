@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from d2v_scale import faults, modalities
 from d2v_scale.data.batch import Batch
-from d2v_scale.data2vec import targets
 from d2v_scale.data2vec.stateless import key
+from d2v_scale.data2vec.targets import Made
 from d2v_scale.model.layers import Carry, states_shape
 from d2v_scale.model.stack import Draw, Student, Teacher
 from d2v_scale.model.stem import Stem
@@ -38,7 +38,7 @@ class Objective(Protocol):
     def entered(self, features_btd: Tensor) -> None:
         """The stem has run."""
 
-    def share(self, batch: Batch, predictions_nd: Tensor, cls_rd: Tensor | None, targets_btd: Tensor) -> Tensor:
+    def share(self, batch: Batch, predictions_nd: Tensor, cls_rd: Tensor | None, made: Made) -> Tensor:
         """What this micro-batch adds to the loss, scaled for DeepSpeed's division; a scalar with gradient."""
 
 
@@ -112,14 +112,14 @@ class Stage(nn.Module):
                 teacher_carry = teacher.enter(batch, features_btd.detach())
             else:
                 teacher_carry = teacher.resume(batch, teacher_states_bsd, teacher_position)
-            earlier = teacher.taps_before(batch.modality, section.first)
-            taps = targets.accumulator(teacher.targets[batch.modality], total_btd, earlier)
-            teacher.run_blocks(batch, teacher_carry, taps)
+            total_btd = teacher.run_blocks(batch, teacher_carry, total_btd)
         if not section.ends:
-            return _pack(carry, teacher_carry, taps.total_btd)
+            return _pack(carry, teacher_carry, total_btd)
+        with part("teacher"), torch.no_grad():
+            made = teacher.leave(batch, total_btd)
         with part("student"):
             predictions_nd, _, cls_rd = student.leave(batch, carry, self._draw)
-        return poisoned(self._objective.share(batch, predictions_nd, cls_rd, taps.finish()))
+        return poisoned(self._objective.share(batch, predictions_nd, cls_rd, made))
 
 
 def _pack(carry: Carry, teacher_carry: Carry, total_btd: Tensor | None) -> tuple[Tensor, ...]:

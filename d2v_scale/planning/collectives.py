@@ -17,7 +17,7 @@ Module = list[tuple[str, int]]
 
 SUMS = "norms and counts"
 """All-reduces of a few numbers: the count of what is masked, the verdict, and the norm, at stages 1 and 2 of every
-parameter group."""
+parameter group; what the step says about the state of targets, where they have one."""
 
 
 def collectives(job: Job) -> dict[str, int]:
@@ -31,17 +31,18 @@ def collectives(job: Job) -> dict[str, int]:
     found = {"teacher gather": micro * gathers(_modules(teacher, tensor, whole_blocks=True), ahead, live)}
     bucket = memory.reduce_bucket(job)
     groups = memory.parameter_groups(job, student)
+    stateful = job.recipe.has_target_state()
     if job.stage < 3:
         found["gradient all-reduce"] = (micro if job.stage == 2 else 1) * buckets(_modules(student, tensor), bucket)
         found["weight gather"] = len(groups)
-        found[SUMS] = 2 + len(groups)
+        found[SUMS] = 2 + len(groups) + stateful
         return found
     lasting = memory.persistent_tensors(job, student)
     there = [one for one in student if one not in lasting]
     modules = _modules(there, tensor, whole_blocks=job.recipe.model.compile)
     found["weight gather"] = micro * gathers([*modules, *reversed(modules)], ahead, live, reuse) + len(lasting)
     found["gradient scatter"] = micro * buckets(_modules(student, tensor), bucket)
-    found[SUMS] = 3
+    found[SUMS] = 3 + stateful
     return found
 
 

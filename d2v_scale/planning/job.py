@@ -45,7 +45,7 @@ class ModelSizes:
     def of(cls, recipe: Recipe) -> "ModelSizes":
         """Read from modules on the meta device, which hold no values. Process groups must be formed."""
         with torch.device("meta"):
-            student = Student(recipe.model)
+            student = Student(recipe.model, target_widths=recipe.target_widths())
             teacher = Teacher(recipe.model, recipe.targets(), recipe.parts())
         return cls(_sizes(student), _sizes(teacher), frozenset(n for n, p in student.named_parameters() if p.dim() > 1))
 

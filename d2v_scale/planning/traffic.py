@@ -7,7 +7,8 @@ all-reduce twice that. Where a ring spans nodes, its devices on a node share wha
 
 from dataclasses import dataclass
 
-from d2v_scale.data2vec.targets import tapped_layers
+from d2v_scale import modalities
+from d2v_scale.data2vec import targets
 from d2v_scale.model.config import Modality
 from d2v_scale.planning import memory
 from d2v_scale.planning.job import Job
@@ -135,8 +136,8 @@ def _hops(job: Job, modality: Modality, devices_per_node: int, stage: int) -> li
     moved = 0.0
     if stage < pipeline - 1:
         moved += states + job.teacher_itemsize * samples * (lengths.positions + lengths.extra) * width
-        tapped = tapped_layers(job.recipe.targets()[modality], model.backbone.depth)
-        if job.split.blocks[stage].stop > tapped[0]:
+        target = targets.build(job.recipe.targets()[modality], modalities.target_place(model, modality))
+        if any(layer < job.split.blocks[stage].stop for layer in target.layers):
             moved += 4 * samples * lengths.positions * width
     if stage > 0:
         moved += states

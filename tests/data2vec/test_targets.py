@@ -3,8 +3,10 @@ import torch
 import torch.nn.functional as F
 
 from d2v_scale.data2vec.config import TargetConfig
-from d2v_scale.data2vec.targets import TargetAccumulator, accumulator, make_targets, tapped_layers
+from d2v_scale.data2vec.targets import Place, build, make_targets, tapped_layers
 from d2v_scale.errors import ConfigError
+
+PLACE = Place(depth=12, width=5, input_width=None)
 
 
 def taps(count: int = 3) -> list[torch.Tensor]:
@@ -52,12 +54,11 @@ def test_targets_are_fp32_and_without_gradient_whatever_the_taps_are() -> None:
 
 def test_a_sum_continued_elsewhere_gives_the_same_targets() -> None:
     config = TargetConfig(top_k_layers=3, final_norm="layer")
-    first = TargetAccumulator(config)
-    first.add(taps()[0])
-    second = accumulator(config, first.total_btd, first.count)
+    first, second = build(config, PLACE), build(config, PLACE)
+    running = first.add(None, taps()[0])
     for tap in taps()[1:]:
-        second.add(tap)
-    torch.testing.assert_close(second.finish(), make_targets(taps(), config))
+        running = second.add(running, tap)
+    torch.testing.assert_close(second.targets(second.raw(running, None), {}), make_targets(taps(), config))
 
 
 def test_a_wrong_number_of_taps_is_refused() -> None:
@@ -75,7 +76,7 @@ def test_a_wrong_number_of_taps_is_refused() -> None:
 )
 def test_an_unknown_name_is_a_config_error_with_its_key(config: TargetConfig, key: str) -> None:
     with pytest.raises(ConfigError, match=key):
-        accumulator(config)
+        build(config, PLACE)
 
 
 def test_more_layers_than_the_model_has_is_a_config_error() -> None:

@@ -107,7 +107,11 @@ def run(case: dict, topology: groups.Topology) -> None:
     reads = topology.model_size == 1 or dist.get_rank(topology.model_group) == 0
     feed = SharedFeed(steps if reads else iter(()), topology)
     held_out = HeldOutSet(
-        held_out_batches(case["model"]), student, teacher, recipe.objective.loss, recipe.model.backbone.width
+        held_out_batches(case["model"]),
+        student,
+        teacher,
+        recipe.objective.loss,
+        recipe.target_widths()[tiny_models.modality_of(case["model"])],
     )
     losses, norms, figures, held_out_figures = [], [], {}, {}
     for step in range(first, last):

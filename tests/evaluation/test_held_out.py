@@ -16,6 +16,7 @@ from d2v_scale.data.text import TokenCounter
 from d2v_scale.data.tokenizer import train
 from d2v_scale.data.writing import write_set
 from d2v_scale.data2vec.config import LossConfig, MaskingConfig
+from d2v_scale.data2vec.targets import Made
 from d2v_scale.evaluation.held_out import HeldOutSet
 from d2v_scale.model.config import ModelConfig, TextStem
 from d2v_scale.parallel import groups
@@ -50,8 +51,8 @@ class TeacherOfFixedTargets(ShardedTeacher):
         """Nothing of the real one is needed."""
         self.module = Module(0.0)
 
-    def __call__(self, batch: Batch, features: object) -> torch.Tensor:
-        return targets_of(batch)
+    def make(self, batch: Batch, features: object) -> Made:
+        return Made(targets_of(batch), targets_of(batch), None)
 
 
 def targets_of(batch: Batch) -> torch.Tensor:

@@ -1,5 +1,6 @@
 """What recordings say of themselves."""
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -64,6 +65,24 @@ class Speech(Modality):
         import torch
 
         return torch.randn(samples, size, generator=generator)
+
+    @property
+    def input_width(self) -> int:
+        """Samples from a frame to the next."""
+        return math.prod(stride for _, _, stride in self.stem.conv_layers)
+
+    def input_values(self, batch: "Batch") -> "Tensor":
+        """The middle of what the convolutions see of each frame, which is next to that of the frames beside it."""
+        import torch.nn.functional as F
+
+        hop, frames = self.input_width, batch.masked_rt.shape[1]
+        seen = 1
+        for _, kernel, stride in reversed(self.stem.conv_layers):
+            seen = (seen - 1) * stride + kernel
+        first = max(0, (seen - hop) // 2)
+        waves = batch.inputs.float()
+        waves = F.pad(waves, (0, max(0, first + frames * hop - waves.shape[1])))
+        return waves[:, first : first + frames * hop].reshape(waves.shape[0], frames, hop)
 
     @property
     def has_bias(self) -> bool:

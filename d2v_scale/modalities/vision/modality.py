@@ -56,6 +56,18 @@ class Vision(Modality):
         return side, side
 
     @property
+    def input_width(self) -> int:
+        """Pixels of a patch, all channels."""
+        return self.stem.channels * self.stem.patch_size**2
+
+    def input_values(self, batch: "Batch") -> "Tensor":
+        """The patches, row-major; of each its rows of pixels."""
+        images, channels, height, width = batch.inputs.shape
+        side = self.stem.patch_size
+        grid = batch.inputs.float().view(images, channels, height // side, side, width // side, side)
+        return grid.permute(0, 2, 4, 3, 5, 1).reshape(images, -1, self.input_width)
+
+    @property
     def has_bias(self) -> bool:
         """Relative positions are a bias on attention, sine-cosine ones are added to the patches."""
         return self.stem.positions == "relative"
