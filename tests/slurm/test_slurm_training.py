@@ -87,7 +87,9 @@ def test_normal_end(uninterrupted: Job) -> None:
 def train_plainly(place: Workplace, run_dir: Path) -> list[str]:
     """`python train.py`, without a launcher, for three steps."""
     steps = ("--stop_at=3", "--checkpoint.every=3", f"--run_dir={run_dir}")
-    return ["python", str(place.dir / "d2v_scale/train.py"), *TRAINING.arguments, *steps]
+    # Other tests of this process may have formed a world of one, whose variables Slurm hands on.
+    without = [f"--unset={name}" for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")]
+    return ["env", *without, "python", str(place.dir / "d2v_scale/train.py"), *TRAINING.arguments, *steps]
 
 
 def assert_one_run(run_dir: Path, ranks: int) -> None:
