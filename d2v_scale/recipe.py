@@ -164,6 +164,13 @@ class Recipe:
                 f"compares an output of width {model.backbone.width} with targets of width {target.width}",
                 "Set it to 0, or choose another objective.target.kind.",
             )
+        if model.predictor.shared and target.width != model.backbone.width:
+            raise ConfigError(
+                "objective.target.kind",
+                f"makes targets of width {target.width} of {stem.name}, but the predictor that all stems share has "
+                f"{model.backbone.width}",
+                "Choose another kind, or set model.predictor.shared to false.",
+            )
         masks = objective.masking
         if masks.clones > 1 and not model.visible_only:
             raise ConfigError(

@@ -233,6 +233,16 @@ def test_an_override_for_a_stem_that_is_not_there_is_refused() -> None:
         recipe.check(1)
 
 
+def test_targets_of_another_width_than_the_shared_predictor_are_refused() -> None:
+    """They were accepted, and the predictor built for the stem that came last."""
+    data = ["--data", "speech=s.tar,vision=v.tar,text=t.tar"]
+    arguments = ["--recipe", "d2v2_joint_base_shared_decoder", *data, "--objective.speech.target.kind=input"]
+    recipe, _ = parse(arguments)
+    with pytest.raises(ConfigError, match="of speech, but the predictor that all stems share has 768") as error:
+        recipe.check(64)
+    assert error.value.key == "objective.speech.target.kind"
+
+
 def test_a_source_without_repeat_beside_one_with_it_is_refused() -> None:
     sources = [SourceConfig(shards="a", repeat=2.0), SourceConfig(shards="b", modality="text")]
     with pytest.raises(ConfigError, match=r"data\.sources\.1\.repeat"):
