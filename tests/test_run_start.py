@@ -10,8 +10,8 @@ from d2v_scale import run_directory, run_start
 from d2v_scale.command_line import parse
 from d2v_scale.errors import ConfigError
 from d2v_scale.parallel import groups
+from d2v_scale.tracking.events import append_event, earlier_starts
 from d2v_scale.tracking.mirror_state import EVENTS_FILE, MirrorState
-from d2v_scale.tracking.tracker import append_event, earlier_starts
 
 CONFIG: dict[str, Any] = {"zero_optimization": {"stage": 1}}
 

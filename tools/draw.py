@@ -19,7 +19,7 @@ from d2v_scale.interop.exporting import pick_modality
 from d2v_scale.model.config import Modality
 from d2v_scale.plots.curves import plot_health
 from d2v_scale.plots.gallery import FIRST, Gallery, draw_gallery
-from d2v_scale.tracking.tracker import append_event
+from d2v_scale.tracking.events import append_event
 
 
 def main() -> int:

@@ -1,74 +1,24 @@
 """From decoded rows to a `Batch` with its masks."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Protocol
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from d2v_scale import modalities
 from d2v_scale.data.batch import Batch
 from d2v_scale.data.labels import Labels
 from d2v_scale.data.plan import PlannedBatch
-from d2v_scale.data.reading import Fault, NothingHere, RawSample, SampleFault, Store
+from d2v_scale.data.reading import Fault, NothingHere, SampleFault, Store
+from d2v_scale.data.rows import Decoder, Row, Stacked
 from d2v_scale.data2vec import masking
 from d2v_scale.data2vec.config import CompatConfig, MaskingConfig
 from d2v_scale.data2vec.stateless import array_keys, array_uniform
 from d2v_scale.errors import Verdict
 from d2v_scale.model.config import Modality, ModelConfig
-
-
-class Row(NamedTuple):
-    """One decoded sample."""
-
-    key: str
-    values: NDArray[Any]
-    label: Any = None
-
-
-@dataclass
-class Stacked:
-    """The inputs of a batch, and what its masks need to know."""
-
-    inputs: Tensor
-    valid: Tensor | None = None
-    """True where `inputs` is real; None: everywhere."""
-    grid: tuple[int, int] | None = None
-    """Rows and columns of positions; None where positions are a line."""
-    length: int | None = None
-    """T, positions in a line."""
-    valid_lengths: NDArray[np.int64] | None = None
-    """(B,) real positions of each row; None: all."""
-
-    @property
-    def positions(self) -> int:
-        """T."""
-        if self.grid is not None:
-            return self.grid[0] * self.grid[1]
-        assert self.length is not None
-        return self.length
-
-
-class Decoder(Protocol):
-    """How one modality's samples become rows and rows a batch."""
-
-    draws: int
-    """Uniforms that `training_row` takes."""
-
-    def training_row(self, store: Store, shard: int, item: int, length: int, draws: NDArray[np.float64]) -> Row:
-        """One planned item, cropped and augmented. Raises SampleFault or whatever a decoder raises."""
-
-    def evaluation_row(self, sample: RawSample) -> NDArray[Any]:
-        """One sample without randomness."""
-
-    def stack(self, rows: list[NDArray[Any]]) -> Stacked:
-        """Rows to a batch."""
-
-    def blank(self) -> NDArray[Any]:
-        """A row of a batch that has none."""
 
 
 def read_rows(

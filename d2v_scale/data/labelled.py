@@ -14,11 +14,12 @@ from torch import Tensor
 from d2v_scale import modalities
 from d2v_scale.data.batch import Batch
 from d2v_scale.data.class_names import agreed_classes
-from d2v_scale.data.collate import Collator, Row
+from d2v_scale.data.collate import Collator
 from d2v_scale.data.config import SAMPLE_RATE, DataConfig, SourceConfig
 from d2v_scale.data.labels import ClassLabels, Labels, Transcripts
 from d2v_scale.data.plan import PlannedBatch
 from d2v_scale.data.reading import Fault, SampleFault, SampleStore
+from d2v_scale.data.rows import Row
 from d2v_scale.data.shard_index import Members
 from d2v_scale.data.shard_set import ShardSet, check_before_start, find_shards
 from d2v_scale.data.source import open_store

@@ -13,13 +13,14 @@ from torch.utils.data import DataLoader, Dataset
 
 from d2v_scale import modalities
 from d2v_scale.data.batch import Batch
-from d2v_scale.data.collate import Collator, Decoder, read_rows
+from d2v_scale.data.collate import Collator, read_rows
 from d2v_scale.data.config import DataConfig
 from d2v_scale.data.counters import Counters, SourceCount, Tally
 from d2v_scale.data.forking import forking
 from d2v_scale.data.labels import Labels
 from d2v_scale.data.plan import Cursor, Mixture, PlannedBatch, SourcePlan
 from d2v_scale.data.reading import Fault, SampleStore
+from d2v_scale.data.rows import Decoder
 from d2v_scale.data.source import Source, open_source
 from d2v_scale.data.streaming import StreamedSource, StreamStore
 from d2v_scale.data2vec.config import CompatConfig, MaskingConfig

@@ -9,10 +9,10 @@ import soundfile
 import torch
 from numpy.typing import NDArray
 
-from d2v_scale.data.collate import Row, Stacked
 from d2v_scale.data.config import SAMPLE_RATE, SpeechData
 from d2v_scale.data.reading import RawSample, Store
 from d2v_scale.data.resampling import length_at_16_khz, resampled
+from d2v_scale.data.rows import Row, Stacked
 from d2v_scale.data.streaming import StreamStore
 from d2v_scale.errors import ConfigError
 from d2v_scale.model.config import SpeechStem

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from d2v_scale.data.collate import Row, Stacked
 from d2v_scale.data.config import DataConfig
 from d2v_scale.data.reading import RawSample, SampleStore, Store
+from d2v_scale.data.rows import Row, Stacked
 from d2v_scale.data.token_cache import TokenCache
 from d2v_scale.errors import ConfigError, DataError
 from d2v_scale.files import file_sha256

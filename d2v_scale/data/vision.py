@@ -9,9 +9,9 @@ import torch
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageEnhance, ImageOps, UnidentifiedImageError
 
-from d2v_scale.data.collate import Row, Stacked
 from d2v_scale.data.config import VisionData
 from d2v_scale.data.reading import RawSample, Store
+from d2v_scale.data.rows import Row, Stacked
 from d2v_scale.errors import ConfigError
 from d2v_scale.model.config import VisionStem
 

@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 
 from d2v_scale import modalities
 from d2v_scale.data.class_names import agreed_classes
-from d2v_scale.data.collate import Decoder, Row, Stacked
 from d2v_scale.data.config import SAMPLE_RATE, DataConfig
 from d2v_scale.data.items import Recordings
 from d2v_scale.data.labels import ClassLabels, Labels, Scores, SpokenTexts, Transcripts, Vocabulary
@@ -21,6 +20,7 @@ from d2v_scale.data.loader import StepLoader
 from d2v_scale.data.order import WindowOrder
 from d2v_scale.data.plan import SourcePlan
 from d2v_scale.data.reading import RawSample, SampleFault, SampleStore, Store
+from d2v_scale.data.rows import Decoder, Row, Stacked
 from d2v_scale.data.shard_index import Members
 from d2v_scale.data.shard_set import check_before_start, find_shards
 from d2v_scale.data.source import Source

@@ -22,10 +22,10 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from d2v_scale.data.batch import Batch
-    from d2v_scale.data.collate import Decoder
     from d2v_scale.data.config import DataConfig
     from d2v_scale.data.items import Items
     from d2v_scale.data.items import Lengths as SampleLengths
+    from d2v_scale.data.rows import Decoder
     from d2v_scale.data.shard_index import Measure
     from d2v_scale.data.shard_set import ShardSet
     from d2v_scale.data2vec.masking import Masks

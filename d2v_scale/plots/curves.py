@@ -148,7 +148,7 @@ def _colour_of_depth(index: int, depth: int) -> tuple[float, float, float, float
 
 def main() -> int:
     """Draw one run directory's panel and have MLflow keep it: what `RunTracker` starts."""
-    from d2v_scale.tracking.tracker import append_event
+    from d2v_scale.tracking.events import append_event
 
     run_dir = Path(sys.argv[1])
     os.nice(10)

@@ -114,7 +114,7 @@ def _decoder(tokenizer: str | None) -> Callable[[list[int]], str] | None:
 
 def main() -> int:
     """Draw a saved gallery into a run directory's plots and have MLflow keep them: what `RunTracker` starts."""
-    from d2v_scale.tracking.tracker import append_event
+    from d2v_scale.tracking.events import append_event
 
     run_dir, saved = Path(sys.argv[1]), Path(sys.argv[2])
     os.nice(10)

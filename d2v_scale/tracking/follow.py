@@ -10,9 +10,9 @@ from pathlib import Path
 
 from d2v_scale.redaction import redact
 from d2v_scale.status import read_status
+from d2v_scale.tracking.events import append_event, earlier_starts, has_ended
 from d2v_scale.tracking.mirror import Mirror, NotStored, Outdated
 from d2v_scale.tracking.mirror_state import shown_uri
-from d2v_scale.tracking.tracker import append_event, earlier_starts, has_ended
 
 LOCK_FILE = ".mlflow.lock"
 POLL_SECONDS = 1.0

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from d2v_scale.data.collate import Collator, Row, Stacked
+from d2v_scale.data.collate import Collator
+from d2v_scale.data.rows import Row, Stacked
 from d2v_scale.data2vec.config import CompatConfig, MaskingConfig
 from d2v_scale.model.config import ModelConfig, Predictor, TextStem
 

@@ -13,10 +13,10 @@ from d2v_scale.data.batch import Batch
 from d2v_scale.errors import EXIT_LOST_PEER
 from d2v_scale.status import write_status
 from d2v_scale.tracking import RunTracker, TrackingConfig
+from d2v_scale.tracking.events import append_event
 from d2v_scale.tracking.follow import note_sudden_end
 from d2v_scale.tracking.mirror_lines import events_in
 from d2v_scale.tracking.mirror_state import EVENTS_FILE
-from d2v_scale.tracking.tracker import append_event
 
 
 def started(run_dir: Path) -> RunTracker:

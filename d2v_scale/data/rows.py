@@ -1,0 +1,60 @@
+"""A decoded sample, several of them stacked, and what turns the one into the other."""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from d2v_scale.data.reading import RawSample, Store
+
+
+class Row(NamedTuple):
+    """One decoded sample."""
+
+    key: str
+    values: NDArray[Any]
+    label: Any = None
+
+
+@dataclass
+class Stacked:
+    """The inputs of a batch, and what its masks need to know."""
+
+    inputs: Tensor
+    valid: Tensor | None = None
+    """True where `inputs` is real; None: everywhere."""
+    grid: tuple[int, int] | None = None
+    """Rows and columns of positions; None where positions are a line."""
+    length: int | None = None
+    """T, positions in a line."""
+    valid_lengths: NDArray[np.int64] | None = None
+    """(B,) real positions of each row; None: all."""
+
+    @property
+    def positions(self) -> int:
+        """T."""
+        if self.grid is not None:
+            return self.grid[0] * self.grid[1]
+        assert self.length is not None
+        return self.length
+
+
+class Decoder(Protocol):
+    """How one modality's samples become rows and rows a batch."""
+
+    draws: int
+    """Uniforms that `training_row` takes."""
+
+    def training_row(self, store: Store, shard: int, item: int, length: int, draws: NDArray[np.float64]) -> Row:
+        """One planned item, cropped and augmented. Raises SampleFault or whatever a decoder raises."""
+
+    def evaluation_row(self, sample: RawSample) -> NDArray[Any]:
+        """One sample without randomness."""
+
+    def stack(self, rows: list[NDArray[Any]]) -> Stacked:
+        """Rows to a batch."""
+
+    def blank(self) -> NDArray[Any]:
+        """A row of a batch that has none."""
