@@ -256,26 +256,23 @@ def run_all(jobs: list[Job], processes: int) -> list[dict[str, Any]]:
 
 def describe(real: RealSet) -> str:
     """How many samples are evaluated, and how many of them are longer than what the recipes read."""
+    from d2v_scale import modalities
     from d2v_scale.command_line import parse
-    from d2v_scale.data.config import SAMPLE_RATE
 
     train, test = SetIndex.load(Path(real.train)), SetIndex.load(Path(real.test))
     used = (min(train.samples, MAX_TRAIN), min(test.samples, MAX_TEST))
     told = f"{used[0]:,} of {train.samples:,} training and {used[1]:,} of {test.samples:,} test samples"
     told += f" of {len(train.classes)} classes"
     recipe, _ = parse([f"--recipe=tiny1_{real.modality}", f"--data={real.train}"])
-    match real.modality:
-        case "vision":
-            return told
-        case "speech":
-            longest, unit = int(recipe.data.speech.max_seconds * SAMPLE_RATE), f"{recipe.data.speech.max_seconds:g} s"
-        case "text":
-            assert recipe.model.text is not None
-            longest = recipe.model.text.max_positions - 1
-            unit = f"{longest} tokens"
+    stem = modalities.of(recipe.model, real.modality)
+    longest = stem.longest_read(recipe.data)
+    if longest is None or stem.shown_length is None:
+        return told
+    _, unit, per_unit = stem.shown_length
     members = [Members.load(Path(real.test).parent / shard.members) for shard in test.shards]
     longer = sum(int((found.length_n > longest).sum()) for found in members) / max(1, test.samples)
-    return f"{told}; {longer:.0%} of the test samples are longer than {unit}, which is what is read of them"
+    read = f"{longest / per_unit:g} {unit}"
+    return f"{told}; {longer:.0%} of the test samples are longer than {read}, which is what is read of them"
 
 
 def report(

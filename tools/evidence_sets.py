@@ -6,6 +6,7 @@ import json
 import re
 import sys
 import tarfile
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,11 +20,6 @@ from d2v_scale.model.config import Modality
 
 MAKE_SHARDS = Path(__file__).with_name("make_shards.py")
 VOCABULARY = 2000
-LAYOUTS: dict[Modality, str] = {
-    "vision": "NAME/{train,test}/CLASS/*.jpg",
-    "speech": "NAME/recordings/LABEL_SPEAKER_TAKE.wav",
-    "text": "NAME.csv (class, title, text; no header)",
-}
 _RECORDING = r"(?:^|/)([^/_]+)_[^/]*_(\d+)\.\w+$"
 _AUDIO = (".wav", ".flac", ".mp3", ".ogg", ".aif", ".au", ".oga")
 _TEST_TAKES = 5
@@ -64,7 +60,7 @@ def prepare(data: Path, out: Path, modalities: list[Modality]) -> dict[Modality,
     found = {modality: _find(modality, roots) for modality in modalities}
     missing = [modality for modality, sources in found.items() if not sources]
     if missing:
-        wanted = "; ".join(f"{modality}: {LAYOUTS[modality]}" for modality in missing)
+        wanted = "; ".join(f"{modality}: {LAYOUTS[modality].described}" for modality in missing)
         raise UserError(
             f"{data} holds no set for {', '.join(missing)} (wanted: {wanted}).",
             "Add it, or choose others with --modalities.",
@@ -96,26 +92,26 @@ def _unpacked(data: Path, target: Path) -> list[Path]:
 
 def _find(modality: Modality, roots: list[Path]) -> list[Path]:
     """Sets of that layout, the one to take first."""
-    patterns = {"vision": ("*/train",), "speech": ("*/recordings",), "text": ("ag_news*.csv", "*.csv")}[modality]
-    found: list[Path] = []
-    for pattern in patterns:
+    layout, found = LAYOUTS[modality], list[Path]()
+    for pattern in layout.patterns:
         for root in roots:
             for path in sorted(root.glob(pattern)):
-                if modality == "text" or (path.is_dir() and (modality == "speech" or (path.parent / "test").is_dir())):
-                    source = path if modality == "text" else path.parent
-                    found += [] if source in found else [source]
+                source = layout.source_of(path)
+                if source is not None and source not in found:
+                    found.append(source)
     return found
 
 
 def _convert(modality: Modality, source: Path, out: Path) -> RealSet:
     """Shards in a folder named after the set and what is in it, so that another set is never taken for it."""
-    _check(modality, source)
+    layout = LAYOUTS[modality]
+    layout.check(source)
     shards = out / "shards" / f"{modality}-{source.stem}-{_fingerprint(source)}"
     real = RealSet(modality, source.stem, str(shards / f"train{INDEX_SUFFIX}"), str(shards / f"test{INDEX_SUFFIX}"))
     for split in ("train", "test"):
         # Training first: the tokenizer and the classes are its.
         if not (shards / f"{split}{INDEX_SUFFIX}").is_file():
-            _make_shards(*_arguments(modality, source, split, shards), out=shards, split=split)
+            _make_shards(*layout.arguments(source, split, shards), out=shards, split=split)
     return real
 
 
@@ -128,28 +124,94 @@ def _fingerprint(source: Path) -> str:
     return hashlib.sha256(repr((str(source), about)).encode()).hexdigest()[:12]
 
 
-def _check(modality: Modality, source: Path) -> None:
-    """Raises UserError where the layout leaves a file or a class out; says how many test files are training's, too."""
-    match modality:
-        case "vision":
-            splits = {split: _files(source / split) for split in ("train", "test")}
-            labels = {split: {path.parent.name for path in files} for split, files in splits.items()}
-            rule = "every class needs a folder in both"
-        case "speech":
-            files = [path for path in _files(source / "recordings") if path.suffix.lower() in _AUDIO]
-            named = {path: re.search(_RECORDING, path.name) for path in files}
-            odd = [path.name for path, match in named.items() if match is None]
-            if odd or not files:
-                what = f"{len(odd)} names of other forms, {odd[0]} the first" if odd else "no recordings"
-                raise UserError(f"{source / 'recordings'} holds {what}.", "Name all LABEL_SPEAKER_TAKE.wav.")
-            is_test = {path: int(match[2]) < _TEST_TAKES for path, match in named.items() if match}
-            splits = {
-                split: [path for path in files if is_test[path] == (split == "test")] for split in ("train", "test")
-            }
-            labels = {split: {path.name.split("_")[0] for path in found} for split, found in splits.items()}
-            rule = f"takes 0 to {_TEST_TAKES - 1} are the test part, and every label needs others, too"
-        case "text":
-            return
+class Layout(ABC):
+    """How the files of a set lie, and what of them is training's and what is the test's."""
+
+    described: str
+    patterns: tuple[str, ...]
+    """What shows that there is such a set; the first is looked for first."""
+
+    @abstractmethod
+    def source_of(self, path: Path) -> Path | None:
+        """The set that a path of `patterns` shows; None: it shows none."""
+
+    @abstractmethod
+    def check(self, source: Path) -> None:
+        """Raises UserError where the layout leaves a file or a class out; says how many test files are training's,
+        too."""
+
+    @abstractmethod
+    def arguments(self, source: Path, split: str, shards: Path) -> list[str]:
+        """What tools/make_shards.py is told of a split."""
+
+
+class ImageFolders(Layout):
+    """A folder a class."""
+
+    described = "NAME/{train,test}/CLASS/*.jpg"
+    patterns = ("*/train",)
+
+    def source_of(self, path: Path) -> Path | None:
+        return path.parent if path.is_dir() and (path.parent / "test").is_dir() else None
+
+    def check(self, source: Path) -> None:
+        splits = {split: _files(source / split) for split in ("train", "test")}
+        labels = {split: {path.parent.name for path in files} for split, files in splits.items()}
+        _require_both(source, splits, labels, "every class needs a folder in both")
+
+    def arguments(self, source: Path, split: str, shards: Path) -> list[str]:
+        return ["images", str(source / split)]
+
+
+class Recordings(Layout):
+    """Names that say who speaks, and what."""
+
+    described = "NAME/recordings/LABEL_SPEAKER_TAKE.wav"
+    patterns = ("*/recordings",)
+
+    def source_of(self, path: Path) -> Path | None:
+        return path.parent if path.is_dir() else None
+
+    def check(self, source: Path) -> None:
+        files = [path for path in _files(source / "recordings") if path.suffix.lower() in _AUDIO]
+        named = {path: re.search(_RECORDING, path.name) for path in files}
+        odd = [path.name for path, match in named.items() if match is None]
+        if odd or not files:
+            what = f"{len(odd)} names of other forms, {odd[0]} the first" if odd else "no recordings"
+            raise UserError(f"{source / 'recordings'} holds {what}.", "Name all LABEL_SPEAKER_TAKE.wav.")
+        is_test = {path: int(match[2]) < _TEST_TAKES for path, match in named.items() if match}
+        splits = {split: [path for path in files if is_test[path] == (split == "test")] for split in ("train", "test")}
+        labels = {split: {path.name.split("_")[0] for path in found} for split, found in splits.items()}
+        rule = f"takes 0 to {_TEST_TAKES - 1} are the test part, and every label needs others, too"
+        _require_both(source, splits, labels, rule)
+
+    def arguments(self, source: Path, split: str, shards: Path) -> list[str]:
+        takes = f"0*[0-{_TEST_TAKES - 1}]"
+        match = rf"_{takes}\.\w+$" if split == "test" else rf"_(?!{takes}\.)\d+\.\w+$"
+        return ["audio", str(source / "recordings"), "--match", match, "--label", _RECORDING]
+
+
+class News(Layout):
+    """A table of texts."""
+
+    described = "NAME.csv (class, title, text; no header)"
+    patterns = ("ag_news*.csv", "*.csv")
+
+    def source_of(self, path: Path) -> Path | None:
+        return path
+
+    def check(self, source: Path) -> None:
+        """Nothing: its rows are judged where they are read."""
+
+    def arguments(self, source: Path, split: str, shards: Path) -> list[str]:
+        return ["text", str(_news(source, split, shards)), "--vocab_size", str(VOCABULARY), "--fewer_pieces"]
+
+
+# One layout of files a modality: what a folder of sets is searched for.
+LAYOUTS: dict[Modality, Layout] = {"vision": ImageFolders(), "speech": Recordings(), "text": News()}
+
+
+def _require_both(source: Path, splits: dict[str, list[Path]], labels: dict[str, set[str]], rule: str) -> None:
     only = sorted(labels["test"] - labels["train"])
     if only or not all(splits.values()):
         what = f"class {only[0]!r} of {source} is" if only else f"all files of {source} are"
@@ -165,18 +227,6 @@ def _say_repeated(source: Path, train: Iterable[str], test: Iterable[str]) -> No
     both = len(set(train) & set(test))
     if both:
         print(f"{source}: {both} test samples are in the training part, too", flush=True)
-
-
-def _arguments(modality: Modality, source: Path, split: str, shards: Path) -> list[str]:
-    match modality:
-        case "vision":
-            return ["images", str(source / split)]
-        case "speech":
-            takes = f"0*[0-{_TEST_TAKES - 1}]"
-            match = rf"_{takes}\.\w+$" if split == "test" else rf"_(?!{takes}\.)\d+\.\w+$"
-            return ["audio", str(source / "recordings"), "--match", match, "--label", _RECORDING]
-        case "text":
-            return ["text", str(_news(source, split, shards)), "--vocab_size", str(VOCABULARY), "--fewer_pieces"]
 
 
 def _news(source: Path, split: str, target: Path) -> Path:

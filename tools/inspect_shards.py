@@ -26,7 +26,6 @@ from d2v_scale.data.text import Tokenizer
 from d2v_scale.data2vec.config import CompatConfig, MaskingConfig
 from d2v_scale.errors import EXIT_BAD_INPUT, DataError, UserError
 from d2v_scale.files import file_sha256
-from d2v_scale.model.config import Modality, ModelConfig, SpeechStem, TextStem, VisionStem
 from d2v_scale.plots.samples import plot_masks
 
 _BARS = 10
@@ -124,22 +123,13 @@ def pictures(shards: ShardSet, pattern: str, recipe_name: str | None, out: Path,
     else:
         data, masking, compat, seed = DataConfig(), MaskingConfig(kind="random", prob=0.5), CompatConfig(), 1
         data.sources = [SourceConfig(shards=pattern, modality=modality)]
-        model = _any_model(modality, tokenizer)
+        model = modalities.class_of(modality).plain_model(None if tokenizer is None else tokenizer.size)
     data.workers = 0
     loader = StepLoader(data, model, masking, compat, seed=seed, global_batch_size=8)
 
     for step in range(steps):
         decode = tokenizer.piece if tokenizer is not None else None
         print(plot_masks(next(loader)[0], out / f"{modality}-step-{step}.png", decode=decode))
-
-
-def _any_model(modality: Modality, tokenizer: Tokenizer | None) -> ModelConfig:
-    if modality == "vision":
-        return ModelConfig(vision=VisionStem())
-    if modality == "speech":
-        return ModelConfig(speech=SpeechStem())
-    size = tokenizer.size if tokenizer is not None else TextStem().mask_id
-    return ModelConfig(text=TextStem(vocab_size=size + 1, mask_id=size))
 
 
 def main() -> int:

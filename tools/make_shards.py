@@ -16,6 +16,7 @@ import itertools
 import os
 import re
 import sys
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -40,8 +41,6 @@ from d2v_scale.model.config import Modality
 
 _KEPT = 1000
 _NAMED = 20
-
-MODALITIES: dict[str, Modality] = {"images": "vision", "audio": "speech", "text": "text"}
 
 
 def file_items(found: FoundFiles, label: str | None, known: list[str]) -> tuple[list[Item], list[str]]:
@@ -121,12 +120,104 @@ def convert(arguments: argparse.Namespace) -> tuple[SetIndex, int]:
     """Convert SRC to shards and write their index; returns it, and how much was skipped. Raises DataError."""
     out: Path = arguments.out
     out.mkdir(parents=True, exist_ok=True)
-    modality = MODALITIES[arguments.command]
+    command = COMMANDS[arguments.command]
     known = next(
         (index.classes for path in sorted(out.glob(f"*{INDEX_SUFFIX}")) if (index := SetIndex.load(path)).classes), []
     )
-    conversion = Conversion(modality)
-    if modality == "text":
+    conversion = Conversion(command.modality)
+    found, items, classes = command.read(arguments, conversion, known)
+    if found.left_out():
+        print(found.left_out(), file=sys.stderr)
+    parts = run_all(_jobs(arguments, items, conversion), arguments.processes)
+    index = SetIndex(modality=command.modality, shards=[ShardEntry(**part.entry) for part in parts], classes=classes)
+    skipped = {name: reason for part in parts for name, reason in part.skipped.items()}
+    _judge(index, skipped, arguments.max_bad)
+    if conversion.tokenizer is not None:
+        index.tokenizer = relative_path(conversion.tokenizer, out)
+        index.tokenizer_sha256 = conversion.tokenizer_sha256
+    index.save(out / f"{arguments.prefix}{INDEX_SUFFIX}")
+    return index, len(skipped)
+
+
+class Command(ABC):
+    """What one of the commands has of its own: its options, and how files become items."""
+
+    modality: Modality
+
+    @abstractmethod
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        """Options beside those of all commands."""
+
+    @abstractmethod
+    def read(
+        self, arguments: argparse.Namespace, conversion: Conversion, known: list[str]
+    ) -> tuple[FoundFiles, Iterable[Item], list[str]]:
+        """The files below SRC, what is to be converted of them, and the classes, which are `known` where a set of OUT
+        has some; completes `conversion`."""
+
+
+class Images(Command):
+    """Files of pictures."""
+
+    modality = "vision"
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        _add_label(parser)
+        parser.add_argument(
+            "--max_pixels", type=int, default=VisionData.max_pixels, help="as data.vision.max_pixels of the recipe"
+        )
+        parser.add_argument("--resize", type=int, help="shrink to this shorter side, pixels")
+
+    def read(
+        self, arguments: argparse.Namespace, conversion: Conversion, known: list[str]
+    ) -> tuple[FoundFiles, Iterable[Item], list[str]]:
+        found = find_files(arguments.source, vision.EXTENSIONS, arguments.match)
+        conversion.resize, conversion.max_pixels = arguments.resize, arguments.max_pixels
+        return found, *file_items(found, arguments.label, known)
+
+
+class Recordings(Command):
+    """Files of sound, perhaps with transcripts."""
+
+    modality = "speech"
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        _add_label(parser)
+        parser.add_argument("--transcripts", type=Path, help="file with a line for each recording: name, text")
+        _add_encoding(parser)
+
+    def read(
+        self, arguments: argparse.Namespace, conversion: Conversion, known: list[str]
+    ) -> tuple[FoundFiles, Iterable[Item], list[str]]:
+        found = find_files(arguments.source, speech.EXTENSIONS, arguments.match)
+        items, classes = file_items(found, arguments.label, known)
+        if arguments.transcripts is not None:
+            items = transcribed(items, found, transcripts(arguments.transcripts, arguments.encoding))
+        return found, items, classes
+
+
+class Texts(Command):
+    """Files of documents, and their tokenizer."""
+
+    modality = "text"
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("--tokenizer", type=Path, help="sentencepiece model; without it one is trained")
+        parser.add_argument("--vocab_size", type=int, default=16000, help="pieces of the trained tokenizer")
+        parser.add_argument(
+            "--fewer_pieces", action="store_true", help="be content with fewer where the texts are too few"
+        )
+        parser.add_argument("--documents", choices=["file", "paragraph", "line"], default="file")
+        parser.add_argument("--ids", action="store_true", help="store token ids instead of text")
+        parser.add_argument(
+            "--columns", help="TEXT, TEXT,LABEL or TEXT,TEXT,LABEL: columns of a table (or numbers), keys of JSON"
+        )
+        parser.add_argument("--score", action="store_true", help="labels are numbers, not classes")
+        _add_encoding(parser)
+
+    def read(
+        self, arguments: argparse.Namespace, conversion: Conversion, known: list[str]
+    ) -> tuple[FoundFiles, Iterable[Item], list[str]]:
         reading = Reading(split=arguments.documents, encoding=arguments.encoding)
         reading.columns = Columns.parse(arguments.columns) if arguments.columns else None
         found = find_files(arguments.source, text_files.EXTENSIONS, arguments.match, text_files.kind_of)
@@ -135,26 +226,18 @@ def convert(arguments: argparse.Namespace) -> tuple[SetIndex, int]:
         conversion.ids = arguments.ids
         sound = (document for document in documents(found.files, reading) if document.fault is None)
         classes = [] if arguments.score else _classes((document.label for document in sound), known)
-        items: Iterable[Item] = text_items(documents(found.files, reading), classes, arguments.score)
-    else:
-        extensions = vision.EXTENSIONS if modality == "vision" else speech.EXTENSIONS
-        found = find_files(arguments.source, extensions, arguments.match)
-        items, classes = file_items(found, arguments.label, known)
-        if modality == "vision":
-            conversion.resize, conversion.max_pixels = arguments.resize, arguments.max_pixels
-        elif arguments.transcripts is not None:
-            items = transcribed(items, found, transcripts(arguments.transcripts, arguments.encoding))
-    if found.left_out():
-        print(found.left_out(), file=sys.stderr)
-    parts = run_all(_jobs(arguments, items, conversion), arguments.processes)
-    index = SetIndex(modality=modality, shards=[ShardEntry(**part.entry) for part in parts], classes=classes)
-    skipped = {name: reason for part in parts for name, reason in part.skipped.items()}
-    _judge(index, skipped, arguments.max_bad)
-    if conversion.tokenizer is not None:
-        index.tokenizer = relative_path(conversion.tokenizer, out)
-        index.tokenizer_sha256 = conversion.tokenizer_sha256
-    index.save(out / f"{arguments.prefix}{INDEX_SUFFIX}")
-    return index, len(skipped)
+        return found, text_items(documents(found.files, reading), classes, arguments.score), classes
+
+
+COMMANDS: dict[str, Command] = {"images": Images(), "audio": Recordings(), "text": Texts()}
+
+
+def _add_label(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--label", help="pattern on the path below SRC whose first group is the label")
+
+
+def _add_encoding(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--encoding", help="of text without a byte order mark, as latin-1; default: UTF-8")
 
 
 def _judge(index: SetIndex, skipped: dict[str, str], max_bad: float) -> None:
@@ -223,7 +306,7 @@ def make_parser() -> argparse.ArgumentParser:
     command = commands.add_parser("demo", help="real data from installed packages")
     command.add_argument("out", type=Path, nargs="?", default=Path(demo.ROOT), metavar="OUT")
     command.add_argument("--modality", choices=[*get_args(Modality), "all"], default="all")
-    for name in MODALITIES:
+    for name, its_own in COMMANDS.items():
         command = commands.add_parser(name, help=f"shards from {name}")
         command.add_argument("source", type=Path, metavar="SRC")
         command.add_argument("out", type=Path, metavar="OUT")
@@ -232,29 +315,7 @@ def make_parser() -> argparse.ArgumentParser:
         command.add_argument("--processes", type=int, default=os.cpu_count() or 1)
         command.add_argument("--max_bad", type=float, default=0.01, help="share of bad files that is an error")
         command.add_argument("--match", help="take only files whose path below SRC matches this pattern")
-        if name == "text":
-            command.add_argument("--tokenizer", type=Path, help="sentencepiece model; without it one is trained")
-            command.add_argument("--vocab_size", type=int, default=16000, help="pieces of the trained tokenizer")
-            command.add_argument(
-                "--fewer_pieces", action="store_true", help="be content with fewer where the texts are too few"
-            )
-            command.add_argument("--documents", choices=["file", "paragraph", "line"], default="file")
-            command.add_argument("--ids", action="store_true", help="store token ids instead of text")
-            command.add_argument(
-                "--columns", help="TEXT, TEXT,LABEL or TEXT,TEXT,LABEL: columns of a table (or numbers), keys of JSON"
-            )
-            command.add_argument("--score", action="store_true", help="labels are numbers, not classes")
-        else:
-            command.add_argument("--label", help="pattern on the path below SRC whose first group is the label")
-        if name == "audio":
-            command.add_argument("--transcripts", type=Path, help="file with a line for each recording: name, text")
-        if name != "images":
-            command.add_argument("--encoding", help="of text without a byte order mark, as latin-1; default: UTF-8")
-        else:
-            command.add_argument(
-                "--max_pixels", type=int, default=VisionData.max_pixels, help="as data.vision.max_pixels of the recipe"
-            )
-            command.add_argument("--resize", type=int, help="shrink to this shorter side, pixels")
+        its_own.add_arguments(command)
     return parser
 
 

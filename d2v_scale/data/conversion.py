@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from d2v_scale import modalities
 from d2v_scale.data import speech, text, vision
 from d2v_scale.data.config import SAMPLE_RATE, VisionData
 from d2v_scale.data.measures import measure_of
@@ -114,10 +115,8 @@ class Job:
         if item.path is None:
             return _document(item, pieces)
         content = Path(item.path).read_bytes()
-        if self.conversion.modality == "speech":
-            return _recording(content)
         extension = item.path.rsplit(".", 1)[-1].lower()
-        return _image(content, extension, self.conversion.resize, self.conversion.max_pixels)
+        return modalities.class_of(self.conversion.modality).members_of(content, extension, self.conversion)
 
 
 def _version(path: str) -> tuple[int, int] | None:
@@ -143,7 +142,7 @@ def _npy(ids: np.ndarray) -> bytes:
     return out.getvalue()
 
 
-def _image(content: bytes, extension: str, resize: int | None, max_pixels: int) -> dict[str, bytes]:
+def image_members(content: bytes, extension: str, resize: int | None, max_pixels: int) -> dict[str, bytes]:
     """The file as it is, or shrunk, upright, to JPEG."""
     from PIL import Image
 
@@ -158,7 +157,7 @@ def _image(content: bytes, extension: str, resize: int | None, max_pixels: int) 
     return {"jpg": out.getvalue()}
 
 
-def _recording(content: bytes) -> dict[str, bytes]:
+def recording_members(content: bytes) -> dict[str, bytes]:
     """16 kHz mono FLAC: the file as it is, where it is that."""
     import soundfile
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from d2v_scale.data.batch import Batch
     from d2v_scale.data.config import DataConfig
+    from d2v_scale.data.conversion import Conversion
     from d2v_scale.data.items import Items
     from d2v_scale.data.items import Lengths as SampleLengths
     from d2v_scale.data.rows import Decoder
@@ -67,6 +68,12 @@ class Modality(ABC):
         self.model = model
         self.name = name
 
+    @classmethod
+    @abstractmethod
+    def plain_model(cls, pieces: int | None) -> ModelConfig:
+        """A model with a stem of this kind and nothing but defaults, for whoever has shards and no recipe. `pieces`: of
+        the shards' tokenizer, where they have one."""
+
     @property
     def width(self) -> int:
         """Channels of the model, D."""
@@ -83,6 +90,11 @@ class Modality(ABC):
         """Mean `size` of the training samples that are made of members of these lengths (as an index counts them);
         None where all are of one size."""
         del data, length_n
+        return None
+
+    def longest_read(self, data: "DataConfig") -> int | None:
+        """The longest sample that a row holds all of, as an index counts lengths; None: all are read whole."""
+        del data
         return None
 
     @abstractmethod
@@ -105,6 +117,13 @@ class Modality(ABC):
     @abstractmethod
     def measure(cls, tokenizer: "Path | None", max_pixels: int) -> "Measure":
         """What gives the length of a sample from its members' bytes: see `data.measures.measure_of`."""
+
+    @classmethod
+    def members_of(cls, content: bytes, extension: str, conversion: "Conversion") -> "dict[str, bytes]":
+        """What shards hold of a file, by extension; as a rule the file. Raises ValueError, or whatever damaged content
+        makes a decoder raise."""
+        del conversion
+        return {extension: content}
 
     def items(self, shards: "ShardSet", data: "DataConfig", lengths: "SampleLengths") -> "Items":
         """What of these shards a plan deals with."""

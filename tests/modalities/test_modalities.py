@@ -68,3 +68,19 @@ def test_the_type_checker_names_every_place_that_forgets_a_kind(tmp_path: Path) 
     found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
     lines = [line for line in found.splitlines() if "assert_never" in line]
     assert len(lines) == fourth.count("assert_never(kind)") == 2, found
+
+
+@pytest.mark.parametrize("kind", modalities.KINDS)
+def test_shards_without_a_recipe_have_a_model_and_what_is_read_of_the_longest_sample(kind: modalities.Kind) -> None:
+    model = modalities.class_of(kind).plain_model(pieces=300)
+    [stem] = modalities.stems(model)
+    assert stem.name == kind
+    longest = stem.longest_read(DataConfig())
+    assert (longest is None) == (stem.shown_length is None)
+    if longest is not None:
+        _, [positions] = stem.extent(DataConfig(), longest + 1)
+        assert positions > stem.extent(DataConfig(), longest // 2)[1][0]
+    if stem.uses_tokenizer:
+        assert model.text is not None
+        assert (model.text.vocab_size, model.text.mask_id) == (301, 300)
+        assert longest == model.text.max_positions - 1

@@ -9,7 +9,7 @@ from d2v_scale.data.config import SAMPLE_RATE
 from d2v_scale.errors import ConfigError
 from d2v_scale.modalities.base import Modality
 from d2v_scale.modalities.costs import INDEX_BYTES, NORM_BYTES, Lengths, Setting
-from d2v_scale.model.config import SpeechStem, TeacherParts
+from d2v_scale.model.config import ModelConfig, SpeechStem, TeacherParts
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from d2v_scale.data.batch import Batch
     from d2v_scale.data.config import DataConfig
+    from d2v_scale.data.conversion import Conversion
     from d2v_scale.data.items import Lengths as SampleLengths
     from d2v_scale.data.items import Recordings
     from d2v_scale.data.shard_index import Measure
@@ -48,6 +49,12 @@ class Speech(Modality):
         assert self.model.speech is not None
         return self.model.speech
 
+    @classmethod
+    def plain_model(cls, pieces: int | None) -> ModelConfig:
+        """The published convolutions."""
+        del pieces
+        return ModelConfig(speech=SpeechStem())
+
     def extent(self, data: "DataConfig", size: float | None = None) -> tuple[int, tuple[int, ...]]:
         """A recording of `data.speech.max_seconds`, or of `size` samples at 16 kHz."""
         inputs = round(data.speech.max_seconds * SAMPLE_RATE if size is None else size)
@@ -55,6 +62,10 @@ class Speech(Modality):
         if frames < 2:
             raise ConfigError("seconds", f"{inputs / SAMPLE_RATE} s of audio are {frames} frames", "Give more.")
         return inputs, (frames,)
+
+    def longest_read(self, data: "DataConfig") -> int:
+        """Samples at 16 kHz."""
+        return round(data.speech.max_seconds * SAMPLE_RATE)
 
     def mean_size(self, data: "DataConfig", length_n: "NDArray[np.int64]") -> float:
         """Samples at 16 kHz, cropped."""
@@ -96,6 +107,14 @@ class Speech(Modality):
 
         del tokenizer, max_pixels
         return measure
+
+    @classmethod
+    def members_of(cls, content: bytes, extension: str, conversion: "Conversion") -> dict[str, bytes]:
+        """16 kHz mono FLAC."""
+        from d2v_scale.data.conversion import recording_members
+
+        del extension, conversion
+        return recording_members(content)
 
     def items(self, shards: "ShardSet", data: "DataConfig", lengths: "SampleLengths") -> "Recordings":
         """Whole recordings."""

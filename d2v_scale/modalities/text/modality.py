@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from d2v_scale.modalities.base import Modality
 from d2v_scale.modalities.costs import INDEX_BYTES, NORM_BYTES, Lengths, Setting
-from d2v_scale.model.config import TeacherParts, TextStem
+from d2v_scale.model.config import ModelConfig, TeacherParts, TextStem
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -44,11 +44,22 @@ class Text(Modality):
         assert self.model.text is not None
         return self.model.text
 
+    @classmethod
+    def plain_model(cls, pieces: int | None) -> ModelConfig:
+        """The tokenizer's pieces and <mask>."""
+        mask_id = TextStem().mask_id if pieces is None else pieces
+        return ModelConfig(text=TextStem(vocab_size=mask_id + 1, mask_id=mask_id))
+
     def extent(self, data: "DataConfig", size: float | None = None) -> tuple[int, tuple[int, ...]]:
         """A whole block, or one of `size` tokens."""
         del data
         tokens = self.stem.max_positions if size is None else max(2, round(size))
         return tokens, (tokens,)
+
+    def longest_read(self, data: "DataConfig") -> int:
+        """Tokens beside <s>."""
+        del data
+        return self.stem.max_positions - 1
 
     def noise(self, samples: int, size: int, generator: "torch.Generator") -> "Tensor":
         """Any ordinary token."""

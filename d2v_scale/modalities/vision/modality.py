@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from d2v_scale.modalities.base import Modality
 from d2v_scale.modalities.costs import INDEX_BYTES, NORM_BYTES, Lengths, Setting
-from d2v_scale.model.config import VisionStem
+from d2v_scale.model.config import ModelConfig, VisionStem
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from d2v_scale.data.batch import Batch
     from d2v_scale.data.config import DataConfig
+    from d2v_scale.data.conversion import Conversion
     from d2v_scale.data.shard_index import Measure
     from d2v_scale.data.vision import VisionDecoder
     from d2v_scale.model.layers import Section
@@ -35,6 +36,12 @@ class Vision(Modality):
         """Its section of the model's configuration."""
         assert self.model.vision is not None
         return self.model.vision
+
+    @classmethod
+    def plain_model(cls, pieces: int | None) -> ModelConfig:
+        """224 x 224 pixels in colour."""
+        del pieces
+        return ModelConfig(vision=VisionStem())
 
     def extent(self, data: "DataConfig", size: float | None = None) -> tuple[int, tuple[int, ...]]:
         """All images are cropped to one size."""
@@ -79,6 +86,13 @@ class Vision(Modality):
 
         del tokenizer
         return functools.partial(measure, max_pixels=max_pixels)
+
+    @classmethod
+    def members_of(cls, content: bytes, extension: str, conversion: "Conversion") -> dict[str, bytes]:
+        """The file, or shrunk."""
+        from d2v_scale.data.conversion import image_members
+
+        return image_members(content, extension, conversion.resize, conversion.max_pixels)
 
     def build_decoder(self, data: "DataConfig", tokenizer: "Path | None") -> "VisionDecoder":
         """Crop, flip, jitter."""
