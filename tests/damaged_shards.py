@@ -17,6 +17,7 @@ from pathlib import Path
 from PIL import Image
 
 from d2v_scale.data import speech
+from d2v_scale.data.content import WORDS
 from d2v_scale.data.shard_index import SetIndex, ShardEntry, index_shard
 from d2v_scale.data.writing import Sample, members_file, write_shard
 from d2v_scale.model.config import Modality
@@ -51,7 +52,7 @@ class DamagedSet:
             self.disappearing.append(members_file(tar))
             self.expected_lost[str(tar)] = self.per_shard
         index = self.directory / "damaged.index.json"
-        SetIndex(modality=self.modality, shards=self.entries).save(index)
+        SetIndex(content=WORDS[self.modality], shards=self.entries).save(index)
         return index
 
     def shard(self, name: str, samples: list[Sample] | None = None) -> Path:

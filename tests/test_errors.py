@@ -61,7 +61,7 @@ def test_every_error_of_ours_is_the_same_after_pickling() -> None:
 def test_an_error_of_a_data_worker_arrives_as_what_it_was(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
 ) -> None:
-    write_set(tmp_path / "shards", "train", "vision", image_samples(24), per_shard=12)
+    write_set(tmp_path / "shards", "train", "image", image_samples(24), per_shard=12)
     model = ModelConfig(vision=VisionStem(image_size=8, patch_size=4))
     data = DataConfig(sources=[SourceConfig(shards=str(tmp_path / "shards/train.index.json"))], workers=workers)
     masks = MaskingConfig(kind="blockwise", target_count=4)

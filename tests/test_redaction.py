@@ -152,7 +152,7 @@ def test_a_run_keeps_shows_and_sends_no_secret_and_its_resume_asks_for_it(tmp_pa
     """Planted in the data's command, the tracking address, the arguments and the environment."""
     store = tmp_path / "store"
     store.mkdir()
-    write_set(tmp_path / "shards", "train", "vision", image_samples(40), per_shard=20)
+    write_set(tmp_path / "shards", "train", "image", image_samples(40), per_shard=20)
     secrets = [f"{PLANTED}{k}" for k in range(4)]
     (shard, *_) = sorted((tmp_path / "shards").glob("*.tar"))
     data = f"pipe:API_TOKEN={secrets[0]} cat {shard}"

@@ -72,8 +72,8 @@ def test_each_source_of_a_mixture_has_its_figures_at_every_log_point_and_after_a
 ) -> None:
     """A source that is read rarely had figures only where a log point fell on its step."""
     monkeypatch.chdir(tmp_path)
-    write_set(tmp_path / "often", "train", "vision", image_samples(48), per_shard=24)
-    write_set(tmp_path / "rare", "train", "vision", image_samples(48), per_shard=24)
+    write_set(tmp_path / "often", "train", "image", image_samples(48), per_shard=24)
+    write_set(tmp_path / "rare", "train", "image", image_samples(48), per_shard=24)
     sources = [{"shards": str(tmp_path / name / "train.index.json"), "name": name} for name in ("often", "rare")]
     sources[0]["weight"] = 5.0  # type: ignore[assignment]
     keys = ["recipe=demo_vision", "data.workers=0", "tracking.log_every=4", "global_batch_size=8"]

@@ -158,7 +158,7 @@ def extract(arguments: argparse.Namespace) -> int:
     there = [target for target in targets if target.name not in failed]
     if suffix == ".tar" and found.index is not None and there and all(is_written(target) for target in there):
         entries: list[ShardEntry] = [index_shard(t, members_file(t), t.parent) for t in there]
-        index = SetIndex(modality=modality, shards=entries, classes=found.index.classes)
+        index = SetIndex(content=found.index.content, shards=entries, classes=found.index.classes)
         index.save(arguments.out / f"features{INDEX_SUFFIX}")
     if len(without) == len(targets):
         raise DataError(f"No shard of {arguments.shards!r} could be extracted.", "They are named above.")

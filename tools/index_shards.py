@@ -20,10 +20,9 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import get_args
 
-from d2v_scale import modalities
 from d2v_scale.data.config import VisionData
+from d2v_scale.data.content import WORDS, Content, word_of
 from d2v_scale.data.fetching import ShardCache
 from d2v_scale.data.labels import class_number
 from d2v_scale.data.measures import measure_of
@@ -33,7 +32,6 @@ from d2v_scale.data.shard_set import INDEX_SUFFIX, expand, is_remote
 from d2v_scale.data.text import require_special_ids
 from d2v_scale.errors import EXIT_BAD_INPUT, DataError, UserError
 from d2v_scale.files import file_sha256
-from d2v_scale.model.config import Modality
 from d2v_scale.redaction import same_address
 
 _TIMEOUT_S = 300.0
@@ -49,7 +47,7 @@ class Job:
 
     path: str
     members: Path
-    modality: Modality
+    content: Content
     tokenizer: Path | None
     tokenizer_sha256: str | None
     cache: Path
@@ -63,7 +61,8 @@ class Job:
         return self.digest_of(_version(self.path))
 
     def digest_of(self, version: object) -> str:
-        inputs = (FORMAT, self.path, version, self.modality, self.tokenizer_sha256, self.max_pixels)
+        # The word of earlier versions: what they indexed is not read again.
+        inputs = (FORMAT, self.path, version, word_of(self.content), self.tokenizer_sha256, self.max_pixels)
         return hashlib.sha256(repr(inputs).encode()).hexdigest()
 
     def is_done(self) -> bool:
@@ -85,7 +84,7 @@ class Job:
 
     def _index(self, tar: Path) -> Part:
         part = Part("", {})
-        decoded = measure_of(self.modality, self.tokenizer, self.max_pixels)
+        decoded = measure_of(self.content, self.tokenizer, self.max_pixels)
 
         def measure(members: dict[str, bytes]) -> int:
             length = decoded(members)
@@ -130,8 +129,8 @@ def make_index(arguments: argparse.Namespace) -> tuple[SetIndex, Path]:
         raise DataError("The shards are not local.", "Say with --out where their index goes.")
     out.mkdir(parents=True, exist_ok=True)
     name = arguments.name or _common_name(paths)
-    kind = modalities.class_of(arguments.modality)
-    if kind.uses_tokenizer and arguments.tokenizer is not None:
+    content = WORDS[arguments.modality]
+    if content == "text" and arguments.tokenizer is not None:
         require_special_ids(arguments.tokenizer)
     cache = out / ".fetched"
     target = out / f"{name}{INDEX_SUFFIX}"
@@ -145,7 +144,7 @@ def make_index(arguments: argparse.Namespace) -> tuple[SetIndex, Path]:
     classes = (
         arguments.classes.split(",") if arguments.classes else [str(k) for k in range(max(p.classes for p in parts))]
     )
-    index = SetIndex(modality=arguments.modality, shards=[ShardEntry(**part.entry) for part in parts], classes=classes)
+    index = SetIndex(content=content, shards=[ShardEntry(**part.entry) for part in parts], classes=classes)
     if arguments.tokenizer is not None:
         index.tokenizer, index.tokenizer_sha256 = (
             relative_path(arguments.tokenizer, out),
@@ -181,7 +180,7 @@ def _jobs(paths: list[str], out: Path, name: str, arguments: argparse.Namespace,
     model = arguments.tokenizer
     checksum = None if model is None else file_sha256(model)
     for path, stem in zip(paths, _stems(paths, name), strict=True):
-        yield Job(path, out / f"{stem}.index", arguments.modality, model, checksum, cache, arguments.max_pixels)
+        yield Job(path, out / f"{stem}.index", WORDS[arguments.modality], model, checksum, cache, arguments.max_pixels)
 
 
 def _stems(paths: list[str], name: str) -> list[str]:
@@ -220,9 +219,9 @@ def _refuse_overwriting(jobs: list[Job], target: Path) -> None:
                 continue
             listed = entry.path if is_remote(entry.path) else real_place(known.parent / entry.path)
             other_shard = _place(listed) != _place(job.path) and (is_remote(listed) or os.path.exists(listed))
-            made_otherwise = (index.modality, index.tokenizer_sha256) != (job.modality, job.tokenizer_sha256)
+            made_otherwise = (index.content, index.tokenizer_sha256) != (job.content, job.tokenizer_sha256)
             if other_shard or (made_otherwise and known != target):
-                what = f"of {listed}" if other_shard else f"of another modality or tokenizer, in {known.name}"
+                what = f"of {listed}" if other_shard else f"of another content or tokenizer, in {known.name}"
                 raise DataError(
                     f"{job.members} is the index {what}, and would be overwritten by that of {job.path}.",
                     f"Give another --out, index all shards together, or remove {known}.",
@@ -257,7 +256,7 @@ def _common_name(paths: list[str]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shards", help="path with {000000..000099}, glob, directory, `pipe:` command or URL")
-    parser.add_argument("--modality", choices=get_args(Modality), required=True)
+    parser.add_argument("--modality", choices=WORDS, required=True)
     parser.add_argument("--out", type=Path, help="directory of the index; default: beside the shards")
     parser.add_argument("--name", help="the index is NAME.index.json; default: what the shards are called")
     parser.add_argument("--tokenizer", type=Path, help="sentencepiece model, to count the tokens of text")

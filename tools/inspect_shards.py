@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from d2v_scale import modalities
 from d2v_scale.data.config import DataConfig, SourceConfig, VisionData
+from d2v_scale.data.content import length_of, word_of
 from d2v_scale.data.loader import StepLoader
 from d2v_scale.data.measures import measure_of
 from d2v_scale.data.reading import Fault, SampleFault, SampleStore
@@ -39,7 +40,8 @@ def statistics(shards: ShardSet) -> None:
     loaded = [shards.members(k) for k in range(len(shards.paths))]
     size_n = np.concatenate([members.size_n for members in loaded])
     length_n = np.concatenate([members.length_n for members in loaded])
-    print(f"{shards.index.modality}: {len(shards.paths)} shards, {len(size_n)} samples, {size_n.sum() / 1e6:.1f} MB")
+    content, megabytes = word_of(shards.index.content), size_n.sum() / 1e6
+    print(f"{content}: {len(shards.paths)} shards, {len(size_n)} samples, {megabytes:.1f} MB")
     counts = shards.samples_s
     print(f"samples per shard: {counts.min()} to {counts.max()}")
     extensions = sorted({extension for members in loaded for extension in members.extensions})
@@ -51,7 +53,7 @@ def statistics(shards: ShardSet) -> None:
         )
         print(f"  .{extension}: in {held} samples")
     _histogram("size of a sample", size_n / 1000, "kB")
-    length = modalities.class_of(shards.index.modality).shown_length
+    length = length_of(shards.index.content).shown
     if length is not None:
         what, unit, of_one = length
         _histogram(what, length_n[length_n >= 0] / of_one, unit)
@@ -79,7 +81,7 @@ def check(shards: ShardSet, max_pixels: int) -> int:
     """Decode every sample as training does; print what is wrong and return how many samples are lost."""
     assert shards.index is not None
     store = open_store(shards, DataConfig())
-    measure = measure_of(shards.index.modality, shards.tokenizer, max_pixels)
+    measure = measure_of(shards.index.content, shards.tokenizer, max_pixels)
     lost = 0
     for shard, path in enumerate(shards.paths):
         found = 0
@@ -112,24 +114,28 @@ def _fault(store: SampleStore, shard: int, number: int, measure: Measure) -> Fau
 def pictures(shards: ShardSet, pattern: str, recipe_name: str | None, out: Path, steps: int) -> None:
     """Write a PNG per step of what training would see."""
     assert shards.index is not None
-    modality = shards.index.modality
     tokenizer = Tokenizer(shards.tokenizer) if shards.tokenizer is not None else None
     if recipe_name is not None:
         from d2v_scale.command_line import parse
 
         recipe, _ = parse(["--recipe", recipe_name, "--data", pattern])
-        data, model, masking = recipe.data, recipe.model, recipe.objective.of(modality).masking
+        data, model, masking = recipe.data, recipe.model, recipe.masking()
         compat, seed = recipe.objective.compat, recipe.seed
     else:
-        data, masking, compat, seed = DataConfig(), MaskingConfig(kind="random", prob=0.5), CompatConfig(), 1
-        data.sources = [SourceConfig(shards=pattern, modality=modality)]
-        model = modalities.class_of(modality).plain_model(None if tokenizer is None else tokenizer.size)
+        reader = next(
+            one for kind in modalities.KINDS if (one := modalities.class_of(kind)).content == shards.index.content
+        )
+        model = reader.plain_model(None if tokenizer is None else tokenizer.size)
+        data, compat, seed = DataConfig(), CompatConfig(), 1
+        [name] = model.modalities
+        masking = {name: MaskingConfig(kind="random", prob=0.5)}
+        data.sources = [SourceConfig(shards=pattern, modality=name)]
     data.workers = 0
     loader = StepLoader(data, model, masking, compat, seed=seed, global_batch_size=8)
 
     for step in range(steps):
         decode = tokenizer.piece if tokenizer is not None else None
-        print(plot_masks(next(loader)[0], out / f"{modality}-step-{step}.png", decode=decode))
+        print(plot_masks(next(loader)[0], out / f"{data.sources[0].modality}-step-{step}.png", decode=decode))
 
 
 def main() -> int:

@@ -20,12 +20,12 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import get_args
 
 import numpy as np
 
 from d2v_scale.data import demo, speech, text_files, tokenizer, vision
 from d2v_scale.data.config import VisionData
+from d2v_scale.data.content import Content
 from d2v_scale.data.conversion import Conversion, Item, Job, finite_number
 from d2v_scale.data.folders import FoundFiles, find_files
 from d2v_scale.data.shard_index import SetIndex, ShardEntry, relative_path
@@ -37,7 +37,6 @@ from d2v_scale.data.text_files import Document, Reading, documents, transcripts
 from d2v_scale.data.writing import shard_name
 from d2v_scale.errors import EXIT_BAD_INPUT, DataError, UserError
 from d2v_scale.files import file_sha256
-from d2v_scale.model.config import Modality
 
 _KEPT = 1000
 _NAMED = 20
@@ -124,12 +123,12 @@ def convert(arguments: argparse.Namespace) -> tuple[SetIndex, int]:
     known = next(
         (index.classes for path in sorted(out.glob(f"*{INDEX_SUFFIX}")) if (index := SetIndex.load(path)).classes), []
     )
-    conversion = Conversion(command.modality)
+    conversion = Conversion(command.content)
     found, items, classes = command.read(arguments, conversion, known)
     if found.left_out():
         print(found.left_out(), file=sys.stderr)
     parts = run_all(_jobs(arguments, items, conversion), arguments.processes)
-    index = SetIndex(modality=command.modality, shards=[ShardEntry(**part.entry) for part in parts], classes=classes)
+    index = SetIndex(content=command.content, shards=[ShardEntry(**part.entry) for part in parts], classes=classes)
     skipped = {name: reason for part in parts for name, reason in part.skipped.items()}
     _judge(index, skipped, arguments.max_bad)
     if conversion.tokenizer is not None:
@@ -142,7 +141,7 @@ def convert(arguments: argparse.Namespace) -> tuple[SetIndex, int]:
 class Command(ABC):
     """What one of the commands has of its own: its options, and how files become items."""
 
-    modality: Modality
+    content: Content
 
     @abstractmethod
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
@@ -159,7 +158,7 @@ class Command(ABC):
 class Images(Command):
     """Files of pictures."""
 
-    modality = "vision"
+    content = "image"
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         _add_label(parser)
@@ -179,7 +178,7 @@ class Images(Command):
 class Recordings(Command):
     """Files of sound, perhaps with transcripts."""
 
-    modality = "speech"
+    content = "recording"
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         _add_label(parser)
@@ -199,7 +198,7 @@ class Recordings(Command):
 class Texts(Command):
     """Files of documents, and their tokenizer."""
 
-    modality = "text"
+    content = "text"
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         parser.add_argument("--tokenizer", type=Path, help="sentencepiece model; without it one is trained")
@@ -287,7 +286,7 @@ def _jobs(arguments: argparse.Namespace, items: Iterable[Item], conversion: Conv
 
 def make_demo(arguments: argparse.Namespace) -> None:
     """Write the demo sets; where a package is missing, the other demos go on."""
-    wanted = get_args(Modality) if arguments.modality == "all" else (arguments.modality,)
+    wanted = list(demo.SETS) if arguments.modality == "all" else [arguments.modality]
     missing: list[str] = []
     for modality in wanted:
         try:
@@ -305,7 +304,7 @@ def make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("demo", help="real data from installed packages")
     command.add_argument("out", type=Path, nargs="?", default=Path(demo.ROOT), metavar="OUT")
-    command.add_argument("--modality", choices=[*get_args(Modality), "all"], default="all")
+    command.add_argument("--modality", choices=[*demo.SETS, "all"], default="all")
     for name, its_own in COMMANDS.items():
         command = commands.add_parser(name, help=f"shards from {name}")
         command.add_argument("source", type=Path, metavar="SRC")

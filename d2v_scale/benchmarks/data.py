@@ -52,11 +52,11 @@ def make_case(modality: Modality, root: Path) -> Case:
     out = root / modality
     data = DataConfig(workers=0, window_shards=4)
     if modality == "vision":
-        index = write_set(out, "train", modality, list(photographs(400)), per_shard=100)
+        index = write_set(out, "train", "image", list(photographs(400)), per_shard=100)
         model = ModelConfig(vision=VisionStem())
         items = 400
     elif modality == "speech":
-        index = write_set(out, "train", modality, list(recordings(160)), per_shard=40, measure=speech.measure)
+        index = write_set(out, "train", "recording", list(recordings(160)), per_shard=40, measure=speech.measure)
         model, items = ModelConfig(speech=SpeechStem()), 160
         data.speech = SpeechData(min_seconds=_SECONDS, max_seconds=_SECONDS)
     else:

@@ -234,11 +234,11 @@ def write_shards(case: Case, folder: Path, count: int, length: int) -> None:
     from d2v_scale.data.writing import write_set
 
     if case.modality == "vision":
-        write_set(folder, "train", "vision", list(photographs(count)), per_shard=64)
+        write_set(folder, "train", "image", list(photographs(count)), per_shard=64)
         return
     seconds = length / SAMPLE_RATE
     samples = list(recordings(count, seconds, 1.5 * seconds))
-    write_set(folder, "train", "speech", samples, per_shard=16, measure=speech.measure)
+    write_set(folder, "train", "recording", samples, per_shard=16, measure=speech.measure)
 
 
 def measure(spec: Spec, row_file: Path) -> None:

@@ -7,17 +7,17 @@ import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import assert_never
 
 import numpy as np
 
-from d2v_scale import modalities
 from d2v_scale.data import speech, text, vision
 from d2v_scale.data.config import SAMPLE_RATE, VisionData
+from d2v_scale.data.content import Content, word_of
 from d2v_scale.data.measures import measure_of
 from d2v_scale.data.shard_index import Measure
 from d2v_scale.data.shard_jobs import Part
 from d2v_scale.data.writing import Sample, is_written, write_shard
-from d2v_scale.model.config import Modality
 
 _RULES = 3
 """Raised where what is stored of the same inputs changes: shards that were written before are written again."""
@@ -45,7 +45,7 @@ class Item:
 class Conversion:
     """How samples are made of items."""
 
-    modality: Modality
+    content: Content
     resize: int | None = None
     """Shorter side that larger images are shrunk to, pixels."""
     tokenizer: Path | None = None
@@ -56,7 +56,7 @@ class Conversion:
 
     def measure(self) -> Measure:
         """What decides whether training can read a sample."""
-        return measure_of(self.modality, None if self.ids else self.tokenizer, self.max_pixels)
+        return measure_of(self.content, None if self.ids else self.tokenizer, self.max_pixels)
 
 
 @dataclass
@@ -81,7 +81,9 @@ class Job:
         return Part("", asdict(entry), skipped)
 
     def digest(self) -> str:
-        inputs = asdict(self.conversion) | {"tokenizer": None, "rules": _RULES}
+        # Put as earlier versions did, so that what they wrote is not written again.
+        how = {("modality" if name == "content" else name): value for name, value in asdict(self.conversion).items()}
+        inputs = how | {"modality": word_of(self.conversion.content), "tokenizer": None, "rules": _RULES}
         state = hashlib.sha256(repr(inputs).encode())
         for item in self.items:
             state.update(repr((item, item.path and _version(item.path))).encode("utf-8", "backslashreplace"))
@@ -114,9 +116,16 @@ class Job:
             raise ValueError(item.fault)
         if item.path is None:
             return _document(item, pieces)
-        content = Path(item.path).read_bytes()
-        extension = item.path.rsplit(".", 1)[-1].lower()
-        return modalities.class_of(self.conversion.modality).members_of(content, extension, self.conversion)
+        file = Path(item.path).read_bytes()
+        match self.conversion.content:
+            case "recording":
+                return recording_members(file)
+            case "image":
+                extension = item.path.rsplit(".", 1)[-1].lower()
+                return image_members(file, extension, self.conversion.resize, self.conversion.max_pixels)
+            case "text":
+                raise AssertionError("documents are items without a path")
+        assert_never(self.conversion.content)
 
 
 def _version(path: str) -> tuple[int, int] | None:

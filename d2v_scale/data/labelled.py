@@ -66,10 +66,10 @@ class LabelledSet:
         self._found = self.found or find_shards(source)
         if not self._found.indexed:
             raise DataError(f"The shards of {self.shards!r} have no index.", "Make one with tools/index_shards.py.")
-        check_before_start(self._found, source, self.data.max_bad_ratio)
+        self._stem = modalities.of(self.model, self.modality)
+        check_before_start(self._found, source, self._stem.content, self.data.max_bad_ratio)
         self.classes = agreed_classes(self._found.class_names)
         self.tokenizer = Path(self.data.text.tokenizer) if self.data.text.tokenizer else self._found.tokenizer
-        self._stem = modalities.of(self.model, self.modality)
         if self._stem.uses_tokenizer:
             self._found.require_tokenizer(self.shards, self.tokenizer)
         self._faults: list[Fault] = []

@@ -1,18 +1,32 @@
 """What decides whether a sample can be read: one function per content, for converters, indexes, checks and training."""
 
+import functools
 from pathlib import Path
+from typing import assert_never
 
-from d2v_scale import modalities
 from d2v_scale.data.config import VisionData
+from d2v_scale.data.content import Content
 from d2v_scale.data.shard_index import Measure
-from d2v_scale.model.config import Modality
 
 
-def measure_of(modality: Modality, tokenizer: Path | None = None, max_pixels: int = VisionData.max_pixels) -> Measure:
-    """What gives the length of a sample of `modality`, from its members' bytes by extension: 16 kHz samples, tokens, 0
-    of an image. It decodes what training decodes, and raises for what training would lose.
+def measure_of(content: Content, tokenizer: Path | None = None, max_pixels: int = VisionData.max_pixels) -> Measure:
+    """What gives the length of a sample, from its members' bytes by extension: 16 kHz samples, tokens, 0 of an image.
+    It decodes what training decodes, and raises for what training would lose.
 
     `tokenizer`: the sentencepiece model of text, None where the shards hold ids. `max_pixels`: as
     data.vision.max_pixels of the recipe.
     """
-    return modalities.class_of(modality).measure(tokenizer, max_pixels)
+    match content:
+        case "image":
+            from d2v_scale.data import vision
+
+            return functools.partial(vision.measure, max_pixels=max_pixels)
+        case "recording":
+            from d2v_scale.data import speech
+
+            return speech.measure
+        case "text":
+            from d2v_scale.data.text import TokenCounter
+
+            return TokenCounter(tokenizer)
+    assert_never(content)

@@ -18,8 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from d2v_scale import modalities
-from d2v_scale.data.config import Modality
+from d2v_scale.data.content import CONTENTS, WORDS, Content, length_of
 from d2v_scale.data.tar_members import NO_END, PassedOver, Piece, compression_of, shown, tar_members
 from d2v_scale.data.tar_samples import TarSample, tar_samples
 from d2v_scale.errors import DataError
@@ -124,7 +123,8 @@ class ShardEntry:
 class SetIndex:
     """A set of shards: what `NAME.index.json` holds."""
 
-    modality: Modality
+    content: Content
+    """What every sample is."""
     shards: list[ShardEntry]
     classes: list[str] = field(default_factory=list)
     """Names of the labels in `.cls`; empty: no labels."""
@@ -146,7 +146,7 @@ class SetIndex:
             "samples": self.samples,
             "bytes": sum(shard.bytes for shard in self.shards),
             "length": sum(shard.length for shard in self.shards),
-            "length_unit": modalities.class_of(self.modality).length_unit,
+            "length_unit": length_of(self.content).unit,
         }
         with atomic_file(path) as temporary:
             temporary.write_text(json.dumps({"format": self.format, "totals": totals} | asdict(self), indent=1) + "\n")
@@ -159,6 +159,12 @@ class SetIndex:
             if values["format"] not in _READ_FORMATS:
                 raise DataError(f"{path} has another index format.", _REINDEX)
             values.pop("totals")
+            if "content" not in values:  # of an earlier version, which named the stem
+                word = values.pop("modality")
+                values["content"] = WORDS.get(word, word)
+            if values["content"] not in CONTENTS:
+                known = ", ".join(CONTENTS)
+                raise DataError(f"{path} is of shards of {values['content']!r}, which is none of {known}.", _REINDEX)
             values["shards"] = [ShardEntry(**shard) for shard in values["shards"]]
             return cls(**values)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from d2v_scale.data.class_names import ClassNames
 from d2v_scale.data.config import SourceConfig
+from d2v_scale.data.content import Content, plural
 from d2v_scale.data.shard_index import FORMAT, Members, SetIndex, ShardEntry, real_place
 from d2v_scale.data.tar_members import shown
 from d2v_scale.data2vec.stateless import key
@@ -211,8 +212,8 @@ def _beside(paths: list[str], pattern: str) -> ShardSet:
 def _join(paths: list[str], hits: list[tuple[Path, SetIndex, ShardEntry]]) -> ShardSet:
     first_file, first, _ = hits[0]
     for index_file, index, _ in hits:
-        if index.modality != first.modality or index.tokenizer_sha256 != first.tokenizer_sha256:
-            raise DataError(f"{index_file} and {first_file} are of another modality or tokenizer.", _REINDEX)
+        if index.content != first.content or index.tokenizer_sha256 != first.tokenizer_sha256:
+            raise DataError(f"{index_file} and {first_file} are of another content or tokenizer.", _REINDEX)
     return ShardSet(
         paths=paths,
         entries=[entry for _, _, entry in hits],
@@ -295,17 +296,19 @@ def _matches(path: str, pattern: str) -> bool:
     return len(names) == len(parts) and all(map(fnmatch.fnmatchcase, names, parts))
 
 
-def check_before_start(shards: ShardSet, source: SourceConfig, max_bad_ratio: float) -> list[str]:
+def check_before_start(shards: ShardSet, source: SourceConfig, reads: Content, max_bad_ratio: float) -> list[str]:
     """Compare local shards with their index; returns warnings. Looks at the sizes of at most 2,000 shards, and at the
     first and last sample of 32 of them and of those that have another size than when they were indexed.
 
     A shard that lost its end is reported, and survived up to `max_bad_ratio` of the samples. A shard that is not the
-    one that was indexed, or that cannot be read, raises DataError, as does an index of another modality.
+    one that was indexed, or that cannot be read, raises DataError, as does one of shards that hold
+    something else than what the source's stem `reads`.
     """
     assert shards.index is not None
-    if shards.index.modality != source.modality:
+    if shards.index.content != reads:
         raise DataError(
-            f"{shards.index_file} is an index of {shards.index.modality} shards, not of {source.modality}.",
+            f"{shards.index_file}: the shards hold {plural(shards.index.content)}, but the stem {source.modality!r} "
+            f"reads {plural(reads)}.",
             "Correct the source's modality or its path.",
         )
     if int(shards.samples_s.sum()) == 0:

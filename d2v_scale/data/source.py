@@ -37,7 +37,8 @@ def open_source(
     name = data.source_names()[number]
     if not shards.indexed:
         return StreamedSource(shards, source, name, data, model, seed, dp_rank, dp_size)
-    for warning in check_before_start(shards, source, data.max_bad_ratio):
+    reads = modalities.of(model, source.modality).content
+    for warning in check_before_start(shards, source, reads, data.max_bad_ratio):
         log.warning("%s", warning)
     return Source(shards, source, name, data, model, seed)
 

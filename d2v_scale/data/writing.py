@@ -6,10 +6,10 @@ from typing import Any
 
 from webdataset.writer import TarWriter
 
+from d2v_scale.data.content import Content
 from d2v_scale.data.shard_index import Measure, Members, SetIndex, ShardEntry, index_shard
 from d2v_scale.data.shard_set import INDEX_SUFFIX
 from d2v_scale.files import atomic_file, file_sha256
-from d2v_scale.model.config import Modality
 
 Sample = dict[str, Any]
 """`__key__`, and a value per extension that webdataset encodes (bytes as they are, `cls` an int, `txt` a string)."""
@@ -38,7 +38,7 @@ def members_file(tar: Path) -> Path:
 def write_set(
     out: Path,
     prefix: str,
-    modality: Modality,
+    content: Content,
     samples: list[Sample],
     *,
     per_shard: int,
@@ -51,7 +51,7 @@ def write_set(
     for number, start in enumerate(range(0, len(samples), per_shard)):
         part = samples[start : start + per_shard]
         entries.append(write_shard(out / shard_name(prefix, number), part, measure))
-    index = SetIndex(modality=modality, shards=entries, classes=classes or [])
+    index = SetIndex(content=content, shards=entries, classes=classes or [])
     if tokenizer is not None:
         index.tokenizer, index.tokenizer_sha256 = tokenizer.name, file_sha256(tokenizer)
     index.save(out / f"{prefix}{INDEX_SUFFIX}")

@@ -88,7 +88,8 @@ class LabelledSource(Source):
         first = range(min(_ASKED_FOR_LABELS, len(shards.paths)))
         if not any(len(labelled_numbers(shards.members(shard), extension)) for shard in first):
             raise DataError(f"No sample of {source.shards!r} has a label (.{extension}).", "Give labelled shards.")
-        for warning in check_before_start(shards, source, data.max_bad_ratio):
+        reads = modalities.of(model, source.modality).content
+        for warning in check_before_start(shards, source, reads, data.max_bad_ratio):
             log.warning("%s", warning)
         super().__init__(shards, source, data.source_names()[number], data, model, seed)
         self._keep_long = keep_long

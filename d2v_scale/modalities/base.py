@@ -8,8 +8,9 @@ Nothing here imports torch: the planner and the command line ask, too. What need
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar
 
+from d2v_scale.data.content import Content
 from d2v_scale.modalities.costs import Lengths, Setting
 from d2v_scale.model.config import ModelConfig, TeacherParts
 
@@ -23,18 +24,13 @@ if TYPE_CHECKING:
 
     from d2v_scale.data.batch import Batch
     from d2v_scale.data.config import DataConfig
-    from d2v_scale.data.conversion import Conversion
     from d2v_scale.data.items import Items
     from d2v_scale.data.items import Lengths as SampleLengths
     from d2v_scale.data.rows import Decoder
-    from d2v_scale.data.shard_index import Measure
     from d2v_scale.data.shard_set import ShardSet
     from d2v_scale.data2vec.masking import Masks
     from d2v_scale.model.layers import Section
     from d2v_scale.model.stem import Stem
-
-Content = Literal["image", "recording", "text"]
-"""What the samples of shards are."""
 
 
 class Modality(ABC):
@@ -52,10 +48,6 @@ class Modality(ABC):
     """Kinds of fine-tuning that it has a head for."""
     uses_tokenizer: ClassVar[bool] = False
     """Whether its inputs are ids of a tokenizer."""
-    length_unit: ClassVar[str] = "none"
-    """What an index counts the length of a sample in."""
-    shown_length: ClassVar[tuple[str, str, int] | None] = None
-    """What a length is called, its unit for people, and how many of `length_unit` are one; None: there is none."""
     cropped: ClassVar[bool] = False
     """Whether rows take the length of their batch's shortest."""
     throughput: ClassVar[tuple[str, int] | None] = None
@@ -112,18 +104,6 @@ class Modality(ABC):
         return False
 
     # From shards to a batch
-
-    @classmethod
-    @abstractmethod
-    def measure(cls, tokenizer: "Path | None", max_pixels: int) -> "Measure":
-        """What gives the length of a sample from its members' bytes: see `data.measures.measure_of`."""
-
-    @classmethod
-    def members_of(cls, content: bytes, extension: str, conversion: "Conversion") -> "dict[str, bytes]":
-        """What shards hold of a file, by extension; as a rule the file. Raises ValueError, or whatever damaged content
-        makes a decoder raise."""
-        del conversion
-        return {extension: content}
 
     def items(self, shards: "ShardSet", data: "DataConfig", lengths: "SampleLengths") -> "Items":
         """What of these shards a plan deals with."""

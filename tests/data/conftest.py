@@ -15,7 +15,7 @@ from d2v_scale.data.writing import Sample, write_set
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Five shards of 20 images, the last of 10."""
     out = tmp_path_factory.mktemp("images")
-    write_set(out, "train", "vision", image_samples(90), per_shard=20, classes=["a", "b", "c"])
+    write_set(out, "train", "image", image_samples(90), per_shard=20, classes=["a", "b", "c"])
     return out
 
 
@@ -23,7 +23,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def sounds(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four shards of recordings."""
     out = tmp_path_factory.mktemp("sounds")
-    write_set(out, "train", "speech", sound_samples(75), per_shard=20, measure=speech.measure)
+    write_set(out, "train", "recording", sound_samples(75), per_shard=20, measure=speech.measure)
     return out
 
 

@@ -170,7 +170,7 @@ def test_a_recording_with_a_value_that_is_not_finite_is_lost_alone(tmp_path: Pat
     content = io.BytesIO()
     soundfile.write(content, wave, 16000, format="WAV", subtype="FLOAT")
     samples[2] = {"__key__": "broken", "wav": content.getvalue(), "cls": 0}
-    write_set(tmp_path, "train", "speech", samples, per_shard=10, measure=speech.measure)
+    write_set(tmp_path, "train", "recording", samples, per_shard=10, measure=speech.measure)
     data = DataConfig(sources=[SourceConfig(shards=str(tmp_path), modality="speech")], workers=0, max_bad_ratio=0.5)
     loader = StepLoader(
         data, ModelConfig(speech=SpeechStem()), MaskingConfig(kind="random"), seed=1, global_batch_size=4
@@ -295,7 +295,7 @@ def test_shares_of_a_labelled_set_are_all_of_it(tmp_path: Path) -> None:
     samples = image_samples(10)
     for number in (4, 5):
         samples[number]["png"] = b"no image"
-    write_set(tmp_path, "test", "vision", samples, per_shard=10)
+    write_set(tmp_path, "test", "image", samples, per_shard=10)
     model = ModelConfig(vision=VisionStem(image_size=8, patch_size=4))
     labelled = LabelledSet(str(tmp_path), "vision", DataConfig(max_bad_ratio=0.5), model, batch_size=2)
     whole = [batch.keys for batch, _ in labelled]

@@ -88,7 +88,7 @@ def test_shards_behind_urls_and_commands_are_delivered_like_local_ones(tmp_path:
 def test_an_index_that_vanishes_and_is_needed_for_the_plan_ends_the_run_by_name(tmp_path: Path) -> None:
     made = DamagedSet(tmp_path, "speech", sound_samples(20), SAMPLES)
     tars = [made.shard("a"), made.shard("b")]
-    SetIndex(modality="speech", shards=made.entries).save(tmp_path / "s.index.json")
+    SetIndex(content="recording", shards=made.entries).save(tmp_path / "s.index.json")
     data = DataConfig(sources=[SourceConfig(shards=str(tmp_path), modality="speech")], workers=0, window_shards=1)
     loader = StepLoader(data, MODEL, MASKING, seed=1, global_batch_size=SAMPLES)
     for tar in tars:
@@ -101,7 +101,7 @@ def test_an_alarm_is_raised_above_the_ratio(tmp_path: Path) -> None:
     samples = image_samples(200)
     for sample in samples[::10]:
         sample["png"] = b"no image"
-    SetIndex(modality="vision", shards=[write_shard(tmp_path / "a-0.tar", samples)]).save(tmp_path / "a.index.json")
+    SetIndex(content="image", shards=[write_shard(tmp_path / "a-0.tar", samples)]).save(tmp_path / "a.index.json")
     for ratio, expected in ((0.2, False), (0.05, True)):
         data = DataConfig(sources=[SourceConfig(shards=str(tmp_path))], workers=0, max_bad_ratio=ratio)
         loader = StepLoader(data, MODEL, MASKING, seed=1, global_batch_size=50)
@@ -114,7 +114,7 @@ def test_an_alarm_is_raised_above_the_ratio(tmp_path: Path) -> None:
 
 def test_one_bad_shard_of_many_does_not_end_a_run_in_its_first_steps(tmp_path: Path) -> None:
     entries = [write_shard(tmp_path / f"a-{k:02d}.tar", image_samples(50)) for k in range(20)]
-    SetIndex(modality="vision", shards=entries).save(tmp_path / "a.index.json")
+    SetIndex(content="image", shards=entries).save(tmp_path / "a.index.json")
     for bad, expected in ((1, False), (20, True)):
         data = DataConfig(sources=[SourceConfig(shards=str(tmp_path))], workers=0, max_bad_ratio=0.06, window_shards=4)
         loader = StepLoader(data, MODEL, MASKING, seed=1, global_batch_size=50)
@@ -139,7 +139,7 @@ def two_shards(directory: Path) -> tuple[Path, Path]:
     first, second = directory / "a-0.tar", directory / "a-1.tar"
     samples = image_samples(20)
     entries = [write_shard(first, samples[:10]), write_shard(second, samples[10:])]
-    SetIndex(modality="vision", shards=entries).save(directory / "a.index.json")
+    SetIndex(content="image", shards=entries).save(directory / "a.index.json")
     return first, second
 
 
@@ -222,7 +222,7 @@ def test_a_recording_that_goes_bad_after_the_indexing_crops_no_other(tmp_path: P
     samples = sound_samples(8, seconds=(1.0, 1.2))
     short = sound_samples(1, seconds=(0.2, 0.21))[0] | {"__key__": "short"}
     entry = write_shard(tmp_path / "a-0.tar", [short, *samples], speech.measure)
-    SetIndex(modality="speech", shards=[entry]).save(tmp_path / "a.index.json")
+    SetIndex(content="recording", shards=[entry]).save(tmp_path / "a.index.json")
     data = DataConfig(sources=[SourceConfig(shards=str(tmp_path), modality="speech")], workers=0, max_bad_ratio=0.5)
 
     def batches() -> list[Batch]:

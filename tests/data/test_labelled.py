@@ -22,7 +22,7 @@ IMAGES = ModelConfig(vision=VisionStem(image_size=8, patch_size=4))
 
 def test_a_whole_transcript_is_of_a_whole_recording(tmp_path: Path) -> None:
     samples = [sample | {"txt": "yes"} for sample in sound_samples(6)]
-    write_set(tmp_path, "test", "speech", samples, per_shard=3, measure=measure)
+    write_set(tmp_path, "test", "recording", samples, per_shard=3, measure=measure)
     data = DataConfig(speech=SpeechData(max_seconds=0.3))
     model = tiny_models.model("v1_speech")
 
@@ -42,7 +42,7 @@ def test_lost_labelled_samples_are_named_and_counted(tmp_path: Path, caplog: pyt
     for number in (1, 4):
         samples[number]["png"] = b"no image"
     samples[6]["cls"] = 7
-    write_set(tmp_path, "test", "vision", samples, per_shard=20)
+    write_set(tmp_path, "test", "image", samples, per_shard=20)
     data = DataConfig(max_bad_ratio=0.9)
     labelled = LabelledSet(str(tmp_path), "vision", data, IMAGES, labels=ClassLabels(3))
     for _ in range(2):

@@ -180,7 +180,7 @@ def test_other_shards_are_refused_on_resume(images: Path, tmp_path: Path) -> Non
     from d2v_scale.data.writing import write_set
 
     state = make_loader(SourceConfig(shards=str(images))).state_dict()
-    write_set(tmp_path, "train", "vision", image_samples(90)[::-1], per_shard=20)
+    write_set(tmp_path, "train", "image", image_samples(90)[::-1], per_shard=20)
     with pytest.raises(CheckpointError, match="not those the checkpoint was trained on"):
         make_loader(SourceConfig(shards=str(tmp_path))).load_state_dict(state)
     with pytest.raises(CheckpointError, match="data sources are vision"):
@@ -243,7 +243,11 @@ def test_a_worker_that_is_gone_is_a_verdict(images: Path, how: str, monkeypatch:
     [
         (SourceConfig(shards="/nowhere/*.tar"), DataError, "No shard matches"),
         (SourceConfig(shards="/nowhere/a-{000..002}.tar"), DataError, "3 of 3 shards .* do not exist"),
-        (SourceConfig(shards="IMAGES", modality="speech"), DataError, "index of vision shards, not of speech"),
+        (
+            SourceConfig(shards="IMAGES", modality="speech"),
+            DataError,
+            "hold images, .* 'speech' reads recordings",
+        ),
         (SourceConfig(shards="IMAGES", weight=0), ConfigError, "weight"),
         (SourceConfig(shards="IMAGES/train-000000.tar", index="IMAGES/gone.index.json"), DataError, "cannot be read"),
     ],

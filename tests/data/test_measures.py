@@ -14,6 +14,7 @@ from small_shards import documents, image_samples
 
 from d2v_scale.data import resampling, speech, vision
 from d2v_scale.data.config import DataConfig, SourceConfig
+from d2v_scale.data.content import WORDS
 from d2v_scale.data.labels import class_number
 from d2v_scale.data.loader import StepLoader
 from d2v_scale.data.measures import measure_of
@@ -100,7 +101,7 @@ MODELS: dict[Modality, ModelConfig] = {
 
 def lost_in_training(folder: Path, modality: Modality, samples: list[Sample]) -> set[str]:
     """Keys of the samples that a stream of them loses, which knows no index."""
-    write_set(folder / "made", "a", modality, samples, per_shard=100)
+    write_set(folder / "made", "a", WORDS[modality], samples, per_shard=100)
     shards = folder / "bare"
     shards.mkdir()
     (folder / "made" / "a-000000.tar").rename(shards / "a-000000.tar")
@@ -115,7 +116,7 @@ def lost_in_training(folder: Path, modality: Modality, samples: list[Sample]) ->
 
 def reason_to_refuse(modality: Modality, members: dict[str, bytes]) -> str | None:
     try:
-        measure_of(modality)(members)
+        measure_of(WORDS[modality])(members)
     except Exception as error:  # as its callers do
         return str(error)
     return None
@@ -148,7 +149,7 @@ def test_a_recording_is_as_long_as_the_decoder_says(tmp_path: Path) -> None:
         if isinstance(expected, str):
             assert expected in (reason_to_refuse("speech", {"mp3": content}) or ""), name
         else:
-            length = measure_of("speech")({"mp3": content})
+            length = measure_of("recording")({"mp3": content})
             assert length == len(speech.decode(content)) == pytest.approx(expected, abs=300), name
     expected_lost = {name for name, (_, expected) in SOUNDS.items() if isinstance(expected, str)}
     assert lost_in_training(tmp_path, "speech", samples) == expected_lost

@@ -28,7 +28,7 @@ def write_tar(path: Path, members: list[tuple[str, bytes]], kind: int = tarfile.
 
 def test_every_sample_can_be_read_back(tmp_path: Path) -> None:
     samples = image_samples(7)
-    write_set(tmp_path, "train", "vision", samples, per_shard=3)
+    write_set(tmp_path, "train", "image", samples, per_shard=3)
     shards = find_shards(SourceConfig(shards=str(tmp_path)))
     store = SampleStore(shards)
     read = [store.read(shard, k) for shard in range(3) for k in range(shards.entries[shard].samples)]
@@ -46,10 +46,10 @@ def test_names_that_are_not_utf8_are_indexed_and_read(tmp_path: Path) -> None:
     (tmp_path / "t.tar").write_bytes(header + content[512:])
     entry = index_shard(tmp_path / "t.tar", tmp_path / "t.members", tmp_path)
     assert entry.samples == 2
-    SetIndex(modality="vision", shards=[entry]).save(tmp_path / "t.index.json")
+    SetIndex(content="image", shards=[entry]).save(tmp_path / "t.index.json")
     source = SourceConfig(shards=str(tmp_path / "t.tar"))
     shards = find_shards(source)
-    assert check_before_start(shards, source, 0.0) == []
+    assert check_before_start(shards, source, "image", 0.0) == []
     sample = SampleStore(shards).read(0, 0)
     assert sample.key == "caf\\xe9"
     assert bytes(sample.member(("png",))[1]) == b"1"

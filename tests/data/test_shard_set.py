@@ -18,14 +18,14 @@ from d2v_scale.errors import ConfigError, DataError
 def shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Four shards in `shards`, which is in the working directory."""
     monkeypatch.chdir(tmp_path)
-    write_set(Path("shards"), "train", "vision", image_samples(8), per_shard=2)
+    write_set(Path("shards"), "train", "image", image_samples(8), per_shard=2)
     return tmp_path / "shards"
 
 
 @pytest.fixture
 def loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[SourceConfig, list[str]]:
     """100 shards, and the member files that are read from now on."""
-    write_set(tmp_path, "train", "vision", image_samples(100, side=4), per_shard=1)
+    write_set(tmp_path, "train", "image", image_samples(100, side=4), per_shard=1)
     load, names = Members.load, []
 
     def counted(path: str | Path) -> Members:
@@ -42,11 +42,11 @@ def test_the_check_before_the_start_does_not_read_the_index_of_every_shard(
     """Each rank read those of 2,000 shards: gigabytes."""
     source, names = loaded
     shards = find_shards(source)
-    assert check_before_start(shards, source, 0.0) == []
+    assert check_before_start(shards, source, "image", 0.0) == []
     assert len(names) <= 32
     os.truncate(shards.paths[40], os.path.getsize(shards.paths[40]) - 1500)
     names.clear()
-    check_before_start(shards, source, 1.0)
+    check_before_start(shards, source, "image", 1.0)
     assert any("000040" in name for name in names)
 
 
@@ -90,7 +90,7 @@ def test_shards_that_are_not_in_a_given_index_do_not_vanish(shards: Path, patter
 
 
 def test_a_directory_of_a_training_and_a_held_out_set_is_refused(shards: Path) -> None:
-    write_set(shards, "dev", "vision", image_samples(2), per_shard=2)
+    write_set(shards, "dev", "image", image_samples(2), per_shard=2)
     with pytest.raises(DataError, match=r"shards holds 2 sets of shards: dev\.index\.json, train\.index\.json"):
         find_shards(SourceConfig(shards="shards"))
     assert len(find_shards(SourceConfig(shards="shards/train.index.json")).paths) == 4
@@ -120,7 +120,7 @@ def test_brackets_in_a_folder_are_a_name_and_braces_go_with_globs(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     for folder in ("[v1]", "x", "y", "{z}"):
-        write_set(Path(folder), folder.strip("[{}]"), "vision", image_samples(4), per_shard=2)
+        write_set(Path(folder), folder.strip("[{}]"), "image", image_samples(4), per_shard=2)
 
     def names(pattern: str, index: str | None = None) -> list[str]:
         found = find_shards(SourceConfig(shards=pattern, index=index))
@@ -155,13 +155,13 @@ def test_brackets_in_a_folder_are_a_name_and_braces_go_with_globs(
 
 def test_an_index_behind_a_symbolic_link_finds_its_shards(tmp_path: Path) -> None:
     """`..` led to the folder above the link, not above what it leads to."""
-    write_set(tmp_path / "real" / "deep" / "shards", "a", "vision", image_samples(4), per_shard=2)
+    write_set(tmp_path / "real" / "deep" / "shards", "a", "image", image_samples(4), per_shard=2)
     (tmp_path / "elsewhere" / "indexes").mkdir(parents=True)
     (tmp_path / "out").symlink_to(tmp_path / "elsewhere" / "indexes")
     (tmp_path / "data").symlink_to(tmp_path / "real" / "deep")
     tars = sorted((tmp_path / "data" / "shards").glob("*.tar"))
     entries = [index_shard(tar, tmp_path / "out" / f"{tar.stem}.index", tmp_path / "out") for tar in tars]
-    SetIndex(modality="vision", shards=entries).save(tmp_path / "out" / "a.index.json")
+    SetIndex(content="image", shards=entries).save(tmp_path / "out" / "a.index.json")
     for index in (tmp_path / "out", tmp_path / "elsewhere" / "indexes"):
         found = find_shards(SourceConfig(shards=str(index / "a.index.json")))
         assert [len(open_store(found, DataConfig()).members(k)) for k in range(2)] == [2, 2]
@@ -173,12 +173,12 @@ def test_an_index_behind_a_symbolic_link_finds_its_shards(tmp_path: Path) -> Non
 
 
 def test_an_index_of_an_earlier_version_is_said_to_be_one(tmp_path: Path) -> None:
-    write_set(tmp_path, "a", "vision", image_samples(4), per_shard=2)
+    write_set(tmp_path, "a", "image", image_samples(4), per_shard=2)
     path = tmp_path / "a.index.json"
     source = SourceConfig(shards=str(path))
-    assert check_before_start(find_shards(source), source, 0.0) == []
+    assert check_before_start(find_shards(source), source, "image", 0.0) == []
     path.write_text(path.read_text().replace('"format": 2', '"format": 1'))
-    [warning] = check_before_start(find_shards(source), source, 0.0)
+    [warning] = check_before_start(find_shards(source), source, "image", 0.0)
     assert "was made by an earlier version (index format 1)" in warning
     index = SetIndex.load(path)
     index.save(path)
@@ -186,7 +186,7 @@ def test_an_index_of_an_earlier_version_is_said_to_be_one(tmp_path: Path) -> Non
 
 
 def test_a_set_of_lost_samples_alone_is_refused(tmp_path: Path) -> None:
-    write_set(tmp_path, "a", "vision", image_samples(4), per_shard=2, measure=lambda members: -1)
+    write_set(tmp_path, "a", "image", image_samples(4), per_shard=2, measure=lambda members: -1)
     source = SourceConfig(shards=str(tmp_path))
     with pytest.raises(DataError, match=r"None of the 4 samples .* could be read"):
-        check_before_start(find_shards(source), source, 1.0)
+        check_before_start(find_shards(source), source, "image", 1.0)

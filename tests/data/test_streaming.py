@@ -150,7 +150,7 @@ def test_a_stream_without_a_sample_is_starved(tmp_path: Path) -> None:
 
 def test_recordings_that_are_all_too_short_starve_a_stream(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """They were passed over for ever; where only some are too short, it was not said how many."""
-    write_set(tmp_path / "made", "a", "speech", sound_samples(20, seconds=(0.1, 0.2)), per_shard=10)
+    write_set(tmp_path / "made", "a", "recording", sound_samples(20, seconds=(0.1, 0.2)), per_shard=10)
     shards = bare(tmp_path / "made", tmp_path / "bare")
     with pytest.raises(DataStarved, match=r"shorter than data\.speech\.min_seconds=0\.3"):
         next(stream(shards, "speech", min_seconds=0.3))
@@ -219,7 +219,7 @@ def test_every_sample_comes_once_an_epoch_beside_a_share_that_holds_nothing(imag
 
 
 def test_fewer_samples_than_streams_leave_some_blank(tmp_path: Path) -> None:
-    write_set(tmp_path / "made", "a", "vision", image_samples(3), per_shard=3)
+    write_set(tmp_path / "made", "a", "image", image_samples(3), per_shard=3)
     shards = bare(tmp_path / "made", tmp_path / "bare")
     blank = [next(stream(shards, rank=rank, ranks=8))[0].is_blank for rank in range(8)]
     assert sum(blank) == 5
@@ -235,7 +235,7 @@ def test_a_set_is_starved_when_all_its_shares_are(tmp_path: Path) -> None:
 
 def test_a_set_of_which_no_rank_can_use_anything_is_starved_at_a_log_point(tmp_path: Path) -> None:
     """Whether another rank's recordings are long enough is known when the ranks' totals are added up."""
-    write_set(tmp_path / "made", "a", "speech", sound_samples(20, seconds=(0.1, 0.2)), per_shard=10)
+    write_set(tmp_path / "made", "a", "recording", sound_samples(20, seconds=(0.1, 0.2)), per_shard=10)
     shards = bare(tmp_path / "made", tmp_path / "bare")
     loaders = [stream(shards, "speech", min_seconds=0.3, rank=rank, ranks=2) for rank in range(2)]
     totals = RunTotals(loaders[0].sources)
@@ -250,9 +250,9 @@ def test_a_set_of_which_no_rank_can_use_anything_is_starved_at_a_log_point(tmp_p
 def test_a_bad_shard_of_a_long_stream_ends_no_run(tmp_path: Path) -> None:
     """It was judged as if it were the whole set, being all that was read of late."""
     samples = [{"__key__": f"bad-{k}", "png": b"no image"} for k in range(600)]
-    write_set(tmp_path / "made", "b", "vision", samples, per_shard=600)
+    write_set(tmp_path / "made", "b", "image", samples, per_shard=600)
     for k in range(60):
-        write_set(tmp_path / "made", f"a{k}", "vision", image_samples(2), per_shard=2)
+        write_set(tmp_path / "made", f"a{k}", "image", image_samples(2), per_shard=2)
     loader = stream(bare(tmp_path / "made", tmp_path / "bare"), bad=0.02)
     while loader.counters()["lost"] < 600:
         next(loader)

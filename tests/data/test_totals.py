@@ -49,7 +49,7 @@ def test_an_epoch_is_compared_with_its_index_when_it_is_over(tmp_path: Path, cap
     for k in (4, 11):
         samples[k]["png"] = b"no image"
     entries = [write_shard(tmp_path / f"a-{k}.tar", samples[10 * k : 10 * k + 10]) for k in range(3)]
-    SetIndex(modality="vision", shards=entries).save(tmp_path / "a.index.json")
+    SetIndex(content="image", shards=entries).save(tmp_path / "a.index.json")
     loader = open_loader(SourceConfig(shards=str(tmp_path)))
     totals = RunTotals(loader.sources)
     figures = run(loader, totals, 10)

@@ -19,7 +19,7 @@ from d2v_scale.recipe import Recipe
 def shards(tmp_path: Path) -> Path:
     """30 images in three shards, without labels."""
     samples = [{key: value for key, value in sample.items() if key != "cls"} for sample in image_samples(30)]
-    write_set(tmp_path, "train", "vision", samples, per_shard=10)
+    write_set(tmp_path, "train", "image", samples, per_shard=10)
     return tmp_path
 
 
@@ -52,7 +52,7 @@ def test_without_any_named_a_few_of_the_first_shard_are_looked_at_always_masked_
 
 
 def test_named_shards_come_first_and_must_be_readable(shards: Path) -> None:
-    write_set(shards, "other", "vision", image_samples(6), per_shard=6, classes=["a", "b", "c"])
+    write_set(shards, "other", "image", image_samples(6), per_shard=6, classes=["a", "b", "c"])
     found = samples_without_labels(recipe_of(shards, "--evaluation.held_out", f"{shards}/other-*.tar"), 5, masked=True)
     assert found is not None
     assert not found.trained_on
@@ -79,8 +79,8 @@ def test_held_out_masks_are_trimmed_as_those_of_training_are(shards: Path) -> No
 
 
 def test_recordings_too_short_for_training_are_not_looked_at(tmp_path: Path) -> None:
-    write_set(tmp_path, "train", "speech", sound_samples(8, seconds=(0.001, 0.02)), per_shard=8, measure=measure)
-    write_set(tmp_path, "mixed", "speech", [*sound_samples(5), *short_ones()], per_shard=8, measure=measure)
+    write_set(tmp_path, "train", "recording", sound_samples(8, seconds=(0.001, 0.02)), per_shard=8, measure=measure)
+    write_set(tmp_path, "mixed", "recording", [*sound_samples(5), *short_ones()], per_shard=8, measure=measure)
 
     def look(name: str) -> Samples | None:
         options = ["--recipe", "demo_speech", "--data", f"{tmp_path}/{name}-*.tar"]

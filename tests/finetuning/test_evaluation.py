@@ -39,7 +39,7 @@ def recipe(tmp_path: Path, world_of_one: None) -> Recipe:
     samples = image_samples(10, side=16)
     samples[2]["png"] = b"no image"
     samples[3]["cls"] = 5
-    write_set(tmp_path, "test", "vision", samples, per_shard=20, classes=["a", "b", "c"])
+    write_set(tmp_path, "test", "image", samples, per_shard=20, classes=["a", "b", "c"])
     model, task = tiny_models.model("v1_vision"), TaskConfig(classes=3)
     data = DataConfig(max_bad_ratio=0.9)
     return Recipe(model=model, task=task, data=data, evaluation=EvaluationConfig(test=str(tmp_path)))
@@ -89,7 +89,7 @@ class Speller(Engine):
 def test_characters_outside_the_vocabulary_are_errors_not_left_out(tmp_path: Path, world_of_one: None) -> None:
     spoken = ["call  911 Now", "FÜR MICH", "42"]
     samples = [sample | {"txt": spoken[k]} for k, sample in enumerate(sound_samples(3))]
-    write_set(tmp_path, "test", "speech", samples, per_shard=20, measure=measure)
+    write_set(tmp_path, "test", "recording", samples, per_shard=20, measure=measure)
     task = TaskConfig(kind="ctc")
     evaluation = EvaluationConfig(test=str(tmp_path))
     recipe = Recipe(model=tiny_models.model("v1_speech"), task=task, evaluation=evaluation)

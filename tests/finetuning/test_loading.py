@@ -33,7 +33,7 @@ def loader(task: TaskConfig, model: ModelConfig, shards: Path, modality: Modalit
 @pytest.fixture
 def recordings(tmp_path: Path) -> Path:
     samples = [sample | {"txt": TEXTS[k % 3]} for k, sample in enumerate(sound_samples(24))]
-    write_set(tmp_path, "train", "speech", samples, per_shard=10, measure=measure)
+    write_set(tmp_path, "train", "recording", samples, per_shard=10, measure=measure)
     return tmp_path
 
 
@@ -72,7 +72,7 @@ def test_every_rank_has_its_share_and_a_stopped_loader_continues(recordings: Pat
 
 
 def test_images_are_augmented_by_draws_of_their_own(tmp_path: Path) -> None:
-    write_set(tmp_path, "train", "vision", image_samples(8, side=16), per_shard=10, classes=["a", "b", "c"])
+    write_set(tmp_path, "train", "image", image_samples(8, side=16), per_shard=10, classes=["a", "b", "c"])
     model = ModelConfig(vision=VisionStem(image_size=16, patch_size=4))
     plain = loader(TaskConfig(), model, tmp_path, "vision", global_batch_size=8)
     strong = [TaskConfig(image=ImageConfig(rand_augment=9.0)) for _ in range(2)]
@@ -120,7 +120,7 @@ def test_samples_without_a_label_are_passed_over_and_a_bad_one_is_named(tmp_path
     for sample in samples:
         if "cls" in sample:
             sample["cls"] = str(sample["cls"]).encode()
-    write_set(tmp_path, "train", "vision", samples, per_shard=7)
+    write_set(tmp_path, "train", "image", samples, per_shard=7)
     model = ModelConfig(vision=VisionStem(image_size=16, patch_size=4))
     loaded = loader(TaskConfig(classes=3), model, tmp_path, "vision", global_batch_size=6)
     [batch] = next(loaded)
@@ -143,7 +143,7 @@ def test_shards_without_labels_or_an_index_are_refused(recordings: Path) -> None
 def test_a_label_without_an_output_is_a_lost_sample(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     samples = image_samples(6, side=16)
     samples[2]["cls"], samples[4]["cls"] = 7, -1
-    write_set(tmp_path, "train", "vision", samples, per_shard=10)
+    write_set(tmp_path, "train", "image", samples, per_shard=10)
     model = ModelConfig(vision=VisionStem(image_size=16, patch_size=4))
     [batch] = next(loader(TaskConfig(classes=5), model, tmp_path, "vision", global_batch_size=6))
     assert batch.lost == 2
@@ -155,7 +155,7 @@ def test_a_label_without_an_output_is_a_lost_sample(tmp_path: Path, caplog: pyte
 def test_classes_are_compared_over_all_sources_before_the_first_step(tmp_path: Path) -> None:
     names = {"one": ["a", "b", "c"], "two": ["a", "b"], "other": ["b", "a"]}
     for folder, classes in names.items():
-        write_set(tmp_path / folder, "train", "vision", image_samples(6, side=16), per_shard=10, classes=classes)
+        write_set(tmp_path / folder, "train", "image", image_samples(6, side=16), per_shard=10, classes=classes)
     model = ModelConfig(vision=VisionStem(image_size=16, patch_size=4))
 
     def opened(task: TaskConfig, *folders: str) -> LabelledLoader:

@@ -52,7 +52,7 @@ def speech_recipe(tmp_path: Path) -> dict[str, object]:
     samples = [
         s | {"txt": ["one two", "no", "yes"][k % 3]} for k, s in enumerate(sound_samples(24, seconds=(0.4, 0.4)))
     ]
-    write_set(tmp_path / "shards", "train", "speech", samples, per_shard=10, measure=measure)
+    write_set(tmp_path / "shards", "train", "recording", samples, per_shard=10, measure=measure)
     return {
         "recipe": "finetune_words",
         "data": tmp_path / "shards",
@@ -105,7 +105,7 @@ def test_images_start_from_the_student_where_the_recipe_says_so(tmp_path: Path, 
         ["--recipe", "demo_vision", "--model.backbone.depth", "2", "--objective.target.top_k_layers", "1"]
     )
     tensors = pretrained(tmp_path / "pretrained", recipe)
-    write_set(tmp_path / "shards", "train", "vision", image_samples(20), per_shard=10, classes=["a", "b", "c"])
+    write_set(tmp_path / "shards", "train", "image", image_samples(20), per_shard=10, classes=["a", "b", "c"])
     run_dir = tmp_path / "run"
     options = {"task__weights": "student", "init_from": tmp_path / "pretrained", "global_batch_size": 7}
     options |= {"data": tmp_path / "shards", "evaluation__test": tmp_path / "shards", "run_dir": run_dir}

@@ -113,7 +113,7 @@ def test_the_image_processor_crops_a_long_image_as_evaluation_does(
     pixels = np.stack([127 + 120 * wave for wave in waves], axis=-1).astype(np.uint8)
     Image.fromarray(pixels).save(tmp_path / "image.png")
     content = (tmp_path / "image.png").read_bytes()
-    write_set(tmp_path, "test", "vision", [{"__key__": "a", "png": content, "cls": 0}], per_shard=2)
+    write_set(tmp_path, "test", "image", [{"__key__": "a", "png": content, "cls": 0}], per_shard=2)
     recipe = TaskPredictor.load(run).recipe
     [(batch, _)] = LabelledSet(str(tmp_path), "vision", recipe.data, recipe.model)
     processor = AutoImageProcessor.from_pretrained(out)

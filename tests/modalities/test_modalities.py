@@ -11,6 +11,7 @@ import torch
 
 from d2v_scale import modalities
 from d2v_scale.data.config import DataConfig
+from d2v_scale.data.content import length_of
 from d2v_scale.model.layers import describe
 from d2v_scale.model.stack import Student
 
@@ -76,7 +77,7 @@ def test_shards_without_a_recipe_have_a_model_and_what_is_read_of_the_longest_sa
     [stem] = modalities.stems(model)
     assert stem.name == kind
     longest = stem.longest_read(DataConfig())
-    assert (longest is None) == (stem.shown_length is None)
+    assert (longest is None) == (length_of(stem.content).shown is None)
     if longest is not None:
         _, [positions] = stem.extent(DataConfig(), longest + 1)
         assert positions > stem.extent(DataConfig(), longest // 2)[1][0]

@@ -31,7 +31,7 @@ def test_both_versions_get_the_same_compute() -> None:
 
 
 def test_recordings_count_by_their_mean_size(tmp_path: Path) -> None:
-    write_set(tmp_path, "train", "speech", sound_samples(20), per_shard=10, measure=measure, classes=["a", "b", "c"])
+    write_set(tmp_path, "train", "recording", sound_samples(20), per_shard=10, measure=measure, classes=["a", "b", "c"])
     recipe, shards = recipe_of("tiny1_speech"), str(tmp_path / "train-*.tar")
     length = mean_size(recipe, shards)
     assert 0.2 * 16000 < length < 0.8 * 16000

@@ -46,7 +46,7 @@ def extract(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., in
     samples = image_samples(25)
     samples[3]["png"] = b"no image"
     del samples[5]["cls"]
-    write_set(tmp_path / "shards", "test", "vision", samples, per_shard=10)
+    write_set(tmp_path / "shards", "test", "image", samples, per_shard=10)
     monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2] / "tools"))
     monkeypatch.setattr(FrozenEncoder, "load", lambda *_: Colours())
 
@@ -120,7 +120,7 @@ def test_shards_that_hold_nothing_or_are_cut_off_end_no_extraction(
 
 
 def test_nothing_to_extract_is_bad_input(extract: Callable[..., int], tmp_path: Path) -> None:
-    write_set(tmp_path / "empty", "e", "vision", [{"__key__": "a", "png": b"no image"}], per_shard=1)
+    write_set(tmp_path / "empty", "e", "image", [{"__key__": "a", "png": b"no image"}], per_shard=1)
     assert extract(tmp_path / "out", shards=tmp_path / "empty") == 2
 
 
@@ -168,7 +168,7 @@ def test_features_of_another_encoder_or_shard_are_refused_not_kept(
             changed.setattr(Colours, name, value)
             assert f"not {Path('other').resolve() if name == 'source' else value}" in refused()
     assert extract(out) == 0
-    write_set(tmp_path / "shards", "test", "vision", image_samples(25, side=16), per_shard=10)
+    write_set(tmp_path / "shards", "test", "image", image_samples(25, side=16), per_shard=10)
     assert "test-000000.parquet is of another shard" in refused()
     (out / "extract.json").unlink()
     assert "does not say what it is of" in refused()

@@ -56,7 +56,7 @@ def checkpoint(path: Path, name: str, task: TaskConfig | None = None, model: Mod
 
 @pytest.fixture
 def images(tmp_path: Path) -> Path:
-    write_set(tmp_path / "images", "train", "vision", image_samples(24, side=16), per_shard=30, classes=["a", "b", "c"])
+    write_set(tmp_path / "images", "train", "image", image_samples(24, side=16), per_shard=30, classes=["a", "b", "c"])
     return tmp_path / "images"
 
 
@@ -118,7 +118,7 @@ def test_ctc_on_frozen_features_and_with_a_models_own_head(
 ) -> None:
     shards = tmp_path / "speech"
     samples = [sample | {"txt": ["ab", "ba"][k % 2]} for k, sample in enumerate(sound_samples(12))]
-    write_set(shards, "train", "speech", samples, per_shard=20, measure=measure)
+    write_set(shards, "train", "recording", samples, per_shard=20, measure=measure)
     task = TaskConfig(kind="ctc", ctc=CtcConfig(letters="ab"))
     for made in (checkpoint(tmp_path / "a", "v1_speech"), checkpoint(tmp_path / "b", "v2_speech", task)):
         call = [made, "--data", shards, "--test", shards, "--task", "ctc", "--letters", "ab", "--beam", 3]
@@ -138,7 +138,7 @@ def test_one_of_several_modalities_is_chosen_not_the_first_taken(
     model.speech, model.backbone.prenet_depth = tiny_models.speech(alibi=True), 1
     made = checkpoint(tmp_path / "run", "v2_vision", model=model)
     sounds = tmp_path / "speech"
-    write_set(sounds, "train", "speech", sound_samples(12), per_shard=20, measure=measure)
+    write_set(sounds, "train", "recording", sound_samples(12), per_shard=20, measure=measure)
     for modality, shards in (("vision", images), ("speech", sounds)):
         sets = ["--data", shards, "--test", shards, "--k", 3]
         assert run("probe", made, *sets) == 2
@@ -153,7 +153,9 @@ def test_a_models_own_beam_is_kept_unless_another_is_given(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shards = tmp_path / "speech"
-    write_set(shards, "train", "speech", [s | {"txt": "ab"} for s in sound_samples(4)], per_shard=20, measure=measure)
+    write_set(
+        shards, "train", "recording", [s | {"txt": "ab"} for s in sound_samples(4)], per_shard=20, measure=measure
+    )
     made = checkpoint(tmp_path / "a", "v1_speech", TaskConfig(kind="ctc", ctc=CtcConfig(letters="ab", beam=3)))
     widths = []
 
@@ -174,8 +176,8 @@ def test_lost_samples_and_sets_that_do_not_fit_are_said(
 ) -> None:
     samples = image_samples(200, side=16)
     samples[3]["png"] = b"no image"
-    write_set(tmp_path / "test", "test", "vision", samples, per_shard=300, classes=["a", "b", "c"])
-    write_set(tmp_path / "other", "test", "vision", samples[:3], per_shard=30, classes=["c", "b", "a"])
+    write_set(tmp_path / "test", "test", "image", samples, per_shard=300, classes=["a", "b", "c"])
+    write_set(tmp_path / "other", "test", "image", samples[:3], per_shard=30, classes=["c", "b", "a"])
     tuned = checkpoint(tmp_path / "run", "v1_vision", TaskConfig(classes=3))
     out = ["--out", tmp_path / "result.json"]
     assert run("probe", tuned, "--data", images, "--test", tmp_path / "test", "--k", 3, *out) == 0

@@ -205,7 +205,7 @@ def test_labels_that_are_no_class_numbers_cost_an_index_nothing(run: Callable[..
     samples = image_samples(6)
     for sample, label in zip(samples, [b"dog", b"5000000", b"1", b"-1", b"0", b""], strict=True):
         sample["cls"] = label
-    write_set(tmp_path, "a", "vision", samples, per_shard=9)
+    write_set(tmp_path, "a", "image", samples, per_shard=9)
     (tmp_path / "a.index.json").unlink()
     text = run("index_shards", tmp_path / "*.tar", "--modality", "vision")
     assert "4 labels are of no use to probes and fine-tuning" in text
@@ -218,7 +218,7 @@ def test_inspection_decodes(run: Callable[..., str], tmp_path: Path) -> None:
     """What only a decoder can tell was "0 samples lost"."""
     samples = image_samples(5)
     samples[2]["png"] = samples[2]["png"][:-40]
-    write_set(tmp_path, "a", "vision", samples, per_shard=9)  # as an index that did not decode
+    write_set(tmp_path, "a", "image", samples, per_shard=9)  # as an index that did not decode
     text = run("inspect_shards", tmp_path, "--check", status=2)
     assert "1 of 5 samples lost" in text
     run("index_shards", tmp_path / "*.tar", "--modality", "vision")

@@ -1,5 +1,6 @@
 """tools/make_shards.py, index_shards.py, inspect_shards.py and train_tokenizer.py, as a user runs them."""
 
+import hashlib
 import importlib
 import io
 import json
@@ -110,7 +111,7 @@ def test_a_tokenizer_trained_again_at_its_path_counts_again(run: Callable[..., s
 
 @pytest.mark.parametrize("how", ["local", "pipe", "url"])
 def test_existing_shards_are_indexed_where_they_lie(run: Callable[..., str], tmp_path: Path, how: str) -> None:
-    made = write_set(tmp_path / "shards", "train", "vision", image_samples(25), per_shard=10)
+    made = write_set(tmp_path / "shards", "train", "image", image_samples(25), per_shard=10)
     for path in (tmp_path / "shards").iterdir():
         path.unlink() if path.suffix != ".tar" else None
     prefix = {"local": "", "pipe": "pipe:cat ", "url": "file://"}[how]
@@ -135,7 +136,7 @@ def test_a_remote_shard_that_changed_is_indexed_again(run: Callable[..., str], t
     index += ["--processes", "1"]
     record = tmp_path / "index" / ".index_shards" / "train-000000.json"
     for count in (20, 13):
-        write_set(shards, "train", "vision", image_samples(count), per_shard=10)
+        write_set(shards, "train", "image", image_samples(count), per_shard=10)
         run("index_shards", *index)
         assert SetIndex.load(tmp_path / "index" / "train.index.json").samples == count
     if how == "url":
@@ -154,7 +155,7 @@ def test_a_remote_shard_that_changed_is_indexed_again(run: Callable[..., str], t
 
 
 def test_inspection_finds_damage_and_draws_masks(run: Callable[..., str], tmp_path: Path) -> None:
-    write_set(tmp_path, "train", "vision", image_samples(25, side=32), per_shard=10, classes=["a", "b", "c"])
+    write_set(tmp_path, "train", "image", image_samples(25, side=32), per_shard=10, classes=["a", "b", "c"])
     text = run("inspect_shards", tmp_path, "--out", tmp_path / "preview", "--check", "--steps", 1)
     assert "3 shards, 25 samples" in text
     assert "0 of 25 samples lost" in text
@@ -236,7 +237,7 @@ def test_recordings_get_the_transcripts_that_a_file_has(run: Callable[..., str],
 def test_tars_of_one_name_in_two_folders_have_an_index_each(run: Callable[..., str], tmp_path: Path) -> None:
     """The second overwrote the first's."""
     for folder, count in (("one", 3), ("two", 5)):
-        write_set(tmp_path / folder, "a", "vision", image_samples(count), per_shard=count)
+        write_set(tmp_path / folder, "a", "image", image_samples(count), per_shard=count)
         for index in (tmp_path / folder).glob("*.index*"):
             index.unlink()
     run("index_shards", f"{tmp_path}/{{one,two}}/*.tar", "--modality", "vision", "--out", tmp_path / "out")
@@ -306,3 +307,14 @@ def test_shards_are_told_apart_by_what_is_no_signature(run: Callable[..., str]) 
     tool = importlib.import_module("index_shards")
     assert tool._place("https://h/a.tar?sig=ab") == tool._place("https://h/a.tar?sig=cd")
     assert tool._place("https://h/get?id=1") != tool._place("https://h/get?id=2")
+
+
+def test_what_an_earlier_version_indexed_is_not_indexed_again(run: Callable[..., str], tmp_path: Path) -> None:
+    """What decides it still names the stem, as the records of earlier versions do."""
+    write_set(tmp_path, "train", "image", image_samples(3), per_shard=3)
+    tar = tmp_path / "train-000000.tar"
+    run("index_shards", tar, "--modality", "vision")
+    stat = tar.stat()
+    inputs = (2, str(tar), (stat.st_size, stat.st_mtime_ns), "vision", None, 100_000_000)
+    record = json.loads((tmp_path / ".index_shards" / "train-000000.json").read_text())
+    assert record["digest"] == hashlib.sha256(repr(inputs).encode()).hexdigest()

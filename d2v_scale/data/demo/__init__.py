@@ -11,11 +11,9 @@ import shutil
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import get_args
 
 from d2v_scale.data.shard_set import INDEX_SUFFIX
 from d2v_scale.files import open_as_usual
-from d2v_scale.model.config import Modality
 
 log = logging.getLogger(__name__)
 
@@ -23,8 +21,8 @@ ROOT = "demo_data"
 VERSION = "2"
 
 
-def write(modality: Modality, root: Path) -> Path:
-    """Make sure that `root/modality` holds the demo shards of a modality; returns that directory.
+def write(modality: str, root: Path) -> Path:
+    """Make sure that `root/modality` holds the demo shards of a modality (`SETS`); returns that directory.
 
     Raises DataError where a package is missing that the data come from.
     """
@@ -38,7 +36,7 @@ def write(modality: Modality, root: Path) -> Path:
         log.info("writing the %s demo shards to %s", modality, target)
         temporary = Path(tempfile.mkdtemp(prefix=f".{modality}.", dir=root))
         try:
-            importlib.import_module(f"d2v_scale.data.demo.{_MODULES[modality]}").write(temporary)
+            importlib.import_module(f"d2v_scale.data.demo.{SETS[modality]}").write(temporary)
             (temporary / "VERSION").write_text(VERSION)
             open_as_usual(temporary)
             shutil.rmtree(target, ignore_errors=True)
@@ -48,7 +46,8 @@ def write(modality: Modality, root: Path) -> Path:
     return target
 
 
-_MODULES: dict[Modality, str] = {"vision": "digits", "speech": "spoken_words", "text": "python_docs"}
+SETS = {"vision": "digits", "speech": "spoken_words", "text": "python_docs"}
+"""The module that writes each, by the name of its folder."""
 
 
 def is_complete(target: Path) -> bool:
@@ -64,6 +63,6 @@ def ensure(patterns: Iterable[str | None]) -> None:
         parts = Path(pattern or "").parts
         if ROOT in parts[:-1]:
             at = parts.index(ROOT)
-            for modality in get_args(Modality):
+            for modality in SETS:
                 if parts[at + 1] == modality:
                     write(modality, Path(*parts[: at + 1]))

@@ -25,5 +25,5 @@ def write(out: Path) -> None:
         samples.append({"__key__": f"digit-{number:05d}", "png": content.getvalue(), "cls": int(digits.target[number])})
     held_out = round(_TEST_SHARE * len(samples))
     classes = [str(digit) for digit in range(10)]
-    write_set(out, "train", "vision", samples[held_out:], per_shard=_PER_SHARD, classes=classes)
-    write_set(out, "test", "vision", samples[:held_out], per_shard=_PER_SHARD, classes=classes)
+    write_set(out, "train", "image", samples[held_out:], per_shard=_PER_SHARD, classes=classes)
+    write_set(out, "test", "image", samples[:held_out], per_shard=_PER_SHARD, classes=classes)

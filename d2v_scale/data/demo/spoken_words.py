@@ -96,7 +96,7 @@ def write(out: Path) -> None:
         samples = list(_spoken(synthesizer, voices))
         order = np.random.default_rng(0).permutation(len(samples))
         shuffled = [samples[k] for k in order]
-        write_set(out, split, "speech", shuffled, per_shard=_PER_SHARD, measure=measure, classes=WORDS)
+        write_set(out, split, "recording", shuffled, per_shard=_PER_SHARD, measure=measure, classes=WORDS)
 
 
 def _spoken(synthesizer: Synthesizer, voices: list[str]) -> Iterator[Sample]:

@@ -21,10 +21,8 @@ if TYPE_CHECKING:
 
     from d2v_scale.data.batch import Batch
     from d2v_scale.data.config import DataConfig
-    from d2v_scale.data.conversion import Conversion
     from d2v_scale.data.items import Lengths as SampleLengths
     from d2v_scale.data.items import Recordings
-    from d2v_scale.data.shard_index import Measure
     from d2v_scale.data.shard_set import ShardSet
     from d2v_scale.data.speech import SpeechDecoder
     from d2v_scale.model.layers import Section
@@ -36,8 +34,6 @@ class Speech(Modality):
 
     content = "recording"
     unit = "seconds"
-    length_unit = "samples at 16 kHz"
-    shown_length = ("duration", "s", SAMPLE_RATE)
     cropped = True
     throughput = ("audio_seconds", SAMPLE_RATE)
     tasks = ("classify", "regress", "ctc")
@@ -99,22 +95,6 @@ class Speech(Modality):
     def has_bias(self) -> bool:
         """ALiBi."""
         return self.stem.alibi
-
-    @classmethod
-    def measure(cls, tokenizer: "Path | None", max_pixels: int) -> "Measure":
-        """Samples at 16 kHz."""
-        from d2v_scale.data.speech import measure
-
-        del tokenizer, max_pixels
-        return measure
-
-    @classmethod
-    def members_of(cls, content: bytes, extension: str, conversion: "Conversion") -> dict[str, bytes]:
-        """16 kHz mono FLAC."""
-        from d2v_scale.data.conversion import recording_members
-
-        del extension, conversion
-        return recording_members(content)
 
     def items(self, shards: "ShardSet", data: "DataConfig", lengths: "SampleLengths") -> "Recordings":
         """Whole recordings."""

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from d2v_scale.data.config import DataConfig
     from d2v_scale.data.items import Lengths as SampleLengths
     from d2v_scale.data.items import TextBlocks
-    from d2v_scale.data.shard_index import Measure
     from d2v_scale.data.shard_set import ShardSet
     from d2v_scale.data.text import TextDecoder
     from d2v_scale.data2vec.masking import Masks
@@ -33,8 +32,6 @@ class Text(Modality):
     content = "text"
     unit = "tokens"
     uses_tokenizer = True
-    length_unit = "tokens"
-    shown_length = ("length", "tokens", 1)
     throughput = ("tokens", 1)
     raw_name = "bag of tokens"
 
@@ -73,14 +70,6 @@ class Text(Modality):
         if data.text.packing == "continuous":
             return float(block + 1)
         return float(1 + length_n.sum() / (-(-length_n // block)).sum())
-
-    @classmethod
-    def measure(cls, tokenizer: "Path | None", max_pixels: int) -> "Measure":
-        """Tokens."""
-        from d2v_scale.data.text import TokenCounter
-
-        del max_pixels
-        return TokenCounter(tokenizer)
 
     def items(self, shards: "ShardSet", data: "DataConfig", lengths: "SampleLengths") -> "TextBlocks":
         """Blocks, or chunks of documents."""

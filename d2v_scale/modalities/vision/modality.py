@@ -1,6 +1,5 @@
 """What images say of themselves."""
 
-import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -16,8 +15,6 @@ if TYPE_CHECKING:
 
     from d2v_scale.data.batch import Batch
     from d2v_scale.data.config import DataConfig
-    from d2v_scale.data.conversion import Conversion
-    from d2v_scale.data.shard_index import Measure
     from d2v_scale.data.vision import VisionDecoder
     from d2v_scale.model.layers import Section
     from d2v_scale.model.vision import PatchStem
@@ -78,21 +75,6 @@ class Vision(Modality):
     def has_bias(self) -> bool:
         """Relative positions are a bias on attention, sine-cosine ones are added to the patches."""
         return self.stem.positions == "relative"
-
-    @classmethod
-    def measure(cls, tokenizer: "Path | None", max_pixels: int) -> "Measure":
-        """Images have no length."""
-        from d2v_scale.data.vision import measure
-
-        del tokenizer
-        return functools.partial(measure, max_pixels=max_pixels)
-
-    @classmethod
-    def members_of(cls, content: bytes, extension: str, conversion: "Conversion") -> dict[str, bytes]:
-        """The file, or shrunk."""
-        from d2v_scale.data.conversion import image_members
-
-        return image_members(content, extension, conversion.resize, conversion.max_pixels)
 
     def build_decoder(self, data: "DataConfig", tokenizer: "Path | None") -> "VisionDecoder":
         """Crop, flip, jitter."""
