@@ -20,7 +20,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("out", type=Path, help="folder to write into")
     parser.add_argument("--to", choices=("hf", "safetensors", "fairseq"), default="hf", help="what to write")
     parser.add_argument("--weights", choices=("teacher", "student"), help="whose averaged tensors (default: teacher)")
-    parser.add_argument("--modality", choices=("vision", "speech", "text"), help="which one, where there are several")
+    parser.add_argument("--modality", metavar="STEM", help="which one, where there are several")
     parser.add_argument("--tokenizer", type=Path, help="sentencepiece model (default: the one of the training data)")
     parser.add_argument("--log_model", type=Path, metavar="RUN", help="also log it as a model of this run in MLflow")
     parser.add_argument("--license", default=None, metavar="ID", help="of the weights, for the model card: apache-2.0")

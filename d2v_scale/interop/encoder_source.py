@@ -101,9 +101,10 @@ def parse_recipe(values: dict[str, Any], path: Path) -> Recipe:
     return Recipe(**{field.name: sections[field.name] for field in dataclasses.fields(Recipe)})
 
 
-def export_note(recipe: Recipe, checkpoint: Checkpoint, weights: str) -> dict[str, Any]:
-    """What EXPORT_FILE holds."""
+def export_note(recipe: Recipe, checkpoint: Checkpoint, weights: str, stem: str | None = None) -> dict[str, Any]:
+    """What EXPORT_FILE holds. `stem`: the one of several that the folder holds; None: all."""
     return {
+        **({} if stem is None or recipe.model.modalities == [stem] else {"stem": stem}),
         "recipe": json.loads(json.dumps(to_dict(recipe))),
         "step": checkpoint.step,
         "weights": weights,
@@ -138,6 +139,8 @@ def _exported(path: Path) -> EncoderSource:
         recipe = parse_recipe(note["recipe"], path / EXPORT_FILE)
     except (ValueError, KeyError, OSError) as error:
         raise CheckpointError(f"{path / EXPORT_FILE} is damaged ({error}).", "Export it again.") from error
+    if (stem := note.get("stem")) is not None:
+        recipe = dataclasses.replace(recipe, model=recipe.model.of(stem), objective=recipe.objective.of(stem))
     tensors = Folder(path)
     _name_unread(path, tensors.notes)
     if (path / "config.json").is_file():

@@ -7,13 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from d2v_scale import modalities
 from d2v_scale.checkpoint import Checkpoint
-from d2v_scale.data.batch import Batch
 from d2v_scale.evaluation.frozen import FrozenEncoder
 from d2v_scale.finetuning.predictor import TaskPredictor
 from d2v_scale.interop.exporting import ChosenWeights
+from d2v_scale.interop.huggingface import row_of
 from d2v_scale.interop.task_heads import auto_class
-from d2v_scale.model.config import Modality, ModelConfig
+from d2v_scale.model.config import Modality
 
 LARGEST_DIFFERENCE = 1e-4
 
@@ -28,10 +29,10 @@ def largest_difference(encoder: FrozenEncoder, folder: Path, modality: Modality,
 
     config = encoder.recipe.model
     exported: Any = AutoModel.from_pretrained(folder, trust_remote_code=True).eval().float()
-    batch, arguments = _inputs(config, modality)
+    batch, arguments = row_of(config, modality).sample(config.of(modality), modality)
     ours = [states.cpu() for states in encoder.hidden_states(batch.to(encoder.device))]
     theirs = exported(**arguments, output_hidden_states=True)
-    extra = 1 if modality == "vision" else 0
+    extra = modalities.of(config, modality).extra_tokens
     before = len(theirs.hidden_states) - len(ours)
     pairs = [(mine, theirs.hidden_states[before + i][:, extra:]) for i, mine in enumerate(ours)]
     if config.backbone.final_norm:
@@ -49,9 +50,10 @@ def largest_logit_difference(predictor: TaskPredictor, folder: Path, modality: M
     """Largest absolute difference between the logits of a fine-tuned model and of its exported folder."""
     import transformers
 
-    loader = getattr(transformers, auto_class(predictor.task, modality))
+    config = predictor.recipe.model
+    loader = getattr(transformers, auto_class(predictor.task, config, modality))
     exported: Any = loader.from_pretrained(folder, trust_remote_code=True).eval().float()
-    batch, arguments = _inputs(predictor.recipe.model, modality)
+    batch, arguments = row_of(config, modality).sample(config.of(modality), modality)
     ours, theirs = predictor.logits(batch.to(predictor.device)).cpu(), exported(**arguments).logits
     valid = predictor.model.valid_positions(batch) if predictor.task.kind == "ctc" else None
     return float(_at(valid, ours - theirs).abs().max())
@@ -59,31 +61,3 @@ def largest_logit_difference(predictor: TaskPredictor, folder: Path, modality: M
 
 def _at(valid_bt: Tensor | None, x_btd: Tensor) -> Tensor:
     return x_btd if valid_bt is None else x_btd[valid_bt.cpu()]
-
-
-def _inputs(config: ModelConfig, modality: Modality) -> tuple[Batch, dict[str, Tensor]]:
-    """Two random samples, the second one shorter where the modality has lengths."""
-    generator = torch.Generator().manual_seed(0)
-    nothing_masked = torch.zeros(2, 1, dtype=torch.bool)
-    ids = torch.arange(2)
-    if modality == "vision":
-        assert config.vision is not None
-        side = config.vision.image_size
-        images = torch.randn(2, config.vision.channels, side, side, generator=generator)
-        batch = Batch(modality=modality, inputs=images, valid=None, masked_rt=nothing_masked, sample_ids=ids)
-        return batch, {"pixel_values": images}
-    if modality == "speech":
-        waves = torch.randn(2, 16000, generator=generator)
-        valid = torch.arange(16000)[None] < torch.tensor([16000, 11000])[:, None]
-        waves = waves * valid
-        batch = Batch(modality=modality, inputs=waves, valid=valid, masked_rt=nothing_masked, sample_ids=ids)
-        return batch, {"input_values": waves, "attention_mask": valid.long()}
-    assert config.text is not None
-    stem = config.text
-    length = min(64, stem.max_positions)
-    tokens = torch.randint(4, max(5, stem.vocab_size - 1), (2, length), generator=generator)
-    tokens[:, 0] = stem.bos_id
-    tokens[1, 2 * length // 3 :] = stem.pad_id
-    valid = tokens != stem.pad_id
-    batch = Batch(modality=modality, inputs=tokens, valid=valid, masked_rt=nothing_masked, sample_ids=ids)
-    return batch, {"input_ids": tokens, "attention_mask": valid.long()}

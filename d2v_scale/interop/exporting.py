@@ -1,33 +1,26 @@
 """A checkpoint's encoder as files of other programs, and the proof that they compute the same."""
 
-import json
 import shutil
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from safetensors.torch import save_file
 from torch import Tensor
 
+from d2v_scale import modalities
 from d2v_scale.checkpoint import Checkpoint
-from d2v_scale.data.labels import Vocabulary
 from d2v_scale.data.shard_set import find_shards
 from d2v_scale.errors import CheckpointError, DataError
 from d2v_scale.files import open_as_usual
 from d2v_scale.interop.encoder_source import EXPORT_FILE, export_note
-from d2v_scale.interop.huggingface import huggingface_keys, huggingface_settings, is_native
+from d2v_scale.interop.huggingface import REMEDY, huggingface_keys, huggingface_settings, is_native, row_of
 from d2v_scale.interop.keymap import export_tensors
-from d2v_scale.interop.remote_code import (
-    IMAGE_PROCESSOR_FILE,
-    MODELLING_FILE,
-    MODELLING_FILES,
-    remote_code_keys,
-    remote_code_settings,
-)
-from d2v_scale.interop.task_heads import add_head, head_settings, prefixed, write_ctc_tokenizer
-from d2v_scale.interop.tokenizer_files import write_tokenizer
+from d2v_scale.interop.remote_code import MODELLING_FILE, MODELLING_FILES, remote_code_keys, remote_code_settings
+from d2v_scale.interop.task_heads import add_head, head_settings, prefixed
+from d2v_scale.interop.weight_files import write_json
 from d2v_scale.model.config import Modality
 from d2v_scale.recipe import Recipe
 
@@ -107,9 +100,11 @@ def export_huggingface(
     if task is not None:
         add_head(keymap, task, recipe.model, modality)
         settings |= head_settings(task, recipe.model, modality, checkpoint.extra.get("classes"))
+    keymap.require_all(_of_encoder(checkpoint, modality), "a Hugging Face folder", REMEDY)
     out.mkdir(parents=True, exist_ok=True)
     # First what can be refused, a tokenizer of another size; then the weights.
-    processor_lines = _write_processor(recipe, modality, out, tokenizer)
+    row, model = row_of(recipe.model, modality), recipe.model.of(modality)
+    processor_lines = row.write_processor(recipe, model, out, tokenizer)
     tensors = export_tensors(keymap, chosen)
     if task is not None:
         tensors = ((prefixed(name, recipe.model, modality), tensor) for name, tensor in tensors)
@@ -121,9 +116,15 @@ def export_huggingface(
         lines.append(
             f"no class of transformers computes this model: {MODELLING_FILE.name} does (trust_remote_code=True)"
         )
-    _write_json(out / "config.json", settings)
-    _write_json(out / EXPORT_FILE, export_note(recipe, checkpoint, weights))
+    write_json(out / "config.json", settings)
+    write_json(out / EXPORT_FILE, export_note(recipe, checkpoint, weights, modality))
     return lines + processor_lines
+
+
+def _of_encoder(checkpoint: Checkpoint, modality: Modality) -> list[str]:
+    """Names of the student's tensors that are this encoder's, or its head's."""
+    its_own, others = f"stems.{modality}.", ("stems.", "predictors.")
+    return [n for n in checkpoint.names("student") if n.startswith(its_own) or not n.startswith(others)]
 
 
 def export_safetensors(checkpoint: Checkpoint, recipe: Recipe, out: Path, weights: Weights) -> list[str]:
@@ -138,7 +139,7 @@ def export_safetensors(checkpoint: Checkpoint, recipe: Recipe, out: Path, weight
 
     out.mkdir(parents=True, exist_ok=True)
     write_tensors(everything(), out)
-    _write_json(out / EXPORT_FILE, export_note(recipe, checkpoint, weights))
+    write_json(out / EXPORT_FILE, export_note(recipe, checkpoint, weights))
     return chosen.lines()
 
 
@@ -174,57 +175,7 @@ def write_tensors(tensors: Iterator[tuple[str, Tensor]], out: Path) -> None:
     for i, name in names.items():
         (out / f"part-{i:05d}.safetensors").rename(out / name)
     index = {"metadata": {"total_size": total}, "weight_map": {name: names[i] for name, i in where.items()}}
-    _write_json(out / "model.safetensors.index.json", index)
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n")
-
-
-def _write_processor(recipe: Recipe, modality: Modality, out: Path, tokenizer: Path | None) -> list[str]:
-    if modality == "text":
-        assert recipe.model.text is not None
-        if tokenizer is None:
-            return ["no tokenizer was found: AutoTokenizer will not load. Give it with --tokenizer FILE.model"]
-        write_tokenizer(tokenizer, recipe.model.text, out)
-        return [f"tokenizer: {tokenizer}"]
-    if modality == "speech":
-        settings: dict[str, Any] = {
-            "feature_extractor_type": "Wav2Vec2FeatureExtractor",
-            "feature_size": 1,
-            "sampling_rate": 16000,
-            "padding_value": 0.0,
-            "padding_side": "right",
-            "do_normalize": recipe.data.speech.normalize,
-            "return_attention_mask": True,
-        }
-        if recipe.task is not None and recipe.task.kind == "ctc":
-            write_ctc_tokenizer(Vocabulary(recipe.task.ctc.letters), out)
-            settings["processor_class"] = "Wav2Vec2Processor"
-    else:
-        assert recipe.model.vision is not None
-        side, data, channels = recipe.model.vision.image_size, recipe.data.vision, recipe.model.vision.channels
-        settings = {
-            # Without trust_remote_code transformers' own: the same, but for EXIF's turns and for 16 bits a channel.
-            "image_processor_type": "BeitImageProcessorPil",
-            "auto_map": {"AutoImageProcessor": f"{IMAGE_PROCESSOR_FILE.stem}.UprightImageProcessor"},
-            "do_convert_rgb": channels == 3,
-            "do_resize": True,
-            # The centre crop that evaluation takes.
-            "size": {"shortest_edge": round(side / data.evaluation_crop)},
-            "resample": 3,
-            "do_center_crop": True,
-            "crop_size": {"height": side, "width": side},
-            "do_rescale": True,
-            "rescale_factor": 1 / 255,
-            "do_normalize": True,
-            "image_mean": data.mean[:channels],
-            "image_std": data.std[:channels],
-            "do_reduce_labels": False,
-        }
-        shutil.copyfile(IMAGE_PROCESSOR_FILE, out / IMAGE_PROCESSOR_FILE.name)
-    _write_json(out / "preprocessor_config.json", settings)
-    return []
+    write_json(out / "model.safetensors.index.json", index)
 
 
 def find_tokenizer(recipe: Recipe) -> Path | None:
@@ -233,7 +184,7 @@ def find_tokenizer(recipe: Recipe) -> Path | None:
         path: Path | None = Path(recipe.data.text.tokenizer)
         return path if path is not None and path.exists() else None
     for source in recipe.data.sources:
-        if source.modality == "text":
+        if modalities.class_of(source.modality).uses_tokenizer:
             try:
                 path = find_shards(source).tokenizer
             except DataError:

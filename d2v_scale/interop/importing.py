@@ -12,7 +12,7 @@ from torch import Tensor
 from d2v_scale.data.config import DataConfig
 from d2v_scale.errors import CheckpointError
 from d2v_scale.interop.golden import Fixture
-from d2v_scale.interop.huggingface import PREFIXES, TIED, WRAPPERS, from_huggingface, huggingface_keys
+from d2v_scale.interop.huggingface import PREFIXES, TIED, WRAPPERS, from_huggingface
 from d2v_scale.interop.keymap import KeyMap, KeyReport, import_tensors
 from d2v_scale.interop.reference_config import Reference, from_fairseq, modality_of
 from d2v_scale.interop.reference_names import reference_keys, teacher_prefix
@@ -195,11 +195,7 @@ def _huggingface(path: Path) -> Source:
     tensors = without_prefixes(folder)
     if TIED[0] not in tensors and TIED[1] in tensors:
         tensors[TIED[0]] = tensors[TIED[1]]
-    reference = from_huggingface(settings, _shapes(tensors))
-    keymap = huggingface_keys(reference.model, reference.modality)
-    if settings.get("use_mean_pooling") and reference.modality == "vision":
-        # Classes that average the patches have no norm behind the encoder.
-        keymap.make_optional("final_norm.")
+    reference, keymap = from_huggingface(settings, _shapes(tensors))
     source = Source(reference, keymap, tensors, None, "Hugging Face folder", notes=folder.notes)
     _read_preprocessor(path / "preprocessor_config.json", source.data)
     return source

@@ -76,6 +76,14 @@ class KeyMap:
         """The other program need not have what we have under this prefix."""
         self.entries = [replace(e, optional=True) if e.ours.startswith(prefix) else e for e in self.entries]
 
+    def require_all(self, names: Iterable[str], what: str, remedy: str) -> None:
+        """Raises CheckpointError for names of ours that are not in the table: they would be lost."""
+        known = {entry.ours for entry in self.entries}
+        lost = [name for name in names if name not in known]
+        if lost:
+            more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
+            raise CheckpointError(f"{what} has no name for {', '.join(lost[:3])}{more}.", remedy)
+
     def theirs_to_ours_names(self) -> dict[str, str]:
         """Foreign key to our name; several may lead to one."""
         return {key: entry.ours for entry in self.entries for key in entry.theirs}

@@ -17,7 +17,8 @@ class ExportedModel(PythonModel):
 
         import d2v_scale  # noqa: F401  # lets transformers import beside torchaudio's CUDA wheel
 
-        self.modality, self.auto_class = (context.model_config[name] for name in ("modality", "auto_class"))
+        self.settings: dict[str, Any] = dict(context.model_config)
+        self.auto_class = self.settings["auto_class"]
         folder = context.artifacts["encoder"]
         loader = getattr(transformers, self.auto_class)
         self.model: Any = loader.from_pretrained(folder, trust_remote_code=True).eval().float()
@@ -30,11 +31,9 @@ class ExportedModel(PythonModel):
         ids (B, T), filled with the padding's id."""
         import torch
 
-        values = torch.from_numpy(np.array(model_input))
-        values = values.long() if self.modality == "text" else values.float()
-        name = {"vision": "pixel_values", "speech": "input_values", "text": "input_ids"}[self.modality]
-        arguments = {name: values}
-        if self.modality == "text":
+        values = torch.from_numpy(np.array(model_input, dtype=self.settings["input_type"]))
+        arguments = {self.settings["input_name"]: values}
+        if self.settings["padded"]:
             arguments["attention_mask"] = (values != self.model.config.pad_token_id).long()
         with torch.no_grad():
             outputs = self.model(**arguments)
@@ -42,10 +41,8 @@ class ExportedModel(PythonModel):
             return np.array(self.tokenizer.batch_decode(outputs.logits.argmax(dim=-1)))
         if self.auto_class != "AutoModel":
             return outputs.logits.numpy()
-        states_btd = outputs.last_hidden_state
-        if self.modality == "vision":
-            states_btd = states_btd[:, 1:]
-        if self.modality != "text":
+        states_btd = outputs.last_hidden_state[:, self.settings["extra_tokens"] :]
+        if not self.settings["padded"]:
             return states_btd.mean(dim=1).numpy()
         real_bt1 = arguments["attention_mask"][..., None]
         return ((states_btd * real_bt1).sum(dim=1) / real_bt1.sum(dim=1).clamp(min=1)).numpy()

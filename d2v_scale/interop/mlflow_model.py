@@ -2,14 +2,17 @@
 
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import mlflow
 import numpy as np
 from mlflow.models import ModelSignature
 from mlflow.types import Schema, TensorSpec
 
+from d2v_scale import modalities
 from d2v_scale.finetuning.config import TaskConfig
 from d2v_scale.finetuning.model import outputs_of
+from d2v_scale.interop.huggingface import row_of
 from d2v_scale.interop.task_heads import auto_class
 from d2v_scale.model.config import Modality, ModelConfig
 
@@ -18,21 +21,25 @@ _PACKAGES = ("torch", "transformers", "numpy", "d2v_scale")
 
 def signature(config: ModelConfig, modality: Modality, task: TaskConfig | None) -> ModelSignature:
     """Shapes that the model takes and gives; -1 is any size."""
-    shape: tuple[int, ...] = (-1, -1)
-    if modality == "vision":
-        assert config.vision is not None
-        shape = (-1, config.vision.channels, config.vision.image_size, config.vision.image_size)
-    kind = np.dtype(np.int64 if modality == "text" else np.float32)
+    row = row_of(config, modality)
+    inputs = TensorSpec(np.dtype(row.input_type), row.input_shape(config.of(modality)))
     width = config.backbone.width if task is None else outputs_of(task)
     given = TensorSpec(np.dtype(np.float32), (-1, width))
     if task is not None and task.kind == "ctc":
         given = TensorSpec(np.dtype(str), (-1,))
-    return ModelSignature(inputs=Schema([TensorSpec(kind, shape)]), outputs=Schema([given]))
+    return ModelSignature(inputs=Schema([inputs]), outputs=Schema([given]))
 
 
-def model_settings(modality: Modality, task: TaskConfig | None) -> dict[str, str]:
+def model_settings(config: ModelConfig, modality: Modality, task: TaskConfig | None) -> dict[str, Any]:
     """What `mlflow_encoder.py` must know of a folder."""
-    return {"modality": modality, "auto_class": "AutoModel" if task is None else auto_class(task, modality)}
+    row = row_of(config, modality)
+    return {
+        "auto_class": auto_class(task, config, modality),
+        "input_name": row.input_name,
+        "input_type": row.input_type,
+        "padded": row.padded,
+        "extra_tokens": modalities.of(config, modality).extra_tokens,
+    }
 
 
 def log_model(
@@ -53,7 +60,7 @@ def log_model(
         info = mlflow.pyfunc.log_model(
             name="encoder" if task is None else "fine_tuned",
             python_model=str(Path(__file__).with_name("mlflow_encoder.py")),
-            model_config=model_settings(modality, task),
+            model_config=model_settings(config, modality, task),
             artifacts={"encoder": str(folder.resolve())},
             signature=signature(config, modality, task),
             pip_requirements=[f"{name}=={version(name)}" for name in _PACKAGES],

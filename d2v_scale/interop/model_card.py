@@ -5,9 +5,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from d2v_scale.checkpoint import Checkpoint
-from d2v_scale.finetuning.config import TaskConfig
-from d2v_scale.interop.huggingface import is_native
-from d2v_scale.interop.task_heads import auto_class
+from d2v_scale.interop.huggingface import is_native, row_of
+from d2v_scale.interop.task_heads import auto_class, head_of
 from d2v_scale.model.config import Modality, ModelConfig
 from d2v_scale.recipe import Recipe
 from d2v_scale.tracking.record import AXES, METRICS_FILE, read_records
@@ -16,17 +15,6 @@ CARD_FILE = "README.md"
 UNKNOWN_LICENSE = "unknown"
 # A card that people have rewritten lacks it, and is theirs.
 _MARK = "<!-- Written by tools/export.py. Without this line, a later export leaves the file alone. -->"
-_ENCODER_TASKS: dict[Modality, str] = {
-    "vision": "image-feature-extraction",
-    "speech": "feature-extraction",
-    "text": "feature-extraction",
-}
-_HEAD_TASKS = {
-    "AutoModelForImageClassification": "image-classification",
-    "AutoModelForSequenceClassification": "text-classification",
-    "AutoModelForAudioClassification": "audio-classification",
-    "AutoModelForCTC": "automatic-speech-recognition",
-}
 
 
 def write_card(
@@ -49,8 +37,7 @@ def _card(
     what = "encoder" if recipe.task is None else "fine-tuned model"
     head = ["library_name: transformers"] if modality is not None else []
     if modality is not None:
-        auto = _automatic(recipe.task, modality)
-        head.append(f"pipeline_tag: {_HEAD_TASKS.get(auto, _ENCODER_TASKS[modality])}")
+        head.append(f"pipeline_tag: {_pipeline(recipe, modality)}")
     tags = [f"- {tag}" for tag in ("data2vec", *modalities.split(", "))]
     rows = [("recipe", recipe.name), ("steps", f"{checkpoint.step}"), ("weights", f"the {weights}'s")]
     rows += [("parameters", _sizes(recipe.model)), ("data", _data(recipe)), ("license", license_id)]
@@ -103,8 +90,10 @@ def _is_score(name: str, value: Any) -> bool:
     return known and name not in AXES and isinstance(value, (int, float)) and math.isfinite(value)
 
 
-def _automatic(task: TaskConfig | None, modality: Modality) -> str:
-    return "AutoModel" if task is None else auto_class(task, modality)
+def _pipeline(recipe: Recipe, modality: Modality) -> str:
+    if recipe.task is None:
+        return row_of(recipe.model, modality).encoder_task
+    return head_of(recipe.task, recipe.model, modality).pipeline
 
 
 def _own_lines() -> list[str]:
@@ -118,28 +107,14 @@ def _own_lines() -> list[str]:
 
 def _lines(recipe: Recipe, modality: Modality, out: Path) -> list[str]:
     """A program that loads the folder and runs it on a stand-in for the user's input."""
-    auto, model = _automatic(recipe.task, modality), recipe.model
+    model = recipe.model
+    auto = auto_class(recipe.task, model, modality)
     remote = "" if is_native(model, modality) else ", trust_remote_code=True"
     result = "last_hidden_state" if auto == "AutoModel" else "logits"
-    processor, example, call = _example(model, modality, out)
-    imports = f"from transformers import {', '.join(sorted({auto, *processor}))}"
-    lines = ["import torch", *(["from PIL import Image"] if "Image." in example else []), imports, ""]
+    example = row_of(model, modality).example(model.of(modality), out)
+    imports = f"from transformers import {', '.join(sorted({auto, *example.processors}))}"
+    lines = ["import torch", *(["from PIL import Image"] if "Image." in example.given else []), imports, ""]
     lines.append(f'model = {auto}.from_pretrained("."{remote}).eval()')
-    lines += [f'processor = {name}.from_pretrained(".")' for name in processor]
-    return [*lines, example, "with torch.no_grad():", f"    output = model({call}).{result}", "print(output.shape)"]
-
-
-def _example(model: ModelConfig, modality: Modality, out: Path) -> tuple[list[str], str, str]:
-    if modality == "speech":
-        call = '**processor(wave.numpy(), sampling_rate=16000, return_tensors="pt")'
-        return ["AutoFeatureExtractor"], "wave = torch.randn(16000)  # one second, 16 kHz", call
-    if modality == "text":
-        if (out / "tokenizer.json").is_file():
-            return ["AutoTokenizer"], 'text = "Words of a text."', '**processor(text, return_tensors="pt")'
-        return [], "ids = torch.tensor([[0, 5, 6, 2]])  # of the tokenizer that it was trained with", "input_ids=ids"
-    assert model.vision is not None
-    side, channels = model.vision.image_size, model.vision.channels
-    if channels == 3:
-        call = '**processor(image, return_tensors="pt")'
-        return ["AutoImageProcessor"], f'image = Image.new("RGB", ({side}, {side}))', call
-    return [], f"pixels = torch.randn(1, {channels}, {side}, {side})", "pixel_values=pixels"
+    lines += [f'processor = {name}.from_pretrained(".")' for name in example.processors]
+    run = f"    output = model({example.call}).{result}"
+    return [*lines, example.given, "with torch.no_grad():", run, "print(output.shape)"]

@@ -210,5 +210,10 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def write_json(path: Path, value: Any) -> None:
+    """As the files of a model's folder are written."""
+    path.write_text(json.dumps(value, indent=2) + "\n")
+
+
 def _some(names: list[str]) -> str:
     return ", ".join(names[:_NAMED]) + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")

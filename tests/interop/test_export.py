@@ -120,7 +120,7 @@ def test_a_padded_text_is_served_as_the_text_alone(tmp_path: Path) -> None:
     out = tmp_path / "hf"
     assert tool("export").main([str(checkpoint_of("v1_text", tmp_path)), str(out)]) == 0
     model = ExportedModel()
-    settings = model_settings("text", None)
+    settings = model_settings(tiny_models.model("v1_text"), "text", None)
     model.load_context(argparse.Namespace(model_config=settings, artifacts={"encoder": str(out)}))
     ids = torch.randint(5, 38, (1, 8))
     padded = torch.cat([ids, torch.full((1, 5), model.model.config.pad_token_id)], dim=1)

@@ -18,7 +18,7 @@ from d2v_scale.finetuning.config import CtcConfig, TaskConfig
 from d2v_scale.finetuning.evaluation import answers
 from d2v_scale.finetuning.predictor import TaskPredictor
 from d2v_scale.interop.mlflow_model import model_settings, signature
-from d2v_scale.model.config import Modality
+from d2v_scale.model.config import Modality, ModelConfig
 from d2v_scale.model.stack import Draw
 
 TOOLS = Path(__file__).parents[2] / "tools"
@@ -149,12 +149,14 @@ def test_the_encoder_of_a_fine_tuned_2_0_export_loads_without_its_head(
     assert torch.allclose(theirs_btd[:, theirs_btd.shape[1] - ours_btd.shape[1] :], ours_btd, atol=1e-5)
 
 
-def served(folder: Path, modality: Modality, task: TaskConfig | None, values: torch.Tensor) -> np.ndarray:
+def served(
+    folder: Path, config: ModelConfig, modality: Modality, task: TaskConfig | None, values: torch.Tensor
+) -> np.ndarray:
     """What MLflow answers of a folder."""
     from d2v_scale.interop.mlflow_encoder import ExportedModel
 
     model = ExportedModel()
-    settings = model_settings(modality, task)
+    settings = model_settings(config, modality, task)
     model.load_context(argparse.Namespace(model_config=settings, artifacts={"encoder": str(folder)}))
     return model.predict(None, values.numpy())
 
@@ -173,8 +175,8 @@ def test_a_fine_tuned_model_is_served_with_its_head(
     run, out = tuned(name, task, tmp_path), tmp_path / "hf"
     assert export(run, out) == 0
     batch = replace(tiny_models.batch(name), valid=None)
-    answer = served(out, modality, task, batch.inputs)
     predictor = TaskPredictor.load(run)
+    answer = served(out, predictor.recipe.model, modality, task, batch.inputs)
     if task.kind == "ctc":
         logits = predictor.logits(batch)
         texts = answers(task, logits, torch.full((len(logits), 1), -1), torch.full((len(logits),), logits.shape[1]))
