@@ -11,7 +11,7 @@ from typing import Any, Literal
 from d2v_scale import modalities, ranges
 from d2v_scale.checkpoint.config import CheckpointConfig
 from d2v_scale.data.config import DataConfig, SourceConfig
-from d2v_scale.data2vec import masking, targets
+from d2v_scale.data2vec import block_sizes, masking, targets
 from d2v_scale.data2vec.config import MaskingConfig, ObjectiveConfig, TargetConfig
 from d2v_scale.errors import ConfigError
 from d2v_scale.evaluation.config import EvaluationConfig
@@ -106,8 +106,12 @@ class Recipe:
         return any(targets.build(one, places[name]).initial_state() for name, one in self.targets().items())
 
     def masking(self) -> dict[Modality, MaskingConfig]:
-        """What is masked of each stem's samples."""
-        return {name: self.objective.of(name).masking for name in self.model.modalities}
+        """What is masked of each stem's samples, sizes of blocks in positions of its axes."""
+        return {name: self.masking_of(name) for name in self.model.modalities}
+
+    def masking_of(self, name: str) -> MaskingConfig:
+        """What is masked of the samples of the stem `name`, likewise."""
+        return block_sizes.resolved(self.objective.of(name).masking, modalities.of(self.model, name).named_axes)
 
     def parts(self) -> TeacherParts:
         """The teacher's parts, with the published ones where the recipe names none."""
@@ -179,12 +183,12 @@ class Recipe:
                 "Several masks per sample are part of data2vec 2.0.",
             )
         trimmed = masks.kind == "spans" and objective.compat.equalize_masks
-        if model.visible_only and not trimmed and masks.kind not in ("block1d", "block2d", "random"):
+        if model.visible_only and not trimmed and masks.kind not in ("block1d", "block2d", "random", "blocks"):
             raise ConfigError(
                 "objective.masking.kind",
                 f"is {masks.kind!r}, which hides more positions in some rows than in others",
-                "With model.visible_only all rows keep equally many: give random, block1d or block2d, or spans with "
-                "objective.compat.equalize_masks.",
+                "With model.visible_only all rows keep equally many: give random, block1d, block2d or blocks, or spans "
+                "with objective.compat.equalize_masks.",
             )
         # Beside images, a weight that all stems have counts in their steps alone.
         own = self.objective.key(stem.name, "objective.loss.cls_weight") != "objective.loss.cls_weight"
@@ -194,6 +198,8 @@ class Recipe:
                 "objective.loss.cls_weight", "needs a 2.0 vision model, and images to train on", "Set it to 0."
             )
         _, grid = stem.extent(self.data)
+        block_sizes.check(masks, stem.named_axes, grid)
+        masks = block_sizes.resolved(masks, stem.named_axes)
         place: dict[str, Any] = {"grid": grid} if stem.axes == 2 else {"length": grid[0]}
         # As a data worker will: masks that cannot be drawn are refused here.
         masking.collate(masks, **place, sample_ids=[0], seed=self.seed, step=0)

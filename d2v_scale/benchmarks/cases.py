@@ -54,13 +54,14 @@ class Case:
             inputs = inputs * valid
             valid_lengths = [math.prod(stem.extent(self.recipe.data, real)[1]) for real in real_b.tolist()]
         masks = masking.collate(
-            self.recipe.objective.of(modality).masking,
+            self.recipe.masking_of(modality),
             length=math.prod(grid),
-            grid=(grid[0], grid[1]) if len(grid) == 2 else None,
+            grid=grid if len(grid) > 1 else None,
             sample_ids=sample_ids,
             valid_lengths=valid_lengths,
             seed=1,
             step=step,
+            equal_counts=model.visible_only,
         )
         masked_rt = torch.from_numpy(masks.masked_rt)
         return Batch(

@@ -186,7 +186,7 @@ class Measured:
         loader = StepLoader(
             data,
             recipe.model,
-            recipe.objective.masking,
+            recipe.masking(),
             recipe.objective.compat,
             seed=1,
             global_batch_size=self.case.samples,

@@ -121,6 +121,7 @@ class Collator:
             seed=self._seed,
             step=step,
             compat=self._compat,
+            equal_counts=self._stem.model.visible_only,
         )
         inputs, valid = stacked.inputs, stacked.valid
         student_inputs = self._stem.student_inputs(inputs, masks)

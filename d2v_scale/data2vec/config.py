@@ -11,19 +11,27 @@ from d2v_scale.merging import merged
 class MaskingConfig:
     """Which positions the student does not see (spec section 2)."""
 
-    kind: Literal["spans", "bert", "blockwise", "block1d", "block2d", "random"] = "blockwise"
-    """`spans` 1.0 speech/text; `bert` 1.0 text's main row; `blockwise` BEiT; `block*` and `random` 2.0."""
+    kind: Literal["spans", "bert", "blockwise", "block1d", "block2d", "random", "blocks"] = "blockwise"
+    """`spans` 1.0 speech/text; `bert` 1.0 text's main row; `blockwise` BEiT; `block1d`, `block2d` and `random` 2.0.
+    `blocks`: over any axes, of `size`; not published."""
     prob: float = 0.65
     """Fraction to mask (spans: before overlaps)."""
     length: int = 10
-    """Span length, or side of a block."""
+    """Span length, or side of a block, positions."""
+    size: dict[str, int | float | str] | int | float | str | None = None
+    """Size of a block (`blocks`): positions (3), a share of the axis (0.2) or a number with a unit of it ('0.2 s'),
+    along every axis or by its name: `{time: 0.2 s}`, `{height: 3, width: 0.25}`. null: `length`. Images have height and
+    width (unit px), recordings time (s, ms), texts tokens."""
+    tubes: list[str] | None = None
+    """Axes along which a mask is constant (`blocks`): [time] hides whole channels of a stem that has an axis of
+    channels, [height] whole columns of an image."""
     starts: Literal["inside", "anywhere"] = "inside"
     """Where spans begin. `inside`: no later than a span's length before the end (1.0 speech); `anywhere`: at any
     position, cut at the end (1.0 text)."""
     adjust: float = 0.0
-    """Added to the selected fraction before the exact count is restored (block masks)."""
+    """Added to the selected fraction before the exact count is restored (`block1d`, `block2d`)."""
     inverse: bool = False
-    """Blocks are what stays visible (2.0 vision)."""
+    """Blocks are what stays visible (`block1d`, `block2d`, `blocks`; 2.0 vision)."""
     target_count: int = 120
     """Patches to mask (blockwise)."""
     min_block: int = 16

@@ -15,12 +15,11 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
+from d2v_scale.data2vec import blocks
 from d2v_scale.data2vec.config import CompatConfig, MaskingConfig
-from d2v_scale.data2vec.stateless import array_keys, array_uniform
+from d2v_scale.data2vec.row_draws import Bools, Floats, exact, lowest, stream
+from d2v_scale.data2vec.stateless import array_keys
 from d2v_scale.errors import ConfigError
-
-Bools = NDArray[np.bool_]
-Floats = NDArray[np.float64]
 
 _BERT_KEPT = 0.1
 _BERT_SWAPPED = 0.1
@@ -43,27 +42,30 @@ def collate(
     config: MaskingConfig,
     *,
     length: int | None = None,
-    grid: tuple[int, int] | None = None,
+    grid: tuple[int, ...] | None = None,
     sample_ids: Sequence[int] | NDArray[np.int64],
     valid_lengths: Sequence[int] | NDArray[np.int64] | None = None,
     seed: int,
     step: int,
     compat: CompatConfig | None = None,
+    equal_counts: bool = True,
 ) -> Masks:
     """Masks of a batch: one row for each sample and clone.
 
-    Positions are `length` frames or tokens, or a `grid` of (rows, columns) of patches, flattened row by row.
-    `valid_lengths` (B,) counts each sample's positions before padding; None: all. 1.0 masks valid positions only. 2.0
-    masks a fixed number of the T positions in every row, padding included, since all rows must keep equally many.
+    Positions are `length` frames or tokens, or a `grid` of (rows, columns) of patches, flattened row by row; of
+    `blocks`, of any number of axes. `valid_lengths` (B,) counts each sample's positions before padding, of `blocks`
+    also (B, n) along each axis; None: all. 1.0 masks valid positions only. 2.0 masks a fixed number of the T positions
+    in every row, padding included, since all rows must keep equally many. `blocks` serve both: with `equal_counts`
+    2.0, without it 1.0.
 
     Raises `ConfigError` when kind and geometry do not fit.
     """
     kind = config.kind
     if grid is not None:
-        length = grid[0] * grid[1]
+        length = math.prod(grid)
     if length is None:
         raise ConfigError("objective.masking.kind", f"{kind!r} needs a length or a grid.")
-    if kind in ("blockwise", "block2d") and grid is None:
+    if kind in ("blockwise", "block2d") and (grid is None or len(grid) != 2):
         raise ConfigError("objective.masking.kind", f"{kind!r} masks patches of a grid; speech and text have none.")
 
     ids_b = np.asarray(sample_ids, dtype=np.int64)
@@ -71,6 +73,11 @@ def collate(
     sample_keys_b = array_keys(ids_b, "mask", seed, step)
     clones_m = array_keys(np.arange(config.clones), "clone")
     keys_r = array_keys((sample_keys_b[:, None] ^ clones_m).reshape(-1).view(np.int64), "row")
+    if kind == "blocks":
+        shape = grid or (length,)
+        extents_rn = np.repeat(_extents(shape, len(ids_b), valid_lengths), config.clones, axis=0)
+        spec = _blocks_of(config, len(shape))
+        return Masks(blocks.draw(spec, shape, extents_rn, keys_r, equal_counts=equal_counts))
     valid_b = np.full(len(ids_b), length) if valid_lengths is None else np.asarray(valid_lengths)
     valid_r = np.repeat(np.clip(valid_b, 0, length), config.clones)
 
@@ -83,7 +90,7 @@ def collate(
         return _bert(config, length, valid_r, keys_r)
     if kind == "blockwise":
         assert grid is not None
-        return Masks(_blockwise(config, grid, keys_r))
+        return Masks(_blockwise(config, (grid[0], grid[1]), keys_r))
     if kind == "random":
         masked_rt = _random(config, length, keys_r)
     else:
@@ -95,7 +102,7 @@ def draw(
     config: MaskingConfig,
     *,
     length: int | None = None,
-    grid: tuple[int, int] | None = None,
+    grid: tuple[int, ...] | None = None,
     valid_length: int | None = None,
     seed: int,
     step: int,
@@ -126,26 +133,38 @@ def replace_tokens(
     return student_bt
 
 
-def _stream(keys_r: NDArray[np.uint64], name: str, count: int) -> Floats:
-    """`count` uniforms for each row from the named stream."""
-    return array_uniform(array_keys(keys_r.view(np.int64), name), count)
+def _blocks_of(config: MaskingConfig, axes: int) -> blocks.Blocks:
+    """Of a size that is one along all axes, or of every axis in their order (`block_sizes.resolved`)."""
+    given = config.length if config.size is None else config.size
+    sizes = tuple(given.values()) if isinstance(given, dict) else (given,) * axes
+    names = list(given) if isinstance(given, dict) else []
+    tubes = config.tubes or []
+    assert len(sizes) == axes, f"{axes} axes, but {len(sizes)} sizes"
+    assert set(tubes) <= set(names), "tubes are of axes whose sizes have names"
+    numbers = tuple(size for size in sizes if not isinstance(size, str))
+    assert len(numbers) == axes, "sizes in units are resolved first"
+    along = tuple(name in tubes for name in names) or (False,) * axes
+    return blocks.Blocks(sizes=numbers, tubes=along, prob=config.prob, inverse=config.inverse)
 
 
-def _lowest(scores_rn: Floats, counts_r: NDArray[np.int64]) -> Bools:
-    """True at each row's `counts_r` lowest scores."""
-    wanted = np.unique(counts_r)
-    wanted = wanted[(wanted > 0) & (wanted <= scores_rn.shape[1])]
-    if len(wanted) == 0:
-        return np.zeros(scores_rn.shape, dtype=bool)
-    ordered_rn = np.partition(scores_rn, wanted - 1, axis=1)
-    limits_r = np.take_along_axis(ordered_rn, np.maximum(counts_r, 1)[:, None] - 1, axis=1)
-    return (scores_rn <= limits_r) & (counts_r > 0)[:, None]
+def _extents(
+    shape: tuple[int, ...], samples: int, valid: Sequence[int] | NDArray[np.int64] | None
+) -> NDArray[np.int64]:
+    """(B, n): how far each sample reaches along each axis."""
+    if valid is None:
+        return np.tile(np.array(shape), (samples, 1))
+    extents = np.asarray(valid, dtype=np.int64).reshape(samples, -1)
+    if extents.shape[1] == len(shape):
+        return extents.clip(0, np.array(shape))
+    whole = extents[:, 0] == math.prod(shape)
+    assert whole.all(), "of a grid, extents along each axis"
+    return np.tile(np.array(shape), (samples, 1))
 
 
 def _span_starts(config: MaskingConfig, length: int, valid_r: NDArray[np.int64], keys_r: NDArray[np.uint64]) -> Bools:
     """Distinct span starts of each row: int(prob * valid / span + u) of them, u uniform (spec 2.1, 2.2)."""
     span = config.length if config.kind == "spans" else 1
-    rounding_r = _stream(keys_r, "rounding", 1)[:, 0]
+    rounding_r = stream(keys_r, "rounding", 1)[:, 0]
     counts_r = (config.prob * valid_r / span + rounding_r).astype(np.int64)
     places_r = valid_r
     if config.kind == "spans" and config.starts == "inside":
@@ -154,10 +173,10 @@ def _span_starts(config: MaskingConfig, length: int, valid_r: NDArray[np.int64],
         places_r = np.where(valid_r - span <= counts_r, counts_r + 1, valid_r - span)
     places_r = np.minimum(places_r, length)
     counts_r = np.minimum(counts_r, places_r)
-    scores_rt = _stream(keys_r, "starts", length)
+    scores_rt = stream(keys_r, "starts", length)
     if int(places_r.min(initial=length)) < length:
         scores_rt[np.arange(length) >= places_r[:, None]] = 2.0
-    return _lowest(scores_rt, counts_r)
+    return lowest(scores_rt, counts_r)
 
 
 def _spans(config: MaskingConfig, length: int, valid_r: NDArray[np.int64], keys_r: NDArray[np.uint64]) -> Bools:
@@ -175,22 +194,17 @@ def _spans(config: MaskingConfig, length: int, valid_r: NDArray[np.int64], keys_
 
 def _bert(config: MaskingConfig, length: int, valid_r: NDArray[np.int64], keys_r: NDArray[np.uint64]) -> Masks:
     chosen_rt = _span_starts(config, length, valid_r, keys_r)
-    fate_rt = _stream(keys_r, "fate", length)
+    fate_rt = stream(keys_r, "fate", length)
     swapped_rt = chosen_rt & (fate_rt >= _BERT_KEPT) & (fate_rt < _BERT_KEPT + _BERT_SWAPPED)
     masked_rt = chosen_rt & (fate_rt >= _BERT_KEPT + _BERT_SWAPPED)
-    words_rt = np.where(swapped_rt, _stream(keys_r, "words", length), -1.0)
+    words_rt = np.where(swapped_rt, stream(keys_r, "words", length), -1.0)
     return Masks(_show_one_valid(masked_rt, valid_r, keys_r, keep_count=False), words_rt)
 
 
-def _exact(wanted: int, positions: int) -> int:
-    """`wanted` of `positions`, but at least one on either side where there are two."""
-    return min(max(wanted, 1), positions - 1) if positions > 1 else 0
-
-
 def _random(config: MaskingConfig, length: int, keys_r: NDArray[np.uint64]) -> Bools:
-    visible = length - _exact(length - int(length * (1 - config.prob)), length)
+    visible = length - exact(length - int(length * (1 - config.prob)), length)
     counts_r = np.full(len(keys_r), length - visible)
-    return _lowest(_stream(keys_r, "positions", length), counts_r)
+    return lowest(stream(keys_r, "positions", length), counts_r)
 
 
 def _blocks(config: MaskingConfig, shape: tuple[int, ...], keys_r: NDArray[np.uint64]) -> Bools:
@@ -201,7 +215,7 @@ def _blocks(config: MaskingConfig, shape: tuple[int, ...], keys_r: NDArray[np.ui
     centres = int(length * ((selected_share + config.adjust) / side**dims))
     selected_rt = np.zeros((rows, length), dtype=bool)
     if centres > 0:
-        places_rk = (_stream(keys_r, "centres", centres) * length).astype(np.int64)
+        places_rk = (stream(keys_r, "centres", centres) * length).astype(np.int64)
         offsets = np.arange(side) - side // 2
         # Coordinates are clamped to the border, so blocks there are smaller.
         last = np.clip(places_rk[..., None] % shape[-1] + offsets, 0, shape[-1] - 1)
@@ -212,10 +226,10 @@ def _blocks(config: MaskingConfig, shape: tuple[int, ...], keys_r: NDArray[np.ui
             covered = (first[..., :, None] * shape[-1] + last[..., None, :]).reshape(rows, -1)
         np.put_along_axis(selected_rt, covered, True, axis=1)
     wanted = int(length * selected_share)
-    wanted = length - _exact(length - wanted, length) if config.inverse else _exact(wanted, length)
+    wanted = length - exact(length - wanted, length) if config.inverse else exact(wanted, length)
     # Selected positions come before others, each group in random order: the first `wanted` trim or top up.
-    scores_rt = _stream(keys_r, "singles", length) + ~selected_rt
-    selected_rt = _lowest(scores_rt, np.full(rows, wanted))
+    scores_rt = stream(keys_r, "singles", length) + ~selected_rt
+    selected_rt = lowest(scores_rt, np.full(rows, wanted))
     return ~selected_rt if config.inverse else selected_rt
 
 
@@ -228,7 +242,7 @@ def _blockwise(config: MaskingConfig, grid: tuple[int, int], keys_r: NDArray[np.
             f"{config.target_count} of {height * width} patches cannot be masked.",
             f"Choose 1 to {height * width - 1}.",
         )
-    first_rkd = _stream(keys_r, "blocks0", 4 * _BLOCKWISE_DRAWS).reshape(-1, _BLOCKWISE_DRAWS, 4).tolist()
+    first_rkd = stream(keys_r, "blocks0", 4 * _BLOCKWISE_DRAWS).reshape(-1, _BLOCKWISE_DRAWS, 4).tolist()
     size = (height * width + 7) // 8
     packed = b"".join(
         _blockwise_row(config, grid, _blockwise_draws(keys_r[row : row + 1], first_kd)).to_bytes(size, "little")
@@ -242,7 +256,7 @@ def _blockwise_draws(key_r: NDArray[np.uint64], first_kd: list[list[float]]) -> 
     """Uniforms for one try each: the first, drawn for all rows together, are enough for nearly every row."""
     yield from first_kd
     for more in itertools.count(1):
-        yield from _stream(key_r, f"blocks{more}", 4 * _BLOCKWISE_DRAWS).reshape(-1, 4).tolist()
+        yield from stream(key_r, f"blocks{more}", 4 * _BLOCKWISE_DRAWS).reshape(-1, 4).tolist()
 
 
 @cache
@@ -278,8 +292,8 @@ def _blockwise_row(config: MaskingConfig, grid: tuple[int, int], draws: Iterator
 def _trim_to_smallest(masked_rt: Bools, keys_r: NDArray[np.uint64]) -> Bools:
     """Unmask random single positions until every row has as few as the smallest (the reference's equal counts)."""
     smallest = int(masked_rt.sum(1).min(initial=masked_rt.shape[1]))
-    scores_rt = _stream(keys_r, "trim", masked_rt.shape[1]) + ~masked_rt
-    return _lowest(scores_rt, np.full(len(masked_rt), smallest)) & masked_rt
+    scores_rt = stream(keys_r, "trim", masked_rt.shape[1]) + ~masked_rt
+    return lowest(scores_rt, np.full(len(masked_rt), smallest)) & masked_rt
 
 
 def _show_one_valid(
@@ -288,7 +302,7 @@ def _show_one_valid(
     """Rows whose valid positions are all masked show a random one; with `keep_count` a padded one is masked for it."""
     real_rt = np.arange(masked_rt.shape[1]) < valid_r[:, None]
     for row in np.flatnonzero((masked_rt | ~real_rt).all(1) & (valid_r > 0)):
-        u_show, u_hide = _stream(keys_r[row : row + 1], "show", 2)[0]
+        u_show, u_hide = stream(keys_r[row : row + 1], "show", 2)[0]
         visible = np.flatnonzero(~masked_rt[row])
         masked_rt[row, int(u_show * valid_r[row])] = False
         if keep_count and len(visible) > 0:

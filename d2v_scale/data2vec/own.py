@@ -8,9 +8,11 @@ from typing import Literal
 class OwnMasking:
     """Which positions the student does not see, for one stem; null: as in `objective.masking`."""
 
-    kind: Literal["spans", "bert", "blockwise", "block1d", "block2d", "random"] | None = None
+    kind: Literal["spans", "bert", "blockwise", "block1d", "block2d", "random", "blocks"] | None = None
     prob: float | None = None
     length: int | None = None
+    size: dict[str, int | float | str] | int | float | str | None = None
+    tubes: list[str] | None = None
     starts: Literal["inside", "anywhere"] | None = None
     adjust: float | None = None
     inverse: bool | None = None

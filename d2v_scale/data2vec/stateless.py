@@ -80,10 +80,16 @@ def array_keys(ids: np.ndarray, *parts: int | str) -> np.ndarray:
     return _mix_array(ids.astype(np.int64).view(np.uint64) + offset)
 
 
+def array_bits(keys_r: np.ndarray, count: int) -> np.ndarray:
+    """`count` uint64 of random bits for each uint64 key: shape (*keys.shape, count). The first of them do not depend on
+    how many there are."""
+    counter = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(_GOLDEN)
+    return _mix_array(keys_r[..., None] + counter)
+
+
 def array_uniform(keys_r: np.ndarray, count: int) -> np.ndarray:
     """`count` float64 uniforms in [0, 1) for each uint64 key: shape (*keys.shape, count). 53 random bits each."""
-    counter = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(_GOLDEN)
-    return (_mix_array(keys_r[..., None] + counter) >> np.uint64(11)) * (1.0 / (1 << 53))
+    return (array_bits(keys_r, count) >> np.uint64(11)) * (1.0 / (1 << 53))
 
 
 def _mix_array(z: np.ndarray) -> np.ndarray:

@@ -75,7 +75,7 @@ def _set_of(recipe: Recipe, shards: str | None, limit: int, masked: bool) -> Lab
     """`shards`: the named ones; None: the first of training alone, as a large set would all be read for its index."""
     first = recipe.data.sources[0]
     modality = recipe.model.modalities[0] if shards else first.modality
-    masks = recipe.objective.of(modality).masking
+    masks = recipe.masking_of(modality)
     clones = masks.clones if masked else 1
     return LabelledSet(
         shards or first.shards,

@@ -23,6 +23,11 @@ def export_reference(checkpoint: Checkpoint, recipe: Recipe, modality: Modality,
     Raises `CheckpointError` where the reference has no such model.
     """
     model, parts = recipe.model, recipe.parts()
+    if recipe.objective.of(modality).masking.kind == "blocks":
+        raise CheckpointError(
+            "masks of kind 'blocks' have no name in the reference's configuration.",
+            "Export the encoder to Hugging Face's format instead.",
+        )
     keymap = reference_keys(model, modality)
     student = dict(export_tensors(keymap, _reader(checkpoint, "student")))
     teacher_names = set(checkpoint.names("teacher"))

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, ClassVar
 
 from d2v_scale.data.content import Content
+from d2v_scale.data2vec.block_sizes import Axis
 from d2v_scale.modalities.costs import Lengths, Setting
 from d2v_scale.model.config import ModelConfig, TeacherParts
 
@@ -72,6 +73,11 @@ class Modality(ABC):
         return self.model.backbone.width
 
     # Geometry
+
+    @property
+    @abstractmethod
+    def named_axes(self) -> tuple[Axis, ...]:
+        """The axes along which its positions lie, in the order of `Lengths.grid`."""
 
     @abstractmethod
     def extent(self, data: "DataConfig", size: float | None = None) -> tuple[int, tuple[int, ...]]:

@@ -114,12 +114,12 @@ def mfu(cost: SampleCost, samples_per_second: float, devices: int, peak_flops: f
 
 def lengths_of(recipe: Recipe, modality: Modality, size: float | None = None) -> Lengths:
     """Lengths of the longest sample the recipe allows; `size`: of one of this size (`Modality.extent`)."""
-    model, config = recipe.model, recipe.objective.of(modality).masking
+    model, config = recipe.model, recipe.masking_of(modality)
     stem = modalities.of(model, modality)
     inputs, grid = stem.extent(recipe.data, size)
     positions = math.prod(grid)
     ids = np.arange(1 if model.visible_only else _DRAWN)
-    planar = (grid[0], grid[1]) if len(grid) == 2 else None
+    planar = grid if len(grid) > 1 else None
     masks = masking.collate(config, length=positions, grid=planar, sample_ids=ids, seed=0, step=0)
     counted_rt = masks.masked_rt
     masked = float(counted_rt.sum(1).mean())

@@ -43,6 +43,8 @@ class Gallery:
     first_btd: Tensor
     """The last block's output for the first samples (`FIRST`), float32."""
     masks: MaskingConfig
+    equal_counts: bool = True
+    """Whether all rows mask equally many (2.0)."""
     seed: int
     step: int
     tokenizer: str | None = None
@@ -70,7 +72,7 @@ def draw_gallery(folder: Path, gallery: Gallery) -> list[Path]:
     batch, labels, valid_bt = gallery.batch, gallery.labels, gallery.valid_bt
     decode = _decoder(gallery.tokenizer)
     word = Tokenizer(Path(gallery.tokenizer)).piece if gallery.tokenizer else None
-    shown = masked(batch, valid_bt, gallery.masks, gallery.seed, gallery.step)
+    shown = masked(batch, valid_bt, gallery.masks, gallery.seed, gallery.step, gallery.equal_counts)
     paths = [plot_masks(shown, folder / "masks.png", decode=word)]
     features = mean_over_layers(gallery.teacher_lnd[-_LAST_LAYERS:])
     features, _ = whitened(features, features)  # as for the k-NN accuracy
@@ -84,18 +86,20 @@ def draw_gallery(folder: Path, gallery: Gallery) -> list[Path]:
     return paths
 
 
-def masked(batch: Batch, valid_bt: Tensor | None, config: MaskingConfig, seed: int, step: int) -> Batch:
+def masked(
+    batch: Batch, valid_bt: Tensor | None, config: MaskingConfig, seed: int, step: int, equal_counts: bool = True
+) -> Batch:
     """The batch with the masks its samples would get in training at `step`."""
     positions = batch.masked_rt.shape[1]
-    planar = (batch.grid[0], batch.grid[1]) if len(batch.grid) == 2 else None
     masks = masking.collate(
         config,
         length=positions,
-        grid=planar,
+        grid=batch.grid or None,
         sample_ids=batch.sample_ids.numpy(),
         valid_lengths=None if valid_bt is None else valid_bt.sum(dim=1).numpy(),
         seed=seed,
         step=step,
+        equal_counts=equal_counts,
     )
     masked_rt = torch.from_numpy(masks.masked_rt)
     return replace(batch, masked_rt=masked_rt, layout=Layout.of(masked_rt))

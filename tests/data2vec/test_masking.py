@@ -9,7 +9,7 @@ from d2v_scale.data2vec.config import MaskingConfig
 from d2v_scale.data2vec.masking import collate, draw, replace_tokens
 from d2v_scale.errors import ConfigError
 
-KINDS = ["spans", "bert", "blockwise", "block1d", "block2d", "random"]
+KINDS = ["spans", "bert", "blockwise", "block1d", "block2d", "random", "blocks"]
 
 
 def config_and_place(kind: str, side: int, prob: float, length: int, inverse: bool, clones: int) -> tuple:
@@ -51,7 +51,7 @@ def test_every_row_shows_a_valid_position_and_fixed_counts_are_equal(case: tuple
         assert not row[:length].all()
         if config.kind in ("spans", "bert"):
             assert not row[length:].any()
-    if config.kind in ("block1d", "block2d", "random"):
+    if config.kind in ("block1d", "block2d", "random", "blocks"):
         assert len(set(masks.masked_rt.sum(1).tolist())) == 1
         assert masks.masked_rt.any(1).all()
 
@@ -85,7 +85,7 @@ def test_masks_of_different_samples_and_clones_are_independent() -> None:
     assert abs(off_diagonal.std() - 1 / 8) < 0.02
 
 
-@pytest.mark.parametrize("kind", ["spans", "bert", "block1d", "random"])
+@pytest.mark.parametrize("kind", ["spans", "bert", "block1d", "random", "blocks"])
 @pytest.mark.parametrize("length", [1, 2, 3, 9, 10, 11])
 def test_very_short_sequences_are_masked_without_error(kind: str, length: int) -> None:
     config = MaskingConfig(kind=kind, prob=0.65, length=10)  # type: ignore[arg-type]

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from d2v_scale.data.config import SAMPLE_RATE
+from d2v_scale.data2vec.block_sizes import Axis
 from d2v_scale.errors import ConfigError
 from d2v_scale.modalities.base import Modality
 from d2v_scale.modalities.costs import INDEX_BYTES, NORM_BYTES, Lengths, Setting
@@ -50,6 +51,12 @@ class Speech(Modality):
         """The published convolutions."""
         del pieces
         return ModelConfig(speech=SpeechStem())
+
+    @property
+    def named_axes(self) -> tuple[Axis, ...]:
+        """Of frames; sizes along it may be given in seconds or milliseconds."""
+        rate = SAMPLE_RATE / self.input_width
+        return (Axis("time", {"s": rate, "ms": rate / 1000}),)
 
     def extent(self, data: "DataConfig", size: float | None = None) -> tuple[int, tuple[int, ...]]:
         """A recording of `data.speech.max_seconds`, or of `size` samples at 16 kHz."""

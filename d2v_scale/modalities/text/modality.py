@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from d2v_scale.data2vec.block_sizes import Axis
 from d2v_scale.modalities.base import Modality
 from d2v_scale.modalities.costs import INDEX_BYTES, NORM_BYTES, Lengths, Setting
 from d2v_scale.model.config import ModelConfig, TeacherParts, TextStem
@@ -46,6 +47,11 @@ class Text(Modality):
         """The tokenizer's pieces and <mask>."""
         mask_id = TextStem().mask_id if pieces is None else pieces
         return ModelConfig(text=TextStem(vocab_size=mask_id + 1, mask_id=mask_id))
+
+    @property
+    def named_axes(self) -> tuple[Axis, ...]:
+        """Of tokens, which have no other unit."""
+        return (Axis("tokens"),)
 
     def extent(self, data: "DataConfig", size: float | None = None) -> tuple[int, tuple[int, ...]]:
         """A whole block, or one of `size` tokens."""

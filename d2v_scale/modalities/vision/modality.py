@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from d2v_scale.data2vec.block_sizes import Axis
 from d2v_scale.modalities.base import Modality
 from d2v_scale.modalities.costs import INDEX_BYTES, NORM_BYTES, Lengths, Setting
 from d2v_scale.model.config import ModelConfig, VisionStem
@@ -39,6 +40,12 @@ class Vision(Modality):
         """224 x 224 pixels in colour."""
         del pieces
         return ModelConfig(vision=VisionStem())
+
+    @property
+    def named_axes(self) -> tuple[Axis, ...]:
+        """Of patches; sizes along them may be given in pixels."""
+        units = {"px": 1 / self.stem.patch_size}
+        return Axis("height", units), Axis("width", units)
 
     def extent(self, data: "DataConfig", size: float | None = None) -> tuple[int, tuple[int, ...]]:
         """All images are cropped to one size."""
