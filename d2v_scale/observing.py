@@ -23,7 +23,7 @@ from d2v_scale.utilisation import FlopMeter
 
 
 class RunObserver:
-    """Call `before` and `after` around every step, and `figures` after those that are logged."""
+    """Call `before` every step, and `figures` after those that are logged."""
 
     def __init__(self, recipe: Recipe, student: StudentEngine, teacher: EmaTeacher, loader: StepLoader) -> None:
         self._recipe, self._student, self._teacher, self._loader = recipe, student, teacher, loader
@@ -37,10 +37,8 @@ class RunObserver:
         of_all = next(iter(own.values())) if len(own) == 1 else recipe.objective.health
         self._monitor = HealthMonitor(of_all, own)
         self._recorded_samples = 0
-        self._steps = 0
         self.records = 0
         """Logged steps of this process."""
-        self.meter = SpeedMeter()
         self._ema_waited = 0.0
         self._sources = recipe.data.source_names()
         targets = cast(Teacher, teacher.module).targets
@@ -58,8 +56,7 @@ class RunObserver:
 
     def start(self, samples: int) -> None:
         """Training begins or goes on here, after `samples`."""
-        self.meter = SpeedMeter()
-        self._recorded_samples, self._steps = samples, 0
+        self._recorded_samples = samples
 
     def before(self, micro_batches: list[Batch], logged: bool) -> None:
         """Get ready for a step. Local.
@@ -79,12 +76,7 @@ class RunObserver:
     def _new_breakdown(self) -> LossBreakdown:
         return LossBreakdown(self._sources, self._topology.device, self._widths)
 
-    def after(self) -> None:
-        """A step is done. Local."""
-        self._steps += 1
-        self.meter.step()
-
-    def figures(self, result: StepResult, seen: Observations, samples: int) -> dict[str, float]:
+    def figures(self, result: StepResult, seen: Observations, samples: int, meter: SpeedMeter) -> dict[str, float]:
         """Of the logged step just done, and of speed and data since the last call. `samples`: seen by the whole run.
 
         Of several sources each has its figures at every call, those of its last step that was looked at.
@@ -105,14 +97,14 @@ class RunObserver:
         self._latest |= {name: values[name] for name in own if name in values}
         values |= self._latest
         self._by_source, self._measured = self._new_breakdown(), set()
-        speed = self.meter.read()
-        elapsed = speed["step_seconds"] * self._steps
+        steps, speed = meter.steps, meter.read()
+        elapsed = speed["step_seconds"] * steps
         self._totals.collect(self._loader.take_counts(), self._topology)
         completed = self._student.completed_updates
         if isinstance(self._student, PipelineStudent):
             values |= {f"pipeline_idle/stage_{i}": share for i, share in enumerate(self._student.idle_shares)}
         if (waited := self._teacher.waited_seconds()) is not None:
-            values["ema_wait_seconds"] = (waited - self._ema_waited) / self._steps
+            values["ema_wait_seconds"] = (waited - self._ema_waited) / steps
             self._ema_waited = waited
         values |= {
             **speed,
@@ -126,7 +118,7 @@ class RunObserver:
             **self._totals.figures(elapsed),
             **self._flops.figures(elapsed),
         }
-        self._recorded_samples, self._steps = samples, 0
+        self._recorded_samples = samples
         self.records += 1
         return values
 

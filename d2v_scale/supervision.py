@@ -1,56 +1,27 @@
-"""What surrounds a training loop, whatever it trains: watchdog, last checkpoint, verdict, record."""
+"""What surrounds the training loop: watchdog, last checkpoint, verdict, record."""
 
 import contextlib
 import json
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
-from typing import Any, Protocol
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from d2v_scale import __version__, command_line
-from d2v_scale.checkpoint.format import MANIFEST
-from d2v_scale.checkpoint.writer import CheckpointWriter
-from d2v_scale.command_line import Options
-from d2v_scale.committed import directory_name
-from d2v_scale.data.loader import StepLoader
 from d2v_scale.errors import EXIT_DONE
-from d2v_scale.parallel.groups import Topology
-from d2v_scale.parallel.zero import StepResult, StudentEngine
-from d2v_scale.recipe import Recipe, to_dict
+from d2v_scale.recipe import to_dict
 from d2v_scale.redaction import redact
 from d2v_scale.run_start import DS_CONFIG_FILE, RECIPE_FILE
-from d2v_scale.signals import Agreement, Stop, StopFlag, StopReason
+from d2v_scale.running.loop import AnyRun, last_step, report_saves, train
+from d2v_scale.signals import Agreement, StopFlag, StopReason
 from d2v_scale.status import outcome_of, write_status
-from d2v_scale.tracking import RunTracker, SystemMonitor, environment_tags, write_environment
+from d2v_scale.tracking import SystemMonitor, environment_tags, write_environment
 from d2v_scale.watchdog import Watchdog
 
 log = logging.getLogger("d2v_scale.train")
 
 
-class AnyRun(Protocol):
-    """What pretraining and fine-tuning runs have in common."""
-
-    recipe: Recipe
-    options: Options
-    topology: Topology
-    directory: Path
-    student: StudentEngine
-    writer: CheckpointWriter
-    tracker: RunTracker
-    step: int
-    saved: int
-
-    @property
-    def loader(self) -> StepLoader:
-        """Where its batches come from."""
-
-    @property
-    def samples(self) -> int:
-        """Samples seen by all ranks since the run began. Waits for the device."""
-
-
-def supervise(run: AnyRun, stop_flag: StopFlag, train: Callable[..., Stop | None], save: Callable[..., None]) -> int:
+def supervise(run: AnyRun[Any], stop_flag: StopFlag) -> int:
     """Train under the watchdog, save, write status.json and close the record; returns the exit code. Collective."""
     recipe, topology = run.recipe, run.topology
     run.tracker.start(
@@ -80,7 +51,7 @@ def supervise(run: AnyRun, stop_flag: StopFlag, train: Callable[..., Stop | None
         stop = train(run, stop_flag, agreement, watchdog)
         with watchdog.allow(recipe.checkpoint.peer_timeout, "last checkpoint"):
             if (stop is None or stop.reason < StopReason.DATA_STARVED) and run.saved != run.step:
-                save(run)
+                run.save()
             committed = run.writer.finish()
             report_saves(run)
             agreement.barrier()
@@ -100,13 +71,7 @@ def supervise(run: AnyRun, stop_flag: StopFlag, train: Callable[..., Stop | None
     return code
 
 
-def last_step(run: AnyRun) -> int:
-    """The step this invocation ends at."""
-    horizon = run.recipe.optim.max_steps
-    return horizon if run.options.stop_at is None else min(horizon, run.options.stop_at)
-
-
-def completed(run: AnyRun, began: int) -> str:
+def completed(run: AnyRun[Any], began: int) -> str:
     """In words, what an invocation did that started after step `began` and reached its last step."""
     if run.step > began or began >= run.recipe.optim.max_steps:
         return "all steps done"
@@ -115,16 +80,7 @@ def completed(run: AnyRun, began: int) -> str:
     return reason
 
 
-def report_saves(run: AnyRun) -> None:
-    """Say what became of checkpoints that were written in the background."""
-    for result in run.writer.poll():
-        if result.error is not None:
-            log.warning("Checkpoint of step %d could not be written: %s", result.step, result.error)
-        else:
-            run.tracker.checkpoint(run.writer.root / directory_name(result.step), MANIFEST, result.step)
-
-
-def report_losses(run: AnyRun, by_rank: Iterable[Mapping[str, int]]) -> None:
+def report_losses(run: AnyRun[Any], by_rank: Iterable[Mapping[str, int]]) -> None:
     """Write how many samples of each shard this invocation lost, to lost_samples.json and MLflow. Rank 0."""
     lost: Counter[str] = Counter()
     for of_rank in by_rank:
@@ -140,19 +96,7 @@ def report_losses(run: AnyRun, by_rank: Iterable[Mapping[str, int]]) -> None:
         log.warning("%d samples were lost, most in %s: see %s", lost.total(), lost.most_common(1)[0][0], path)
 
 
-def judge(run: AnyRun, result: StepResult, stop_flag: StopFlag) -> None:
-    """Say that a step was skipped; stop the run when too many were in a row, or when too many samples are lost."""
-    if not result.applied:
-        log.warning("Step %d was skipped: a loss or gradient was not finite", run.step)
-        if run.student.skipped_in_a_row >= run.recipe.max_skipped_in_a_row:
-            stop_flag.up(StopReason.NON_FINITE, f"{run.student.skipped_in_a_row} steps were skipped in a row")
-    alarm = run.loader.alarm()
-    if alarm is not None:
-        log.error("%s", alarm)
-        stop_flag.up(StopReason.DATA_STARVED, alarm)
-
-
-def facts(run: AnyRun) -> dict[str, Any]:
+def facts(run: AnyRun[Any]) -> dict[str, Any]:
     """What every checkpoint says of its run beside weights and moments. Collective."""
     return {
         "samples": run.samples,

@@ -5,8 +5,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from d2v_scale.running.loop import judge
 from d2v_scale.signals import StopFlag, StopReason
-from d2v_scale.supervision import completed, judge, report_losses
+from d2v_scale.supervision import completed, report_losses
 
 
 def run_with(directory: Path, *, alarm: str | None = None, skipped: int = 0) -> Any:

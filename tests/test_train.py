@@ -14,6 +14,8 @@ from small_shards import image_samples
 from d2v_scale import command_line, errors, run_directory, train
 from d2v_scale.data.writing import write_set
 from d2v_scale.parallel import groups
+from d2v_scale.pretraining import program
+from d2v_scale.running import loop
 from d2v_scale.signals import Agreement, StopFlag
 from d2v_scale.status import read_status
 from d2v_scale.watchdog import Watchdog
@@ -30,7 +32,7 @@ def test_no_step_between_log_steps_waits_for_the_device(
     keys += ["evaluation.train=null", "evaluation.test=null", "global_batch_size=8"]
     recipe, options = command_line.parse([f"--{key}" for key in keys])
     topology = groups.single_process()
-    run = train.build(recipe, options, train.configure(recipe), topology, tmp_path)
+    run = program.build(recipe, options, train.configure(recipe), topology, tmp_path)
     logged: list[bool] = []
     with host_syncs.recorded(monkeypatch) as syncs, Watchdog(tmp_path, rank=0, world_size=1, limit_s=600) as watchdog:
 
@@ -41,7 +43,7 @@ def test_no_step_between_log_steps_waits_for_the_device(
             return logged[-1]
 
         monkeypatch.setattr(run.tracker, "due", due)
-        assert train.train(run, StopFlag(), Agreement(), watchdog) is None
+        assert loop.train(run, StopFlag(), Agreement(), watchdog) is None
     run.teacher.destroy()
     run.student.destroy()
     assert logged == [True, False, False, True, False, False, False, True]
@@ -53,13 +55,13 @@ def test_evaluations_pictures_and_checkpoints_are_in_no_rate(tmp_path: Path, mon
     keys = ["recipe=demo_vision", "stop_at=2", "data.workers=0", "tracking.log_every=1", "global_batch_size=8"]
     keys += ["evaluation.every=1", "tracking.plot_every=1", "checkpoint.every=1"]
     recipe, options = command_line.parse([f"--{key}" for key in keys])
-    run = train.build(recipe, options, train.configure(recipe), groups.single_process(), tmp_path)
+    run = program.build(recipe, options, train.configure(recipe), groups.single_process(), tmp_path)
     for name in ("evaluate", "draw_pictures", "save"):
-        monkeypatch.setattr(train, name, lambda run: time.sleep(1.0))
+        monkeypatch.setattr(run, name, lambda: time.sleep(1.0))
     records: list[dict[str, float]] = []
     monkeypatch.setattr(run.tracker, "log", lambda step, samples, values: records.append(values))
     with Watchdog(tmp_path, rank=0, world_size=1, limit_s=600) as watchdog:
-        assert train.train(run, StopFlag(), Agreement(), watchdog) is None
+        assert loop.train(run, StopFlag(), Agreement(), watchdog) is None
     run.teacher.destroy()
     run.student.destroy()
     # Three seconds lie between the first and the second step.
@@ -86,11 +88,11 @@ def test_each_source_of_a_mixture_has_its_figures_at_every_log_point_and_after_a
     records: list[dict[str, float]] = []
     for stop_at in (12, 16):
         options.stop_at = stop_at
-        run = train.build(recipe, options, train.configure(recipe), topology, tmp_path)
+        run = program.build(recipe, options, train.configure(recipe), topology, tmp_path)
         states.append(run.observer.health_state())  # type: ignore[arg-type]
         monkeypatch.setattr(run.tracker, "log", lambda step, samples, values: records.append({"step": step, **values}))
         with Watchdog(tmp_path, rank=0, world_size=1, limit_s=600) as watchdog:
-            assert train.train(run, StopFlag(), Agreement(), watchdog) is None
+            assert loop.train(run, StopFlag(), Agreement(), watchdog) is None
         states.append(run.observer.health_state())  # type: ignore[arg-type]
         assert run.writer.finish()
         run.teacher.destroy()

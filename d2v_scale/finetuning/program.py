@@ -1,7 +1,7 @@
 """Fine-tuning, from the built parts to the last checkpoint: what `train.py` runs when the recipe has a `task`."""
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,6 +13,7 @@ from d2v_scale.checkpoint.training import pieces, restore, state
 from d2v_scale.checkpoint.writer import CheckpointWriter
 from d2v_scale.command_line import Options
 from d2v_scale.data import demo
+from d2v_scale.data.batch import Batch
 from d2v_scale.data.totals import RunTotals
 from d2v_scale.finetuning.evaluation import TaskEvaluation
 from d2v_scale.finetuning.loading import LabelledLoader, class_count
@@ -25,19 +26,18 @@ from d2v_scale.model.stack import Draw
 from d2v_scale.optim import make_optimizer, parameter_groups
 from d2v_scale.parallel.groups import Topology
 from d2v_scale.parallel.zero import StudentEngine, build_student
-from d2v_scale.profiling import StepProfiler, part
 from d2v_scale.recipe import Recipe
-from d2v_scale.signals import Agreement, Stop, StopFlag
-from d2v_scale.supervision import facts, judge, last_step, report_saves
+from d2v_scale.running.loop import Taken
+from d2v_scale.signals import StopReason
+from d2v_scale.supervision import facts
 from d2v_scale.tracking import RunTracker, SpeedMeter, host_values
-from d2v_scale.watchdog import Watchdog
 
 log = logging.getLogger("d2v_scale.train")
 
 
 @dataclass
 class TaskRun:
-    """The parts of one fine-tuning run."""
+    """The parts of one fine-tuning run, and what the loop asks of it (`running.loop.AnyRun`)."""
 
     recipe: Recipe
     """With the number of classes, where the data say it."""
@@ -54,17 +54,71 @@ class TaskRun:
     """What the data gave, over all ranks and restarts."""
     rows: Tensor
     """float64 scalar on the device: labelled rows seen by all ranks since the run began."""
+    meter: SpeedMeter = field(default_factory=SpeedMeter)
     step: int = 0
     """Steps taken, those included that were skipped because something was not finite."""
     saved: int = -1
     """Step of the last checkpoint begun."""
-    recorded_step: int = 0
     recorded_samples: int = 0
 
     @property
     def samples(self) -> int:
         """Samples seen by all ranks since the run began. Waits for the device."""
         return round(float(self.rows))
+
+    def profiled(self) -> dict[str, nn.Module]:
+        """The head."""
+        return {"head": cast(TaskModel, self.student.module).head}
+
+    def begin(self) -> None:
+        """Save, so that the run can continue without the encoder that it began with. Collective."""
+        if self.saved < 0:
+            self.save()
+
+    def take_step(self, micro_batches: list[Batch], *, logged: bool) -> Taken[TaskObservations]:
+        """Encoder and head on one step's micro-batches. Collective."""
+        del logged
+        recipe, student = self.recipe, self.student
+        assert recipe.task is not None
+        lr = set_task_rates(student.optimizer, recipe.optim, student.completed_updates)
+        result, seen = task_step(student, micro_batches, recipe.task, Draw(recipe.seed, self.step))
+        self.rows += seen.rows
+        return Taken(result, seen, lr)
+
+    def record(self, taken: Taken[TaskObservations]) -> list[tuple[StopReason, str]]:
+        """Record the figures of the step just taken; no figure ends fine-tuning. Waits for the device. Collective."""
+        loss = taken.seen.loss.clone()
+        self.topology.sum_over_replicas(loss)
+        samples, steps = self.samples, self.meter.steps
+        speed = self.meter.read() | host_values()
+        seconds = speed["step_seconds"] * steps
+        speed["samples_per_second"] = (samples - self.recorded_samples) / seconds
+        self.recorded_samples = samples
+        values = {"lr": taken.lr, "grad_norm": taken.result.grad_norm, "loss": float(loss), **speed}
+        values |= {"updates": self.student.completed_updates, "skipped_updates": self.student.skipped_updates}
+        self.totals.collect(self.loader.take_counts(), self.topology)
+        values |= self.totals.figures(seconds)
+        self.tracker.log(self.step, samples, values)
+        return []
+
+    def evaluate(self) -> None:
+        """The task's metrics on the held-out shards to the record, where the recipe names some, and how many samples
+        they are of. Collective."""
+        if self.evaluation is not None:
+            measured = self.evaluation.measure()
+            self.tracker.log(self.step, self.samples, {f"test/{name}": value for name, value in measured.items()})
+
+    def draw_pictures(self) -> None:
+        """There is no teacher to draw."""
+
+    def save(self) -> None:
+        """Begin a checkpoint of this step; the loop waits for the snapshot only. Collective."""
+        self.tracker.flush()
+        self.totals.collect(self.loader.take_counts(), self.topology)
+        extra = {**facts(self), "classes": self.loader.classes, "totals": self.totals.state_dict()}
+        stall = self.writer.save(self.step, pieces(self.student, None), state(self.student, None), extra)
+        self.tracker.log(self.step, self.samples, {"checkpoint_stall_seconds": stall})
+        self.saved = self.step
 
 
 def build(
@@ -133,86 +187,7 @@ def load(run: TaskRun, encoder: EncoderSource | None) -> None:
     restore(checkpoint, run.student, None)
     run.step = run.saved = checkpoint.step
     run.rows.fill_(checkpoint.extra["samples"])
-    run.recorded_step, run.recorded_samples = run.step, run.samples
+    run.recorded_samples = run.samples
     run.loader.load_state_dict(checkpoint.extra["data"])
     run.totals.load_state_dict(checkpoint.extra.get("totals"), checkpoint.extra["data"])
     log.info("Continuing at step %d from %s", run.step, checkpoint.path)
-
-
-def train(run: TaskRun, stop_flag: StopFlag, agreement: Agreement, watchdog: Watchdog) -> Stop | None:
-    """The training loop. Returns why all ranks stop before the last step, None if they reached it. Collective."""
-    recipe, student = run.recipe, run.student
-    task, end = recipe.task, last_step(run)
-    assert task is not None
-    if run.step >= end:
-        return None
-    meter = SpeedMeter()
-    student.module.train()
-    if run.step == 0:
-        evaluate(run)
-    if run.saved < 0:
-        # So that the run can continue without the encoder that it began with.
-        save(run)
-    stop_flag.starting = False
-    batches = iter(run.loader)
-    head = cast(TaskModel, student.module).head
-    profiler = StepProfiler(recipe.profile, run.directory, {"head": head}, rank=run.topology.rank)
-    while run.step < end:
-        profiler.begin(run.step + 1)
-        with part("data"), meter.waiting("data"):
-            micro_batches = next(batches)
-        lr = set_task_rates(student.optimizer, recipe.optim, student.completed_updates)
-        result, seen = task_step(student, micro_batches, task, Draw(recipe.seed, run.step))
-        run.step += 1
-        profiler.end(run.step)
-        run.rows += seen.rows
-        meter.step()
-        judge(run, result, stop_flag)
-        if run.tracker.due(run.step, end):
-            record(run, seen, {"lr": lr, "grad_norm": result.grad_norm}, meter)
-        if run.step == end or (recipe.evaluation.every and run.step % recipe.evaluation.every == 0):
-            with meter.paused():
-                evaluate(run)
-        if recipe.checkpoint.due(run.step):
-            with meter.paused():
-                save(run)
-        report_saves(run)
-        watchdog.beat(run.step)
-        stop = agreement.agree(stop_flag.raised())
-        if stop is not None:
-            return stop
-    return agreement.conclude()
-
-
-def record(run: TaskRun, seen: TaskObservations, values: dict[str, float], meter: SpeedMeter) -> None:
-    """Record the figures of this step. Waits for the device. Collective."""
-    loss = seen.loss.clone()
-    run.topology.sum_over_replicas(loss)
-    samples = run.samples
-    speed = meter.read() | host_values()
-    seconds = speed["step_seconds"] * (run.step - run.recorded_step)
-    speed["samples_per_second"] = (samples - run.recorded_samples) / seconds
-    run.recorded_samples, run.recorded_step = samples, run.step
-    values |= {"loss": float(loss), **speed}
-    values |= {"updates": run.student.completed_updates, "skipped_updates": run.student.skipped_updates}
-    run.totals.collect(run.loader.take_counts(), run.topology)
-    values |= run.totals.figures(seconds)
-    run.tracker.log(run.step, samples, values)
-
-
-def evaluate(run: TaskRun) -> None:
-    """The task's metrics on the held-out shards to the record, where the recipe names some, and how many samples they
-    are of. Collective."""
-    if run.evaluation is not None:
-        measured = run.evaluation.measure()
-        run.tracker.log(run.step, run.samples, {f"test/{name}": value for name, value in measured.items()})
-
-
-def save(run: TaskRun) -> None:
-    """Begin a checkpoint of this step; the loop waits for the snapshot only. Collective."""
-    run.tracker.flush()
-    run.totals.collect(run.loader.take_counts(), run.topology)
-    extra = {**facts(run), "classes": run.loader.classes, "totals": run.totals.state_dict()}
-    stall = run.writer.save(run.step, pieces(run.student, None), state(run.student, None), extra)
-    run.tracker.log(run.step, run.samples, {"checkpoint_stall_seconds": stall})
-    run.saved = run.step

@@ -15,12 +15,14 @@ class SpeedMeter:
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self._clock = clock
-        self._restart()
+        self.restart()
 
-    def _restart(self) -> None:
+    def restart(self) -> None:
+        """Begin a reading here."""
         self._since = self._clock()
         self._waits: dict[str, float] = {}
-        self._steps = 0
+        self.steps = 0
+        """Since the reading began."""
 
     @contextmanager
     def waiting(self, name: str = "data") -> Iterator[None]:
@@ -44,14 +46,14 @@ class SpeedMeter:
 
     def step(self) -> None:
         """One optimizer step is done."""
-        self._steps += 1
+        self.steps += 1
 
     def read(self) -> dict[str, float]:
         """`step_seconds` and `<name>_wait_share` since the last reading; starts anew."""
         elapsed = max(self._clock() - self._since, 1e-9)
-        values = {"step_seconds": elapsed / self._steps} if self._steps else {}
+        values = {"step_seconds": elapsed / self.steps} if self.steps else {}
         values |= {f"{name}_wait_share": min(1.0, wait / elapsed) for name, wait in self._waits.items()}
-        self._restart()
+        self.restart()
         return values
 
 

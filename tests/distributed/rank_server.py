@@ -19,7 +19,8 @@ from d2v_scale.parallel import groups
 
 PRELOADED = (
     *("d2v_scale.engines", "d2v_scale.command_line", "d2v_scale.observing", "d2v_scale.supervision"),
-    *("d2v_scale.evaluation.online", "d2v_scale.finetuning.program", "d2v_scale.profiling", "d2v_scale.watchdog"),
+    *("d2v_scale.evaluation.online", "d2v_scale.finetuning.program", "d2v_scale.pretraining.program"),
+    *("d2v_scale.running.loop", "d2v_scale.profiling", "d2v_scale.watchdog"),
 )
 
 

@@ -1,0 +1,1 @@
+"""Pretraining: a student that predicts its teacher's targets."""

@@ -1,0 +1,182 @@
+"""Pretraining, from the built parts to the last checkpoint: what `train.py` runs when the recipe has no `task`."""
+
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from d2v_scale.checkpoint import Checkpoint, find_newest_valid, open_any
+from d2v_scale.checkpoint.training import pieces, restore, restore_weights, state
+from d2v_scale.checkpoint.writer import CheckpointWriter
+from d2v_scale.command_line import Options
+from d2v_scale.data import demo
+from d2v_scale.data.batch import Batch
+from d2v_scale.data.loader import StepLoader
+from d2v_scale.engines import build_engines, describe_idle
+from d2v_scale.evaluation.held_out import HeldOutSet
+from d2v_scale.evaluation.online import OnlineEvaluation
+from d2v_scale.model.stack import Draw
+from d2v_scale.observing import RunObserver
+from d2v_scale.optim import set_rates
+from d2v_scale.parallel.groups import Topology
+from d2v_scale.parallel.pipeline import PipelineStudent
+from d2v_scale.parallel.zero import StudentEngine
+from d2v_scale.profiling import decoders
+from d2v_scale.recipe import Recipe
+from d2v_scale.running.loop import Taken
+from d2v_scale.signals import StopReason
+from d2v_scale.step import Observations, train_step
+from d2v_scale.supervision import facts
+from d2v_scale.teacher import EmaTeacher
+from d2v_scale.tracking import RunTracker, SpeedMeter
+
+log = logging.getLogger("d2v_scale.train")
+
+
+@dataclass
+class Run:
+    """The parts of one run, and what the loop asks of it (`running.loop.AnyRun`)."""
+
+    recipe: Recipe
+    options: Options
+    topology: Topology
+    directory: Path
+    student: StudentEngine
+    teacher: EmaTeacher
+    loader: StepLoader
+    writer: CheckpointWriter
+    tracker: RunTracker
+    evaluation: OnlineEvaluation | None
+    held_out: HeldOutSet | None
+    observer: RunObserver
+    seen_samples: Tensor
+    """float64 scalar on the device: samples seen by all ranks since the run began."""
+    meter: SpeedMeter = field(default_factory=SpeedMeter)
+    step: int = 0
+    """Steps taken, those included that were skipped because something was not finite."""
+    saved: int = -1
+    """Step of the last checkpoint begun."""
+
+    @property
+    def samples(self) -> int:
+        """Samples seen by all ranks since the run began. Waits for the device."""
+        return round(float(self.seen_samples))
+
+    def profiled(self) -> dict[str, nn.Module]:
+        """The decoders."""
+        return decoders(self.student.module)
+
+    def begin(self) -> None:
+        """Rates count from here."""
+        self.observer.start(self.samples)
+
+    def take_step(self, micro_batches: list[Batch], *, logged: bool) -> Taken[Observations]:
+        """Student and teacher on one step's micro-batches; the run's first batch is drawn, too. Collective."""
+        self.observer.before(micro_batches, logged)
+        if self.step == 0:
+            with self.meter.paused():
+                self.tracker.preview(micro_batches[0], self.loader.tokenizer(micro_batches[0].source))
+        recipe, student = self.recipe, self.student
+        lr = set_rates(student.optimizer, recipe.optim, student.completed_updates)
+        draw, breakdown = Draw(recipe.seed, self.step), self.observer.breakdown
+        result, seen = train_step(
+            student, self.teacher, micro_batches, recipe.objective, draw, observe=logged, breakdown=breakdown
+        )
+        self.seen_samples += seen.samples
+        return Taken(result, seen, lr)
+
+    def record(self, taken: Taken[Observations]) -> list[tuple[StopReason, str]]:
+        """Record the figures of the step just taken; why the run should stop for them. Waits for the device.
+        Collective."""
+        samples, observer = self.samples, self.observer
+        values = {**observer.figures(taken.result, taken.seen, samples, self.meter), "lr": taken.lr}
+        self.tracker.log(self.step, samples, values)
+        if isinstance(self.student, PipelineStudent) and observer.records == 2:
+            self.tracker.message(describe_idle(self.student.idle_shares, self.recipe.accumulation))
+        signs = observer.signs(values)
+        for sign in signs:
+            self.tracker.message(f"step {self.step}: {sign}")
+        verdicts = [(StopReason.COLLAPSE, "; ".join(signs))] if observer.collapsed else []
+        return verdicts if observer.starved is None else [*verdicts, (StopReason.DATA_STARVED, observer.starved)]
+
+    def evaluate(self) -> None:
+        """To the record: k-NN and held-out loss where the recipe names shards for them, what the layers do.
+        Collective."""
+        sets = (self.evaluation, self.held_out)
+        values = {name: value for one in sets if one is not None for name, value in one.figures().items()}
+        if values:
+            self.tracker.log(self.step, self.samples, values)
+
+    def draw_pictures(self) -> None:
+        """Have pictures drawn of what the teacher makes of some samples. Collective."""
+        if self.evaluation is not None:
+            self.tracker.gallery(self.evaluation.gallery(self.recipe, self.step))
+
+    def save(self) -> None:
+        """Begin a checkpoint of this step; the loop waits for the snapshot only. Collective."""
+        self.tracker.flush()
+        extra = {**facts(self), "totals": self.observer.state_dict(), "health": self.observer.health_state()}
+        held = pieces(self.student, self.teacher)
+        stall = self.writer.save(self.step, held, state(self.student, self.teacher), extra)
+        self.tracker.log(self.step, self.samples, {"checkpoint_stall_seconds": stall})
+        self.saved = self.step
+
+
+def build(recipe: Recipe, options: Options, config: dict[str, Any], topology: Topology, directory: Path) -> Run:
+    """All parts of the run, restored from the newest checkpoint if there is one. Collective: all ranks must call."""
+    shown = recipe.evaluation
+    if options.resume is None:  # its data exist, elsewhere if not here
+        demo.ensure([*(source.shards for source in recipe.data.sources), shown.train, shown.test, shown.held_out])
+    loader = StepLoader(
+        recipe.data,
+        recipe.model,
+        recipe.masking(),
+        recipe.objective.compat,
+        seed=recipe.seed,
+        global_batch_size=recipe.global_batch_size,
+        batch_unit=recipe.batch_unit,
+        accumulation=recipe.accumulation,
+        dp_rank=topology.data_parallel_rank,
+        dp_size=topology.data_parallel_size,
+        device=topology.device,
+    )
+    student, teacher = build_engines(recipe, config, topology)
+    writer = CheckpointWriter.create(directory / "checkpoints", recipe.checkpoint)
+    tracker = RunTracker(directory, recipe.tracking, is_main=topology.rank == 0)
+    run = Run(
+        recipe=recipe,
+        options=options,
+        topology=topology,
+        directory=directory,
+        student=student,
+        teacher=teacher,
+        loader=loader,
+        writer=writer,
+        tracker=tracker,
+        evaluation=OnlineEvaluation.of(recipe, student, teacher),
+        held_out=HeldOutSet.of(recipe, student, teacher),
+        observer=RunObserver(recipe, student, teacher, loader),
+        seen_samples=torch.zeros((), dtype=torch.float64, device=topology.device),
+    )
+    load(run)
+    return run
+
+
+def load(run: Run) -> None:
+    """Continue from the newest valid checkpoint of the run directory, or start from `--init_from`. Collective."""
+    checkpoint, _ = find_newest_valid(run.directory / "checkpoints", together=True)
+    if checkpoint is not None:
+        restore(checkpoint, run.student, run.teacher)
+        run.step = run.saved = checkpoint.step
+        run.seen_samples.fill_(checkpoint.extra["samples"])
+        run.loader.load_state_dict(checkpoint.extra["data"])
+        run.observer.load_state_dict(checkpoint.extra.get("totals"), checkpoint.extra["data"])
+        run.observer.load_health(checkpoint.extra.get("health"))
+        log.info("Continuing at step %d from %s", run.step, checkpoint.path)
+    elif run.options.init_from is not None:
+        source: Checkpoint = open_any(run.options.init_from, together=True)
+        restore_weights(source, run.student, run.teacher, reset_teacher=run.options.reset_teacher)
+        log.info("Starting from the weights of %s", source.path)

@@ -1,0 +1,162 @@
+"""The training loop. Pretraining and fine-tuning share it; each brings its own step, record and checkpoint."""
+
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Generic, Protocol, TypeVar
+
+from torch import nn
+
+from d2v_scale.checkpoint.format import MANIFEST
+from d2v_scale.checkpoint.writer import CheckpointWriter
+from d2v_scale.command_line import Options
+from d2v_scale.committed import directory_name
+from d2v_scale.data.batch import Batch
+from d2v_scale.data.loader import StepLoader
+from d2v_scale.parallel.feed import SharedFeed
+from d2v_scale.parallel.groups import Topology
+from d2v_scale.parallel.zero import StepResult, StudentEngine
+from d2v_scale.profiling import StepProfiler, part
+from d2v_scale.recipe import Recipe
+from d2v_scale.signals import Agreement, Stop, StopFlag, StopReason
+from d2v_scale.tracking import RunTracker, SpeedMeter
+from d2v_scale.watchdog import Watchdog
+
+log = logging.getLogger("d2v_scale.train")
+
+Seen = TypeVar("Seen")
+
+
+@dataclass(frozen=True)
+class Taken(Generic[Seen]):
+    """A step that was taken."""
+
+    result: StepResult
+    seen: Seen
+    """What it leaves for the record."""
+    lr: float
+    """Learning rate that it was taken with."""
+
+
+class AnyRun(Protocol[Seen]):
+    """A run as the loop and what surrounds it see it: its parts, and what only its kind knows how to do."""
+
+    recipe: Recipe
+    options: Options
+    topology: Topology
+    directory: Path
+    student: StudentEngine
+    writer: CheckpointWriter
+    tracker: RunTracker
+    meter: SpeedMeter
+    step: int
+    """Steps taken, those included that were skipped because something was not finite."""
+    saved: int
+    """Step of the last checkpoint begun; -1: none."""
+
+    @property
+    def loader(self) -> StepLoader:
+        """Where its batches come from."""
+
+    @property
+    def samples(self) -> int:
+        """Samples seen by all ranks since the run began. Waits for the device."""
+
+    def profiled(self) -> dict[str, nn.Module]:
+        """Parts of the model that a profile shows by name."""
+
+    def begin(self) -> None:
+        """Get ready for the first step of this process. Collective."""
+
+    def take_step(self, micro_batches: list[Batch], *, logged: bool) -> Taken[Seen]:
+        """Train on one step's micro-batches. `logged`: it will be recorded. Collective."""
+
+    def record(self, taken: Taken[Seen]) -> Iterable[tuple[StopReason, str]]:
+        """Record the figures of the step just taken; why the run should stop for them. Waits for the device.
+        Collective."""
+
+    def evaluate(self) -> None:
+        """Measure what the recipe asks for, to the record. Collective."""
+
+    def draw_pictures(self) -> None:
+        """Have pictures drawn. Collective."""
+
+    def save(self) -> None:
+        """Begin a checkpoint of this step; the loop waits for the snapshot only. Collective."""
+
+
+def train(run: AnyRun[Seen], stop_flag: StopFlag, agreement: Agreement, watchdog: Watchdog) -> Stop | None:
+    """Train up to the last step. Returns why all ranks stop before it, None if they reached it. Collective."""
+    recipe, end = run.recipe, last_step(run)
+    if run.step >= end:
+        return None
+    run.student.module.train()
+    if run.step == 0:
+        run.evaluate()
+    run.begin()
+    stop_flag.starting = False
+    batches = SharedFeed(run.loader, run.topology)
+    profiler = StepProfiler(recipe.profile, run.directory, run.profiled(), rank=run.topology.rank)
+    run.meter.restart()
+    while run.step < end:
+        profiler.begin(run.step + 1)
+        with part("data"), run.meter.waiting("data"):
+            micro_batches = next(batches)
+        logged = run.tracker.due(run.step + 1, end)
+        taken = run.take_step(micro_batches, logged=logged)
+        run.step += 1
+        profiler.end(run.step)
+        run.meter.step()
+        judge(run, taken.result, stop_flag)
+        if logged:
+            for reason, why in run.record(taken):
+                stop_flag.up(reason, why)
+        if run.step == end or _falls_on(run.step, recipe.evaluation.every):
+            with run.meter.paused():
+                run.evaluate()
+        plot_every = recipe.tracking.plot_every
+        if (run.step == end and plot_every is not None) or _falls_on(run.step, plot_every):
+            with run.meter.paused():
+                run.draw_pictures()
+        if recipe.checkpoint.due(run.step):
+            with run.meter.paused():
+                run.save()
+        report_saves(run)
+        watchdog.beat(run.step)
+        stop = agreement.agree(stop_flag.raised())
+        if stop is not None:
+            return stop
+    return agreement.conclude()
+
+
+def _falls_on(step: int, every: int | None) -> bool:
+    """Whether a step is one of every so many; of None and 0 no step is."""
+    return every is not None and every > 0 and step % every == 0
+
+
+def last_step(run: AnyRun[Seen]) -> int:
+    """The step this invocation ends at."""
+    horizon = run.recipe.optim.max_steps
+    return horizon if run.options.stop_at is None else min(horizon, run.options.stop_at)
+
+
+def judge(run: AnyRun[Seen], result: StepResult, stop_flag: StopFlag) -> None:
+    """Say that a step was skipped; stop the run when too many were in a row, or when too many samples are lost."""
+    if not result.applied:
+        log.warning("Step %d was skipped: a loss or gradient was not finite", run.step)
+        if run.student.skipped_in_a_row >= run.recipe.max_skipped_in_a_row:
+            stop_flag.up(StopReason.NON_FINITE, f"{run.student.skipped_in_a_row} steps were skipped in a row")
+    alarm = run.loader.alarm()
+    if alarm is not None:
+        log.error("%s", alarm)
+        stop_flag.up(StopReason.DATA_STARVED, alarm)
+
+
+def report_saves(run: AnyRun[Seen]) -> None:
+    """Say what became of checkpoints that were written in the background."""
+    for result in run.writer.poll():
+        if result.error is not None:
+            log.warning("Checkpoint of step %d could not be written: %s", result.step, result.error)
+        else:
+            run.tracker.checkpoint(run.writer.root / directory_name(result.step), MANIFEST, result.step)
