@@ -54,7 +54,6 @@ def build_engines(recipe: Recipe, config: dict[str, Any], topology: Topology) ->
         lambda: Teacher(recipe.model, targets, parts, section), stage, recipe.teacher, config, topology, parts.role
     )
     cast(Teacher, teacher.module).begin_state(topology.device)
-    stage.pipeline_stage.accompany(cast(Teacher, teacher.module))
     return stage, teacher
 
 
@@ -73,7 +72,7 @@ def describe_split(split: StageSplit, micro_batches: int) -> str:
 
 
 def describe_idle(shares: list[float], micro_batches: int) -> str:
-    """The measured idle share of every stage (`PipelineStudent.idle_shares`) beside what equal stages would have."""
+    """The measured idle share of every stage (`StudentEngine.idle_shares`) beside what equal stages would have."""
     stages = ", ".join(f"{stage}: {share:.0%}" for stage, share in enumerate(shares))
     even = even_bubble(len(shares), micro_batches)
     return f"Pipeline idle share, measured, of stage {stages}; (p-1)/(m+p-1) = {even:.0%}"

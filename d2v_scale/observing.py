@@ -13,7 +13,6 @@ from d2v_scale.data2vec import ema
 from d2v_scale.diagnostics import StepDiagnostics
 from d2v_scale.health import HealthMonitor
 from d2v_scale.model.stack import Teacher
-from d2v_scale.parallel.pipeline import PipelineStudent
 from d2v_scale.parallel.zero import StepResult, StudentEngine
 from d2v_scale.recipe import Recipe
 from d2v_scale.step import Observations, collapse_statistics
@@ -101,8 +100,7 @@ class RunObserver:
         elapsed = speed["step_seconds"] * steps
         self._totals.collect(self._loader.take_counts(), self._topology)
         completed = self._student.completed_updates
-        if isinstance(self._student, PipelineStudent):
-            values |= {f"pipeline_idle/stage_{i}": share for i, share in enumerate(self._student.idle_shares)}
+        values |= {f"pipeline_idle/stage_{i}": share for i, share in enumerate(self._student.idle_shares)}
         if (waited := self._teacher.waited_seconds()) is not None:
             values["ema_wait_seconds"] = (waited - self._ema_waited) / steps
             self._ema_waited = waited

@@ -12,15 +12,12 @@ from d2v_scale.breakdown import LossBreakdown
 from d2v_scale.data.batch import Batch
 from d2v_scale.data2vec import ema, loss, statistics
 from d2v_scale.data2vec.config import ObjectiveConfig
-from d2v_scale.data2vec.stateless import key
 from d2v_scale.data2vec.targets import Made, State, Target
 from d2v_scale.model.stack import Draw, Student, Teacher
 from d2v_scale.parallel.groups import Topology
-from d2v_scale.parallel.pipeline import PipelineStudent
-from d2v_scale.parallel.stage_teacher import StageTeacher
 from d2v_scale.parallel.zero import StepResult, StudentEngine
 from d2v_scale.profiling import part
-from d2v_scale.teacher import EmaTeacher, ShardedTeacher
+from d2v_scale.teacher import EmaTeacher
 from d2v_scale.tracking.meters import Stopwatch
 
 TARGETS, PREDICTIONS, STEM = range(3)
@@ -167,24 +164,7 @@ def train_step(
     step_loss = StepLoss(
         objective.of(stem), batches, student.topology, width, target, state, breakdown, observe=observe
     )
-    if isinstance(student, PipelineStudent):
-        assert isinstance(teacher, StageTeacher)
-        teacher.prepare()
-        result = student.train_batch(batches, draw, step_loss, measure=observe)
-    else:
-        assert isinstance(teacher, ShardedTeacher)
-        for micro, batch in enumerate(batches):
-            torch.manual_seed(key(draw.seed, "dropout", draw.step, student.topology.data_parallel_rank, micro) >> 1)
-            with part("student"):
-                output = student(batch, draw)
-            step_loss.entered(output.features_btd)
-            with part("teacher"):
-                made = teacher.make(batch, output.features_btd)
-            share = step_loss.share(batch, output.predictions_nd, output.cls_rd, made)
-            with part("backward"):
-                student.backward(share)
-        with part("optimizer"):
-            result = student.step()
+    result = student.train_batches(batches, draw, step_loss, measure=observe)
     if result.applied:
         if observe:
             teacher.measure()

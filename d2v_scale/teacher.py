@@ -310,6 +310,7 @@ class ShardedTeacher(EmaTeacher):
             self._engine, self._gather_stream = _sharded(self._entry, engine_config, topology)
         self.module = self._entry.teacher
         self._hold(self._match(role, torch.device("cpu") if on_host else topology.device), on_host)
+        student.make_targets = self.make
         if self._engine is not None:
             check_cut(self.module, topology)
 

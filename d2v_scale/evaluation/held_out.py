@@ -16,12 +16,11 @@ from d2v_scale.data2vec.targets import Made
 from d2v_scale.evaluation.layer_probe import LayerProbe
 from d2v_scale.evaluation.samples import samples_without_labels
 from d2v_scale.model.stack import Draw
-from d2v_scale.parallel.pipeline import Objective, PipelineStudent
-from d2v_scale.parallel.stage_teacher import StageTeacher
+from d2v_scale.parallel.objective import Objective
 from d2v_scale.parallel.zero import StudentEngine
 from d2v_scale.recipe import Recipe
 from d2v_scale.step import masked_targets
-from d2v_scale.teacher import EmaTeacher, ShardedTeacher
+from d2v_scale.teacher import EmaTeacher
 
 _SAME_NOISE = Draw(0, 0)
 
@@ -42,7 +41,7 @@ class HeldOutSet:
         """`width`: channels of the targets. All ranks need the same batches. `trained_on`: they are of the training
         set, so that there is no held-out loss to speak of."""
         assert batches, "no batch to measure"
-        self._batches, self._student, self._teacher = batches, student, teacher
+        self._batches, self._student = batches, student
         self._config, self._width = config, width
         self._trained_on = trained_on
         self._layers = LayerProbe(student.module, teacher.module, student.topology)
@@ -74,7 +73,7 @@ class HeldOutSet:
         sums = _Sums(self._config, self._width, [index < len(self._batches) for index in turns], topology.device)
         # One rank has the first batch, whatever the world size.
         with self._layers.watching(mine[0] if rank == 0 else None), torch.compiler.set_stance("force_eager"):
-            forward_only(mine, self._student, self._teacher, sums)
+            forward_only(mine, self._student, sums)
         topology.sum_over_model(sums.values)
         layers = self._layers.figures()
         packed = torch.stack([value.double() for value in layers.values()]).tolist()
@@ -83,24 +82,15 @@ class HeldOutSet:
 
 
 @torch.no_grad()
-def forward_only(batches: list[Batch], student: StudentEngine, teacher: EmaTeacher, objective: Objective) -> None:
-    """Both networks on these micro-batches, in eval mode and without gradient, into `objective.share`.
+def forward_only(batches: list[Batch], student: StudentEngine, objective: Objective) -> None:
+    """The student and its teacher on these micro-batches, in eval mode and without gradient, into `objective`.
 
     The student is left in the mode it was in. Collective: all ranks must call, with equal numbers of micro-batches.
     """
     module = student.module
     was_training = module.training
     module.eval()
-    if isinstance(student, PipelineStudent):
-        assert isinstance(teacher, StageTeacher)
-        teacher.prepare()
-        student.forward_batches(batches, _SAME_NOISE, objective)
-    else:
-        assert isinstance(teacher, ShardedTeacher)
-        for batch in batches:
-            output = module(batch, _SAME_NOISE)
-            made = teacher.make(batch, output.features_btd)
-            objective.share(batch, output.predictions_nd, output.cls_rd, made)
+    student.forward_batches(batches, _SAME_NOISE, objective)
     module.train(was_training)
 
 

@@ -13,7 +13,7 @@ import contextlib
 import io
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -22,24 +22,14 @@ from torch import Tensor, nn
 from d2v_scale import faults, modalities
 from d2v_scale.data.batch import Batch
 from d2v_scale.data2vec.stateless import key
-from d2v_scale.data2vec.targets import Made
 from d2v_scale.model.layers import Carry, states_shape
 from d2v_scale.model.stack import Draw, Student, Teacher
 from d2v_scale.model.stem import Stem
 from d2v_scale.parallel.groups import Topology
+from d2v_scale.parallel.objective import Objective
 from d2v_scale.parallel.zero import NamedParameters, StepResult, StudentEngine, poisoned
 from d2v_scale.profiling import part
 from d2v_scale.tracking.meters import Stopwatch
-
-
-class Objective(Protocol):
-    """What a step makes of its micro-batches: `step.StepLoss`."""
-
-    def entered(self, features_btd: Tensor) -> None:
-        """The stem has run."""
-
-    def share(self, batch: Batch, predictions_nd: Tensor, cls_rd: Tensor | None, made: Made) -> Tensor:
-        """What this micro-batch adds to the loss, scaled for DeepSpeed's division; a scalar with gradient."""
 
 
 class Stage(nn.Module):
@@ -55,15 +45,19 @@ class Stage(nn.Module):
         self._leaving: deque[Batch] = deque()
         # In a list, so that DeepSpeed sees the student's parameters only.
         self._teacher: list[Teacher] = []
+        self._prepare_teacher: Callable[[], None] | None = None
         self._draw = Draw(0, 0)
         self._objective: Objective | None = None
 
-    def accompany(self, teacher: Teacher) -> None:
-        """Run this part of the teacher from now on."""
-        self._teacher = [teacher]
+    def accompany(self, teacher: Teacher, prepare: Callable[[], None]) -> None:
+        """Run this part of the teacher from now on, each step after a call of `prepare`."""
+        self._teacher, self._prepare_teacher = [teacher], prepare
 
     def begin(self, batches: list[Batch], draw: Draw, objective: Objective, data_parallel_rank: int) -> None:
-        """Give the micro-batches of one step, in the order in which they will be run."""
+        """Give the micro-batches of one step, in the order in which they will be run. Collective over the stage's
+        data-parallel group."""
+        assert self._prepare_teacher is not None, "a stage runs its teacher beside its student"
+        self._prepare_teacher()
         self._draw, self._objective, self.passes = draw, objective, []
         # Each stage drops other elements, and other ones in every micro-batch.
         place = (data_parallel_rank, self.student.section.first)
@@ -186,8 +180,6 @@ class PipelineStudent(StudentEngine):
         super().__init__(engine, ds_config, topology)
         self.module = stage.student
         self.pipeline_stage = stage
-        self.idle_shares: list[float] = []
-        """By stage: the share of the last measured step's forward and backward passes that it waited for others."""
         self._schedule = Stopwatch()
         # DeepSpeed would hand out one buffer for tensors of different types, and reuse one that is still read.
         engine._allocate_or_extend_buffers = self._new_buffer
@@ -201,11 +193,8 @@ class PipelineStudent(StudentEngine):
         }
         self.optimizer.register_step_pre_hook(self._before_step)
 
-    def train_batch(self, batches: list[Batch], draw: Draw, objective: Objective, *, measure: bool) -> StepResult:
-        """Forward, backward and optimizer step of all micro-batches on every rank, or no step on any. Collective.
-
-        `measure` also sets `idle_shares`, for which the host waits for the device.
-        """
+    def train_batches(self, batches: list[Batch], draw: Draw, objective: Objective, *, measure: bool) -> StepResult:
+        """See `StudentEngine.train_batches`; DeepSpeed's schedule says in which order the passes are made."""
         assert len(batches) == self.accumulation, "as many micro-batches as gradient_accumulation_steps"
         self.pipeline_stage.begin(batches, draw, objective, self.topology.data_parallel_rank)
         self._schedule.start()
@@ -217,7 +206,7 @@ class PipelineStudent(StudentEngine):
 
     @torch.no_grad()
     def forward_batches(self, batches: list[Batch], draw: Draw, objective: Objective) -> None:
-        """Both networks on these micro-batches without training. Collective, with equal numbers of micro-batches."""
+        """See `StudentEngine.forward_batches`."""
         self.pipeline_stage.begin(batches, draw, objective, self.topology.data_parallel_rank)
         # It puts its modules into eval mode, and would leave them so.
         was_training = self.engine.module.training

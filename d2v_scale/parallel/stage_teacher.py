@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from d2v_scale.data.batch import Batch
 from d2v_scale.model.stack import Teacher
 from d2v_scale.parallel.groups import Topology
-from d2v_scale.parallel.zero import StudentEngine
+from d2v_scale.parallel.pipeline import PipelineStudent
 from d2v_scale.teacher import EmaTeacher, HeldRange, TeacherConfig
 
 
 class StageTeacher(EmaTeacher):
-    """The teacher's values of one stage and their update. Its forward pass is the stage's (`pipeline.Stage`).
+    """The teacher's values of one stage and their update. Its forward pass is the stage's (`pipeline.Stage`), beside
+    `student`'s.
 
     `make` builds the part of the teacher that this stage runs; `role(name)` says of each of its parameters whether it
     is `averaged` or `copied`. Collective to construct: all ranks must call.
@@ -29,7 +30,7 @@ class StageTeacher(EmaTeacher):
     def __init__(
         self,
         make: Callable[[], nn.Module],
-        student: StudentEngine,
+        student: PipelineStudent,
         config: TeacherConfig,
         student_config: dict[str, Any],
         topology: Topology,
@@ -42,6 +43,7 @@ class StageTeacher(EmaTeacher):
         on_host = config.placement == "cpu"
         held = self._ranges()
         self._hold(self._with_values(held, role, torch.device("cpu") if on_host else topology.device), on_host)
+        student.pipeline_stage.accompany(cast(Teacher, self.module), self.prepare)
 
     @torch.no_grad()
     def prepare(self) -> None:

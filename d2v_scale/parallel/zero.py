@@ -8,11 +8,17 @@ import torch
 from torch import Tensor, nn
 
 from d2v_scale import faults
+from d2v_scale.data.batch import Batch
+from d2v_scale.data2vec.stateless import key
+from d2v_scale.data2vec.targets import Made
+from d2v_scale.model.stack import Draw
 from d2v_scale.parallel import rank_loops
 from d2v_scale.parallel.absent_gradients import absent_gradients
 from d2v_scale.parallel.groups import Topology
 from d2v_scale.parallel.layout_check import check_layout
+from d2v_scale.parallel.objective import Objective
 from d2v_scale.parallel.shards import MOMENTS, Shard, global_shapes, student_shards
+from d2v_scale.profiling import part
 
 NamedParameters = list[tuple[str, nn.Parameter]]
 
@@ -35,8 +41,8 @@ class StepResult:
 class StudentEngine:
     """A DeepSpeed engine over the student, at ZeRO stage 1, 2 or 3.
 
-    One optimizer step is `backward` for each of the accumulated micro-batches, then `step`. DeepSpeed divides the
-    gradient by the accumulation and by the data-parallel size.
+    One optimizer step is `backward` for each of the accumulated micro-batches, then `step`; `train_batches` is one of
+    a student beside its teacher. DeepSpeed divides the gradient by the accumulation and by the data-parallel size.
     """
 
     def __init__(self, engine: Any, ds_config: dict[str, Any], topology: Topology) -> None:
@@ -54,6 +60,10 @@ class StudentEngine:
         self.skipped_in_a_row = 0
         self.before_step: list[Callable[[], None]] = []
         """Called before the weights change; who still reads them waits here until it is done."""
+        self.make_targets: Callable[[Batch, Tensor], Made] | None = None
+        """The forward pass of the teacher that follows this student, which sets it."""
+        self.idle_shares: list[float] = []
+        """By pipeline stage: the share of the last measured step's passes that it waited for others; [] without."""
         self._micro_batches = 0
         self._absent = absent_gradients(engine.optimizer, self.stage)
 
@@ -61,6 +71,38 @@ class StudentEngine:
         """The student's forward pass. Collective at stage 3: every rank must run the same modules in the same order."""
         faults.point("forward")
         return self.engine(*args, **kwargs)
+
+    def train_batches(self, batches: list[Batch], draw: Draw, objective: Objective, *, measure: bool) -> StepResult:
+        """One optimizer step of the student, beside its teacher, on all micro-batches: on every rank, or on none.
+
+        Dropout is seeded for every micro-batch. `measure` also sets `idle_shares`, for which the host waits for the
+        device. Collective.
+        """
+        del measure
+        assert self.make_targets is not None, "no teacher follows this student"
+        for micro, batch in enumerate(batches):
+            torch.manual_seed(key(draw.seed, "dropout", draw.step, self.topology.data_parallel_rank, micro) >> 1)
+            with part("student"):
+                output = self(batch, draw)
+            objective.entered(output.features_btd)
+            with part("teacher"):
+                made = self.make_targets(batch, output.features_btd)
+            share = objective.share(batch, output.predictions_nd, output.cls_rd, made)
+            with part("backward"):
+                self.backward(share)
+        with part("optimizer"):
+            return self.step()
+
+    @torch.no_grad()
+    def forward_batches(self, batches: list[Batch], draw: Draw, objective: Objective) -> None:
+        """The student and its teacher on these micro-batches without training. Collective: all ranks must call, with
+        equal numbers of micro-batches."""
+        assert self.make_targets is not None, "no teacher follows this student"
+        for batch in batches:
+            output = self.module(batch, draw)
+            objective.entered(output.features_btd)
+            made = self.make_targets(batch, output.features_btd)
+            objective.share(batch, output.predictions_nd, output.cls_rd, made)
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of one micro-batch. Collective.
@@ -143,8 +185,8 @@ class StudentEngine:
         """Make room for Adam moments that have not been stepped yet, so that `shards` can be written. Local."""
         for group in self._masters():
             state = self.optimizer.state[group]
-            for key in MOMENTS:
-                state.setdefault(key, torch.zeros_like(group.data))
+            for moment in MOMENTS:
+                state.setdefault(moment, torch.zeros_like(group.data))
             state.setdefault("step", torch.zeros((), dtype=torch.float32, device=group.device))
 
     @torch.no_grad()
@@ -205,10 +247,10 @@ def construct(
         config_dict_or_path=ds_config, data_parallel_group=topology.data_parallel_group, mpu=topology.mpu
     ):
         module = make()
-    for part in module.modules():
+    for inner in module.modules():
         # No hook of ZeRO-3 may lie inside what is compiled.
-        if isinstance(part, whole) or getattr(part, "compiled", False):
-            deepspeed.utils.set_z3_leaf_module(part, True)
+        if isinstance(inner, whole) or getattr(inner, "compiled", False):
+            deepspeed.utils.set_z3_leaf_module(inner, True)
     return module
 
 

@@ -22,7 +22,6 @@ from d2v_scale.model.stack import Draw
 from d2v_scale.observing import RunObserver
 from d2v_scale.optim import set_rates
 from d2v_scale.parallel.groups import Topology
-from d2v_scale.parallel.pipeline import PipelineStudent
 from d2v_scale.parallel.zero import StudentEngine
 from d2v_scale.profiling import decoders
 from d2v_scale.recipe import Recipe
@@ -94,7 +93,7 @@ class Run:
         samples, observer = self.samples, self.observer
         values = {**observer.figures(taken.result, taken.seen, samples, self.meter), "lr": taken.lr}
         self.tracker.log(self.step, samples, values)
-        if isinstance(self.student, PipelineStudent) and observer.records == 2:
+        if self.student.idle_shares and observer.records == 2:
             self.tracker.message(describe_idle(self.student.idle_shares, self.recipe.accumulation))
         signs = observer.signs(values)
         for sign in signs:

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
 
 import pytest
 import tiny_models
@@ -20,6 +19,7 @@ from d2v_scale.data2vec.targets import Made
 from d2v_scale.evaluation.held_out import HeldOutSet
 from d2v_scale.model.config import ModelConfig, TextStem
 from d2v_scale.parallel import groups
+from d2v_scale.parallel.zero import StudentEngine
 from d2v_scale.step import masked_targets
 from d2v_scale.teacher import ShardedTeacher
 
@@ -55,13 +55,20 @@ class TeacherOfFixedTargets(ShardedTeacher):
         return Made(targets_of(batch), targets_of(batch), None)
 
 
+class EngineOfAModule(StudentEngine):
+    def __init__(self, error: float) -> None:
+        """Nothing of DeepSpeed is needed."""
+        self.module, self.topology = Module(error).train(), groups.single_process()
+        self.make_targets = TeacherOfFixedTargets().make
+
+
 def targets_of(batch: Batch) -> torch.Tensor:
     return TARGETS[batch.sample_ids % len(TARGETS)]
 
 
 def figures(batches: list[Batch], error: float) -> dict[str, float]:
-    student = SimpleNamespace(module=Module(error).train(), topology=groups.single_process())
-    found = HeldOutSet(batches, cast(Any, student), TeacherOfFixedTargets(), LossConfig(), width=32).figures()
+    student = EngineOfAModule(error)
+    found = HeldOutSet(batches, student, TeacherOfFixedTargets(), LossConfig(), width=32).figures()
     assert student.module.training
     return {name: found[name] for name in ("held_out_loss", "held_out_explained")}
 

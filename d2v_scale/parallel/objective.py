@@ -1,0 +1,19 @@
+"""What an engine runs micro-batches into, whatever the topology."""
+
+from typing import Protocol
+
+from torch import Tensor
+
+from d2v_scale.data.batch import Batch
+from d2v_scale.data2vec.targets import Made
+
+
+class Objective(Protocol):
+    """What a step makes of its micro-batches: `step.StepLoss`, say."""
+
+    def entered(self, features_btd: Tensor) -> None:
+        """The stem has made these features of a micro-batch; called where the stem is."""
+
+    def share(self, batch: Batch, predictions_nd: Tensor, cls_rd: Tensor | None, made: Made) -> Tensor:
+        """What a micro-batch adds to the loss, scaled for DeepSpeed's division, a scalar with gradient; called where
+        predictions are made."""
