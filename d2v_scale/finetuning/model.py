@@ -1,5 +1,7 @@
 """An encoder with a head. Encoder parameters are named as in pretraining, the head's are below `head`."""
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
@@ -11,6 +13,7 @@ from d2v_scale.finetuning.config import CtcConfig, TaskConfig
 from d2v_scale.finetuning.heads import CtcHead
 from d2v_scale.model.config import ModelConfig, TeacherParts
 from d2v_scale.model.stack import Draw, Student
+from d2v_scale.model.stem import Stem
 
 
 def outputs_of(task: TaskConfig) -> int:
@@ -23,12 +26,17 @@ def outputs_of(task: TaskConfig) -> int:
     return task.classes
 
 
-class TaskModel(Student):
+class TaskModel(nn.Module):
     """The pretrained encoder (without predictor; 1.0 vision also without its final norm) and the head of a task."""
 
     def __init__(self, config: ModelConfig, task: TaskConfig) -> None:
         """Parameters are unfilled until `initialize` and the pretrained weights are written."""
-        super().__init__(config, parts=TeacherParts())
+        super().__init__()
+        encoder = Student(config, parts=TeacherParts())
+        # Its parts under their own names: initial values, checkpoints and exports go by them.
+        for name, part in encoder.named_children():
+            self.add_module(name, part)
+        self._encoder = (encoder,)
         [modality] = config.modalities
         outputs = outputs_of(task)
         self.head: nn.Module
@@ -38,30 +46,37 @@ class TaskModel(Student):
             self.head = modalities.of(config, modality).build_head(outputs)
         self.ctc: CtcConfig | None = task.ctc if task.kind == "ctc" else None
         hidden = None if self.ctc is None else (self.ctc.channel_mask, self.ctc.channel_mask_length)
-        self._stem(modality).fine_tune(hidden)
+        cast(Stem, encoder.stems[modality]).fine_tune(hidden)
 
-    def forward(  # type: ignore[override]  # logits, not predictions of a teacher
-        self, batch: Batch, draw: Draw, *, learns: bool = True
-    ) -> Tensor:
+    @property
+    def encoder(self) -> Student:
+        """The network below the head."""
+        return self._encoder[0]
+
+    def train(self, mode: bool = True) -> "TaskModel":
+        """Also the encoder, which is no part of its own: its parts are."""
+        self.encoder.train(mode)
+        return super().train(mode)
+
+    def forward(self, batch: Batch, draw: Draw, *, learns: bool = True) -> Tensor:
         """Logits: (B, outputs), for CTC (B, T, outputs). In training, frames and channels are hidden for CTC.
 
         `learns` False: no gradient reaches the encoder. Under ZeRO-3 all ranks must call, with the same modality.
         """
         with torch.set_grad_enabled(torch.is_grad_enabled() and learns):
             states_btd = self.states(batch, draw)
-        return self.head(states_btd, self.valid_positions(batch))
+        return self.head(states_btd, self.encoder.valid_positions(batch))
 
     def states(self, batch: Batch, draw: Draw) -> Tensor:
         """Output (B, T, D) of the last block, without extra tokens."""
-        features_btd = self._features(batch, batch.inputs)
         hides = self.training and self.ctc is not None and self.ctc.time_mask > 0
-        if hides and self.config.visible_only:
-            features_btd = self._with_noise(features_btd, batch, draw)
+        if not hides:
+            return self.encoder.encode(batch, draw)
         # In 1.0 the context layer puts its learned vector at masked frames; in 2.0 it would remove them.
-        masked = hides and not self.config.visible_only
-        carry = self._enter(batch, features_btd, self.valid_positions(batch), masked=masked)
-        self.run_blocks(batch, carry, draw)
-        return carry.states_rsd[:, carry.extra_tokens :]
+        if not self.encoder.config.visible_only:
+            return self.encoder.encode(batch, draw, masked=True)
+        features_btd = self.encoder.stem_features(batch)
+        return self.encoder.encode(batch, draw, self._with_noise(features_btd, batch, draw))
 
     def _with_noise(self, features_btd: Tensor, batch: Batch, draw: Draw) -> Tensor:
         """Noise at masked frames (spec 7.1)."""

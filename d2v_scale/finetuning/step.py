@@ -81,7 +81,7 @@ def loss_sum(student: StudentEngine, batch: Batch, task: TaskConfig, draw: Draw,
 
 def frames_of(model: TaskModel, batch: Batch, logits_btc: Tensor) -> Tensor:
     """int64 (B,): real frames of each recording."""
-    valid_bt = model.valid_positions(batch)
+    valid_bt = model.encoder.valid_positions(batch)
     if valid_bt is None:
         return torch.full((logits_btc.shape[0],), logits_btc.shape[1], device=logits_btc.device)
     return valid_bt.sum(dim=1)

@@ -55,7 +55,7 @@ def largest_logit_difference(predictor: TaskPredictor, folder: Path, modality: M
     exported: Any = loader.from_pretrained(folder, trust_remote_code=True).eval().float()
     batch, arguments = row_of(config, modality).sample(config.of(modality), modality)
     ours, theirs = predictor.logits(batch.to(predictor.device)).cpu(), exported(**arguments).logits
-    valid = predictor.model.valid_positions(batch) if predictor.task.kind == "ctc" else None
+    valid = predictor.model.encoder.valid_positions(batch) if predictor.task.kind == "ctc" else None
     return float(_at(valid, ours - theirs).abs().max())
 
 

@@ -84,3 +84,13 @@ class Block(nn.Module):
 def beit_depth_scale(index: int) -> float:
     """Divisor of block `index`'s output weights in BEiT's initialisation: sqrt(2 i), i counted from 1."""
     return math.sqrt(2.0 * (index + 1))
+
+
+def with_zero_gradient(block: nn.Module, states_rsd: Tensor) -> Tensor:
+    """The states unchanged, and a gradient of zero for a block that is skipped.
+
+    Without one, ZeRO-3 would apply the block's gradient of an earlier step again: it only overwrites gradient shards,
+    it never clears them. One position is enough, and the order in which parameters are gathered stays the same.
+    """
+    states, _ = block(states_rsd[:1, :1].detach(), None, None)
+    return states_rsd + 0.0 * states

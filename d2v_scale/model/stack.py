@@ -13,7 +13,7 @@ from d2v_scale.data.batch import Batch
 from d2v_scale.data2vec import stateless, targets
 from d2v_scale.data2vec.config import TargetConfig
 from d2v_scale.errors import ConfigError
-from d2v_scale.model.block import Block, beit_depth_scale
+from d2v_scale.model.block import Block, beit_depth_scale, with_zero_gradient
 from d2v_scale.model.config import Modality, ModelConfig, TeacherParts
 from d2v_scale.model.init import InitRule
 from d2v_scale.model.layers import Carry, LayerSpec, Section, describe
@@ -175,6 +175,16 @@ class Student(_Stack):
         predictions_nd, encoder_rsd, cls_rd = self.leave(batch, carry, draw, noise_rtd)
         return StudentOutput(predictions_nd, features_btd.detach(), encoder_rsd, cls_rd)
 
+    def encode(self, batch: Batch, draw: Draw, features_btd: Tensor | None = None, *, masked: bool = False) -> Tensor:
+        """Output (B, T, D) of the last block on unmasked inputs, without extra tokens and final norm.
+
+        `features_btd`: the stem's; None: made here. `masked`: masked positions are hidden as in pretraining.
+        """
+        features_btd = self.stem_features(batch) if features_btd is None else features_btd
+        carry = self._enter(batch, features_btd, self.valid_positions(batch), masked=masked)
+        self.run_blocks(batch, carry, draw)
+        return carry.states_rsd[:, carry.extra_tokens :]
+
     def enter(self, batch: Batch) -> tuple[Carry, Tensor]:
         """The stem on the masked input: what the first block gets, and the features (B, T, D) before masking."""
         if self.config.visible_only:
@@ -192,7 +202,7 @@ class Student(_Stack):
         scales = self._branch_scales(batch, draw)
         for layer, block in self._blocks(batch.modality):
             if self._dropped(layer, draw):
-                carry.states_rsd = _with_zero_gradient(block, carry.states_rsd)
+                carry.states_rsd = with_zero_gradient(block, carry.states_rsd)
                 continue
             carry.states_rsd = self._run_block(block, carry, None if scales is None else scales[layer.index])
 
@@ -374,16 +384,6 @@ class Teacher(_Stack):
 
 def _student_inputs(batch: Batch) -> Tensor:
     return batch.inputs if batch.student_inputs is None else batch.student_inputs
-
-
-def _with_zero_gradient(block: nn.Module, states_rsd: Tensor) -> Tensor:
-    """The states unchanged, and a gradient of zero for a block that is skipped.
-
-    Without one, ZeRO-3 would apply the block's gradient of an earlier step again: it only overwrites gradient shards,
-    it never clears them. One position is enough, and the order in which parameters are gathered stays the same.
-    """
-    states, _ = block(states_rsd[:1, :1].detach(), None, None)
-    return states_rsd + 0.0 * states
 
 
 def _build_stem(config: ModelConfig, modality: Modality, exists: Callable[[str], bool], section: Section) -> Stem:
