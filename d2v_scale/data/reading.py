@@ -190,6 +190,36 @@ class SampleStore:
         descriptor, members = self._opened(shard)
         return read_sample(self._shards.paths[shard], partial(_pread, descriptor), members, number)
 
+    def member(self, shard: int, number: int, extensions: tuple[str, ...]) -> tuple[str, ReadAt, int]:
+        """The first member of a sample with one of `extensions`: its extension, what reads bytes of it from a place on,
+        and its size. Where it lies in one piece nothing is read yet, and what is read is not checked: the index has one
+        checksum for a whole sample. Raises SampleFault."""
+        descriptor, members = self._opened(shard)
+        name, key = self._shards.paths[shard], members.key(number)
+        if members.length_n[number] < 0:
+            raise SampleFault(name, key, "was cut off or undecodable when the index was made")
+        found = next(
+            (
+                column
+                for column, one in enumerate(members.extensions)
+                if one in extensions and members.member_size_ne[number, column] > 0
+            ),
+            None,
+        )
+        if found is None or members.offset_ne[number, found] < 0 or members.format == 1:
+            extension, content = self.read(shard, number).member(extensions)
+            return extension, lambda start, size: bytes(content[start : start + size]), len(content)
+        first = int(members.start_n[number] + members.offset_ne[number, found])
+        held = int(members.member_size_ne[number, found])
+
+        def read_at(start: int, size: int) -> bytes:
+            try:
+                return _pread(descriptor, first + start, max(0, min(size, held - start)))
+            except OSError as error:
+                raise SampleFault(name, key, f"cannot be read: {error.strerror or error}") from error
+
+        return members.extensions[found], read_at, held
+
     def _opened(self, shard: int) -> tuple[int, Members]:
         if shard in self._open:
             self._open.move_to_end(shard)
