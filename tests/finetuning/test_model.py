@@ -35,6 +35,14 @@ def test_every_modality_has_a_classifier(name: str) -> None:
     assert not any(n.startswith(("predictors", "final_norm")) for n, _ in model.named_parameters())
 
 
+def test_the_encoder_is_in_the_mode_of_its_model_and_its_parameters_bear_the_names_of_pretraining() -> None:
+    model = made("v1_text", TaskConfig(classes=3))
+    assert model.train().encoder.training
+    assert not model.eval().encoder.training
+    below_head = {name: id(p) for name, p in model.named_parameters() if not name.startswith("head.")}
+    assert below_head == {name: id(p) for name, p in model.encoder.named_parameters()}
+
+
 def test_what_lies_in_the_padding_does_not_change_what_a_recording_is_classified_as() -> None:
     model = made("v1_speech", TaskConfig(classes=5)).eval()
     batch = tiny_models.batch("v1_speech", padded=True)
