@@ -144,12 +144,14 @@ class Recipe:
                 "Give at least one of model.vision, model.speech, model.text, or to fine-tune --init_from.",
             )
         model.check()
+        self.data.check_names(model.modalities)
 
     def _check_objective(self) -> None:
-        unknown = [name for name in modalities.KINDS if name not in self.model.modalities]
-        for name in unknown:
-            if getattr(self.objective, name) is not None:
-                raise ConfigError(f"objective.{name}", f"is set, but the model has no stem {name}", "Leave it out.")
+        for name in self.objective.own:
+            if name not in self.model.modalities:
+                there = ", ".join(self.model.modalities)
+                remedy = f"Leave it out; the model has {there}."
+                raise ConfigError(f"objective.{name}", f"is set, but the model has no stem {name}", remedy)
         for stem in self._trained_stems():
             try:
                 self._check_own_objective(stem, self.objective.of(stem.name))

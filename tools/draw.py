@@ -6,7 +6,6 @@ python tools/draw.py runs/vit [--data 'test/*.tar']
 import argparse
 import sys
 from pathlib import Path
-from typing import get_args
 
 import torch
 from torch import Tensor
@@ -16,7 +15,6 @@ from d2v_scale.errors import EXIT_BAD_INPUT, UserError
 from d2v_scale.evaluation.features import mean_over_positions
 from d2v_scale.evaluation.frozen import FrozenEncoder
 from d2v_scale.interop.exporting import pick_modality
-from d2v_scale.model.config import Modality
 from d2v_scale.plots.curves import plot_health
 from d2v_scale.plots.gallery import FIRST, Gallery, draw_gallery
 from d2v_scale.tracking.events import append_event
@@ -28,7 +26,7 @@ def main() -> int:
     parser.add_argument("run", metavar="RUN", type=Path, help="a run directory; its newest checkpoint is drawn")
     parser.add_argument("--data", help="labelled shards; default: the recipe's evaluation.test")
     parser.add_argument("--samples", type=int, default=200, help="samples among which neighbours are looked for")
-    parser.add_argument("--modality", choices=get_args(Modality), help="which one, where the run has several")
+    parser.add_argument("--modality", help="which one, where the run has several")
     arguments = parser.parse_args()
     try:
         paths = draw(arguments.run, arguments.data, arguments.samples, arguments.modality)
@@ -41,7 +39,7 @@ def main() -> int:
     return 0
 
 
-def draw(run: Path, data: str | None, samples: int, modality: Modality | None = None) -> list[Path]:
+def draw(run: Path, data: str | None, samples: int, modality: str | None = None) -> list[Path]:
     """All pictures of a run."""
     health = plot_health(run)
     paths = [] if health is None else [health]
@@ -64,6 +62,7 @@ def draw(run: Path, data: str | None, samples: int, modality: Modality | None = 
         student_states = FrozenEncoder.load(run, "student").hidden_states(moved)
     gallery = Gallery(
         batch=batch,
+        kind=recipe.model.kind(batch.modality),
         labels=[names[label] if label < len(names) else str(label) for label in labels_b.tolist()],
         valid_bt=None if valid_bt is None else valid_bt.cpu(),
         teacher_lnd=pooled(teacher_states),

@@ -33,9 +33,10 @@ from evidence_sets import RealSet, default_folder, prepare
 from evidence_table import early_warning, table
 from run_quietly import run_quietly
 
+from d2v_scale.data.content import length_of
 from d2v_scale.data.shard_index import Members, SetIndex
 from d2v_scale.errors import EXIT_BAD_INPUT, UserError
-from d2v_scale.model.config import Modality
+from d2v_scale.model.config import Kind
 from d2v_scale.tracking.environment import git_revision
 from d2v_scale.tracking.record import read_records
 
@@ -59,7 +60,7 @@ def code_digest() -> str:
 class Job:
     """One cell of the table: a row at one seed."""
 
-    modality: Modality
+    modality: Kind
     row: str
     """raw, random 1.0, random 2.0, supervised, 1.0 or 2.0."""
     seed: int
@@ -176,7 +177,7 @@ def pretrain(job: Job, directory: Path) -> dict[str, Any]:
 WATCHED = ("knn_accuracy", "held_out_loss", "held_out_explained")
 
 
-def plan(sets: dict[Modality, RealSet], seeds: int, compute: float, out: Path) -> tuple[list[Job], dict[str, float]]:
+def plan(sets: dict[Kind, RealSet], seeds: int, compute: float, out: Path) -> tuple[list[Job], dict[Kind, float]]:
     """All jobs, seed by seed and the longest first, and each modality's FLOPs of one run."""
     from d2v_scale.command_line import parse
     from d2v_scale.evaluation.supervised import BATCH_SIZE
@@ -206,7 +207,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--data", type=Path, help="folder of the sets; default: data here or in a folder beside")
     parser.add_argument("--out", type=Path, help="default: out/evidence, with --quick out/evidence-quick")
     parser.add_argument("--quick", action="store_true", help=f"{QUICK['compute']} of the compute, one seed")
-    parser.add_argument("--modalities", nargs="+", choices=get_args(Modality), default=list(get_args(Modality)))
+    parser.add_argument("--modalities", nargs="+", choices=get_args(Kind), default=list(get_args(Kind)))
     parser.add_argument("--seeds", type=int, help="default: 3")
     parser.add_argument("--compute", type=float, help="share of the recipes' steps; default: 1")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes side by side")
@@ -265,10 +266,10 @@ def describe(real: RealSet) -> str:
     told += f" of {len(train.classes)} classes"
     recipe, _ = parse([f"--recipe=tiny1_{real.modality}", f"--data={real.train}"])
     stem = modalities.of(recipe.model, real.modality)
-    longest = stem.longest_read(recipe.data)
-    if longest is None or stem.shown_length is None:
+    longest, shown = stem.longest_read(recipe.data), length_of(stem.content).shown
+    if longest is None or shown is None:
         return told
-    _, unit, per_unit = stem.shown_length
+    _, unit, per_unit = shown
     members = [Members.load(Path(real.test).parent / shard.members) for shard in test.shards]
     longer = sum(int((found.length_n > longest).sum()) for found in members) / max(1, test.samples)
     read = f"{longest / per_unit:g} {unit}"
@@ -276,7 +277,7 @@ def describe(real: RealSet) -> str:
 
 
 def report(
-    results: list[dict[str, Any]], sets: dict[Modality, RealSet], budgets: dict[str, float], out: Path, minutes: float
+    results: list[dict[str, Any]], sets: dict[Kind, RealSet], budgets: dict[str, float], out: Path, minutes: float
 ) -> None:
     """Print the table; write it and everything behind it."""
     samples = {modality: describe(real) for modality, real in sets.items()}

@@ -16,7 +16,7 @@ from run_quietly import run_quietly
 from d2v_scale.data.shard_set import INDEX_SUFFIX
 from d2v_scale.errors import UserError
 from d2v_scale.files import file_sha256
-from d2v_scale.model.config import Modality
+from d2v_scale.model.config import Kind
 
 MAKE_SHARDS = Path(__file__).with_name("make_shards.py")
 VOCABULARY = 2000
@@ -31,7 +31,7 @@ _COLUMN_NAME = r"[A-Za-z][A-Za-z_ ]{0,19}"
 class RealSet:
     """A labelled set as shards."""
 
-    modality: Modality
+    modality: Kind
     name: str
     train: str
     """Index file of the training split."""
@@ -49,7 +49,7 @@ def default_folder(repository: Path) -> Path:
     raise UserError("No folder of real sets was found.", "Give one with --data DIR; see --help for its layout.")
 
 
-def prepare(data: Path, out: Path, modalities: list[Modality]) -> dict[Modality, RealSet]:
+def prepare(data: Path, out: Path, modalities: list[Kind]) -> dict[Kind, RealSet]:
     """Shards below `out` for every modality, from the folder `data`. Shards of the same files are left alone.
 
     Raises UserError for a modality that `data` holds no set of, or one that cannot be read.
@@ -90,7 +90,7 @@ def _unpacked(data: Path, target: Path) -> list[Path]:
     return folders
 
 
-def _find(modality: Modality, roots: list[Path]) -> list[Path]:
+def _find(modality: Kind, roots: list[Path]) -> list[Path]:
     """Sets of that layout, the one to take first."""
     layout, found = LAYOUTS[modality], list[Path]()
     for pattern in layout.patterns:
@@ -102,7 +102,7 @@ def _find(modality: Modality, roots: list[Path]) -> list[Path]:
     return found
 
 
-def _convert(modality: Modality, source: Path, out: Path) -> RealSet:
+def _convert(modality: Kind, source: Path, out: Path) -> RealSet:
     """Shards in a folder named after the set and what is in it, so that another set is never taken for it."""
     layout = LAYOUTS[modality]
     layout.check(source)
@@ -208,7 +208,7 @@ class News(Layout):
 
 
 # One layout of files a modality: what a folder of sets is searched for.
-LAYOUTS: dict[Modality, Layout] = {"vision": ImageFolders(), "speech": Recordings(), "text": News()}
+LAYOUTS: dict[Kind, Layout] = {"vision": ImageFolders(), "speech": Recordings(), "text": News()}
 
 
 def _require_both(source: Path, splits: dict[str, list[Path]], labels: dict[str, set[str]], rule: str) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from d2v_scale import modalities
+from d2v_scale.model.config import Kind
 
 ROWS = {
     "random 1.0": "random init, 1.0",
@@ -18,7 +19,7 @@ _SIGNS = {"knn_accuracy": "k-NN", "held_out_loss": "held-out loss", "held_out_ex
 
 
 def table(
-    results: list[dict[str, Any]], names: dict[str, str], budgets: dict[str, float], samples: dict[str, str]
+    results: list[dict[str, Any]], names: dict[Kind, str], budgets: dict[str, float], samples: dict[str, str]
 ) -> str:
     """A Markdown table: mean and standard deviation over seeds, in percent. `samples`: what the sets are."""
     groups: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)

@@ -76,7 +76,7 @@ def run(options: argparse.Namespace) -> int:
         print(f"wrote {options.out}")
         return 0
     modality = exporting.pick_modality(recipe, options.modality)
-    with_tokenizer = modalities.class_of(modality).uses_tokenizer
+    with_tokenizer = modalities.class_of(recipe.model.kind(modality)).uses_tokenizer
     if options.tokenizer is not None and not with_tokenizer:
         raise UserError(f"An encoder of {modality} has no tokenizer.", "Leave --tokenizer out.")
     print(f"{checkpoint.path}: {recipe.name}, {modality}, weights of {whose}")

@@ -135,7 +135,9 @@ def pictures(shards: ShardSet, pattern: str, recipe_name: str | None, out: Path,
 
     for step in range(steps):
         decode = tokenizer.piece if tokenizer is not None else None
-        print(plot_masks(next(loader)[0], out / f"{data.sources[0].modality}-step-{step}.png", decode=decode))
+        [batch] = next(loader)
+        path = out / f"{batch.modality}-step-{step}.png"
+        print(plot_masks(batch, model.kind(batch.modality), path, decode=decode))
 
 
 def main() -> int:

@@ -15,7 +15,6 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import get_args
 
 import torch
 from torch import Tensor
@@ -42,7 +41,6 @@ from d2v_scale.finetuning.predictor import TaskPredictor
 from d2v_scale.finetuning.step import ctc_loss_sum
 from d2v_scale.interop.encoder_source import check_tokenizer, open_encoder
 from d2v_scale.interop.exporting import pick_modality
-from d2v_scale.model.config import Modality
 from d2v_scale.recipe import Recipe
 from d2v_scale.tracking import log_evaluation
 from d2v_scale.tracking.record import METRICS_FILE
@@ -64,7 +62,7 @@ def main() -> int:
     parser.add_argument("--letters", default=LETTERS, help="characters that a new ctc head predicts")
     parser.add_argument("--beam", type=int, help="width of the beam that ctc decodes with; default: the model's, or 1")
     parser.add_argument("--weights", choices=["teacher", "student", "random"], default="teacher")
-    parser.add_argument("--modality", choices=get_args(Modality), help="which one, where the encoder has several")
+    parser.add_argument("--modality", help="which one, where the encoder has several")
     parser.add_argument("--limit", type=int, help="at most this many samples of each set")
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--k", type=int, default=20, help="neighbours (knn)")

@@ -6,8 +6,6 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from d2v_scale.model.config import Modality
-
 
 @dataclass(kw_only=True)
 class Layout:
@@ -37,12 +35,13 @@ class Layout:
 
 @dataclass(kw_only=True)
 class Batch:
-    """One micro-batch of one rank: B samples of one modality, and the masks of their M clones.
+    """One micro-batch of one rank: B samples for one stem, and the masks of their M clones.
 
     Rows of clones are sample-major: sample 0 clone 0, sample 0 clone 1, ..., sample 1 clone 0, ...
     """
 
-    modality: Modality
+    modality: str
+    """Name of the stem that reads them."""
     inputs: Tensor
     """What the teacher sees. speech: float32 (B, samples); vision: float32 (B, C, H, W); text: int64 (B, T)."""
     valid: Tensor | None

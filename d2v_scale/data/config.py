@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
 from d2v_scale.errors import ConfigError
-from d2v_scale.model.config import Modality
+from d2v_scale.model.config import KINDS
 
 SAMPLE_RATE = 16_000
 """Samples of audio a second, of every waveform and every length."""
@@ -21,8 +21,8 @@ class SourceConfig:
 
     shards: str = ""
     """Path with {000000..000099}, glob, directory, index file (*.index.json), `pipe:` command or object-store URL."""
-    modality: Modality = "vision"
-    """What the shards hold: vision, speech or text."""
+    modality: str = "vision"
+    """Name of the stem that reads the shards: vision, speech or text. They must hold what it reads."""
     name: str = ""
     """Name in logs and checkpoints; empty: the modality, numbered where several sources share it."""
     weight: float = 1.0
@@ -132,12 +132,14 @@ class DataConfig:
     """Keys that a resumed run may change; `*` stands for a number. A set with other contents is refused by its
     fingerprint, wherever it lies."""
 
-    def read_from(self, shards: str, modalities: list[Modality]) -> None:
+    def read_from(self, shards: str, modalities: list[str]) -> None:
         """Read `shards` instead of the recipe's sources: `PATTERN`, or for several stems
         `vision=PATTERN,speech=PATTERN`. Raises ConfigError."""
-        parts = re.split(r",(?=(?:vision|speech|text)=)", shards)
         modalities = modalities or [source.modality for source in self.sources]
-        named = [re.fullmatch(r"(vision|speech|text)=(.+)", part) for part in parts]
+        # Of a kind that the model has no stem of, too: that is said as such.
+        names = "|".join(map(re.escape, dict.fromkeys([*modalities, *KINDS])))
+        parts = re.split(rf",(?=(?:{names})=)", shards)
+        named = [re.fullmatch(rf"({names})=(.+)", part) for part in parts]
         if all(named):
             self.sources = [self._source_of(m[1], m[2]) for m in named if m]
             return
@@ -145,26 +147,32 @@ class DataConfig:
             raise ConfigError(
                 "data",
                 f"names no modality, but the model has {len(modalities)} stems",
-                "Write --data 'vision=PATTERN,speech=PATTERN'.",
+                f"Write --data '{','.join(f'{name}=PATTERN' for name in modalities or KINDS[:2])}'.",
             )
         self.sources = [self._source_of(modalities[0], shards)]
 
     def _source_of(self, modality: str, shards: str) -> SourceConfig:
         """A source of these shards, mixed and batched as the recipe does it for this modality."""
         same = [source for source in self.sources if source.modality == modality]
-        base = same[0] if same else SourceConfig(modality=modality)  # type: ignore[arg-type]
+        base = same[0] if same else SourceConfig(modality=modality)
         return replace(base, shards=shards, index=None, name="")
 
-    def check(self, modalities: Iterable[Modality]) -> None:
+    def check_names(self, stems: Iterable[str]) -> None:
+        """Raises ConfigError where a source is for a stem that is none of these names."""
+        there = list(stems)
+        for k, source in enumerate(self.sources):
+            if source.modality not in there:
+                key = f"data.sources.{k}.modality"
+                raise ConfigError(
+                    key, f"is {source.modality!r}, which the model has no stem for", f"It has {', '.join(there)}."
+                )
+
+    def check(self, modalities: Iterable[str]) -> None:
         """Raises ConfigError for what contradicts itself or the model's stems. Touches no file."""
-        stems = set(modalities)
         if not self.sources:
             raise ConfigError("data.sources", "is empty", "Name shards with --data or data.sources.")
+        self.check_names(modalities)
         for k, source in enumerate(self.sources):
-            if source.modality not in stems:
-                raise ConfigError(
-                    f"data.sources.{k}.modality", f"is {source.modality!r}, which the model has no stem for"
-                )
             if not source.shards:
                 raise ConfigError(f"data.sources.{k}.shards", "is empty", "Name shards with --data.")
             if not source.weight > 0:
@@ -197,8 +205,11 @@ class DataConfig:
     def source_names(self) -> list[str]:
         """One name per source."""
         names: list[str] = []
+        given = {source.name for source in self.sources} | {source.modality for source in self.sources}
         for source in self.sources:
             same = sum(other.modality == source.modality and not other.name for other in self.sources)
             number = sum(name.startswith(source.modality) for name in names)
+            while same > 1 and f"{source.modality}{number}" in given.union(names):
+                number += 1  # another stem is called so
             names.append(source.name or (f"{source.modality}{number}" if same > 1 else source.modality))
         return names

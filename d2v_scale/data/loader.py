@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from d2v_scale import modalities
 from d2v_scale.data.batch import Batch
 from d2v_scale.data.collate import Collator, read_rows
 from d2v_scale.data.config import DataConfig
@@ -188,7 +187,7 @@ class StepLoader:
         return [open_source(data, k, model, seed, dp_rank, dp_size) for k in range(len(data.sources))]
 
     def _make_decoder(self, source: Source | StreamedSource, model: ModelConfig) -> Decoder:
-        return modalities.of(model, source.modality).build_decoder(self._data, source.tokenizer)
+        return source.stem.build_decoder(self._data, source.tokenizer)
 
     def tokenizer(self, source: str) -> Path | None:
         """The sentencepiece model of a source's text, by the source's name; None where there is none."""
@@ -197,7 +196,7 @@ class StepLoader:
     def tokenizer_sha256(self) -> str | None:
         """Checksum of the tokenizer that ids are of; None where it is not known or there is no text."""
         for source in self.sources:
-            if not modalities.class_of(source.modality).uses_tokenizer:
+            if not source.stem.uses_tokenizer:
                 continue
             if source.shards.index is not None:
                 return source.shards.index.tokenizer_sha256
@@ -305,7 +304,7 @@ class StepLoader:
 
     def _warn_of_cropping(self) -> None:
         for source, plan, cursor in zip(self.sources, self._plans, self._cursors, strict=True):
-            crops = modalities.class_of(source.modality).cropped
+            crops = source.stem.cropped
             if not isinstance(plan, SourcePlan) or not crops:
                 continue
             if (share := plan.cropped_share(cursor)) > _MUCH_CROPPED:

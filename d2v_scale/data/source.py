@@ -18,7 +18,7 @@ from d2v_scale.data.streaming import StreamedSource
 from d2v_scale.data2vec.stateless import key
 from d2v_scale.errors import DataError, DataStarved
 from d2v_scale.files import file_sha256
-from d2v_scale.model.config import Modality, ModelConfig
+from d2v_scale.model.config import ModelConfig
 
 log = logging.getLogger(__name__)
 
@@ -51,15 +51,15 @@ class Source:
     ) -> None:
         self.shards = shards
         self.name = name
-        self.modality: Modality = source.modality
+        self.modality = source.modality
         self.tokenizer: Path | None = None
         self.fingerprint = shards.fingerprint()
         self._data = data
         self._seed = seed
         self._lengths = lru_cache(maxsize=data.shards_kept)(self._read_lengths)
-        stem = modalities.of(model, source.modality)
-        self.items = stem.items(shards, data, self._lengths)
-        if stem.uses_tokenizer:
+        self.stem = modalities.of(model, source.modality)
+        self.items = self.stem.items(shards, data, self._lengths)
+        if self.stem.uses_tokenizer:
             self.tokenizer = Path(data.text.tokenizer) if data.text.tokenizer else shards.tokenizer
             self._check_tokenizer(source)
 

@@ -23,7 +23,7 @@ from d2v_scale.data.shard_index import index_tar
 from d2v_scale.data.shard_set import ShardSet, is_remote
 from d2v_scale.data2vec.stateless import key, numpy_generator
 from d2v_scale.errors import ConfigError, DataStarved
-from d2v_scale.model.config import Modality, ModelConfig
+from d2v_scale.model.config import ModelConfig, TextStem
 from d2v_scale.redaction import same_address
 
 log = logging.getLogger(__name__)
@@ -59,7 +59,7 @@ class StreamedSource:
     ) -> None:
         self.shards = shards
         self.name = name
-        self.modality: Modality = source.modality
+        self.modality = source.modality
         self.tokenizer = Path(data.text.tokenizer) if data.text.tokenizer else None
         self.fingerprint = key(*(same_address(path) for path in shards.paths)) >> 2
         self._data = data
@@ -69,8 +69,8 @@ class StreamedSource:
         self._dp_size = dp_size
         self._opened = time.time()
         self._batch_size = 1
-        self._stem = modalities.of(model, source.modality)
-        if self._stem.uses_tokenizer and self.tokenizer is None:
+        self.stem = modalities.of(model, source.modality)
+        if self.stem.uses_tokenizer and self.tokenizer is None:
             raise ConfigError("data.text.tokenizer", "is not set, and the shards have no index that names one")
         log.warning(
             "%s has no index: its shards are streamed, each rank its own. A resumed run reads past what was used, "
@@ -100,8 +100,8 @@ class StreamedSource:
         if unit == "seconds":
             raise ConfigError("batch_unit", "'seconds' needs indexed shards", "Index them with tools/index_shards.py.")
         if unit == "tokens":
-            assert self._model.text is not None
-            batch_size = max(1, batch_size // self._model.text.max_positions)
+            stem = self._model.of(self.modality).sole(TextStem)
+            batch_size = max(1, batch_size // stem.max_positions)
         self._batch_size = batch_size
         return StreamPlan(self._data.source_names().index(self.name), batch_size)
 

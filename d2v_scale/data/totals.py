@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from d2v_scale import modalities
 from d2v_scale.data.counters import EpochCount, SourceCount
 from d2v_scale.data.source import Source
 from d2v_scale.data.streaming import StreamedSource
@@ -99,7 +98,7 @@ class RunTotals:
         totals.real += real
         self._recent_real += real
         self._recent_padded += padded
-        kind = modalities.class_of(source.modality)
+        kind = source.stem
         if kind.cropped:
             self._recent_cropped += mine.cropped
             self._recent_uncropped += mine.uncropped
@@ -162,22 +161,16 @@ class RunTotals:
         whole epoch `epoch_planned`, `epoch_delivered`, `epoch_lost`, `epoch_left_out`."""
         totals = self._totals.values()
         values: dict[str, float] = {}
-        counted = {
-            unit for source in self._sources if (unit := modalities.class_of(source.modality).throughput) is not None
-        }
+        counted = {unit for source in self._sources if (unit := source.stem.throughput) is not None}
         for name, of_one in sorted(counted, reverse=True):
-            sources = [
-                source.name
-                for source in self._sources
-                if modalities.class_of(source.modality).throughput == (name, of_one)
-            ]
+            sources = [source.name for source in self._sources if source.stem.throughput == (name, of_one)]
             values[name] = sum(self._totals[source].real for source in sources) / of_one
             values[f"{name}_per_second"] = self._recent.pop(name, 0.0) / elapsed_s
         for key in ("delivered", "lost", "left_out", "planned"):
             values[f"data/{key}"] = sum(getattr(one, key) for one in totals)
         values["data/padding"] = 1 - self._recent_real / self._recent_padded if self._recent_padded else 0.0
         self._recent_real, self._recent_padded = 0, 0
-        if any(modalities.class_of(source.modality).cropped for source in self._sources):
+        if any(source.stem.cropped for source in self._sources):
             values["data/cropped"] = self._recent_cropped / max(1, self._recent_uncropped)
             self._recent_cropped, self._recent_uncropped = 0, 0
         for name, one in self._totals.items():

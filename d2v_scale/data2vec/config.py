@@ -138,9 +138,15 @@ class ObjectiveConfig:
     text: OwnObjective | None = None
     """What texts do differently."""
 
+    @property
+    def own(self) -> dict[str, OwnObjective]:
+        """What stems do differently, by their names."""
+        single = {"vision": self.vision, "speech": self.speech, "text": self.text}
+        return {name: own for name, own in single.items() if own is not None}
+
     def of(self, name: str) -> "ObjectiveConfig":
         """The objective of the stem `name`: what it does differently entered in the blocks of all."""
-        own: OwnObjective | None = getattr(self, name)
+        own = self.own.get(name)
         parts = {part: merged(getattr(self, part), getattr(own, part)) for part in _OWN} if own is not None else {}
         if own is not None and own.target.top_k_layers is not None and own.target.layers is None:
             # Its own K is nearer than the layers of all.
@@ -150,5 +156,5 @@ class ObjectiveConfig:
     def key(self, name: str, key: str) -> str:
         """Where the value at a dotted key of this section, as the stem `name` has it, is written."""
         section, _, field = key.removeprefix("objective.").partition(".")
-        own = getattr(getattr(self, name), section, None)
+        own = getattr(self.own.get(name), section, None)
         return key if getattr(own, field, None) is None else f"objective.{name}.{section}.{field}"

@@ -140,6 +140,7 @@ class OnlineEvaluation:
         valid_bt = cast(Teacher, self._teacher.module).valid_positions(batch)
         return Gallery(
             batch=batch,
+            kind=recipe.model.kind(batch.modality),
             labels=[self._names.of(label) for label in labels_b.tolist()],
             valid_bt=valid_bt,
             teacher_lnd=torch.cat([pooled for pooled, _ in found], dim=1),

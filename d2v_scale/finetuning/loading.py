@@ -217,6 +217,6 @@ class LabelledLoader(StepLoader):
     def _make_decoder(self, source: Source | StreamedSource, model: ModelConfig) -> Decoder:
         image = self._task.image
         augment = RandAugment(image.rand_augment, image.rand_augment_std) if image.rand_augment > 0 else None
-        decoder = modalities.of(model, source.modality).build_decoder(self._data, source.tokenizer)
+        decoder = source.stem.build_decoder(self._data, source.tokenizer)
         assert self.labels is not None
         return LabelledDecoder(decoder, self.labels, augment, self._data.shards_kept)

@@ -64,9 +64,7 @@ def _take_over(recipe: Recipe, pretrained: Recipe) -> None:
     recipe.model = dataclasses.replace(pretrained.model, activation_checkpointing=recomputes)
     if recipe.data.sources and recipe.data.sources[0].modality in recipe.model.modalities:
         # Of several stems, the one that the labelled data go through.
-        for modality in recipe.model.modalities:
-            if modality != recipe.data.sources[0].modality:
-                setattr(recipe.model, modality, None)
+        recipe.model = recipe.model.alone(recipe.data.sources[0].modality)
     recipe.objective = pretrained.objective
     recipe.data.vision.mean, recipe.data.vision.std = pretrained.data.vision.mean, pretrained.data.vision.std
     recipe.data.speech.normalize = pretrained.data.speech.normalize

@@ -183,8 +183,9 @@ def find_tokenizer(recipe: Recipe) -> Path | None:
     if recipe.data.text.tokenizer is not None:
         path: Path | None = Path(recipe.data.text.tokenizer)
         return path if path is not None and path.exists() else None
+    of_ids = [stem.name for stem in modalities.stems(recipe.model) if stem.uses_tokenizer]
     for source in recipe.data.sources:
-        if modalities.class_of(source.modality).uses_tokenizer:
+        if source.modality in of_ids:
             try:
                 path = find_shards(source).tokenizer
             except DataError:

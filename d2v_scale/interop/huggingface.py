@@ -8,7 +8,6 @@ one, it is refused by name.
 from collections.abc import Mapping
 from typing import Any
 
-from d2v_scale import modalities
 from d2v_scale.data2vec.config import ObjectiveConfig
 from d2v_scale.errors import CheckpointError
 from d2v_scale.interop.huggingface_row import HuggingFaceRow
@@ -48,7 +47,7 @@ _COMPUTED: dict[str, tuple[Any, ...]] = {
 
 def row_of(config: ModelConfig, modality: Modality) -> HuggingFaceRow:
     """What is said of the kind of this stem. Raises CheckpointError where there is no row."""
-    kind = modalities.kind_of(modality)
+    kind = config.kind(modality)
     row = next((row for row in TABLE if row.kind == kind), None)
     if row is None:
         raise CheckpointError(f"transformers has no class for {modality}, a stem of the kind {kind}.", REMEDY)

@@ -4,13 +4,13 @@
 metrics carry; its *kind* decides which class answers.
 """
 
-from typing import TYPE_CHECKING, Literal, assert_never
+from typing import TYPE_CHECKING, assert_never
 
 from d2v_scale.modalities.base import Modality
 from d2v_scale.modalities.speech.modality import Speech
 from d2v_scale.modalities.text.modality import Text
 from d2v_scale.modalities.vision.modality import Vision
-from d2v_scale.model.config import ModelConfig, TeacherParts
+from d2v_scale.model.config import KINDS, Kind, ModelConfig, TeacherParts
 
 if TYPE_CHECKING:
     from d2v_scale.data2vec.targets import Place
@@ -22,29 +22,15 @@ __all__ = [
     "Modality",
     "class_of",
     "drawing_of",
-    "kind_of",
     "of",
     "published_parts",
     "stems",
     "target_place",
 ]
 
-Kind = Literal["vision", "speech", "text"]
-"""A closed set: where one is not handled, the type checker complains."""
-KINDS: tuple[Kind, ...] = ("vision", "speech", "text")
 
-
-def kind_of(name: str) -> Kind:
-    """The kind of the stem with this name."""
-    for kind in KINDS:
-        if name == kind:
-            return kind
-    raise ValueError(f"There is no stem {name!r}: the kinds are {', '.join(KINDS)}.")
-
-
-def class_of(name: str) -> type[Modality]:
-    """Who answers for the stem with this name: what needs no model."""
-    kind = kind_of(name)
+def class_of(kind: Kind) -> type[Modality]:
+    """Who answers for stems of this kind: what needs no model."""
     match kind:
         case "vision":
             return Vision
@@ -55,9 +41,8 @@ def class_of(name: str) -> type[Modality]:
     assert_never(kind)
 
 
-def drawing_of(name: str) -> "Drawing":
-    """How samples of the stem with this name are drawn. Imports matplotlib's users only here."""
-    kind = kind_of(name)
+def drawing_of(kind: Kind) -> "Drawing":
+    """How samples that a stem of this kind reads are drawn. Imports matplotlib's users only here."""
     match kind:
         case "vision":
             from d2v_scale.modalities.vision.drawing import ImageDrawing
@@ -76,7 +61,7 @@ def drawing_of(name: str) -> "Drawing":
 
 def of(model: ModelConfig, name: str) -> Modality:
     """What the stem `name` of `model` says of itself. Its `model` has this stem alone (`ModelConfig.of`)."""
-    return class_of(name)(model.of(name), name)
+    return class_of(model.kind(name))(model.of(name), name)
 
 
 def stems(model: ModelConfig) -> list[Modality]:

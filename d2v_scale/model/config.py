@@ -1,8 +1,9 @@
 """What a model is made of: one stem per modality, one backbone, one predictor. Sizes only; no tensors here."""
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, get_args
 
 from d2v_scale.errors import ConfigError
 from d2v_scale.merging import merged
@@ -10,7 +11,12 @@ from d2v_scale.merging import merged
 if TYPE_CHECKING:
     from torch import Tensor
 
-Modality = Literal["vision", "speech", "text"]
+Kind = Literal["vision", "speech", "text"]
+"""What a stem is: a closed set. Where one is not handled, the type checker complains."""
+KINDS: tuple[Kind, ...] = get_args(Kind)
+Modality = str
+"""The name of a stem of a model, which is open: what batches, sources, overrides, metrics and parameters carry.
+`ModelConfig.kind` knows the kind of the stem that is called so."""
 Count = TypeVar("Count", int, "Tensor")
 """An int, or an int64 tensor of any shape."""
 
@@ -46,6 +52,8 @@ class StemSettings:
 @dataclass(kw_only=True)
 class SpeechStem(StemSettings):
     """Raw 16 kHz waveform to 20 ms frames (reference: wav2vec 2.0 feature encoder, layer-norm mode)."""
+
+    kind: ClassVar[Kind] = "speech"
 
     conv_layers: list[tuple[int, int, int]] = field(
         default_factory=lambda: [(512, 10, 5), *[(512, 3, 2)] * 4, *[(512, 2, 2)] * 2]
@@ -83,6 +91,8 @@ class SpeechStem(StemSettings):
 class VisionStem(StemSettings):
     """Images to patches."""
 
+    kind: ClassVar[Kind] = "vision"
+
     image_size: int = 224
     """Side of the square input, pixels."""
     patch_size: int = 16
@@ -104,6 +114,8 @@ class VisionStem(StemSettings):
 @dataclass(kw_only=True)
 class TextStem(StemSettings):
     """Token ids to embeddings with learned positions."""
+
+    kind: ClassVar[Kind] = "text"
 
     vocab_size: int = 50265
     max_positions: int = 512
@@ -131,6 +143,10 @@ class TextStem(StemSettings):
                 )
         if len(set(ids.values())) < len(ids):
             raise ConfigError("model.text", f"two special tokens have the same id: {ids}.", "Give each its own.")
+
+
+AnyStem = VisionStem | SpeechStem | TextStem
+OneStem = TypeVar("OneStem", VisionStem, SpeechStem, TextStem)
 
 
 @dataclass(kw_only=True)
@@ -226,31 +242,44 @@ class ModelConfig:
     """`beit`: truncated normals and depth-scaled output weights (1.0 vision, spec 3.7)."""
 
     @property
-    def stems(self) -> dict[Modality, VisionStem | SpeechStem | TextStem]:
-        """The stems there are, by name, in a fixed order."""
-        named: list[tuple[Modality, VisionStem | SpeechStem | TextStem | None]] = [
-            ("vision", self.vision),
-            ("speech", self.speech),
-            ("text", self.text),
-        ]
-        return {name: stem for name, stem in named if stem is not None}
+    def stems(self) -> dict[str, AnyStem]:
+        """The stems there are, by name, in a fixed order. The only one of its kind is called as its kind."""
+        single: list[AnyStem | None] = [self.vision, self.speech, self.text]
+        return {stem.kind: stem for stem in single if stem is not None}
+
+    def _fields(self, stems: Mapping[str, AnyStem]) -> dict[str, Any]:
+        """The fields that hold these stems, and no others."""
+        return {kind: stems.get(kind) for kind in KINDS}
+
+    def kind(self, name: str) -> Kind:
+        """Of the stem that is called `name`, which must be there."""
+        return self.stems[name].kind
+
+    def alone(self, name: str) -> "ModelConfig":
+        """The same model with the stem `name` alone."""
+        return dataclasses.replace(self, **self._fields({name: self.stems[name]}))
+
+    def sole(self, kind: type[OneStem]) -> OneStem:
+        """The one stem of a model that has no other, which is of this kind."""
+        [stem] = self.stems.values()
+        assert isinstance(stem, kind)
+        return stem
 
     def of(self, name: str) -> "ModelConfig":
         """The same model with the stem `name` alone, and what this stem does differently entered in `backbone` and
         `predictor`. The blocks and the widths are those of the whole model."""
-        stem = self.stems[name]  # type: ignore[index]
-        alone: dict[str, Any] = dict.fromkeys(self.stems)
-        alone[name] = dataclasses.replace(stem, prenet_depth=None, input_dropout=None, predictor=None)
-        alone["predictor"] = merged(self.predictor, stem.predictor)
+        stem = self.stems[name]
+        plain = dataclasses.replace(stem, prenet_depth=None, input_dropout=None, predictor=None)
         backbone = self.backbone
         if stem.prenet_depth is not None:
             backbone = dataclasses.replace(backbone, prenet_depth=stem.prenet_depth)
         if stem.input_dropout is not None:
             backbone = dataclasses.replace(backbone, input_dropout=stem.input_dropout)
-        return dataclasses.replace(self, **alone, backbone=backbone)
+        predictor = merged(self.predictor, stem.predictor)
+        return dataclasses.replace(self, **self._fields({name: plain}), predictor=predictor, backbone=backbone)
 
     @property
-    def modalities(self) -> list[Modality]:
+    def modalities(self) -> list[str]:
         """The names of the stems, in a fixed order."""
         return list(self.stems)
 
@@ -267,7 +296,7 @@ class ModelConfig:
             stem.check(backbone)
             self._check_own(name)
 
-    def _check_own(self, name: Modality) -> None:
+    def _check_own(self, name: str) -> None:
         stem, one = self.stems[name], self.of(name)
         if not 0 <= one.backbone.input_dropout < 1:
             raise ConfigError(f"model.{name}.input_dropout", f"is {stem.input_dropout}", "It must be in [0, 1).")
@@ -297,7 +326,7 @@ class ModelConfig:
         [name] = self.stems
         return "shared" if self.predictor.shared else name
 
-    def predictor_key(self, name: Modality, field: str) -> str:
+    def predictor_key(self, name: str, field: str) -> str:
         """The dotted key that this setting of a stem's predictor comes from."""
         own = self.stems[name].predictor
         prefix = "model" if getattr(own, field, None) is None else f"model.{name}"

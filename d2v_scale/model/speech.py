@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from d2v_scale.model import conv_rows, cpu_ops
-from d2v_scale.model.config import ModelConfig
+from d2v_scale.model.config import ModelConfig, SpeechStem
 from d2v_scale.model.init import InitRule, set_rule
 from d2v_scale.model.layers import Section, rows_of
 from d2v_scale.model.norm_gelu import NormGelu, norm_gelu
@@ -19,11 +19,11 @@ class SpeechFeatures(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        assert config.speech is not None
-        channels = [1, *(layer[0] for layer in config.speech.conv_layers)]
+        stem = config.sole(SpeechStem)
+        channels = [1, *(layer[0] for layer in stem.conv_layers)]
         self.convs = nn.ModuleList()
         self.conv_norms = nn.ModuleList()
-        for inputs, (outputs, kernel, stride) in zip(channels, config.speech.conv_layers, strict=False):
+        for inputs, (outputs, kernel, stride) in zip(channels, stem.conv_layers, strict=False):
             conv = conv_rows.FrameConv(inputs, outputs, kernel, stride, bias=False)
             set_rule(conv.weight, InitRule("normal", math.sqrt(2.0 / (inputs * kernel))))
             self.convs.append(conv)
@@ -56,8 +56,7 @@ class SpeechContext(nn.Module):
 
     def __init__(self, config: ModelConfig, *, with_mask_embedding: bool) -> None:
         super().__init__()
-        assert config.speech is not None
-        width, stem = config.backbone.width, config.speech
+        width, stem = config.backbone.width, config.sole(SpeechStem)
         kernel = stem.pos_conv_kernel
         self.dropout = config.backbone.input_dropout
         self.visible_only = config.visible_only
@@ -135,9 +134,9 @@ class WaveformStem(Stem):
 
     def __init__(self, config: ModelConfig, exists: Exists, section: Section) -> None:
         super().__init__()
-        assert config.speech is not None
-        self.frames_of = config.speech.frames_of
-        if config.speech.alibi:
+        stem = config.sole(SpeechStem)
+        self.frames_of = stem.frames_of
+        if stem.alibi:
             self.bias = AlibiBias(config.backbone.heads, owned=section.starts)
         if not section.starts:
             return

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from d2v_scale.errors import DataError
 from d2v_scale.model import cpu_ops
-from d2v_scale.model.config import ModelConfig
+from d2v_scale.model.config import ModelConfig, TextStem
 from d2v_scale.model.init import InitRule, set_rule
 from d2v_scale.model.layers import Section, rows_of
 from d2v_scale.model.stem import Exists, Stem
@@ -16,8 +16,7 @@ class TextFeatures(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        assert config.text is not None
-        stem, width = config.text, config.backbone.width
+        stem, width = config.sole(TextStem), config.backbone.width
         self.pad_id = stem.pad_id
         self.max_positions = stem.max_positions
         self.dropout = config.backbone.input_dropout
@@ -66,8 +65,7 @@ class TokenStem(Stem):
 
     def __init__(self, config: ModelConfig, exists: Exists, section: Section) -> None:
         super().__init__()
-        assert config.text is not None
-        self.pad_id = config.text.pad_id
+        self.pad_id = config.sole(TextStem).pad_id
         if not section.starts:
             return
         if exists("features"):

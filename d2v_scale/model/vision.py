@@ -25,8 +25,7 @@ class VisionFeatures(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        assert config.vision is not None
-        stem, width = config.vision, config.backbone.width
+        stem, width = config.sole(VisionStem), config.backbone.width
         self.patch = nn.Conv2d(stem.channels, width, stem.patch_size, stem.patch_size)
         if config.init == "beit":
             linear_rules(self.patch, BEIT)
@@ -47,7 +46,7 @@ class VisionContext(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        assert config.vision is not None
+        stem = config.sole(VisionStem)
         width = config.backbone.width
         beit = config.init == "beit"
         self.dropout = config.backbone.input_dropout
@@ -60,9 +59,9 @@ class VisionContext(nn.Module):
         # Of 2.0, where the blocks do not normalise their own input.
         normed = config.visible_only and not config.backbone.norm_first
         self.norm = nn.LayerNorm(width, config.backbone.norm_eps) if normed else None
-        self.has_positions = config.vision.positions == "sincos"
+        self.has_positions = stem.positions == "sincos"
         if self.has_positions:
-            self.register_buffer("positions_td", sincos_positions(width, grid_of(config.vision)), persistent=False)
+            self.register_buffer("positions_td", sincos_positions(width, grid_of(stem)), persistent=False)
 
     def forward(
         self,
@@ -92,8 +91,7 @@ class PatchStem(Stem):
 
     def __init__(self, config: ModelConfig, exists: Exists, section: Section) -> None:
         super().__init__()
-        assert config.vision is not None
-        spec = config.vision
+        spec = config.sole(VisionStem)
         if spec.positions == "relative":
             self.bias = RelativeBias(grid_of(spec), config.backbone.heads, spec.relative_std, owned=section.starts)
         if not section.starts:

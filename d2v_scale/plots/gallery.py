@@ -20,6 +20,7 @@ from d2v_scale.data2vec import masking
 from d2v_scale.data2vec.config import MaskingConfig
 from d2v_scale.evaluation.features import mean_over_layers
 from d2v_scale.evaluation.knn import whitened
+from d2v_scale.model.config import Kind
 from d2v_scale.plots.relations import plot_cka, plot_neighbours
 from d2v_scale.plots.samples import plot_masks
 
@@ -35,6 +36,8 @@ class Gallery:
 
     batch: Batch
     """The samples, nothing masked."""
+    kind: Kind
+    """Of the stem that reads them."""
     labels: list[str]
     valid_bt: Tensor | None
     """True where a position is real; None: all are."""
@@ -73,10 +76,10 @@ def draw_gallery(folder: Path, gallery: Gallery) -> list[Path]:
     decode = _decoder(gallery.tokenizer)
     word = Tokenizer(Path(gallery.tokenizer)).piece if gallery.tokenizer else None
     shown = masked(batch, valid_bt, gallery.masks, gallery.seed, gallery.step, gallery.equal_counts)
-    paths = [plot_masks(shown, folder / "masks.png", decode=word)]
+    paths = [plot_masks(shown, gallery.kind, folder / "masks.png", decode=word)]
     features = mean_over_layers(gallery.teacher_lnd[-_LAST_LAYERS:])
     features, _ = whitened(features, features)  # as for the k-NN accuracy
-    drawing = modalities.drawing_of(batch.modality)
+    drawing = modalities.drawing_of(gallery.kind)
     samples = [drawing.sample(batch, row, decode) for row in range(len(labels))]
     paths.append(plot_neighbours(features, samples, labels, folder / "neighbours.png"))
     first_btd = gallery.first_btd

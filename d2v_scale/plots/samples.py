@@ -11,6 +11,7 @@ from torch import Tensor
 from d2v_scale import modalities
 from d2v_scale.data.batch import Batch
 from d2v_scale.data.config import SAMPLE_RATE
+from d2v_scale.model.config import Kind
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -21,18 +22,24 @@ _ENOUGH_TO_CENTRE = 12
 
 
 def plot_masks(
-    batch: Batch, path: Path, *, samples: int = 6, clones: int = 4, decode: Callable[[int], str] | None = None
+    batch: Batch,
+    kind: Kind,
+    path: Path,
+    *,
+    samples: int = 6,
+    clones: int = 4,
+    decode: Callable[[int], str] | None = None,
 ) -> Path:
     """Draw the masks of the first samples and clones on the samples themselves.
 
-    `decode`: a token id to its text, for a text batch.
+    `kind`: of the stem that reads them. `decode`: a token id to its text, for a text batch.
     """
     samples = min(samples, batch.inputs.shape[0])
     clones = min(clones, batch.clones)
     masked_bmt = batch.masked_rt.reshape(-1, batch.clones, batch.masked_rt.shape[1])[:samples, :clones].cpu().numpy()
     real = 1.0 if batch.valid is None else float(batch.valid[:samples].float().mean())
     share = masked_bmt.mean() / max(real, 1e-9)
-    figure = modalities.drawing_of(batch.modality).masks(batch, masked_bmt, decode)
+    figure = modalities.drawing_of(kind).masks(batch, masked_bmt, decode)
     return save(figure, path, f"masks: {share:.0%} of the positions hidden, {clones} of {batch.clones} clones")
 
 

@@ -77,7 +77,9 @@ class Run:
         self.observer.before(micro_batches, logged)
         if self.step == 0:
             with self.meter.paused():
-                self.tracker.preview(micro_batches[0], self.loader.tokenizer(micro_batches[0].source))
+                first = micro_batches[0]
+                kind = self.recipe.model.kind(first.modality)
+                self.tracker.preview(first, kind, self.loader.tokenizer(first.source))
         recipe, student = self.recipe, self.student
         lr = set_rates(student.optimizer, recipe.optim, student.completed_updates)
         draw, breakdown = Draw(recipe.seed, self.step), self.observer.breakdown

@@ -18,6 +18,7 @@ from d2v_scale.tracking.terminal import Terminal
 
 if TYPE_CHECKING:
     from d2v_scale.data.batch import Batch
+    from d2v_scale.model.config import Kind
     from d2v_scale.plots.gallery import Gallery
 
 STOPPED_TIMEOUT = 3.0
@@ -107,10 +108,11 @@ class RunTracker:
         if self.is_main and self._log is not None:
             self._event("artifact", path=os.path.relpath(path, self.run_dir), folder=folder)
 
-    def preview(self, batch: "Batch", tokenizer: Path | None = None) -> None:
+    def preview(self, batch: "Batch", kind: "Kind", tokenizer: Path | None = None) -> None:
         """Draw the first batch with its masks to plots/first_batch.png; what goes wrong is said and costs nothing.
 
-        `tokenizer`: of a batch of text, so that its words are shown instead of their ids.
+        `kind`: of the stem that reads it. `tokenizer`: of a batch of text, so that its words are shown instead of their
+        ids.
         """
         if self._log is None:
             return
@@ -122,7 +124,7 @@ class RunTracker:
             from d2v_scale.plots.samples import plot_masks
 
             decode = Tokenizer(tokenizer).piece if tokenizer else None
-            plot_masks(batch.to(torch.device("cpu")), path, decode=decode)
+            plot_masks(batch.to(torch.device("cpu")), kind, path, decode=decode)
         except Exception as error:  # a picture may not end a run
             self.message(f"The first batch was not drawn ({error}).")
             return

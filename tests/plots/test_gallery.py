@@ -5,6 +5,7 @@ import torch
 
 from d2v_scale.data.batch import Batch
 from d2v_scale.data2vec.config import MaskingConfig
+from d2v_scale.model.config import Kind
 from d2v_scale.plots.gallery import Gallery, draw_gallery, masked
 
 
@@ -38,10 +39,11 @@ def labelled(modality: str) -> tuple[Batch, torch.Tensor | None]:
         ("text", MaskingConfig(kind="bert", prob=0.3), None),
     ],
 )
-def test_every_modality_has_its_pictures(tmp_path: Path, modality: str, masks: MaskingConfig, own: str | None) -> None:
+def test_every_modality_has_its_pictures(tmp_path: Path, modality: Kind, masks: MaskingConfig, own: str | None) -> None:
     batch, valid_bt = labelled(modality)
     states = torch.randn(3, 6, 8)
     gallery = Gallery(
+        kind=modality,
         batch=batch,
         labels=list("ababab") if modality == "vision" else [""] * 6,
         valid_bt=valid_bt,

@@ -36,12 +36,12 @@ def is_picture(path: Path | None) -> bool:
 
 def test_masks_are_drawn_for_every_modality(tmp_path: Path) -> None:
     images = torch.rand(3, 3, 16, 16)
-    assert is_picture(plot_masks(batch("vision", images, 16, grid=(4, 4)), tmp_path / "vision.png"))
+    assert is_picture(plot_masks(batch("vision", images, 16, grid=(4, 4)), "vision", tmp_path / "vision.png"))
     waves = torch.randn(2, 8000)
     valid = torch.arange(8000)[None] < torch.tensor([[8000], [5000]])
-    assert is_picture(plot_masks(batch("speech", waves, 24, valid), tmp_path / "speech.png"))
+    assert is_picture(plot_masks(batch("speech", waves, 24, valid), "speech", tmp_path / "speech.png"))
     tokens = torch.randint(5, 100, (2, 60))
-    assert is_picture(plot_masks(batch("text", tokens, 60), tmp_path / "text.png", decode=lambda i: f"${i}"))
+    assert is_picture(plot_masks(batch("text", tokens, 60), "text", tmp_path / "text.png", decode=lambda i: f"${i}"))
 
 
 def test_features_are_drawn(tmp_path: Path) -> None:

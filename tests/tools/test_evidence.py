@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -19,8 +20,11 @@ sys.path.append(str(TOOLS))
 import evidence  # noqa: E402
 import evidence_sets  # noqa: E402
 import evidence_table  # noqa: E402
+from small_shards import sound_samples  # noqa: E402
 
 from d2v_scale.data.shard_index import SetIndex  # noqa: E402
+from d2v_scale.data.speech import measure  # noqa: E402
+from d2v_scale.data.writing import write_set  # noqa: E402
 from d2v_scale.errors import UserError  # noqa: E402
 
 
@@ -148,6 +152,17 @@ def test_wrong_folders_are_said_before_anything_starts(what: str, tmp_path: Path
     expected = {"missing": "is not a folder", "empty": "holds no set for text", "no text": r"without text \(row 1\)"}
     with pytest.raises(UserError, match=expected[what]):
         evidence_sets.prepare(data, tmp_path / "out", ["text"])
+
+
+def test_samples_that_are_not_read_whole_are_told_in_the_unit_of_what_shards_hold(tmp_path: Path) -> None:
+    long = [*sound_samples(3, seconds=(0.2, 0.4)), *sound_samples(1, seconds=(30.0, 31.0))]
+    samples = [sample | {"__key__": f"sound-{k}"} for k, sample in enumerate(long)]
+    for split in ("train", "test"):
+        write_set(tmp_path, split, "recording", samples, per_shard=9, measure=measure, classes=["a", "b", "c"])
+    real = evidence_sets.RealSet(
+        "speech", "words", str(tmp_path / "train.index.json"), str(tmp_path / "test.index.json")
+    )
+    assert re.search(r"; 25% of the test samples are longer than [\d.]+ s, which is", evidence.describe(real))
 
 
 def test_the_table_has_means_spreads_and_where_2_0_catches_up() -> None:

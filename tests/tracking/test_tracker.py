@@ -51,7 +51,7 @@ def test_the_first_batch_is_drawn_and_a_failure_is_only_said(
         sample_ids=torch.arange(2),
         grid=(4, 4),
     )
-    started(tmp_path).preview(batch)
+    started(tmp_path).preview(batch, "vision")
     assert (tmp_path / "plots" / "first_batch.png").exists() is not broken
     assert ("was not drawn" in capsys.readouterr().out) is broken
     assert len(events(tmp_path, "artifact")) == (0 if broken else 1)

@@ -43,8 +43,7 @@ class Speech(Modality):
     @property
     def stem(self) -> SpeechStem:
         """Its section of the model's configuration."""
-        assert self.model.speech is not None
-        return self.model.speech
+        return self.model.sole(SpeechStem)
 
     @classmethod
     def plain_model(cls, pieces: int | None) -> ModelConfig:

@@ -39,8 +39,7 @@ class Text(Modality):
     @property
     def stem(self) -> TextStem:
         """Its section of the model's configuration."""
-        assert self.model.text is not None
-        return self.model.text
+        return self.model.sole(TextStem)
 
     @classmethod
     def plain_model(cls, pieces: int | None) -> ModelConfig:

@@ -32,8 +32,7 @@ class Vision(Modality):
     @property
     def stem(self) -> VisionStem:
         """Its section of the model's configuration."""
-        assert self.model.vision is not None
-        return self.model.vision
+        return self.model.sole(VisionStem)
 
     @classmethod
     def plain_model(cls, pieces: int | None) -> ModelConfig:
