@@ -54,7 +54,7 @@ def parse(arguments: list[str]) -> tuple[Recipe, Options]:
     arguments, base = _take_recipe(arguments)
     parser = _make_parser()
     try:
-        arguments = recipe_file.mark_arguments(arguments, (Recipe, Options))
+        arguments = recipe_file.mark_arguments(recipe_file.divide_target_lists(arguments), (Recipe, Options))
         values = parser.parse_args([f"--recipe={recipe_file.for_parser(base)}", *arguments])
         sections = parser.instantiate(values)
     except argparse.ArgumentError as error:

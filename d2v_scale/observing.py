@@ -41,8 +41,11 @@ class RunObserver:
         self._ema_waited = 0.0
         self._sources = recipe.data.source_names()
         targets = cast(Teacher, teacher.module).targets
-        pairs = [(targets[s.modality].raw_width, targets[s.modality].width) for s in recipe.data.sources]
+        pairs = [(targets[s.modality][0].raw_width, targets[s.modality][0].width) for s in recipe.data.sources]
         self._widths = pairs if len(pairs) > 1 else None
+        several = [each for each in targets.values() if len(each) > 1]
+        self._targets = list(dict.fromkeys(one.config.called for each in several for one in each))
+        """What more than one target is regressed of is told apart."""
         self._by_source = self._new_breakdown()
         self._measured: set[str] = set()
         """Sources with a step in `_by_source`."""
@@ -73,7 +76,7 @@ class RunObserver:
             self._diagnostics.arm()
 
     def _new_breakdown(self) -> LossBreakdown:
-        return LossBreakdown(self._sources, self._topology.device, self._widths)
+        return LossBreakdown(self._sources, self._topology.device, self._widths, self._targets)
 
     def figures(self, result: StepResult, seen: Observations, samples: int, meter: SpeedMeter) -> dict[str, float]:
         """Of the logged step just done, and of speed and data since the last call. `samples`: seen by the whole run.

@@ -49,6 +49,8 @@ ABOVE_ZERO = (
     "objective.masking.target_count",
     "objective.masking.min_block",
     "objective.masking.clones",
+    "objective.target.weight",
+    "objective.further_targets.*.weight",
     "objective.loss.scale",
     "objective.loss.weight",
     "objective.health.patience",
@@ -105,7 +107,7 @@ SHARES = (
 """Keys that may not be above 1."""
 
 
-_OWN = re.compile(r"^(model|objective)\.(?:vision|speech|text)\.(predictor|masking|target|loss|health)")
+_OWN = re.compile(r"^(model|objective)\.(?:vision|speech|text)\.(predictor|masking|target|further_targets|loss|health)")
 """What a stem does differently is held to the bounds of what it overrides."""
 
 

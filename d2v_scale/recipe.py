@@ -13,6 +13,7 @@ from d2v_scale.checkpoint.config import CheckpointConfig
 from d2v_scale.data.config import DataConfig, SourceConfig
 from d2v_scale.data2vec import block_sizes, masking, targets
 from d2v_scale.data2vec.config import MaskingConfig, ObjectiveConfig, TargetConfig
+from d2v_scale.data2vec.targets import Target
 from d2v_scale.errors import ConfigError
 from d2v_scale.evaluation.config import EvaluationConfig
 from d2v_scale.finetuning.config import TaskConfig
@@ -91,19 +92,22 @@ class Recipe:
             batch_unit=source.batch_unit or self.batch_unit,
         )
 
-    def targets(self) -> dict[Modality, TargetConfig]:
-        """How each stem's targets are made."""
-        return {name: self.objective.of(name).target for name in self.model.modalities}
+    def targets(self) -> dict[Modality, list[TargetConfig]]:
+        """How each stem's targets are made, the first one first."""
+        return {name: self.objective.of(name).targets for name in self.model.modalities}
 
-    def target_widths(self) -> dict[Modality, int]:
-        """Channels of each stem's targets, and of its predictor's output."""
+    def built_targets(self) -> dict[Modality, tuple[Target, ...]]:
+        """Each stem's targets, the first one first."""
         places = {name: modalities.target_place(self.model, name) for name in self.model.modalities}
-        return {name: targets.build(one, places[name]).width for name, one in self.targets().items()}
+        return {name: targets.build_all(each, places[name]) for name, each in self.targets().items()}
+
+    def target_widths(self) -> dict[Modality, dict[str, int]]:
+        """Channels of each stem's targets by their names, the first one first: of its predictor's output and heads."""
+        return {name: targets.widths(each) for name, each in self.built_targets().items()}
 
     def has_target_state(self) -> bool:
         """Whether any stem's target has a state."""
-        places = {name: modalities.target_place(self.model, name) for name in self.model.modalities}
-        return any(targets.build(one, places[name]).initial_state() for name, one in self.targets().items())
+        return any(one.initial_state() for each in self.built_targets().values() for one in each)
 
     def masking(self) -> dict[Modality, MaskingConfig]:
         """What is masked of each stem's samples, sizes of blocks in positions of its axes."""
@@ -160,10 +164,24 @@ class Recipe:
                 key = self.objective.key(stem.name, error.key)
                 raise ConfigError(key, str(error).removeprefix(f"{error.key}: ")) from None
 
+        self._check_shared_heads()
+
+    def _check_shared_heads(self) -> None:
+        """Raises ConfigError where stems that share a predictor would have one head for targets of two widths."""
+        found: dict[str, int] = {}
+        heads = [pair for widths in self.target_widths().values() for pair in list(widths.items())[1:]]
+        for name, width in heads if self.model.predictor.shared else []:
+            if found.setdefault(name, width) != width:
+                raise ConfigError(
+                    "objective.further_targets",
+                    f"{name!r} is {found[name]} wide in one stem and {width} in another, but all share one predictor",
+                    "Give them different names, or set model.predictor.shared to false.",
+                )
+
     def _check_own_objective(self, stem: modalities.Modality, objective: ObjectiveConfig) -> None:
         """Raises ConfigError for what contradicts a stem, whose own values are entered in `objective`."""
         model = self.model
-        target = targets.check(objective.target, modalities.target_place(model, stem.name))
+        target, *_ = targets.check_all(objective.targets, modalities.target_place(model, stem.name))
         if objective.loss.cls_weight > 0 and target.width != model.backbone.width:
             raise ConfigError(
                 "objective.loss.cls_weight",

@@ -13,6 +13,8 @@ from typing import Any
 
 import yaml
 
+from d2v_scale.data2vec.own import OwnTarget
+from d2v_scale.data2vec.target_config import TargetConfig
 from d2v_scale.errors import ConfigError
 from d2v_scale.recipe import Recipe, to_dict
 from d2v_scale.redaction import redact_values
@@ -64,7 +66,7 @@ def load(path: Path) -> dict[str, Any]:
         raise ConfigError("run_dir", f"cannot read {path}: {error}", "Choose another --run_dir.") from error
     if not isinstance(value, dict):
         raise ConfigError("run_dir", f"{path} is not a recipe", "Choose another --run_dir.")
-    return completed(redact_values(value), Recipe)
+    return completed(redact_values(one_first_target(value)), Recipe)
 
 
 def completed(values: dict[str, Any], owner: type) -> dict[str, Any]:
@@ -88,6 +90,7 @@ def completed(values: dict[str, Any], owner: type) -> dict[str, Any]:
 def _section(kind: Any) -> type | None:
     """The configuration class of a key that holds one, none, or a list of them."""
     options = [kind, *typing.get_args(kind)]
+    options += [inner for option in options for inner in typing.get_args(option)]
     return next((one for one in options if isinstance(one, type) and dataclasses.is_dataclass(one)), None)
 
 
@@ -95,11 +98,68 @@ def _as_values(value: Any) -> Any:
     return plain(dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value)  # type: ignore[arg-type]
 
 
+def one_first_target(values: Any) -> Any:
+    """The values of a recipe, with a list of targets, as `objective.target` or a stem's own may be one, divided into
+    the first (`target`) and the others (`further_targets`). Raises ConfigError for a list that cannot be meant."""
+    objective = values.get("objective") if isinstance(values, dict) else None
+    if not isinstance(objective, dict):
+        return values
+    parts = {k: _divided(v, f"objective.{k}") if isinstance(v, dict) else v for k, v in objective.items()}
+    return {**values, "objective": _divided(parts, "objective")}
+
+
+def _divided(section: dict[str, Any], key: str) -> dict[str, Any]:
+    every = section.get("target")
+    if not isinstance(every, list):
+        return section
+    if not every or not all(isinstance(one, dict) for one in every):
+        raise ConfigError(
+            f"{key}.target", f"is {every!r}, no list of targets", "Give each as {kind: ..., weight: ...}."
+        )
+    if section.get("further_targets"):
+        raise ConfigError(f"{key}.further_targets", f"is set beside a list as {key}.target", "Put all into that list.")
+    return {**section, "target": every[0], "further_targets": every[1:]}
+
+
+def divide_target_lists(arguments: list[str]) -> list[str]:
+    """Command-line arguments in which a list as `--objective.target`, or a stem's own, is divided likewise. As in a
+    file, what its first entry does not say is default, whatever the recipe says."""
+    divided: list[str] = []
+    rest = iter(arguments)
+    for argument in rest:
+        key, equals, value = argument.partition("=")
+        if not re.fullmatch(r"--objective\.(\w+\.)?target", key):
+            divided.append(argument)
+            continue
+        value = value if equals else next(rest, "")
+        section = key.removeprefix("--").removesuffix(".target")
+        owner = TargetConfig if section == "objective" else OwnTarget
+        try:
+            every = yaml.safe_load(value)
+        except yaml.YAMLError:
+            every = value
+        if not isinstance(every, list):
+            divided.append(f"{key}={value}")
+            continue
+        found = _divided({"target": every}, section)
+        first = completed(found["target"], owner)
+        divided += [
+            f"{key}={_flow(first)}",
+            f"{key.removesuffix('target')}further_targets={_flow(found['further_targets'])}",
+        ]
+    return divided
+
+
+def _flow(values: Any) -> str:
+    marked = _marked(values, list[TargetConfig] if isinstance(values, list) else TargetConfig)
+    return yaml.safe_dump(marked, default_flow_style=True, width=1_000_000).strip()
+
+
 def for_parser(path: Path) -> str:
     """The content of a recipe's file in a form that leaves the parser nothing to guess; the path itself where only the
     parser can say what is wrong with it."""
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = one_first_target(yaml.safe_load(path.read_text(encoding="utf-8")))
         return _dump(_marked(values, Recipe)) if isinstance(values, dict) else str(path)
     except (OSError, ValueError, yaml.YAMLError):
         return str(path)

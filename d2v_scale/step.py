@@ -1,5 +1,6 @@
 """One optimizer step: student forward, teacher forward, loss, backward, verdict, teacher update."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -11,7 +12,7 @@ from d2v_scale import target_state
 from d2v_scale.breakdown import LossBreakdown
 from d2v_scale.data.batch import Batch
 from d2v_scale.data2vec import ema, loss, statistics
-from d2v_scale.data2vec.config import ObjectiveConfig
+from d2v_scale.data2vec.config import LossConfig, ObjectiveConfig
 from d2v_scale.data2vec.targets import Made, State, Target
 from d2v_scale.model.stack import Draw, Student, Teacher
 from d2v_scale.parallel.groups import Topology
@@ -81,23 +82,24 @@ class StepLoss:
         batches: list[Batch],
         topology: Topology,
         width: int,
-        target: Target,
-        state: State,
+        targets: Sequence[Target],
+        states: Sequence[State],
         breakdown: LossBreakdown | None,
         *,
         observe: bool,
     ) -> None:
-        """`width`: channels of the stem's output; `state`: the target's, {} where it has none or targets are made
+        """`width`: channels of the stem's output; `states`: one a target, {} where it has none or targets are made
         elsewhere. Collective over the data-parallel group: all its ranks must call."""
         self._config = objective.loss
-        self._target, self._state = target, state
-        self.statistics: dict[str, Tensor] = {}
-        """What the micro-batches say about the target's state, added up."""
+        self._targets, self._states = targets, states
+        self.statistics: list[dict[str, Tensor]] = [{} for _ in targets]
+        """What the micro-batches say about each target's state, added up."""
         self._counts = count_step(batches, topology)
         self._factor = topology.data_parallel_size * len(batches)
         self._breakdown = breakdown
         self._observe = observe
-        widths = (target.raw_width, target.width, width)
+        # The first target stands for all: their raw values come from the same teacher.
+        widths = (targets[0].raw_width, targets[0].width, width)
         self.seen = Observations.empty(self._counts[1] / objective.masking.clones, widths, topology.device)
 
     def entered(self, features_btd: Tensor) -> None:
@@ -105,42 +107,44 @@ class StepLoss:
         if self._observe:
             self.seen.count(STEM, features_btd.flatten(0, 1))
 
-    def share(self, batch: Batch, predictions_nd: Tensor, cls_rd: Tensor | None, made: Made) -> Tensor:
-        """What a micro-batch adds to the loss, scaled for DeepSpeed's division."""
-        targets_btd = made.targets_btd
-        width = targets_btd.shape[-1]
-        targets_nd = masked_targets(targets_btd, batch)
+    def share(self, batch: Batch, predictions: Sequence[Tensor], cls_rd: Tensor | None, made: Sequence[Made]) -> Tensor:
+        """What a micro-batch adds to the loss, scaled for DeepSpeed's division. Of every target its predictions, and
+        what was made."""
         self._ask(made)
-        total = loss.masked_loss_sum(predictions_nd, targets_nd, self._config, width)
+        compared = compare(batch, self._targets, predictions, made)
+        targets_btd, targets_nd = made[0].targets_btd, compared[0].targets_nd
+        total = weighted_sum(compared, self._config)
         share = total / self._counts[0].float()
         # Of several modalities only images have a CLS token; a step is of one, on all ranks.
         if self._config.cls_weight > 0 and cls_rd is not None:
             # Of a blank row it is part of the graph, as on every rank, and counts nothing.
-            weight = 0.0 if batch.is_blank else 1.0
-            total = weight * loss.cls_loss_sum(cls_rd, targets_btd, self._config, width)
+            weight = 0.0 if batch.is_blank else compared[0].weight
+            total = weight * loss.cls_loss_sum(cls_rd, targets_btd, self._config, targets_btd.shape[-1])
             share = share + total / self._counts[1].float()
         share = share * self._config.weight if self._config.weight != 1 else share
         self.seen.loss += share.detach()
         if not self._observe and self._breakdown is None:
             return share * self._factor
-        raw_nd = targets_nd if made.raw_btd is targets_btd else masked_targets(made.raw_btd, batch)
+        raw_nd = targets_nd if made[0].raw_btd is targets_btd else masked_targets(made[0].raw_btd, batch)
         if self._observe:
+            predictions_nd = predictions[0]
             self.seen.count(TARGETS, raw_nd)
             self.seen.count(PREDICTIONS, predictions_nd)
             looks = (statistics.effective_rank, statistics.mean_cosine)
             found = [look(x_nd) for x_nd in (raw_nd, predictions_nd) for look in looks]
             self.seen.alignment = torch.stack(found).float()
         if self._breakdown is not None:
-            self._breakdown.add(batch, predictions_nd, targets_nd, raw_nd, self._config)
+            self._breakdown.add(batch, compared, raw_nd, self._config)
         return share * self._factor
 
     @torch.no_grad()
-    def _ask(self, made: Made) -> None:
-        """Add what a micro-batch says about the target's state."""
-        if self._state:
-            assert made.counted_bt is not None
-            said = self._target.statistics(made.raw_btd, made.counted_bt, self._state)
-            self.statistics = {name: x.double() + self.statistics.get(name, 0.0) for name, x in said.items()}
+    def _ask(self, made: Sequence[Made]) -> None:
+        """Add what a micro-batch says about the targets' states."""
+        for number, (target, state, one) in enumerate(zip(self._targets, self._states, made, strict=True)):
+            if state:
+                assert one.counted_bt is not None
+                said, before = target.statistics(one.raw_btd, one.counted_bt, state), self.statistics[number]
+                self.statistics[number] = {name: x.double() + before.get(name, 0.0) for name, x in said.items()}
 
 
 def train_step(
@@ -160,9 +164,10 @@ def train_step(
     """
     width = cast(Student, student.module).config.backbone.width
     stem = batches[0].modality
-    target, state = cast(Teacher, teacher.module).targets[stem], target_state.of(teacher).get(stem, {})
+    targets = cast(Teacher, teacher.module).targets[stem]
+    states = target_state.of(teacher).get(stem) or [{} for _ in targets]
     step_loss = StepLoss(
-        objective.of(stem), batches, student.topology, width, target, state, breakdown, observe=observe
+        objective.of(stem), batches, student.topology, width, targets, states, breakdown, observe=observe
     )
     result = student.train_batches(batches, draw, step_loss, measure=observe)
     if result.applied:
@@ -170,9 +175,25 @@ def train_step(
             teacher.measure()
         with part("ema"), step_loss.seen.ema_time:
             teacher.update(ema.decay(objective.ema, student.completed_updates))
-        if step_loss.statistics:
+        if any(step_loss.statistics):
             target_state.move(teacher, stem, step_loss.statistics)
     return result, step_loss.seen
+
+
+def compare(
+    batch: Batch, targets: Sequence[Target], predictions: Sequence[Tensor], made: Sequence[Made]
+) -> list[loss.Compared]:
+    """Every target of a micro-batch at its masked positions beside its predictions, in training and evaluation."""
+    return [
+        loss.Compared(target.config.called, target.config.weight, x_nd, masked_targets(one.targets_btd, batch))
+        for target, x_nd, one in zip(targets, predictions, made, strict=True)
+    ]
+
+
+def weighted_sum(compared: Sequence[loss.Compared], config: LossConfig) -> Tensor:
+    """Sum over masked positions of the loss, each target's by its weight; an fp32 scalar."""
+    parts = [one.loss_sum(config) * one.weight if one.weight != 1 else one.loss_sum(config) for one in compared]
+    return sum(parts[1:], parts[0])
 
 
 def masked_targets(targets_btd: Tensor, batch: Batch) -> Tensor:

@@ -315,11 +315,11 @@ class ShardedTeacher(EmaTeacher):
             check_cut(self.module, topology)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The forward pass (targets), without gradient. Collective: every rank must call."""
+        """The forward pass (targets, of the first kind), without gradient. Collective: every rank must call."""
         return self._run("forward", args, kwargs)
 
-    def make(self, batch: Any, features_btd: Tensor | None) -> Made:
-        """The module's `make`: targets and what is observed of them. Collective: every rank must call."""
+    def make(self, batch: Any, features_btd: Tensor | None) -> tuple[Made, ...]:
+        """The module's `make`: all targets and what is observed of them. Collective: every rank must call."""
         return self._run("make", (batch, features_btd), {})
 
     def features(self, batch: Any, features_btd: Tensor | None, layers: list[int]) -> list[Tensor]:

@@ -29,7 +29,7 @@ def test_the_loss_by_source_and_by_masked_share_adds_up() -> None:
             source=source,
         )
         predictions_nd, targets_nd = torch.randn(2, sum(hidden), 4, generator=generator)
-        breakdown.add(batch, predictions_nd, targets_nd, targets_nd, config)
+        breakdown.add(batch, [loss.Compared("one", 1.0, predictions_nd, targets_nd)], targets_nd, config)
         total[source] = float(loss.masked_loss_sum(predictions_nd, targets_nd, config, 4))
         first = loss.masked_loss_sum(predictions_nd[: hidden[0]], targets_nd[: hidden[0]], config, 4)
         total[f"{source}0"], total[f"{source}1"] = float(first), total[source] - float(first)
@@ -61,7 +61,7 @@ def test_the_spread_of_each_source_is_that_of_its_own_states() -> None:
                 source=source,
             )
             targets_nd = torch.randn(600, 4, generator=generator) * scale
-            breakdown.add(batch, 2 * targets_nd, targets_nd, targets_nd, LossConfig())
+            breakdown.add(batch, [loss.Compared("one", 1.0, 2 * targets_nd, targets_nd)], targets_nd, LossConfig())
     values = breakdown.figures(OneProcess())  # type: ignore[arg-type]
     assert not any(name.endswith("/c") for name in values)
     for source, scale in scales.items():

@@ -1,6 +1,7 @@
 """State that belongs to targets: when it moves, and what a checkpoint says of it."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,13 @@ PLAIN = {"kind": "average_top_k", "top_k_layers": 2}
 WHITENED = {"kind": "whitened", "top_k_layers": 2}
 
 
-def engines(name: str, target: dict[str, Any], precision: str = "fp32") -> tuple[Any, Any, Recipe]:
+def engines(
+    name: str, target: dict[str, Any], precision: str = "fp32", further: Sequence[TargetConfig] = ()
+) -> tuple[Any, Any, Recipe]:
     clones = 2 if name.startswith("v2") else 1
-    objective = ObjectiveConfig(masking=MaskingConfig(clones=clones), target=TargetConfig(**target))
+    objective = ObjectiveConfig(
+        masking=MaskingConfig(clones=clones), target=TargetConfig(**target), further_targets=list(further)
+    )
     recipe = Recipe(model=tiny_models.model(name), objective=objective)
     numbers = ds_config.RecipeNumbers(precision=precision)  # type: ignore[arg-type]
     config = ds_config.resolve({"zero_optimization": {"stage": 1}}, numbers, recipe.parallel, 1)
@@ -83,7 +88,7 @@ def test_health_is_judged_on_raw_taps() -> None:
     student, teacher, recipe = engines("v1_text", {**WHITENED, "layer_norm": "none"})
     for number in range(3):
         _, seen = step(student, teacher, recipe, "v1_text", number)
-    made = teacher.make(tiny_models.batch("v1_text", 2), None)
+    [made] = teacher.make(tiny_models.batch("v1_text", 2), None)
     spread = float(collapse_statistics(seen, student.topology)["target_std"])
     assert spread == pytest.approx(float(made.raw_btd.std((0, 1)).mean()), rel=0.5)
     assert float(made.targets_btd.std((0, 1)).mean()) == pytest.approx(1, rel=0.5)

@@ -249,7 +249,7 @@ class _Decoder(nn.Module):
     def __init__(self, ours: Any, planar: bool) -> None:
         super().__init__()
         self.convs = copy.deepcopy(ours.convs) if planar else nn.ModuleList(_plain(conv) for conv in ours.convs)
-        layers = [ours.proj] if ours.proj_layers == 1 else [ours.proj1, nn.GELU(), ours.proj2]
+        layers = [ours.proj] if len(ours.projection_names) == 1 else [ours.proj1, nn.GELU(), ours.proj2]
         self.projection = copy.deepcopy(nn.Sequential(*layers))
         self.planar, self.residual, self.dropout = planar, ours.residual, nn.Dropout(ours.dropout)
 

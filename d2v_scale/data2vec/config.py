@@ -4,7 +4,18 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from d2v_scale.data2vec.own import OwnObjective
+from d2v_scale.data2vec.target_config import TargetConfig
 from d2v_scale.merging import merged
+
+__all__ = [
+    "CompatConfig",
+    "EmaConfig",
+    "HealthConfig",
+    "LossConfig",
+    "MaskingConfig",
+    "ObjectiveConfig",
+    "TargetConfig",
+]
 
 
 @dataclass(kw_only=True)
@@ -38,31 +49,6 @@ class MaskingConfig:
     """Smallest block, patches (blockwise)."""
     clones: int = 1
     """M: masks per sample; the teacher runs once for all of them."""
-
-
-@dataclass(kw_only=True)
-class TargetConfig:
-    """How the teacher's taps become a target (spec 1.2)."""
-
-    kind: str = "average_top_k"
-    """`average_top_k`; `last_layer`; `input`: pixels of a patch, samples of a frame; `whitened`: by running moments of
-    every channel; `codes`: the nearest of a growing codebook; or `package.module:Class`, your own
-    (d2v_scale/data2vec/targets)."""
-    tap: Literal["ffn", "block"] = "ffn"
-    """`ffn`: second FFN linear before dropout and residual; `block`: the block's output (1.0 vision)."""
-    top_k_layers: int = 8
-    """K: the last K main blocks are tapped."""
-    layers: list[int] | None = None
-    """Which main blocks are tapped instead, in any choice; the first is 0. Where it is set, `top_k_layers` is not
-    read."""
-    layer_norm: str = "instance"
-    """Parameter-free norms of each tap, joined by `+` and applied in that order, or `none`. `instance`: over time for
-    each sample and channel; `layer`: over channels; `batch`: over samples and time; `group`: over time and channels."""
-    final_norm: str = "none"
-    """Parameter-free norms after the average, written as in `layer_norm`."""
-    options: dict[str, float] | None = None
-    """Numbers that the kind has for itself; null: its defaults. `whitened`: `momentum` (0.999); `codes`: `codes` (256),
-    `momentum` (0.99), `grow_above` (0, share of the variance)."""
 
 
 @dataclass(kw_only=True)
@@ -127,6 +113,9 @@ class ObjectiveConfig:
 
     masking: MaskingConfig = field(default_factory=MaskingConfig)
     target: TargetConfig = field(default_factory=TargetConfig)
+    further_targets: list[TargetConfig] = field(default_factory=list)
+    """What is regressed beside `target`, each with a head of its own and its `weight` in the loss. A list in the place
+    of `objective.target` is read as the first and the further ones; each entry says all that is not default."""
     loss: LossConfig = field(default_factory=LossConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)
     health: HealthConfig = field(default_factory=HealthConfig)
@@ -151,10 +140,18 @@ class ObjectiveConfig:
         if own is not None and own.target.top_k_layers is not None and own.target.layers is None:
             # Its own K is nearer than the layers of all.
             parts["target"] = replace(parts["target"], layers=None)
+        if own is not None and own.further_targets is not None:
+            parts["further_targets"] = own.further_targets
         return replace(self, **parts, vision=None, speech=None, text=None)
+
+    @property
+    def targets(self) -> list[TargetConfig]:
+        """All that is regressed, the first one first."""
+        return [self.target, *self.further_targets]
 
     def key(self, name: str, key: str) -> str:
         """Where the value at a dotted key of this section, as the stem `name` has it, is written."""
         section, _, field = key.removeprefix("objective.").partition(".")
         own = getattr(self.own.get(name), section, None)
-        return key if getattr(own, field, None) is None else f"objective.{name}.{section}.{field}"
+        is_own = own is not None if section == "further_targets" else getattr(own, field, None) is not None
+        return f"objective.{name}.{section}.{field}" if is_own else key

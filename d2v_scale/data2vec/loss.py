@@ -1,9 +1,30 @@
 """How far predictions are from targets, as sums: the caller divides by counts of the whole step (spec 1.3)."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from d2v_scale.data2vec.config import LossConfig
+
+
+class Compared(NamedTuple):
+    """One of the targets of a micro-batch at its masked positions, and what was predicted there."""
+
+    name: str
+    weight: float
+    """Factor on its part of the loss."""
+    predictions_nd: Tensor
+    targets_nd: Tensor
+
+    def losses(self, config: LossConfig) -> Tensor:
+        """float64 (N,): of every position, without the weight."""
+        factor = channel_factor(config, self.targets_nd.shape[1])
+        return elementwise(self.predictions_nd, self.targets_nd, config.beta).sum(dim=1).double() * factor
+
+    def loss_sum(self, config: LossConfig) -> Tensor:
+        """Sum over positions (`masked_loss_sum`), without the weight."""
+        return masked_loss_sum(self.predictions_nd, self.targets_nd, config, self.targets_nd.shape[1])
 
 
 def elementwise(predictions: Tensor, targets: Tensor, beta: float) -> Tensor:

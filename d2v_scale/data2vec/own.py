@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from d2v_scale.data2vec.target_config import TargetConfig
+
 
 @dataclass(kw_only=True)
 class OwnMasking:
@@ -26,6 +28,8 @@ class OwnTarget:
     """How taps become a target, for one stem; null: as in `objective.target`."""
 
     kind: str | None = None
+    name: str | None = None
+    weight: float | None = None
     tap: Literal["ffn", "block"] | None = None
     top_k_layers: int | None = None
     layers: list[int] | None = None
@@ -61,5 +65,7 @@ class OwnObjective:
 
     masking: OwnMasking = field(default_factory=OwnMasking)
     target: OwnTarget = field(default_factory=OwnTarget)
+    further_targets: list[TargetConfig] | None = None
+    """Instead of `objective.further_targets`; null: as there, []: none."""
     loss: OwnLoss = field(default_factory=OwnLoss)
     health: OwnHealth = field(default_factory=OwnHealth)

@@ -10,16 +10,15 @@ import torch
 from torch import Tensor
 
 from d2v_scale.data.batch import Batch
-from d2v_scale.data2vec import loss
 from d2v_scale.data2vec.config import LossConfig
-from d2v_scale.data2vec.targets import Made
+from d2v_scale.data2vec.targets import Made, Target
 from d2v_scale.evaluation.layer_probe import LayerProbe
 from d2v_scale.evaluation.samples import samples_without_labels
 from d2v_scale.model.stack import Draw
 from d2v_scale.parallel.objective import Objective
 from d2v_scale.parallel.zero import StudentEngine
 from d2v_scale.recipe import Recipe
-from d2v_scale.step import masked_targets
+from d2v_scale.step import compare
 from d2v_scale.teacher import EmaTeacher
 
 _SAME_NOISE = Draw(0, 0)
@@ -34,15 +33,15 @@ class HeldOutSet:
         student: StudentEngine,
         teacher: EmaTeacher,
         config: LossConfig,
-        width: int,
+        targets: Sequence[Target],
         *,
         trained_on: bool = False,
     ) -> None:
-        """`width`: channels of the targets. All ranks need the same batches. `trained_on`: they are of the training
-        set, so that there is no held-out loss to speak of."""
+        """`targets`: those of the batches' stem. All ranks need the same batches. `trained_on`: they are of the
+        training set, so that there is no held-out loss to speak of."""
         assert batches, "no batch to measure"
         self._batches, self._student = batches, student
-        self._config, self._width = config, width
+        self._config, self._targets = config, targets
         self._trained_on = trained_on
         self._layers = LayerProbe(student.module, teacher.module, student.topology)
 
@@ -55,13 +54,14 @@ class HeldOutSet:
             return None
         batches = [batch for batch, _ in found.batches]
         name = batches[0].modality
-        loss_config, width = recipe.objective.of(name).loss, recipe.target_widths()[name]
-        return cls(batches, student, teacher, loss_config, width, trained_on=found.trained_on)
+        loss_config, targets = recipe.objective.of(name).loss, recipe.built_targets()[name]
+        return cls(batches, student, teacher, loss_config, targets, trained_on=found.trained_on)
 
     @torch.no_grad()
     def figures(self) -> dict[str, float]:
         """`held_out_loss` (mean over masked positions), `held_out_explained` (1 - squared error / variance of targets),
-        and on the first batch what `LayerProbe.figures` says.
+        of several targets the weighted sum and the share of the first, and both of each as `.../target_<name>`; and on
+        the first batch what `LayerProbe.figures` says.
 
         Each data-parallel rank computes every W-th batch. Collective: all ranks must call; all get the same.
         """
@@ -70,7 +70,7 @@ class HeldOutSet:
         # A rank that has run out repeats its last batch and counts it as nothing: a sharded forward needs every rank.
         turns = range(rank, rank + size * -(-len(self._batches) // size), size)
         mine = [self._batches[min(index, len(self._batches) - 1)].to(topology.device) for index in turns]
-        sums = _Sums(self._config, self._width, [index < len(self._batches) for index in turns], topology.device)
+        sums = _Sums(self._config, self._targets, [index < len(self._batches) for index in turns], topology.device)
         # One rank has the first batch, whatever the world size.
         with self._layers.watching(mine[0] if rank == 0 else None), torch.compiler.set_stance("force_eager"):
             forward_only(mine, self._student, sums)
@@ -95,34 +95,49 @@ def forward_only(batches: list[Batch], student: StudentEngine, objective: Object
 
 
 class _Sums:
-    """An objective that adds up: positions, loss, squared error, and each channel's sum and sum of squares of the
-    targets, in float64 (3 + 2 D,)."""
+    """An objective that adds up, for every target: positions, loss, squared error, and each channel's sum and sum of
+    squares of the targets, in float64 (3 + 2 D,)."""
 
-    def __init__(self, config: LossConfig, width: int, counted: list[bool], device: torch.device) -> None:
+    def __init__(
+        self, config: LossConfig, targets: Sequence[Target], counted: list[bool], device: torch.device
+    ) -> None:
         """`counted`: which of the micro-batches to come count."""
-        self._config, self._width = config, width
+        self._config, self._targets = config, targets
         self._counted = iter(counted)
-        self.values = torch.zeros(3 + 2 * width, dtype=torch.float64, device=device)
+        self._sizes = [3 + 2 * target.width for target in targets]
+        self.values = torch.zeros(sum(self._sizes), dtype=torch.float64, device=device)
 
     def entered(self, features_btd: Tensor) -> None:
         """Not looked at."""
 
-    def share(self, batch: Batch, predictions_nd: Tensor, cls_rd: Tensor | None, made: Made) -> Tensor:
+    def share(self, batch: Batch, predictions: Sequence[Tensor], cls_rd: Tensor | None, made: Sequence[Made]) -> Tensor:
         """Add a micro-batch; gives 0, as nothing is trained."""
         del cls_rd
         if next(self._counted):
-            predictions_nd, targets_nd = predictions_nd.double(), masked_targets(made.targets_btd, batch).double()
-            scalars = (
-                torch.tensor(float(len(targets_nd)), dtype=torch.float64, device=targets_nd.device),
-                loss.masked_loss_sum(predictions_nd, targets_nd, self._config, self._width).double(),
-                (predictions_nd - targets_nd).square().sum(),
-            )
-            self.values += torch.cat((torch.stack(scalars), targets_nd.sum(0), targets_nd.square().sum(0)))
+            found = []
+            for one in compare(batch, self._targets, predictions, made):
+                whole = one._replace(predictions_nd=one.predictions_nd.double(), targets_nd=one.targets_nd.double())
+                targets_nd = whole.targets_nd
+                scalars = (
+                    torch.tensor(float(len(targets_nd)), dtype=torch.float64, device=targets_nd.device),
+                    whole.loss_sum(self._config).double(),
+                    (whole.predictions_nd - targets_nd).square().sum(),
+                )
+                found += [torch.stack(scalars), targets_nd.sum(0), targets_nd.square().sum(0)]
+            self.values += torch.cat(found)
         return torch.zeros((), device=self.values.device)
 
     def figures(self) -> dict[str, float]:
         """Of all that was added, on any rank."""
-        count, total, error = self.values[:3].tolist()
-        sum_d, square_d = self.values[3:].chunk(2)
-        variance = float((square_d - sum_d.square() / max(1.0, count)).sum())
-        return {"held_out_loss": total / max(1.0, count), "held_out_explained": 1 - error / max(variance, 1e-12)}
+        each = {}
+        for target, values in zip(self._targets, self.values.split(self._sizes), strict=True):
+            count, total, error = values[:3].tolist()
+            sum_d, square_d = values[3:].chunk(2)
+            variance = float((square_d - sum_d.square() / max(1.0, count)).sum())
+            each[target.config.called] = total / max(1.0, count), 1 - error / max(variance, 1e-12)
+        weighted = sum(target.config.weight * each[target.config.called][0] for target in self._targets)
+        figures = {"held_out_loss": weighted, "held_out_explained": each[self._targets[0].config.called][1]}
+        if len(each) > 1:
+            for name, (loss, explained) in each.items():
+                figures |= {f"held_out_loss/target_{name}": loss, f"held_out_explained/target_{name}": explained}
+        return figures

@@ -23,7 +23,8 @@ from d2v_scale.interop.keymap import import_tensors
 from d2v_scale.interop.reference_config import Reference, from_fairseq
 from d2v_scale.interop.reference_names import reference_keys, teacher_prefix
 from d2v_scale.interop.reference_vision import from_data2vec_vision
-from d2v_scale.model.stack import Draw, Student, StudentOutput, Teacher
+from d2v_scale.model.layers import StudentOutput
+from d2v_scale.model.stack import Draw, Student, Teacher
 
 
 class Fixture:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from d2v_scale.data2vec.statistics import moments, std_from_moments
 from d2v_scale.interop.golden import Fixture, Replay
 from d2v_scale.interop.keymap import export_tensors
-from d2v_scale.model.stack import StudentOutput
+from d2v_scale.model.layers import StudentOutput
 from d2v_scale.optim import OptimConfig, make_optimizer, set_rates
 
 ACTIVATIONS_ABSOLUTE = 2e-5

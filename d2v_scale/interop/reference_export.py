@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from d2v_scale.checkpoint import Checkpoint
-from d2v_scale.data2vec.config import ObjectiveConfig, TargetConfig
-from d2v_scale.data2vec.targets import Place, build
+from d2v_scale.data2vec.config import ObjectiveConfig
+from d2v_scale.data2vec.targets import TARGETS, Place, build
 from d2v_scale.errors import CheckpointError
 from d2v_scale.interop.keymap import export_tensors
 from d2v_scale.interop.reference_names import reference_keys
@@ -22,12 +22,17 @@ def export_reference(checkpoint: Checkpoint, recipe: Recipe, modality: Modality,
 
     Raises `CheckpointError` where the reference has no such model.
     """
-    model, parts = recipe.model, recipe.parts()
-    if recipe.objective.of(modality).masking.kind == "blocks":
+    model, parts, objective = recipe.model, recipe.parts(), recipe.objective.of(modality)
+    if objective.masking.kind == "blocks":
         raise CheckpointError(
             "masks of kind 'blocks' have no name in the reference's configuration.",
             "Export the encoder to Hugging Face's format instead.",
         )
+    # What the reference has no words for is refused before anything is read or written.
+    if modality == "vision" and not model.visible_only:
+        settings, loop = data2vec_vision_settings(model, objective)
+    else:
+        settings, loop = fairseq_settings(model, objective, parts, modality), {}
     keymap = reference_keys(model, modality)
     student = dict(export_tensors(keymap, _reader(checkpoint, "student")))
     teacher_names = set(checkpoint.names("teacher"))
@@ -35,7 +40,6 @@ def export_reference(checkpoint: Checkpoint, recipe: Recipe, modality: Modality,
     teacher = dict(export_tensors(keymap, _reader(checkpoint, "teacher"), only=owned))
     out.mkdir(parents=True, exist_ok=True)
     if modality == "vision" and not model.visible_only:
-        settings, loop = data2vec_vision_settings(model, recipe.objective)
         content: dict[str, Any] = {"model": student, "model_settings": settings, "args": loop}
         if teacher:
             content["model_ema"] = teacher
@@ -48,7 +52,7 @@ def export_reference(checkpoint: Checkpoint, recipe: Recipe, modality: Modality,
             content = {"model": {**student, nested: short}}
         else:
             content = {"model": dict(student)}
-        content["cfg"] = {"model": fairseq_settings(model, recipe.objective, parts, modality)}
+        content["cfg"] = {"model": settings}
         if model.text is not None:
             stem = model.text
             content["special_words"] = {
@@ -96,9 +100,16 @@ def _norm_flags(objective: ObjectiveConfig) -> dict[str, bool]:
     return flags | {f"{n}_norm_targets": n in final for n in order_final}
 
 
-def _averaged_layers(target: TargetConfig, depth: int) -> tuple[int, ...]:
-    """The blocks whose mean the targets are. Raises CheckpointError for targets of another kind."""
-    if target.kind not in ("average_top_k", "last_layer"):
+def _averaged_layers(objective: ObjectiveConfig, depth: int) -> tuple[int, ...]:
+    """The blocks whose mean the targets are. Raises CheckpointError for targets of another kind, and for several."""
+    target = objective.target
+    if objective.further_targets:
+        raise CheckpointError(
+            f"targets {', '.join(one.called for one in objective.targets)} are several, and the reference's "
+            "configuration has one.",
+            "Export the encoder to Hugging Face's format instead.",
+        )
+    if target.kind not in TARGETS or not TARGETS[target.kind].in_reference:
         raise CheckpointError(
             f"targets of kind {target.kind!r} have no name in the reference's configuration, which knows averages of "
             "blocks.",
@@ -108,7 +119,7 @@ def _averaged_layers(target: TargetConfig, depth: int) -> tuple[int, ...]:
 
 
 def _common(objective: ObjectiveConfig, depth: int) -> dict[str, Any]:
-    layers = _averaged_layers(objective.target, depth)
+    layers = _averaged_layers(objective, depth)
     if layers[-1] != depth - 1 or layers[0] != depth - len(layers):
         raise CheckpointError(f"fairseq averages the last blocks; this model's targets are of blocks {list(layers)}.")
     return {
@@ -273,7 +284,7 @@ def data2vec_vision_settings(model: ModelConfig, objective: ObjectiveConfig) -> 
     """Model arguments and training-loop arguments of data2vec_vision."""
     assert model.vision is not None
     backbone, target = model.backbone, objective.target
-    layers = _averaged_layers(target, backbone.depth)
+    layers = _averaged_layers(objective, backbone.depth)
     if (
         target.tap != "block"
         or target.layer_norm not in ("layer", "none")

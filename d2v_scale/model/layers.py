@@ -4,7 +4,7 @@ The student's stack and the teacher's are built and run from the same list, so t
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -106,6 +106,26 @@ class Carry:
     """Leading positions that are not part of the input (CLS)."""
     position: Tensor | None = None
     """The parameter that the position bias is made from, where a later part of the layers will need it."""
+
+
+class StudentOutput(NamedTuple):
+    """What the student's forward gives."""
+
+    predictions_nd: Tensor
+    """At masked positions, row-major over (r, t)."""
+    features_btd: Tensor
+    """Stem features before masking, detached: what a teacher that shares them is given."""
+    encoder_rsd: Tensor
+    """Output of the encoder without extra tokens: all positions (1.0) or the visible ones, ascending (2.0)."""
+    cls_rd: Tensor | None
+    """Output at the CLS token (2.0 vision)."""
+    further: tuple[Tensor, ...] = ()
+    """Predictions of further targets, each (N, W)."""
+
+    @property
+    def predictions(self) -> tuple[Tensor, ...]:
+        """Of all targets, the first one's first."""
+        return (self.predictions_nd, *self.further)
 
 
 def rows_of(x_btd: Tensor, kept_rs: Tensor | None, clones: int) -> Tensor:

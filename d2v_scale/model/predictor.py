@@ -1,6 +1,12 @@
-"""From student states to predicted targets, at masked positions only."""
+"""From student states to predicted targets, at masked positions only.
+
+One target is predicted by the predictor's own projection. Each further one has a head `predictors.STEM.NAME`: a
+projection of the same make, of its own width, on the same decoder. The decoder is where a predictor's work is, and one
+that serves several targets costs about what it costs for one; a whole decoder for each would double the student's tail.
+"""
 
 import itertools
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -15,41 +21,85 @@ from d2v_scale.model.vision import BEIT
 
 SMALL = InitRule("normal", 0.02)
 
+Widths = Mapping[Modality, Mapping[str, int]]
+"""Channels of each stem's targets by their names, the first one first."""
 
-class LinearPredictor(nn.Module):
+
+class _Projection(nn.Module):
+    """What ends in the targets' width: one linear, or two with GELU between, twice as wide there."""
+
+    def build_projection(self, names: tuple[str, ...], inputs: int, outputs: int, rule: InitRule | None) -> None:
+        """Add linears of these names. `rule`: of their initial values; None: torch's."""
+        self.projection_names = names
+        widths = [inputs, *[2 * inputs] * (len(names) - 1), outputs]
+        for name, (before, after) in zip(names, itertools.pairwise(widths), strict=True):
+            layer = cpu_ops.Linear(before, after)
+            if rule is not None:
+                linear_rules(layer, rule)
+            self.add_module(name, layer)
+
+    def build_heads(self, heads: Mapping[str, int], inputs: int, rule: InitRule | None) -> None:
+        """Add a head of this width for each further target, after the own projection."""
+        for name, outputs in heads.items():
+            self.add_module(name, Head(self.projection_names, inputs, outputs, rule))
+
+    def project(self, x_nd: Tensor) -> Tensor:
+        """(N, D) to predictions (N, W)."""
+        first, *others = (self.get_submodule(name) for name in self.projection_names)
+        x_nd = first(x_nd)
+        for layer in others:
+            x_nd = layer(F.gelu(x_nd))
+        return x_nd
+
+    def predict(self, x_nd: Tensor, heads: tuple[str, ...]) -> tuple[Tensor, ...]:
+        """(N, D) to predictions of the first target, and of those whose heads these are."""
+        return self.project(x_nd), *(self.get_submodule(name)(x_nd) for name in heads)
+
+
+class Head(_Projection):
+    """Predicts one further target."""
+
+    def __init__(self, names: tuple[str, ...], inputs: int, outputs: int, rule: InitRule | None) -> None:
+        super().__init__()
+        self.build_projection(names, inputs, outputs, rule)
+
+    def forward(self, x_nd: Tensor) -> Tensor:
+        """(N, D) to predictions (N, W)."""
+        return self.project(x_nd)
+
+
+class LinearPredictor(_Projection):
     """D to the targets' width, which is D, too, in 1.0 speech and vision."""
 
-    def __init__(self, config: ModelConfig, outputs: int) -> None:
+    def __init__(self, config: ModelConfig, outputs: int, heads: Mapping[str, int]) -> None:
         super().__init__()
-        self.proj = cpu_ops.Linear(config.backbone.width, outputs)
-        if config.init == "beit":
-            linear_rules(self.proj, BEIT)
+        width, rule = config.backbone.width, BEIT if config.init == "beit" else None
+        self.build_projection(("proj",), width, outputs, rule)
+        self.build_heads(heads, width, rule)
 
-    def forward(self, x_nd: Tensor) -> Tensor:
-        """States at masked positions (N, D) to predictions (N, W)."""
-        return self.proj(x_nd)
+    def forward(self, x_nd: Tensor, heads: tuple[str, ...]) -> tuple[Tensor, ...]:
+        """States at masked positions (N, D) to predictions (N, W): see `_Projection.predict`."""
+        return self.predict(x_nd, heads)
 
 
-class MlpPredictor(nn.Module):
+class MlpPredictor(_Projection):
     """D to 2D, GELU, to the targets' width (1.0 text: D)."""
 
-    def __init__(self, config: ModelConfig, outputs: int) -> None:
+    def __init__(self, config: ModelConfig, outputs: int, heads: Mapping[str, int]) -> None:
         super().__init__()
         width = config.backbone.width
-        self.fc1 = cpu_ops.Linear(width, 2 * width)
-        self.fc2 = cpu_ops.Linear(2 * width, outputs)
-        for layer in (self.fc1, self.fc2):
-            linear_rules(layer, SMALL)
+        self.build_projection(("fc1", "fc2"), width, outputs, SMALL)
+        self.build_heads(heads, width, SMALL)
 
-    def forward(self, x_nd: Tensor) -> Tensor:
-        """States at masked positions (N, D) to predictions (N, W)."""
-        return self.fc2(F.gelu(self.fc1(x_nd)))
+    def forward(self, x_nd: Tensor, heads: tuple[str, ...]) -> tuple[Tensor, ...]:
+        """States at masked positions (N, D) to predictions (N, W): see `_Projection.predict`."""
+        return self.predict(x_nd, heads)
 
 
-class ConvPredictor(nn.Module):
+class ConvPredictor(_Projection):
     """The 2.0 decoder: visible states and noise back in their places, grouped convolutions, projection (spec 4.2)."""
 
-    def __init__(self, config: ModelConfig, modality: Modality, outputs: int) -> None:
+    def __init__(self, config: ModelConfig, modality: Modality, outputs: int, heads: Mapping[str, int]) -> None:
         super().__init__()
         spec, width = config.predictor, config.backbone.width
         stem = modalities.of(config, modality)
@@ -65,23 +115,22 @@ class ConvPredictor(nn.Module):
         if spec.final_norm:
             self.norm = nn.LayerNorm(spec.width, config.backbone.norm_eps)
         self.final_norm = spec.final_norm
-        self.proj_layers = spec.proj_layers
-        if spec.proj_layers == 1:
-            self.proj = cpu_ops.Linear(spec.width, outputs)
-            projections = [self.proj]
-        else:
-            self.proj1 = cpu_ops.Linear(spec.width, 2 * spec.width)
-            self.proj2 = cpu_ops.Linear(2 * spec.width, outputs)
-            projections = [self.proj1, self.proj2]
-        if stem.decoder_projection_std is not None and not spec.shared:
-            for layer in projections:
-                linear_rules(layer, InitRule("normal", stem.decoder_projection_std))
+        std = None if spec.shared else stem.decoder_projection_std
+        rule = None if std is None else InitRule("normal", std)
+        self.build_projection(("proj",) if spec.proj_layers == 1 else ("proj1", "proj2"), spec.width, outputs, rule)
+        self.build_heads(heads, spec.width, rule)
 
     def forward(
-        self, visible_rsd: Tensor, visible_rs: Tensor, masked_n: Tensor, noise_nd: Tensor, grid: tuple[int, ...]
-    ) -> Tensor:
-        """Visible states (R, S, D) at `visible_rs` and noise (N, D) at flat `masked_n` to predictions (N, W). `grid`:
-        how the positions lie (`Batch.extents`)."""
+        self,
+        visible_rsd: Tensor,
+        visible_rs: Tensor,
+        masked_n: Tensor,
+        noise_nd: Tensor,
+        grid: tuple[int, ...],
+        heads: tuple[str, ...],
+    ) -> tuple[Tensor, ...]:
+        """Visible states (R, S, D) at `visible_rs` and noise (N, D) at flat `masked_n` to predictions (N, W): see
+        `_Projection.predict`. `grid`: how the positions lie (`Batch.extents`)."""
         rows, kept, width = visible_rsd.shape
         visible_rsd = cpu_ops.dropout(visible_rsd, self.dropout, self.training)
         length = kept + masked_n.shape[0] // max(1, rows)
@@ -96,7 +145,7 @@ class ConvPredictor(nn.Module):
         out_nd = x.reshape(rows * length, -1).index_select(0, masked_n)
         if self.final_norm:
             out_nd = self.norm(out_nd)
-        return self.proj(out_nd) if self.proj_layers == 1 else self.proj2(F.gelu(self.proj1(out_nd)))
+        return self.predict(out_nd, heads)
 
     def _layer(self, conv: nn.Module, x: Tensor) -> Tensor:
         out = conv(x.movedim(-1, 1)).movedim(1, -1) if self.planar else conv(x)
@@ -106,12 +155,24 @@ class ConvPredictor(nn.Module):
         return out + x if self.residual and out.shape[-1] == x.shape[-1] else out
 
 
-def build_predictor(config: ModelConfig, modality: Modality, outputs: int) -> nn.Module:
-    """The predictor that `config.predictor.kind` names, of targets with so many channels."""
+def build_predictors(configs: Mapping[Modality, ModelConfig], target_widths: Widths) -> dict[str, nn.Module]:
+    """Of stems, each as a model of its own (`ModelConfig.of`), by the name below `predictors`; one that several stems
+    share has the heads of all. Stems that `target_widths` lacks have one target, of the model's width."""
+    heads: dict[str, dict[str, int]] = {}
+    first: dict[str, tuple[ModelConfig, Modality, int]] = {}
+    for modality, one in configs.items():
+        name = one.predictor_name
+        widths = dict(target_widths.get(modality) or {"": one.backbone.width})
+        first[name] = one, modality, widths.pop(next(iter(widths)))
+        heads[name] = heads.get(name, {}) | widths
+    return {name: _build_predictor(*what, heads[name]) for name, what in first.items()}
+
+
+def _build_predictor(config: ModelConfig, modality: Modality, outputs: int, heads: Mapping[str, int]) -> nn.Module:
     match config.predictor.kind:
         case "linear":
-            return LinearPredictor(config, outputs)
+            return LinearPredictor(config, outputs, heads)
         case "mlp":
-            return MlpPredictor(config, outputs)
+            return MlpPredictor(config, outputs, heads)
         case _:
-            return ConvPredictor(config, modality, outputs)
+            return ConvPredictor(config, modality, outputs, heads)

@@ -1,8 +1,7 @@
 """Student and teacher: two stacks from one list of layers."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +15,9 @@ from d2v_scale.errors import ConfigError
 from d2v_scale.model.block import Block, beit_depth_scale, with_zero_gradient
 from d2v_scale.model.config import Modality, ModelConfig, TeacherParts
 from d2v_scale.model.init import InitRule
-from d2v_scale.model.layers import Carry, LayerSpec, Section, describe
+from d2v_scale.model.layers import Carry, LayerSpec, Section, StudentOutput, describe
 from d2v_scale.model.position_bias import add_padding
-from d2v_scale.model.predictor import ConvPredictor, build_predictor
+from d2v_scale.model.predictor import ConvPredictor, Widths, build_predictors
 from d2v_scale.model.stem import Stem
 from d2v_scale.model.vision import BEIT
 
@@ -35,19 +34,6 @@ class Draw:
     """Optimizer step, not micro-batch."""
 
 
-class StudentOutput(NamedTuple):
-    """What the student's forward gives."""
-
-    predictions_nd: Tensor
-    """At masked positions, row-major over (r, t)."""
-    features_btd: Tensor
-    """Stem features before masking, detached: what a teacher that shares them is given."""
-    encoder_rsd: Tensor
-    """Output of the encoder without extra tokens: all positions (1.0) or the visible ones, ascending (2.0)."""
-    cls_rd: Tensor | None
-    """Output at the CLS token (2.0 vision)."""
-
-
 class _Stack(nn.Module):
     """The layers of `describe(config, modality)` that exist here, and how each one moves the carry."""
 
@@ -57,7 +43,7 @@ class _Stack(nn.Module):
         names: list[Modality],
         parts: TeacherParts | None,
         section: Section | None,
-        target_widths: Mapping[Modality, int],
+        target_widths: Widths,
     ) -> None:
         super().__init__()
         self.config = config
@@ -82,9 +68,7 @@ class _Stack(nn.Module):
         if self.section.ends and backbone.final_norm and exists("final_norm"):
             self.final_norm = nn.LayerNorm(backbone.width, backbone.norm_eps)
         if self.section.ends and exists("predictors"):
-            widths = {m: target_widths.get(m, backbone.width) for m in names}
-            predictors = {one.predictor_name: build_predictor(one, m, widths[m]) for m, one in self.configs.items()}
-            self.predictors = nn.ModuleDict(predictors)
+            self.predictors = nn.ModuleDict(build_predictors(self.configs, target_widths))
         if config.compile:
             for module in self.modules():
                 if isinstance(module, Block):
@@ -156,12 +140,14 @@ class Student(_Stack):
         names: list[Modality] | None = None,
         section: Section | None = None,
         parts: TeacherParts | None = None,
-        target_widths: Mapping[Modality, int] | None = None,
+        target_widths: Widths | None = None,
     ) -> None:
         """Parameters are unfilled until `initialize` or a checkpoint writes them. Torch distributed and megatron's
         parallel_state must be initialised. `names`: the stems to build; `section`: the part of the layers; `parts`:
-        what of them exists here. None: all. `target_widths`: channels of each stem's targets; None: the model's."""
+        what of them exists here. None: all. `target_widths`: of each stem's targets; None: one, of the model's
+        width."""
         super().__init__(config, config.modalities if names is None else names, parts, section, target_widths or {})
+        self._heads = {name: tuple(widths)[1:] for name, widths in (target_widths or {}).items()}
         backbone = config.backbone
         self._has_dropout = bool(backbone.dropout or backbone.attention_dropout or backbone.activation_dropout)
 
@@ -172,8 +158,8 @@ class Student(_Stack):
         """
         carry, features_btd = self.enter(batch)
         self.run_blocks(batch, carry, draw)
-        predictions_nd, encoder_rsd, cls_rd = self.leave(batch, carry, draw, noise_rtd)
-        return StudentOutput(predictions_nd, features_btd.detach(), encoder_rsd, cls_rd)
+        (predictions_nd, *further), encoder_rsd, cls_rd = self.leave(batch, carry, draw, noise_rtd)
+        return StudentOutput(predictions_nd, features_btd.detach(), encoder_rsd, cls_rd, tuple(further))
 
     def encode(self, batch: Batch, draw: Draw, features_btd: Tensor | None = None, *, masked: bool = False) -> Tensor:
         """Output (B, T, D) of the last block on unmasked inputs, without extra tokens and final norm.
@@ -208,15 +194,15 @@ class Student(_Stack):
 
     def leave(
         self, batch: Batch, carry: Carry, draw: Draw, noise_rtd: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Predictions (N, D), encoder output (R, S, D) and CLS output (R, D): see `StudentOutput`."""
+    ) -> tuple[tuple[Tensor, ...], Tensor, Tensor | None]:
+        """Predictions (N, W) of every target, encoder output (R, S, D) and CLS output (R, D): see `StudentOutput`."""
         x_rsd = carry.states_rsd
         if self.config.backbone.final_norm:
             x_rsd = self.final_norm(x_rsd)
         encoder_rsd = x_rsd[:, carry.extra_tokens :]
-        predictions_nd = self._predict(batch, encoder_rsd, draw, noise_rtd)
+        predictions = self._predict(batch, encoder_rsd, draw, noise_rtd)
         cls_rd = x_rsd[:, carry.extra_tokens - 1] if self.config.visible_only and carry.extra_tokens else None
-        return predictions_nd, encoder_rsd, cls_rd
+        return predictions, encoder_rsd, cls_rd
 
     def _run_block(self, block: nn.Module, carry: Carry, scale_2r11: Tensor | None) -> Tensor:
         arguments = (carry.states_rsd, carry.attention_bias, scale_2r11)
@@ -226,13 +212,14 @@ class Student(_Stack):
             states_rsd, _ = block(*arguments)
         return states_rsd
 
-    def _predict(self, batch: Batch, encoder_rsd: Tensor, draw: Draw, noise_rtd: Tensor | None) -> Tensor:
-        one = self.configs[batch.modality]
+    def _predict(self, batch: Batch, encoder_rsd: Tensor, draw: Draw, noise_rtd: Tensor | None) -> tuple[Tensor, ...]:
+        one, heads = self.configs[batch.modality], self._heads.get(batch.modality, ())
         predictor = self.predictors[one.predictor_name]
         masked_n = batch.layout.masked_n
         width = encoder_rsd.shape[-1]
         if not isinstance(predictor, ConvPredictor):
-            return predictor(encoder_rsd.reshape(-1, width).index_select(0, masked_n))
+            found: tuple[Tensor, ...] = predictor(encoder_rsd.reshape(-1, width).index_select(0, masked_n), heads)
+            return found
         if noise_rtd is not None:
             noise_nd = noise_rtd.reshape(-1, width).index_select(0, masked_n)
         else:
@@ -240,7 +227,7 @@ class Student(_Stack):
             keys_n = self._row_keys(batch, draw).index_select(0, masked_n // length) + masked_n % length
             noise_nd = stateless.normal(stateless.row_keys(keys_n, "decoder noise"), width)
             noise_nd = noise_nd * one.predictor.noise_std
-        return predictor(encoder_rsd, batch.layout.visible_rs, masked_n, noise_nd, batch.extents)
+        return predictor(encoder_rsd, batch.layout.visible_rs, masked_n, noise_nd, batch.extents, heads)
 
     def _row_keys(self, batch: Batch, draw: Draw) -> Tensor:
         """int64 (R,): a key for each row from (seed, step, sample id, clone)."""
@@ -274,18 +261,21 @@ class Teacher(_Stack):
     def __init__(
         self,
         config: ModelConfig,
-        target: TargetConfig | Mapping[Modality, TargetConfig] | None,
+        target: TargetConfig | Mapping[Modality, Sequence[TargetConfig]] | None,
         parts: TeacherParts,
         section: Section | None = None,
     ) -> None:
-        """`target`: one for all stems, or by the stem's name; None: no targets are made."""
-        named = dict.fromkeys(config.modalities, target) if isinstance(target, TargetConfig) else dict(target or {})
-        built = {m: targets.build(one, modalities.target_place(config, m)) for m, one in named.items() if one}
-        super().__init__(config, config.modalities, parts, section, {m: one.width for m, one in built.items()})
+        """`target`: one for all stems, or all of each by the stem's name; None: no targets are made."""
+        every = {m: [target] for m in config.modalities} if isinstance(target, TargetConfig) else target or {}
+        built = {m: targets.build_all(each, modalities.target_place(config, m)) for m, each in every.items()}
+        super().__init__(
+            config, config.modalities, parts, section, {m: targets.widths(each) for m, each in built.items()}
+        )
         self.targets = built
-        """How targets are made, by stem."""
-        self.state: dict[Modality, targets.State] = {}
-        """The state of those that have one, in fp32 whatever the module is cast to, on the stage that makes targets."""
+        """How targets are made, by stem; the first one first."""
+        self.state: dict[Modality, list[targets.State]] = {}
+        """The state of each target of a stem ({}: it has none), in fp32 whatever the module is cast to, on the stage
+        that makes targets; only stems that have some."""
         self.requires_grad_(False)
         super().train(False)
 
@@ -300,22 +290,28 @@ class Teacher(_Stack):
 
     @torch.no_grad()
     def forward(self, batch: Batch, features_btd: Tensor | None = None) -> Tensor:
-        """Targets, fp32 (B, T, D), of the unmasked samples. `features_btd`: the student's, where they are shared."""
-        return self.make(batch, features_btd).targets_btd
+        """Targets, fp32 (B, T, W), of the unmasked samples, those of the first kind. `features_btd`: the student's,
+        where they are shared."""
+        return self.make(batch, features_btd)[0].targets_btd
 
     @torch.no_grad()
-    def make(self, batch: Batch, features_btd: Tensor | None = None) -> targets.Made:
-        """The targets, and what is observed of them. Arguments as for `forward`."""
+    def make(self, batch: Batch, features_btd: Tensor | None = None) -> tuple[targets.Made, ...]:
+        """All targets, and what is observed of them. Arguments as for `forward`."""
         return self.leave(batch, self.run_blocks(batch, self.enter(batch, features_btd)))
 
     def begin_state(self, device: torch.device) -> None:
         """Give targets that have a state the one that a run begins with. Local."""
-        initial = {m: target.initial_state() for m, target in self.targets.items() if self.section.ends}
-        self.state = {m: {n: x.to(device) for n, x in one.items()} for m, one in initial.items() if one}
+        if self.section.ends:
+            initial = {m: [target.initial_state() for target in each] for m, each in self.targets.items()}
+            self.state = {
+                m: [{n: x.to(device) for n, x in one.items()} for one in each]
+                for m, each in initial.items()
+                if any(each)
+            }
 
-    def taps_before(self, modality: Modality, block: int) -> int:
-        """How many of the tapped main blocks come before this one."""
-        return sum(layer < block for layer in self.targets[modality].layers)
+    def taps_before(self, modality: Modality, block: int) -> list[bool]:
+        """For each target whether a main block that it taps comes before this one."""
+        return [any(layer < block for layer in target.layers) for target in self.targets[modality]]
 
     def enter(self, batch: Batch, features_btd: Tensor | None) -> Carry:
         """The stem on the unmasked input: what the first block gets."""
@@ -330,23 +326,31 @@ class Teacher(_Stack):
         """What the first block of a later section gets: the states and `Carry.position` of the section before."""
         return self._carry(batch, states_rsd, self._valid(batch, batch.inputs), position, masked=False)
 
-    def run_blocks(self, batch: Batch, carry: Carry, running_btd: Tensor | None = None) -> Tensor | None:
-        """Move the carry through the blocks that are here, and add their taps to the running sum."""
-        target = self.targets[batch.modality]
+    def run_blocks(
+        self, batch: Batch, carry: Carry, running: Sequence[Tensor | None] | None = None
+    ) -> list[Tensor | None]:
+        """Move the carry through the blocks that are here, and add their taps to the running sum of each target."""
+        made = self.targets[batch.modality]
+        running = [None] * len(made) if running is None else list(running)
         for layer, block in self._blocks(batch.modality):
             carry.states_rsd, ffn_rsd = block(carry.states_rsd, carry.attention_bias, None)
-            if layer.main in target.layers:
-                tap_rsd = ffn_rsd if target.config.tap == "ffn" else carry.states_rsd
-                running_btd = target.add(running_btd, tap_rsd[:, carry.extra_tokens :])
-        return running_btd
+            for number, target in enumerate(made):
+                if layer.main in target.layers:
+                    tap_rsd = ffn_rsd if target.config.tap == "ffn" else carry.states_rsd
+                    running[number] = target.add(running[number], tap_rsd[:, carry.extra_tokens :])
+        return running
 
-    def leave(self, batch: Batch, running_btd: Tensor | None) -> targets.Made:
-        """The targets of the sum of all taps."""
-        target, state = self.targets[batch.modality], self.state.get(batch.modality, {})
+    def leave(self, batch: Batch, running: Sequence[Tensor | None]) -> tuple[targets.Made, ...]:
+        """The targets of the sums of all taps."""
+        every = self.targets[batch.modality]
+        states = self.state.get(batch.modality) or [{}] * len(every)
         stem = modalities.of(self.config, batch.modality)
-        inputs_btd = stem.input_values(batch) if target.reads_inputs else None
-        counted_bt = self._counted(batch) if state else None
-        return targets.make(target, running_btd, inputs_btd, counted_bt, state)
+        inputs_btd = stem.input_values(batch) if any(target.reads_inputs for target in every) else None
+        counted_bt = self._counted(batch) if any(states) else None
+        return tuple(
+            targets.make(target, running_btd, inputs_btd, counted_bt, state)
+            for target, running_btd, state in zip(every, running, states, strict=True)
+        )
 
     def _counted(self, batch: Batch) -> Tensor:
         """fp32 (B, T): 1 where a position is of the input, 0 in padding and rows that stand for no sample."""

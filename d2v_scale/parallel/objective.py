@@ -1,5 +1,6 @@
 """What an engine runs micro-batches into, whatever the topology."""
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from torch import Tensor
@@ -14,6 +15,6 @@ class Objective(Protocol):
     def entered(self, features_btd: Tensor) -> None:
         """The stem has made these features of a micro-batch; called where the stem is."""
 
-    def share(self, batch: Batch, predictions_nd: Tensor, cls_rd: Tensor | None, made: Made) -> Tensor:
+    def share(self, batch: Batch, predictions: Sequence[Tensor], cls_rd: Tensor | None, made: Sequence[Made]) -> Tensor:
         """What a micro-batch adds to the loss, scaled for DeepSpeed's division, a scalar with gradient; called where
-        predictions are made."""
+        predictions are made. Of every target its predictions (N, W), and what was made."""

@@ -1,7 +1,7 @@
 """The student in DeepSpeed's pipeline, and beside it, in every stage, the teacher of the same layers.
 
-Every stage holds a section of the one list of layers. A micro-batch's student states, teacher states and running sum of
-taps travel together, so targets arrive where the predictions are made, and each stage updates its teacher alone. The
+Every stage holds a section of the one list of layers. A micro-batch's student states, teacher states and running sums
+of taps travel together, so targets arrive where the predictions are made, and each stage updates its teacher alone. The
 batch itself does not travel: every rank of the pipeline has it (`feed`), and knows from it the shapes of what does.
 
 DeepSpeed wants a gradient for every float that crosses a boundary. The student's states have one, and so has the
@@ -89,7 +89,7 @@ class Stage(nn.Module):
     def _run(self, batch: Batch, received: Tensor | tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
         student, (teacher,), section = self.student, self._teacher, self.student.section
         assert self._objective is not None
-        total_btd = None
+        running: list[Tensor | None] | None = None
         features_btd = None
         with part("student"):
             if section.starts:
@@ -97,7 +97,7 @@ class Stage(nn.Module):
                 self._objective.entered(features_btd)
             else:
                 arrived = _unpack(cast(tuple[Tensor, ...], received), teacher, batch)
-                states_rsd, position, teacher_states_bsd, teacher_position, total_btd = arrived
+                states_rsd, position, teacher_states_bsd, teacher_position, running = arrived
                 carry = student.resume(batch, states_rsd, position)
             student.run_blocks(batch, carry, self._draw)
         with part("teacher"), torch.no_grad():
@@ -106,31 +106,31 @@ class Stage(nn.Module):
                 teacher_carry = teacher.enter(batch, features_btd.detach())
             else:
                 teacher_carry = teacher.resume(batch, teacher_states_bsd, teacher_position)
-            total_btd = teacher.run_blocks(batch, teacher_carry, total_btd)
+            running = teacher.run_blocks(batch, teacher_carry, running)
         if not section.ends:
-            return _pack(carry, teacher_carry, total_btd)
+            return _pack(carry, teacher_carry, running)
         with part("teacher"), torch.no_grad():
-            made = teacher.leave(batch, total_btd)
+            made = teacher.leave(batch, running)
         with part("student"):
-            predictions_nd, _, cls_rd = student.leave(batch, carry, self._draw)
-        return poisoned(self._objective.share(batch, predictions_nd, cls_rd, made))
+            predictions, _, cls_rd = student.leave(batch, carry, self._draw)
+        return poisoned(self._objective.share(batch, predictions, cls_rd, made))
 
 
-def _pack(carry: Carry, teacher_carry: Carry, total_btd: Tensor | None) -> tuple[Tensor, ...]:
+def _pack(carry: Carry, teacher_carry: Carry, running: list[Tensor | None]) -> tuple[Tensor, ...]:
     """What the next stage gets, tensors with gradient first."""
     positions, teacher_positions = [], []
     if carry.position is not None:
         assert teacher_carry.position is not None
         # A copy: a parameter itself would collect the later stages' gradient outside DeepSpeed's bookkeeping.
         positions, teacher_positions = [carry.position.clone()], [_as_int(teacher_carry.position.float())]
-    totals = [] if total_btd is None else [_as_int(total_btd)]
+    totals = [_as_int(total_btd) for total_btd in running if total_btd is not None]
     return (carry.states_rsd, *positions, _as_int(teacher_carry.states_rsd), *teacher_positions, *totals)
 
 
 def _unpack(
     received: tuple[Tensor, ...], teacher: Teacher, batch: Batch
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None]:
-    """Student states, its position parameter, teacher states, its position parameter, sum of taps."""
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, list[Tensor | None]]:
+    """Student states, its position parameter, teacher states, its position parameter, each target's sum of taps."""
     parts = iter(received)
     with_bias = modalities.of(teacher.config, batch.modality).has_bias
     dtype = next(teacher.parameters()).dtype
@@ -139,9 +139,9 @@ def _unpack(
     teacher_states_bsd = next(parts).view(dtype)
     teacher_position = next(parts).view(torch.float32).to(dtype) if with_bias else None
     tapped = teacher.taps_before(batch.modality, teacher.section.first)
-    total_btd = next(parts).view(torch.float32) if tapped else None
+    running = [next(parts).view(torch.float32) if some else None for some in tapped]
     assert next(parts, None) is None, "the stages disagree about what travels"
-    return states_rsd, position, teacher_states_bsd, teacher_position, total_btd
+    return states_rsd, position, teacher_states_bsd, teacher_position, running
 
 
 def _as_int(x: Tensor) -> Tensor:
@@ -164,8 +164,8 @@ def _travelling(student: Student, teacher: Teacher, batch: Batch, block: int) ->
         shape: tuple[int, ...] = cast(Stem, student.stems[modality]).bias.parameter_shape
         kept.append((shape, dtype))
         ridden.append((shape, torch.float32))
-    if teacher.taps_before(modality, block):
-        ridden.append(((seen[0], seen[1] - batch.extra_tokens, seen[2]), torch.float32))
+    tapped = sum(teacher.taps_before(modality, block))
+    ridden += [((seen[0], seen[1] - batch.extra_tokens, seen[2]), torch.float32)] * tapped
     # As `_as_int` makes them.
     as_int = [((*shape[:-1], shape[-1] * of.itemsize // 4), torch.int32) for shape, of in ridden]
     return [*kept, *as_int]

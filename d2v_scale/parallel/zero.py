@@ -60,7 +60,7 @@ class StudentEngine:
         self.skipped_in_a_row = 0
         self.before_step: list[Callable[[], None]] = []
         """Called before the weights change; who still reads them waits here until it is done."""
-        self.make_targets: Callable[[Batch, Tensor], Made] | None = None
+        self.make_targets: Callable[[Batch, Tensor], tuple[Made, ...]] | None = None
         """The forward pass of the teacher that follows this student, which sets it."""
         self.idle_shares: list[float] = []
         """By pipeline stage: the share of the last measured step's passes that it waited for others; [] without."""
@@ -87,7 +87,7 @@ class StudentEngine:
             objective.entered(output.features_btd)
             with part("teacher"):
                 made = self.make_targets(batch, output.features_btd)
-            share = objective.share(batch, output.predictions_nd, output.cls_rd, made)
+            share = objective.share(batch, output.predictions, output.cls_rd, made)
             with part("backward"):
                 self.backward(share)
         with part("optimizer"):
@@ -102,7 +102,7 @@ class StudentEngine:
             output = self.module(batch, draw)
             objective.entered(output.features_btd)
             made = self.make_targets(batch, output.features_btd)
-            objective.share(batch, output.predictions_nd, output.cls_rd, made)
+            objective.share(batch, output.predictions, output.cls_rd, made)
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of one micro-batch. Collective.

@@ -7,8 +7,6 @@ all-reduce twice that. Where a ring spans nodes, its devices on a node share wha
 
 from dataclasses import dataclass
 
-from d2v_scale import modalities
-from d2v_scale.data2vec import targets
 from d2v_scale.model.config import Modality
 from d2v_scale.planning import memory
 from d2v_scale.planning.job import Job
@@ -128,17 +126,17 @@ def _slices(job: Job, modality: Modality, devices_per_node: int, stage: int) -> 
 
 
 def _hops(job: Job, modality: Modality, devices_per_node: int, stage: int) -> list[Transfer]:
-    """Between pipeline stages: student states there and their gradient back, teacher states and the sum of taps."""
+    """Between pipeline stages: student states there and their gradient back, teacher states and the sums of taps."""
     pipeline = job.parallel.pipeline
-    model, lengths, width = job.recipe.model, job.lengths[modality], job.recipe.model.backbone.width
+    lengths, width = job.lengths[modality], job.recipe.model.backbone.width
     samples = job.step_samples(modality) / job.data
     states = job.itemsize * samples * lengths.clones * (lengths.kept + lengths.extra) * width
     moved = 0.0
     if stage < pipeline - 1:
         moved += states + job.teacher_itemsize * samples * (lengths.positions + lengths.extra) * width
-        target = targets.build(job.recipe.targets()[modality], modalities.target_place(model, modality))
-        if any(layer < job.split.blocks[stage].stop for layer in target.layers):
-            moved += 4 * samples * lengths.positions * width
+        for target in job.recipe.built_targets()[modality]:
+            if any(layer < job.split.blocks[stage].stop for layer in target.layers):
+                moved += 4 * samples * lengths.positions * width
     if stage > 0:
         moved += states
     spans = pipeline * job.parallel.tensor * job.data > devices_per_node

@@ -78,7 +78,7 @@ def main() -> None:
         back = 1 + modalities.of(recipe.model, modality).has_bias
         section = student.module.section
         tapped = teacher.module.taps_before(modality, section.last if section.starts else section.first)
-        there = 2 * back + tapped
+        there = 2 * back + sum(tapped)
         sent, received = (there, back) if topology.pipeline_rank == 0 else (back, there)
         expected = {"send values": MICRO_BATCHES * sent, "recv values": MICRO_BATCHES * received}
         assert dict(messages) == expected, (name, topology.pipeline_rank, messages)

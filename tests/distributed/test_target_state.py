@@ -11,6 +11,15 @@ from d2v_scale.checkpoint import Checkpoint
 WHITENED = {"model": "v1_text", "target": {"kind": "whitened", "options": {"momentum": 0.9}}}
 CODES = {"model": "v2_speech", "target": {"kind": "codes", "options": {"codes": 6, "momentum": 0.9}}}
 PIXELS = {"model": "v1_vision", "target": {"kind": "input"}}
+SEVERAL = {
+    "model": "v2_vision",
+    "target": {"weight": 2.0},
+    "further": [
+        {"kind": "codes", "weight": 0.5, "top_k_layers": 2, "options": {"codes": 4, "momentum": 0.9}},
+        {"kind": "input", "weight": 0.25},
+        {"kind": "whitened", "name": "early", "layers": [0], "options": {"momentum": 0.9}},
+    ],
+}
 PIPELINE = {"pipeline": 2, "accumulation": 4}
 ZERO_1 = {"accumulation": 2}
 ZERO_3 = {"stage": 3, "accumulation": 2}
@@ -25,6 +34,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def alone(root: Path) -> dict[str, Checkpoint]:
     """What one process computes; `moved on` goes on with what two ranks saved."""
     cases = [{"name": "whitened", **WHITENED}, {"name": "codes", **CODES}, {"name": "pixels", **PIXELS}]
+    cases.append({"name": "several", **SEVERAL})
     return train(root, 1, [{"accumulation": 4, "steps": [0, 4], **case} for case in cases])
 
 
@@ -39,6 +49,10 @@ def on_two_ranks(root: Path) -> dict[str, Checkpoint]:
         {"name": "begun", **begun, **PIPELINE},
         {"name": "kept", "steps": [2, 2], "load": path(root, "begun", 2), **WHITENED, **ZERO_3},
         {"name": "whitened zero3", "steps": [2, 4], "load": path(root, "kept", 2), **WHITENED, **ZERO_3},
+        {"name": "several pp2", "steps": [0, 4], **SEVERAL, **PIPELINE},
+        {"name": "several zero2", "steps": [0, 4], "stage": 2, **SEVERAL, **ZERO_1},
+        {"name": "several zero3", "steps": [0, 4], **SEVERAL, **ZERO_3},
+        {"name": "several tp2", "steps": [0, 4], "tensor": 2, "accumulation": 4, **SEVERAL},
         {"name": "whitened again", "steps": [2, 4], "load": path(root, "begun", 2), **WHITENED, **PIPELINE},
     ]
     return train(root, 2, cases)
@@ -47,7 +61,8 @@ def on_two_ranks(root: Path) -> dict[str, Checkpoint]:
 def test_replicas_and_stages_move_the_state_as_one_process_does(
     alone: dict[str, Checkpoint], on_two_ranks: dict[str, Checkpoint]
 ) -> None:
-    for name in ("codes zero1", "pixels pp2", "whitened pp2"):
+    several = [f"several {how}" for how in ("pp2", "zero2", "zero3", "tp2")]
+    for name in ("codes zero1", "pixels pp2", "whitened pp2", *several):
         ours, reference = on_two_ranks[name], alone[name.split()[0]]
         found = differences(ours, reference)
         assert {what: found[what] for what in LIMITS if found[what] > LIMITS[what]} == {}, name
@@ -58,6 +73,10 @@ def test_replicas_and_stages_move_the_state_as_one_process_does(
     assert alone["whitened"].tensor("state", "target.text.weight") == pytest.approx(1 - 0.9**4)
     assert float(alone["codes"].tensor("state", "target.speech.used").sum()) > 1
     assert alone["pixels"].names("state") == []
+    parts = {"codes": ("used", "count", "sum"), "early": ("mean", "variance", "weight")}
+    names = [f"target.vision.{target}.{part}" for target, each in parts.items() for part in each]
+    assert sorted(alone["several"].names("state")) == sorted(names)
+    assert {"held_out_loss/target_early", "held_out_explained/target_input"} <= alone["several"].extra["figures"].keys()
 
 
 def test_state_goes_through_checkpoints_bit_for_bit(on_two_ranks: dict[str, Checkpoint]) -> None:

@@ -19,7 +19,7 @@ from d2v_scale.checkpoint import Checkpoint, training
 from d2v_scale.checkpoint.config import CheckpointConfig
 from d2v_scale.checkpoint.writer import CheckpointWriter
 from d2v_scale.data.batch import Batch
-from d2v_scale.data2vec.config import EmaConfig, LossConfig, MaskingConfig, ObjectiveConfig
+from d2v_scale.data2vec.config import EmaConfig, LossConfig, MaskingConfig, ObjectiveConfig, TargetConfig
 from d2v_scale.engines import build_engines
 from d2v_scale.evaluation.held_out import HeldOutSet
 from d2v_scale.model.stack import Draw
@@ -40,12 +40,14 @@ def recipe_of(case: dict) -> Recipe:
     model = tiny_models.model(name, depth=4, drop_path=0.2)
     model.activation_checkpointing = case.get("checkpointing", False)
     target = dataclasses.replace(tiny_models.target_of(name), top_k_layers=3, **case.get("target", {}))
+    further = [TargetConfig(**one) for one in case.get("further", [])]
     loss = LossConfig(cls_weight=0.5 if name == "v2_vision" else 0.0)
     return Recipe(
         model=model,
         objective=ObjectiveConfig(
             masking=MaskingConfig(kind="random", clones=clones(name)),
             target=target,
+            further_targets=further,
             loss=loss,
             ema=EmaConfig(start=0.9, end=0.9),
         ),
@@ -111,7 +113,7 @@ def run(case: dict, topology: groups.Topology) -> None:
         student,
         teacher,
         recipe.objective.loss,
-        recipe.target_widths()[tiny_models.modality_of(case["model"])],
+        recipe.built_targets()[tiny_models.modality_of(case["model"])],
     )
     losses, norms, figures, held_out_figures = [], [], {}, {}
     for step in range(first, last):

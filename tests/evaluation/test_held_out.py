@@ -14,8 +14,8 @@ from d2v_scale.data.labelled import LabelledSet
 from d2v_scale.data.text import TokenCounter
 from d2v_scale.data.tokenizer import train
 from d2v_scale.data.writing import write_set
-from d2v_scale.data2vec.config import LossConfig, MaskingConfig
-from d2v_scale.data2vec.targets import Made
+from d2v_scale.data2vec.config import LossConfig, MaskingConfig, TargetConfig
+from d2v_scale.data2vec.targets import Made, Place, build_all
 from d2v_scale.evaluation.held_out import HeldOutSet
 from d2v_scale.model.config import ModelConfig, TextStem
 from d2v_scale.parallel import groups
@@ -23,6 +23,7 @@ from d2v_scale.parallel.zero import StudentEngine
 from d2v_scale.step import masked_targets
 from d2v_scale.teacher import ShardedTeacher
 
+ONE = build_all([TargetConfig(top_k_layers=1)], Place(depth=2, width=32, input_width=None))
 TARGETS = torch.randn(9, 16, 32, generator=torch.Generator().manual_seed(0))
 
 
@@ -42,7 +43,7 @@ class Module(torch.nn.Module):
         del draw
         assert not self.training
         return SimpleNamespace(
-            predictions_nd=masked_targets(targets_of(batch), batch) + self.error, features_btd=None, cls_rd=None
+            predictions=(masked_targets(targets_of(batch), batch) + self.error,), features_btd=None, cls_rd=None
         )
 
 
@@ -51,8 +52,8 @@ class TeacherOfFixedTargets(ShardedTeacher):
         """Nothing of the real one is needed."""
         self.module = Module(0.0)
 
-    def make(self, batch: Batch, features: object) -> Made:
-        return Made(targets_of(batch), targets_of(batch), None)
+    def make(self, batch: Batch, features: object) -> tuple[Made, ...]:
+        return (Made(targets_of(batch), targets_of(batch), None),)
 
 
 class EngineOfAModule(StudentEngine):
@@ -68,7 +69,7 @@ def targets_of(batch: Batch) -> torch.Tensor:
 
 def figures(batches: list[Batch], error: float) -> dict[str, float]:
     student = EngineOfAModule(error)
-    found = HeldOutSet(batches, student, TeacherOfFixedTargets(), LossConfig(), width=32).figures()
+    found = HeldOutSet(batches, student, TeacherOfFixedTargets(), LossConfig(), ONE).figures()
     assert student.module.training
     return {name: found[name] for name in ("held_out_loss", "held_out_explained")}
 

@@ -15,7 +15,8 @@ from d2v_scale.errors import DataError
 from d2v_scale.modalities import published_parts
 from d2v_scale.model.config import ModelConfig
 from d2v_scale.model.init import initialize
-from d2v_scale.model.stack import Draw, Student, StudentOutput, Teacher
+from d2v_scale.model.layers import StudentOutput
+from d2v_scale.model.stack import Draw, Student, Teacher
 
 pytestmark = pytest.mark.usefixtures("world_of_one")
 DRAW = Draw(seed=5, step=7)

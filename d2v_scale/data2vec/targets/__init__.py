@@ -3,9 +3,11 @@
 A kind is one of the table or `package.module:Class`, a subclass of `Target` that a user wrote.
 """
 
-from collections.abc import Iterable
+import re
+from collections.abc import Callable, Iterable, Sequence
 
 from torch import Tensor
+from torch.nn import Module
 
 from d2v_scale.data2vec.config import TargetConfig
 from d2v_scale.data2vec.targets.average import AverageTopK, LastLayer
@@ -16,7 +18,21 @@ from d2v_scale.data2vec.targets.inputs import Input
 from d2v_scale.data2vec.targets.whitened import Whitened
 from d2v_scale.errors import ConfigError
 
-__all__ = ["TARGETS", "Made", "Place", "State", "Target", "build", "check", "make", "make_targets", "tapped_layers"]
+__all__ = [
+    "TARGETS",
+    "Made",
+    "Place",
+    "State",
+    "Target",
+    "build",
+    "build_all",
+    "check",
+    "check_all",
+    "make",
+    "make_targets",
+    "tapped_layers",
+    "widths",
+]
 
 TARGETS: dict[str, type[Target]] = {
     "average_top_k": AverageTopK,
@@ -25,6 +41,12 @@ TARGETS: dict[str, type[Target]] = {
     "whitened": Whitened,
     "codes": Codes,
 }
+
+TAKEN = frozenset(
+    {"convs", "dropout", "fc1", "fc2", "final_norm", "norm", "planar", "predict", "proj", "proj1", "proj2", "project"}
+    | {"projection_names", "build_heads", "build_projection", "residual", "training"}
+)
+"""What a predictor has beside heads, whose names stand beside these."""
 
 
 def build(config: TargetConfig, place: Place) -> Target:
@@ -43,6 +65,51 @@ def build(config: TargetConfig, place: Place) -> Target:
 def check(config: TargetConfig, place: Place) -> Target:
     """As `build`; of a kind from outside also that it does what it says, on a few numbers. Raises `ConfigError`."""
     return check_contract(config, place) if ":" in config.kind else build(config, place)
+
+
+def build_all(configs: Sequence[TargetConfig], place: Place) -> tuple[Target, ...]:
+    """The targets of one stem, the first one first. Raises `ConfigError`, with the key of the target it is about."""
+    return tuple(_named(build, config, place, number) for number, config in enumerate(configs))
+
+
+def check_all(configs: Sequence[TargetConfig], place: Place) -> tuple[Target, ...]:
+    """As `build_all`, with `check`; also that weights and names can be meant."""
+    for number, config in enumerate(configs):
+        key, called = _key(number), config.called
+        if not config.weight > 0:
+            raise ConfigError(
+                f"{key}.weight", f"is {config.weight}.", "Give a number above 0, or leave the target out."
+            )
+        taken = called in TAKEN or hasattr(Module, called)
+        if taken or not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", called):
+            what = "is what a part of every predictor is called" if taken else "is no name"
+            raise ConfigError(f"{key}.name", f"{called!r} {what}.", "Give another one, of letters, digits and _.")
+        if called in [one.called for one in configs[:number]]:
+            raise ConfigError(
+                f"{key}.name", f"two targets are called {called!r}.", "Give each a name; without one it is the kind."
+            )
+    return tuple(_named(check, config, place, number) for number, config in enumerate(configs))
+
+
+def widths(every: Sequence[Target]) -> dict[str, int]:
+    """Channels of these targets by their names."""
+    return {one.config.called: one.width for one in every}
+
+
+def _named(
+    make_one: Callable[[TargetConfig, Place], Target], config: TargetConfig, place: Place, number: int
+) -> Target:
+    try:
+        return make_one(config, place)
+    except ConfigError as error:
+        if number == 0:
+            raise
+        key = error.key.replace("objective.target", _key(number), 1)
+        raise ConfigError(key, str(error).removeprefix(f"{error.key}: ")) from error
+
+
+def _key(number: int) -> str:
+    return "objective.target" if number == 0 else f"objective.further_targets.{number - 1}"
 
 
 def make_targets(taps: Iterable[Tensor], config: TargetConfig) -> Tensor:

@@ -8,9 +8,13 @@ from d2v_scale.errors import ConfigError
 class AverageTopK(Target):
     """`average_top_k`: each tap normalised, the mean of all taps, normalised again (spec 1.2)."""
 
+    in_reference = True
+
 
 class LastLayer(Target):
     """`last_layer`: the tap of the last main block, normalised."""
+
+    in_reference = True
 
     def choose_layers(self, config: TargetConfig, place: Place) -> tuple[int, ...]:
         """One, whatever `top_k_layers` is."""

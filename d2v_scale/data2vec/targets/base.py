@@ -56,6 +56,9 @@ class Target:
     """The numbers of `objective.target.options` that this kind has, with their defaults."""
     shares: ClassVar[tuple[str, ...]] = ()
     """Those of `defaults` that are from 0 to 1."""
+    in_reference: ClassVar[bool] = False
+    """Whether the reference's configuration has words for it, so that its checkpoints can say it. Kinds of the table
+    alone are asked."""
     reads_inputs: ClassVar[bool] = False
     """Whether `raw` gets the raw input at each position."""
 
