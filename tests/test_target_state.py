@@ -70,9 +70,10 @@ def test_state_moves_if_and_only_if_the_optimizer_stepped_and_stays_fp32() -> No
     assert {x.dtype for x in now.values()} == {torch.float32}
 
 
-@pytest.mark.parametrize("kind", ["whitened", "codes", "input"])
+@pytest.mark.parametrize("kind", ["whitened", "full", "codes", "input"])
 def test_no_target_waits_for_the_device(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    target = {"kind": kind} if kind == "input" else {"kind": kind, "top_k_layers": 2}
+    target: dict[str, Any] = {"kind": kind} if kind == "input" else {"kind": kind, "top_k_layers": 2}
+    target = {**WHITENED, "options": {"covariance": "full"}} if kind == "full" else target
     student, teacher, recipe = engines("v1_speech", target, "bf16")
     batch = tiny_models.batch("v1_speech", 2, padded=True)
     with host_syncs.recorded(monkeypatch) as syncs:

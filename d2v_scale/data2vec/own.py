@@ -35,7 +35,7 @@ class OwnTarget:
     layers: list[int] | None = None
     layer_norm: str | None = None
     final_norm: str | None = None
-    options: dict[str, float] | None = None
+    options: dict[str, float | str] | None = None
 
 
 @dataclass(kw_only=True)

@@ -28,9 +28,9 @@ class TargetConfig:
     each sample and channel; `layer`: over channels; `batch`: over samples and time; `group`: over time and channels."""
     final_norm: str = "none"
     """Parameter-free norms after the average, written as in `layer_norm`."""
-    options: dict[str, float] | None = None
-    """Numbers that the kind has for itself; null: its defaults. `whitened`: `momentum` (0.999); `codes`: `codes` (256),
-    `momentum` (0.99), `grow_above` (0, share of the variance)."""
+    options: dict[str, float | str] | None = None
+    """What the kind has for itself; null: its defaults. `whitened`: `momentum` (0.999), `covariance` (diagonal; full:
+    whole, of all channels); `codes`: `codes` (256), `momentum` (0.99), `grow_above` (0, share of the variance)."""
 
     @property
     def called(self) -> str:

@@ -116,6 +116,55 @@ def test_running_moments_are_the_weighted_moments_of_all_steps(momentum: float, 
     torch.testing.assert_close(state["variance"].double(), square, atol=1e-5, rtol=1e-4)
 
 
+FULL = {"covariance": "full"}
+
+
+@settings(max_examples=20, deadline=None)
+@given(momentum=st.floats(0, 0.99), sizes=st.lists(st.integers(1, 5), min_size=1, max_size=4), seed=st.integers(0, 99))
+def test_the_whole_covariance_is_that_of_a_plain_computation(momentum: float, sizes: list[int], seed: int) -> None:
+    """`torch.cov` over all positions of all steps, each step weighing `momentum` times the next one."""
+    target = build(TargetConfig(kind="whitened", **ONE_TAP, options={"momentum": momentum, **FULL}), PLACE)
+    mixing = vectors(6, 6, seed=seed)
+    state, seen, weights = target.initial_state(), [], []
+    for number, size in enumerate(sizes):
+        raw = 3 + vectors(size, 4, 6, seed=seed + number) @ mixing
+        seen.append(raw.flatten(0, 1).double())
+        weights.append(torch.full((4 * size,), momentum ** (len(sizes) - 1 - number) / (4 * size), dtype=torch.float64))
+        state = step(target, state, raw[:1], raw[1:]) if size > 1 else step(target, state, raw)
+    wanted = torch.cov(torch.cat(seen).T, aweights=torch.cat(weights), correction=0)
+    torch.testing.assert_close(state["covariance"].double(), wanted, atol=1e-4, rtol=1e-4)
+    assert torch.equal(state["covariance"], state["covariance"].T)
+    # A single step without a past gives the diagonal kind's moments.
+    alone = build(TargetConfig(kind="whitened", **ONE_TAP, options={"momentum": momentum}), PLACE)
+    start = alone.initial_state()
+    for x_nd in seen:
+        start = step(alone, start, x_nd.float()[None])
+    torch.testing.assert_close(state["covariance"].diagonal(), start["variance"], atol=1e-4, rtol=1e-4)
+
+
+def test_no_channel_of_wholly_whitened_targets_tells_of_another() -> None:
+    target = build(TargetConfig(kind="whitened", **ONE_TAP, options={"momentum": 0.0, **FULL}), PLACE)
+    nothing = target.targets(vectors(1, 2, 6), target.initial_state())
+    torch.testing.assert_close(nothing, vectors(1, 2, 6), atol=1e-4, rtol=1e-4)
+    raw = 2 + vectors(4, 100, 6) @ vectors(6, 6, seed=1)
+    made = target.targets(raw, step(target, target.initial_state(), raw)).flatten(0, 1)
+    torch.testing.assert_close(torch.cov(made.T, correction=0), torch.eye(6), atol=1e-3, rtol=0)
+    torch.testing.assert_close(made.mean(0), torch.zeros(6), atol=1e-3, rtol=0)
+
+
+def test_channels_that_depend_on_each_other_are_whitened_all_the_same() -> None:
+    """A layer norm's add up to 0; and a collapsed teacher's have no spread at all."""
+    target = build(TargetConfig(kind="whitened", **ONE_TAP, options={"momentum": 0.0, **FULL}), PLACE)
+    raw = torch.nn.functional.layer_norm(vectors(4, 100, 6), (6,))
+    for x in (raw, 1e4 * raw, torch.ones(4, 100, 6), torch.full((4, 100, 6), 1e6)):
+        state = step(target, target.initial_state(), x)
+        made = target.targets(x, state)
+        assert bool(torch.isfinite(made).all())
+        assert float(made.abs().max()) < 20
+    spoilt = {**target.initial_state(), "covariance": -torch.eye(6)}
+    assert bool(torch.isfinite(target.targets(raw, spoilt)).all())
+
+
 @pytest.mark.parametrize("kind", ["whitened", "codes"])
 def test_padding_and_how_a_step_is_divided_do_not_matter(kind: str) -> None:
     target = build(TargetConfig(kind=kind, **ONE_TAP), PLACE)
@@ -283,6 +332,9 @@ def test_what_breaks_the_contract_is_refused_before_anything_is_built(kind: str,
         ("average_top_k", {"momentum": 0.9}, "has no option 'momentum'"),
         ("whitened", {"codes": 3}, "It has momentum"),
         ("whitened", {"momentum": 1.5}, "momentum"),
+        ("whitened", {"covariance": "whole"}, "Choose one of diagonal, full"),
+        ("whitened", {"covariance": 1.0}, "Choose one of diagonal, full"),
+        ("whitened", {"momentum": "full"}, "finite number"),
         ("whitened", {"momentum": math.nan}, "finite"),
         ("codes", {"codes": 2.5}, "whole number"),
         ("codes", {"codes": 0}, "whole number"),

@@ -17,7 +17,7 @@ SEVERAL = {
     "further": [
         {"kind": "codes", "weight": 0.5, "top_k_layers": 2, "options": {"codes": 4, "momentum": 0.9}},
         {"kind": "input", "weight": 0.25},
-        {"kind": "whitened", "name": "early", "layers": [0], "options": {"momentum": 0.9}},
+        {"kind": "whitened", "name": "early", "layers": [0], "options": {"momentum": 0.9, "covariance": "full"}},
     ],
 }
 PIPELINE = {"pipeline": 2, "accumulation": 4}
@@ -73,7 +73,7 @@ def test_replicas_and_stages_move_the_state_as_one_process_does(
     assert alone["whitened"].tensor("state", "target.text.weight") == pytest.approx(1 - 0.9**4)
     assert float(alone["codes"].tensor("state", "target.speech.used").sum()) > 1
     assert alone["pixels"].names("state") == []
-    parts = {"codes": ("used", "count", "sum"), "early": ("mean", "variance", "weight")}
+    parts = {"codes": ("used", "count", "sum"), "early": ("mean", "covariance", "weight")}
     names = [f"target.vision.{target}.{part}" for target, each in parts.items() for part in each]
     assert sorted(alone["several"].names("state")) == sorted(names)
     assert {"held_out_loss/target_early", "held_out_explained/target_input"} <= alone["several"].extra["figures"].keys()

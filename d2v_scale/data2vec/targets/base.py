@@ -54,6 +54,8 @@ class Target:
 
     defaults: ClassVar[Mapping[str, float]] = {}
     """The numbers of `objective.target.options` that this kind has, with their defaults."""
+    choices: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    """The options of this kind that are words, with those that each may be; the first is its default."""
     shares: ClassVar[tuple[str, ...]] = ()
     """Those of `defaults` that are from 0 to 1."""
     in_reference: ClassVar[bool] = False
@@ -74,7 +76,11 @@ class Target:
         self.config = config
         self.layers = self.choose_layers(config, place)
         self.width = self.raw_width = place.width
-        self.options = self._options(config.options or {})
+        given = config.options or {}
+        self.options = self._options({name: x for name, x in given.items() if name not in self.choices})
+        """Those that are numbers."""
+        self.chosen = self._chosen({name: x for name, x in given.items() if name in self.choices})
+        """Those that are words."""
         self._tap_norms = split_norms(config.layer_norm, "objective.target.layer_norm")
         self._final_norms = split_norms(config.final_norm, "objective.target.final_norm")
 
@@ -126,16 +132,28 @@ class Target:
             x_btd = normalise(x_btd, name)
         return x_btd
 
-    def _options(self, given: Mapping[str, float]) -> dict[str, float]:
+    def _options(self, given: Mapping[str, object]) -> dict[str, float]:
+        found = dict(self.defaults)
         for name, value in given.items():
             if name not in self.defaults:
-                has = f"It has {', '.join(self.defaults)}." if self.defaults else "It has none: leave them out."
+                named = ", ".join([*self.defaults, *self.choices])
+                has = f"It has {named}." if named else "It has none: leave them out."
                 raise ConfigError("objective.target.options", f"{self.config.kind} has no option {name!r}.", has)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
                 raise ConfigError("objective.target.options", f"{name} is {value!r}.", "Give a finite number.")
             if name in self.shares and not 0 <= value <= 1:
                 raise ConfigError("objective.target.options", f"{name} is {value}.", "Give a value from 0 to 1.")
-        return {**self.defaults, **given}
+            found[name] = value
+        return found
+
+    def _chosen(self, given: Mapping[str, object]) -> dict[str, str]:
+        found = {name: words[0] for name, words in self.choices.items()}
+        for name, value in given.items():
+            if value not in self.choices[name]:
+                remedy = f"Choose one of {', '.join(self.choices[name])}."
+                raise ConfigError("objective.target.options", f"{name} is {value!r}.", remedy)
+            found[name] = str(value)
+        return found
 
 
 def tapped_layers(config: TargetConfig, depth: int) -> tuple[int, ...]:
