@@ -12,6 +12,7 @@ import pytest
 from d2v_scale import command_line, ranges
 from d2v_scale.data.config import SourceConfig
 from d2v_scale.data2vec.own import OwnHealth, OwnLoss, OwnMasking, OwnObjective, OwnTarget
+from d2v_scale.data2vec.target_config import TargetConfig
 from d2v_scale.errors import ConfigError
 from d2v_scale.finetuning.config import TaskConfig
 from d2v_scale.model.config import OwnPredictor, SpeechStem, TextStem
@@ -37,11 +38,13 @@ def recipes() -> list[Recipe]:
         SourceConfig(shards="a", modality=m, repeat=2.0, batch_size=64)  # type: ignore[arg-type]
         for m in ("vision", "speech", "text")
     ]
+    everything.objective.further_targets = [TargetConfig(kind="codes", top_k_layers=2, weight=0.5)]
     everything.objective.vision = OwnObjective(
         masking=OwnMasking(prob=0.5, length=1, clones=2),
         target=OwnTarget(top_k_layers=2),
         loss=OwnLoss(beta=1.0),
         health=OwnHealth(patience=2),
+        further_targets=[TargetConfig(kind="whitened", layers=[0, 1])],
     )
     everything.model.text.predictor = OwnPredictor(kernel=5, input_dropout=0.1)
     everything.check(1)
@@ -108,7 +111,8 @@ def test_zero_ends_in_a_configuration_error_or_means_something(recipes: list[Rec
 
 def test_the_keys_that_differ_exist(recipes: list[Recipe]) -> None:
     of_sources = {f"data.sources.*.{field.name}" for field in dataclasses.fields(SourceConfig)}
-    known = {*command_line.known_keys(), *of_sources}
+    of_targets = {f"objective.further_targets.*.{field.name}" for field in dataclasses.fields(TargetConfig)}
+    known = {*command_line.known_keys(), *of_sources, *of_targets}
     assert set(ranges.SIGNED) <= known
     assert set(ranges.ABOVE_ZERO) <= known
     assert set(ranges.SHARES) <= known
