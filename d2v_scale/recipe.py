@@ -149,6 +149,8 @@ class Recipe:
             )
         model.check()
         self.data.check_names(model.modalities)
+        for name in model.modalities if model.visible_only else []:
+            model.decoder_dimensions(name, modalities.of(model, name).axes)
 
     def _check_objective(self) -> None:
         for name in self.objective.own:

@@ -327,7 +327,7 @@ def _student(model: ModelConfig, modality: Any, ours: Student) -> Any:
         encoder.scale.copy_(dict(ours.named_parameters())["stems.speech.bias.scale"])
     predictor: Any = ours.predictors[modality]
     if model.visible_only:
-        return _Student2(encoder, _Decoder(predictor, predictor.planar), model.predictor.noise_std)
+        return _Student2(encoder, _Decoder(predictor, predictor.dimensions == 2), model.predictor.noise_std)
     layers = [predictor.fc1, nn.GELU(), predictor.fc2] if model.predictor.kind == "mlp" else [predictor.proj]
     return _Student1(encoder, copy.deepcopy(nn.Sequential(*layers)))
 

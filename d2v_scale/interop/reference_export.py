@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from d2v_scale import modalities
 from d2v_scale.checkpoint import Checkpoint
 from d2v_scale.data2vec.config import ObjectiveConfig
 from d2v_scale.data2vec.targets import TARGETS, Place, build
@@ -200,6 +201,9 @@ def _settings_2(
     backbone, predictor, masking = model.backbone, model.predictor, objective.masking
     if backbone.norm_first:
         raise CheckpointError("fairseq's 2.0 models are post-norm; this one is not.")
+    axes = modalities.of(model, modality).axes
+    if model.decoder_dimensions(modality, axes) != axes:
+        raise CheckpointError(f"fairseq's decoder of {modality} has {axes} dimensions; this one has 1.")
     stem: dict[str, Any] = {
         "prenet_depth": backbone.prenet_depth,
         "prenet_dropout": backbone.input_dropout,

@@ -25,7 +25,7 @@ Count = TypeVar("Count", int, "Tensor")
 class OwnPredictor:
     """What the predictor of one stem does differently: `model.predictor` has the words. null: as there."""
 
-    kind: Literal["linear", "mlp", "conv1d", "conv2d"] | None = None
+    kind: Literal["linear", "mlp", "conv", "conv1d", "conv2d", "conv3d"] | None = None
     width: int | None = None
     kernel: int | None = None
     groups: int | None = None
@@ -202,8 +202,10 @@ class Backbone:
 class Predictor:
     """From student states to predicted targets."""
 
-    kind: Literal["linear", "mlp", "conv1d", "conv2d"] = "linear"
-    """`linear`: D to D (1.0 speech, vision); `mlp`: D-2D-GELU-D (1.0 text); `conv*`: the 2.0 decoder."""
+    kind: Literal["linear", "mlp", "conv", "conv1d", "conv2d", "conv3d"] = "linear"
+    """`linear`: D to D (1.0 speech, vision); `mlp`: D-2D-GELU-D (1.0 text); `conv*`: the 2.0 decoder. Its kernels
+    extend along the one to three axes of the stem (`conv`), along so many (`conv2d`, `conv3d`), or along the line of
+    all positions (`conv1d`), which fits any stem."""
     width: int = 768
     """Decoder channels (conv only)."""
     kernel: int = 7
@@ -303,22 +305,41 @@ class ModelConfig:
         if self.predictor.shared and stem.predictor is not None:
             remedy = "Leave it out, or set model.predictor.shared to false."
             raise ConfigError(f"model.{name}.predictor", "is set, but all stems share one", remedy)
-        if self.predictor.shared and self.predictor.kind == "conv2d":
-            raise ConfigError("model.predictor.kind", "is 'conv2d', but stems of a line share it", "Give conv1d.")
+        if self.predictor.shared and self.predictor.kind in ("conv", "conv2d", "conv3d"):
+            shown = f"is {self.predictor.kind!r}, but stems of a line share it"
+            raise ConfigError("model.predictor.kind", shown, "Give conv1d.")
         spec = one.predictor
         if self.visible_only != spec.kind.startswith("conv"):
             raise ConfigError(
                 self.predictor_key(name, "kind"),
                 f"is {spec.kind!r} with model.visible_only={self.visible_only}",
-                "2.0 (visible_only) decodes with conv1d or conv2d, 1.0 predicts with linear or mlp.",
+                "2.0 (visible_only) decodes with conv, conv1d, conv2d or conv3d, 1.0 predicts with linear or mlp.",
             )
-        if spec.kind in ("conv1d", "conv2d"):
+        if spec.kind.startswith("conv"):
             key = self.predictor_key(name, "groups")
             _require_divisor(key, spec.groups, "model.backbone.width", self.backbone.width)
             _require_divisor(key, spec.groups, self.predictor_key(name, "width"), spec.width)
             if spec.proj_layers not in (1, 2):
                 key = self.predictor_key(name, "proj_layers")
                 raise ConfigError(key, f"is {spec.proj_layers}", "Choose 1 or 2.")
+
+    def decoder_dimensions(self, name: Modality, axes: int) -> int:
+        """Axes along which the kernels of a stem's 2.0 decoder extend, where its positions lie along `axes`. Raises
+        ConfigError for kernels that do not fit."""
+        kind = self.of(name).predictor.kind
+        if kind == "conv1d":
+            return 1
+        wanted = axes if kind == "conv" else int(kind.removeprefix("conv").removesuffix("d"))
+        if wanted != axes or wanted > 3:
+            shown = "1 axis" if axes == 1 else f"{axes} axes"
+            raise ConfigError(
+                self.predictor_key(name, "kind"),
+                f"is {kind!r}, but positions of {name} lie along {shown}",
+                "Give conv1d, which convolves along the line of all positions."
+                if axes > 3
+                else "Give conv, which has as many dimensions as the stem has axes, or conv1d.",
+            )
+        return wanted
 
     @property
     def predictor_name(self) -> str:

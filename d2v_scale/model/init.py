@@ -134,7 +134,9 @@ def _default_rule(module: nn.Module, name: str) -> InitRule:
     """PyTorch's own defaults for the layers that keep them."""
     if isinstance(module, nn.LayerNorm):
         return ONES if name == "weight" else ZEROS
-    assert isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d), f"no rule for {name} of {type(module).__name__}"
+    assert isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d), (
+        f"no rule for {name} of {type(module).__name__}"
+    )
     fan_in = torch.Size(full_shape_of(module.weight)[1:]).numel()
     bound = 1 / math.sqrt(fan_in)
     return InitRule("uniform", -bound, bound)

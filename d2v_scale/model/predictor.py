@@ -20,6 +20,12 @@ from d2v_scale.model.norm_gelu import norm_gelu
 from d2v_scale.model.vision import BEIT
 
 SMALL = InitRule("normal", 0.02)
+_CONVOLUTIONS: dict[int, type[nn.Conv1d] | type[nn.Conv2d] | type[nn.Conv3d]] = {
+    1: cpu_ops.SequenceConv,
+    2: nn.Conv2d,
+    3: nn.Conv3d,
+}
+"""By the axes along which their kernels extend."""
 
 Widths = Mapping[Modality, Mapping[str, int]]
 """Channels of each stem's targets by their names, the first one first."""
@@ -103,10 +109,10 @@ class ConvPredictor(_Projection):
         super().__init__()
         spec, width = config.predictor, config.backbone.width
         stem = modalities.of(config, modality)
-        self.planar = spec.kind == "conv2d" and stem.axes == 2
+        self.dimensions = config.decoder_dimensions(modality, stem.axes)
         self.residual = spec.residual
         self.dropout = spec.input_dropout
-        conv = nn.Conv2d if self.planar else cpu_ops.SequenceConv
+        conv = _CONVOLUTIONS[self.dimensions]
         widths = [width, *[spec.width] * spec.layers]
         self.convs = nn.ModuleList(
             conv(inputs, outputs, spec.kernel, padding=spec.kernel // 2, groups=spec.groups)
@@ -138,8 +144,8 @@ class ConvPredictor(_Projection):
         x_nd = visible_rsd.new_empty(rows * length, width)
         x_nd.index_copy_(0, masked_n, noise_nd.to(x_nd.dtype))
         x_nd.index_copy_(0, index_n, visible_rsd.reshape(-1, width))
-        # Channels stay last between the layers; planar convolutions see a permuted view.
-        x = x_nd.view(rows, *(grid if self.planar else (length,)), width)
+        # Channels stay last between the layers; convolutions over several axes see a permuted view.
+        x = x_nd.view(rows, *(grid if self.dimensions > 1 else (length,)), width)
         for conv in self.convs:
             x = self._layer(conv, x)
         out_nd = x.reshape(rows * length, -1).index_select(0, masked_n)
@@ -148,9 +154,9 @@ class ConvPredictor(_Projection):
         return self.predict(out_nd, heads)
 
     def _layer(self, conv: nn.Module, x: Tensor) -> Tensor:
-        out = conv(x.movedim(-1, 1)).movedim(1, -1) if self.planar else conv(x)
-        # An even kernel makes one position too many at each end.
-        out = out[:, : x.shape[1], : x.shape[2]] if self.planar else out[:, : x.shape[1]]
+        out = conv(x.movedim(-1, 1)).movedim(1, -1) if self.dimensions > 1 else conv(x)
+        # An even kernel makes one position too many along every axis.
+        out = out[(slice(None), *map(slice, x.shape[1:-1]))]
         out = norm_gelu(out, None, None, 1e-5)
         return out + x if self.residual and out.shape[-1] == x.shape[-1] else out
 

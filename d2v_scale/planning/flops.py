@@ -181,11 +181,6 @@ def block_forward(model: ModelConfig, length: int) -> float:
     return linears + attention
 
 
-def decoder_axes(model: ModelConfig, modality: str) -> int:
-    """Axes that the kernels of a 2.0 decoder extend along."""
-    return modalities.of(model, modality).axes if model.of(modality).predictor.kind == "conv2d" else 1
-
-
 def _predictor(model: ModelConfig, modality: Modality, lengths: Lengths) -> Iterator[float]:
     """Forward of the predictor's layers over one row."""
     spec, width = model.of(modality).predictor, model.backbone.width
@@ -194,7 +189,7 @@ def _predictor(model: ModelConfig, modality: Modality, lengths: Lengths) -> Iter
         hidden = 4 if spec.kind == "mlp" else 1
         yield 2.0 * masked * hidden * width * width
         return
-    axes = decoder_axes(model, modality)
+    axes = model.decoder_dimensions(modality, len(lengths.grid))
     # An even kernel makes one position too many along every axis.
     wider = (spec.kernel + 1) % 2
     made = lengths.positions + wider if axes == 1 else math.prod(extent + wider for extent in lengths.grid)

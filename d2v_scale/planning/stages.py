@@ -162,7 +162,7 @@ def _parameters(model: ModelConfig, layer: LayerSpec, modality: Modality) -> flo
         case "predictor" if spec.kind in ("linear", "mlp"):
             return (4 if spec.kind == "mlp" else 1) * width**2
         case "predictor":
-            taps = spec.kernel ** flops.decoder_axes(model, stem.name)
+            taps = spec.kernel ** model.decoder_dimensions(modality, stem.axes)
             convolutions = taps * spec.width * (width + (spec.layers - 1) * spec.width) / spec.groups
             last = spec.width * width if spec.proj_layers == 1 else 2 * spec.width * (spec.width + width)
             return convolutions + last

@@ -111,7 +111,7 @@ def test_of_equal_cuts_the_one_that_spares_the_embeddings() -> None:
 
 def test_several_modalities_add_up() -> None:
     recipe = recipe_of("d2v2_vision_base")
-    recipe.objective.masking.kind = "random"
+    recipe.objective.masking.kind, recipe.model.predictor.kind = "random", "conv"
     vision = stages.stage_blocks(recipe, 2, 1)
     speech = recipe_of("d2v2_speech_base")
     recipe.model.speech = speech.model.speech
