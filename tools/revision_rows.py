@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 _SHOWN = 6
-_MEASURED = re.compile(r"^(time|hours|host_|gpu_|device_|data_wait)|seconds|per_second|tflops|mfu|memory")
+_MEASURED = re.compile(r"^(time|hours|host_|gpu_|device_|data_wait|pipeline_idle)|seconds|per_second|tflops|mfu|memory")
 """Metrics of the machine, not of the run: no two runs have them in common."""
 
 

@@ -44,7 +44,8 @@ with (folder / "metrics.jsonl").open("a") as file:
     while step < options.stop_at:
         step += 1
         loss = 1 / step + (SHIFT if step > 2 else 0.0)
-        print(json.dumps({"step": step, "loss": loss, "step_seconds": id(file), **METRICS}), file=file)
+        measured = {"step_seconds": id(file), "pipeline_idle/stage_0": 1 / os.getpid()}
+        print(json.dumps({"step": step, "loss": loss, **measured, **METRICS}), file=file)
         if step == options.stop_at or (options.every and step % options.every == 0):
             target = folder / "checkpoints" / f"step-{step:08d}"
             target.mkdir()
