@@ -38,7 +38,12 @@ def decoder(kind: str, **options: object) -> Predictor:
 
 
 def model(name: str, **backbone: object) -> ModelConfig:
-    """`v1_vision` ... `v2_text`; keyword arguments go to the backbone."""
+    """`v1_vision` ... `v2_text`, or one of `WIDE`; keyword arguments go to the backbone."""
+    if name in WIDE:
+        config = model(name.removesuffix("_wide"), **backbone)
+        assert config.vision is not None
+        config.vision.image_size = (4 * GRID, 4 * (GRID + 2))
+        return config
     post = Backbone(**{**POST, **backbone})  # type: ignore[arg-type]
     pre = Backbone(**{**PRE, **backbone})  # type: ignore[arg-type]
     match name:
@@ -60,6 +65,8 @@ def model(name: str, **backbone: object) -> ModelConfig:
 
 
 NAMES = ("v1_vision", "v1_speech", "v1_text", "v2_vision", "v2_speech", "v2_text")
+WIDE = ("v1_vision_wide", "v2_vision_wide")
+"""Of images that are no squares."""
 
 
 def modality_of(name: str) -> Modality:
@@ -67,7 +74,7 @@ def modality_of(name: str) -> Modality:
 
 
 def target_of(name: str) -> TargetConfig:
-    if name == "v1_vision":
+    if name.startswith("v1_vision"):
         return TargetConfig(tap="block", top_k_layers=2, layer_norm="layer", final_norm="layer")
     return TAPS
 
@@ -78,9 +85,12 @@ def batch(name: str, samples: int = 3, clones: int = 1, padded: bool = False, se
     modality = modality_of(name)
     valid: Tensor | None = None
     student_inputs: Tensor | None = None
+    stem = modalities.of(model(name), modality)
     if modality == "vision":
-        length = GRID * GRID
-        inputs = torch.randn(samples, 3, 4 * GRID, 4 * GRID, generator=generator)
+        assert stem.fixed_grid is not None
+        height, width = stem.fixed_grid
+        length = height * width
+        inputs = torch.randn(samples, 3, 4 * height, 4 * width, generator=generator)
     elif modality == "speech":
         length = 19
         inputs = torch.randn(samples, WAVE, generator=generator)
@@ -93,7 +103,6 @@ def batch(name: str, samples: int = 3, clones: int = 1, padded: bool = False, se
         if padded:
             valid = torch.arange(length)[None] < torch.tensor([length - 4 * (i % 4) for i in range(samples)])[:, None]
             inputs = torch.where(valid, inputs, 1)
-    stem = modalities.of(model(name), modality)
     rows = samples * clones
     ragged = name.startswith("v1")
     masked = torch.zeros(rows, length, dtype=torch.bool)

@@ -35,7 +35,7 @@ def run(options: argparse.Namespace) -> int:
     print("CPU" if device.type == "cpu" else torch.cuda.get_device_name())
     alibi = AlibiBias(4).to(device)
     positions_rs = torch.stack([torch.randperm(249)[:124].sort().values for _ in range(options.rows)]).to(device)
-    relative = RelativeBias(14, 6).to(device)
+    relative = RelativeBias((14, 14), 6).to(device)
     with torch.no_grad():
         alibi.scale.fill_(1.0)
         relative.table.normal_(0, 0.02)

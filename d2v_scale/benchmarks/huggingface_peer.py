@@ -6,7 +6,6 @@ rows. 2.0 vision has no class of its own there: its blocks are `Data2VecTextLaye
 """
 
 import copy
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -226,7 +225,7 @@ class _Vision2(_Encoder):
         self.patch = nn.Conv2d(vision.channels, backbone.width, vision.patch_size, vision.patch_size)
         self.cls = nn.Parameter(torch.empty(1, 1, backbone.width))
         self.norm = nn.LayerNorm(backbone.width, backbone.norm_eps)
-        positions = sincos_positions(backbone.width, vision.image_size // vision.patch_size)
+        positions = sincos_positions(backbone.width, vision.grid)
         self.register_buffer("positions", positions, persistent=False)
         self.blocks: Any = nn.ModuleList(
             Data2VecTextLayer(config) for _ in range(backbone.prenet_depth + backbone.depth)
@@ -246,23 +245,23 @@ class _Vision2(_Encoder):
 class _Decoder(nn.Module):
     """The 2.0 decoder, on every position of every row."""
 
-    def __init__(self, ours: Any, planar: bool) -> None:
+    def __init__(self, ours: Any, grid: tuple[int, int] | None) -> None:
+        """`grid`: rows and columns of planar positions; None: they are a line."""
         super().__init__()
-        self.convs = copy.deepcopy(ours.convs) if planar else nn.ModuleList(_plain(conv) for conv in ours.convs)
+        self.convs = copy.deepcopy(ours.convs) if grid else nn.ModuleList(_plain(conv) for conv in ours.convs)
         layers = [ours.proj] if len(ours.projection_names) == 1 else [ours.proj1, nn.GELU(), ours.proj2]
         self.projection = copy.deepcopy(nn.Sequential(*layers))
-        self.planar, self.residual, self.dropout = planar, ours.residual, nn.Dropout(ours.dropout)
+        self.grid, self.residual, self.dropout = grid, ours.residual, nn.Dropout(ours.dropout)
 
     def forward(self, visible_rsd: Tensor, masked_rt: Tensor, noise_rtd: Tensor) -> Tensor:
         rows, length = masked_rt.shape
         x = noise_rtd.clone()
         x[~masked_rt] = self.dropout(visible_rsd).flatten(0, 1).to(x.dtype)
-        side = math.isqrt(length)
         x = x.transpose(1, 2)
-        x = x.reshape(rows, -1, side, side) if self.planar else x
+        x = x.reshape(rows, -1, *self.grid) if self.grid else x
         for conv in self.convs:
             out = conv(x)
-            out = out[..., :side, :side] if self.planar else out[..., :length]
+            out = out[..., : self.grid[0], : self.grid[1]] if self.grid else out[..., :length]
             out = F.gelu(F.layer_norm(out.movedim(1, -1), out.shape[1:2]).movedim(-1, 1))
             x = out + x if self.residual and out.shape == x.shape else out
         return self.projection(x.flatten(2).transpose(1, 2))[masked_rt]
@@ -327,7 +326,8 @@ def _student(model: ModelConfig, modality: Any, ours: Student) -> Any:
         encoder.scale.copy_(dict(ours.named_parameters())["stems.speech.bias.scale"])
     predictor: Any = ours.predictors[modality]
     if model.visible_only:
-        return _Student2(encoder, _Decoder(predictor, predictor.dimensions == 2), model.predictor.noise_std)
+        grid = model.vision.grid if model.vision is not None and predictor.dimensions == 2 else None
+        return _Student2(encoder, _Decoder(predictor, grid), model.predictor.noise_std)
     layers = [predictor.fc1, nn.GELU(), predictor.fc2] if model.predictor.kind == "mlp" else [predictor.proj]
     return _Student1(encoder, copy.deepcopy(nn.Sequential(*layers)))
 

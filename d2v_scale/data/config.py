@@ -40,12 +40,12 @@ class SourceConfig:
 
 @dataclass(kw_only=True)
 class VisionData:
-    """Images to square inputs. Defaults: the 1.0 and 2.0 ImageNet recipes without colour jitter."""
+    """Images to inputs of one size. Defaults: the 1.0 and 2.0 ImageNet recipes without colour jitter."""
 
     crop_scale: tuple[float, float] = (0.2, 1.0)
     """Area of the random crop as a fraction of the image: smallest, largest (1.0: 0.08, 2.0: 0.2)."""
     crop_ratio: tuple[float, float] = (0.75, 4 / 3)
-    """Width over height of the random crop: smallest, largest."""
+    """Width over height of the random crop, as a multiple of the model's (of square inputs 1): smallest, largest."""
     flip: float = 0.5
     """Probability of a horizontal flip."""
     jitter: tuple[float, float, float] = (0.0, 0.0, 0.0)
@@ -55,7 +55,7 @@ class VisionData:
     std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])
     """Standard deviation of each channel, of pixels scaled to 0..1."""
     evaluation_crop: float = 0.875
-    """Side of the centre crop in evaluation as a fraction of the shorter side (224 of 256)."""
+    """Sides of the centre crop in evaluation as a fraction of the largest that fits the image (224 of 256)."""
     max_pixels: int = 100_000_000
     """Images with more pixels are refused undecoded: a decompression bomb would exhaust memory."""
 

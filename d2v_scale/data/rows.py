@@ -26,7 +26,7 @@ class Stacked:
     valid: Tensor | None = None
     """True where `inputs` is real; None: everywhere."""
     grid: tuple[int, int] | None = None
-    """Rows and columns of positions; None where positions are a line."""
+    """Rows of positions, and positions in a row; None where they are a line."""
     length: int | None = None
     """T, positions in a line."""
     valid_lengths: NDArray[np.int64] | None = None

@@ -47,30 +47,32 @@ Box = tuple[float, float, float, float]
 Pixels = NDArray[np.uint8]
 
 
-def crop_box(width: int, height: int, config: VisionData, draws: NDArray[np.float64]) -> Box:
-    """A random crop: area uniform in `crop_scale` of the image, log(width/height) uniform in `crop_ratio`.
+def crop_box(width: int, height: int, config: VisionData, draws: NDArray[np.float64], aspect: float = 1.0) -> Box:
+    """A random crop: area uniform in `crop_scale` of the image, log(width/height) uniform in `crop_ratio` of `aspect`,
+    the width over the height of what it is resized to.
 
     Up to ten tries; then the largest centred crop whose ratio is allowed (the usual random resized crop).
     """
     low, high = (math.log(ratio) for ratio in config.crop_ratio)
     for u_area, u_ratio, u_left, u_top in draws[: 4 * _TRIES].reshape(_TRIES, 4).tolist():
         area = width * height * (config.crop_scale[0] + u_area * (config.crop_scale[1] - config.crop_scale[0]))
-        ratio = math.exp(low + u_ratio * (high - low))
+        ratio = aspect * math.exp(low + u_ratio * (high - low))
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:
             left, top = int(u_left * (width - w + 1)), int(u_top * (height - h + 1))
             return left, top, left + w, top + h
-    w = min(width, max(1, round(height * config.crop_ratio[1])))
-    h = min(height, max(1, round(width / config.crop_ratio[0])))
+    w = min(width, max(1, round(height * (aspect * config.crop_ratio[1]))))
+    h = min(height, max(1, round(width / (aspect * config.crop_ratio[0]))))
     left, top = (width - w) // 2, (height - h) // 2
     return left, top, left + w, top + h
 
 
-def centre_box(width: int, height: int, fraction: float) -> Box:
-    """The centred square with `fraction` of the shorter side."""
-    side = min(width, height) * fraction
-    left, top = (width - side) / 2, (height - side) / 2
-    return left, top, left + side, top + side
+def centre_box(width: int, height: int, fraction: float, aspect: float = 1.0) -> Box:
+    """Centred, with `fraction` of the sides of the largest box of `aspect`, width over height."""
+    across = min(width, height * aspect) * fraction
+    down = across / aspect
+    left, top = (width - across) / 2, (height - down) / 2
+    return left, top, left + across, top + down
 
 
 def eight_bit(image: Image.Image) -> Image.Image:
@@ -155,8 +157,9 @@ class VisionDecoder:
         if min(len(config.mean), len(config.std)) < stem.channels:
             raise ConfigError("data.vision.mean", f"has fewer values than the model's {stem.channels} channels")
         self._config = config
-        self._side = stem.image_size
-        self._grid = (stem.image_size // stem.patch_size,) * 2
+        self._height, self._width = stem.size
+        self._aspect = self._width / self._height
+        self._grid = stem.grid
         self._mode = {1: "L", 3: "RGB"}.get(stem.channels)
         if self._mode is None:
             raise ConfigError("model.vision.channels", f"is {stem.channels}", "Images have 1 or 3 channels.")
@@ -166,27 +169,28 @@ class VisionDecoder:
         self._shift_c11 = (-mean / std)[:, None, None]
 
     def training_row(self, store: Store, shard: int, item: int, length: int, draws: NDArray[np.float64]) -> Row:
-        """A view of the image: uint8 (side, side, channels)."""
+        """A view of the image: uint8 (H, W, channels)."""
         sample = store.read(shard, item)
         return Row(sample.key, np.asarray(self.view(sample, draws)))
 
     def view(self, sample: RawSample, draws: NDArray[np.float64]) -> Image.Image:
         """Crop, flip and jitter by `draws`, uniforms in [0, 1)."""
         image = self._open(sample)
-        resized = self._resize(image, crop_box(*upright_size(image), self._config, draws))
+        resized = self._resize(image, crop_box(*upright_size(image), self._config, draws, self._aspect))
         u_flip, u_order, *u_jitter = draws[4 * _TRIES : 4 * _TRIES + 5].tolist()
         if any(self._config.jitter):
             resized = self._jitter(resized, u_order, u_jitter)
         return ImageOps.mirror(resized) if u_flip < self._config.flip else resized
 
     def evaluation_row(self, sample: RawSample) -> Pixels:
-        """The centre crop: uint8 (side, side, channels)."""
+        """The centre crop: uint8 (H, W, channels)."""
         image = self._open(sample)
-        return np.asarray(self._resize(image, centre_box(*upright_size(image), self._config.evaluation_crop)))
+        box = centre_box(*upright_size(image), self._config.evaluation_crop, self._aspect)
+        return np.asarray(self._resize(image, box))
 
     def stack(self, rows: list[Pixels]) -> Stacked:
-        """float32 (B, C, side, side), normalised."""
-        pixels_bhwc = np.stack(rows).reshape(len(rows), self._side, self._side, -1)
+        """float32 (B, C, H, W), normalised."""
+        pixels_bhwc = np.stack(rows).reshape(len(rows), self._height, self._width, -1)
         inputs = (
             torch.from_numpy(pixels_bhwc).permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
         )
@@ -194,7 +198,7 @@ class VisionDecoder:
 
     def blank(self) -> Pixels:
         """A row of a batch that has none."""
-        return np.zeros((self._side, self._side, len(self._scale_c11)), dtype=np.uint8)
+        return np.zeros((self._height, self._width, len(self._scale_c11)), dtype=np.uint8)
 
     def _open(self, sample: RawSample) -> Image.Image:
         _, content = sample.member(EXTENSIONS)
@@ -207,13 +211,13 @@ class VisionDecoder:
         """`box` of the upright image at the model's size, bicubic. Large JPEGs are decoded at a fraction of theirs."""
         assert self._mode is not None
         width, height = upright_size(image)
-        reduction = min(box[2] - box[0], box[3] - box[1]) / self._side
+        reduction = min((box[2] - box[0]) / self._width, (box[3] - box[1]) / self._height)
         factor = 1 << min(3, int(math.log2(reduction))) if reduction >= 2 else 1
         image = upright(image, self._mode, factor)
         if image.size != (width, height):
             across, down = image.width / width, image.height / height
             box = (box[0] * across, box[1] * down, min(box[2] * across, image.width), min(box[3] * down, image.height))
-        return image.resize((self._side, self._side), Image.Resampling.BICUBIC, box=box)
+        return image.resize((self._width, self._height), Image.Resampling.BICUBIC, box=box)
 
     def _jitter(self, image: Image.Image, u_order: float, u_jitter: list[float]) -> Image.Image:
         """Brightness, contrast and saturation, in random order, each by a factor uniform in 1 - s .. 1 + s.

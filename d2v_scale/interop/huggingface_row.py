@@ -39,6 +39,8 @@ class Example:
     given: str
     call: str
     """What the model is called with."""
+    remote_processor: bool = False
+    """Whether they are those of the exported folder, not transformers' own."""
 
 
 class HuggingFaceRow(ABC):

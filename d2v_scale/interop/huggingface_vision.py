@@ -1,6 +1,5 @@
 """Images in Hugging Face's classes."""
 
-import math
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +14,7 @@ from d2v_scale.finetuning.config import TaskConfig
 from d2v_scale.interop.huggingface_row import Example, Head, HuggingFaceRow, blocks_of
 from d2v_scale.interop.keymap import KeyMap
 from d2v_scale.interop.reference_config import Shapes
+from d2v_scale.interop.reference_vision import input_size
 from d2v_scale.interop.weight_files import write_json
 from d2v_scale.model.config import Backbone, Modality, ModelConfig, Predictor, VisionStem
 from d2v_scale.recipe import Recipe
@@ -43,7 +43,7 @@ class VisionRow(HuggingFaceRow):
 
     def is_native(self, model: ModelConfig) -> bool:
         backbone = model.backbone
-        relative = _stem(model).positions == "relative" and not model.visible_only
+        relative = _stem(model).positions == "relative" and not model.visible_only and not _is_wide(model)
         scaled = backbone.norm_first and backbone.layer_scale > 0
         return relative and scaled and not backbone.key_bias and backbone.final_norm
 
@@ -51,6 +51,9 @@ class VisionRow(HuggingFaceRow):
         unlike = super().beyond_remote(model)
         if _stem(model).positions == "relative":
             unlike.append("model.vision.positions")
+            if _is_wide(model):
+                height, width = _stem(model).size
+                unlike.append(f"model.vision.image_size ({height} x {width} pixels: that class computes squares alone)")
         return unlike if model.visible_only else [*unlike, "model.visible_only"]
 
     def add_keys(self, keys: KeyMap, model: ModelConfig, name: str) -> None:
@@ -109,10 +112,18 @@ class VisionRow(HuggingFaceRow):
         backbone.drop_path = float(settings.get("drop_path_rate", 0.0))
         patch = int(settings.get("patch_size", 16))
         table = shapes.get("encoder.relative_position_bias.relative_position_bias_table")
-        grid = (math.isqrt(table[0] - 3) + 1) // 2 if table else int(settings.get("image_size", 224)) // patch
+        size = input_size(settings.get("image_size", 224), patch, table)
         channels = int(settings.get("num_channels", 3))
-        stem = VisionStem(image_size=grid * patch, patch_size=patch, channels=channels, positions="relative")
-        return ModelConfig(vision=stem, backbone=backbone, predictor=Predictor(kind="linear"), init="beit")
+        stem = VisionStem(image_size=size, patch_size=patch, channels=channels, positions="relative")
+        model = ModelConfig(vision=stem, backbone=backbone, predictor=Predictor(kind="linear"), init="beit")
+        if _is_wide(model):
+            height, width = stem.size
+            raise CheckpointError(
+                f"it reads images of {height} x {width} pixels, for which transformers' class exchanges height and "
+                "width of the table of relative positions: what it computes, no other program does.",
+                "Import the checkpoint that it was made from.",
+            )
+        return model
 
     def may_lack(self, settings: Mapping[str, Any]) -> list[str]:
         # Classes that average the patches have no norm behind the encoder.
@@ -127,7 +138,8 @@ class VisionRow(HuggingFaceRow):
 
     def write_processor(self, recipe: Recipe, model: ModelConfig, out: Path, tokenizer: Path | None) -> list[str]:
         stem, data = _stem(model), recipe.data.vision
-        side, channels = stem.image_size, stem.channels
+        (height, width), channels = stem.size, stem.channels
+        before = {"height": round(height / data.evaluation_crop), "width": round(width / data.evaluation_crop)}
         settings: dict[str, Any] = {
             # Without trust_remote_code transformers' own: the same, but for EXIF's turns and for 16 bits a channel.
             "image_processor_type": "BeitImageProcessorPil",
@@ -135,10 +147,10 @@ class VisionRow(HuggingFaceRow):
             "do_convert_rgb": channels == 3,
             "do_resize": True,
             # The centre crop that evaluation takes.
-            "size": {"shortest_edge": round(side / data.evaluation_crop)},
+            "size": before if _is_wide(model) else {"shortest_edge": before["height"]},
             "resample": 3,
             "do_center_crop": True,
-            "crop_size": {"height": side, "width": side},
+            "crop_size": {"height": height, "width": width},
             "do_rescale": True,
             "rescale_factor": 1 / 255,
             "do_normalize": True,
@@ -148,14 +160,21 @@ class VisionRow(HuggingFaceRow):
         }
         shutil.copyfile(IMAGE_PROCESSOR_FILE, out / IMAGE_PROCESSOR_FILE.name)
         write_json(out / "preprocessor_config.json", settings)
-        return []
+        if not _is_wide(model):
+            return []
+        return [
+            f"images are cropped to {height} x {width} by {IMAGE_PROCESSOR_FILE.name} (trust_remote_code=True); "
+            "without it transformers stretches them"
+        ]
 
     def example(self, model: ModelConfig, folder: Path) -> Example:
-        side, channels = _stem(model).image_size, _stem(model).channels
+        (height, width), channels = _stem(model).size, _stem(model).channels
         if channels == 3:
             call = '**processor(image, return_tensors="pt")'
-            return Example(("AutoImageProcessor",), f'image = Image.new("RGB", ({side}, {side}))', call)
-        given = f"pixels = torch.randn(1, {channels}, {side}, {side})"
+            image = f'image = Image.new("RGB", ({width}, {height}))'
+            # transformers' own would stretch images to a shape that is no square.
+            return Example(("AutoImageProcessor",), image, call, remote_processor=_is_wide(model))
+        given = f"pixels = torch.randn(1, {channels}, {height}, {width})"
         return Example((), given, f"{self.input_name}=pixels")
 
     def sample(self, model: ModelConfig, name: Modality) -> tuple[Batch, dict[str, Tensor]]:
@@ -165,7 +184,15 @@ class VisionRow(HuggingFaceRow):
 
     def input_shape(self, model: ModelConfig) -> tuple[int, ...]:
         stem = _stem(model)
-        return -1, stem.channels, stem.image_size, stem.image_size
+        return -1, stem.channels, *stem.size
+
+
+def _is_wide(model: ModelConfig) -> bool:
+    """Whether images are no squares. With relative positions no class of transformers computes them:
+    Data2VecVisionRelativePositionBias takes the table for one of width x height and stretches it to height x width
+    (5.24)."""
+    height, width = _stem(model).size
+    return height != width
 
 
 def _stem(model: ModelConfig) -> VisionStem:

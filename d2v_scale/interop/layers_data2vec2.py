@@ -97,7 +97,9 @@ class VisionContext(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.grid = config.image_size // config.patch_size
+        size = config.image_size
+        height, width = (size, size) if isinstance(size, int) else size
+        self.grid = height // config.patch_size, width // config.patch_size
         self.cls = nn.Parameter(torch.zeros(1, 1, config.width))
         self.norm = nn.LayerNorm(config.width, config.layer_norm_eps)
 
@@ -111,19 +113,21 @@ class VisionContext(nn.Module):
 def sincos_positions(width, rows, columns, grid=None):
     """(rows * columns, width): the first half of the channels encodes the column, the second the row.
 
-    With `grid`, the centres of the patches are laid over those of a grid x grid image; else patches count from 0.
+    With `grid`, the centres of the patches are laid over those of an image of so many rows and columns of patches; else
+    patches count from 0.
     """
     omega = torch.exp(torch.arange(width // 4, dtype=torch.float64) * (-math.log(10000.0) / (width // 4)))
 
-    def encode(count):
+    def encode(count, over):
         at = torch.arange(count, dtype=torch.float64)
-        if grid is not None:
-            at = (at + 0.5) * grid / count - 0.5
+        if over is not None:
+            at = (at + 0.5) * over / count - 0.5
         angles = at[:, None] * omega
         return torch.cat((angles.sin(), angles.cos()), dim=1)
 
-    column = encode(columns)[None].expand(rows, -1, -1)
-    row = encode(rows)[:, None].expand(-1, columns, -1)
+    rows_over, columns_over = grid or (None, None)
+    column = encode(columns, columns_over)[None].expand(rows, -1, -1)
+    row = encode(rows, rows_over)[:, None].expand(-1, columns, -1)
     return torch.cat((column, row), dim=-1).reshape(rows * columns, width).float()
 
 

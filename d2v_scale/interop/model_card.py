@@ -115,6 +115,7 @@ def _lines(recipe: Recipe, modality: Modality, out: Path) -> list[str]:
     imports = f"from transformers import {', '.join(sorted({auto, *example.processors}))}"
     lines = ["import torch", *(["from PIL import Image"] if "Image." in example.given else []), imports, ""]
     lines.append(f'model = {auto}.from_pretrained("."{remote}).eval()')
-    lines += [f'processor = {name}.from_pretrained(".")' for name in example.processors]
+    own = ", trust_remote_code=True" if example.remote_processor else ""
+    lines += [f'processor = {name}.from_pretrained("."{own})' for name in example.processors]
     run = f"    output = model({example.call}).{result}"
     return [*lines, example.given, "with torch.no_grad():", run, "print(output.shape)"]

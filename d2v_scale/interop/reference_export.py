@@ -39,7 +39,6 @@ def export_reference(checkpoint: Checkpoint, recipe: Recipe, modality: Modality,
     teacher_names = set(checkpoint.names("teacher"))
     owned = [key for entry in keymap.entries if entry.ours in teacher_names for key in entry.theirs]
     teacher = dict(export_tensors(keymap, _reader(checkpoint, "teacher"), only=owned))
-    out.mkdir(parents=True, exist_ok=True)
     if modality == "vision" and not model.visible_only:
         content: dict[str, Any] = {"model": student, "model_settings": settings, "args": loop}
         if teacher:
@@ -64,6 +63,7 @@ def export_reference(checkpoint: Checkpoint, recipe: Recipe, modality: Modality,
                 "mask": stem.mask_id,
             }
         path = out / "checkpoint.pt"
+    out.mkdir(parents=True, exist_ok=True)
     torch.save(content, path)
     return [f"{len(student)} tensors of the student, {len(teacher)} of the teacher, in the reference's names"]
 
@@ -247,6 +247,13 @@ def _settings_2(
         }
     elif modality == "vision":
         assert model.vision is not None
+        if not isinstance(model.vision.image_size, int):
+            height, width = model.vision.size
+            raise CheckpointError(
+                f"fairseq's 2.0 models read square images; this one reads {height} x {width} pixels "
+                "(model.vision.image_size).",
+                "Export the encoder to Hugging Face's format instead.",
+            )
         stem |= {
             "input_size": model.vision.image_size,
             "patch_size": model.vision.patch_size,

@@ -114,7 +114,7 @@ def _data2vec_vision(config: ModelConfig) -> KeyMap:
     keys.add("stems.vision.context.cls", "cls_token")
     keys.add("stems.vision.context.mask_token", "mask_token")
     if config.vision.positions == "relative":
-        grid = config.vision.image_size // config.vision.patch_size
+        grid = config.vision.grid
         keys.add("stems.vision.bias.table", "rel_pos_bias.relative_position_bias_table")
         keys.derived["rel_pos_bias.relative_position_index"] = lambda: relative_index(grid)
     for i in range(config.backbone.depth):
@@ -140,7 +140,7 @@ def _fairseq_2(config: ModelConfig, modality: Modality) -> KeyMap:
         assert config.vision is not None
         keys.add(f"{ours}.context.cls", f"{theirs}.extra_tokens")
         keys.layer(f"{ours}.features.patch", f"{theirs}.local_encoder.proj")
-        width, grid = config.backbone.width, config.vision.image_size // config.vision.patch_size
+        width, grid = config.backbone.width, config.vision.grid
         keys.derived[f"{theirs}.fixed_positional_encoder.positions"] = lambda: _positions(width, grid)
     else:
         _embeddings(keys, f"{theirs}.local_encoder")
@@ -160,5 +160,5 @@ def _fairseq_2(config: ModelConfig, modality: Modality) -> KeyMap:
     return keys
 
 
-def _positions(width: int, grid: int) -> Tensor:
+def _positions(width: int, grid: tuple[int, int]) -> Tensor:
     return sincos_positions(width, grid)[None]

@@ -2,12 +2,32 @@
 
 import ast
 import math
+from typing import Any
 
 from d2v_scale.data2vec.config import EmaConfig, LossConfig, MaskingConfig, ObjectiveConfig, TargetConfig
 from d2v_scale.errors import CheckpointError
 from d2v_scale.interop.reference_config import Reference, Settings, Shapes, modality_of, require
 from d2v_scale.modalities import published_parts
 from d2v_scale.model.config import Backbone, ModelConfig, Predictor, VisionStem
+
+
+def input_size(given: Any, patch_size: int, table: tuple[int, ...] | None) -> int | tuple[int, int]:
+    """The size of the images that a model with a table of relative positions of this shape reads: `given`, one number
+    or height and width, where it fits the table, else a square that does. Raises `CheckpointError` where none does.
+    """
+    try:
+        height, width = (int(number) for number in (given if isinstance(given, (list, tuple)) else (given, given)))
+    except (TypeError, ValueError):
+        raise CheckpointError(f"its configuration says that images are of size {given!r}.") from None
+    if table is None or table[0] == (2 * (height // patch_size) - 1) * (2 * (width // patch_size) - 1) + 3:
+        return height // patch_size * patch_size, width // patch_size * patch_size
+    distances = math.isqrt(max(0, table[0] - 3))
+    if distances % 2 == 0 or distances**2 != table[0] - 3:
+        raise CheckpointError(
+            f"it has {table[0]} relative positions, which are those of no square image and not of {height} x {width} "
+            f"pixels in patches of {patch_size}."
+        )
+    return ((distances + 1) // 2 * patch_size,) * 2
 
 
 def from_data2vec_vision(settings: Settings, loop: Settings, shapes: Shapes) -> Reference:
@@ -27,15 +47,11 @@ def from_data2vec_vision(settings: Settings, loop: Settings, shapes: Shapes) -> 
     depth = 1 + max((int(key.split(".")[1]) for key in shapes if key.startswith("blocks.")), default=-1)
     depth = settings.get("depth", depth)
     heads = settings.get("num_heads") or (table[1] if table else width // 64)
-    if table is not None:
-        image_size = (math.isqrt(table[0] - 3) + 1) // 2 * patch_size
-    else:
-        image_size = settings.get("img_size", settings.get("input_size", 224))
     scaled = "blocks.0.gamma_1" in shapes or bool(settings.get("init_values"))
     init_values = settings.get("init_values", loop.get("layer_scale_init_value", 1e-4)) or 1e-4
     model = ModelConfig(
         vision=VisionStem(
-            image_size=image_size,
+            image_size=input_size(settings.get("img_size", settings.get("input_size", 224)), patch_size, table),
             patch_size=patch_size,
             channels=channels,
             positions="relative",

@@ -14,7 +14,7 @@ class Lengths:
     """Sequence lengths of one sample, and how its positions lie."""
 
     inputs: int
-    """Size of the raw input along its longest axis: samples of audio, tokens, or pixels along a side."""
+    """Size of the raw input along its longest axis: samples of audio, tokens, or pixels along the longer side."""
     grid: tuple[int, ...]
     """Positions along each axis, row-major: (frames,), (tokens,), (rows of patches, patches in a row)."""
     kept: int

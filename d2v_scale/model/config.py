@@ -93,8 +93,8 @@ class VisionStem(StemSettings):
 
     kind: ClassVar[Kind] = "vision"
 
-    image_size: int = 224
-    """Side of the square input, pixels."""
+    image_size: int | tuple[int, int] = 224
+    """Side of the square input, or its height and width, pixels."""
     patch_size: int = 16
     """Side of a patch, pixels."""
     channels: int = 3
@@ -104,9 +104,27 @@ class VisionStem(StemSettings):
     """Standard deviation of the relative-position table at initialisation. Published: 0, from which a short run never
     learns where patches are, since the optimizer moves the table by one learning rate a step."""
 
+    def __post_init__(self) -> None:
+        height, width = self.size
+        if height == width:  # one way to write it, so that recipes compare
+            self.image_size = height
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the input, pixels."""
+        height, width = (self.image_size,) * 2 if isinstance(self.image_size, int) else self.image_size
+        return height, width
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows of patches, and patches in a row."""
+        height, width = self.size
+        return height // self.patch_size, width // self.patch_size
+
     def check(self, backbone: "Backbone") -> None:
         """Raises `ConfigError` for sizes that do not fit together."""
-        _require_divisor("model.vision.patch_size", self.patch_size, "model.vision.image_size", self.image_size)
+        for pixels in self.size:
+            _require_divisor("model.vision.patch_size", self.patch_size, "model.vision.image_size", pixels)
         if self.positions == "sincos":
             _require_divisor("model.vision.positions (sincos)", 4, "model.backbone.width", backbone.width)
 

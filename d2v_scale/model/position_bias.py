@@ -14,17 +14,19 @@ _ROW_MULTIPLE = 8
 
 
 class RelativeBias(nn.Module):
-    """BEiT's relative-position table on a grid x grid image with a CLS token, one for all blocks (spec 3.5).
+    """BEiT's relative-position table on a grid of patches with a CLS token, one for all blocks (spec 3.5).
+
+    `grid`: rows of patches, and patches in a row.
 
     `owned`: whether the table is here, or comes with each call from the pipeline stage that has it.
     """
 
     index: Tensor
 
-    def __init__(self, grid: int, heads: int, init_std: float = 0.0, *, owned: bool = True) -> None:
+    def __init__(self, grid: tuple[int, int], heads: int, init_std: float = 0.0, *, owned: bool = True) -> None:
         super().__init__()
         self.local_heads = local_share(heads, "heads")
-        self.parameter_shape = ((2 * grid - 1) ** 2 + 3, heads)
+        self.parameter_shape = ((2 * grid[0] - 1) * (2 * grid[1] - 1) + 3, heads)
         if owned:
             self.table = nn.Parameter(torch.empty(self.parameter_shape))
             set_rule(self.table, InitRule("normal", init_std) if init_std else ZEROS)
@@ -36,7 +38,7 @@ class RelativeBias(nn.Module):
         return self.table
 
     def forward(self, table: Tensor | None = None) -> Tensor:
-        """(1, local heads, 1 + grid^2, 1 + grid^2); CLS is position 0. `table`: another stage's, if none is owned."""
+        """(1, local heads, 1 + T, 1 + T); CLS is position 0. `table`: another stage's, if none is owned."""
         table = for_local_heads(self.table if table is None else table).narrow(
             1, tensor_rank() * self.local_heads, self.local_heads
         )
@@ -44,16 +46,16 @@ class RelativeBias(nn.Module):
         return F.embedding(self.index.flatten(), table).view(size, size, -1).permute(2, 0, 1).contiguous()[None]
 
 
-def relative_index(grid: int) -> Tensor:
-    """Row of the table for each pair (i, j): (d_row + g - 1) * (2g - 1) + d_col + g - 1 with d = i - j, where i, j are
-    patches; the last three rows are CLS to any, any to CLS, CLS to CLS."""
-    axis = torch.arange(grid)
-    row, column = axis.repeat_interleave(grid), axis.repeat(grid)
-    span = 2 * grid - 1
-    patches = (row[:, None] - row + grid - 1) * span + column[:, None] - column + grid - 1
-    index = torch.empty(grid * grid + 1, grid * grid + 1, dtype=torch.int64)
+def relative_index(grid: tuple[int, int]) -> Tensor:
+    """Row of the table for each pair (i, j) of patches on h x w: (d_row + h - 1) * (2w - 1) + d_col + w - 1 with
+    d = i - j; the last three rows are CLS to any, any to CLS, CLS to CLS."""
+    height, width = grid
+    row, column = torch.arange(height).repeat_interleave(width), torch.arange(width).repeat(height)
+    patches = (row[:, None] - row + height - 1) * (2 * width - 1) + column[:, None] - column + width - 1
+    index = torch.empty(height * width + 1, height * width + 1, dtype=torch.int64)
     index[1:, 1:] = patches
-    index[0, :], index[:, 0], index[0, 0] = span**2, span**2 + 1, span**2 + 2
+    distances = (2 * height - 1) * (2 * width - 1)
+    index[0, :], index[:, 0], index[0, 0] = distances, distances + 1, distances + 2
     return index
 
 
@@ -106,19 +108,20 @@ def slope_exponents(heads: int) -> list[float]:
     return exponents + slope_exponents(2 * power)[0::2][: heads - power]
 
 
-def sincos_positions(width: int, grid: int) -> Tensor:
-    """Fixed 2-D positions (grid^2, width): the first half of the channels encodes the column, the second the row, each
-    as [sin, cos] of omega_i * position with omega_i = 10000^(-i / (width/4)) (spec 3.5). fp32, computed in fp64.
+def sincos_positions(width: int, grid: tuple[int, ...]) -> Tensor:
+    """Fixed positions (T, width) on a grid of any number of axes: equal shares of the channels encode the axes, the
+    last one first (of patches: the column, then the row), each as [sin, cos] of omega_i * position with
+    omega_i = 10000^(-i / (width / (2 axes))) (spec 3.5). fp32, computed in fp64.
 
     With NumPy: while a module is built for ZeRO-3, `torch.arange` and its like give values rounded to bf16.
     """
-    quarter = width // 4
-    omega = np.exp(np.arange(quarter) * (-math.log(10000.0) / quarter))
-    angles = np.arange(grid)[:, None] * omega
-    axis = np.concatenate((np.sin(angles), np.cos(angles)), axis=1)
-    column = np.broadcast_to(axis[None], (grid, grid, width // 2))
-    row = np.broadcast_to(axis[:, None], (grid, grid, width // 2))
-    table = np.concatenate((column, row), axis=-1).reshape(grid * grid, width).astype(np.float32)
+    frequencies = width // (2 * len(grid))
+    omega = np.exp(np.arange(frequencies) * (-math.log(10000.0) / frequencies))
+    shares = []
+    for position in reversed(np.indices(grid)):
+        angles = position[..., None] * omega
+        shares += [np.sin(angles), np.cos(angles)]
+    table = np.concatenate(shares, axis=-1).reshape(math.prod(grid), width).astype(np.float32)
     # On the device that ZeRO-3 builds on.
     return torch.from_numpy(table).to(torch.empty(0).device)
 

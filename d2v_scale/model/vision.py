@@ -15,11 +15,6 @@ from d2v_scale.model.stem import Exists, Stem
 BEIT = InitRule("truncated", 0.02, 0.02)
 
 
-def grid_of(config: VisionStem) -> int:
-    """Patches along one side."""
-    return config.image_size // config.patch_size
-
-
 class VisionFeatures(nn.Module):
     """Patch embedding."""
 
@@ -61,7 +56,7 @@ class VisionContext(nn.Module):
         self.norm = nn.LayerNorm(width, config.backbone.norm_eps) if normed else None
         self.has_positions = stem.positions == "sincos"
         if self.has_positions:
-            self.register_buffer("positions_td", sincos_positions(width, grid_of(stem)), persistent=False)
+            self.register_buffer("positions_td", sincos_positions(width, stem.grid), persistent=False)
 
     def forward(
         self,
@@ -93,7 +88,7 @@ class PatchStem(Stem):
         super().__init__()
         spec = config.sole(VisionStem)
         if spec.positions == "relative":
-            self.bias = RelativeBias(grid_of(spec), config.backbone.heads, spec.relative_std, owned=section.starts)
+            self.bias = RelativeBias(spec.grid, config.backbone.heads, spec.relative_std, owned=section.starts)
         if not section.starts:
             return
         if exists("features"):

@@ -63,6 +63,34 @@ def test_crops_lie_inside_the_image_and_keep_their_limits(width: int, height: in
         assert 0.7 < (right - left) / (bottom - top) < 1.43
 
 
+@settings(max_examples=100, deadline=None)
+@given(width=st.integers(60, 900), height=st.integers(60, 900), aspect=st.floats(0.5, 2.0), seed=st.integers(0, 10**6))
+def test_crops_have_the_shape_of_the_models_images(width: int, height: int, aspect: float, seed: int) -> None:
+    config, draws = VisionData(crop_ratio=(0.75, 4 / 3)), np.random.default_rng(seed).random(vision.DRAWS)
+    left, top, right, bottom = vision.crop_box(width, height, config, draws, aspect)
+    assert 0 <= left < right <= width
+    assert 0 <= top < bottom <= height
+    assert 0.7 < (right - left) / (bottom - top) / aspect < 1.43
+    left, top, right, bottom = vision.centre_box(width, height, 0.9, aspect)
+    assert (right - left) / (bottom - top) == pytest.approx(aspect)
+    assert max((right - left) / width, (bottom - top) / height) == pytest.approx(0.9)
+    assert (left + right, top + bottom) == pytest.approx((width, height))
+
+
+def test_a_wide_model_sees_its_crop_in_proportion() -> None:
+    """A circle stays one: nothing is stretched in evaluation."""
+    x, y = np.meshgrid(np.arange(120) - 59.5, np.arange(90) - 44.5)
+    disc = Image.fromarray((np.hypot(x, y) < 20).astype(np.uint8) * 255)
+    decoder = vision.VisionDecoder(VisionData(), VisionStem(image_size=(32, 48), patch_size=4, channels=1))
+    row = decoder.evaluation_row(encoded(disc))  # type: ignore[arg-type]
+    assert row.shape == (32, 48)
+    tall, wide = (row > 127).any(axis=1).sum(), (row > 127).any(axis=0).sum()
+    assert abs(int(tall) - int(wide)) <= 1
+    assert abs(tall - 40 * 32 / (80 * 0.875)) <= 1
+    assert decoder.stack([row]).grid == (8, 12)
+    assert decoder.blank().shape == (32, 48, 1)
+
+
 def test_crop_areas_are_uniform() -> None:
     rng = np.random.default_rng(0)
     areas = []

@@ -97,7 +97,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def references(root: Path) -> dict[str, Checkpoint]:
     """What one process computes."""
-    cases = [{"name": model, "model": model, "accumulation": 4} for model in tiny_models.NAMES]
+    cases = [{"name": model, "model": model, "accumulation": 4} for model in (*tiny_models.NAMES, *tiny_models.WIDE)]
     poisoned = {"name": "skipping", "model": "v2_vision", "accumulation": 4, "poisoned_step": 2}
     return train(root, 1, [*cases, poisoned, {"name": "layers", **LAYERS, "accumulation": 4}])
 
@@ -121,7 +121,7 @@ def on_two_ranks(root: Path) -> dict[str, Checkpoint]:
         2,
         [
             *cases_of("pp2", tiny_models.NAMES),
-            *cases_of("tp2", ("v2_speech",)),
+            *cases_of("tp2", ("v2_speech", "v1_vision_wide")),
             {"name": "layers pp2", **LAYERS, **pipeline},
             {"name": "bf16", "model": "v1_vision", "precision": "bf16", **pipeline},
             {"name": "delayed", "model": "v2_text", "steps": [0, 2], "sleeps": SLEEPS, **pipeline},
@@ -163,7 +163,8 @@ def on_four_ranks(root: Path) -> dict[str, Checkpoint]:
             *cases_of("pp4", ("v2_vision", "v1_speech")),
             *cases_of("pp2 x dp2", ("v1_vision", "v2_text")),
             *cases_of("pp2 x dp2, cpu teacher, offload", ("v2_speech",)),
-            *cases_of("tp2 x pp2", ("v1_vision", "v2_speech")),
+            *cases_of("tp2 x pp2", ("v1_vision", "v2_speech", "v2_vision_wide")),
+            *cases_of("tp2 x dp2, ZeRO-3", ("v2_vision_wide",)),
             {"name": "skipping in a pipeline", "model": "v2_vision", "poisoned_step": 2, **TOPOLOGIES["pp2 x dp2"][1]},
             {"name": "a", "model": "v1_vision", "steps": [0, 2], **TOPOLOGIES["tp2 x pp2"][1]},
             {

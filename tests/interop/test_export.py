@@ -25,7 +25,7 @@ def _world(world_of_one: None) -> None:
     pass
 
 
-@pytest.mark.parametrize("name", tiny_models.NAMES)
+@pytest.mark.parametrize("name", [*tiny_models.NAMES, "v2_vision_wide"])
 def test_an_exported_folder_computes_what_our_teacher_computes(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -37,9 +37,22 @@ def test_an_exported_folder_computes_what_our_teacher_computes(
     shared = {"v1_speech": "stems.speech.features", "v2_speech": "stems.speech.features", "v2_text": "stems.text"}
     if name in shared:
         assert shared[name] in printed
-    assert (out / "modeling_data2vec2.py").exists() == (name in ("v2_speech", "v2_vision"))
+    assert (out / "modeling_data2vec2.py").exists() == (name in ("v2_speech", "v2_vision", "v2_vision_wide"))
     if not name.endswith("text"):
         assert (out / "preprocessor_config.json").exists()
+
+
+@pytest.mark.parametrize(("name", "to"), [("v2_vision_wide", "fairseq"), ("v1_vision_wide", "hf")])
+def test_images_that_are_no_squares_are_refused_where_the_format_has_none(
+    name: str, to: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """transformers' class takes the table of relative positions for one of width x height."""
+    out = tmp_path / "out"
+    assert tool("export").main([str(checkpoint_of(name, tmp_path)), str(out), "--to", to]) == 2
+    said = capsys.readouterr().err
+    assert "16 x 24 pixels" in said
+    assert "model.vision.image_size" in said
+    assert not out.exists()
 
 
 def test_a_wrong_exported_weight_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

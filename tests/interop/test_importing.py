@@ -19,8 +19,11 @@ from exported_models import checkpoint_of, tool
 from safetensors.torch import load_file, save_file
 
 from d2v_scale.checkpoint import open_any
+from d2v_scale.errors import CheckpointError
 from d2v_scale.interop.encoder_source import open_encoder, recipe_of
 from d2v_scale.interop.importing import convert, open_source
+from d2v_scale.interop.reference_vision import input_size
+from d2v_scale.model.config import VisionStem
 
 warnings.filterwarnings("ignore")
 
@@ -62,7 +65,7 @@ def test_foreign_weights_bring_the_normalisation_of_their_inputs(tmp_path: Path)
     assert convert(open_source(fairseq / "checkpoint.pt"), "again").recipe.data.speech.normalize is False
 
 
-@pytest.mark.parametrize("name", tiny_models.NAMES)
+@pytest.mark.parametrize("name", [*tiny_models.NAMES, "v1_vision_wide"])
 def test_import_of_an_export_to_fairseq_is_the_identity(name: str, tmp_path: Path) -> None:
     run, out = checkpoint_of(name, tmp_path), tmp_path / "reference"
     assert tool("export").main([str(run), str(out), "--to", "fairseq"]) == 0
@@ -79,6 +82,38 @@ def test_import_of_an_export_to_fairseq_is_the_identity(name: str, tmp_path: Pat
     assert theirs.objective.loss == mine.objective.loss
     assert dataclasses.replace(theirs.objective.ema, index="completed") == mine.objective.ema
     assert theirs.parts() == mine.parts()
+
+
+@pytest.mark.parametrize(
+    ("given", "rows", "size"),
+    [
+        (16, 7 * 7 + 3, 16),
+        ([16, 24], 7 * 11 + 3, (16, 24)),
+        ((24, 16), 7 * 11 + 3, (24, 16)),
+        (224, 7 * 7 + 3, 16),  # what the table says counts
+        ([16, 24], None, (16, 24)),
+    ],
+)
+def test_a_table_of_relative_positions_decides_the_size_of_images(
+    given: object, rows: int | None, size: object
+) -> None:
+    table = None if rows is None else (rows, 4)
+    assert VisionStem(image_size=input_size(given, 4, table), patch_size=4).image_size == size
+
+
+@pytest.mark.parametrize(("given", "rows"), [(16, 7 * 11 + 3), ([16, 20], 7 * 11 + 3), ("large", 52), ([1, 2, 3], 52)])
+def test_a_table_that_fits_no_images_is_refused(given: object, rows: int) -> None:
+    with pytest.raises(CheckpointError, match=r"relative positions|of size"):
+        input_size(given, 4, (rows, 4))
+
+
+def test_a_hugging_face_folder_of_wide_images_is_refused_since_its_class_computes_another_bias(tmp_path: Path) -> None:
+    out = tmp_path / "hf"
+    assert tool("export").main([str(checkpoint_of("v1_vision", tmp_path)), str(out)]) == 0
+    settings = json.loads((out / "config.json").read_text()) | {"image_size": [4, 100]}  # a table of as many rows
+    (out / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(CheckpointError, match="exchanges height"):
+        open_source(out)
 
 
 def _sizes(model) -> dict:  # type: ignore[no-untyped-def]

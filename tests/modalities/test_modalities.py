@@ -18,7 +18,7 @@ from d2v_scale.model.stack import Student
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("name", tiny_models.NAMES)
+@pytest.mark.parametrize("name", [*tiny_models.NAMES, *tiny_models.WIDE])
 @pytest.mark.usefixtures("world_of_one")
 def test_a_stem_is_what_its_modality_says(name: str) -> None:
     model, batch = tiny_models.model(name), tiny_models.batch(name)

@@ -43,7 +43,7 @@ def test_alibi_slopes_survive_a_cast_to_bf16() -> None:
 
 def test_relative_index_tells_apart_exactly_what_the_table_has_rows_for() -> None:
     grid = 14
-    index = relative_index(grid)
+    index = relative_index((grid, grid))
     assert index.unique().numel() == 732
     assert int(index[0, 0]) == 731
     assert set(index[0, 1:].tolist()) == {729}
@@ -53,8 +53,17 @@ def test_relative_index_tells_apart_exactly_what_the_table_has_rows_for() -> Non
     assert int(index[1 + i[0] * grid + i[1], 1 + j[0] * grid + j[1]]) == row
 
 
+def test_relative_index_of_a_wide_grid_is_that_of_beit() -> None:
+    from transformers.models.data2vec.modeling_data2vec_vision import Data2VecVisionRelativePositionBias
+
+    for grid in ((2, 5), (5, 2), (3, 3)):
+        theirs = Data2VecVisionRelativePositionBias.generate_relative_position_index(grid)
+        assert torch.equal(relative_index(grid), theirs)
+        assert RelativeBias(grid, 4).parameter_shape == (int(theirs.max()) + 1, 4)
+
+
 def test_relative_bias_is_a_lookup() -> None:
-    bias = RelativeBias(3, 4)
+    bias = RelativeBias((3, 3), 4)
     initialize(bias, 0)
     with torch.no_grad():
         bias.table.copy_(torch.randn_like(bias.table))
@@ -64,7 +73,7 @@ def test_relative_bias_is_a_lookup() -> None:
 
 
 def test_sincos_encodes_the_column_first() -> None:
-    positions = sincos_positions(8, 3)
+    positions = sincos_positions(8, (3, 3))
     assert positions.shape == (9, 8)
     row_major = positions.view(3, 3, 8)
     assert torch.equal(row_major[0, :, :4], row_major[2, :, :4])
@@ -73,8 +82,19 @@ def test_sincos_encodes_the_column_first() -> None:
     assert torch.allclose(row_major[1, 2, :2], expected)
 
 
+def test_sincos_of_any_grid_gives_each_axis_its_share_of_the_channels() -> None:
+    square, wide = sincos_positions(8, (5, 5)).view(5, 5, 8), sincos_positions(8, (2, 5)).view(2, 5, 8)
+    assert torch.equal(wide, square[:2])
+    line = sincos_positions(4, (5,))
+    assert torch.equal(line, square[0, :, :4])
+    tube = sincos_positions(12, (3, 2, 5)).view(3, 2, 5, 12)
+    assert torch.equal(tube[1, :, :, :8], tube[2, :, :, :8])
+    assert torch.equal(tube[..., :4], line.expand(3, 2, 5, 4))
+    assert torch.equal(tube[:, 0, 0, 8:], line[:3])
+
+
 def test_relative_table_starts_from_zero_unless_a_spread_is_asked_for() -> None:
-    zeros, spread = RelativeBias(3, 4), RelativeBias(3, 4, 1.0)
+    zeros, spread = RelativeBias((3, 3), 4), RelativeBias((3, 3), 4, 1.0)
     initialize(zeros, 1)
     initialize(spread, 1)
     assert zeros.table.abs().max() == 0

@@ -1,1 +1,1 @@
-"""Images: squares cut into patches."""
+"""Images, cut into square patches."""

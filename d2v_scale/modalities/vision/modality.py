@@ -1,5 +1,6 @@
 """What images say of themselves."""
 
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -49,21 +50,19 @@ class Vision(Modality):
     def extent(self, data: "DataConfig", size: float | None = None) -> tuple[int, tuple[int, ...]]:
         """All images are cropped to one size."""
         del data, size
-        return self.stem.image_size, self.fixed_grid
+        return max(self.stem.size), self.fixed_grid
 
     def noise(self, samples: int, size: int, generator: "torch.Generator") -> "Tensor":
         """Normal."""
         import torch
 
         del size
-        side = self.stem.image_size
-        return torch.randn(samples, self.stem.channels, side, side, generator=generator)
+        return torch.randn(samples, self.stem.channels, *self.stem.size, generator=generator)
 
     @property
     def fixed_grid(self) -> tuple[int, int]:
         """Rows of patches, and patches in a row."""
-        side = self.stem.image_size // self.stem.patch_size
-        return side, side
+        return self.stem.grid
 
     @property
     def input_width(self) -> int:
@@ -117,7 +116,7 @@ class Vision(Modality):
     def feature_bytes(self, lengths: Lengths, setting: Setting) -> float:
         """The images."""
         del lengths
-        return setting.itemsize * setting.samples * self.stem.channels * self.stem.image_size**2
+        return setting.itemsize * setting.samples * self.stem.channels * math.prod(self.stem.size)
 
     def context_bytes(self, lengths: Lengths, setting: Setting) -> float:
         """The norm and the choice of visible patches (2.0), or the masks (1.0)."""
