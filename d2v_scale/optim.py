@@ -38,6 +38,9 @@ class OptimConfig:
     """`all`: every parameter (fairseq runs); `matrices`: not biases, norms, layer scales, CLS token (BEiT)."""
     clip: float = 0.0
     """Largest global gradient norm; 0 does not clip."""
+    lr_scale: dict[str, float] | None = None
+    """Factor on the learning rate of a stem's own parameters (its layers and its predictor), by the name of the stem:
+    `{vision: 0.5}`. null, and stems that are not named: 1."""
 
     def check(self) -> None:
         """Raises ConfigError for values that contradict each other."""
@@ -64,6 +67,9 @@ class OptimConfig:
             )
         if self.clip < 0:
             raise ConfigError("optim.clip", f"is {self.clip}", "Give 0 for no clipping, or a positive norm.")
+        for name, scale in (self.lr_scale or {}).items():
+            if not 0 <= scale < math.inf:
+                raise ConfigError(f"optim.lr_scale.{name}", f"is {scale}", "Give a finite number that is not below 0.")
 
 
 def learning_rate(config: OptimConfig, completed_updates: int) -> float:
@@ -115,16 +121,28 @@ def _is_decayed(name: str, shape: torch.Size, config: OptimConfig) -> bool:
     return len(shape) > 1 and not name.endswith((".bias", ".q_bias", ".v_bias", ".cls"))
 
 
+def stem_scale(name: str, config: OptimConfig) -> float:
+    """What `lr_scale` says of the parameter `name`; 1 of main blocks, and of a predictor that all stems share."""
+    section, _, rest = name.partition(".")
+    return (config.lr_scale or {}).get(rest.partition(".")[0], 1.0) if section in ("stems", "predictors") else 1.0
+
+
 def parameter_groups(
     named_parameters: Iterable[tuple[str, torch.nn.Parameter]],
     config: OptimConfig,
-    traits: Callable[[str], dict[str, float]] = lambda name: {},
+    traits: Callable[[str], dict[str, float]] | None = None,
 ) -> list[dict[str, Any]]:
     """Trainable parameters in groups: decayed and not, and apart where `traits` of their names differ.
 
-    `traits` become keys of the group (`lr_scale` multiplies its learning rate). Shapes are the full ones, also when
-    partitioned.
+    `traits` become keys of the group (`lr_scale` multiplies its learning rate); None: what the configuration says of
+    their stems. Shapes are the full ones, also when partitioned.
     """
+
+    def of_stem(name: str) -> dict[str, float]:
+        scale = stem_scale(name, config)
+        return {} if scale == 1 else {"lr_scale": scale}
+
+    traits = traits or of_stem
     groups: dict[tuple[bool, tuple[tuple[str, float], ...]], list[torch.nn.Parameter]] = {}
     for name, parameter in named_parameters:
         if parameter.requires_grad:

@@ -151,6 +151,11 @@ class Recipe:
         self.data.check_names(model.modalities)
         for name in model.modalities if model.visible_only else []:
             model.decoder_dimensions(name, modalities.of(model, name).axes)
+        for name in self.optim.lr_scale or {}:
+            if name not in model.modalities:
+                raise ConfigError(
+                    f"optim.lr_scale.{name}", f"is set, but the model has no stem {name}", "Leave it out."
+                )
 
     def _check_objective(self) -> None:
         for name in self.objective.own:

@@ -80,6 +80,25 @@ def test_beit_decays_matrices_mask_token_and_table_only():
     assert len(everything["params"]) == 7
 
 
+def test_a_stems_own_parameters_learn_at_its_rate_and_shared_ones_at_that_of_all() -> None:
+    names = ["stems.vision.features.patch.weight", "predictors.vision.proj.weight", "blocks.0.ffn.fc1.weight"]
+    names += ["stems.vision2.features.patch.weight", "predictors.shared.proj.weight"]
+    named = [(name, torch.nn.Parameter(torch.zeros(2, 2))) for name in names]
+    config = OptimConfig(lr=1e-2, schedule="constant", lr_scale={"vision": 0.25})
+    plain, scaled = parameter_groups(named, config)
+    assert plain.keys() == parameter_groups(named, OptimConfig())[0].keys()
+    assert [len(plain["params"]), len(scaled["params"])] == [3, 2]
+    optimizer = make_optimizer([plain, scaled], config)
+    assert set_rates(optimizer, config, 5) == 1e-2
+    assert [group["lr"] for group in optimizer.param_groups] == [1e-2, 0.25e-2]
+
+
+@pytest.mark.parametrize("scale", [-1.0, float("nan"), float("inf")])
+def test_a_factor_on_the_rate_that_is_none_is_refused(scale: float) -> None:
+    with pytest.raises(ConfigError, match=r"optim\.lr_scale\.vision"):
+        OptimConfig(lr_scale={"vision": scale}).check()
+
+
 def test_warmup_longer_than_the_run_is_refused():
     with pytest.raises(ConfigError, match="warmup_steps"):
         OptimConfig(warmup_steps=10, max_steps=10).check()

@@ -17,6 +17,7 @@ from d2v_scale.errors import ConfigError
 from d2v_scale.health import HealthMonitor
 from d2v_scale.model.config import Backbone, ModelConfig, OwnPredictor, Predictor
 from d2v_scale.model.stack import Draw, Student
+from d2v_scale.optim import set_rates
 from d2v_scale.parallel import ds_config, groups
 from d2v_scale.planning import flops, stages
 from d2v_scale.recipe import Recipe
@@ -133,6 +134,29 @@ def test_stems_that_differ_in_everything_train_together(predictor: dict[str, Any
     again = losses(dataclasses.replace(recipe, objective=doubled), "v2_vision", "v2_speech", "v2_text")
     assert again[:2] == found[:2]
     assert again[2] == pytest.approx(2 * found[2], rel=1e-6)
+
+
+def test_a_stem_whose_rate_is_nothing_stays_and_the_blocks_learn() -> None:
+    recipe = Recipe(model=tiny_models.model("v2_vision"), objective=ObjectiveConfig(target=tiny_models.TAPS))
+    recipe.optim.weight_decay, recipe.optim.lr_scale = 0.1, {"vision": 0.0}
+    numbers = ds_config.RecipeNumbers(precision="fp32", accumulation=1)
+    config = ds_config.resolve({"zero_optimization": {"stage": 1}}, numbers, recipe.parallel, 1)
+    student, teacher = build_engines(recipe, config, groups.single_process())
+    before = {name: p.detach().clone() for name, p in student.module.named_parameters()}
+    set_rates(student.optimizer, recipe.optim, 1)
+    batch = tiny_models.batch("v2_vision", 2, 1)
+    assert train_step(student, teacher, [batch], recipe.objective, Draw(1, 0), observe=False)[0].applied
+    moved = {name for name, p in student.module.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == {name for name in before if name.startswith("blocks.")}
+    teacher.destroy()
+    student.destroy()
+
+
+def test_a_rate_for_a_stem_that_is_not_there_is_refused() -> None:
+    recipe, _ = parse(["--recipe", "demo_vision", "--optim.lr_scale", "{smell: 0.5}"])
+    with pytest.raises(ConfigError, match="no stem smell") as error:
+        recipe.check(1)
+    assert error.value.key == "optim.lr_scale.smell"
 
 
 def test_costs_and_stages_know_what_is_a_stems_own() -> None:

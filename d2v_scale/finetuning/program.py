@@ -23,7 +23,7 @@ from d2v_scale.finetuning.step import TaskObservations, task_step
 from d2v_scale.interop.encoder_source import EncoderSource, check_tokenizer, write_encoder
 from d2v_scale.model.init import initialize
 from d2v_scale.model.stack import Draw
-from d2v_scale.optim import make_optimizer, parameter_groups
+from d2v_scale.optim import make_optimizer, parameter_groups, stem_scale
 from d2v_scale.parallel.groups import Topology
 from d2v_scale.parallel.zero import StudentEngine, build_student
 from d2v_scale.recipe import Recipe
@@ -158,13 +158,13 @@ def build(
         if encoder is not None:
             write_encoder(module, encoder)
 
+    def of_group(name: str) -> dict[str, float]:
+        return traits(name, task, recipe.model, stem_scale(name, recipe.optim))
+
     student = build_student(
         lambda: TaskModel(recipe.model, task),
         config,
-        lambda named: make_optimizer(
-            parameter_groups(freeze(named, task), recipe.optim, lambda name: traits(name, task, recipe.model)),
-            recipe.optim,
-        ),
+        lambda named: make_optimizer(parameter_groups(freeze(named, task), recipe.optim, of_group), recipe.optim),
         topology,
         begin,
     )

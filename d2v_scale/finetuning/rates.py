@@ -47,13 +47,14 @@ def _prefixes(named: NamedParameters) -> list[str]:
     return sorted({".".join(part[:count]) for part in parts for count in range(1, len(part) + 1)})
 
 
-def traits(name: str, task: TaskConfig, model: ModelConfig) -> dict[str, float]:
-    """Keys of a parameter's group: its share of the learning rate, and the update at which it begins to learn."""
+def traits(name: str, task: TaskConfig, model: ModelConfig, scale: float = 1.0) -> dict[str, float]:
+    """Keys of a parameter's group: its share of the learning rate, and the update at which it begins to learn.
+    `scale`: of its stem (`optim.stem_scale`)."""
     if any(_below(name, prefix) for prefix in (*ALWAYS_FROZEN, *task.frozen)):
         return {"share": 0.0, "begins": math.inf}
     if name.startswith("head."):
         return {"share": 1.0, "begins": 0}
-    return {"share": layer_share(name, task, model), "begins": task.freeze_updates}
+    return {"share": scale * layer_share(name, task, model), "begins": task.freeze_updates}
 
 
 def layer_share(name: str, task: TaskConfig, model: ModelConfig) -> float:

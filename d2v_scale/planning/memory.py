@@ -10,6 +10,7 @@ from math import ceil, log2
 
 from d2v_scale.modalities.costs import Setting
 from d2v_scale.model.config import Modality
+from d2v_scale.optim import stem_scale
 from d2v_scale.planning import activations
 from d2v_scale.planning.job import Job, TensorSize
 
@@ -200,10 +201,12 @@ def _stage_1_gradients(job: Job, tensors: Sequence[TensorSize]) -> float:
 
 def parameter_groups(job: Job, tensors: Sequence[TensorSize]) -> list[Sequence[TensorSize]]:
     """What the optimizer treats alike."""
-    if job.recipe.optim.decay_on != "matrices":
-        return [tensors]
-    decayed = job.sizes.decayed
-    return [[one for one in tensors if (one.name in decayed) is chosen] for chosen in (True, False)]
+    optim, decayed = job.recipe.optim, job.sizes.decayed
+    groups: dict[tuple[bool, float], list[TensorSize]] = {}
+    for one in tensors:
+        plain = optim.decay_on == "matrices" and one.name not in decayed
+        groups.setdefault((plain, stem_scale(one.name, optim)), []).append(one)
+    return [groups[key] for key in sorted(groups)]
 
 
 def _buffers(job: Job, stage: int, gradients: float, saved: float) -> float:

@@ -33,6 +33,8 @@ TOPOLOGIES: dict[str, tuple[int, dict]] = {
 }
 
 
+SCALED = {"model": "v2_text", "lr_scale": {"text": 0.25}}
+"""Groups of parameters with rates of their own."""
 LAYERS = {"model": "v1_text", "target": {"layers": [0, 2]}}
 """Taps of either stage, and not of the last block."""
 
@@ -99,7 +101,16 @@ def references(root: Path) -> dict[str, Checkpoint]:
     """What one process computes."""
     cases = [{"name": model, "model": model, "accumulation": 4} for model in (*tiny_models.NAMES, *tiny_models.WIDE)]
     poisoned = {"name": "skipping", "model": "v2_vision", "accumulation": 4, "poisoned_step": 2}
-    return train(root, 1, [*cases, poisoned, {"name": "layers", **LAYERS, "accumulation": 4}])
+    return train(
+        root,
+        1,
+        [
+            *cases,
+            poisoned,
+            {"name": "layers", **LAYERS, "accumulation": 4},
+            {"name": "scaled", **SCALED, "accumulation": 4},
+        ],
+    )
 
 
 def compare(found: dict[str, Checkpoint], references: dict[str, Checkpoint]) -> list[tuple[str, dict[str, float]]]:
@@ -123,6 +134,7 @@ def on_two_ranks(root: Path) -> dict[str, Checkpoint]:
             *cases_of("pp2", tiny_models.NAMES),
             *cases_of("tp2", ("v2_speech", "v1_vision_wide")),
             {"name": "layers pp2", **LAYERS, **pipeline},
+            {"name": "scaled pp2", **SCALED, **pipeline},
             {"name": "bf16", "model": "v1_vision", "precision": "bf16", **pipeline},
             {"name": "delayed", "model": "v2_text", "steps": [0, 2], "sleeps": SLEEPS, **pipeline},
         ],
@@ -165,6 +177,7 @@ def on_four_ranks(root: Path) -> dict[str, Checkpoint]:
             *cases_of("pp2 x dp2, cpu teacher, offload", ("v2_speech",)),
             *cases_of("tp2 x pp2", ("v1_vision", "v2_speech", "v2_vision_wide")),
             *cases_of("tp2 x dp2, ZeRO-3", ("v2_vision_wide",)),
+            {"name": "scaled ZeRO-3", **SCALED, "stage": 3, "accumulation": 1},
             {"name": "skipping in a pipeline", "model": "v2_vision", "poisoned_step": 2, **TOPOLOGIES["pp2 x dp2"][1]},
             {"name": "a", "model": "v1_vision", "steps": [0, 2], **TOPOLOGIES["tp2 x pp2"][1]},
             {

@@ -51,7 +51,9 @@ def recipe_of(case: dict) -> Recipe:
             loss=loss,
             ema=EmaConfig(start=0.9, end=0.9),
         ),
-        optim=OptimConfig(lr=1e-3, schedule="constant", max_steps=100, eps=1e-4, clip=0.05),
+        optim=OptimConfig(
+            lr=1e-3, schedule="constant", max_steps=100, eps=1e-4, clip=0.05, lr_scale=case.get("lr_scale")
+        ),
         teacher=TeacherConfig(placement=case.get("placement", "device")),
         parallel=groups.ParallelConfig(tensor=case.get("tensor", 1), pipeline=case.get("pipeline", 1)),
         accumulation=case["accumulation"],
