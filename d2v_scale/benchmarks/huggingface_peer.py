@@ -19,6 +19,7 @@ from d2v_scale.data.batch import Batch
 from d2v_scale.data2vec.config import ObjectiveConfig
 from d2v_scale.data2vec.targets import tapped_layers
 from d2v_scale.interop.huggingface import huggingface_keys, huggingface_settings
+from d2v_scale.interop.huggingface_text import TextRow
 from d2v_scale.interop.keymap import KeyMap, export_tensors
 from d2v_scale.model.config import ModelConfig
 from d2v_scale.model.init import initialize
@@ -333,8 +334,8 @@ def _student(model: ModelConfig, modality: Any, ours: Student) -> Any:
 
 
 def _vision2_keys(model: ModelConfig) -> KeyMap:
-    text = huggingface_keys(model, "text")
-    keys = KeyMap()
+    text, keys = KeyMap(), KeyMap()
+    TextRow().add_keys(text, model, "text")  # whose blocks are these
     for entry in text.entries:
         if entry.theirs[0].startswith("encoder.layer."):
             theirs = tuple(name.replace("encoder.layer.", "blocks.", 1) for name in entry.theirs)
