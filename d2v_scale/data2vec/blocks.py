@@ -71,11 +71,13 @@ def draw(blocks: Blocks, shape: tuple[int, ...], extents_rn: Ints, keys_r: Keys,
 
 def _real(shape: tuple[int, ...], extents_rn: Ints) -> Bools:
     """(R, T): True within a row's extents."""
-    real = np.ones((len(extents_rn), *[1] * len(shape)), dtype=bool)
+    if (extents_rn >= np.array(shape)).all():
+        return np.ones((len(extents_rn), math.prod(shape)), dtype=bool)
+    real = np.ones((len(extents_rn), 1), dtype=bool)
     for axis, extent in enumerate(shape):
         inside_re = np.arange(extent) < extents_rn[:, axis, None]
-        real = real & np.expand_dims(inside_re, [1 + other for other in range(len(shape)) if other != axis])
-    return real.reshape(len(extents_rn), -1)
+        real = (real[:, :, None] & inside_re[:, None]).reshape(len(extents_rn), -1)
+    return real
 
 
 def _masked_counts(blocks: Blocks, places_r: Ints) -> Ints:
@@ -157,7 +159,7 @@ def _first_blocks(sizes_rn: Ints, shape: tuple[int, ...], extents_rn: Ints, bloc
         inside_rks = (at_rks >= 0) & (at_rks < extents_rn[:, axis, None, None]) & drawn_rk[..., None]
         inside_rks &= steps < sizes_rn[:, axis, None, None]
         index_rks = np.where(inside_rks, at_rks * math.prod(shape[axis + 1 :]), length)
-        flat = flat[..., None] + np.expand_dims(index_rks, list(range(2, 2 + axis)))
+        flat = flat[..., None] + index_rks.reshape(rows, blocks, *[1] * axis, len(steps))
     flat = np.minimum(flat, length) + (np.arange(rows) * (length + 1)).reshape(-1, *[1] * (axes + 1))
     # The last to be written stays: the first block is written last.
     numbers = np.arange(blocks).reshape(-1, *[1] * axes)

@@ -28,7 +28,7 @@ def decoder_of(axes: int, kind: str, monkeypatch: pytest.MonkeyPatch, **changes:
     model = tiny_models.model("v2_vision")
     model.predictor = dataclasses.replace(model.predictor, kind=kind, **changes)
     one = model.of("vision")
-    module = predictor.ConvPredictor(one, "vision", one.backbone.width)
+    module = predictor.ConvPredictor(one, "vision", one.backbone.width, {})
     initialize(module, 1)
     return model, module
 
@@ -53,7 +53,7 @@ def test_a_decoder_convolves_along_the_axes_of_its_stem(
     grid = GRIDS[axes]
     model, module = decoder_of(axes, "conv", monkeypatch, kernel=kernel)
     states_rsd, visible_rs, masked_n, noise_nd = inputs_of(grid)
-    found = module(states_rsd, visible_rs, masked_n, noise_nd, grid)
+    (found,) = module(states_rsd, visible_rs, masked_n, noise_nd, grid, ())
 
     length = math.prod(grid)
     x_rtd = torch.zeros(ROWS * length, WIDTH).index_copy(0, masked_n, noise_nd).view(ROWS, length, WIDTH)
@@ -84,7 +84,7 @@ def test_planning_counts_what_a_decoder_of_any_dimension_does(
     lengths = Lengths(inputs=16, grid=grid, kept=length // 3, masked=length - length // 3, extra=0, clones=1)
 
     with FlopCounterMode(display=False) as counter:
-        module(states_rsd, visible_rs, masked_n, noise_nd, grid)
+        module(states_rsd, visible_rs, masked_n, noise_nd, grid, ())
     assert ROWS * sum(flops._predictor(model, "vision", lengths)) == counter.get_total_flops()
 
     [layer] = [layer for _, layer, _ in stages._distinct_layers(model) if layer.kind == "predictor"]
@@ -96,7 +96,7 @@ def test_planning_counts_what_a_decoder_of_any_dimension_does(
     with torch.autograd.graph.saved_tensors_hooks(
         lambda tensor: (saved.setdefault(tensor.untyped_storage().data_ptr(), tensor), tensor)[1], lambda tensor: tensor
     ):
-        module(states_rsd, visible_rs, masked_n, noise_nd, grid)
+        module(states_rsd, visible_rs, masked_n, noise_nd, grid, ())
     measured = sum(tensor.untyped_storage().nbytes() for place, tensor in saved.items() if place not in weights)
     planned = activations._predictor(model.of("vision"), lengths, Setting(samples=ROWS, itemsize=4, kernels="cpu"))
     assert planned == pytest.approx(measured, rel=0.1)
@@ -162,8 +162,8 @@ def test_conv_is_the_published_decoder_of_its_stem(name: str, world_of_one: None
     outputs = []
     for kind in (model.predictor.kind, "conv"):
         model.predictor.kind = kind
-        module = predictor.ConvPredictor(model.of(modality), modality, WIDTH)
+        module = predictor.ConvPredictor(model.of(modality), modality, WIDTH, {})
         initialize(module, 1)
         grid = GRIDS[2 if modality == "vision" else 1]
-        outputs.append(module(*inputs_of(grid), grid))
+        outputs += module(*inputs_of(grid), grid, ())
     assert torch.equal(*outputs)
