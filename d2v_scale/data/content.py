@@ -5,10 +5,10 @@ from typing import Literal, assert_never, get_args
 
 from d2v_scale.data.config import SAMPLE_RATE
 
-Content = Literal["image", "recording", "text"]
+Content = Literal["image", "recording", "text", "array"]
 """What a sample is: a closed set. Where one is not handled, the type checker complains."""
 CONTENTS: tuple[Content, ...] = get_args(Content)
-WORDS: dict[str, Content] = {"vision": "image", "speech": "recording", "text": "text"}
+WORDS: dict[str, Content] = {"vision": "image", "speech": "recording", "text": "text", "array": "array"}
 """What commands, and indexes of earlier versions, call each."""
 
 
@@ -30,6 +30,8 @@ def length_of(content: Content) -> Length:
             return Length("samples at 16 kHz", ("duration", "s", SAMPLE_RATE))
         case "text":
             return Length("tokens", ("length", "tokens", 1))
+        case "array":
+            return Length("steps along the first axis after the channels", ("length", "steps", 1))
     assert_never(content)
 
 

@@ -123,6 +123,8 @@ class Job:
             case "image":
                 extension = item.path.rsplit(".", 1)[-1].lower()
                 return image_members(file, extension, self.conversion.resize, self.conversion.max_pixels)
+            case "array":
+                return {item.path.rsplit(".", 1)[-1].lower(): file}
             case "text":
                 raise AssertionError("documents are items without a path")
         assert_never(self.conversion.content)

@@ -10,8 +10,9 @@ from d2v_scale.data.shard_index import Measure
 
 
 def measure_of(content: Content, tokenizer: Path | None = None, max_pixels: int = VisionData.max_pixels) -> Measure:
-    """What gives the length of a sample, from its members' bytes by extension: 16 kHz samples, tokens, 0 of an image.
-    It decodes what training decodes, and raises for what training would lose.
+    """What gives the length of a sample, from its members' bytes by extension: 16 kHz samples, tokens, 0 of an image,
+    steps along an array's first axis after its channels. It decodes what training decodes, and raises for what training
+    would lose.
 
     `tokenizer`: the sentencepiece model of text, None where the shards hold ids. `max_pixels`: as
     data.vision.max_pixels of the recipe.
@@ -29,4 +30,8 @@ def measure_of(content: Content, tokenizer: Path | None = None, max_pixels: int 
             from d2v_scale.data.text import TokenCounter
 
             return TokenCounter(tokenizer)
+        case "array":
+            from d2v_scale.modalities.array import members
+
+            return members.measure
     assert_never(content)

@@ -26,7 +26,7 @@ IMAGES = ModelConfig(vision=VisionStem(image_size=16, patch_size=4))
 
 def test_every_content_has_its_word_and_its_measure() -> None:
     assert [WORDS[word_of(content)] for content in CONTENTS] == list(CONTENTS)
-    assert [plural(content) for content in CONTENTS] == ["images", "recordings", "texts"]
+    assert [plural(content) for content in CONTENTS] == ["images", "recordings", "texts", "arrays"]
     for content in CONTENTS:
         assert callable(measure_of(content))
         assert length_of(content).unit

@@ -1,0 +1,1 @@
+"""Arrays of any kind, along one to four axes."""
