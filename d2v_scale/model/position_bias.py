@@ -121,6 +121,8 @@ def sincos_positions(width: int, grid: tuple[int, ...]) -> Tensor:
     for position in reversed(np.indices(grid)):
         angles = position[..., None] * omega
         shares += [np.sin(angles), np.cos(angles)]
+    # Channels that the axes cannot share equally stay 0.
+    shares.append(np.zeros((*grid, width - 2 * len(grid) * frequencies)))
     table = np.concatenate(shares, axis=-1).reshape(math.prod(grid), width).astype(np.float32)
     # On the device that ZeRO-3 builds on.
     return torch.from_numpy(table).to(torch.empty(0).device)

@@ -123,3 +123,14 @@ def test_one_bias_for_all_blocks_is_aligned_on_a_gpu(padded: bool) -> None:
     bias = add_padding(torch.zeros(1, 3, 197, 197, device="cuda"), valid_rs, torch.bfloat16)
     assert bias is not None
     assert bias.stride()[-2:] == (200, 1)
+
+
+@pytest.mark.parametrize("grid", [(5,), (3, 4), (2, 3, 4), (2, 3, 2, 4)])
+def test_sincos_tells_positions_of_one_to_four_axes_apart(grid: tuple[int, ...]) -> None:
+    """Of 50 channels, which three and four axes cannot share equally: what is left over is 0."""
+    positions = sincos_positions(50, grid)
+    share = 50 // (2 * len(grid))
+    assert positions.unique(dim=0).shape == positions.shape == (torch.tensor(grid).prod(), 50)
+    assert not positions[:, 2 * share * len(grid) :].any()
+    last = torch.arange(positions.shape[0]) % grid[-1]
+    assert torch.allclose(positions[:, 0], last.double().sin().float())
