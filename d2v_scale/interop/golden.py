@@ -20,8 +20,10 @@ from d2v_scale.data2vec import ema
 from d2v_scale.data2vec.loss import cls_loss_sum, masked_loss_sum
 from d2v_scale.errors import CheckpointError
 from d2v_scale.interop.keymap import import_tensors
-from d2v_scale.interop.reference_config import Reference, from_fairseq
+from d2v_scale.interop.reference_config import from_fairseq
 from d2v_scale.interop.reference_names import reference_keys, teacher_prefix
+from d2v_scale.interop.reference_options import Reference
+from d2v_scale.interop.reference_table import recognised, row_of
 from d2v_scale.interop.reference_vision import from_data2vec_vision
 from d2v_scale.model.layers import StudentOutput
 from d2v_scale.model.stack import Draw, Student, Teacher
@@ -68,6 +70,7 @@ class Fixture:
     def _derive(self, student: Mapping[str, Tensor]) -> Reference:
         shapes = {key: tuple(tensor.shape) for key, tensor in student.items()}
         config = self.meta["config"]
+        recognised(shapes)  # refuses keys that are nobody's
         if "loop_config" in self.meta:
             return from_data2vec_vision(config, self.meta["loop_config"], shapes)
         rows = self.io["in.mask"].shape[0] if "in.mask" in self.io else 1
@@ -76,13 +79,7 @@ class Fixture:
     def batch(self) -> Batch:
         """The recorded inputs and mask. Raises `CheckpointError` if one is missing."""
         io, modality = self.io, self.reference.modality
-        student_inputs = None
-        if modality == "vision":
-            inputs = io.get("in.source", io.get("in.img"))
-        elif modality == "text" and "in.target_tokens" in io:
-            inputs, student_inputs = io["in.target_tokens"], io.get("in.src_tokens")
-        else:
-            inputs = io.get("in.source")
+        inputs, student_inputs = row_of(self.reference.model, modality).recorded_inputs(io)
         masked_rt = io.get("in.mask")
         if inputs is None or masked_rt is None:
             raise CheckpointError(

@@ -15,7 +15,7 @@ from d2v_scale.interop.huggingface_speech import SpeechRow
 from d2v_scale.interop.huggingface_text import TextRow
 from d2v_scale.interop.huggingface_vision import VisionRow
 from d2v_scale.interop.keymap import KeyMap
-from d2v_scale.interop.reference_config import Reference, Shapes
+from d2v_scale.interop.reference_options import Reference, Shapes
 from d2v_scale.modalities import published_parts
 from d2v_scale.model.config import Backbone, Modality, ModelConfig
 

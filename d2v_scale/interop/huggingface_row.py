@@ -12,7 +12,7 @@ from torch import Tensor
 from d2v_scale.data.batch import Batch
 from d2v_scale.finetuning.config import TaskConfig
 from d2v_scale.interop.keymap import KeyMap
-from d2v_scale.interop.reference_config import Shapes
+from d2v_scale.interop.reference_options import Shapes
 from d2v_scale.modalities import Kind
 from d2v_scale.model.config import Backbone, Modality, ModelConfig
 from d2v_scale.recipe import Recipe

@@ -14,7 +14,7 @@ from d2v_scale.finetuning.config import TaskConfig
 from d2v_scale.finetuning.heads import PROJECTION
 from d2v_scale.interop.huggingface_row import Example, Head, HuggingFaceRow, blocks_of, has_plain_blocks
 from d2v_scale.interop.keymap import KeyMap
-from d2v_scale.interop.reference_config import Shapes
+from d2v_scale.interop.reference_options import Shapes
 from d2v_scale.interop.weight_files import write_json
 from d2v_scale.model.config import Backbone, Modality, ModelConfig, Predictor, SpeechStem
 from d2v_scale.recipe import Recipe

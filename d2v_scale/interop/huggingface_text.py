@@ -11,7 +11,7 @@ from d2v_scale.data.batch import Batch
 from d2v_scale.finetuning.config import TaskConfig
 from d2v_scale.interop.huggingface_row import Example, Head, HuggingFaceRow, blocks_of, has_plain_blocks
 from d2v_scale.interop.keymap import KeyMap
-from d2v_scale.interop.reference_config import Shapes
+from d2v_scale.interop.reference_options import Shapes
 from d2v_scale.interop.tokenizer_files import write_tokenizer
 from d2v_scale.model.config import Backbone, Modality, ModelConfig, Predictor, TextStem
 from d2v_scale.recipe import Recipe

@@ -13,7 +13,7 @@ from d2v_scale.errors import CheckpointError
 from d2v_scale.finetuning.config import TaskConfig
 from d2v_scale.interop.huggingface_row import Example, Head, HuggingFaceRow, blocks_of
 from d2v_scale.interop.keymap import KeyMap
-from d2v_scale.interop.reference_config import Shapes
+from d2v_scale.interop.reference_options import Shapes
 from d2v_scale.interop.reference_vision import input_size
 from d2v_scale.interop.weight_files import write_json
 from d2v_scale.model.config import Backbone, Modality, ModelConfig, Predictor, VisionStem

@@ -14,8 +14,10 @@ from d2v_scale.errors import CheckpointError
 from d2v_scale.interop.golden import Fixture
 from d2v_scale.interop.huggingface import PREFIXES, TIED, WRAPPERS, from_huggingface
 from d2v_scale.interop.keymap import KeyMap, KeyReport, import_tensors
-from d2v_scale.interop.reference_config import Reference, from_fairseq, modality_of
+from d2v_scale.interop.reference_config import from_fairseq
 from d2v_scale.interop.reference_names import reference_keys, teacher_prefix
+from d2v_scale.interop.reference_options import Reference
+from d2v_scale.interop.reference_table import recognised
 from d2v_scale.interop.reference_vision import from_data2vec_vision
 from d2v_scale.interop.unpickling import load_pickle, plain
 from d2v_scale.interop.weight_files import Folder, read_json
@@ -144,8 +146,8 @@ def _pickled(path: Path) -> Source:
     teacher = None
     if isinstance(averaged, Mapping):
         teacher = {k: t for k, t in averaged.items() if isinstance(t, Tensor) and not k.startswith("__")}
-    modality, second = modality_of(student)
-    if modality == "vision" and not second:
+    row, second = recognised(student)
+    if not second and not row.first_is_fairseq:
         arguments = plain(content.get("args")) or {}
         reference = from_data2vec_vision(content.get("model_settings") or {}, arguments, _shapes(student))
         kind = "data2vec_vision checkpoint"

@@ -7,7 +7,8 @@ import tiny_models
 
 from d2v_scale.data2vec.config import ObjectiveConfig, TargetConfig
 from d2v_scale.errors import CheckpointError
-from d2v_scale.interop.reference_export import data2vec_vision_settings, fairseq_settings
+from d2v_scale.interop.reference_export import fairseq_settings
+from d2v_scale.interop.reference_vision import data2vec_vision_settings
 from d2v_scale.modalities import published_parts
 
 
