@@ -8,7 +8,6 @@ import torch
 
 from d2v_scale import command_line, modalities
 from d2v_scale.data.batch import Batch
-from d2v_scale.data.config import SAMPLE_RATE
 from d2v_scale.data2vec import masking
 from d2v_scale.errors import UserError
 from d2v_scale.model.config import Modality
@@ -122,5 +121,5 @@ def case(name: str, samples: int | None = None, length: int | None = None, optio
     recipe, _ = command_line.parse([*arguments, *options])
     if len(recipe.model.modalities) != 1:
         raise UserError(f"{name} has several modalities.", "Name a recipe of one.")
-    default = {"speech": 5 * SAMPLE_RATE, "text": 512, "vision": 0}[recipe.model.modalities[0]]
-    return Case(name, recipe, samples or its_samples, length or its_length or default)
+    [stem] = modalities.stems(recipe.model)
+    return Case(name, recipe, samples or its_samples, length or its_length or stem.usual_size)

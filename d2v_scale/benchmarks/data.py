@@ -5,40 +5,32 @@ worker processes, whose CPU time counts as well. Each row ends in a ratio: above
 """
 
 import argparse
-import io
 import resource
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import soundfile
 import torch
-import webdataset as wds
 
-from d2v_scale.data import demo, speech, vision
-from d2v_scale.data.config import DataConfig, SourceConfig, SpeechData, VisionData
+from d2v_scale import modalities
+from d2v_scale.benchmarks.samples import BATCH, SAMPLES, TRAIN_INDEX
+from d2v_scale.data.config import DataConfig, SourceConfig
 from d2v_scale.data.loader import StepLoader
 from d2v_scale.data.shard_index import SetIndex
-from d2v_scale.data.text import Tokenizer
-from d2v_scale.data.writing import Sample, write_set
 from d2v_scale.data2vec.config import MaskingConfig
-from d2v_scale.model.config import KINDS, ModelConfig, SpeechStem, TextStem, VisionStem
+from d2v_scale.model.config import KINDS, Kind, ModelConfig
 
 MASKING = MaskingConfig(kind="random", prob=0.5)
-BATCH = 32
-_SECONDS = 8.0
 
 
 @dataclass
 class Case:
     """A set of shards, its recipe, and what is counted."""
 
-    modality: str
+    modality: Kind
     shards: Path
     model: ModelConfig
     data: DataConfig
@@ -47,54 +39,17 @@ class Case:
     megabytes: float
 
 
-def make_case(modality: str, root: Path) -> Case:
+def make_case(modality: Kind, root: Path) -> Case:
     """Write the shards of a modality. Photographs, 8 to 16 s of sound, the documents of the text demo."""
-    out = root / modality
+    samples = SAMPLES[modality]
+    folder = samples.write(root / modality, samples.count, samples.per_shard, samples.size)
+    index = SetIndex.load(folder / TRAIN_INDEX)
+    model = modalities.class_of(modality).plain_model(samples.pieces(folder))
     data = DataConfig(workers=0, window_shards=4)
-    if modality == "vision":
-        index = write_set(out, "train", "image", list(photographs(400)), per_shard=100)
-        model = ModelConfig(vision=VisionStem())
-        items = 400
-    elif modality == "speech":
-        index = write_set(out, "train", "recording", list(recordings(160)), per_shard=40, measure=speech.measure)
-        model, items = ModelConfig(speech=SpeechStem()), 160
-        data.speech = SpeechData(min_seconds=_SECONDS, max_seconds=_SECONDS)
-    else:
-        out = demo.write("text", root)
-        index = SetIndex.load(out / "train.index.json")
-        size = Tokenizer(out / "tokenizer.model").size
-        model = ModelConfig(text=TextStem(vocab_size=size + 1, mask_id=size))
-        items = sum(-(-shard.length // 511) for shard in index.shards)
-        # Every pass tokenises for itself, as the peer does.
-        data.cache_dir = str(root / "cache")
-    data.sources = [SourceConfig(shards=str(out / "train-*.tar"), modality=modality)]
-    return Case(modality, out, model, data, items, sum(shard.bytes for shard in index.shards) / 1e6)
-
-
-def photographs(count: int) -> Iterator[Sample]:
-    """JPEGs of 500 x 375 pixels cut out of scikit-learn's two photographs."""
-    from PIL import Image
-    from sklearn.datasets import load_sample_images
-
-    originals = [Image.fromarray(image) for image in load_sample_images().images]
-    rng = np.random.default_rng(0)
-    for k in range(count):
-        left, top = int(rng.integers(0, 640 - 320)), int(rng.integers(0, 427 - 240))
-        cut = originals[k % 2].resize((500, 375), Image.Resampling.BICUBIC, box=(left, top, left + 320, top + 240))
-        content = io.BytesIO()
-        cut.save(content, "JPEG", quality=90)
-        yield {"__key__": f"photograph-{k:05d}", "jpg": content.getvalue(), "cls": k % 10}
-
-
-def recordings(count: int, shortest: float = 8, longest: float = 16) -> Iterator[Sample]:
-    """FLACs of filtered noise at 16 kHz; lengths in seconds."""
-    rng = np.random.default_rng(0)
-    for k in range(count):
-        noise = rng.standard_normal(int(16000 * rng.uniform(shortest, longest)))
-        wave = np.convolve(noise, np.hanning(24) / 12, mode="same") * 0.1
-        content = io.BytesIO()
-        soundfile.write(content, wave.astype(np.float32), 16000, format="FLAC")
-        yield {"__key__": f"recording-{k:05d}", "flac": content.getvalue()}
+    data.sources = [SourceConfig(shards=str(folder / "train-*.tar"), modality=modality)]
+    data = samples.settings(data, samples.size)
+    megabytes = sum(shard.bytes for shard in index.shards) / 1e6
+    return Case(modality, folder, model, data, samples.rows(index), megabytes)
 
 
 def ours(case: Case, workers: int = 0, rows: int | None = None) -> int:
@@ -111,70 +66,10 @@ def ours(case: Case, workers: int = 0, rows: int | None = None) -> int:
     return delivered
 
 
-class _OneSample:
-    """What a webdataset sample looks like to a decoder."""
-
-    def __init__(self, sample: dict[str, Any]) -> None:
-        self.key = sample["__key__"]
-        self._sample = sample
-
-    def read(self, _shard: int, _item: int) -> "_OneSample":
-        return self
-
-    def member(self, extensions: tuple[str, ...]) -> tuple[str, bytes]:
-        extension = next(name for name in extensions if name in self._sample)
-        return extension, self._sample[extension]
-
-
 def theirs(case: Case) -> int:
     """One epoch through a plain webdataset pipeline with the same decoding functions; returns the rows delivered."""
     paths = [str(path) for path in sorted(case.shards.glob("train-*.tar"))]
-    rng = np.random.default_rng(1)
-    dataset = wds.WebDataset(paths, shardshuffle=False, empty_check=False).shuffle(100)
-    delivered = 0
-    if case.modality == "text":
-        tokenizer = Tokenizer(case.shards / "tokenizer.model")
-        stream = (tokenizer(sample["txt"].decode()) for sample in dataset)
-        for batch in _batches(_blocks(stream)):
-            inputs = torch.from_numpy(np.stack(batch))
-            delivered += len(inputs)
-        return delivered
-    decoder: Any
-    if case.modality == "vision":
-        assert case.model.vision is not None
-        decoder, length = vision.VisionDecoder(VisionData(), case.model.vision), 0
-    else:
-        assert case.model.speech is not None
-        decoder, length = speech.SpeechDecoder(case.data.speech, case.model.speech), round(16000 * _SECONDS)
-
-    def decode(sample: dict[str, Any]) -> tuple[str, Any]:
-        row = decoder.training_row(_OneSample(sample), 0, 0, length, rng.random(decoder.draws))
-        return row.key, row.values
-
-    def collate(rows: list[tuple[str, Any]]) -> Any:
-        return decoder.stack([values for _, values in rows])
-
-    for stacked in dataset.map(decode).batched(BATCH, collation_fn=collate, partial=False):
-        delivered += len(stacked.inputs)
-    return delivered
-
-
-def _blocks(documents: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
-    left = np.zeros(0, dtype=np.int64)
-    for tokens in documents:
-        left = np.concatenate((left, tokens))
-        while len(left) >= 511:
-            yield np.concatenate(([0], left[:511]))
-            left = left[511:]
-
-
-def _batches(blocks: Iterator[np.ndarray]) -> Iterator[list[np.ndarray]]:
-    batch = []
-    for block in blocks:
-        batch.append(block)
-        if len(batch) == BATCH:
-            yield batch
-            batch = []
+    return SAMPLES[case.modality].read_plainly(paths, case.shards, case.model, case.data)
 
 
 def cpu_seconds() -> float:
@@ -212,8 +107,7 @@ def compare(case: Case, pairs: int) -> None:
 def scale(case: Case, pairs: int) -> None:
     """Print CPU and wall time per sample with two workers against one."""
     cpu, wall = [], []
-    # Long enough that starting the processes does not count.
-    rows = {"vision": 8, "speech": 16, "text": 60}[case.modality] * case.items
+    rows = SAMPLES[case.modality].epochs * case.items
     for turn in range(pairs):
         times = {}
         for workers in (1, 2) if turn % 2 == 0 else (2, 1):

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from d2v_scale.benchmarks import cases, device_gradients
-from d2v_scale.benchmarks.cases import SAMPLE_RATE, Case
+from d2v_scale.benchmarks.cases import Case
 from d2v_scale.benchmarks.device_rows import Spec
 from d2v_scale.benchmarks.huggingface_peer import HuggingFacePeer
 from d2v_scale.benchmarks.sides import Ours, Side
@@ -173,16 +173,15 @@ class Measured:
 
     def data_wait(self, folder: Path) -> float:
         """Share of the time that steps on decoded shards wait for the next batch."""
+        from d2v_scale.benchmarks.samples import SAMPLES
         from d2v_scale.data.config import SourceConfig
         from d2v_scale.data.loader import StepLoader
         from d2v_scale.tracking.meters import SpeedMeter
 
         recipe = self.case.recipe
-        data = recipe.data
-        data.sources = [SourceConfig(shards=str(folder / "train-*.tar"), modality=self.case.modality)]
-        data.workers = self.spec.workers
-        if self.case.modality == "speech":
-            data.speech.min_seconds = data.speech.max_seconds = self.spec.length / SAMPLE_RATE
+        sources = [SourceConfig(shards=str(folder / "train-*.tar"), modality=self.case.modality)]
+        data = replace(recipe.data, sources=sources, workers=self.spec.workers)
+        data = SAMPLES[self.case.modality].settings(data, self.spec.length)
         loader = StepLoader(
             data,
             recipe.model,
@@ -227,28 +226,17 @@ def batches_of(case: Case, spec: Spec) -> list[Batch]:
     return found
 
 
-def write_shards(case: Case, folder: Path, count: int, length: int) -> None:
-    """Photographs or recordings to decode."""
-    from d2v_scale.benchmarks.data import photographs, recordings
-    from d2v_scale.data import speech
-    from d2v_scale.data.writing import write_set
-
-    if case.modality == "vision":
-        write_set(folder, "train", "image", list(photographs(count)), per_shard=64)
-        return
-    seconds = length / SAMPLE_RATE
-    samples = list(recordings(count, seconds, 1.5 * seconds))
-    write_set(folder, "train", "recording", samples, per_shard=16, measure=speech.measure)
-
-
 def measure(spec: Spec, row_file: Path) -> None:
     """Fill the row, at half the samples as often as the device's memory asks for."""
     with tempfile.TemporaryDirectory() as folder:
         shards, problem = Path(folder), ""
         if spec.details is not None:
             try:
+                from d2v_scale.benchmarks.samples import SAMPLES
+
                 case = cases.case(spec.recipe, spec.samples, spec.length, spec.options)
-                write_shards(case, shards, max(4 * spec.samples, 32), spec.length)
+                kind = SAMPLES[case.modality]
+                shards = kind.write(shards, max(4 * spec.samples, 32), kind.per_shard_of_device, spec.length)
             except ImportError as error:
                 problem = f"data wait not measured: {error}"
         if not sys.stdin.readline():

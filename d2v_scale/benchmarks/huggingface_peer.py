@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from d2v_scale import modalities
 from d2v_scale.benchmarks.cases import Case
 from d2v_scale.benchmarks.sides import Side, default_adamw, finish_plainly
 from d2v_scale.data.batch import Batch
@@ -21,7 +22,7 @@ from d2v_scale.data2vec.targets import tapped_layers
 from d2v_scale.interop.huggingface import huggingface_keys, huggingface_settings
 from d2v_scale.interop.huggingface_text import TextRow
 from d2v_scale.interop.keymap import KeyMap, export_tensors
-from d2v_scale.model.config import ModelConfig
+from d2v_scale.model.config import Modality, ModelConfig
 from d2v_scale.model.init import initialize
 from d2v_scale.model.position_bias import sincos_positions, slope_exponents
 from d2v_scale.model.stack import Student
@@ -141,7 +142,7 @@ class _Speech(_Encoder):
         self.model = Data2VecAudioModel(Data2VecAudioConfig(**_settings(model, "speech")))
         self.blocks = self.model.encoder.layers
         self.heads = model.backbone.heads
-        self.alibi = model.speech is not None and model.speech.alibi
+        self.alibi = modalities.of(model, "speech").has_bias
         if self.alibi:
             self.scale = nn.Parameter(torch.empty(self.heads))
 
@@ -307,19 +308,23 @@ def _settings(model: ModelConfig, modality: Any) -> dict[str, Any]:
     return {key: value for key, value in settings.items() if key not in ("model_type", "architectures", "dtype")}
 
 
+# What there is to compare with: transformers' classes, a row a modality.
+_ENCODERS: dict[Modality, Callable[[ModelConfig], _Encoder]] = {
+    "vision": lambda model: _Vision2(model) if model.visible_only else _Vision1(model),
+    "speech": _Speech,
+    "text": _Text,
+}
+
+
 @torch.no_grad()
 def _student(model: ModelConfig, modality: Any, ours: Student) -> Any:
     """The peer's student with the values of ours."""
-    encoder: _Encoder
-    if modality == "vision":
-        encoder = _Vision2(model) if model.visible_only else _Vision1(model)
-    else:
-        encoder = _Speech(model) if modality == "speech" else _Text(model)
+    encoder = _ENCODERS[modality](model)
     keys = huggingface_keys(model, modality)
     if isinstance(encoder, _Vision2):
         keys = _vision2_keys(model)
     values = dict(export_tensors(keys, dict(ours.named_parameters())))
-    target = encoder if isinstance(encoder, _Vision2) else encoder.model
+    target: Any = encoder if isinstance(encoder, _Vision2) else encoder.model
     absent = {name for name, _ in target.named_parameters()} - values.keys()
     assert absent <= {"masked_spec_embed", "embeddings.mask_token"}, f"not filled: {sorted(absent)}"
     target.load_state_dict({name: value for name, value in values.items() if name in target.state_dict()}, strict=False)

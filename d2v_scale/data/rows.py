@@ -1,13 +1,16 @@
 """A decoded sample, several of them stacked, and what turns the one into the other."""
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
 from d2v_scale.data.reading import RawSample, Store
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 
 class Row(NamedTuple):
@@ -39,6 +42,14 @@ class Stacked:
             return self.grid[0] * self.grid[1]
         assert self.length is not None
         return self.length
+
+
+@runtime_checkable
+class Viewer(Protocol):
+    """A decoder whose samples are pictures, which fine-tuning may change further before they are a row."""
+
+    def view(self, sample: RawSample, draws: NDArray[np.float64]) -> "Image":
+        """The sample, cropped and augmented by `draws`, uniforms in [0, 1)."""
 
 
 class Decoder(Protocol):

@@ -20,12 +20,11 @@ from d2v_scale.data.loader import StepLoader
 from d2v_scale.data.order import WindowOrder
 from d2v_scale.data.plan import SourcePlan
 from d2v_scale.data.reading import RawSample, SampleFault, SampleStore, Store
-from d2v_scale.data.rows import Decoder, Row, Stacked
+from d2v_scale.data.rows import Decoder, Row, Stacked, Viewer
 from d2v_scale.data.shard_index import Members
 from d2v_scale.data.shard_set import check_before_start, find_shards
 from d2v_scale.data.source import Source
 from d2v_scale.data.streaming import StreamedSource
-from d2v_scale.data.vision import VisionDecoder
 from d2v_scale.data2vec.stateless import key
 from d2v_scale.errors import ConfigError, DataError
 from d2v_scale.finetuning.augmentation import RandAugment
@@ -169,7 +168,7 @@ class LabelledDecoder:
         return self._numbers[shard]
 
     def _values(self, sample: RawSample, draws: NDArray[np.float64]) -> NDArray[Any]:
-        if not isinstance(self._decoder, VisionDecoder):
+        if not isinstance(self._decoder, Viewer):
             return self._decoder.evaluation_row(sample)
         image = self._decoder.view(sample, draws)
         if self._augment is not None:

@@ -53,6 +53,8 @@ class Modality(ABC):
     """Whether rows take the length of their batch's shortest."""
     throughput: ClassVar[tuple[str, int] | None] = None
     """Name of what is counted of its inputs in the record, and how many values of an input are one of it."""
+    usual_size: ClassVar[int] = 0
+    """`size` of samples of noise (`noise`), unless another is asked for; 0: all are of one size."""
     raw_name: ClassVar[str]
     """What `raw_features` are called."""
 

@@ -38,6 +38,7 @@ class Speech(Modality):
     cropped = True
     throughput = ("audio_seconds", SAMPLE_RATE)
     tasks = ("classify", "regress", "ctc")
+    usual_size = 5 * SAMPLE_RATE
     raw_name = "mean log-mel"
 
     @property

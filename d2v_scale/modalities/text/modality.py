@@ -34,6 +34,7 @@ class Text(Modality):
     unit = "tokens"
     uses_tokenizer = True
     throughput = ("tokens", 1)
+    usual_size = 512
     raw_name = "bag of tokens"
 
     @property
