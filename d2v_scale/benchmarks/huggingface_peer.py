@@ -20,7 +20,7 @@ from d2v_scale.data.batch import Batch
 from d2v_scale.data2vec.config import ObjectiveConfig
 from d2v_scale.data2vec.targets import tapped_layers
 from d2v_scale.interop.huggingface import huggingface_keys, huggingface_settings
-from d2v_scale.interop.huggingface_text import TextRow
+from d2v_scale.interop.huggingface_text import add_text_blocks
 from d2v_scale.interop.keymap import KeyMap, export_tensors
 from d2v_scale.model.config import Modality, ModelConfig
 from d2v_scale.model.init import initialize
@@ -339,13 +339,8 @@ def _student(model: ModelConfig, modality: Any, ours: Student) -> Any:
 
 
 def _vision2_keys(model: ModelConfig) -> KeyMap:
-    text, keys = KeyMap(), KeyMap()
-    TextRow().add_keys(text, model, "text")  # whose blocks are these
-    for entry in text.entries:
-        if entry.theirs[0].startswith("encoder.layer."):
-            theirs = tuple(name.replace("encoder.layer.", "blocks.", 1) for name in entry.theirs)
-            ours = entry.ours.replace("stems.text.", "stems.vision.")
-            keys.entries.append(type(entry)(ours, theirs, entry.join, entry.split))
+    keys = KeyMap()
+    add_text_blocks(keys, model, "vision", "blocks")
     keys.layer("stems.vision.features.patch", "patch")
     keys.add("stems.vision.context.cls", "cls")
     keys.layer("stems.vision.context.norm", "norm")

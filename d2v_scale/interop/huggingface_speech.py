@@ -168,8 +168,7 @@ class SpeechRow(HuggingFaceRow):
 
 
 def _stem(model: ModelConfig) -> SpeechStem:
-    assert model.speech is not None
-    return model.speech
+    return model.sole(SpeechStem)
 
 
 def _write_ctc_tokenizer(vocabulary: Vocabulary, out: Path) -> None:

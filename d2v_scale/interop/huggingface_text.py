@@ -41,20 +41,7 @@ class TextRow(HuggingFaceRow):
         keys.add(f"{ours}.positions.weight", "embeddings.position_embeddings.weight")
         keys.derived["embeddings.token_type_embeddings.weight"] = lambda: torch.zeros(1, width)
         keys.layer(f"{ours}.norm", "embeddings.LayerNorm")
-        for i, block in enumerate(blocks_of(model, name)):
-            theirs = f"encoder.layer.{i}"
-            for part in ("weight", "bias"):
-                names = (
-                    f"{theirs}.attention.self.query.{part}",
-                    f"{theirs}.attention.self.key.{part}",
-                    f"{theirs}.attention.self.value.{part}",
-                )
-                keys.separate_qkv(f"{block}.attention.qkv.{part}", names, model.backbone.heads)
-            keys.layer(f"{block}.attention.out", f"{theirs}.attention.output.dense")
-            keys.layer(f"{block}.norm1", f"{theirs}.attention.output.LayerNorm")
-            keys.layer(f"{block}.ffn.fc1", f"{theirs}.intermediate.dense")
-            keys.layer(f"{block}.ffn.fc2", f"{theirs}.output.dense")
-            keys.layer(f"{block}.norm2", f"{theirs}.output.LayerNorm")
+        add_text_blocks(keys, model, name, "encoder.layer")
 
     def settings(self, model: ModelConfig) -> dict[str, Any]:
         backbone, stem = model.backbone, _stem(model)
@@ -117,5 +104,22 @@ class TextRow(HuggingFaceRow):
 
 
 def _stem(model: ModelConfig) -> TextStem:
-    assert model.text is not None
-    return model.text
+    return model.sole(TextStem)
+
+
+def add_text_blocks(keys: KeyMap, model: ModelConfig, name: str, prefix: str) -> None:
+    """`Data2VecTextLayer`s below `prefix`."""
+    for i, block in enumerate(blocks_of(model, name)):
+        theirs = f"{prefix}.{i}"
+        for part in ("weight", "bias"):
+            names = (
+                f"{theirs}.attention.self.query.{part}",
+                f"{theirs}.attention.self.key.{part}",
+                f"{theirs}.attention.self.value.{part}",
+            )
+            keys.separate_qkv(f"{block}.attention.qkv.{part}", names, model.backbone.heads)
+        keys.layer(f"{block}.attention.out", f"{theirs}.attention.output.dense")
+        keys.layer(f"{block}.norm1", f"{theirs}.attention.output.LayerNorm")
+        keys.layer(f"{block}.ffn.fc1", f"{theirs}.intermediate.dense")
+        keys.layer(f"{block}.ffn.fc2", f"{theirs}.output.dense")
+        keys.layer(f"{block}.norm2", f"{theirs}.output.LayerNorm")

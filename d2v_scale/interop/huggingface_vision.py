@@ -196,5 +196,4 @@ def _is_wide(model: ModelConfig) -> bool:
 
 
 def _stem(model: ModelConfig) -> VisionStem:
-    assert model.vision is not None
-    return model.vision
+    return model.sole(VisionStem)

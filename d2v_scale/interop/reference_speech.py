@@ -161,8 +161,7 @@ class SpeechReference(ReferenceRow):
 
 
 def _stem(model: ModelConfig) -> SpeechStem:
-    assert model.speech is not None
-    return model.speech
+    return model.sole(SpeechStem)
 
 
 def _conv_stack(keys: KeyMap, model: ModelConfig, name: str, convs: str, norm: str, proj: str) -> None:

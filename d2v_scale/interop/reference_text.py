@@ -145,8 +145,7 @@ class TextReference(ReferenceRow):
 
 
 def _stem(model: ModelConfig) -> TextStem:
-    assert model.text is not None
-    return model.text
+    return model.sole(TextStem)
 
 
 def _embeddings(keys: KeyMap, name: str, prefix: str) -> None:

@@ -101,8 +101,7 @@ class VisionReference(ReferenceRow):
 
 
 def _stem(model: ModelConfig) -> VisionStem:
-    assert model.vision is not None
-    return model.vision
+    return model.sole(VisionStem)
 
 
 def data2vec_vision_settings(model: ModelConfig, objective: ObjectiveConfig) -> tuple[dict[str, Any], dict[str, Any]]:
