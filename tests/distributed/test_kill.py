@@ -1,5 +1,7 @@
 """SIGKILL at named points and at random times through the real training program; the run must end as if never killed.
 
+Stage 0 stands for two pipeline stages. Targets with state are among what is trained on.
+
 Long form: `pytest tests/distributed/test_kill.py -m slow` or `python tests/distributed/test_kill.py [KILLS]`, which
 prints one line a kill.
 """
@@ -36,11 +38,20 @@ POINTS = {
 ONLY_RANK_0 = ("manifest", "rename", "marker", "retention")
 
 
+STATE = (
+    "[{top_k_layers: 2, final_norm: layer}, {kind: codes, weight: 0.5, top_k_layers: 2, options: {codes: 16}}, "
+    "{kind: whitened, weight: 0.5, layers: [0], options: {momentum: 0.9, covariance: full}}]"
+)
+"""Targets with state beside the first: a codebook that grows at every step, and running moments."""
+
+
 def arguments(run_dir: Path, stage: int) -> list[str]:
     changes = {
+        "--objective.target": STATE,
         "--recipe": "demo_vision",
         "--run_dir": str(run_dir),
-        "--deepspeed_config": str(ROOT / "ds_configs" / f"zero{stage}.json"),
+        "--deepspeed_config": str(ROOT / "ds_configs" / f"zero{max(1, stage)}.json"),
+        "--parallel.pipeline": "1" if stage else "2",
         "--stop_at": str(STEPS),
         "--global_batch_size": "8",
         "--checkpoint.every": str(EVERY),
@@ -115,11 +126,13 @@ def wait_for_work(run_dir: Path, processes: list[Rank], first: int) -> None:
 
 
 def check_same(reference: Path, survivor: Path) -> None:
-    """Final weights, moments and teacher bit by bit; losses that both recorded."""
+    """Final weights, moments, teacher and the targets' state bit by bit."""
     expected, found = latest(reference), latest(survivor)
     assert expected is not None
     assert found is not None
     assert expected.step == found.step == STEPS
+    assert float(expected.tensor("state", "target.vision.codes.used").sum()) > 8
+    assert set(found.kinds()) == set(expected.kinds()) == {"student", "exp_avg", "exp_avg_sq", "teacher", "state"}
     for kind in expected.kinds():
         for name in expected.names(kind):
             assert torch.equal(expected.tensor(kind, name), found.tensor(kind, name)), (kind, name)
@@ -163,6 +176,12 @@ def harness(folder: Path, stage: int, kills: list[str | float]) -> list[str]:
 @pytest.mark.parametrize(("stage", "kills"), [(3, ["ema:1:4", "marker:0:1", "shard_write:1:3"])])
 def test_killed_three_times_the_run_ends_the_same(tmp_path: Path, stage: int, kills: list[str | float]) -> None:
     lines = harness(tmp_path, stage, kills)
+    assert all("killed" in line for line in lines)
+
+
+@pytest.mark.slow
+def test_killed_in_a_pipeline_the_run_ends_the_same(tmp_path: Path) -> None:
+    lines = harness(tmp_path, 0, ["ema:1:4", "marker:0:1", "shard_write:1:3"])
     assert all("killed" in line for line in lines)
 
 
