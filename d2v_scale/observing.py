@@ -28,7 +28,13 @@ class RunObserver:
         self._recipe, self._student, self._teacher, self._loader = recipe, student, teacher, loader
         self._topology = student.topology
         self._diagnostics = StepDiagnostics(student, recipe.model.backbone.depth)
-        self._flops = FlopMeter(recipe.model, recipe.parts(), self._topology, recipe.tracking.peak_tflops)
+        self._flops = FlopMeter(
+            recipe.model,
+            recipe.parts(),
+            self._topology,
+            recipe.tracking.peak_tflops,
+            cast(Teacher, teacher.module).targets,
+        )
         self._totals = RunTotals(loader.sources)
         sources = zip(recipe.data.source_names(), recipe.data.sources, strict=True)
         own = {name: recipe.objective.of(source.modality).health for name, source in sources}

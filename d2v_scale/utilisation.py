@@ -1,10 +1,12 @@
 """Model FLOPs utilisation of a run: useful FLOPs of what was trained on, over the peak of the devices."""
 
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 
 import torch
 
 from d2v_scale.data.batch import Batch
+from d2v_scale.data2vec.targets import Target
 from d2v_scale.modalities.costs import Lengths
 from d2v_scale.model.config import Modality, ModelConfig, TeacherParts
 from d2v_scale.parallel.groups import Topology
@@ -16,9 +18,15 @@ class FlopMeter:
     """Counts the FLOPs of micro-batches by their shapes (padding counts as data), without asking the device."""
 
     def __init__(
-        self, model: ModelConfig, parts: TeacherParts, topology: Topology, peak_tflops: float | None = None
+        self,
+        model: ModelConfig,
+        parts: TeacherParts,
+        topology: Topology,
+        peak_tflops: float | None = None,
+        targets: Mapping[Modality, Sequence[Target]] | None = None,
     ) -> None:
-        """`peak_tflops`: of one device; None: known for some GPUs by name, and elsewhere there is no utilisation."""
+        """`targets`: of each stem, as for `sample_cost`. `peak_tflops`: of one device; None: known for some GPUs by
+        name, and elsewhere there is no utilisation."""
         self._topology = topology
         self._peak = None if peak_tflops is None else peak_tflops * 1e12
         if self._peak is None and topology.device.type == "cuda":
@@ -28,7 +36,7 @@ class FlopMeter:
 
         @lru_cache(maxsize=1024)
         def cost(modality: Modality, lengths: Lengths) -> SampleCost:
-            return sample_cost(model, modality, lengths, parts)
+            return sample_cost(model, modality, lengths, parts, (targets or {}).get(modality, ()))
 
         self._cost = cost
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,6 +23,8 @@ from d2v_scale.errors import CheckpointError, ConfigError
 from d2v_scale.evaluation.held_out import HeldOutSet
 from d2v_scale.model.predictor import build_predictors
 from d2v_scale.model.stack import Draw, Student
+from d2v_scale.parallel import groups
+from d2v_scale.planning import memory
 from d2v_scale.recipe import Recipe
 from d2v_scale.step import collapse_statistics, train_step
 
@@ -223,3 +226,20 @@ def test_stems_that_share_a_predictor_share_the_heads_of_a_name() -> None:
     recipe.objective.further_targets = [PIXELS]
     with pytest.raises(ConfigError, match="'input' is 48 wide in one stem and 320 in another"):
         recipe._check_shared_heads()
+
+
+def test_the_plan_counts_the_bytes_of_states_and_of_what_a_step_sums() -> None:
+    """Exactly what is allocated: fp32 states, and fp64 sums of their statistics."""
+    full = TargetConfig(kind="whitened", name="full", top_k_layers=1, options={"covariance": "full"})
+    _, teacher, recipe = of("v2_vision", [CODES, full])
+    made = teacher.make(tiny_models.batch("v2_vision", 2), None)
+    there = sum(x.nbytes for x in target_state.named(teacher).values())
+    every, states = teacher.module.targets["vision"], teacher.module.state["vision"]
+    for target, one, state in zip(every, made, states, strict=True):
+        if state:
+            said = target.statistics(one.raw_btd, one.counted_bt, state)
+            there += sum(x.double().nbytes for x in said.values())
+    job = SimpleNamespace(recipe=recipe, parallel=recipe.parallel)
+    assert memory._target_states(job, 0) == there  # type: ignore[arg-type]
+    job.parallel = groups.ParallelConfig(pipeline=2)
+    assert [memory._target_states(job, stage) for stage in (0, 1)] == [0, there]  # type: ignore[arg-type]

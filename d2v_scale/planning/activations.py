@@ -4,9 +4,11 @@ Counted as autograd saves them: the input of every matrix product, convolution, 
 in the precision of the forward pass; means and roots of norms in fp32. A layer's bytes include its input.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from d2v_scale import modalities
+from d2v_scale.data2vec.targets import Target
 from d2v_scale.modalities.costs import INDEX_BYTES, NORM_BYTES, Lengths, Setting
 from d2v_scale.model.config import Modality, ModelConfig
 from d2v_scale.model.layers import LayerSpec, describe
@@ -35,17 +37,30 @@ def activations(
     return tuple(found)
 
 
-def loss_bytes(model: ModelConfig, lengths: Lengths, samples: float) -> float:
-    """Targets and errors at masked positions, fp32."""
-    return 2 * 4 * samples * lengths.clones * lengths.masked * model.backbone.width
+def loss_bytes(lengths: Lengths, samples: float, targets: Sequence[Target]) -> float:
+    """Targets and errors at masked positions, fp32; what one target at a time needs beside them at all positions."""
+    width = sum(target.width for target in targets)
+    scratch = max(target.scratch() for target in targets)
+    return 4 * samples * (2 * lengths.clones * lengths.masked * width + lengths.positions * scratch)
 
 
-def teacher_bytes(model: ModelConfig, lengths: Lengths, setting: Setting) -> float:
-    """What the teacher's forward pass needs at once: a block's states and the fp32 sum of taps, with a temporary."""
+def head_bytes(model: ModelConfig, lengths: Lengths, setting: Setting, heads: int) -> float:
+    """What heads of further targets keep beside the decoder's output, which the first target's projection has, too: of
+    two linears what is between them, before and after its GELU. `model`: of one stem."""
+    spec = model.predictor
+    two = spec.kind == "mlp" or (spec.kind != "linear" and spec.proj_layers == 2)
+    width = model.backbone.width if spec.kind == "mlp" else spec.width
+    return heads * two * setting.samples * lengths.clones * lengths.masked * setting.itemsize * 4 * width
+
+
+def teacher_bytes(model: ModelConfig, lengths: Lengths, setting: Setting, targets: Sequence[Target]) -> float:
+    """What the teacher's forward pass needs at once: a block's states and each target's fp32 sum of taps, with a
+    temporary."""
     width, ffn = model.backbone.width, model.backbone.ffn
     rows = setting.samples * (lengths.positions + lengths.extra)
     block = setting.itemsize * rows * (4 * width + max(4 * width, 2 * ffn) / setting.tensor)
-    return block + 3 * 4 * setting.samples * lengths.positions * width
+    sums = sum(bool(target.layers) for target in targets)
+    return block + (2 + sums) * 4 * setting.samples * lengths.positions * width
 
 
 def _saved(model: ModelConfig, modality: Modality, lengths: Lengths, setting: Setting, layer: LayerSpec) -> float:

@@ -7,7 +7,7 @@ these numbers (`SampleCost.recomputed`). Layer drop is not subtracted: a dropped
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -15,6 +15,7 @@ import numpy as np
 
 from d2v_scale import modalities
 from d2v_scale.data2vec import masking
+from d2v_scale.data2vec.targets import Target
 from d2v_scale.modalities.costs import Lengths
 from d2v_scale.model.config import Modality, ModelConfig, TeacherParts
 from d2v_scale.model.layers import LayerKind, LayerSpec, describe
@@ -80,10 +81,15 @@ class SampleCost:
         """Teacher's blocks, forward."""
         return sum(one.teacher for one in self.layers if one.layer.kind == "block")
 
+    @cached_property
+    def targets(self) -> float:
+        """What makes targets of taps, and their states."""
+        return sum(one.teacher for one in self.layers if one.layer.kind == "predictor")
+
     @property
     def total(self) -> float:
-        """Student, teacher, decoder and stem."""
-        return self.student + self.teacher + self.decoder + self.stem
+        """Student, teacher, targets, decoder and stem."""
+        return self.student + self.teacher + self.targets + self.decoder + self.stem
 
     @property
     def student_only(self) -> float:
@@ -135,16 +141,26 @@ def lengths_of(recipe: Recipe, modality: Modality, size: float | None = None) ->
 
 def cost_of(recipe: Recipe, modality: Modality, size: float | None = None) -> SampleCost:
     """FLOPs of one sample of `modality` as the recipe trains it; `size` as in `lengths_of`."""
-    return sample_cost(recipe.model, modality, lengths_of(recipe, modality, size), recipe.parts())
+    targets = recipe.built_targets()[modality]
+    return sample_cost(recipe.model, modality, lengths_of(recipe, modality, size), recipe.parts(), targets)
 
 
-def sample_cost(model: ModelConfig, modality: Modality, lengths: Lengths, parts: TeacherParts) -> SampleCost:
-    """FLOPs of one sample, layer by layer in the order of `describe`, which is what a pipeline is cut from."""
-    return SampleCost(tuple(_layer(model, modality, lengths, parts, layer) for layer in describe(model, modality)))
+def sample_cost(
+    model: ModelConfig, modality: Modality, lengths: Lengths, parts: TeacherParts, targets: Sequence[Target] = ()
+) -> SampleCost:
+    """FLOPs of one sample, layer by layer in the order of `describe`, which is what a pipeline is cut from. `targets`:
+    those of the stem; none: one of the model's width that costs nothing."""
+    layers = describe(model, modality)
+    return SampleCost(tuple(_layer(model, modality, lengths, parts, layer, targets) for layer in layers))
 
 
 def _layer(
-    model: ModelConfig, modality: Modality, lengths: Lengths, parts: TeacherParts, layer: LayerSpec
+    model: ModelConfig,
+    modality: Modality,
+    lengths: Lengths,
+    parts: TeacherParts,
+    layer: LayerSpec,
+    targets: Sequence[Target],
 ) -> LayerCost:
     rows = lengths.clones
     match layer.kind:
@@ -164,7 +180,9 @@ def _layer(
             once = modalities.of(model, modality).context_flops(lengths)
             return _cost(layer, rows * once, once)
         case "predictor":
-            return _cost(layer, rows * sum(_predictor(model, modality, lengths)), 0.0)
+            widths = [target.width for target in targets] or [model.backbone.width]
+            made = lengths.positions * sum(target.flops() for target in targets)
+            return _cost(layer, rows * sum(_predictor(model, modality, lengths, widths)), made)
         case _:
             return _cost(layer, 0.0, 0.0)
 
@@ -181,13 +199,12 @@ def block_forward(model: ModelConfig, length: int) -> float:
     return linears + attention
 
 
-def _predictor(model: ModelConfig, modality: Modality, lengths: Lengths) -> Iterator[float]:
-    """Forward of the predictor's layers over one row."""
+def _predictor(model: ModelConfig, modality: Modality, lengths: Lengths, widths: list[int]) -> Iterator[float]:
+    """Forward of the predictor's layers over one row, with a projection for each of these widths of targets."""
     spec, width = model.of(modality).predictor, model.backbone.width
     masked = lengths.masked
     if spec.kind in ("linear", "mlp"):
-        hidden = 4 if spec.kind == "mlp" else 1
-        yield 2.0 * masked * hidden * width * width
+        yield 2.0 * masked * projection_weights(width, spec.kind == "mlp", widths)
         return
     axes = model.decoder_dimensions(modality, len(lengths.grid))
     # An even kernel makes one position too many along every axis.
@@ -197,7 +214,9 @@ def _predictor(model: ModelConfig, modality: Modality, lengths: Lengths) -> Iter
     for _ in range(spec.layers):
         yield 2.0 * made * spec.width * (inputs // spec.groups) * spec.kernel**axes
         inputs = spec.width
-    if spec.proj_layers == 1:
-        yield 2.0 * masked * spec.width * width
-    else:
-        yield 2.0 * masked * (spec.width * 2 * spec.width + 2 * spec.width * width)
+    yield 2.0 * masked * projection_weights(spec.width, spec.proj_layers == 2, widths)
+
+
+def projection_weights(inputs: int, two: bool, widths: Sequence[int]) -> float:
+    """Weights of a projection for each of these widths: one linear, or `two`."""
+    return sum(2 * inputs * (inputs + outputs) if two else inputs * outputs for outputs in widths)

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil, log2
 
+import torch
+
 from d2v_scale.modalities.costs import Setting
 from d2v_scale.model.config import Modality
 from d2v_scale.optim import stem_scale
@@ -53,7 +55,7 @@ def stage_budget(job: Job, stage: int) -> Budget:
     """What the fullest rank of one pipeline stage holds."""
     states, host = held(job, stage)
     found = max((stage_activations(job, stage, modality) for modality in job.recipe.model.modalities), default=0.0)
-    device = {**states, "activations": found}
+    device = {**states, "activations": found, "targets": _target_states(job, stage)}
     device["buffers"] = _buffers(job, stage, states["gradients"], found)
     return Budget(device, {**host, "checkpoint": _snapshot(job, stage)})
 
@@ -89,6 +91,18 @@ def held(job: Job, stage: int) -> tuple[dict[str, float], dict[str, float]]:
     # Small weights stay gathered on the device.
     device["weights"] += size * lasting
     return device, host
+
+
+def _target_states(job: Job, stage: int) -> float:
+    """The states of targets in fp32, and in fp64 what a step sums for them; whole on every rank of the last stage."""
+    if stage < job.parallel.pipeline - 1:
+        return 0.0
+    total = 0
+    for target in (one for each in job.recipe.built_targets().values() for one in each):
+        state = target.initial_state()
+        said = target.statistics(torch.zeros(1, 1, target.raw_width), torch.ones(1, 1), state) if state else {}
+        total += sum(4 * x.numel() for x in state.values()) + sum(8 * x.numel() for x in said.values())
+    return float(total)
 
 
 def persistent(job: Job, tensors: Sequence[TensorSize]) -> int:
@@ -132,7 +146,7 @@ def reduce_bucket(job: Job) -> float:
 def stage_activations(job: Job, stage: int, modality: Modality) -> float:
     """Bytes of the activations that a stage keeps when it keeps most, with the teacher's and the loss's temporaries."""
     model, lengths = job.recipe.model, job.lengths[modality]
-    samples = job.micro_batch(modality)
+    samples, targets = job.micro_batch(modality), job.recipe.built_targets()[modality]
     setting = Setting(samples=samples, itemsize=job.itemsize, tensor=job.parallel.tensor)
     every = activations.activations(model, modality, lengths, setting)
     layers = [every[position] for position in job.stage_layers[modality][stage]]
@@ -143,9 +157,10 @@ def stage_activations(job: Job, stage: int, modality: Modality) -> float:
     pipeline = job.parallel.pipeline
     in_flight = min(job.recipe.accumulation, pipeline - stage) if pipeline > 1 else 1
     if stage == pipeline - 1:
-        whole += activations.loss_bytes(model, lengths, samples)
+        whole += activations.loss_bytes(lengths, samples, targets)
+        whole += activations.head_bytes(model.of(modality), lengths, setting, len(targets) - 1)
     teacher = Setting(samples=samples, itemsize=job.teacher_itemsize, tensor=job.parallel.tensor)
-    return in_flight * whole + activations.teacher_bytes(model, lengths, teacher)
+    return in_flight * whole + activations.teacher_bytes(model, lengths, teacher, targets)
 
 
 def _local(tensors: Sequence[TensorSize], tensor: int) -> int:

@@ -8,8 +8,10 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from d2v_scale import command_line
+from d2v_scale import command_line, modalities
 from d2v_scale.data.config import SAMPLE_RATE
+from d2v_scale.data2vec.config import TargetConfig
+from d2v_scale.data2vec.targets import Target, build_all, widths
 from d2v_scale.modalities import published_parts
 from d2v_scale.modalities.costs import Lengths
 from d2v_scale.model import cpu_ops
@@ -114,3 +116,46 @@ def test_utilisation_is_useful_work_over_the_peak() -> None:
     used = flops.mfu(cost, samples_per_second=8 * 1e12 / cost.total, devices=8, peak_flops=4e12)
     assert used.total == pytest.approx(0.25)
     assert used.student_only == pytest.approx(0.25 * cost.student_only / cost.total)
+
+
+@pytest.mark.parametrize("name", ["v1_text", "v2_vision", "v2_text"])
+def test_heads_and_comparisons_with_codes_are_counted(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What further targets add, on paper and by the counter: two heads, and the work of a codebook and moments."""
+    monkeypatch.setattr(cpu_ops, "applies", lambda x: False)
+    clones = 2 if name.startswith("v2") else 1
+    batch, model = tiny_models.batch(name, samples=2, clones=clones), tiny_models.model(name)
+    modality = tiny_models.modality_of(name)
+    place = modalities.target_place(model, modality)
+    configs = [TargetConfig(top_k_layers=2), TargetConfig(kind="codes", top_k_layers=1, options={"codes": 5})]
+    configs.append(TargetConfig(kind="whitened", top_k_layers=1, options={"covariance": "full"}))
+    every = build_all(configs, place)
+    rows, length = batch.masked_rt.shape
+    masked = float(batch.masked_rt.sum()) / rows
+    kept = length - round(masked) if model.visible_only else length
+    lengths = Lengths(inputs=0, grid=batch.extents, kept=kept, masked=masked, extra=batch.extra_tokens, clones=clones)
+    parts = published_parts(model)
+    alone, several = (
+        flops.sample_cost(model, modality, lengths, parts, some).layers[-1] for some in (every[:1], every)
+    )
+
+    def forward(some: tuple[Target, ...]) -> float:
+        student = Student(model, target_widths={modality: widths(some)})
+        for parameter in student.parameters():
+            torch.nn.init.normal_(parameter, std=0.05)
+        with sdpa_kernel(SDPBackend.MATH):
+            return counted(lambda: student(batch, Draw(0, 0)))
+
+    added = forward(every) - forward(every[:1])
+    assert added == pytest.approx(2 * (several.forward - alone.forward), rel=0.01)
+    assert alone.teacher == 0
+    raw_btd, there_bt = torch.randn(2, length, 32), torch.ones(2, length)
+
+    def work(target: Target) -> float:
+        state = target.initial_state()
+        return counted(lambda: (target.targets(raw_btd, state), target.statistics(raw_btd, there_bt, state)))
+
+    codes, whitened = (work(target) for target in every[1:])
+    assert codes == pytest.approx(2 * length * every[1].flops(), rel=0.05)
+    # The counter knows no triangular solve.
+    assert whitened == pytest.approx(2 * length * every[2].flops() * 2 / 3, rel=0.05)
+    assert several.teacher == length * (every[1].flops() + every[2].flops())

@@ -111,6 +111,14 @@ class Target:
         del state
         return raw_btd
 
+    def flops(self) -> float:
+        """FLOPs of one position in training, of the matrix products of `targets` and `statistics`."""
+        return 0.0
+
+    def scratch(self) -> int:
+        """fp32 values of one position that these need at once beside the targets."""
+        return 0
+
     def initial_state(self) -> State:
         """The state that a run begins with, fp32, on the CPU; {}: there is none."""
         return {}

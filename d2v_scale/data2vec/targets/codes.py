@@ -43,6 +43,14 @@ class Codes(Target):
         """The nearest code."""
         return _centres(state)[self._nearest(raw_btd, state)]
 
+    def flops(self) -> float:
+        """Comparisons with every code, in `targets` and again in `statistics`, and what is summed for each code."""
+        return 8.0 * self.codes * self.width
+
+    def scratch(self) -> int:
+        """Distances to every code, twice while they are masked."""
+        return 2 * self.codes
+
     def initial_state(self) -> State:
         """One code, of nothing."""
         used_c = torch.zeros(self.codes)
