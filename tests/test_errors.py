@@ -16,7 +16,8 @@ from d2v_scale.data.loader import StepLoader
 from d2v_scale.data.writing import write_set
 from d2v_scale.data2vec.config import MaskingConfig
 from d2v_scale.errors import ConfigError
-from d2v_scale.model.config import ModelConfig, VisionStem
+from d2v_scale.model.config import ModelConfig
+from d2v_scale.model.stem_config import VisionStem
 
 PACKAGE = Path(errors.__file__).parent
 

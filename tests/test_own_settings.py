@@ -15,8 +15,9 @@ from d2v_scale.data2vec.config import HealthConfig, LossConfig, MaskingConfig, O
 from d2v_scale.engines import build_engines
 from d2v_scale.errors import ConfigError
 from d2v_scale.health import HealthMonitor
-from d2v_scale.model.config import Backbone, ModelConfig, OwnPredictor, Predictor
+from d2v_scale.model.config import Backbone, ModelConfig, Predictor
 from d2v_scale.model.stack import Draw, Student
+from d2v_scale.model.stem_config import OwnPredictor
 from d2v_scale.optim import set_rates
 from d2v_scale.parallel import ds_config, groups
 from d2v_scale.planning import flops, stages

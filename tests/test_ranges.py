@@ -15,7 +15,7 @@ from d2v_scale.data2vec.own import OwnHealth, OwnLoss, OwnMasking, OwnObjective,
 from d2v_scale.data2vec.target_config import TargetConfig
 from d2v_scale.errors import ConfigError
 from d2v_scale.finetuning.config import TaskConfig
-from d2v_scale.model.config import OwnPredictor, SpeechStem, TextStem
+from d2v_scale.model.stem_config import OwnPredictor, SpeechStem, TextStem
 from d2v_scale.recipe import Recipe
 
 WRONG = (math.inf, -math.inf, math.nan, -1, True)

@@ -6,8 +6,9 @@ from torch import Tensor
 from d2v_scale import modalities
 from d2v_scale.data.batch import Batch
 from d2v_scale.data2vec.config import TargetConfig
-from d2v_scale.model.config import Backbone, Modality, ModelConfig, Predictor, SpeechStem, TextStem, VisionStem
+from d2v_scale.model.config import Backbone, Modality, ModelConfig, Predictor
 from d2v_scale.model.init import InitRule
+from d2v_scale.model.stem_config import SpeechStem, TextStem, VisionStem
 
 CONVS = [(16, 10, 5), *[(16, 3, 2)] * 4, *[(16, 2, 2)] * 2]
 WAVE = 6400

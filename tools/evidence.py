@@ -36,7 +36,7 @@ from run_quietly import run_quietly
 from d2v_scale.data.content import length_of
 from d2v_scale.data.shard_index import Members, SetIndex
 from d2v_scale.errors import EXIT_BAD_INPUT, UserError
-from d2v_scale.model.config import Kind
+from d2v_scale.model.stem_config import Kind
 from d2v_scale.tracking.environment import git_revision
 from d2v_scale.tracking.record import read_records
 

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from d2v_scale import modalities
-from d2v_scale.model.config import Kind
+from d2v_scale.model.stem_config import Kind
 
 ROWS = {
     "random 1.0": "random init, 1.0",

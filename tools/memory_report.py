@@ -33,9 +33,10 @@ def measure(width: int, depth: int) -> None:
 
     from d2v_scale.data.batch import Batch
     from d2v_scale.data2vec.config import ObjectiveConfig, TargetConfig
-    from d2v_scale.model.config import Backbone, ModelConfig, TeacherParts, VisionStem
+    from d2v_scale.model.config import Backbone, ModelConfig, TeacherParts
     from d2v_scale.model.init import initialize
     from d2v_scale.model.stack import Draw, Student, Teacher
+    from d2v_scale.model.stem_config import VisionStem
     from d2v_scale.parallel import ds_config, groups
     from d2v_scale.parallel.memory import held_bytes
     from d2v_scale.parallel.shards import global_shapes

@@ -21,7 +21,8 @@ from d2v_scale.data.config import DataConfig, SourceConfig
 from d2v_scale.data.loader import StepLoader
 from d2v_scale.data.shard_index import SetIndex
 from d2v_scale.data2vec.config import MaskingConfig
-from d2v_scale.model.config import KINDS, Kind, ModelConfig
+from d2v_scale.model.config import ModelConfig
+from d2v_scale.model.stem_config import KINDS, Kind
 
 MASKING = MaskingConfig(kind="random", prob=0.5)
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
 from d2v_scale.errors import ConfigError
-from d2v_scale.model.config import KINDS
+from d2v_scale.model.stem_config import KINDS
 
 SAMPLE_RATE = 16_000
 """Samples of audio a second, of every waveform and every length."""

@@ -15,7 +15,7 @@ from d2v_scale.data.resampling import length_at_16_khz, resampled
 from d2v_scale.data.rows import Row, Stacked
 from d2v_scale.data.streaming import StreamStore
 from d2v_scale.errors import ConfigError
-from d2v_scale.model.config import SpeechStem
+from d2v_scale.model.stem_config import SpeechStem
 
 EXTENSIONS = ("flac", "wav", "ogg", "oga", "mp3", "opus", "aiff", "aif", "aifc", "au", "sph", "w64", "caf")
 _LOWEST_RATE, _HIGHEST_RATE = 1000, 1_000_000

@@ -23,7 +23,8 @@ from d2v_scale.data.shard_index import index_tar
 from d2v_scale.data.shard_set import ShardSet, is_remote
 from d2v_scale.data2vec.stateless import key, numpy_generator
 from d2v_scale.errors import ConfigError, DataStarved
-from d2v_scale.model.config import ModelConfig, TextStem
+from d2v_scale.model.config import ModelConfig
+from d2v_scale.model.stem_config import TextStem
 from d2v_scale.redaction import same_address
 
 log = logging.getLogger(__name__)

@@ -17,7 +17,7 @@ from d2v_scale.data.rows import Row, Stacked
 from d2v_scale.data.token_cache import TokenCache
 from d2v_scale.errors import ConfigError, DataError
 from d2v_scale.files import file_sha256
-from d2v_scale.model.config import TextStem
+from d2v_scale.model.stem_config import TextStem
 
 log = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from d2v_scale.data.config import VisionData
 from d2v_scale.data.reading import RawSample, Store
 from d2v_scale.data.rows import Row, Stacked
 from d2v_scale.errors import ConfigError
-from d2v_scale.model.config import VisionStem
+from d2v_scale.model.stem_config import VisionStem
 
 EXTENSIONS = ("jpg", "jpeg", "jpe", "jfif", "png", "webp", "bmp", "ppm", "pgm", "pbm", "pnm", "gif", "tif", "tiff")
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "GIF", "TIFF")

@@ -16,7 +16,8 @@ from d2v_scale.interop.huggingface_row import Example, Head, HuggingFaceRow, blo
 from d2v_scale.interop.keymap import KeyMap
 from d2v_scale.interop.reference_options import Shapes
 from d2v_scale.interop.weight_files import write_json
-from d2v_scale.model.config import Backbone, Modality, ModelConfig, Predictor, SpeechStem
+from d2v_scale.model.config import Backbone, Modality, ModelConfig, Predictor
+from d2v_scale.model.stem_config import SpeechStem
 from d2v_scale.recipe import Recipe
 
 

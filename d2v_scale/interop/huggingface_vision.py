@@ -16,7 +16,8 @@ from d2v_scale.interop.keymap import KeyMap
 from d2v_scale.interop.reference_options import Shapes
 from d2v_scale.interop.reference_vision import input_size
 from d2v_scale.interop.weight_files import write_json
-from d2v_scale.model.config import Backbone, Modality, ModelConfig, Predictor, VisionStem
+from d2v_scale.model.config import Backbone, Modality, ModelConfig, Predictor
+from d2v_scale.model.stem_config import VisionStem
 from d2v_scale.recipe import Recipe
 
 IMAGE_PROCESSOR_FILE = Path(__file__).with_name("image_processing_data2vec2.py")

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from d2v_scale.errors import DataError
-from d2v_scale.model.config import TextStem
+from d2v_scale.model.stem_config import TextStem
 
 _SPACE = "\u2581"
 

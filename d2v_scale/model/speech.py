@@ -6,12 +6,13 @@ import torch
 from torch import Tensor, nn
 
 from d2v_scale.model import conv_rows, cpu_ops
-from d2v_scale.model.config import ModelConfig, SpeechStem
+from d2v_scale.model.config import ModelConfig
 from d2v_scale.model.init import InitRule, set_rule
 from d2v_scale.model.layers import Section, rows_of
 from d2v_scale.model.norm_gelu import NormGelu, norm_gelu
 from d2v_scale.model.position_bias import AlibiBias
 from d2v_scale.model.stem import Exists, Stem
+from d2v_scale.model.stem_config import SpeechStem
 
 
 class SpeechFeatures(nn.Module):

@@ -5,10 +5,11 @@ from torch import Tensor, nn
 
 from d2v_scale.errors import DataError
 from d2v_scale.model import cpu_ops
-from d2v_scale.model.config import ModelConfig, TextStem
+from d2v_scale.model.config import ModelConfig
 from d2v_scale.model.init import InitRule, set_rule
 from d2v_scale.model.layers import Section, rows_of
 from d2v_scale.model.stem import Exists, Stem
+from d2v_scale.model.stem_config import TextStem
 
 
 class TextFeatures(nn.Module):

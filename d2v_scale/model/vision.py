@@ -6,11 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from d2v_scale.model import cpu_ops
-from d2v_scale.model.config import ModelConfig, VisionStem
+from d2v_scale.model.config import ModelConfig
 from d2v_scale.model.init import InitRule, linear_rules, set_rule
 from d2v_scale.model.layers import Section, rows_of
 from d2v_scale.model.position_bias import RelativeBias, sincos_positions
 from d2v_scale.model.stem import Exists, Stem
+from d2v_scale.model.stem_config import VisionStem
 
 BEIT = InitRule("truncated", 0.02, 0.02)
 

@@ -20,7 +20,7 @@ from d2v_scale.data2vec import masking
 from d2v_scale.data2vec.config import MaskingConfig
 from d2v_scale.evaluation.features import mean_over_layers
 from d2v_scale.evaluation.knn import whitened
-from d2v_scale.model.config import Kind
+from d2v_scale.model.stem_config import Kind
 from d2v_scale.plots.relations import plot_cka, plot_neighbours
 from d2v_scale.plots.samples import plot_masks
 

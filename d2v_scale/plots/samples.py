@@ -11,7 +11,7 @@ from torch import Tensor
 from d2v_scale import modalities
 from d2v_scale.data.batch import Batch
 from d2v_scale.data.config import SAMPLE_RATE
-from d2v_scale.model.config import Kind
+from d2v_scale.model.stem_config import Kind
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -18,7 +18,7 @@ from d2v_scale.tracking.terminal import Terminal
 
 if TYPE_CHECKING:
     from d2v_scale.data.batch import Batch
-    from d2v_scale.model.config import Kind
+    from d2v_scale.model.stem_config import Kind
     from d2v_scale.plots.gallery import Gallery
 
 STOPPED_TIMEOUT = 3.0

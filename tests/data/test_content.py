@@ -19,7 +19,8 @@ from d2v_scale.data.shard_set import find_shards
 from d2v_scale.data.writing import write_set
 from d2v_scale.data2vec.config import MaskingConfig
 from d2v_scale.errors import DataError
-from d2v_scale.model.config import ModelConfig, VisionStem
+from d2v_scale.model.config import ModelConfig
+from d2v_scale.model.stem_config import VisionStem
 
 IMAGES = ModelConfig(vision=VisionStem(image_size=16, patch_size=4))
 

@@ -22,7 +22,8 @@ from d2v_scale.data.text import TextDecoder, Tokenizer, chunks_of_documents
 from d2v_scale.data.writing import write_set
 from d2v_scale.data2vec.config import MaskingConfig
 from d2v_scale.errors import ConfigError, DataError
-from d2v_scale.model.config import ModelConfig, SpeechStem, TextStem, VisionStem
+from d2v_scale.model.config import ModelConfig
+from d2v_scale.model.stem_config import SpeechStem, TextStem, VisionStem
 
 
 class OneSample:

@@ -18,7 +18,8 @@ from d2v_scale.data.shard_index import Members, SetIndex, index_shard
 from d2v_scale.data.writing import members_file, write_shard
 from d2v_scale.data2vec.config import MaskingConfig
 from d2v_scale.errors import DataError, DataStarved
-from d2v_scale.model.config import ModelConfig, SpeechStem, VisionStem
+from d2v_scale.model.config import ModelConfig
+from d2v_scale.model.stem_config import SpeechStem, VisionStem
 
 MODEL = ModelConfig(vision=VisionStem(image_size=8, patch_size=4), speech=SpeechStem())
 MASKING = MaskingConfig(kind="random", prob=0.5)

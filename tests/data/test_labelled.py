@@ -15,7 +15,8 @@ from d2v_scale.data.speech import measure
 from d2v_scale.data.text import TokenCounter
 from d2v_scale.data.writing import write_set
 from d2v_scale.errors import DataError
-from d2v_scale.model.config import ModelConfig, TextStem, VisionStem
+from d2v_scale.model.config import ModelConfig
+from d2v_scale.model.stem_config import TextStem, VisionStem
 
 IMAGES = ModelConfig(vision=VisionStem(image_size=8, patch_size=4))
 

@@ -15,7 +15,8 @@ from d2v_scale.data.config import DataConfig, SourceConfig
 from d2v_scale.data.loader import StepLoader
 from d2v_scale.data2vec.config import MaskingConfig
 from d2v_scale.errors import CheckpointError, ConfigError, DataError, DataStarved
-from d2v_scale.model.config import ModelConfig, SpeechStem, TextStem, VisionStem
+from d2v_scale.model.config import ModelConfig
+from d2v_scale.model.stem_config import SpeechStem, TextStem, VisionStem
 
 MODEL = ModelConfig(
     vision=VisionStem(image_size=8, patch_size=4),

@@ -22,7 +22,8 @@ from d2v_scale.data.text import Tokenizer, require_special_ids, require_text
 from d2v_scale.data.writing import Sample, write_set
 from d2v_scale.data2vec.config import MaskingConfig
 from d2v_scale.errors import DataError
-from d2v_scale.model.config import Modality, ModelConfig, SpeechStem, TextStem, VisionStem
+from d2v_scale.model.config import Modality, ModelConfig
+from d2v_scale.model.stem_config import SpeechStem, TextStem, VisionStem
 
 
 def image(kind: str, picture: Image.Image | None = None, **options: Any) -> bytes:

@@ -21,7 +21,8 @@ from d2v_scale.data.totals import RunTotals
 from d2v_scale.data.writing import Sample, write_set
 from d2v_scale.data2vec.config import MaskingConfig
 from d2v_scale.errors import ConfigError, DataStarved
-from d2v_scale.model.config import Modality, ModelConfig, SpeechStem, TextStem, VisionStem
+from d2v_scale.model.config import Modality, ModelConfig
+from d2v_scale.model.stem_config import SpeechStem, TextStem, VisionStem
 from d2v_scale.parallel import groups
 
 MODEL = ModelConfig(

@@ -13,7 +13,8 @@ from d2v_scale.data.shard_index import SetIndex
 from d2v_scale.data.totals import RunTotals
 from d2v_scale.data.writing import write_shard
 from d2v_scale.data2vec.config import MaskingConfig
-from d2v_scale.model.config import ModelConfig, SpeechStem, TextStem, VisionStem
+from d2v_scale.model.config import ModelConfig
+from d2v_scale.model.stem_config import SpeechStem, TextStem, VisionStem
 from d2v_scale.parallel import groups
 
 MODEL = ModelConfig(

@@ -23,8 +23,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from d2v_scale.data.batch import Batch
 from d2v_scale.data2vec.config import MaskingConfig, ObjectiveConfig, TargetConfig
-from d2v_scale.model.config import Backbone, ModelConfig, Predictor, VisionStem
+from d2v_scale.model.config import Backbone, ModelConfig, Predictor
 from d2v_scale.model.stack import Draw
+from d2v_scale.model.stem_config import VisionStem
 from d2v_scale.optim import OptimConfig
 from d2v_scale.parallel import groups, layout_check
 from d2v_scale.planning import collectives, legal, memory, traffic

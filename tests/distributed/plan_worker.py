@@ -24,8 +24,9 @@ from megatron.core import parallel_state
 from d2v_scale.data.batch import Batch
 from d2v_scale.data2vec.config import MaskingConfig, ObjectiveConfig, TargetConfig
 from d2v_scale.engines import build_engines
-from d2v_scale.model.config import Backbone, ModelConfig, Predictor, VisionStem
+from d2v_scale.model.config import Backbone, ModelConfig, Predictor
 from d2v_scale.model.stack import Draw
+from d2v_scale.model.stem_config import VisionStem
 from d2v_scale.optim import OptimConfig
 from d2v_scale.parallel import ds_config, groups
 from d2v_scale.parallel.memory import held_bytes

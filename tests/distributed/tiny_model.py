@@ -8,7 +8,8 @@ from d2v_scale.data2vec import loss as objective
 from d2v_scale.data2vec.config import LossConfig, TargetConfig
 from d2v_scale.modalities import published_parts
 from d2v_scale.model import init, stack
-from d2v_scale.model.config import Backbone, ModelConfig, VisionStem
+from d2v_scale.model.config import Backbone, ModelConfig
+from d2v_scale.model.stem_config import VisionStem
 from d2v_scale.step import masked_targets
 
 MODEL = ModelConfig(

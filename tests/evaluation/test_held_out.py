@@ -17,7 +17,8 @@ from d2v_scale.data.writing import write_set
 from d2v_scale.data2vec.config import LossConfig, MaskingConfig, TargetConfig
 from d2v_scale.data2vec.targets import Made, Place, build_all
 from d2v_scale.evaluation.held_out import HeldOutSet
-from d2v_scale.model.config import ModelConfig, TextStem
+from d2v_scale.model.config import ModelConfig
+from d2v_scale.model.stem_config import TextStem
 from d2v_scale.parallel import groups
 from d2v_scale.parallel.zero import StudentEngine
 from d2v_scale.step import masked_targets

@@ -17,7 +17,8 @@ from d2v_scale.data.writing import write_set
 from d2v_scale.errors import ConfigError, DataError
 from d2v_scale.finetuning.config import CtcConfig, ImageConfig, TaskConfig
 from d2v_scale.finetuning.loading import LabelledLoader
-from d2v_scale.model.config import Modality, ModelConfig, TextStem, VisionStem
+from d2v_scale.model.config import Modality, ModelConfig
+from d2v_scale.model.stem_config import TextStem, VisionStem
 from d2v_scale.parallel import groups
 
 TEXTS = ["One", "two three", "café"]

@@ -23,7 +23,7 @@ from d2v_scale.errors import CheckpointError
 from d2v_scale.interop.encoder_source import open_encoder, recipe_of
 from d2v_scale.interop.importing import convert, open_source
 from d2v_scale.interop.reference_vision import input_size
-from d2v_scale.model.config import VisionStem
+from d2v_scale.model.stem_config import VisionStem
 
 warnings.filterwarnings("ignore")
 

@@ -19,8 +19,9 @@ from d2v_scale.data2vec.config import MaskingConfig, ObjectiveConfig
 from d2v_scale.data2vec.own import OwnLoss, OwnMasking, OwnObjective
 from d2v_scale.engines import build_engines
 from d2v_scale.errors import ConfigError, DataError
-from d2v_scale.model.config import KINDS, AnyStem, ModelConfig, OwnPredictor
+from d2v_scale.model.config import ModelConfig
 from d2v_scale.model.stack import Draw
+from d2v_scale.model.stem_config import KINDS, AnyStem, OwnPredictor
 from d2v_scale.parallel import ds_config, groups
 from d2v_scale.planning import flops
 from d2v_scale.plots.samples import plot_masks

@@ -14,8 +14,9 @@ from d2v_scale.errors import ConfigError
 from d2v_scale.modalities.costs import Lengths, Setting
 from d2v_scale.modalities.vision.modality import Vision
 from d2v_scale.model import cpu_ops, predictor
-from d2v_scale.model.config import ModelConfig, OwnPredictor
+from d2v_scale.model.config import ModelConfig
 from d2v_scale.model.init import initialize
+from d2v_scale.model.stem_config import OwnPredictor
 from d2v_scale.planning import activations, flops, stages
 
 GRIDS = {1: (24,), 2: (4, 6), 3: (2, 3, 4)}

@@ -17,9 +17,9 @@ from d2v_scale.data2vec import loss, masking
 from d2v_scale.data2vec.config import LossConfig, MaskingConfig
 from d2v_scale.modalities import published_parts
 from d2v_scale.model import attention, cpu_attention, cpu_ops
-from d2v_scale.model.config import SpeechStem
 from d2v_scale.model.init import initialize
 from d2v_scale.model.stack import Draw, Student, Teacher
+from d2v_scale.model.stem_config import SpeechStem
 from d2v_scale.parallel import groups
 
 NAMES = ("v1_speech", "v1_text", "v2_speech", "v2_text")

@@ -6,7 +6,7 @@ import pytest
 
 from d2v_scale import command_line
 from d2v_scale.errors import ConfigError
-from d2v_scale.model.config import SpeechStem
+from d2v_scale.model.stem_config import SpeechStem
 from d2v_scale.planning import hardware, legal
 from d2v_scale.planning.job import ModelSizes
 from d2v_scale.planning.search import Cluster, Search, search

@@ -22,7 +22,8 @@ from d2v_scale.data.shard_set import find_shards
 from d2v_scale.data.writing import write_set, write_shard
 from d2v_scale.errors import EXIT_PARTIAL
 from d2v_scale.evaluation.frozen import FrozenEncoder
-from d2v_scale.model.config import ModelConfig, SpeechStem, VisionStem
+from d2v_scale.model.config import ModelConfig
+from d2v_scale.model.stem_config import SpeechStem, VisionStem
 from d2v_scale.recipe import Recipe
 
 

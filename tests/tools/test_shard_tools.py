@@ -22,7 +22,8 @@ from d2v_scale.data.shard_index import SetIndex
 from d2v_scale.data.shard_set import find_shards
 from d2v_scale.data.writing import write_set
 from d2v_scale.files import file_sha256
-from d2v_scale.model.config import ModelConfig, TextStem
+from d2v_scale.model.config import ModelConfig
+from d2v_scale.model.stem_config import TextStem
 
 
 def test_images_are_converted_once_and_bad_files_are_named(run: Callable[..., str], tmp_path: Path) -> None:

@@ -10,7 +10,8 @@ from d2v_scale.data2vec.block_sizes import Axis
 from d2v_scale.errors import ConfigError
 from d2v_scale.modalities.base import Modality
 from d2v_scale.modalities.costs import INDEX_BYTES, NORM_BYTES, Lengths, Setting
-from d2v_scale.model.config import ModelConfig, SpeechStem, TeacherParts
+from d2v_scale.model.config import ModelConfig, TeacherParts
+from d2v_scale.model.stem_config import SpeechStem
 
 if TYPE_CHECKING:
     from pathlib import Path

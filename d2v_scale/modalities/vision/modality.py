@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 from d2v_scale.data2vec.block_sizes import Axis
 from d2v_scale.modalities.base import Modality
 from d2v_scale.modalities.costs import INDEX_BYTES, NORM_BYTES, Lengths, Setting
-from d2v_scale.model.config import ModelConfig, VisionStem
+from d2v_scale.model.config import ModelConfig
+from d2v_scale.model.stem_config import VisionStem
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -1,0 +1,166 @@
+"""What each kind of stem is made of, and what any stem may do differently from the others. Sizes only."""
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar, Literal, TypeVar, get_args
+
+from d2v_scale.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Kind = Literal["vision", "speech", "text"]
+"""What a stem is: a closed set. Where one is not handled, the type checker complains."""
+KINDS: tuple[Kind, ...] = get_args(Kind)
+Count = TypeVar("Count", int, "Tensor")
+"""An int, or an int64 tensor of any shape."""
+
+
+@dataclass(kw_only=True)
+class OwnPredictor:
+    """What the predictor of one stem does differently: `model.predictor` has the words. null: as there."""
+
+    kind: Literal["linear", "mlp", "conv", "conv1d", "conv2d", "conv3d"] | None = None
+    width: int | None = None
+    kernel: int | None = None
+    groups: int | None = None
+    layers: int | None = None
+    residual: bool | None = None
+    proj_layers: int | None = None
+    input_dropout: float | None = None
+    noise_std: float | None = None
+    final_norm: bool | None = None
+
+
+@dataclass(kw_only=True)
+class StemSettings:
+    """What any stem may do differently from the others. null: as `model.backbone` and `model.predictor` say."""
+
+    prenet_depth: int | None = None
+    """Blocks of this stem before the main ones."""
+    input_dropout: float | None = None
+    """On the input of the first block (after this stem's norm)."""
+    predictor: OwnPredictor | None = None
+    """This stem's predictor."""
+
+
+@dataclass(kw_only=True)
+class SpeechStem(StemSettings):
+    """Raw 16 kHz waveform to 20 ms frames (reference: wav2vec 2.0 feature encoder, layer-norm mode)."""
+
+    kind: ClassVar[Kind] = "speech"
+
+    conv_layers: list[tuple[int, int, int]] = field(
+        default_factory=lambda: [(512, 10, 5), *[(512, 3, 2)] * 4, *[(512, 2, 2)] * 2]
+    )
+    """Convolutions as (channels, kernel, stride)."""
+    pos_conv_depth: int = 5
+    """Number of positional convolutions."""
+    pos_conv_kernel: int = 19
+    """Kernel of each positional convolution, frames."""
+    pos_conv_groups: int = 16
+    """Groups of each positional convolution."""
+    alibi: bool = False
+    """Add a learned-scale ALiBi bias to the attention logits (2.0)."""
+
+    def check(self, width: int) -> None:
+        """Raises `ConfigError` for sizes that do not fit together."""
+        require_divisor("model.speech.pos_conv_groups", self.pos_conv_groups, "model.backbone.width", width)
+        if not self.conv_layers:
+            raise ConfigError("model.speech.conv_layers", "is empty", "Give (channels, kernel, stride) per layer.")
+
+    def lengths(self, samples: Count) -> list[Count]:
+        """Positions after each convolution of so many samples of a waveform; there is no padding (spec 3.1)."""
+        lengths: list[Count] = []
+        for _, kernel, stride in self.conv_layers:
+            samples = (samples - kernel) // stride + 1
+            lengths.append(samples)
+        return lengths
+
+    def frames_of(self, samples: Count) -> Count:
+        """Frames that the convolutions make of so many samples of a waveform."""
+        return self.lengths(samples)[-1]
+
+
+@dataclass(kw_only=True)
+class VisionStem(StemSettings):
+    """Images to patches."""
+
+    kind: ClassVar[Kind] = "vision"
+
+    image_size: int | tuple[int, int] = 224
+    """Side of the square input, or its height and width, pixels."""
+    patch_size: int = 16
+    """Side of a patch, pixels."""
+    channels: int = 3
+    positions: Literal["relative", "sincos"] = "relative"
+    """`relative`: one shared relative-position bias (1.0); `sincos`: fixed 2-D sine-cosine (2.0)."""
+    relative_std: float = 0.0
+    """Standard deviation of the relative-position table at initialisation. Published: 0, from which a short run never
+    learns where patches are, since the optimizer moves the table by one learning rate a step."""
+
+    def __post_init__(self) -> None:
+        height, width = self.size
+        if height == width:  # one way to write it, so that recipes compare
+            self.image_size = height
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the input, pixels."""
+        height, width = (self.image_size,) * 2 if isinstance(self.image_size, int) else self.image_size
+        return height, width
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows of patches, and patches in a row."""
+        height, width = self.size
+        return height // self.patch_size, width // self.patch_size
+
+    def check(self, width: int) -> None:
+        """Raises `ConfigError` for sizes that do not fit together."""
+        for pixels in self.size:
+            require_divisor("model.vision.patch_size", self.patch_size, "model.vision.image_size", pixels)
+        if self.positions == "sincos":
+            require_divisor("model.vision.positions (sincos)", 4, "model.backbone.width", width)
+
+
+@dataclass(kw_only=True)
+class TextStem(StemSettings):
+    """Token ids to embeddings with learned positions."""
+
+    kind: ClassVar[Kind] = "text"
+
+    vocab_size: int = 50265
+    max_positions: int = 512
+    """Longest sequence, tokens."""
+    token_std: float = 0.02
+    """Standard deviation of the token table at initialisation. Published: 0.02. What matters is its ratio to the
+    learning rate, since the table's norm follows: the smaller, the sooner words leave their random start."""
+    position_std: float = 0.02
+    """Standard deviation of the position table at initialisation. Published: 0.02, as the tokens'. In a short run on
+    little data less is better: positions are learned long before words, and targets then tell little else."""
+    bos_id: int = 0
+    pad_id: int = 1
+    eos_id: int = 2
+    unk_id: int = 3
+    mask_id: int = 50264
+
+    def check(self, width: int) -> None:
+        """Raises `ConfigError` for special tokens outside the vocabulary or with the same id."""
+        del width
+        ids = {name: getattr(self, name) for name in ("bos_id", "pad_id", "eos_id", "unk_id", "mask_id")}
+        for name, value in ids.items():
+            if not 0 <= value < self.vocab_size:
+                raise ConfigError(
+                    f"model.text.{name}", f"{value} is outside the vocabulary of {self.vocab_size}.", "Change one."
+                )
+        if len(set(ids.values())) < len(ids):
+            raise ConfigError("model.text", f"two special tokens have the same id: {ids}.", "Give each its own.")
+
+
+AnyStem = VisionStem | SpeechStem | TextStem
+OneStem = TypeVar("OneStem", VisionStem, SpeechStem, TextStem)
+
+
+def require_divisor(key: str, divisor: int, of_key: str, number: int) -> None:
+    if divisor < 1 or number % divisor:
+        raise ConfigError(key, f"{divisor} does not divide {of_key} {number}.", "Change one of them.")
