@@ -34,14 +34,14 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def alone(root: Path) -> dict[str, Checkpoint]:
     """What one process computes; `moved on` goes on with what two ranks saved."""
     cases = [{"name": "whitened", **WHITENED}, {"name": "codes", **CODES}, {"name": "pixels", **PIXELS}]
-    cases += [{"name": "several", **SEVERAL}, {"name": "several half", "steps": [0, 2], **SEVERAL}]
+    cases += [{"name": "several", **SEVERAL}, {"name": "begun_alone", "steps": [0, 2], **SEVERAL}]
     return train(root, 1, [{"accumulation": 4, "steps": [0, 4], **case} for case in cases])
 
 
 @pytest.fixture(scope="module")
 def on_two_ranks(root: Path, alone: dict[str, Checkpoint]) -> dict[str, Checkpoint]:
     """All in one launch. `kept`: loaded and saved again, without a step; `grown`: begun by one process."""
-    assert "several half" in alone
+    assert "begun_alone" in alone
     begun = {"steps": [0, 2], **WHITENED}
     cases = [
         {"name": "codes zero1", "steps": [0, 4], **CODES, **ZERO_1},
@@ -54,8 +54,8 @@ def on_two_ranks(root: Path, alone: dict[str, Checkpoint]) -> dict[str, Checkpoi
         {"name": "several zero2", "steps": [0, 4], "stage": 2, **SEVERAL, **ZERO_1},
         {"name": "several zero3", "steps": [0, 4], **SEVERAL, **ZERO_3},
         {"name": "several tp2", "steps": [0, 4], "tensor": 2, "accumulation": 4, **SEVERAL},
-        {"name": "half in two", "steps": [0, 2], **SEVERAL, **PIPELINE},
-        {"name": "grown", "steps": [2, 4], "load": path(root, "several half", 2), **SEVERAL, **ZERO_3},
+        {"name": "begun_in_two", "steps": [0, 2], **SEVERAL, **PIPELINE},
+        {"name": "grown", "steps": [2, 4], "load": path(root, "begun_alone", 2), **SEVERAL, **ZERO_3},
         {"name": "whitened again", "steps": [2, 4], "load": path(root, "begun", 2), **WHITENED, **PIPELINE},
     ]
     return train(root, 2, cases)
@@ -99,8 +99,8 @@ def test_a_run_with_several_states_goes_on_at_another_world_size(
     root: Path, alone: dict[str, Checkpoint], on_two_ranks: dict[str, Checkpoint]
 ) -> None:
     """One process to two at ZeRO-3, and two of a pipeline to one: as one process that never stopped."""
-    half = {"name": "shrunk", "steps": [2, 4], "accumulation": 4, "load": path(root, "half in two", 2), **SEVERAL}
-    assert on_two_ranks["half in two"].names("state") == alone["several half"].names("state")
+    half = {"name": "shrunk", "steps": [2, 4], "accumulation": 4, "load": path(root, "begun_in_two", 2), **SEVERAL}
+    assert on_two_ranks["begun_in_two"].names("state") == alone["begun_alone"].names("state")
     shrunk = train(root, 1, [half])["shrunk"]
     for other in (on_two_ranks["grown"], shrunk):
         for kind, limit in (("student", LIMITS["student"]), ("teacher", LIMITS["teacher"]), ("state", 2e-4)):
