@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from d2v_scale import templates
 from d2v_scale.data.shard_set import expand, is_remote
 from d2v_scale.errors import ConfigError, UserError
 from d2v_scale.recipe import Recipe
@@ -29,6 +30,8 @@ def make_absolute(recipe: Recipe, *, only_found: bool) -> None:
     """
     for section, key in _places(recipe):
         path = getattr(section, key)
+        if path and key == "deepspeed_config":
+            path = str(templates.deepspeed_config(path))
         if path and not is_remote(path) and not (only_found and not _exists(path)):
             setattr(section, key, str(Path.cwd() / path))
 

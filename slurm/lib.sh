@@ -51,6 +51,18 @@ find_run_dir() {
     say "run directory $run_dir, logs $logs"
 }
 
+find_package() { # sets package: the folder that d2v_scale lies in; more: what a clone has besides
+    package=$repository more=(tools pyproject.toml)
+    [[ -d $repository/d2v_scale ]] && return 0
+    more=() # `d2v templates` has laid these files out, or they are those of an installed package
+    local program
+    for program in python python3; do
+        package=$("$program" -c 'import os, d2v_scale
+print(os.path.dirname(os.path.dirname(os.path.abspath(d2v_scale.__file__))))' 2> /dev/null) && return 0
+    done
+    die "no d2v_scale in $repository, nor is it installed here: set D2V_SCALE_ACTIVATE, or submit from a clone"
+}
+
 snapshot_code() { # a requeued job runs the code that it started with, whatever has been edited since
     code=$run_dir/code/$SLURM_JOB_ID
     if [[ ! -d $code ]]; then
@@ -58,7 +70,8 @@ snapshot_code() { # a requeued job runs the code that it started with, whatever 
         partial=$run_dir/.code.$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}.$$ # not mktemp's, which is for its owner only
         mkdir "$partial" || die "cannot write to $run_dir"
         # shellcheck disable=SC2154  # set by the template
-        tar -C "$repository" --exclude=__pycache__ -cf - d2v_scale ds_configs slurm tools pyproject.toml |
+        find_package
+        tar --exclude=__pycache__ -cf - -C "$package" d2v_scale -C "$repository" ds_configs slurm "${more[@]}" |
             tar -C "$partial" -xf - || die "cannot copy the code from $repository to $run_dir"
         { git -C "$repository" rev-parse HEAD && git -C "$repository" status --short; } > "$partial/REVISION" 2> /dev/null
         { mkdir -p "$run_dir/code" && mv -T "$partial" "$code"; } || die "cannot write to $run_dir/code"
@@ -327,7 +340,9 @@ run_once() { # one process on the first node, for evaluation: run_once SCRIPT_OF
     export PYTHONPATH=$repository${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
     code=$repository
     set_container "$repository" "$SLURM_SUBMIT_DIR" -- "${@:2}"
-    in_container python "$repository/tools/$1" "${@:2}"
+    local program=("$repository/tools/$1")
+    [[ -f ${program[0]} ]] || program=(-m d2v_scale "${1%.py}") # the installed package's
+    in_container python "${program[@]}" "${@:2}"
     # shellcheck disable=SC2086  # options are separated by spaces
     exec srun --export=ALL --nodes=1 --ntasks=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-$SLURM_CPUS_ON_NODE}" \
         "${container_options[@]}" ${D2V_SCALE_SRUN_OPTIONS:-} bash -c "exec $command_line"

@@ -1,6 +1,6 @@
 """Checkpoints of small models with random weights, and the tools that export and import them."""
 
-import importlib.util
+import importlib
 import json
 from pathlib import Path
 from types import ModuleType
@@ -16,16 +16,9 @@ from d2v_scale.finetuning.model import TaskModel
 from d2v_scale.model.stack import Student
 from d2v_scale.recipe import Recipe, to_dict
 
-TOOLS = Path(__file__).parents[1] / "tools"
-
 
 def tool(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, TOOLS / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module(f"d2v_scale.commands.{name}")
 
 
 def checkpoint_of(name: str, tmp_path: Path) -> Path:

@@ -31,8 +31,8 @@ from typing import Any, get_args
 
 from evidence_sets import RealSet, default_folder, prepare
 from evidence_table import early_warning, table
-from run_quietly import run_quietly
 
+from d2v_scale.commands.run_quietly import run_quietly
 from d2v_scale.data.content import length_of
 from d2v_scale.data.shard_index import Members, SetIndex
 from d2v_scale.errors import EXIT_BAD_INPUT, UserError

@@ -11,8 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from run_quietly import run_quietly
-
+from d2v_scale.commands.run_quietly import run_quietly
 from d2v_scale.data.shard_set import INDEX_SUFFIX
 from d2v_scale.errors import UserError
 from d2v_scale.files import file_sha256

@@ -1,45 +1,12 @@
-"""Turn a fairseq or data2vec_vision checkpoint, or a Hugging Face Data2Vec folder, into a d2v_scale checkpoint."""
+"""`d2v import` from a clone: d2v_scale/commands/import_weights.py."""
 
-import argparse
-import os
 import sys
-import warnings
 from pathlib import Path
 
-
-def main(arguments: list[str] | None = None) -> int:
-    """Run the conversion that the command line asks for."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("source", type=Path, help=".pt or .pth file, Hugging Face folder, or folder of a recorded run")
-    parser.add_argument("out", type=Path, help="directory to write the checkpoint into")
-    parser.add_argument("--state", choices=("init", "final"), default="init", help="which state of a recorded run")
-    options = parser.parse_args(arguments)
-
-    warnings.filterwarnings("ignore", module="megatron")
-    from d2v_scale.checkpoint import write_single
-    from d2v_scale.errors import EXIT_BAD_INPUT, UserError
-    from d2v_scale.interop.importing import convert, extra_of, open_source
-    from d2v_scale.parallel.groups import single_process
-
-    try:
-        single_process()
-        source = open_source(options.source, options.state)
-        imported = convert(source, options.source.resolve().stem)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_BAD_INPUT
-    print(
-        f"{source.kind}: data2vec {'2.0' if imported.recipe.model.visible_only else '1.0'} {source.reference.modality}"
-    )
-    for line in imported.lines:
-        print(line)
-    written = write_single(options.out, imported.student, imported.teacher, extra_of(imported, options.source))
-    print(f"wrote {written}")
-    return 0
-
-
 if __name__ == "__main__":
-    # The package lies beside this folder, and nothing in it may shadow a module.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    sys.exit(main())
+    from d2v_scale.commands.verbs import run
+
+    sys.exit(run("import", sys.argv[1:]))
+else:
+    from d2v_scale.commands.import_weights import main  # noqa: F401

@@ -12,6 +12,9 @@ SAMPLE_RATE = 16_000
 """Samples of audio a second, of every waveform and every length."""
 
 
+LETTERS = "ETAONIHSRDLUMWCFGYPBVK'XJQZ"
+"""English letters in the order of the published CTC models; with the five pieces before them, 32."""
+
 _WINDOW_LIMIT = 256
 
 

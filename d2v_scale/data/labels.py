@@ -8,10 +8,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from d2v_scale.data.config import LETTERS
 from d2v_scale.data.reading import RawSample
-
-LETTERS = "ETAONIHSRDLUMWCFGYPBVK'XJQZ"
-"""English letters in the order of the published CTC models; with the five pieces before them, 32."""
 
 _SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "|"]
 

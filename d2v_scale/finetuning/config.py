@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from d2v_scale import modalities
-from d2v_scale.data.labels import LETTERS
+from d2v_scale.data.config import LETTERS
 from d2v_scale.data2vec.config import MaskingConfig
 from d2v_scale.errors import ConfigError
 from d2v_scale.finetuning.metric_names import METRICS, Metric

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 
+from d2v_scale import templates
 from d2v_scale.errors import ConfigError
 from d2v_scale.optim import OptimConfig
 from d2v_scale.parallel.ds_agreement import agree, check_optimizer, template_note
@@ -35,9 +36,9 @@ class RecipeNumbers:
 
 
 def read(path: str | Path) -> dict[str, Any]:
-    """A DeepSpeed JSON as it stands. Raises ConfigError when it cannot be read."""
+    """A DeepSpeed JSON as it stands, `ds_configs/NAME` from any folder. Raises ConfigError when it cannot be read."""
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
+        text = templates.deepspeed_config(path).read_text(encoding="utf-8-sig")
     except OSError as error:
         raise ConfigError("deepspeed_config", f"cannot read {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:

@@ -1,7 +1,6 @@
 """Fine-tuned models through the tool: the exported class gives our logits, and its processor reads and writes."""
 
 import argparse
-import importlib.util
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +11,7 @@ import tiny_models
 import torch
 from exported_models import tuned
 
+from d2v_scale.commands import export as export_command
 from d2v_scale.data.labelled import LabelledSet
 from d2v_scale.data.writing import write_set
 from d2v_scale.finetuning.config import CtcConfig, TaskConfig
@@ -21,7 +21,6 @@ from d2v_scale.interop.mlflow_model import model_settings, signature
 from d2v_scale.model.config import Modality, ModelConfig
 from d2v_scale.model.stack import Draw
 
-TOOLS = Path(__file__).parents[2] / "tools"
 CTC = TaskConfig(kind="ctc", ctc=CtcConfig(letters="abc"))
 CASES = [
     *[(name, TaskConfig(classes=3)) for name in tiny_models.NAMES],
@@ -37,12 +36,7 @@ def _world(world_of_one: None) -> None:
 
 
 def export(*arguments: object) -> int:
-    spec = importlib.util.spec_from_file_location("export", TOOLS / "export.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main([str(argument) for argument in arguments])
+    return export_command.main([str(argument) for argument in arguments])
 
 
 def test_the_teacher_of_a_fine_tuned_model_is_refused_as_there_is_none(

@@ -44,7 +44,7 @@ IN_IMAGE = {
 run_dir = words[words.index("--run_dir") + 1]
 json.dump({"outcome": "done", "exit_code": 0, "reason": "all steps done"}, open(f"{run_dir}/status.json", "w"))
 """,
-    "python": f'[[ $1 != */probe.py ]] || exit 0; exec {sys.executable} "$@"',
+    "python": f'[[ $1 != */probe.py && ${{3:-}} != probe ]] || exit 0; exec {sys.executable} "$@"',
 }
 
 
@@ -231,3 +231,34 @@ def test_an_evaluation_runs_in_the_container_too(site: Site) -> None:
     assert str(site.dir) in call["words"][call["words"].index("--bind") + 1].split(",")
     assert "LOCAL_RANK" not in call["env"]
     assert "--export=ALL" in site.calls("srun")[0]["words"]
+
+
+def laid_out(site: Site) -> None:
+    """What `d2v templates` makes: no package, no tools."""
+    for name in ("d2v_scale", "tools"):
+        shutil.rmtree(site.repository / name)
+    (site.repository / "pyproject.toml").unlink()
+
+
+def test_templates_that_were_laid_out_run_the_installed_package(site: Site) -> None:
+    laid_out(site)
+    (site.repository / "ds_configs" / "zero1.json").write_text('{"mine": 1}')
+    done = site.train("--seed=1", PYTHONPATH=str(REPOSITORY))
+    assert done.returncode == 0, done.stdout + done.stderr
+    code = site.dir / "runs/test-7/code/7"
+    assert (code / "d2v_scale" / "train.py").read_bytes() == (REPOSITORY / "d2v_scale" / "train.py").read_bytes()
+    (call,) = site.calls("deepspeed")
+    assert str(code / "d2v_scale/train.py") in call["words"]
+    assert call["words"][call["words"].index("--deepspeed_config") + 1] == str(code / "ds_configs/zero1.json")
+    assert (code / "ds_configs/zero1.json").read_text() == '{"mine": 1}'
+    given = [str(site.dir / "runs"), "--task", "linear"]
+    site.run_once("probe.py", *given, D2V_SCALE_CONTAINER="apptainer:/images/d2v.sif")
+    assert site.calls("apptainer")[-1]["words"][-6:] == ["-m", "d2v_scale", "probe", *given]
+
+
+def test_templates_without_an_installed_package_say_so(site: Site) -> None:
+    laid_out(site)
+    (site.dir / "image" / "python").write_text("#!/bin/bash\nexit 1\n")
+    done = site.train("--seed=1")
+    assert done.returncode == 2
+    assert "no d2v_scale in" in done.stdout

@@ -1,9 +1,7 @@
-"""tools/extract.py"""
+"""d2v extract"""
 
-import importlib
 import json
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +12,7 @@ import torch
 from small_shards import image_samples
 from torch import Tensor
 
+from d2v_scale.commands import extract as extract_command
 from d2v_scale.data.batch import Batch
 from d2v_scale.data.config import SourceConfig
 from d2v_scale.data.reading import SampleStore
@@ -21,6 +20,7 @@ from d2v_scale.data.shard_index import SetIndex
 from d2v_scale.data.shard_set import find_shards
 from d2v_scale.data.writing import write_set, write_shard
 from d2v_scale.errors import EXIT_PARTIAL
+from d2v_scale.evaluation import extracting
 from d2v_scale.evaluation.frozen import FrozenEncoder
 from d2v_scale.model.config import ModelConfig
 from d2v_scale.model.stem_config import SpeechStem, VisionStem
@@ -48,12 +48,10 @@ def extract(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., in
     samples[3]["png"] = b"no image"
     del samples[5]["cls"]
     write_set(tmp_path / "shards", "test", "image", samples, per_shard=10)
-    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2] / "tools"))
     monkeypatch.setattr(FrozenEncoder, "load", lambda *_: Colours())
 
     def call(*arguments: object, shards: Path = tmp_path / "shards" / "test-*.tar") -> int:
-        monkeypatch.setattr(sys, "argv", ["extract", "checkpoint", str(shards), *map(str, arguments)])
-        return importlib.import_module("extract").main()
+        return extract_command.main(["checkpoint", str(shards), *map(str, arguments)])
 
     return call
 
@@ -180,12 +178,11 @@ def test_parquet_is_written_in_row_groups(
     extract: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lengths: list[int] | None
 ) -> None:
     """A whole shard of (T, D) features was held as Python numbers."""
-    module = importlib.import_module("extract")
-    monkeypatch.setattr(module, "_ROW_GROUP_BYTES", 24)
+    monkeypatch.setattr(extracting, "_ROW_GROUP_BYTES", 24)
     rng = np.random.default_rng(0)
     made = [rng.random((n, 3)).astype(np.float16) for n in lengths] if lengths else list(rng.random((4, 3), np.float32))
-    rows = (module.Extracted(f"k{k}", k, features) for k, features in enumerate(made))
-    assert module.write_parquet(tmp_path / "a.parquet", rows) == 4
+    rows = (extracting.Extracted(f"k{k}", k, features) for k, features in enumerate(made))
+    assert extracting.write_parquet(tmp_path / "a.parquet", rows) == 4
     assert pyarrow.parquet.ParquetFile(tmp_path / "a.parquet").num_row_groups == 2
     table = pyarrow.parquet.read_table(tmp_path / "a.parquet")
     assert table["features"].to_pylist() == [features.tolist() for features in made]
@@ -201,5 +198,5 @@ def test_tasks_of_slurm_take_the_gpus_of_their_node_in_turn(
         monkeypatch.delenv(name, raising=False)
     for gpus, expected in ((8, "5"), (1, "0")):
         monkeypatch.setattr(torch.cuda, "device_count", lambda gpus=gpus: gpus)
-        assert importlib.import_module("extract").process_number() == (13, 16)
+        assert extracting.process_number() == (13, 16)
         assert os.environ.pop("LOCAL_RANK") == expected

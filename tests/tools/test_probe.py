@@ -2,7 +2,6 @@
 
 import importlib
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,20 +19,18 @@ from d2v_scale.finetuning.model import TaskModel
 from d2v_scale.model.config import ModelConfig
 from d2v_scale.model.init import initialize
 from d2v_scale.model.stack import Student
+from d2v_scale.plots import of_run
 from d2v_scale.recipe import Recipe, to_dict
 
-TOOLS = Path(__file__).resolve().parents[2] / "tools"
 Run = Callable[..., int]
 
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, world_of_one: None) -> Run:
     """Runs a tool's `main` in this process; returns its exit code."""
-    monkeypatch.syspath_prepend(str(TOOLS))
 
     def call(tool: str, *arguments: object) -> int:
-        monkeypatch.setattr(sys, "argv", [tool, *map(str, arguments)])
-        return importlib.import_module(tool).main()
+        return importlib.import_module(f"d2v_scale.commands.{tool}").main([*map(str, arguments)])
 
     return call
 
@@ -66,7 +63,7 @@ def test_an_exported_folder_scores_as_the_run_it_is_from_and_is_recorded_there(
 ) -> None:
     made = checkpoint(tmp_path / "run", name)
     scores = []
-    export = importlib.import_module("export").main
+    export = importlib.import_module("d2v_scale.commands.export").main
     assert export([str(made), str(tmp_path / "hf")]) == 0
     assert export([str(made), str(tmp_path / "plain"), "--to", "safetensors"]) == 0
     for source in (made, tmp_path / "hf", tmp_path / "plain"):
@@ -131,9 +128,7 @@ def test_one_of_several_modalities_is_chosen_not_the_first_taken(
     run: Run, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     drawn: list[str] = []
-    monkeypatch.setattr(
-        importlib.import_module("draw"), "draw_gallery", lambda _, g: drawn.append(g.batch.modality) or []
-    )
+    monkeypatch.setattr(of_run, "draw_gallery", lambda _, g: drawn.append(g.batch.modality) or [])
     model = tiny_models.model("v2_vision")
     model.speech, model.backbone.prenet_depth = tiny_models.speech(alibi=True), 1
     made = checkpoint(tmp_path / "run", "v2_vision", model=model)

@@ -1,12 +1,8 @@
 import sys
-from pathlib import Path
 
 import pytest
 
-sys.path.append(str(Path(__file__).resolve().parents[2] / "tools"))
-
-from run_quietly import run_quietly
-
+from d2v_scale.commands.run_quietly import run_quietly
 from d2v_scale.errors import UserError
 
 

@@ -1,7 +1,6 @@
 """tools/make_shards.py, index_shards.py, inspect_shards.py and train_tokenizer.py, as a user runs them."""
 
 import hashlib
-import importlib
 import io
 import json
 import tarfile
@@ -14,7 +13,7 @@ import soundfile
 from PIL import Image
 from small_shards import documents, image_samples, images_folder
 
-from d2v_scale.data import tokenizer
+from d2v_scale.data import indexing, tokenizer
 from d2v_scale.data.config import DataConfig, SourceConfig
 from d2v_scale.data.labelled import LabelledSet
 from d2v_scale.data.reading import SampleStore
@@ -294,20 +293,16 @@ def test_what_is_passed_over_in_a_tar_is_told(run: Callable[..., str], tmp_path:
         "s3://bucket/data-000{}.tar",
     ],
 )
-def test_what_a_url_is_signed_with_is_no_name(run: Callable[..., str], shard: str) -> None:
-    del run  # puts the tools on the path
-    tool = importlib.import_module("index_shards")
+def test_what_a_url_is_signed_with_is_no_name(shard: str) -> None:
     paths = [shard.format(k) for k in range(2)]
-    assert tool._common_name(paths) == "data"
-    assert tool._stems(paths, "data") == ["data-000000", "data-000001"]
+    assert indexing._common_name(paths) == "data"
+    assert indexing._stems(paths, "data") == ["data-000000", "data-000001"]
 
 
-def test_shards_are_told_apart_by_what_is_no_signature(run: Callable[..., str]) -> None:
+def test_shards_are_told_apart_by_what_is_no_signature() -> None:
     """All that one address gives by number passed for one shard."""
-    del run  # puts the tools on the path
-    tool = importlib.import_module("index_shards")
-    assert tool._place("https://h/a.tar?sig=ab") == tool._place("https://h/a.tar?sig=cd")
-    assert tool._place("https://h/get?id=1") != tool._place("https://h/get?id=2")
+    assert indexing._place("https://h/a.tar?sig=ab") == indexing._place("https://h/a.tar?sig=cd")
+    assert indexing._place("https://h/get?id=1") != indexing._place("https://h/get?id=2")
 
 
 def test_what_an_earlier_version_indexed_is_not_indexed_again(run: Callable[..., str], tmp_path: Path) -> None:

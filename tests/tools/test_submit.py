@@ -1,12 +1,13 @@
 """submit.py with a stand-in for sbatch that writes down what it was asked."""
 
-import importlib.util
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from d2v_scale.commands.submit import template_of
 
 PROGRAM = Path(__file__).resolve().parents[2] / "tools/submit.py"
 
@@ -73,15 +74,10 @@ def test_dry_run_only_lets_slurm_check(tmp_path: Path) -> None:
 
 
 def test_a_template_for_every_recipe() -> None:
-    spec = importlib.util.spec_from_file_location("submit_tool", PROGRAM)
-    assert spec is not None
-    assert spec.loader is not None
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
     recipes = (PROGRAM.parents[1] / "d2v_scale/recipes").glob("*.yaml")
-    assert all(tool.template_of(recipe.stem).is_file() for recipe in recipes)
-    assert tool.template_of("d2v2_vision_huge14").name == "pretrain_huge.sh"
-    assert tool.template_of("demo_vision").name == "pretrain_base.sh"
+    assert all(template_of(recipe.stem).is_file() for recipe in recipes)
+    assert template_of("d2v2_vision_huge14").name == "pretrain_huge.sh"
+    assert template_of("demo_vision").name == "pretrain_base.sh"
 
 
 @pytest.mark.parametrize("fault", ["no template", "no sbatch"])

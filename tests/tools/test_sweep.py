@@ -10,14 +10,13 @@ from pathlib import Path
 
 import pytest
 
+from d2v_scale.command_line import parse
+from d2v_scale.commands import sweep
+from d2v_scale.errors import ConfigError, UserError
+from d2v_scale.recipe import Recipe
+from d2v_scale.status import write_status
+
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
-sys.path.append(str(TOOLS))
-
-import sweep  # noqa: E402
-
-from d2v_scale.errors import ConfigError, UserError  # noqa: E402
-from d2v_scale.recipe import Recipe  # noqa: E402
-from d2v_scale.status import write_status  # noqa: E402
 
 
 def options(
@@ -69,8 +68,7 @@ def test_a_dry_run_runs_nothing_without_slurm_too(tmp_path: Path, capsys, monkey
     """It trained every point."""
     monkeypatch.setattr(sweep, "run_local", lambda *_: pytest.fail("it ran"))
     arguments = ["tiny2_vision", "--grid", " optim.lr = 1e-3, 2e-3", "--out", str(tmp_path / "out"), "--dry_run"]
-    monkeypatch.setattr(sys, "argv", ["sweep.py", *arguments, "--", "--data=https://h/a.tar?sig=pl4ntedS3cret"])
-    assert sweep.main() == 0
+    assert sweep.main([*arguments, "--", "--data=https://h/a.tar?sig=pl4ntedS3cret"]) == 0
     printed = capsys.readouterr().out
     assert [line.count("--optim.lr=") for line in printed.splitlines()] == [1, 1]
     assert "pl4ntedS3cret" not in printed
@@ -96,7 +94,7 @@ def test_equal_compute_gives_more_masks_fewer_steps(tmp_path: Path) -> None:
         (given,) = [a for a in point.arguments if a.startswith("--optim.max_steps=")]
         return int(given.partition("=")[2])
 
-    assert steps(few) > sweep.parse(["--recipe=tiny2_vision"])[0].optim.max_steps > steps(many)
+    assert steps(few) > parse(["--recipe=tiny2_vision"])[0].optim.max_steps > steps(many)
 
 
 def test_the_table_is_read_from_the_records(tmp_path: Path) -> None:
@@ -127,7 +125,7 @@ def test_slurm_gets_a_line_for_every_run_that_is_not_done(tmp_path: Path, capsys
 
 def trained(point: sweep.Point) -> Recipe:
     """The recipe that a task of this point runs."""
-    return sweep.parse(list(point.arguments))[0]
+    return parse(list(point.arguments))[0]
 
 
 def submitted(out: Path, capsys: pytest.CaptureFixture[str], *grid: str, **more) -> tuple[Path, list[list[str]], str]:

@@ -12,7 +12,6 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
-from d2v_scale.data.shard_set import INDEX_SUFFIX
 from d2v_scale.files import open_as_usual
 
 log = logging.getLogger(__name__)
@@ -52,6 +51,8 @@ SETS = {"vision": "digits", "speech": "spoken_words", "text": "python_docs"}
 
 def is_complete(target: Path) -> bool:
     """True when the set was written to its end by this version."""
+    from d2v_scale.data.shard_set import INDEX_SUFFIX  # slow to import, and command lines name the sets
+
     version = target / "VERSION"
     splits = [(target / f"{split}{INDEX_SUFFIX}").is_file() for split in ("train", "test")]
     return all(splits) and version.is_file() and version.read_text() == VERSION

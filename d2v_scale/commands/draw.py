@@ -1,0 +1,38 @@
+"""Draw the pictures of a run into its plots folder: curves, masks, what the teacher sees, neighbours, layers.
+
+d2v draw runs/vit [--data 'test/*.tar']
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from d2v_scale.commands.help_text import HelpFormatter
+from d2v_scale.errors import EXIT_BAD_INPUT, UserError
+from d2v_scale.tracking.events import append_event
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser.add_argument("run", metavar="RUN", type=Path, help="a run directory; its newest checkpoint is drawn")
+    parser.add_argument("--data", help="labelled shards; default: the recipe's evaluation.test")
+    parser.add_argument("--samples", type=int, default=200, help="samples among which neighbours are looked for")
+    parser.add_argument("--modality", metavar="STEM", help="which one, where the run has several")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Draw, and print the files."""
+    options = make_parser().parse_args(arguments)
+    from d2v_scale.plots.of_run import draw
+
+    try:
+        paths = draw(options.run, options.data, options.samples, options.modality)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    for path in paths:
+        print(path)
+        append_event(options.run, "artifact", path=str(path.relative_to(options.run)), folder="plots")
+    return 0

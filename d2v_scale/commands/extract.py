@@ -1,0 +1,49 @@
+"""Features of an encoder over shards, into shards or Parquet: one file for each shard that is read.
+
+    d2v extract runs/vit 'shards/test-*.tar' features/                       # one process
+    srun d2v extract runs/vit 'shards/{000000..000999}.tar' features/        # one process per task
+    torchrun --nproc_per_node 8 -m d2v_scale extract runs/vit 'shards/*.tar' features/ --format shards --pool none
+
+Processes take turns at the shards by RANK and WORLD_SIZE (or SLURM_PROCID and SLURM_NTASKS), each on the GPU of its
+LOCAL_RANK (or SLURM_LOCALID). A file that is there is complete and is not made again, so an interrupted run continues
+with any number of processes; extract.json says of what encoder and shards the files are, and others are refused.
+A shard that is empty, cut off or cannot be read gets no file: it is named, in extract.json ("without"), too. The files
+of the others are made, and the exit code is 3. A later call makes its file if it can be read then.
+
+Parquet: columns key, label (-1: none), features. Shards: KEY.npy and KEY.cls, with an index. Features are fp32 (D,),
+the mean over the layers and the valid positions, or with `--pool none` fp16 (T, D), which Parquet has as fp32.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from d2v_scale.commands.help_text import HelpFormatter
+from d2v_scale.errors import EXIT_BAD_INPUT, UserError
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser.add_argument("checkpoint", help="a checkpoint, a run directory or an exported folder")
+    parser.add_argument("shards", help="indexed shards")
+    parser.add_argument("out", type=Path, help="folder of the files")
+    parser.add_argument("--format", choices=["parquet", "shards"], default="parquet", help="of the files")
+    parser.add_argument("--pool", choices=["mean", "none"], default="mean", help="over the positions of a sample")
+    parser.add_argument("--layers", type=int, nargs="+", default=[-1], help="main blocks that are averaged, from 0")
+    parser.add_argument("--weights", choices=["teacher", "student", "random"], default="teacher", help="whose")
+    parser.add_argument("--modality", metavar="STEM", help="where the model has several stems")
+    parser.add_argument("--batch_size", type=int, default=32, help="samples at once")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Make this process's files."""
+    options = make_parser().parse_args(arguments)
+    from d2v_scale.evaluation.extracting import extract
+
+    try:
+        return extract(options)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT

@@ -1,0 +1,44 @@
+"""Look into shards: statistics, integrity, and pictures of batches with the masks drawn on.
+
+    d2v inspect 'demo_data/vision/train-*.tar' --out out/preview
+    d2v inspect PATTERN --check                # decodes every sample; exit 2 when one is damaged
+    d2v inspect PATTERN --recipe d2v2_vision_base --out out/preview
+
+Without `--recipe` the masks of the preview are random with probability 0.5.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from d2v_scale.commands.help_text import HelpFormatter
+from d2v_scale.data.config import VisionData
+from d2v_scale.errors import EXIT_BAD_INPUT, UserError
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser.add_argument("shards", help="path with {000000..000099}, glob, directory or index file")
+    parser.add_argument("--index", help="index file of shards that are not local")
+    parser.add_argument("--check", action="store_true", help="decode every sample and compare its checksum")
+    parser.add_argument(
+        "--max_pixels", type=int, default=VisionData.max_pixels, help="as data.vision.max_pixels of the recipe"
+    )
+    parser.add_argument("--out", type=Path, help="directory for pictures; default: none are drawn")
+    parser.add_argument("--recipe", help="recipe whose crops and masks the pictures show")
+    parser.add_argument("--steps", type=int, default=2, help="pictures")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print statistics, check, draw."""
+    options = make_parser().parse_args(arguments)
+    from d2v_scale.data.inspecting import inspect
+
+    try:
+        lost = inspect(options)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    return EXIT_BAD_INPUT if lost else 0

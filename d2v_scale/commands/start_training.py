@@ -1,0 +1,65 @@
+"""Pretrain a model, or fine-tune one, on this machine: a process for each of its GPUs, or one where it has none.
+
+    d2v train --recipe demo_vision
+    d2v train --ranks 2 --recipe d2v2_vision_base --data 'shards/train-*.tar' --run_dir runs/vit
+
+Every argument but --ranks is the training program's; `d2v train --help_all` explains them. Signals reach all
+processes: TERM, INT and USR1 save and end, USR2 asks for a profile. The exit code is theirs (0 done, 2 bad input,
+10 stopped and saved, others in the documentation). Several machines: `d2v submit`, or `deepspeed`, `srun`, `mpirun`,
+each of which may start `d2v train`, too, which then is one of their processes.
+"""
+
+import argparse
+import logging
+import os
+import sys
+
+from d2v_scale.commands.help_text import HelpFormatter
+from d2v_scale.commands.own_program import TRAINING
+from d2v_scale.errors import EXIT_BAD_INPUT, UserError
+from d2v_scale.parallel import launchers, local_ranks
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The options that are not the training program's."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=HelpFormatter,
+        allow_abbrev=False,
+        usage="%(prog)s [--ranks N] [--KEY VALUE ...]",
+    )
+    parser.add_argument("--ranks", type=int, help="processes; default: the number of GPUs, 1 without any")
+    parser.add_argument("--help_all", action="store_true", help="explain every key of a recipe")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Become the training program, or start it several times; returns its exit code."""
+    options, for_training = make_parser().parse_known_args(arguments)
+    launchers.log.setLevel(logging.ERROR)  # a batch script is alone among its job's tasks, and may start ranks
+    try:
+        environment = dict(os.environ)
+        if options.help_all:
+            return local_ranks.become([*_program(), "--help"], environment)
+        if "RANK" in environment or launchers.started_as(environment).world_size > 1:
+            if options.ranks is not None:
+                raise UserError("--ranks is given to a process that a launcher has started.", "Leave it out.")
+            return local_ranks.become([*_program(), *for_training], environment)
+        gpus = local_ranks.count_gpus(environment)
+        ranks = options.ranks if options.ranks is not None else max(1, gpus)
+        if ranks < 1:
+            raise UserError(f"--ranks is {ranks}.", "Give at least 1.")
+        if 0 < gpus < ranks:
+            raise UserError(f"--ranks is {ranks}, and there are {gpus} GPUs.", f"Give at most {gpus}.")
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    if gpus == 0:
+        environment.setdefault("DS_ACCELERATOR", "cpu")
+    if ranks == 1:
+        return local_ranks.become([*_program(), *for_training], environment)
+    return local_ranks.run([*_program(), *for_training], ranks, environment, share_cores=gpus == 0)
+
+
+def _program() -> list[str]:
+    return [sys.executable, "-u", str(TRAINING)]

@@ -1,0 +1,180 @@
+"""A plan as text, and the table of sizes by devices: `d2v plan`."""
+
+import argparse
+import contextlib
+import io
+import logging
+import os
+
+from d2v_scale import command_line, templates
+from d2v_scale.planning import collectives, flops, hardware, stages, traffic
+from d2v_scale.planning.collectives import SUMS
+from d2v_scale.planning.job import ModelSizes, samples_per_step
+from d2v_scale.planning.search import Cluster, Option, describe, search
+from d2v_scale.recipe import Recipe
+
+GB = 1e9
+
+# Students of the table: recipe, and the keys that make it another size.
+TABLE_SIZES: dict[str, list[str]] = {
+    "0.3B": ["--recipe=d2v2_vision_large"],
+    "1B": ["--recipe=d2v2_vision_1b"],
+    "7B": ["--recipe=d2v2_vision_7b"],
+    "30B": [
+        "--recipe=d2v2_vision_7b",
+        *["--model.backbone.width=7168", "--model.backbone.heads=56", "--model.backbone.ffn=28672"],
+        *["--model.backbone.depth=48", "--objective.target.top_k_layers=36"],
+    ],
+}
+TABLE_NODES = (1, 8, 32, 128)
+TABLE_BATCH = 1024
+
+
+def workload(recipe: Recipe) -> list[str]:
+    """What a sample and a step are."""
+    lines = []
+    for modality in recipe.model.modalities:
+        lengths, cost = flops.lengths_of(recipe, modality), flops.cost_of(recipe, modality)
+        parts = {"student": cost.student, "teacher": cost.teacher, "decoder": cost.decoder, "stem": cost.stem}
+        lines += [
+            f"{modality}: {lengths.positions} positions, {lengths.kept} kept, {lengths.masked:.0f} masked, "
+            f"{lengths.clones} masks a sample",
+            f"  FLOPs of a sample    {cost.total / 1e9:.1f} G: "
+            + ", ".join(f"{name} {value / cost.total:.1%}" for name, value in parts.items()),
+            f"  samples of a step    {samples_per_step(recipe, lengths):.0f}",
+        ]
+    return lines
+
+
+def row(option: Option) -> str:
+    """One line of the list."""
+    job, budget = option.job, option.budget
+    micro = min(job.micro_batch(modality) for modality in job.costs)
+    kept = "recomputed" if job.recipe.model.activation_checkpointing else "kept"
+    missing = []
+    if option.missing_device:
+        missing.append(f"{option.missing_device / GB:.0f} GB of device memory")
+    if option.missing_host:
+        missing.append(f"{option.missing_host / GB:.0f} GB of host memory")
+    bubble = max(time.bubble for time in option.times.values())
+    return (
+        f"{job.parallel.tensor:3d} {job.parallel.pipeline:3d} {job.data:5d}  {option.deepspeed_config:28s}"
+        f"{micro:6.1f} {job.recipe.accumulation:5d}  {kept:11s} {job.recipe.teacher.placement:7s}"
+        f"{budget.device_total / GB:9.1f} {budget.host_total / GB:8.1f} {bubble:7.1%} {option.seconds:8.3f}"
+        + (f"  lacks {' and '.join(missing)}" if missing else "")
+    )
+
+
+HEADING = (
+    " TP  PP    DP  DeepSpeed JSON              micro  acc.  activations teacher GB/device  GB host  bubble   step s"
+)
+
+
+def details(option: Option, cluster: Cluster) -> list[str]:
+    """The best option in full."""
+    job, budget = option.job, option.budget
+    lines = ["start it with  " + " ".join(f"--{key} {str(value).lower()}" for key, value in describe(option).items())]
+    for place, held in (("device", budget.device), ("host", budget.host)):
+        shown = ", ".join(f"{name} {size / GB:.2f}" for name, size in held.items() if size)
+        if shown:
+            lines.append(f"  GB on each {place:6s}    {shown}")
+    for modality, time in option.times.items():
+        sent = traffic.transfers(job, modality, cluster.devices_per_node)
+        calls = collectives.collectives(job)
+        lines += [f"  {modality}, each device and step:"]
+        lines += [
+            f"    {one.name:22s} {one.within / GB:9.3f} GB within the node, {one.between / GB:.3f} GB between nodes"
+            + (f", {calls[one.name]} collectives" if one.name in calls else "")
+            + (" (overlaps)" if one.hidden else "")
+            for one in sent
+        ]
+        lines += [f"    {name:22s} {calls[name]} collectives of a few numbers" for name in calls if name == SUMS]
+        lines.append(
+            f"    estimated step         {time.total:.3f} s: products {time.compute:.3f} s, "
+            f"transfers {time.exposed:.3f} s and {time.hidden:.3f} s overlapping, updates {time.update:.3f} s"
+        )
+        if job.parallel.pipeline > 1:
+            even = stages.even_bubble(job.parallel.pipeline, job.recipe.accumulation)
+            shares = ", ".join(f"{share:.1%}" for share in job.split.shares)
+            lines.append(f"    bubble                 {time.bubble:.1%} ({even:.1%} if stages were equal: {shares})")
+        rate = job.step_samples(modality) / time.total
+        hours = time.total * job.recipe.optim.max_steps / 3600
+        lines += [
+            f"    loader rate needed     {rate:.0f} samples/s, {rate / cluster.nodes:.1f} on each node",
+            f"    estimated run          {hours:.1f} h for {job.recipe.optim.max_steps} steps",
+        ]
+    return lines
+
+
+def report(recipe: Recipe, cluster: Cluster, shown: int) -> list[str]:
+    """The plan as lines of text."""
+    device = cluster.device
+    sizes = ModelSizes.of(recipe)
+    found = search(recipe, cluster, sizes, templates.folder("ds_configs"))
+    parameters = sum(one.numel for one in sizes.student)
+    lines = [
+        f"{recipe.name} ({parameters / 1e9:.2f} billion parameters) on {cluster.world_size} x {device.name}: "
+        f"{device.bf16_flops / 1e12:.0f} TFLOP/s bf16 peak of which {cluster.utilisation:.0%} are assumed, "
+        f"{device.memory_bytes / GB:.0f} GB",
+        *workload(recipe),
+        "",
+        f"{len(found.fitting)} topologies fit, fastest first (estimated):",
+    ]
+    if found.fitting:
+        lines += [HEADING, *(row(option) for option in found.fitting[:shown]), "", *details(found.fitting[0], cluster)]
+    if found.too_large:
+        lines += ["", f"{len(found.too_large)} do not fit:", HEADING, *(row(one) for one in found.too_large[:shown])]
+    if found.refused:
+        lines += ["", f"{len(found.refused)} are refused, such as:"]
+        reasons = {reason: place for place, reason in reversed(found.refused.items())}
+        lines += [f"  {place}: {reason}" for reason, place in list(reasons.items())[-shown:]]
+    return lines
+
+
+def table(device: hardware.Hardware, utilisation: float) -> list[str]:
+    """Markdown: the fastest way to train each size on each number of devices."""
+    lines = [
+        "| student | devices | TP x PP x DP | DeepSpeed | micro-batch x accumulation | GB a device | step, s "
+        "| images/s |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for size, arguments in TABLE_SIZES.items():
+        recipe, _ = command_line.parse([*arguments, f"--global_batch_size={TABLE_BATCH}"])
+        sizes = ModelSizes.of(recipe)
+        for nodes in TABLE_NODES:
+            cluster = Cluster(nodes=nodes, devices_per_node=8, device=device, utilisation=utilisation)
+            fitting = search(recipe, cluster, sizes, templates.folder("ds_configs")).fitting
+            if not fitting:
+                lines.append(f"| {size} | {cluster.world_size} | does not fit | | | | | |")
+                continue
+            job = fitting[0].job
+            kept = ", recomputed" if job.recipe.model.activation_checkpointing else ""
+            host = ", teacher in host memory" if job.recipe.teacher.placement == "cpu" else ""
+            lines.append(
+                f"| {size} | {cluster.world_size} | {job.parallel.tensor} x {job.parallel.pipeline} x {job.data} | "
+                f"`{fitting[0].deepspeed_config}`{kept}{host} | {job.micro_batch('vision'):.0f} x "
+                f"{job.recipe.accumulation} | {fitting[0].budget.device_total / GB:.0f} | {fitting[0].seconds:.2f} | "
+                f"{TABLE_BATCH / fitting[0].seconds:.0f} |"
+            )
+    return lines
+
+
+def form_groups() -> None:
+    """A world of one, which modules need to be described; quietly."""
+    from d2v_scale.parallel import groups
+
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    logging.disable(logging.WARNING)
+    with contextlib.redirect_stdout(io.StringIO()):
+        groups.single_process()
+
+
+def lines_of(options: argparse.Namespace, keys: list[str], device: hardware.Hardware) -> list[str]:
+    """What the command line asks for. `keys`: further arguments, of the recipe. Raises ConfigError."""
+    if options.table:
+        form_groups()
+        return table(device, options.mfu)
+    recipe, _ = command_line.parse([f"--recipe={options.recipe}", *keys])
+    cluster = Cluster(nodes=options.nodes, devices_per_node=options.gpus, device=device, utilisation=options.mfu)
+    form_groups()
+    return report(recipe, cluster, options.show)

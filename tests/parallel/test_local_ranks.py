@@ -1,0 +1,122 @@
+"""`d2v train` on several processes: signals reach all of them, and their exit code comes back."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from d2v_scale.parallel import local_ranks
+
+# A rank: writes down what it was told, sets its handlers after a while, and ends as it is asked to.
+RANK = """
+import json, os, signal, sys, time
+folder, slow, how = sys.argv[1], float(sys.argv[2]), json.loads(sys.argv[3])
+rank = os.environ["RANK"]
+time.sleep(slow)
+def stop(number, _frame):
+    open(f"{folder}/stopped-{rank}", "a").write(f"{number}\\n")
+    os._exit(10)
+for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
+    signal.signal(number, stop)
+signal.signal(signal.SIGUSR2, lambda *_: open(f"{folder}/profiled-{rank}", "w").close())
+told = {key: value for key, value in os.environ.items() if key in ("RANK", "LOCAL_RANK", "WORLD_SIZE",
+        "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")}
+json.dump(told, open(f"{folder}/.{rank}", "w"))
+os.rename(f"{folder}/.{rank}", f"{folder}/rank-{rank}")
+code = how[int(rank)]
+if code is None:
+    time.sleep(60)
+elif code < 0:
+    os.kill(os.getpid(), -code)
+    time.sleep(60)
+sys.exit(code)
+"""
+LAUNCHER = """
+import os, sys
+from d2v_scale.parallel import local_ranks
+local_ranks.GRACE_S, local_ranks.AGAIN_S = 0.5, 0.2
+sys.exit(local_ranks.run([sys.executable, "-c", *sys.argv[1:]], 2, os.environ, share_cores=True))
+"""
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Callable[..., "subprocess.Popen[str]"]:
+    def call(*how: int | None, slow: float = 0.0) -> "subprocess.Popen[str]":
+        env = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+        env |= {"WORLD_SIZE": "7", "MASTER_PORT": "1"}  # left by something else
+        command = [sys.executable, "-c", LAUNCHER, RANK, str(tmp_path), str(slow), json.dumps(how)]
+        return subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
+
+    return call
+
+
+def until(what: Callable[[], bool]) -> None:
+    limit = time.monotonic() + 30
+    while not what():
+        assert time.monotonic() < limit
+        time.sleep(0.02)
+
+
+Start = Callable[..., "subprocess.Popen[str]"]
+
+
+def test_every_rank_knows_its_place(start: Start, tmp_path: Path) -> None:
+    assert start(0, 0).wait(30) == 0
+    told = [json.loads((tmp_path / f"rank-{rank}").read_text()) for rank in range(2)]
+    assert [one.pop("RANK") for one in told] == [one.pop("LOCAL_RANK") for one in told] == ["0", "1"]
+    assert told[0] == told[1]
+    assert (told[0]["WORLD_SIZE"], told[0]["LOCAL_WORLD_SIZE"], told[0]["MASTER_ADDR"]) == ("2", "2", "127.0.0.1")
+    assert int(told[0]["MASTER_PORT"]) > 1024
+    assert int(told[0]["OMP_NUM_THREADS"]) >= 1
+
+
+@pytest.mark.parametrize(("how", "code"), [((0, 13), 13), ((2, 2), 2), ((0, -9), 137), ((-11, 0), 139)])
+def test_the_code_of_the_ranks_comes_back(start: Start, how: tuple[int, int], code: int) -> None:
+    assert start(*how).wait(30) == code
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_reaches_every_rank_and_nobody_dies_of_it(start: Start, tmp_path: Path, number: int) -> None:
+    launcher = start(None, None)
+    until(lambda: all((tmp_path / f"rank-{rank}").exists() for rank in range(2)))
+    launcher.send_signal(signal.SIGUSR2)
+    until(lambda: all((tmp_path / f"profiled-{rank}").exists() for rank in range(2)))
+    launcher.send_signal(number)
+    if number == signal.SIGHUP:  # this rank has no handler for it, and dies as it would without a launcher
+        assert launcher.wait(30) == 128 + number
+        return
+    assert launcher.wait(30) == 10
+    assert [(tmp_path / f"stopped-{rank}").read_text() for rank in range(2)] == [f"{int(number)}\n"] * 2
+
+
+def test_a_signal_while_the_ranks_start_is_neither_lost_nor_deadly(start: Start, tmp_path: Path) -> None:
+    launcher = start(None, None, slow=1.0)
+    time.sleep(0.6)
+    launcher.send_signal(signal.SIGUSR1)
+    assert launcher.wait(30) == 10
+    assert all((tmp_path / f"stopped-{rank}").exists() for rank in range(2))
+
+
+def test_peers_of_a_failed_rank_are_not_waited_for_without_end(start: Start) -> None:
+    began = time.monotonic()
+    assert start(None, 3).wait(30) == 3
+    assert time.monotonic() - began < 25
+
+
+def test_gpus_are_counted_as_pytorch_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert local_ranks.count_gpus({"DS_ACCELERATOR": "cpu"}) == 0
+    asked = []
+
+    def run(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        asked.append(command)
+        return subprocess.CompletedProcess(command, 0, "a warning of some library\n4\n")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    assert local_ranks.count_gpus({}) == 4
+    assert "device_count" in asked[0][-1]
