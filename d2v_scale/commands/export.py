@@ -125,7 +125,7 @@ def log_model(options: argparse.Namespace, recipe: "Recipe", modality: Modality,
 
     state = MirrorState.load(options.log_model)
     if not state.run_id:
-        raise UserError(f"{options.log_model} has no run in MLflow.", "Run tools/sync_mlflow.py on it first.")
+        raise UserError(f"{options.log_model} has no run in MLflow.", "Run `d2v sync` on it first.")
     uri = tracking_uri(options.log_model)
     return mlflow_model.log_model(
         options.out, recipe.model, modality, recipe.task, tracking_uri=uri, run_id=state.run_id, step=step

@@ -20,8 +20,8 @@ def agreed_classes(sets: list[ClassNames]) -> list[str]:
             if ours != theirs:
                 raise DataError(
                     f"Class {number} is {ours!r} in {name} and {theirs!r} in {reference[0]}.",
-                    "Write both sets into the same directory with tools/make_shards.py, or index both with the same "
-                    "tools/index_shards.py --classes.",
+                    "Write both sets into the same directory with `d2v shards`, or index both with the same "
+                    "`d2v index` --classes.",
                 )
     return longest[1]
 

@@ -163,5 +163,5 @@ class Counters:
         return (
             f"{self.lost} of {seen} samples could not be read, {recent[0]} of the last {recent[1]} "
             f"(data.max_bad_ratio={self._max_bad_ratio}); "
-            f"most of them ({count}) in {worst}; the last: {self._last}. Check the shards with tools/inspect_shards.py."
+            f"most of them ({count}) in {worst}; the last: {self._last}. Check the shards with `d2v inspect`."
         )

@@ -136,7 +136,7 @@ def inspect(arguments: argparse.Namespace) -> int:
     """Print statistics, and check and draw where that is asked for; the number of lost samples. Raises DataError."""
     shards = find_shards(SourceConfig(shards=arguments.shards, index=arguments.index))
     if not shards.indexed:
-        raise DataError(f"The shards of {arguments.shards!r} have no index.", "Run tools/index_shards.py first.")
+        raise DataError(f"The shards of {arguments.shards!r} have no index.", "Run `d2v index` first.")
     statistics(shards)
     lost = check(shards, arguments.max_pixels) if arguments.check else 0
     if arguments.out is not None:

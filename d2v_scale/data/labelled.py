@@ -65,7 +65,7 @@ class LabelledSet:
         source = SourceConfig(shards=self.shards, modality=self.modality)
         self._found = self.found or find_shards(source)
         if not self._found.indexed:
-            raise DataError(f"The shards of {self.shards!r} have no index.", "Make one with tools/index_shards.py.")
+            raise DataError(f"The shards of {self.shards!r} have no index.", "Make one with `d2v index`.")
         self._stem = modalities.of(self.model, self.modality)
         check_before_start(self._found, source, self._stem.content, self.data.max_bad_ratio)
         self.classes = agreed_classes(self._found.class_names)
@@ -138,7 +138,7 @@ class LabelledSet:
     def nothing_readable(self) -> DataError:
         """What to raise where every sample was lost."""
         first = f", the first: {self._faults[0]}" if self._faults else ""
-        return DataError(f"No sample of {self.shards!r} can be read{first}.", "See tools/inspect_shards.py.")
+        return DataError(f"No sample of {self.shards!r} can be read{first}.", "See `d2v inspect`.")
 
     def _decoded(self, longest: int) -> DataConfig:
         """How to decode. `longest`: of the samples, as the index counts them."""

@@ -152,7 +152,7 @@ class SourcePlan:
             yield cursor
         raise DataError(
             f"No sample of {self._order.source!r} is usable.",
-            "Compare data.speech.min_seconds with the lengths that tools/inspect_shards.py shows.",
+            "Compare data.speech.min_seconds with the lengths that `d2v inspect` shows.",
         )
 
     def _next_items(self, cursor: Cursor) -> tuple[PlannedBatch, Cursor]:

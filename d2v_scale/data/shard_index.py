@@ -95,7 +95,7 @@ class Members:
         return cls(**values)
 
 
-_REINDEX = "Make the index again with tools/index_shards.py."
+_REINDEX = "Make the index again with `d2v index`."
 
 
 @dataclass(kw_only=True)

@@ -24,7 +24,7 @@ from d2v_scale.errors import DataError
 
 INDEX_SUFFIX = ".index.json"
 MEMBERS_SUFFIX = ".index"
-_REINDEX = "Make the index again with tools/index_shards.py, or restore the shard."
+_REINDEX = "Make the index again with `d2v index`, or restore the shard."
 _CHECKED_AT_START = 2000
 _LOOKED_INTO = 32
 
@@ -82,7 +82,7 @@ class ShardSet:
     def one(self, shard: int) -> "ShardSet":
         """This shard alone, still with its index, wherever that lies. Raises DataError where there is none."""
         if not self.indexed:
-            raise DataError(f"The shard {self.paths[shard]} has no index.", "Make one with tools/index_shards.py.")
+            raise DataError(f"The shard {self.paths[shard]} has no index.", "Make one with `d2v index`.")
         part = slice(shard, shard + 1)
         return replace(self, paths=self.paths[part], entries=self.entries[part], member_files=self.member_files[part])
 
@@ -91,7 +91,7 @@ class ShardSet:
         if tokenizer is None and "npy" not in self.members(0).extensions:
             raise DataError(
                 f"The shards of {pattern!r} hold text, but neither the recipe nor their index names a tokenizer.",
-                "Set data.text.tokenizer, and index the shards with tools/index_shards.py --tokenizer.",
+                "Set data.text.tokenizer, and index the shards with `d2v index` --tokenizer.",
             )
 
     @property
@@ -143,7 +143,7 @@ def expand(pattern: str) -> list[str]:
         # What several globs find is meant once.
         paths = list({real_place(path): path for path in reversed(paths)}.values())[::-1]
     if not paths:
-        raise DataError(f"No shard matches {pattern!r}.", "Check the path, or write shards with tools/make_shards.py.")
+        raise DataError(f"No shard matches {pattern!r}.", "Check the path, or write shards with `d2v shards`.")
     absent = [path for path in paths if not os.path.isfile(path)]
     if absent:
         raise DataError(
@@ -255,7 +255,7 @@ def _chosen(found: dict[str, ShardEntry], pattern: str, index_file: Path) -> dic
     if missing:
         raise DataError(
             f"{index_file} does not list {len(missing)} of the shards of {pattern!r}, the first is {missing[0]}.",
-            "Correct the pattern, or make the index again with tools/index_shards.py.",
+            "Correct the pattern, or make the index again with `d2v index`.",
         )
     chosen = {listed[name] for name in wanted}
     return {path: entry for path, entry in found.items() if path in chosen}
@@ -316,7 +316,7 @@ def check_before_start(shards: ShardSet, source: SourceConfig, reads: Content, m
     if (known := sum(entry.lost for entry in shards.entries)) == int(shards.samples_s.sum()):
         raise DataError(
             f"None of the {known} samples of {source.shards!r} could be read when they were indexed.",
-            "See tools/inspect_shards.py, and correct source.modality or the shards.",
+            "See `d2v inspect`, and correct source.modality or the shards.",
         )
     warnings, lost, looked_at = [], 0, 0
     if shards.index.format < FORMAT:

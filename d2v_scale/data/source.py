@@ -73,7 +73,7 @@ class Source:
         if self.tokenizer is not None and index.tokenizer_sha256 != file_sha256(self.tokenizer):
             raise DataError(
                 f"The token counts in {self.shards.index_file} are of another tokenizer than {self.tokenizer}.",
-                "Index the shards again with tools/index_shards.py --tokenizer.",
+                "Index the shards again with `d2v index` --tokenizer.",
             )
 
     @property

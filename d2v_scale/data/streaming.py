@@ -75,7 +75,7 @@ class StreamedSource:
             raise ConfigError("data.text.tokenizer", "is not set, and the shards have no index that names one")
         log.warning(
             "%s has no index: its shards are streamed, each rank its own. A resumed run reads past what was used, "
-            "approximately, and the order depends on the number of ranks and workers. tools/index_shards.py makes one.",
+            "approximately, and the order depends on the number of ranks and workers. `d2v index` makes one.",
             source.shards,
         )
 
@@ -99,7 +99,7 @@ class StreamedSource:
     def plan(self, batch_size: int, unit: str) -> StreamPlan:
         """Batches of `batch_size` rows. Raises ConfigError for units that need an index."""
         if unit == "seconds":
-            raise ConfigError("batch_unit", "'seconds' needs indexed shards", "Index them with tools/index_shards.py.")
+            raise ConfigError("batch_unit", "'seconds' needs indexed shards", "Index them with `d2v index`.")
         if unit == "tokens":
             stem = self._model.of(self.modality).sole(TextStem)
             batch_size = max(1, batch_size // stem.max_positions)

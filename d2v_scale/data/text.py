@@ -49,7 +49,7 @@ class Tokenizer:
             self._model: Any = sentencepiece.SentencePieceProcessor(model_file=str(path))
         except (OSError, RuntimeError) as error:
             raise DataError(
-                f"The tokenizer {path} cannot be read: {error}.", "Train one with tools/train_tokenizer.py."
+                f"The tokenizer {path} cannot be read: {error}.", "Train one with `d2v tokenizer`."
             ) from error
 
     def __call__(self, text: str) -> Tokens:
@@ -93,7 +93,7 @@ def require_special_ids(tokenizer: Path) -> Tokenizer:
         raise DataError(
             f"{tokenizer} has the ids {read.special_ids} for <s>, <pad>, </s>, <unk> (-1: none), "
             f"models need {expected}.",
-            f"Train one with tools/train_tokenizer.py. {IDS_INSTEAD}",
+            f"Train one with `d2v tokenizer`. {IDS_INSTEAD}",
         )
     return read
 

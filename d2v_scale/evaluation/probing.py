@@ -199,7 +199,7 @@ def tell_mlflow(run_dir: Path | None, step: int, weights: str, task: str, scores
     if run_dir is not None and (run_dir / METRICS_FILE).exists():
         values = {f"probe/{name}": value for name, value in scores.items()}
         log_evaluation(run_dir, f"{task} {weights}", step, values, {"weights": weights, "task": task})
-        print(f"Recorded in {run_dir}; tools/sync_mlflow.py sends it if the run is over.")
+        print(f"Recorded in {run_dir}; `d2v sync` sends it if the run is over.")
 
 
 def print_table(result: dict[str, object]) -> None:

@@ -83,7 +83,7 @@ class LabelledSource(Source):
         source = data.sources[number]
         shards = find_shards(source)
         if not shards.indexed:
-            raise DataError(f"The shards of {source.shards!r} have no index.", "Make one with tools/index_shards.py.")
+            raise DataError(f"The shards of {source.shards!r} have no index.", "Make one with `d2v index`.")
         first = range(min(_ASKED_FOR_LABELS, len(shards.paths)))
         if not any(len(labelled_numbers(shards.members(shard), extension)) for shard in first):
             raise DataError(f"No sample of {source.shards!r} has a label (.{extension}).", "Give labelled shards.")

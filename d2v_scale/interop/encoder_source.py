@@ -76,7 +76,7 @@ def check_tokenizer(encoder: Path, of_encoder: str | None, shards: str, of_shard
         raise DataError(
             f"{shards} is tokenised by another tokenizer (sha256 {of_shards[:12]}) than {encoder} was trained with "
             f"({of_encoder[:12]}).",
-            "Index the shards again with tools/index_shards.py --tokenizer and the encoder's tokenizer.",
+            "Index the shards again with `d2v index` --tokenizer and the encoder's tokenizer.",
         )
 
 

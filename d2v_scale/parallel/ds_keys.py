@@ -227,7 +227,7 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "progressive_layer_drop": ((None,), "the recipe's model.backbone.layer_drop skips blocks"),
     "hybrid_engine": ((None,), "the model generates nothing"),
     "expert_parallel": ((None,), "the model has no experts"),
-    "autotuning": ((None,), "it ends the run to try settings; tools/plan.py finds them"),
+    "autotuning": ((None,), "it ends the run to try settings; `d2v plan` finds them"),
     "nebula": ((None,), _REMOVED),
     "eigenvalue": ((None,), _REMOVED),
 }

@@ -19,11 +19,11 @@ def mean_size(recipe: Recipe, shards: str) -> float | None:
         return None
     found = find_shards(SourceConfig(shards=shards, modality=name))
     if not found.indexed:
-        raise DataError(f"The shards of {shards!r} have no index.", "Make one with tools/index_shards.py.")
+        raise DataError(f"The shards of {shards!r} have no index.", "Make one with `d2v index`.")
     length_n = np.concatenate([found.members(k).length_n for k in range(len(found.paths))])
     length_n = length_n[length_n > 0]  # 0: nothing of it is a row; -1: it could not be read
     if len(length_n) == 0:
-        raise DataError(f"No sample of {shards!r} has a length.", "See tools/inspect_shards.py.")
+        raise DataError(f"No sample of {shards!r} has a length.", "See `d2v inspect`.")
     return stem.mean_size(recipe.data, length_n)
 
 

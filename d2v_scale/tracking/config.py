@@ -22,4 +22,4 @@ class TrackingConfig:
     null: never, which spares a short run the seconds that drawing takes."""
     finish_timeout: float = 60.0
     """Seconds the end of a run may wait for MLflow to catch up; what is left then can be sent by
-    tools/sync_mlflow.py. A server that does not answer at all is given up after the first failure."""
+    `d2v sync`. A server that does not answer at all is given up after the first failure."""

@@ -1,7 +1,7 @@
 """The MLflow mirror: a process of its own that follows a run directory and repeats it to a tracking server.
 
 It reads only files (metrics.jsonl, mlflow_events.jsonl) and remembers its position in mlflow_run.json, so training
-never waits for it, an outage loses nothing, and tools/sync_mlflow.py can finish its work on another machine. Sending
+never waits for it, an outage loses nothing, and `d2v sync` can finish its work on another machine. Sending
 is idempotent: MLflow identifies a point by (name, time, step, value), and a repeated point adds nothing.
 
 A process instead of a thread because creating the sqlite store takes seconds of pure Python, which in a thread would

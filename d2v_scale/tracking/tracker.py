@@ -185,7 +185,7 @@ class RunTracker:
                 self.message(
                     f"MLflow at {shown_uri(self.run_dir)} has not got all of this run (details: "
                     f"{self.run_dir / 'logs' / 'mlflow.log'}). Send the rest with: "
-                    f"python tools/sync_mlflow.py {self.run_dir}"
+                    f"d2v sync {self.run_dir}"
                 )
             self._mirror = None
         self._terminal.close()

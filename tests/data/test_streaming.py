@@ -71,7 +71,7 @@ def test_the_log_says_what_an_index_would_give(images: Path, tmp_path: Path, cap
     with caplog.at_level(logging.WARNING):
         stream(bare(images, tmp_path / "bare"))
     assert "has no index" in caplog.text
-    assert "index_shards" in caplog.text
+    assert "d2v index" in caplog.text
 
 
 def test_a_resumed_stream_continues_behind_what_was_read(images: Path, tmp_path: Path) -> None:

@@ -155,7 +155,7 @@ def test_an_absent_server_costs_one_warning_and_sync_sends_it_all(
     assert slowest < 0.5
     output = capsys.readouterr().out
     assert output.count("does not take records (connection refused)") == 1
-    assert "tools/sync_mlflow.py" in output
+    assert "d2v sync" in output
 
     environment = os.environ | {"MLFLOW_TRACKING_URI": mlflow_server.uri}
     for _ in range(2):  # repeated: nothing is added
