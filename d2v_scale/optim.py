@@ -114,6 +114,11 @@ def set_rates(optimizer: torch.optim.Optimizer, config: OptimConfig, completed_u
     return lr
 
 
+def stem_rates(config: OptimConfig, lr: float) -> dict[str, float]:
+    """For the record: the rate of each stem that has a factor of its own, where that of all others is `lr`."""
+    return {f"lr/{name}": lr * scale for name, scale in (config.lr_scale or {}).items()}
+
+
 def _is_decayed(name: str, shape: torch.Size, config: OptimConfig) -> bool:
     if config.decay_on == "all":
         return True

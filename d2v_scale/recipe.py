@@ -227,9 +227,8 @@ class Recipe:
         _, grid = stem.extent(self.data)
         block_sizes.check(masks, stem.named_axes, grid)
         masks = block_sizes.resolved(masks, stem.named_axes)
-        place: dict[str, Any] = {"grid": grid} if stem.axes == 2 else {"length": grid[0]}
         # As a data worker will: masks that cannot be drawn are refused here.
-        masking.collate(masks, **place, sample_ids=[0], seed=self.seed, step=0)
+        masking.collate(masks, grid=grid, sample_ids=[0], seed=self.seed, step=0)
 
     def _trained_stems(self) -> list[modalities.Modality]:
         """Those that a source is read for; without any, all."""

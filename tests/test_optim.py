@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from d2v_scale.errors import ConfigError
-from d2v_scale.optim import OptimConfig, epsilon, learning_rate, make_optimizer, parameter_groups, set_rates
+from d2v_scale.optim import OptimConfig, epsilon, learning_rate, make_optimizer, parameter_groups, set_rates, stem_rates
 
 
 def test_cosine_starts_at_zero_peaks_after_warmup_and_ends_at_min_lr():
@@ -91,6 +91,8 @@ def test_a_stems_own_parameters_learn_at_its_rate_and_shared_ones_at_that_of_all
     optimizer = make_optimizer([plain, scaled], config)
     assert set_rates(optimizer, config, 5) == 1e-2
     assert [group["lr"] for group in optimizer.param_groups] == [1e-2, 0.25e-2]
+    assert stem_rates(config, 1e-2) == {"lr/vision": 0.25e-2}
+    assert stem_rates(OptimConfig(), 1e-2) == {}
 
 
 @pytest.mark.parametrize("scale", [-1.0, float("nan"), float("inf")])

@@ -54,8 +54,7 @@ class Case:
             valid_lengths = [math.prod(stem.extent(self.recipe.data, real)[1]) for real in real_b.tolist()]
         masks = masking.collate(
             self.recipe.masking_of(modality),
-            length=math.prod(grid),
-            grid=grid if len(grid) > 1 else None,
+            grid=grid,
             sample_ids=sample_ids,
             valid_lengths=valid_lengths,
             seed=1,

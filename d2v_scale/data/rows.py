@@ -1,5 +1,6 @@
 """A decoded sample, several of them stacked, and what turns the one into the other."""
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
@@ -28,8 +29,8 @@ class Stacked:
     inputs: Tensor
     valid: Tensor | None = None
     """True where `inputs` is real; None: everywhere."""
-    grid: tuple[int, int] | None = None
-    """Rows of positions, and positions in a row; None where they are a line."""
+    grid: tuple[int, ...] | None = None
+    """Extents of the axes of the positions (of images: rows, and patches in one); None where they are a line."""
     length: int | None = None
     """T, positions in a line."""
     valid_lengths: NDArray[np.int64] | None = None
@@ -39,7 +40,7 @@ class Stacked:
     def positions(self) -> int:
         """T."""
         if self.grid is not None:
-            return self.grid[0] * self.grid[1]
+            return math.prod(self.grid)
         assert self.length is not None
         return self.length
 

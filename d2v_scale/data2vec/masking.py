@@ -53,8 +53,8 @@ def collate(
     """Masks of a batch: one row for each sample and clone.
 
     Positions are `length` frames or tokens, or a `grid` of (rows, columns) of patches, flattened row by row; of
-    `blocks`, of any number of axes. `valid_lengths` (B,) counts each sample's positions before padding, of `blocks`
-    also (B, n) along each axis; None: all. 1.0 masks valid positions only. 2.0 masks a fixed number of the T positions
+    `blocks`, of any number of axes, a line included. `valid_lengths` (B,) counts each sample's positions before
+    padding, of `blocks` also (B, n) along each axis; None: all. 1.0 masks valid positions only. 2.0 masks a fixed number of the T positions
     in every row, padding included, since all rows must keep equally many. `blocks` serve both: with `equal_counts`
     2.0, without it 1.0.
 

@@ -23,7 +23,7 @@ from d2v_scale.finetuning.step import TaskObservations, task_step
 from d2v_scale.interop.encoder_source import EncoderSource, check_tokenizer, write_encoder
 from d2v_scale.model.init import initialize
 from d2v_scale.model.stack import Draw
-from d2v_scale.optim import make_optimizer, parameter_groups, stem_scale
+from d2v_scale.optim import make_optimizer, parameter_groups, stem_rates, stem_scale
 from d2v_scale.parallel.groups import Topology
 from d2v_scale.parallel.zero import StudentEngine, build_student
 from d2v_scale.recipe import Recipe
@@ -94,7 +94,13 @@ class TaskRun:
         seconds = speed["step_seconds"] * steps
         speed["samples_per_second"] = (samples - self.recorded_samples) / seconds
         self.recorded_samples = samples
-        values = {"lr": taken.lr, "grad_norm": taken.result.grad_norm, "loss": float(loss), **speed}
+        values = {
+            "lr": taken.lr,
+            **stem_rates(self.recipe.optim, taken.lr),
+            "grad_norm": taken.result.grad_norm,
+            "loss": float(loss),
+            **speed,
+        }
         values |= {"updates": self.student.completed_updates, "skipped_updates": self.student.skipped_updates}
         self.totals.collect(self.loader.take_counts(), self.topology)
         values |= self.totals.figures(seconds)

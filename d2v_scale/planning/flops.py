@@ -125,8 +125,7 @@ def lengths_of(recipe: Recipe, modality: Modality, size: float | None = None) ->
     inputs, grid = stem.extent(recipe.data, size)
     positions = math.prod(grid)
     ids = np.arange(1 if model.visible_only else _DRAWN)
-    planar = grid if len(grid) > 1 else None
-    masks = masking.collate(config, length=positions, grid=planar, sample_ids=ids, seed=0, step=0)
+    masks = masking.collate(config, grid=grid, sample_ids=ids, seed=0, step=0)
     counted_rt = masks.masked_rt
     masked = float(counted_rt.sum(1).mean())
     return Lengths(

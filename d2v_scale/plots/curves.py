@@ -38,7 +38,7 @@ GROUPS = (
     Group("update-to-weight ratio", ("update_ratio/*",), log=True),
     Group("attention entropy, share of the widest", ("attention_entropy*",)),
     Group("likeness (CKA) of student and teacher", ("cka*",)),
-    Group("learning rate", ("lr",)),
+    Group("learning rate", ("lr", "lr/*")),
     Group("EMA decay", ("decay",)),
     Group("per second", ("samples_per_second", "tokens_per_second", "audio_seconds_per_second"), log=True),
     Group("model FLOPs utilisation", ("mfu*",)),

@@ -93,19 +93,28 @@ def masked(
     batch: Batch, valid_bt: Tensor | None, config: MaskingConfig, seed: int, step: int, equal_counts: bool = True
 ) -> Batch:
     """The batch with the masks its samples would get in training at `step`."""
-    positions = batch.masked_rt.shape[1]
     masks = masking.collate(
         config,
-        length=positions,
-        grid=batch.grid or None,
+        grid=batch.extents,
         sample_ids=batch.sample_ids.numpy(),
-        valid_lengths=None if valid_bt is None else valid_bt.sum(dim=1).numpy(),
+        valid_lengths=None if valid_bt is None else _reach(batch, valid_bt, config).numpy(),
         seed=seed,
         step=step,
         equal_counts=equal_counts,
     )
     masked_rt = torch.from_numpy(masks.masked_rt)
     return replace(batch, masked_rt=masked_rt, layout=Layout.of(masked_rt))
+
+
+def _reach(batch: Batch, valid_bt: Tensor, config: MaskingConfig) -> Tensor:
+    """How far each sample reaches as `masking.collate` counts it: along every axis for `blocks`, else positions."""
+    if config.kind != "blocks":
+        return valid_bt.sum(dim=1)
+    planes = valid_bt.view(len(valid_bt), *batch.extents)
+    along = (
+        planes.movedim(axis, 1).flatten(1).unflatten(1, (extent, -1)) for axis, extent in enumerate(batch.extents, 1)
+    )
+    return torch.stack([real_bnx.any(dim=2).sum(dim=1) for real_bnx in along], dim=1)
 
 
 def _decoder(tokenizer: str | None) -> Callable[[list[int]], str] | None:

@@ -20,7 +20,7 @@ from d2v_scale.evaluation.held_out import HeldOutSet
 from d2v_scale.evaluation.online import OnlineEvaluation
 from d2v_scale.model.stack import Draw
 from d2v_scale.observing import RunObserver
-from d2v_scale.optim import set_rates
+from d2v_scale.optim import set_rates, stem_rates
 from d2v_scale.parallel.groups import Topology
 from d2v_scale.parallel.zero import StudentEngine
 from d2v_scale.profiling import decoders
@@ -93,7 +93,11 @@ class Run:
         """Record the figures of the step just taken; why the run should stop for them. Waits for the device.
         Collective."""
         samples, observer = self.samples, self.observer
-        values = {**observer.figures(taken.result, taken.seen, samples, self.meter), "lr": taken.lr}
+        values = {
+            **observer.figures(taken.result, taken.seen, samples, self.meter),
+            "lr": taken.lr,
+            **stem_rates(self.recipe.optim, taken.lr),
+        }
         self.tracker.log(self.step, samples, values)
         if self.student.idle_shares and observer.records == 2:
             self.tracker.message(describe_idle(self.student.idle_shares, self.recipe.accumulation))

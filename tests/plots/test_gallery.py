@@ -68,3 +68,23 @@ def test_the_masks_shown_are_those_of_training() -> None:
     assert not torch.equal(shown, masked(batch, valid_bt, masks, seed=1, step=6).masked_rt)
     assert valid_bt is not None
     assert not (shown & ~valid_bt).any()
+
+
+def test_masks_over_three_axes_end_where_a_sample_does_along_each() -> None:
+    """Extents were counted as positions of a line, which masks of blocks refuse of a grid."""
+    places = torch.zeros(2, 2, 4, 5, dtype=torch.bool)
+    places[0] = True
+    places[1, :, :3, :2] = True
+    batch = Batch(
+        modality="vision",
+        inputs=torch.zeros(2, 1),
+        valid=None,
+        masked_rt=torch.zeros(2, 40, dtype=torch.bool),
+        sample_ids=torch.arange(2),
+        grid=(2, 4, 5),
+    )
+    masks = MaskingConfig(kind="blocks", prob=0.5, length=2, clones=3)
+    shown = masked(batch, places.flatten(1), masks, seed=1, step=5, equal_counts=False).masked_rt
+    real_rt = places.flatten(1).repeat_interleave(3, dim=0)
+    assert not (shown & ~real_rt).any()
+    assert shown.sum(dim=1).tolist() == [20] * 3 + [6] * 3
