@@ -1,0 +1,1 @@
+"""From files and documents to shards, and what can be read of those that there are."""

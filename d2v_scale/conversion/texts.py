@@ -1,0 +1,72 @@
+"""`d2v shards text`: files of documents, and their tokenizer."""
+
+import argparse
+import itertools
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from d2v_scale.conversion.command import Command, classes_of
+from d2v_scale.data import text_files, tokenizer
+from d2v_scale.data.conversion import Conversion, Item, finite_number
+from d2v_scale.data.folders import FoundFiles, find_files
+from d2v_scale.data.tables import Columns
+from d2v_scale.data.text import IDS_INSTEAD, require_special_ids
+from d2v_scale.data.text_files import Document, Reading, documents
+from d2v_scale.errors import DataError
+from d2v_scale.files import file_sha256
+
+
+class Texts(Command):
+    """Files of documents, and their tokenizer."""
+
+    content = "text"
+
+    def read(
+        self, arguments: argparse.Namespace, conversion: Conversion, known: list[str]
+    ) -> tuple[FoundFiles, Iterable[Item], list[str]]:
+        reading = Reading(split=arguments.documents, encoding=arguments.encoding)
+        reading.columns = Columns.parse(arguments.columns) if arguments.columns else None
+        found = find_files(arguments.source, text_files.EXTENSIONS, arguments.match, text_files.kind_of)
+        model = _tokenizer(arguments, found.files, reading)
+        conversion.tokenizer, conversion.tokenizer_sha256 = model, file_sha256(model)
+        conversion.ids = arguments.ids
+        sound = (document for document in documents(found.files, reading) if document.fault is None)
+        classes = [] if arguments.score else classes_of((document.label for document in sound), known)
+        return found, text_items(documents(found.files, reading), classes, arguments.score), classes
+
+
+def text_items(found: Iterable[Document], classes: list[str], score: bool) -> Iterator[Item]:
+    """Documents as items. `score`: labels are numbers and not classes."""
+    numbers = {label: number for number, label in enumerate(classes)}
+    for number, document in enumerate(found):
+        item = Item(f"{number:08d}", content=document.text, second=document.second)
+        item.place, item.fault = document.place, document.fault
+        if item.fault is not None:
+            item.content, item.second = "", None
+        elif score and document.label is not None:
+            try:
+                item.score = finite_number(document.label)
+            except ValueError:
+                item.fault = f"has the label {document.label!r}, which is no finite number"
+        elif document.label is not None:
+            item.label = numbers[document.label]
+        yield item
+
+
+def _tokenizer(arguments: argparse.Namespace, files: list[Path], reading: Reading) -> Path:
+    """The given tokenizer, the one in OUT, or a new one trained on the documents."""
+    if arguments.tokenizer is not None:
+        if arguments.tokenizer.suffix == ".json":
+            raise DataError(f"{arguments.tokenizer} is no sentencepiece model, and nothing else is read.", IDS_INSTEAD)
+        require_special_ids(arguments.tokenizer)
+        return arguments.tokenizer
+    model: Path = arguments.out / "tokenizer.model"
+    if not model.is_file():
+        print(f"training a tokenizer of {arguments.vocab_size} pieces: {model}", file=sys.stderr)
+        sound = (document for document in documents(files, reading) if document.fault is None)
+        texts = (text for document in itertools.islice(sound, 1_000_000) for text in document.texts)
+        size, fewer = arguments.vocab_size, arguments.fewer_pieces
+        tokenizer.train(texts, model, vocab_size=size, threads=arguments.processes, fewer=fewer)
+    require_special_ids(model)
+    return model
