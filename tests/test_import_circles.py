@@ -17,6 +17,7 @@ PACKAGE = Path(d2v_scale.__file__).parent
 
 KNOWN = {
     ("command_line", "running"): "the command line asks how a run began, and runs keep their options",
+    ("conversion", "data"): "what makes shards moves out of data, a part at a time",
     ("data", "modalities"): "a modality decodes rows for the batches that ask it; demo data are made with its writers",
     ("data", "parallel"): "totals over ranks are read beside the data",
     ("evaluation", "interop"): "exports are checked with the frozen encoder, which reads exports",

@@ -1,10 +1,11 @@
-"""Folders of images, recordings or text to WebDataset shards with an index; also the demo data.
+"""Folders of images, recordings, text or arrays to WebDataset shards with an index; also the demo data.
 
     d2v shards demo [--modality vision|speech|text|all] [OUT]
     d2v shards images SRC OUT      labels: the folder an image lies in
     d2v shards audio SRC OUT       any format soundfile reads, to 16 kHz mono FLAC
     d2v shards text SRC OUT        .txt files, or .jsonl and .json with `text` and perhaps `label`
     d2v shards text train.tsv OUT --columns sentence1,sentence2,label     a .tsv or .csv of texts
+    d2v shards arrays SRC OUT      .npy, .npz and .csv: channels, then 1 to 4 axes; labels: folders
     d2v shards audio SRC OUT --transcripts FILE    lines `path below SRC, without ending<TAB>text`
 
 Interrupted runs continue where they stopped. What training could not read is skipped, named and counted, so is what is
@@ -55,10 +56,20 @@ def add_text_options(parser: argparse.ArgumentParser) -> None:
     _add_encoding(parser)
 
 
+def add_array_options(parser: argparse.ArgumentParser) -> None:
+    """Of `arrays`."""
+    _add_label(parser)
+    parser.add_argument("--key", help="of the array in each .npz; default: the only one")
+    parser.add_argument("--columns", help="of tables, in this order: NAME,NAME or numbers from 1; default: all")
+    parser.add_argument("--delimiter", help="of tables, or `tab`; default: what the first line has")
+    parser.add_argument("--header", choices=["yes", "no"], help="whether a table's first line is names")
+
+
 OPTIONS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
     "images": add_image_options,
     "audio": add_recording_options,
     "text": add_text_options,
+    "arrays": add_array_options,
 }
 """The options of each command beside those of all; what it does is a row of `data.making.COMMANDS`."""
 

@@ -11,9 +11,11 @@ from typing import assert_never
 
 import numpy as np
 
+from d2v_scale.conversion.array_members import ArrayReading, array_members
 from d2v_scale.data import speech, text, vision
 from d2v_scale.data.config import SAMPLE_RATE, VisionData
 from d2v_scale.data.content import Content, word_of
+from d2v_scale.data.folders import last_extension
 from d2v_scale.data.measures import measure_of
 from d2v_scale.data.shard_index import Measure
 from d2v_scale.data.shard_jobs import Part
@@ -53,6 +55,7 @@ class Conversion:
     ids: bool = False
     """Store token ids instead of text."""
     max_pixels: int = VisionData.max_pixels
+    arrays: ArrayReading | None = None
 
     def measure(self) -> Measure:
         """What decides whether training can read a sample."""
@@ -83,6 +86,8 @@ class Job:
     def digest(self) -> str:
         # Put as earlier versions did, so that what they wrote is not written again.
         how = {("modality" if name == "content" else name): value for name, value in asdict(self.conversion).items()}
+        if self.conversion.arrays is None:
+            del how["arrays"]
         inputs = how | {"modality": word_of(self.conversion.content), "tokenizer": None, "rules": _RULES}
         state = hashlib.sha256(repr(inputs).encode())
         for item in self.items:
@@ -124,7 +129,7 @@ class Job:
                 extension = item.path.rsplit(".", 1)[-1].lower()
                 return image_members(file, extension, self.conversion.resize, self.conversion.max_pixels)
             case "array":
-                return {item.path.rsplit(".", 1)[-1].lower(): file}
+                return array_members(file, last_extension(Path(item.path)), self.conversion.arrays or ArrayReading())
             case "text":
                 raise AssertionError("documents are items without a path")
         assert_never(self.conversion.content)

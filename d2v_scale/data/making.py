@@ -1,4 +1,4 @@
-"""Folders of images, recordings or text to WebDataset shards with an index, and demo data: `d2v shards`."""
+"""Folders of images, recordings, texts or arrays to WebDataset shards with an index, and demo data: `d2v shards`."""
 
 import argparse
 import itertools
@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from d2v_scale.conversion.arrays import Arrays
 from d2v_scale.conversion.command import Command
 from d2v_scale.conversion.images import Images
 from d2v_scale.conversion.recordings import Recordings
@@ -21,7 +22,7 @@ from d2v_scale.errors import DataError
 _KEPT = 1000
 _NAMED = 20
 
-COMMANDS: dict[str, Command] = {"images": Images(), "audio": Recordings(), "text": Texts()}
+COMMANDS: dict[str, Command] = {"images": Images(), "audio": Recordings(), "text": Texts(), "arrays": Arrays()}
 
 
 def convert(arguments: argparse.Namespace) -> tuple[SetIndex, int]:

@@ -152,10 +152,15 @@ def _opened(path: Path, encoding: str | None, newline: str | None) -> TextIO:
     open_bytes = _COMPRESSED.get(path.suffix[1:].lower(), open)
     with open_bytes(path, "rb") as stream:
         begins = stream.read(4)
-    encoding = next((name for mark, name in _MARKS.items() if begins.startswith(mark)), encoding or "utf-8")
+    encoding = encoding_of(begins, encoding)
     # These two cannot go on behind what they cannot decode.
     errors = "strict" if codecs.lookup(encoding).name.startswith(("utf-16", "utf-32")) else "surrogateescape"
     return io.TextIOWrapper(open_bytes(path, "rb"), encoding=encoding, errors=errors, newline=newline)
+
+
+def encoding_of(begins: bytes, otherwise: str | None = None) -> str:
+    """What a byte order mark in the first four bytes of a file says; without one `otherwise`, or UTF-8."""
+    return next((name for mark, name in _MARKS.items() if begins.startswith(mark)), otherwise or "utf-8")
 
 
 def _records(path: Path, stream: TextIO, columns: Columns | None) -> Iterator[Document]:
