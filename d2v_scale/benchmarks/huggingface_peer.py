@@ -332,7 +332,7 @@ def _student(model: ModelConfig, modality: Any, ours: Student) -> Any:
         encoder.scale.copy_(dict(ours.named_parameters())["stems.speech.bias.scale"])
     predictor: Any = ours.predictors[modality]
     if model.visible_only:
-        grid = model.vision.grid if model.vision is not None and predictor.dimensions == 2 else None
+        grid: Any = modalities.of(model, modality).fixed_grid if predictor.dimensions == 2 else None
         return _Student2(encoder, _Decoder(predictor, grid), model.predictor.noise_std)
     layers = [predictor.fc1, nn.GELU(), predictor.fc2] if model.predictor.kind == "mlp" else [predictor.proj]
     return _Student1(encoder, copy.deepcopy(nn.Sequential(*layers)))
