@@ -2,7 +2,7 @@
 
 import warnings
 
-from d2v_scale.torchaudio_guard import install as _install_torchaudio_guard
+from d2v_scale.process.torchaudio_guard import install as _install_torchaudio_guard
 
 __version__ = "0.1.0"
 

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from d2v_scale import recipe_file
 from d2v_scale.errors import ConfigError
 from d2v_scale.recipe import Recipe, binding_differences, differences, to_dict
-from d2v_scale.recipe_file import plain
-from d2v_scale.recipe_paths import absolute
-from d2v_scale.run_start import RECIPE_FILE, began_from, may_begin_anew
+from d2v_scale.run_files import recipe_file
+from d2v_scale.run_files.recipe_file import plain
+from d2v_scale.run_files.recipe_paths import absolute
+from d2v_scale.run_files.run_start import RECIPE_FILE, began_from, may_begin_anew
 
 RECIPES = Path(__file__).parent / "recipes"
 DEFAULT_RECIPE = "demo_vision"

@@ -18,12 +18,13 @@ from d2v_scale.errors import ConfigError
 from d2v_scale.evaluation.config import EvaluationConfig
 from d2v_scale.finetuning.config import TaskConfig
 from d2v_scale.modalities import published_parts
-from d2v_scale.model.config import Modality, ModelConfig, TeacherParts
+from d2v_scale.model.config import Modality, ModelConfig
+from d2v_scale.model.teacher_parts import TeacherParts
 from d2v_scale.optim import OptimConfig
 from d2v_scale.parallel.groups import ParallelConfig, data_parallel_size
-from d2v_scale.profiling import ProfileConfig
+from d2v_scale.process.profiling import ProfileConfig
 from d2v_scale.redaction import redact_values
-from d2v_scale.teacher import TeacherConfig
+from d2v_scale.teacher.config import TeacherConfig
 from d2v_scale.tracking.config import TrackingConfig
 
 # Keys that a resumed run may change without becoming another experiment: where and how it runs, not what it computes.

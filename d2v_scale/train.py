@@ -15,7 +15,7 @@ if __name__ == "__main__":
 
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     from d2v_scale.parallel import rank_environment as _rank_environment
-    from d2v_scale.signals import StopFlag as _StopFlag
+    from d2v_scale.process.signals import StopFlag as _StopFlag
 
     _flag = _StopFlag.install()
     # Libraries read it once, when torch is imported or a GPU first used.
@@ -31,7 +31,7 @@ from typing import Any
 
 import torch
 
-from d2v_scale import command_line, run_directory, run_lock
+from d2v_scale import command_line
 from d2v_scale.errors import EXIT_BAD_INPUT, EXIT_LOST_PEER, ConfigError, UserError, Verdict
 from d2v_scale.finetuning import program as finetuning
 from d2v_scale.finetuning.start import adopt
@@ -39,14 +39,16 @@ from d2v_scale.model import attention_kernels
 from d2v_scale.parallel import ds_config, groups, launchers
 from d2v_scale.planning import legal
 from d2v_scale.pretraining import program as pretraining
+from d2v_scale.process.signals import StopFlag, is_lost_peer
+from d2v_scale.process.status import write_status
+from d2v_scale.process.watchdog import collective_timeout_s
 from d2v_scale.recipe import Recipe
-from d2v_scale.recipe_paths import check_complete
 from d2v_scale.redaction import RedactingFormatter
+from d2v_scale.run_files import run_lock
+from d2v_scale.run_files.recipe_paths import check_complete
+from d2v_scale.running import run_directory
 from d2v_scale.running.loop import AnyRun
-from d2v_scale.signals import StopFlag, is_lost_peer
-from d2v_scale.status import write_status
-from d2v_scale.supervision import supervise
-from d2v_scale.watchdog import collective_timeout_s
+from d2v_scale.running.supervision import supervise
 
 log = logging.getLogger("d2v_scale.train")
 

@@ -179,7 +179,7 @@ set_container() { # from D2V_SCALE_CONTAINER: the words before a command, or opt
 
 set_python() { # sets python: words that start one from this shell; it needs no package but this one
     for python in python python3; do
-        PYTHONPATH=$code "$python" -c 'import d2v_scale.attempts' 2> /dev/null && return 0
+        PYTHONPATH=$code "$python" -c 'import d2v_scale.running.attempts' 2> /dev/null && return 0
     done
     python=("${container[@]}" python)
     ((${#container_options[@]} == 0)) || python=(srun --nodes=1 --ntasks=1 --overlap --export=ALL
@@ -205,7 +205,7 @@ in_container() { # sets command_line: "$@", quoted for a shell, inside of the co
 
 preflight() {
     [[ ${D2V_SCALE_PREFLIGHT:-1} == 1 ]] || return 0
-    in_container python -m d2v_scale.preflight --run_dir "$run_dir" --report "$logs/preflight.json" \
+    in_container python -m d2v_scale.running.preflight --run_dir "$run_dir" --report "$logs/preflight.json" \
         --data "$(argument data)" --min_free_gb "${D2V_SCALE_MIN_FREE_GB:-20}" \
         ${D2V_SCALE_PREFLIGHT_WAIT_S:+--wait_s "$D2V_SCALE_PREFLIGHT_WAIT_S"} \
         ${D2V_SCALE_PREFLIGHT_ALL_REDUCE_S:+--all_reduce_s "$D2V_SCALE_PREFLIGHT_ALL_REDUCE_S"}
@@ -213,7 +213,7 @@ preflight() {
     MASTER_PORT=$((MASTER_PORT + 1)) "${step[@]}"
     local result=$?
     bad_nodes=$("${python[@]}" -c 'import json, sys
-from d2v_scale.status import write_status
+from d2v_scale.process.status import write_status
 report = json.load(open(sys.argv[1]))
 if report["exit_code"] != 0:
     write_status(sys.argv[2], report["exit_code"], report["text"])
@@ -276,7 +276,7 @@ requeue() {
 finish() { # the end of every attempt: status.json decides, exit codes are lost on the way through srun
     trap '' USR1 TERM
     local decision code
-    decision=$("${python[@]}" -m d2v_scale.attempts "$run_dir" "$1")
+    decision=$("${python[@]}" -m d2v_scale.running.attempts "$run_dir" "$1")
     code=$?
     say "attempt $attempt ended with exit code $code: $decision"
     ((code == 0)) || say "what the ranks said: $logs/node-*.log"

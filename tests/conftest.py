@@ -1,6 +1,7 @@
 """Fixtures that any test may ask for. What tests share (`tiny_models`) is found through `pythonpath` in pyproject."""
 
 import signal
+from pathlib import Path
 
 import pytest
 
@@ -14,3 +15,45 @@ def world_of_one() -> None:
     from d2v_scale.parallel import groups
 
     groups.single_process()
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Five shards of 20 images, the last of 10."""
+    from small_shards import image_samples
+
+    from d2v_scale.shards.writing import write_set
+
+    out = tmp_path_factory.mktemp("images")
+    write_set(out, "train", "image", image_samples(90), per_shard=20, classes=["a", "b", "c"])
+    return out
+
+
+@pytest.fixture(scope="session")
+def sounds(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four shards of recordings."""
+    from small_shards import sound_samples
+
+    from d2v_scale.modalities.speech import decoder as speech
+    from d2v_scale.shards.writing import write_set
+
+    out = tmp_path_factory.mktemp("sounds")
+    write_set(out, "train", "recording", sound_samples(75), per_shard=20, measure=speech.measure)
+    return out
+
+
+@pytest.fixture(scope="session")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three shards of documents and their tokenizer."""
+    from small_shards import documents
+
+    from d2v_scale.modalities.text.decoder import TokenCounter
+    from d2v_scale.modalities.text.tokenizer import train
+    from d2v_scale.shards.writing import Sample, write_set
+
+    out = tmp_path_factory.mktemp("texts")
+    tokenizer = out / "tokenizer.model"
+    train(documents(200), tokenizer, vocab_size=330)
+    samples: list[Sample] = [{"__key__": f"document-{k:04d}", "txt": text} for k, text in enumerate(documents(110))]
+    write_set(out, "train", "text", samples, per_shard=40, measure=TokenCounter(tokenizer), tokenizer=tokenizer)
+    return out

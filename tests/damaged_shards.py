@@ -16,11 +16,11 @@ from pathlib import Path
 
 from PIL import Image
 
-from d2v_scale.data import speech
-from d2v_scale.data.content import WORDS
-from d2v_scale.data.shard_index import SetIndex, ShardEntry, index_shard
-from d2v_scale.data.writing import Sample, members_file, write_shard
+from d2v_scale.modalities.speech import decoder as speech
 from d2v_scale.model.config import Modality
+from d2v_scale.shards.content import WORDS
+from d2v_scale.shards.shard_index import SetIndex, ShardEntry, index_shard
+from d2v_scale.shards.writing import Sample, members_file, write_shard
 
 
 class DamagedSet:

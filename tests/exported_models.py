@@ -13,7 +13,7 @@ from d2v_scale.data.config import DataConfig, VisionData
 from d2v_scale.data2vec.config import LossConfig, ObjectiveConfig
 from d2v_scale.finetuning.config import TaskConfig
 from d2v_scale.finetuning.model import TaskModel
-from d2v_scale.model.stack import Student
+from d2v_scale.networks.stack import Student
 from d2v_scale.recipe import Recipe, to_dict
 
 

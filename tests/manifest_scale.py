@@ -94,7 +94,7 @@ def main() -> None:
     import torch
 
     from d2v_scale import command_line
-    from d2v_scale.model.stack import Student, Teacher
+    from d2v_scale.networks.stack import Student, Teacher
     from d2v_scale.parallel import groups
 
     groups.single_process()

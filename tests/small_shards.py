@@ -7,7 +7,7 @@ import numpy as np
 import soundfile
 from PIL import Image
 
-from d2v_scale.data.writing import Sample
+from d2v_scale.shards.writing import Sample
 
 
 def image_samples(count: int, side: int = 12) -> list[Sample]:

@@ -12,16 +12,16 @@ import sys
 import time
 from pathlib import Path
 
-from d2v_scale.signals import Agreement, StopFlag, is_lost_peer
+from d2v_scale.process.signals import Agreement, StopFlag, is_lost_peer
 
 stop_flag = StopFlag.install()
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
-from d2v_scale import status  # noqa: E402
 from d2v_scale.errors import EXIT_LOST_PEER  # noqa: E402
-from d2v_scale.watchdog import Watchdog  # noqa: E402
+from d2v_scale.process import status  # noqa: E402
+from d2v_scale.process.watchdog import Watchdog  # noqa: E402
 
 
 def main() -> int:

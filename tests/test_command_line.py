@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from d2v_scale import command_line, recipe_file
+from d2v_scale import command_line
 from d2v_scale.errors import ConfigError
 from d2v_scale.recipe import binding_differences, to_dict
-from d2v_scale.recipe_file import dump
-from d2v_scale.run_start import RECIPE_FILE
+from d2v_scale.run_files import recipe_file
+from d2v_scale.run_files.recipe_file import dump
+from d2v_scale.run_files.run_start import RECIPE_FILE
 
 PACKAGED = sorted(path.stem for path in command_line.RECIPES.glob("*.yaml"))
 

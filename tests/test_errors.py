@@ -13,11 +13,11 @@ from small_shards import image_samples
 from d2v_scale import errors
 from d2v_scale.data.config import DataConfig, SourceConfig
 from d2v_scale.data.loader import StepLoader
-from d2v_scale.data.writing import write_set
 from d2v_scale.data2vec.config import MaskingConfig
 from d2v_scale.errors import ConfigError
 from d2v_scale.model.config import ModelConfig
 from d2v_scale.model.stem_config import VisionStem
+from d2v_scale.shards.writing import write_set
 
 PACKAGE = Path(errors.__file__).parent
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from d2v_scale.checkpoint.commit import write_tensors
-from d2v_scale.data.demo import write as write_demo
+from d2v_scale.conversion.demo import write as write_demo
 from d2v_scale.files import atomic_file, file_sha256, write_whole
 from d2v_scale.interop import exporting
-from d2v_scale.run_lock import lock, release
+from d2v_scale.run_files.run_lock import lock, release
 from d2v_scale.tracking.record import MetricsLog
 
 

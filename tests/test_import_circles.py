@@ -16,18 +16,12 @@ import d2v_scale
 PACKAGE = Path(d2v_scale.__file__).parent
 
 KNOWN = {
-    ("command_line", "running"): "the command line asks how a run began, and runs keep their options",
     ("conversion", "data"): "what makes shards moves out of data, a part at a time",
     ("data", "modalities"): "a modality decodes rows for the batches that ask it; demo data are made with its writers",
-    ("data", "parallel"): "totals over ranks are read beside the data",
     ("evaluation", "interop"): "exports are checked with the frozen encoder, which reads exports",
-    ("evaluation", "pretraining"): "held-out samples are compared with targets as a step compares them",
     ("evaluation", "plots"): "pictures are drawn of neighbours, and evaluation hands over what is drawn",
     ("finetuning", "interop"): "task models are exported, and begin from what was imported",
-    ("modalities", "model"): "a modality names its stem, and layers ask it for its bias",
     ("modalities", "plots"): "a modality draws its samples on the common canvas",
-    ("modalities", "shards"): "a modality measures what shards hold, and decodes it from their stores",
-    ("parallel", "teacher"): "the teacher follows the student's shards, and stages run teachers",
 }
 """Pairs of rooms that import each other, and why. A new pair needs a better cut rather than a line here."""
 

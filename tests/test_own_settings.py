@@ -12,17 +12,18 @@ from d2v_scale.command_line import parse
 from d2v_scale.data.config import DataConfig, SourceConfig
 from d2v_scale.data2vec import own
 from d2v_scale.data2vec.config import HealthConfig, LossConfig, MaskingConfig, ObjectiveConfig, TargetConfig
-from d2v_scale.engines import build_engines
 from d2v_scale.errors import ConfigError
-from d2v_scale.health import HealthMonitor
 from d2v_scale.model.config import Backbone, ModelConfig, Predictor
-from d2v_scale.model.stack import Draw, Student
 from d2v_scale.model.stem_config import OwnPredictor
+from d2v_scale.networks.draw import Draw
+from d2v_scale.networks.stack import Student
 from d2v_scale.optim import set_rates
 from d2v_scale.parallel import ds_config, groups
 from d2v_scale.planning import flops, stages
+from d2v_scale.pretraining.engines import build_engines
+from d2v_scale.pretraining.health import HealthMonitor
+from d2v_scale.pretraining.step import train_step
 from d2v_scale.recipe import Recipe
-from d2v_scale.step import train_step
 
 TEXT = "{modality: text, shards: t"
 JOINT = ("d2v2_joint_base", "d2v2_joint_base_shared_decoder", "d2v2_joint_large")

@@ -8,7 +8,7 @@ import torch
 
 from d2v_scale.command_line import RECIPES, parse
 from d2v_scale.data2vec.masking import collate
-from d2v_scale.model.stack import Student, Teacher
+from d2v_scale.networks.stack import Student, Teacher
 from d2v_scale.optim import learning_rate
 from d2v_scale.parallel.groups import single_process
 from d2v_scale.recipe import Recipe

@@ -11,8 +11,8 @@ import pytest
 import yaml
 from small_shards import image_samples
 
-from d2v_scale.data.writing import write_set
 from d2v_scale.redaction import REDACTED, redact, redact_values
+from d2v_scale.shards.writing import write_set
 
 ROOT = Path(__file__).resolve().parents[1]
 PLANTED = "pl4ntedS3cretValue"

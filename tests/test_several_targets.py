@@ -10,23 +10,25 @@ import tiny_models
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from target_engines import engines, saved
 from test_own_settings import joint_model
-from test_target_state import engines, saved
 
-from d2v_scale import recipe_file, target_state
-from d2v_scale.breakdown import LossBreakdown
 from d2v_scale.checkpoint import training
 from d2v_scale.command_line import parse
 from d2v_scale.data2vec.config import ObjectiveConfig, TargetConfig
 from d2v_scale.data2vec.targets import TAKEN, Place, build_all, check_all
 from d2v_scale.errors import CheckpointError, ConfigError
 from d2v_scale.evaluation.held_out import HeldOutSet
-from d2v_scale.model.predictor import build_predictors
-from d2v_scale.model.stack import Draw, Student
+from d2v_scale.networks.draw import Draw
+from d2v_scale.networks.predictor import build_predictors
+from d2v_scale.networks.stack import Student
 from d2v_scale.parallel import groups
 from d2v_scale.planning import memory
+from d2v_scale.pretraining.breakdown import LossBreakdown
+from d2v_scale.pretraining.step import collapse_statistics, train_step
 from d2v_scale.recipe import Recipe
-from d2v_scale.step import collapse_statistics, train_step
+from d2v_scale.run_files import recipe_file
+from d2v_scale.teacher import target_state
 
 pytestmark = pytest.mark.usefixtures("world_of_one")
 

@@ -11,14 +11,14 @@ import host_syncs
 import pytest
 from small_shards import image_samples
 
-from d2v_scale import command_line, errors, run_directory, train
-from d2v_scale.data.writing import write_set
+from d2v_scale import command_line, errors, train
 from d2v_scale.parallel import groups
 from d2v_scale.pretraining import program
-from d2v_scale.running import loop
-from d2v_scale.signals import Agreement, StopFlag
-from d2v_scale.status import read_status
-from d2v_scale.watchdog import Watchdog
+from d2v_scale.process.signals import Agreement, StopFlag
+from d2v_scale.process.status import read_status
+from d2v_scale.process.watchdog import Watchdog
+from d2v_scale.running import loop, run_directory
+from d2v_scale.shards.writing import write_set
 
 
 @pytest.mark.parametrize("stage", [1, 3])

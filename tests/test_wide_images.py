@@ -9,11 +9,12 @@ import pytest
 from launch import ROOT, run_ranks
 from small_shards import image_samples
 
-from d2v_scale import command_line, recipe_file
-from d2v_scale.data.writing import write_set
+from d2v_scale import command_line
 from d2v_scale.errors import ConfigError
 from d2v_scale.planning.flops import cost_of, lengths_of
 from d2v_scale.recipe import Recipe
+from d2v_scale.run_files import recipe_file
+from d2v_scale.shards.writing import write_set
 
 SMALL = [
     "model.vision.image_size=[32, 48]",

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from d2v_scale import modalities
-from d2v_scale.data.batch import Batch
+from d2v_scale.batch import Batch
 from d2v_scale.data2vec.config import TargetConfig
 from d2v_scale.model.config import Backbone, Modality, ModelConfig, Predictor
 from d2v_scale.model.init import InitRule

@@ -33,10 +33,10 @@ from evidence_sets import RealSet, default_folder, prepare
 from evidence_table import early_warning, table
 
 from d2v_scale.commands.run_quietly import run_quietly
-from d2v_scale.data.content import length_of
-from d2v_scale.data.shard_index import Members, SetIndex
 from d2v_scale.errors import EXIT_BAD_INPUT, UserError
 from d2v_scale.model.stem_config import Kind
+from d2v_scale.shards.content import length_of
+from d2v_scale.shards.shard_index import Members, SetIndex
 from d2v_scale.tracking.environment import git_revision
 from d2v_scale.tracking.record import read_records
 

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from d2v_scale.commands.run_quietly import run_quietly
-from d2v_scale.data.shard_set import INDEX_SUFFIX
 from d2v_scale.errors import UserError
 from d2v_scale.files import file_sha256
 from d2v_scale.model.stem_config import Kind
+from d2v_scale.shards.shard_set import INDEX_SUFFIX
 
 MAKE_SHARDS = Path(__file__).with_name("make_shards.py")
 VOCABULARY = 2000

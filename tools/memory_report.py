@@ -31,18 +31,20 @@ def measure(width: int, depth: int) -> None:
     """One rank: print a JSON line per case."""
     import torch
 
-    from d2v_scale.data.batch import Batch
+    from d2v_scale.batch import Batch, masked_targets
     from d2v_scale.data2vec.config import ObjectiveConfig, TargetConfig
-    from d2v_scale.model.config import Backbone, ModelConfig, TeacherParts
+    from d2v_scale.model.config import Backbone, ModelConfig
     from d2v_scale.model.init import initialize
-    from d2v_scale.model.stack import Draw, Student, Teacher
     from d2v_scale.model.stem_config import VisionStem
+    from d2v_scale.model.teacher_parts import TeacherParts
+    from d2v_scale.networks.draw import Draw
+    from d2v_scale.networks.stack import Student, Teacher
     from d2v_scale.parallel import ds_config, groups
-    from d2v_scale.parallel.memory import held_bytes
     from d2v_scale.parallel.shards import global_shapes
     from d2v_scale.parallel.zero import build_student
-    from d2v_scale.step import masked_targets
-    from d2v_scale.teacher import ShardedTeacher, TeacherConfig
+    from d2v_scale.teacher.config import TeacherConfig
+    from d2v_scale.teacher.held_bytes import held_bytes
+    from d2v_scale.teacher.sharded import ShardedTeacher
 
     topology = groups.initialize()
     backbone = Backbone(width=width, heads=4, ffn=4 * width, depth=depth, norm_first=True, key_bias=False)

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from d2v_scale import command_line, modalities
-from d2v_scale.data.batch import Batch
+from d2v_scale.batch import Batch
 from d2v_scale.data2vec import masking
 from d2v_scale.errors import UserError
 from d2v_scale.model.config import Modality

@@ -19,10 +19,10 @@ from d2v_scale import modalities
 from d2v_scale.benchmarks.samples import BATCH, SAMPLES, TRAIN_INDEX
 from d2v_scale.data.config import DataConfig, SourceConfig
 from d2v_scale.data.loader import StepLoader
-from d2v_scale.data.shard_index import SetIndex
 from d2v_scale.data2vec.config import MaskingConfig
 from d2v_scale.model.config import ModelConfig
 from d2v_scale.model.stem_config import KINDS, Kind
+from d2v_scale.shards.shard_index import SetIndex
 
 MASKING = MaskingConfig(kind="random", prob=0.5)
 

@@ -17,21 +17,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from d2v_scale.batch import Batch
 from d2v_scale.benchmarks import cases, device_gradients
 from d2v_scale.benchmarks.cases import Case
 from d2v_scale.benchmarks.device_rows import Spec
 from d2v_scale.benchmarks.huggingface_peer import HuggingFacePeer
 from d2v_scale.benchmarks.sides import Ours, Side
-from d2v_scale.data.batch import Batch
-from d2v_scale.model.stack import Draw
+from d2v_scale.networks.draw import Draw
 from d2v_scale.optim import set_rates
 from d2v_scale.parallel import groups
 from d2v_scale.parallel.groups import Topology
 from d2v_scale.planning import hardware
 from d2v_scale.planning.flops import sample_cost
-from d2v_scale.profiling import ProfileConfig, StepProfiler, decoders
-from d2v_scale.step import Observations, train_step
-from d2v_scale.utilisation import lengths_of_batch
+from d2v_scale.pretraining.step import Observations, train_step
+from d2v_scale.pretraining.utilisation import lengths_of_batch
+from d2v_scale.process.profiling import ProfileConfig, StepProfiler, decoders
 
 SHARES = (0.2, 0.4, 0.6, 0.8, 1.0, 1.2, 1.33)
 """Of `Spec.length`: the lengths of varying batches; 3 to 20 s of 15."""

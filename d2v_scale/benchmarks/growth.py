@@ -21,10 +21,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from d2v_scale.batch import Batch
 from d2v_scale.benchmarks import cases
 from d2v_scale.benchmarks.cases import Case
 from d2v_scale.benchmarks.sides import Ours
-from d2v_scale.data.batch import Batch
 from d2v_scale.parallel import groups
 from d2v_scale.parallel.groups import Topology
 

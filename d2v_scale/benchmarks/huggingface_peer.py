@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from d2v_scale import modalities
+from d2v_scale.batch import Batch
 from d2v_scale.benchmarks.cases import Case
 from d2v_scale.benchmarks.sides import Side, default_adamw, finish_plainly
-from d2v_scale.data.batch import Batch
 from d2v_scale.data2vec.config import ObjectiveConfig
 from d2v_scale.data2vec.targets import tapped_layers
 from d2v_scale.interop.huggingface import huggingface_keys, huggingface_settings
@@ -25,8 +25,8 @@ from d2v_scale.interop.keymap import KeyMap, export_tensors
 from d2v_scale.model.config import Modality, ModelConfig
 from d2v_scale.model.init import initialize
 from d2v_scale.model.position_bias import sincos_positions, slope_exponents
-from d2v_scale.model.stack import Student
-from d2v_scale.profiling import part
+from d2v_scale.networks.stack import Student
+from d2v_scale.process.profiling import part
 
 
 class HuggingFacePeer(Side):

@@ -13,12 +13,13 @@ import torch
 import webdataset as wds
 
 from d2v_scale import modalities
-from d2v_scale.data import demo, speech
+from d2v_scale.conversion import demo
 from d2v_scale.data.config import SAMPLE_RATE, DataConfig
-from d2v_scale.data.shard_index import SetIndex
-from d2v_scale.data.text import Tokenizer
-from d2v_scale.data.writing import Sample, write_set
+from d2v_scale.modalities.speech import decoder as speech
+from d2v_scale.modalities.text.decoder import Tokenizer
 from d2v_scale.model.config import Modality, ModelConfig
+from d2v_scale.shards.shard_index import SetIndex
+from d2v_scale.shards.writing import Sample, write_set
 
 BATCH = 32
 TRAIN_INDEX = "train.index.json"

@@ -6,18 +6,19 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from d2v_scale.batch import Batch, masked_targets
 from d2v_scale.benchmarks.cases import Case
-from d2v_scale.data.batch import Batch
 from d2v_scale.data2vec.loss import cls_loss_sum, masked_loss_sum
 from d2v_scale.model.init import initialize
-from d2v_scale.model.stack import Draw, Student, Teacher
+from d2v_scale.networks.draw import Draw
+from d2v_scale.networks.stack import Student, Teacher
 from d2v_scale.optim import make_optimizer, parameter_groups, set_rates
 from d2v_scale.parallel import ds_config
 from d2v_scale.parallel.groups import ParallelConfig, Topology
 from d2v_scale.parallel.zero import build_student
-from d2v_scale.profiling import part
-from d2v_scale.step import count_step, masked_targets, train_step
-from d2v_scale.teacher import ShardedTeacher
+from d2v_scale.pretraining.step import count_step, train_step
+from d2v_scale.process.profiling import part
+from d2v_scale.teacher.sharded import ShardedTeacher
 
 Precision = Literal["fp32", "bf16"]
 DECAY = 0.999

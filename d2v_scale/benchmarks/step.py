@@ -12,14 +12,14 @@ import time
 
 import torch
 
+from d2v_scale.batch import Batch
 from d2v_scale.benchmarks import cases
 from d2v_scale.benchmarks.cases import Case
 from d2v_scale.benchmarks.huggingface_peer import HuggingFacePeer
 from d2v_scale.benchmarks.sides import PHASES, Naive, Ours, Side
-from d2v_scale.data.batch import Batch
 from d2v_scale.parallel import groups
 from d2v_scale.parallel.groups import Topology
-from d2v_scale.profiling import profiler, seconds_of_parts
+from d2v_scale.process.profiling import profiler, seconds_of_parts
 
 _AGREE = 1e-4
 """Largest relative difference of the losses, fp32."""

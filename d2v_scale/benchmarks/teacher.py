@@ -12,13 +12,15 @@ import torch
 from torch import Tensor
 
 from d2v_scale.data2vec.config import TargetConfig
-from d2v_scale.model.config import Backbone, ModelConfig, TeacherParts
+from d2v_scale.model.config import Backbone, ModelConfig
 from d2v_scale.model.init import initialize
-from d2v_scale.model.stack import Student, Teacher
 from d2v_scale.model.stem_config import VisionStem
+from d2v_scale.model.teacher_parts import TeacherParts
+from d2v_scale.networks.stack import Student, Teacher
 from d2v_scale.parallel import ds_config, groups
 from d2v_scale.parallel.zero import StudentEngine, build_student
-from d2v_scale.teacher import ShardedTeacher, TeacherConfig
+from d2v_scale.teacher.config import TeacherConfig
+from d2v_scale.teacher.sharded import ShardedTeacher
 
 DECAY = 0.999
 

@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from d2v_scale import faults
 from d2v_scale.checkpoint.format import MANIFEST, FileEntry, Manifest
-from d2v_scale.committed import MARKER, committed_steps, directory_name
 from d2v_scale.files import file_sha256, open_as_usual, write_whole
+from d2v_scale.process import faults
+from d2v_scale.run_files.committed import MARKER, committed_steps, directory_name
 
 
 def sync_directory(path: Path) -> None:

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from d2v_scale.checkpoint.reader import Checkpoint
-from d2v_scale.committed import MARKER
 from d2v_scale.errors import CheckpointError, NewerFormatError
+from d2v_scale.run_files.committed import MARKER
 
 log = logging.getLogger(__name__)
 

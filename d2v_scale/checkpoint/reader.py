@@ -12,10 +12,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from d2v_scale.checkpoint.format import MANIFEST, Manifest, TensorEntry, check_coverage
-from d2v_scale.committed import MARKER
 from d2v_scale.errors import CheckpointError
 from d2v_scale.files import file_sha256
 from d2v_scale.parallel.shards import TensorSlice
+from d2v_scale.run_files.committed import MARKER
 
 
 class Checkpoint:

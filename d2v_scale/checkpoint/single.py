@@ -11,7 +11,7 @@ from torch import Tensor
 from d2v_scale import __version__
 from d2v_scale.checkpoint.commit import commit, write_tensors
 from d2v_scale.checkpoint.format import FileEntry, Manifest, Piece, describe, merge
-from d2v_scale.committed import directory_name
+from d2v_scale.run_files.committed import directory_name
 
 FILE_BYTES = 2 << 30
 """A new file is begun after this many bytes, which bounds the memory that is needed."""

@@ -4,12 +4,12 @@ from typing import Any
 
 import torch
 
-from d2v_scale import target_state
 from d2v_scale.checkpoint.format import Piece
 from d2v_scale.checkpoint.reader import Checkpoint
 from d2v_scale.parallel.shards import MOMENTS, TensorSlice
 from d2v_scale.parallel.zero import StudentEngine
-from d2v_scale.teacher import EmaTeacher
+from d2v_scale.teacher import target_state
+from d2v_scale.teacher.sharded import EmaTeacher
 
 
 def pieces(student: StudentEngine, teacher: EmaTeacher | None) -> list[Piece]:

@@ -19,13 +19,14 @@ from typing import Any
 
 import torch
 
-from d2v_scale import __version__, faults
+from d2v_scale import __version__
 from d2v_scale.checkpoint.commit import commit, retain, sweep, write_tensors
 from d2v_scale.checkpoint.config import CheckpointConfig
 from d2v_scale.checkpoint.format import FileEntry, Manifest, Piece, describe, merge
-from d2v_scale.committed import directory_name
 from d2v_scale.errors import CheckpointError
 from d2v_scale.files import write_whole
+from d2v_scale.process import faults
+from d2v_scale.run_files.committed import directory_name
 
 log = logging.getLogger(__name__)
 

@@ -17,8 +17,8 @@ from pathlib import Path
 
 from d2v_scale.commands.help_text import HelpFormatter
 from d2v_scale.data.config import VisionData
-from d2v_scale.data.content import WORDS
 from d2v_scale.errors import EXIT_BAD_INPUT, UserError
+from d2v_scale.shards.content import WORDS
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -40,7 +40,7 @@ def make_parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     """Index, and say what is damaged."""
     options = make_parser().parse_args(arguments)
-    from d2v_scale.data.indexing import make_index
+    from d2v_scale.conversion.indexing import make_index
 
     try:
         index, target = make_index(options)

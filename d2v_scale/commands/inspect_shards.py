@@ -34,7 +34,7 @@ def make_parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     """Print statistics, check, draw."""
     options = make_parser().parse_args(arguments)
-    from d2v_scale.data.inspecting import inspect
+    from d2v_scale.conversion.inspecting import inspect
 
     try:
         lost = inspect(options)

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from d2v_scale.commands.help_text import HelpFormatter
-from d2v_scale.data import demo
+from d2v_scale.conversion import demo
 from d2v_scale.data.config import VisionData
 from d2v_scale.errors import EXIT_BAD_INPUT, UserError
 
@@ -71,7 +71,7 @@ OPTIONS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
     "text": add_text_options,
     "arrays": add_array_options,
 }
-"""The options of each command beside those of all; what it does is a row of `data.making.COMMANDS`."""
+"""The options of each command beside those of all; what it does is a row of `conversion.making.COMMANDS`."""
 
 
 def _add_label(parser: argparse.ArgumentParser) -> None:
@@ -105,8 +105,8 @@ def make_parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     """Convert, and say how much."""
     options = make_parser().parse_args(arguments)
-    from d2v_scale.data.making import convert, make_demo
-    from d2v_scale.data.shard_set import INDEX_SUFFIX
+    from d2v_scale.conversion.making import convert, make_demo
+    from d2v_scale.shards.shard_set import INDEX_SUFFIX
 
     try:
         if options.command == "demo":

@@ -34,7 +34,7 @@ def make_parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     """Train, and say what a recipe needs to know of it."""
     options = make_parser().parse_args(arguments)
-    from d2v_scale.data.tokenizer_texts import train_on
+    from d2v_scale.conversion.tokenizer_texts import train_on
 
     try:
         texts, size = train_on(options)

@@ -4,12 +4,12 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from d2v_scale.conversion.array_members import Layout
-from d2v_scale.data.array_files import ArrayFile, ArrayHeader, open_npy
 from d2v_scale.data.config import DataConfig
-from d2v_scale.data.reading import SampleFault, SampleStore
-from d2v_scale.data.shard_set import ShardSet
 from d2v_scale.data.source import open_store
 from d2v_scale.modalities.array.members import EXTENSIONS, array_of, header_of
+from d2v_scale.shards.array_files import ArrayFile, ArrayHeader, open_npy
+from d2v_scale.shards.reading import SampleFault, SampleStore
+from d2v_scale.shards.shard_set import ShardSet
 
 
 class Place(NamedTuple):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from d2v_scale.data.text_files import encoding_of
+from d2v_scale.conversion.text_files import encoding_of
 
 _DELIMITERS = (",", ";", "\t", "|")
 _MISSING = {"", "na", "n/a", "null", "none"}

@@ -12,11 +12,11 @@ from d2v_scale.conversion.array_layouts import first_layout
 from d2v_scale.conversion.array_members import EXTENSIONS, ArrayReading, Layout
 from d2v_scale.conversion.array_tables import TableReading
 from d2v_scale.conversion.command import Command, file_items
+from d2v_scale.conversion.converters import Conversion, Item
+from d2v_scale.conversion.folders import FoundFiles, find_files, last_extension
 from d2v_scale.data.config import SourceConfig
-from d2v_scale.data.conversion import Conversion, Item
-from d2v_scale.data.folders import FoundFiles, find_files, last_extension
-from d2v_scale.data.shard_set import INDEX_SUFFIX, find_shards
 from d2v_scale.errors import DataError
+from d2v_scale.shards.shard_set import INDEX_SUFFIX, find_shards
 
 _LOOKED_INTO = 100
 """Files that decide what channels and axes a set has."""

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from d2v_scale.data.content import Content
-from d2v_scale.data.conversion import Conversion, Item
-from d2v_scale.data.folders import FoundFiles
+from d2v_scale.conversion.converters import Conversion, Item
+from d2v_scale.conversion.folders import FoundFiles
 from d2v_scale.errors import DataError
+from d2v_scale.shards.content import Content
 
 
 class Command(ABC):

@@ -4,9 +4,9 @@ import argparse
 from collections.abc import Iterable
 
 from d2v_scale.conversion.command import Command, file_items
-from d2v_scale.data import vision
-from d2v_scale.data.conversion import Conversion, Item
-from d2v_scale.data.folders import FoundFiles, find_files
+from d2v_scale.conversion.converters import Conversion, Item
+from d2v_scale.conversion.folders import FoundFiles, find_files
+from d2v_scale.modalities.vision import decoder as vision
 
 
 class Images(Command):

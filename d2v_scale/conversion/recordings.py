@@ -7,11 +7,11 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from d2v_scale.conversion.command import Command, file_items
-from d2v_scale.data import speech
-from d2v_scale.data.conversion import Conversion, Item
-from d2v_scale.data.folders import FoundFiles, find_files
-from d2v_scale.data.text_files import transcripts
+from d2v_scale.conversion.converters import Conversion, Item
+from d2v_scale.conversion.folders import FoundFiles, find_files
+from d2v_scale.conversion.text_files import transcripts
 from d2v_scale.errors import DataError
+from d2v_scale.modalities.speech import decoder as speech
 
 
 class Recordings(Command):

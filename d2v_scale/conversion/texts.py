@@ -6,15 +6,16 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from d2v_scale.conversion import text_files
 from d2v_scale.conversion.command import Command, classes_of
-from d2v_scale.data import text_files, tokenizer
-from d2v_scale.data.conversion import Conversion, Item, finite_number
-from d2v_scale.data.folders import FoundFiles, find_files
-from d2v_scale.data.tables import Columns
-from d2v_scale.data.text import IDS_INSTEAD, require_special_ids
-from d2v_scale.data.text_files import Document, Reading, documents
+from d2v_scale.conversion.converters import Conversion, Item, finite_number
+from d2v_scale.conversion.folders import FoundFiles, find_files
+from d2v_scale.conversion.tables import Columns
+from d2v_scale.conversion.text_files import Document, Reading, documents
 from d2v_scale.errors import DataError
 from d2v_scale.files import file_sha256
+from d2v_scale.modalities.text import tokenizer
+from d2v_scale.modalities.text.decoder import IDS_INSTEAD, require_special_ids
 
 
 class Texts(Command):

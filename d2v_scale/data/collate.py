@@ -9,16 +9,16 @@ import torch
 from numpy.typing import NDArray
 
 from d2v_scale import modalities
-from d2v_scale.data.batch import Batch
+from d2v_scale.batch import Batch
 from d2v_scale.data.labels import Labels
-from d2v_scale.data.plan import PlannedBatch
-from d2v_scale.data.reading import Fault, NothingHere, SampleFault, Store
-from d2v_scale.data.rows import Decoder, Row, Stacked
 from d2v_scale.data2vec import masking
 from d2v_scale.data2vec.config import CompatConfig, MaskingConfig
 from d2v_scale.data2vec.stateless import array_keys, array_uniform
 from d2v_scale.errors import Verdict
 from d2v_scale.model.config import Modality, ModelConfig
+from d2v_scale.shards.plan import PlannedBatch
+from d2v_scale.shards.reading import Fault, NothingHere, SampleFault, Store
+from d2v_scale.shards.rows import Decoder, Row, Stacked
 
 
 def read_rows(

@@ -4,8 +4,8 @@ import logging
 from collections import Counter, deque
 from dataclasses import dataclass, field
 
-from d2v_scale.data.plan import Cursor, PlannedBatch
-from d2v_scale.data.reading import Fault
+from d2v_scale.shards.plan import Cursor, PlannedBatch
+from d2v_scale.shards.reading import Fault
 
 log = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from d2v_scale.data.config import SAMPLE_RATE, DataConfig
-from d2v_scale.data.shard_set import ShardSet
+from d2v_scale.shards.shard_set import ShardSet
 
 Lengths = Callable[[int], NDArray[np.int64]]
 """Of the samples of a shard, as the index counts them."""
@@ -105,7 +105,7 @@ class TextChunks(TextBlocks):
 
     def chunk_lengths(self, shard: int) -> NDArray[np.int64]:
         """Tokens of each chunk of each document, <s> included."""
-        from d2v_scale.data.text import chunks_of_documents
+        from d2v_scale.modalities.text.decoder import chunks_of_documents
 
         _, start_n, stop_n = chunks_of_documents(np.asarray(self.lengths(shard)), self.block - 1)
         return stop_n - start_n + 1

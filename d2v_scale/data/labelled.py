@@ -12,21 +12,21 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from d2v_scale import modalities
-from d2v_scale.data.batch import Batch
-from d2v_scale.data.class_names import agreed_classes
+from d2v_scale.batch import Batch
 from d2v_scale.data.collate import Collator
 from d2v_scale.data.config import SAMPLE_RATE, DataConfig, SourceConfig
 from d2v_scale.data.labels import ClassLabels, Labels, Transcripts
-from d2v_scale.data.plan import PlannedBatch
-from d2v_scale.data.reading import Fault, SampleFault, SampleStore
-from d2v_scale.data.rows import Row
-from d2v_scale.data.shard_index import Members
-from d2v_scale.data.shard_set import ShardSet, check_before_start, find_shards
 from d2v_scale.data.source import open_store
 from d2v_scale.data2vec.config import CompatConfig, MaskingConfig
 from d2v_scale.errors import DataError
 from d2v_scale.files import file_sha256
 from d2v_scale.model.config import Modality, ModelConfig
+from d2v_scale.shards.class_names import agreed_classes
+from d2v_scale.shards.plan import PlannedBatch
+from d2v_scale.shards.reading import Fault, SampleFault, SampleStore
+from d2v_scale.shards.rows import Row
+from d2v_scale.shards.shard_index import Members
+from d2v_scale.shards.shard_set import ShardSet, check_before_start, find_shards
 
 log = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from d2v_scale.data.config import LETTERS
-from d2v_scale.data.reading import RawSample
+from d2v_scale.shards.reading import RawSample
 
 _SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "|"]
 

@@ -11,22 +11,22 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from d2v_scale.data.batch import Batch
+from d2v_scale.batch import Batch
 from d2v_scale.data.collate import Collator, read_rows
 from d2v_scale.data.config import DataConfig
 from d2v_scale.data.counters import Counters, SourceCount, Tally
-from d2v_scale.data.forking import forking
 from d2v_scale.data.labels import Labels
-from d2v_scale.data.plan import Cursor, Mixture, PlannedBatch, SourcePlan
-from d2v_scale.data.reading import Fault, SampleStore
-from d2v_scale.data.rows import Decoder
 from d2v_scale.data.source import Source, open_source
 from d2v_scale.data.streaming import StreamedSource, StreamStore
 from d2v_scale.data2vec.config import CompatConfig, MaskingConfig
 from d2v_scale.errors import CheckpointError, DataStarved, UserError, Verdict
 from d2v_scale.files import file_sha256
 from d2v_scale.model.config import Modality, ModelConfig
-from d2v_scale.signals import worker_signals
+from d2v_scale.process.signals import worker_signals
+from d2v_scale.shards.forking import forking
+from d2v_scale.shards.plan import Cursor, Mixture, PlannedBatch, SourcePlan
+from d2v_scale.shards.reading import Fault, SampleStore
+from d2v_scale.shards.rows import Decoder
 
 log = logging.getLogger(__name__)
 

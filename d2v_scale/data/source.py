@@ -9,16 +9,16 @@ from numpy.typing import NDArray
 
 from d2v_scale import modalities
 from d2v_scale.data.config import SAMPLE_RATE, DataConfig, SourceConfig
-from d2v_scale.data.fetching import ShardCache
-from d2v_scale.data.order import WindowOrder
-from d2v_scale.data.plan import SourcePlan
-from d2v_scale.data.reading import SampleStore
-from d2v_scale.data.shard_set import ShardSet, check_before_start, find_shards
 from d2v_scale.data.streaming import StreamedSource
 from d2v_scale.data2vec.stateless import key
 from d2v_scale.errors import DataError, DataStarved
 from d2v_scale.files import file_sha256
 from d2v_scale.model.config import ModelConfig
+from d2v_scale.shards.fetching import ShardCache
+from d2v_scale.shards.order import WindowOrder
+from d2v_scale.shards.plan import SourcePlan
+from d2v_scale.shards.reading import SampleStore
+from d2v_scale.shards.shard_set import ShardSet, check_before_start, find_shards
 
 log = logging.getLogger(__name__)
 

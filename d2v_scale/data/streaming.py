@@ -15,17 +15,17 @@ from torch.utils.data import get_worker_info
 
 from d2v_scale import modalities
 from d2v_scale.data.config import DataConfig, SourceConfig
-from d2v_scale.data.fetching import ShardCache
-from d2v_scale.data.order import KeyedPermutation
-from d2v_scale.data.plan import Cursor, PlannedBatch
-from d2v_scale.data.reading import Fault, NothingHere, RawSample, SampleFault, read_sample
-from d2v_scale.data.shard_index import index_tar
-from d2v_scale.data.shard_set import ShardSet, is_remote
 from d2v_scale.data2vec.stateless import key, numpy_generator
 from d2v_scale.errors import ConfigError, DataStarved
 from d2v_scale.model.config import ModelConfig
 from d2v_scale.model.stem_config import TextStem
 from d2v_scale.redaction import same_address
+from d2v_scale.shards.fetching import ShardCache
+from d2v_scale.shards.order import KeyedPermutation
+from d2v_scale.shards.plan import Cursor, PlannedBatch
+from d2v_scale.shards.reading import Fault, NothingHere, RawSample, SampleFault, read_sample
+from d2v_scale.shards.shard_index import index_tar
+from d2v_scale.shards.shard_set import ShardSet, is_remote
 
 log = logging.getLogger(__name__)
 

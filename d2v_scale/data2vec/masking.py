@@ -54,9 +54,9 @@ def collate(
 
     Positions are `length` frames or tokens, or a `grid` of (rows, columns) of patches, flattened row by row; of
     `blocks`, of any number of axes, a line included. `valid_lengths` (B,) counts each sample's positions before
-    padding, of `blocks` also (B, n) along each axis; None: all. 1.0 masks valid positions only. 2.0 masks a fixed number of the T positions
-    in every row, padding included, since all rows must keep equally many. `blocks` serve both: with `equal_counts`
-    2.0, without it 1.0.
+    padding, of `blocks` also (B, n) along each axis; None: all. 1.0 masks valid positions only. 2.0 masks a fixed
+    number of the T positions in every row, padding included, since all rows must keep equally many. `blocks` serve
+    both: with `equal_counts` 2.0, without it 1.0.
 
     Raises `ConfigError` when kind and geometry do not fit.
     """

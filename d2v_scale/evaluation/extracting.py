@@ -17,16 +17,16 @@ from numpy.typing import NDArray
 
 from d2v_scale.data.config import SourceConfig
 from d2v_scale.data.labelled import LabelledSet
-from d2v_scale.data.shard_index import SetIndex, ShardEntry, index_shard
-from d2v_scale.data.shard_set import INDEX_SUFFIX, ShardSet, find_shards, is_remote
-from d2v_scale.data.writing import is_written, members_file, write_shard
 from d2v_scale.errors import EXIT_PARTIAL, DataError
-from d2v_scale.evaluation.features import mean_over_positions
 from d2v_scale.evaluation.frozen import FrozenEncoder
 from d2v_scale.files import atomic_file, write_whole
 from d2v_scale.interop.exporting import pick_modality
 from d2v_scale.model.config import Modality
+from d2v_scale.model.pooling import mean_over_positions
 from d2v_scale.parallel import launchers
+from d2v_scale.shards.shard_index import SetIndex, ShardEntry, index_shard
+from d2v_scale.shards.shard_set import INDEX_SUFFIX, ShardSet, find_shards, is_remote
+from d2v_scale.shards.writing import is_written, members_file, write_shard
 
 _RECORD = "extract.json"
 _ROW_GROUP_BYTES = 64 << 20

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from d2v_scale.data.batch import Batch
+from d2v_scale.batch import Batch
+from d2v_scale.model.pooling import mean_over_positions
 
 HiddenStates = Callable[[Batch], list[Tensor]]
 """A batch to the outputs of its layers, each (B, T, D), nothing masked."""
@@ -56,12 +57,3 @@ def extract(
 def mean_over_layers(layers_lnd: Tensor) -> Tensor:
     """(N, D): the mean over layers, each standardised per sample so that none dominates."""
     return torch.nn.functional.layer_norm(layers_lnd, layers_lnd.shape[-1:]).mean(dim=0)
-
-
-def mean_over_positions(x_btd: Tensor, valid_bt: Tensor | None) -> Tensor:
-    """(B, D) float32: the mean over the valid positions of every row."""
-    x_btd = x_btd.float()
-    if valid_bt is None:
-        return x_btd.mean(dim=1)
-    weights_bt1 = valid_bt.unsqueeze(-1).to(x_btd.dtype)
-    return (x_btd * weights_bt1).sum(dim=1) / weights_bt1.sum(dim=1).clamp(min=1)

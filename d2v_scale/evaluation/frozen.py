@@ -7,11 +7,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from d2v_scale.data.batch import Batch
+from d2v_scale.batch import Batch
 from d2v_scale.interop.encoder_source import open_encoder, write_encoder
-from d2v_scale.model.config import TeacherParts
 from d2v_scale.model.init import initialize
-from d2v_scale.model.stack import Teacher
+from d2v_scale.model.teacher_parts import TeacherParts
+from d2v_scale.networks.stack import Teacher
 from d2v_scale.parallel import groups
 from d2v_scale.recipe import Recipe
 

@@ -9,17 +9,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from d2v_scale.data.batch import Batch
+from d2v_scale.batch import Batch
+from d2v_scale.data2vec.comparison import compare
 from d2v_scale.data2vec.config import LossConfig
 from d2v_scale.data2vec.targets import Made, Target
 from d2v_scale.evaluation.layer_probe import LayerProbe
 from d2v_scale.evaluation.samples import samples_without_labels
-from d2v_scale.model.stack import Draw
+from d2v_scale.networks.draw import Draw
 from d2v_scale.parallel.objective import Objective
 from d2v_scale.parallel.zero import StudentEngine
 from d2v_scale.recipe import Recipe
-from d2v_scale.step import compare
-from d2v_scale.teacher import EmaTeacher
+from d2v_scale.teacher.sharded import EmaTeacher
 
 _SAME_NOISE = Draw(0, 0)
 

@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from d2v_scale.data.batch import Batch
+from d2v_scale.batch import Batch
 from d2v_scale.data2vec.statistics import linear_cka
 from d2v_scale.model.block import Block
-from d2v_scale.model.stack import Student, Teacher
+from d2v_scale.networks.stack import Student, Teacher
 from d2v_scale.parallel.groups import Topology
 
 ROWS = 16

@@ -9,18 +9,19 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from d2v_scale.data.batch import Batch
-from d2v_scale.data.class_names import agreed_classes
+from d2v_scale.batch import Batch
 from d2v_scale.data.labelled import LabelledSet
 from d2v_scale.evaluation.config import EvaluationConfig
-from d2v_scale.evaluation.features import mean_over_layers, mean_over_positions
+from d2v_scale.evaluation.features import mean_over_layers
 from d2v_scale.evaluation.knn import knn, whitened
 from d2v_scale.evaluation.samples import require_same, samples_without_labels
-from d2v_scale.model.stack import Student, Teacher
+from d2v_scale.model.pooling import mean_over_positions
+from d2v_scale.networks.stack import Student, Teacher
 from d2v_scale.parallel.zero import StudentEngine
 from d2v_scale.plots.gallery import FIRST, Gallery
 from d2v_scale.recipe import Recipe
-from d2v_scale.teacher import EmaTeacher
+from d2v_scale.shards.class_names import agreed_classes
+from d2v_scale.teacher.sharded import EmaTeacher
 
 LabelledBatches = Sequence[tuple[Batch, Tensor]]
 _PICTURED = 256

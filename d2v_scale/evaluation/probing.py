@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from d2v_scale.data.class_names import agreed_classes
 from d2v_scale.data.labelled import LabelledSet
 from d2v_scale.data.labels import ClassLabels, Labels
 from d2v_scale.errors import UserError
@@ -30,6 +29,7 @@ from d2v_scale.finetuning.step import ctc_loss_sum
 from d2v_scale.interop.encoder_source import check_tokenizer, open_encoder
 from d2v_scale.interop.exporting import pick_modality
 from d2v_scale.recipe import Recipe
+from d2v_scale.shards.class_names import agreed_classes
 from d2v_scale.tracking import log_evaluation
 from d2v_scale.tracking.record import METRICS_FILE
 

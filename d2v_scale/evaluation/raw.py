@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from d2v_scale import modalities
-from d2v_scale.data.batch import Batch
+from d2v_scale.batch import Batch
 from d2v_scale.data.config import SAMPLE_RATE
 from d2v_scale.model.config import ModelConfig
 

@@ -8,11 +8,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from d2v_scale import modalities
-from d2v_scale.data.batch import Batch
+from d2v_scale.batch import Batch
 from d2v_scale.data.labelled import LabelledSet
-from d2v_scale.data.shard_set import find_shards
 from d2v_scale.errors import DataError
 from d2v_scale.recipe import Recipe
+from d2v_scale.shards.shard_set import find_shards
 
 log = logging.getLogger(__name__)
 

@@ -7,12 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from d2v_scale.data.batch import Batch
+from d2v_scale.batch import Batch
 from d2v_scale.data.labelled import LabelledSet
 from d2v_scale.data2vec import stateless
-from d2v_scale.evaluation.features import mean_over_positions
 from d2v_scale.model.init import initialize
-from d2v_scale.model.stack import Draw, Student
+from d2v_scale.model.pooling import mean_over_positions
+from d2v_scale.networks.draw import Draw
+from d2v_scale.networks.stack import Student
 from d2v_scale.optim import make_optimizer, parameter_groups, set_rates
 from d2v_scale.recipe import Recipe
 

@@ -7,8 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from d2v_scale.data.batch import Batch
-from d2v_scale.data.class_names import agreed_classes
+from d2v_scale.batch import Batch
 from d2v_scale.data.labelled import LabelledSet
 from d2v_scale.data.labels import Vocabulary
 from d2v_scale.finetuning import metrics
@@ -17,9 +16,10 @@ from d2v_scale.finetuning.decoding import beam_search, greedy
 from d2v_scale.finetuning.loading import class_count, held_out_labels
 from d2v_scale.finetuning.model import TaskModel
 from d2v_scale.finetuning.step import frames_of
-from d2v_scale.model.stack import Draw
+from d2v_scale.networks.draw import Draw
 from d2v_scale.parallel.zero import StudentEngine
 from d2v_scale.recipe import Recipe
+from d2v_scale.shards.class_names import agreed_classes
 
 Answers = list[tuple[Any, Any]]
 """What was said of each sample, and its label: numbers or texts."""

@@ -5,8 +5,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from d2v_scale.evaluation.features import mean_over_positions
 from d2v_scale.model.init import InitRule, linear_rules
+from d2v_scale.model.pooling import mean_over_positions
 
 PROJECTION = 256
 """Channels that speech is pooled in (the SUPERB convention)."""

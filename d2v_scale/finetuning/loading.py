@@ -12,17 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from d2v_scale import modalities
-from d2v_scale.data.class_names import agreed_classes
 from d2v_scale.data.config import SAMPLE_RATE, DataConfig
 from d2v_scale.data.items import Recordings
 from d2v_scale.data.labels import ClassLabels, Labels, Scores, SpokenTexts, Transcripts, Vocabulary
 from d2v_scale.data.loader import StepLoader
-from d2v_scale.data.order import WindowOrder
-from d2v_scale.data.plan import SourcePlan
-from d2v_scale.data.reading import RawSample, SampleFault, SampleStore, Store
-from d2v_scale.data.rows import Decoder, Row, Stacked, Viewer
-from d2v_scale.data.shard_index import Members
-from d2v_scale.data.shard_set import check_before_start, find_shards
 from d2v_scale.data.source import Source
 from d2v_scale.data.streaming import StreamedSource
 from d2v_scale.data2vec.stateless import key
@@ -30,6 +23,13 @@ from d2v_scale.errors import ConfigError, DataError
 from d2v_scale.finetuning.augmentation import RandAugment
 from d2v_scale.finetuning.config import TaskConfig
 from d2v_scale.model.config import ModelConfig
+from d2v_scale.shards.class_names import agreed_classes
+from d2v_scale.shards.order import WindowOrder
+from d2v_scale.shards.plan import SourcePlan
+from d2v_scale.shards.reading import RawSample, SampleFault, SampleStore, Store
+from d2v_scale.shards.rows import Decoder, Row, Stacked, Viewer
+from d2v_scale.shards.shard_index import Members
+from d2v_scale.shards.shard_set import check_before_start, find_shards
 
 log = logging.getLogger(__name__)
 

@@ -6,14 +6,16 @@ import torch
 from torch import Tensor, nn
 
 from d2v_scale import modalities
-from d2v_scale.data.batch import Batch
+from d2v_scale.batch import Batch
 from d2v_scale.data.labels import Vocabulary
 from d2v_scale.data2vec import stateless
 from d2v_scale.finetuning.config import CtcConfig, TaskConfig
 from d2v_scale.finetuning.heads import CtcHead
-from d2v_scale.model.config import ModelConfig, TeacherParts
-from d2v_scale.model.stack import Draw, Student
+from d2v_scale.model.config import ModelConfig
 from d2v_scale.model.stem import Stem
+from d2v_scale.model.teacher_parts import TeacherParts
+from d2v_scale.networks.draw import Draw
+from d2v_scale.networks.stack import Student
 
 
 def outputs_of(task: TaskConfig) -> int:

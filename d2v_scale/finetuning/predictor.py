@@ -6,14 +6,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from d2v_scale.data.batch import Batch
+from d2v_scale.batch import Batch
 from d2v_scale.errors import CheckpointError
 from d2v_scale.finetuning.config import TaskConfig
 from d2v_scale.finetuning.evaluation import Answers, answers
 from d2v_scale.finetuning.model import TaskModel
 from d2v_scale.finetuning.step import frames_of
 from d2v_scale.interop.encoder_source import EncoderSource, open_encoder, write_tensors
-from d2v_scale.model.stack import Draw
+from d2v_scale.networks.draw import Draw
 from d2v_scale.parallel import groups
 from d2v_scale.recipe import Recipe
 

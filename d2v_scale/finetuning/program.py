@@ -8,13 +8,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from d2v_scale.batch import Batch
 from d2v_scale.checkpoint import find_newest_valid
 from d2v_scale.checkpoint.training import pieces, restore, state
 from d2v_scale.checkpoint.writer import CheckpointWriter
 from d2v_scale.command_line import Options
-from d2v_scale.data import demo
-from d2v_scale.data.batch import Batch
-from d2v_scale.data.totals import RunTotals
+from d2v_scale.conversion import demo
 from d2v_scale.finetuning.evaluation import TaskEvaluation
 from d2v_scale.finetuning.loading import LabelledLoader, class_count
 from d2v_scale.finetuning.model import TaskModel
@@ -22,14 +21,15 @@ from d2v_scale.finetuning.rates import freeze, set_task_rates, traits
 from d2v_scale.finetuning.step import TaskObservations, task_step
 from d2v_scale.interop.encoder_source import EncoderSource, check_tokenizer, write_encoder
 from d2v_scale.model.init import initialize
-from d2v_scale.model.stack import Draw
+from d2v_scale.networks.draw import Draw
 from d2v_scale.optim import make_optimizer, parameter_groups, stem_rates, stem_scale
 from d2v_scale.parallel.groups import Topology
 from d2v_scale.parallel.zero import StudentEngine, build_student
+from d2v_scale.process.signals import StopReason
 from d2v_scale.recipe import Recipe
 from d2v_scale.running.loop import Taken
-from d2v_scale.signals import StopReason
-from d2v_scale.supervision import facts
+from d2v_scale.running.supervision import facts
+from d2v_scale.running.totals import RunTotals
 from d2v_scale.tracking import RunTracker, SpeedMeter, host_values
 
 log = logging.getLogger("d2v_scale.train")

@@ -4,12 +4,12 @@ import dataclasses
 from pathlib import Path
 
 from d2v_scale.command_line import RECIPES, Options, parse
-from d2v_scale.committed import committed_steps
 from d2v_scale.errors import ConfigError
 from d2v_scale.interop.encoder_source import EncoderSource, open_encoder
 from d2v_scale.model.config import ModelConfig
 from d2v_scale.recipe import Recipe, differences
-from d2v_scale.run_start import RECIPE_FILE, may_begin_anew
+from d2v_scale.run_files.committed import committed_steps
+from d2v_scale.run_files.run_start import RECIPE_FILE, may_begin_anew
 
 
 def adopt(recipe: Recipe, options: Options) -> EncoderSource | None:

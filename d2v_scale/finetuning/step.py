@@ -7,16 +7,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from d2v_scale.data.batch import Batch
+from d2v_scale.batch import Batch
 from d2v_scale.data.labels import Vocabulary
 from d2v_scale.data2vec.stateless import key
 from d2v_scale.finetuning.config import TaskConfig
 from d2v_scale.finetuning.mixing import erase, mix, soft_targets
 from d2v_scale.finetuning.model import TaskModel, outputs_of
-from d2v_scale.model.stack import Draw
+from d2v_scale.networks.draw import Draw
 from d2v_scale.parallel.groups import Topology
 from d2v_scale.parallel.zero import StepResult, StudentEngine
-from d2v_scale.profiling import part
+from d2v_scale.process.profiling import part
 
 
 @dataclass

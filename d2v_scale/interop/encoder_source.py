@@ -20,7 +20,7 @@ from d2v_scale.interop.remote_code import remote_code_keys
 from d2v_scale.interop.task_heads import add_head
 from d2v_scale.interop.weight_files import Folder
 from d2v_scale.model.init import full_shape_of, write_local
-from d2v_scale.model.stack import Student
+from d2v_scale.networks.stack import Student
 from d2v_scale.recipe import Recipe, to_dict
 
 log = logging.getLogger(__name__)

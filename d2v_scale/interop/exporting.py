@@ -12,7 +12,6 @@ from torch import Tensor
 
 from d2v_scale import modalities
 from d2v_scale.checkpoint import Checkpoint
-from d2v_scale.data.shard_set import find_shards
 from d2v_scale.errors import CheckpointError, DataError
 from d2v_scale.files import open_as_usual
 from d2v_scale.interop.encoder_source import EXPORT_FILE, export_note
@@ -23,6 +22,7 @@ from d2v_scale.interop.task_heads import add_head, head_settings, prefixed
 from d2v_scale.interop.weight_files import write_json
 from d2v_scale.model.config import Modality
 from d2v_scale.recipe import Recipe
+from d2v_scale.shards.shard_set import find_shards
 
 Weights = Literal["teacher", "student"]
 FILE_BYTES = 2 << 30

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from d2v_scale import modalities
-from d2v_scale.data.batch import Batch
+from d2v_scale.batch import Batch
 from d2v_scale.data2vec import ema
 from d2v_scale.data2vec.loss import cls_loss_sum, masked_loss_sum
 from d2v_scale.errors import CheckpointError
@@ -26,7 +26,8 @@ from d2v_scale.interop.reference_options import Reference
 from d2v_scale.interop.reference_table import recognised, row_of
 from d2v_scale.interop.reference_vision import from_data2vec_vision
 from d2v_scale.model.layers import StudentOutput
-from d2v_scale.model.stack import Draw, Student, Teacher
+from d2v_scale.networks.draw import Draw
+from d2v_scale.networks.stack import Student, Teacher
 
 
 class Fixture:

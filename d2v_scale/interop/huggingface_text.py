@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from d2v_scale.data.batch import Batch
+from d2v_scale.batch import Batch
 from d2v_scale.finetuning.config import TaskConfig
 from d2v_scale.interop.huggingface_row import Example, Head, HuggingFaceRow, blocks_of, has_plain_blocks
 from d2v_scale.interop.keymap import KeyMap

@@ -22,7 +22,7 @@ from d2v_scale.interop.reference_vision import from_data2vec_vision
 from d2v_scale.interop.unpickling import load_pickle, plain
 from d2v_scale.interop.weight_files import Folder, read_json
 from d2v_scale.model.init import initial_values
-from d2v_scale.model.stack import Student, Teacher
+from d2v_scale.networks.stack import Student, Teacher
 from d2v_scale.recipe import Recipe, to_dict
 
 

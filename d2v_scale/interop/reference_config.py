@@ -14,7 +14,8 @@ from d2v_scale.interop.reference_options import (
 )
 from d2v_scale.interop.reference_row import ReferenceRow
 from d2v_scale.interop.reference_table import recognised
-from d2v_scale.model.config import Backbone, ModelConfig, Predictor, TeacherParts
+from d2v_scale.model.config import Backbone, ModelConfig, Predictor
+from d2v_scale.model.teacher_parts import TeacherParts
 
 
 def from_fairseq(

@@ -16,7 +16,8 @@ from d2v_scale.interop.reference_names import reference_keys
 from d2v_scale.interop.reference_options import REMEDY, common_settings, require_post_norm
 from d2v_scale.interop.reference_row import ReferenceRow, Tensors
 from d2v_scale.interop.reference_table import row_of
-from d2v_scale.model.config import Modality, ModelConfig, TeacherParts
+from d2v_scale.model.config import Modality, ModelConfig
+from d2v_scale.model.teacher_parts import TeacherParts
 from d2v_scale.recipe import Recipe
 
 

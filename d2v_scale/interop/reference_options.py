@@ -8,7 +8,8 @@ from typing import Any
 from d2v_scale.data2vec.config import EmaConfig, LossConfig, ObjectiveConfig, TargetConfig
 from d2v_scale.data2vec.targets import TARGETS, Place, build
 from d2v_scale.errors import CheckpointError
-from d2v_scale.model.config import Modality, ModelConfig, TeacherParts
+from d2v_scale.model.config import Modality, ModelConfig
+from d2v_scale.model.teacher_parts import TeacherParts
 
 Shapes = Mapping[str, tuple[int, ...]]
 Settings = Mapping[str, Any]

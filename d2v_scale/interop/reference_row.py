@@ -10,7 +10,8 @@ from d2v_scale.data2vec.config import ObjectiveConfig
 from d2v_scale.interop.keymap import KeyMap
 from d2v_scale.interop.reference_options import Reference, Settings, Shapes
 from d2v_scale.modalities import Kind
-from d2v_scale.model.config import ModelConfig, TeacherParts
+from d2v_scale.model.config import ModelConfig
+from d2v_scale.model.teacher_parts import TeacherParts
 
 Tensors = Mapping[str, Tensor]
 

@@ -19,8 +19,9 @@ from d2v_scale.interop.reference_options import (
 )
 from d2v_scale.interop.reference_row import ReferenceRow, first_layers
 from d2v_scale.modalities import published_parts
-from d2v_scale.model.config import Backbone, ModelConfig, Predictor, TeacherParts
+from d2v_scale.model.config import Backbone, ModelConfig, Predictor
 from d2v_scale.model.stem_config import SpeechStem
+from d2v_scale.model.teacher_parts import TeacherParts
 
 _WAV2VEC_CONVS = "[(512, 10, 5)] + [(512, 3, 2)] * 4 + [(512,2,2)] + [(512,2,2)]"
 

@@ -20,8 +20,9 @@ from d2v_scale.interop.reference_options import (
 )
 from d2v_scale.interop.reference_row import ReferenceRow, Tensors, first_layers
 from d2v_scale.modalities import published_parts
-from d2v_scale.model.config import Backbone, ModelConfig, Predictor, TeacherParts
+from d2v_scale.model.config import Backbone, ModelConfig, Predictor
 from d2v_scale.model.stem_config import TextStem
+from d2v_scale.model.teacher_parts import TeacherParts
 
 
 class TextReference(ReferenceRow):

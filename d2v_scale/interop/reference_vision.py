@@ -12,9 +12,10 @@ from d2v_scale.interop.keymap import KeyMap
 from d2v_scale.interop.reference_options import REMEDY, Reference, Settings, Shapes, averaged_layers, require
 from d2v_scale.interop.reference_row import ReferenceRow, Tensors, timm_block
 from d2v_scale.modalities import published_parts
-from d2v_scale.model.config import Backbone, ModelConfig, Predictor, TeacherParts
+from d2v_scale.model.config import Backbone, ModelConfig, Predictor
 from d2v_scale.model.position_bias import relative_index, sincos_positions
 from d2v_scale.model.stem_config import VisionStem
+from d2v_scale.model.teacher_parts import TeacherParts
 
 _OTHER_PROGRAM = "1.0 models of images are data2vec_vision's; fairseq has no configuration of them."
 

@@ -10,8 +10,9 @@ from d2v_scale.modalities.base import Modality
 from d2v_scale.modalities.speech.modality import Speech
 from d2v_scale.modalities.text.modality import Text
 from d2v_scale.modalities.vision.modality import Vision
-from d2v_scale.model.config import ModelConfig, TeacherParts
+from d2v_scale.model.config import ModelConfig
 from d2v_scale.model.stem_config import KINDS, Kind
+from d2v_scale.model.teacher_parts import TeacherParts
 
 if TYPE_CHECKING:
     from d2v_scale.data2vec.targets import Place

@@ -10,10 +10,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import TYPE_CHECKING, ClassVar
 
-from d2v_scale.data.content import Content
 from d2v_scale.data2vec.block_sizes import Axis
 from d2v_scale.modalities.costs import Lengths, Setting
-from d2v_scale.model.config import ModelConfig, TeacherParts
+from d2v_scale.model.config import ModelConfig
+from d2v_scale.model.teacher_parts import TeacherParts
+from d2v_scale.shards.content import Content
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -23,15 +24,15 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor, nn
 
-    from d2v_scale.data.batch import Batch
+    from d2v_scale.batch import Batch
     from d2v_scale.data.config import DataConfig
     from d2v_scale.data.items import Items
     from d2v_scale.data.items import Lengths as SampleLengths
-    from d2v_scale.data.rows import Decoder
-    from d2v_scale.data.shard_set import ShardSet
     from d2v_scale.data2vec.masking import Masks
     from d2v_scale.model.layers import Section
     from d2v_scale.model.stem import Stem
+    from d2v_scale.shards.rows import Decoder
+    from d2v_scale.shards.shard_set import ShardSet
 
 
 class Modality(ABC):

@@ -1,6 +1,7 @@
-"""A model as one list of layers, and what travels along it.
+"""What a layer is, which part of a list of them one stage holds, and what travels along it.
 
-The student's stack and the teacher's are built and run from the same list, so that a pipeline can be cut from it.
+The student's stack and the teacher's are built and run from the same list (`networks/layers.py`), so that a pipeline
+can be cut from it.
 """
 
 from dataclasses import dataclass
@@ -9,9 +10,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from d2v_scale import modalities
-from d2v_scale.data.batch import Batch
-from d2v_scale.model.config import Modality, ModelConfig
+from d2v_scale.batch import Batch
+from d2v_scale.model.config import ModelConfig
 
 LayerKind = Literal["features", "context", "bias", "block", "final_norm", "predictor"]
 
@@ -66,22 +66,6 @@ class Section:
         if layer.main >= 0:
             return self.first <= layer.main < self.last
         return self.ends if layer.kind in ("final_norm", "predictor") else self.starts
-
-
-def describe(config: ModelConfig, modality: Modality) -> list[LayerSpec]:
-    """The layers that a sample of `modality` passes, in order."""
-    stem = f"stems.{modality}"
-    layers = [LayerSpec("features", f"{stem}.features"), LayerSpec("context", f"{stem}.context")]
-    if modalities.of(config, modality).has_bias:
-        layers.append(LayerSpec("bias", f"{stem}.bias"))
-    one = config.of(modality)
-    prenet = one.backbone.prenet_depth
-    layers += [LayerSpec("block", f"{stem}.prenet.{i}", index=i) for i in range(prenet)]
-    layers += [LayerSpec("block", f"blocks.{i}", index=prenet + i, main=i) for i in range(config.backbone.depth)]
-    if config.backbone.final_norm:
-        layers.append(LayerSpec("final_norm", "final_norm"))
-    layers.append(LayerSpec("predictor", f"predictors.{one.predictor_name}"))
-    return layers
 
 
 def states_shape(config: ModelConfig, batch: Batch, *, masked: bool) -> tuple[int, int, int]:

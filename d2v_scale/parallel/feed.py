@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from d2v_scale.data.batch import Batch, Layout
+from d2v_scale.batch import Batch, Layout
 from d2v_scale.parallel.groups import Topology, model_group_on_host
 
 

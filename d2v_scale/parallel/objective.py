@@ -5,7 +5,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from d2v_scale.data.batch import Batch
+from d2v_scale.batch import Batch
 from d2v_scale.data2vec.targets import Made
 
 

@@ -19,16 +19,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from d2v_scale import faults, modalities
-from d2v_scale.data.batch import Batch
+from d2v_scale import modalities
+from d2v_scale.batch import Batch
 from d2v_scale.data2vec.stateless import key
 from d2v_scale.model.layers import Carry, states_shape
-from d2v_scale.model.stack import Draw, Student, Teacher
 from d2v_scale.model.stem import Stem
+from d2v_scale.networks.draw import Draw
+from d2v_scale.networks.stack import Student, Teacher
 from d2v_scale.parallel.groups import Topology
 from d2v_scale.parallel.objective import Objective
 from d2v_scale.parallel.zero import NamedParameters, StepResult, StudentEngine, poisoned
-from d2v_scale.profiling import part
+from d2v_scale.process import faults
+from d2v_scale.process.profiling import part
 from d2v_scale.tracking.meters import Stopwatch
 
 

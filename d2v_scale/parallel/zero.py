@@ -7,18 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from d2v_scale import faults
-from d2v_scale.data.batch import Batch
+from d2v_scale.batch import Batch
 from d2v_scale.data2vec.stateless import key
 from d2v_scale.data2vec.targets import Made
-from d2v_scale.model.stack import Draw
+from d2v_scale.networks.draw import Draw
 from d2v_scale.parallel import rank_loops
 from d2v_scale.parallel.absent_gradients import absent_gradients
 from d2v_scale.parallel.groups import Topology
 from d2v_scale.parallel.layout_check import check_layout
 from d2v_scale.parallel.objective import Objective
 from d2v_scale.parallel.shards import MOMENTS, Shard, global_shapes, student_shards
-from d2v_scale.profiling import part
+from d2v_scale.process import faults
+from d2v_scale.process.profiling import part
 
 NamedParameters = list[tuple[str, nn.Parameter]]
 

@@ -11,7 +11,8 @@ from d2v_scale import modalities
 from d2v_scale.data2vec.targets import Target
 from d2v_scale.modalities.costs import INDEX_BYTES, NORM_BYTES, Lengths, Setting
 from d2v_scale.model.config import Modality, ModelConfig
-from d2v_scale.model.layers import LayerSpec, describe
+from d2v_scale.model.layers import LayerSpec
+from d2v_scale.networks.layers import describe
 
 
 @dataclass(frozen=True)

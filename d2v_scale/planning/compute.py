@@ -4,10 +4,10 @@ import numpy as np
 
 from d2v_scale import modalities
 from d2v_scale.data.config import SAMPLE_RATE, SourceConfig
-from d2v_scale.data.shard_set import find_shards
 from d2v_scale.errors import DataError
 from d2v_scale.planning.flops import SampleCost, cost_of
 from d2v_scale.recipe import Recipe
+from d2v_scale.shards.shard_set import find_shards
 
 
 def mean_size(recipe: Recipe, shards: str) -> float | None:

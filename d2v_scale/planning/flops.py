@@ -17,8 +17,10 @@ from d2v_scale import modalities
 from d2v_scale.data2vec import masking
 from d2v_scale.data2vec.targets import Target
 from d2v_scale.modalities.costs import Lengths
-from d2v_scale.model.config import Modality, ModelConfig, TeacherParts
-from d2v_scale.model.layers import LayerKind, LayerSpec, describe
+from d2v_scale.model.config import Modality, ModelConfig
+from d2v_scale.model.layers import LayerKind, LayerSpec
+from d2v_scale.model.teacher_parts import TeacherParts
+from d2v_scale.networks.layers import describe
 from d2v_scale.recipe import Recipe
 
 _DRAWN = 64

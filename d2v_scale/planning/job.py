@@ -9,8 +9,8 @@ import torch
 from d2v_scale.data.config import SAMPLE_RATE
 from d2v_scale.modalities.costs import Lengths
 from d2v_scale.model.config import Modality
-from d2v_scale.model.layers import describe
-from d2v_scale.model.stack import Student, Teacher
+from d2v_scale.networks.layers import describe
+from d2v_scale.networks.stack import Student, Teacher
 from d2v_scale.parallel.groups import ParallelConfig, data_parallel_size
 from d2v_scale.parallel.shards import global_shapes
 from d2v_scale.planning import flops, legal, stages

@@ -1,6 +1,6 @@
 """Bytes that a job holds on a device and in host memory, by class of tensor.
 
-The first five classes are those that `d2v_scale.parallel.memory` measures; activations and buffers come on top.
+The first five classes are those that `d2v_scale.teacher.held_bytes` measures; activations and buffers come on top.
 """
 
 from collections import Counter

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from d2v_scale import modalities
 from d2v_scale.errors import ConfigError
 from d2v_scale.model.config import Modality, ModelConfig
-from d2v_scale.model.layers import LayerSpec, describe
+from d2v_scale.model.layers import LayerSpec
+from d2v_scale.networks.layers import describe
 from d2v_scale.planning import flops
 from d2v_scale.recipe import Recipe
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import Tensor
 
-from d2v_scale.data.batch import Batch
+from d2v_scale.batch import Batch
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

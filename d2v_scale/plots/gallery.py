@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from d2v_scale import modalities
-from d2v_scale.data.batch import Batch, Layout
-from d2v_scale.data.text import Tokenizer
+from d2v_scale.batch import Batch, Layout
 from d2v_scale.data2vec import masking
 from d2v_scale.data2vec.config import MaskingConfig
 from d2v_scale.evaluation.features import mean_over_layers
 from d2v_scale.evaluation.knn import whitened
+from d2v_scale.modalities.text.decoder import Tokenizer
 from d2v_scale.model.stem_config import Kind
 from d2v_scale.plots.relations import plot_cka, plot_neighbours
 from d2v_scale.plots.samples import plot_masks

@@ -7,9 +7,9 @@ from torch import Tensor
 
 from d2v_scale.data.labelled import LabelledSet
 from d2v_scale.errors import UserError
-from d2v_scale.evaluation.features import mean_over_positions
 from d2v_scale.evaluation.frozen import FrozenEncoder
 from d2v_scale.interop.exporting import pick_modality
+from d2v_scale.model.pooling import mean_over_positions
 from d2v_scale.plots.curves import plot_health
 from d2v_scale.plots.gallery import FIRST, Gallery, draw_gallery
 

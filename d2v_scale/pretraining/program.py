@@ -8,28 +8,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from d2v_scale.batch import Batch
 from d2v_scale.checkpoint import Checkpoint, find_newest_valid, open_any
 from d2v_scale.checkpoint.training import pieces, restore, restore_weights, state
 from d2v_scale.checkpoint.writer import CheckpointWriter
 from d2v_scale.command_line import Options
-from d2v_scale.data import demo
-from d2v_scale.data.batch import Batch
+from d2v_scale.conversion import demo
 from d2v_scale.data.loader import StepLoader
-from d2v_scale.engines import build_engines, describe_idle
 from d2v_scale.evaluation.held_out import HeldOutSet
 from d2v_scale.evaluation.online import OnlineEvaluation
-from d2v_scale.model.stack import Draw
-from d2v_scale.observing import RunObserver
+from d2v_scale.networks.draw import Draw
 from d2v_scale.optim import set_rates, stem_rates
 from d2v_scale.parallel.groups import Topology
 from d2v_scale.parallel.zero import StudentEngine
-from d2v_scale.profiling import decoders
+from d2v_scale.pretraining.engines import build_engines, describe_idle
+from d2v_scale.pretraining.observing import RunObserver
+from d2v_scale.pretraining.step import Observations, train_step
+from d2v_scale.process.profiling import decoders
+from d2v_scale.process.signals import StopReason
 from d2v_scale.recipe import Recipe
 from d2v_scale.running.loop import Taken
-from d2v_scale.signals import StopReason
-from d2v_scale.step import Observations, train_step
-from d2v_scale.supervision import facts
-from d2v_scale.teacher import EmaTeacher
+from d2v_scale.running.supervision import facts
+from d2v_scale.teacher.sharded import EmaTeacher
 from d2v_scale.tracking import RunTracker, SpeedMeter
 
 log = logging.getLogger("d2v_scale.train")

@@ -8,20 +8,20 @@ from typing import Generic, Protocol, TypeVar
 
 from torch import nn
 
+from d2v_scale.batch import Batch
 from d2v_scale.checkpoint.format import MANIFEST
 from d2v_scale.checkpoint.writer import CheckpointWriter
 from d2v_scale.command_line import Options
-from d2v_scale.committed import directory_name
-from d2v_scale.data.batch import Batch
 from d2v_scale.data.loader import StepLoader
 from d2v_scale.parallel.feed import SharedFeed
 from d2v_scale.parallel.groups import Topology
 from d2v_scale.parallel.zero import StepResult, StudentEngine
-from d2v_scale.profiling import StepProfiler, part
+from d2v_scale.process.profiling import StepProfiler, part
+from d2v_scale.process.signals import Agreement, Stop, StopFlag, StopReason
+from d2v_scale.process.watchdog import Watchdog
 from d2v_scale.recipe import Recipe
-from d2v_scale.signals import Agreement, Stop, StopFlag, StopReason
+from d2v_scale.run_files.committed import directory_name
 from d2v_scale.tracking import RunTracker, SpeedMeter
-from d2v_scale.watchdog import Watchdog
 
 log = logging.getLogger("d2v_scale.train")
 

@@ -8,8 +8,8 @@ import sys
 import time
 from pathlib import Path
 
+from d2v_scale.process.status import read_status
 from d2v_scale.redaction import redact
-from d2v_scale.status import read_status
 from d2v_scale.tracking.events import append_event, earlier_starts, has_ended
 from d2v_scale.tracking.mirror import Mirror, NotStored, Outdated
 from d2v_scale.tracking.mirror_state import shown_uri

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from d2v_scale.process.status import Status, read_status
 from d2v_scale.redaction import redact_values
-from d2v_scale.status import Status, read_status
 from d2v_scale.tracking.mirror_state import EVENTS_FILE
 from d2v_scale.tracking.record import METRICS_FILE, SUPERSEDED_FILE, parse_lines, read_records
 from d2v_scale.tracking.tracker import flatten

@@ -17,7 +17,7 @@ from d2v_scale.tracking.record import MetricsLog
 from d2v_scale.tracking.terminal import Terminal
 
 if TYPE_CHECKING:
-    from d2v_scale.data.batch import Batch
+    from d2v_scale.batch import Batch
     from d2v_scale.model.stem_config import Kind
     from d2v_scale.plots.gallery import Gallery
 
@@ -120,7 +120,7 @@ class RunTracker:
         try:
             import torch  # not above: the mirror imports this package and has no use for it
 
-            from d2v_scale.data.text import Tokenizer
+            from d2v_scale.modalities.text.decoder import Tokenizer
             from d2v_scale.plots.samples import plot_masks
 
             decode = Tokenizer(tokenizer).piece if tokenizer else None

@@ -26,9 +26,9 @@ from d2v_scale.checkpoint.format import (
     describe,
     merge,
 )
-from d2v_scale.committed import MARKER
 from d2v_scale.errors import CheckpointError
 from d2v_scale.parallel.shards import TensorSlice
+from d2v_scale.run_files.committed import MARKER
 
 SHAPES: manifest_scale.Shapes = {
     "student": {f"blocks.{k}.{name}": shape for k in range(12) for name, shape in (("w", (96, 384)), ("b", (96,)))},

@@ -14,9 +14,9 @@ from d2v_scale.checkpoint import Checkpoint, find_newest_valid, open_any, write_
 from d2v_scale.checkpoint.config import CheckpointConfig
 from d2v_scale.checkpoint.format import FORMAT, MANIFEST, Piece
 from d2v_scale.checkpoint.writer import CheckpointWriter
-from d2v_scale.committed import MARKER
 from d2v_scale.errors import CheckpointError
 from d2v_scale.parallel.shards import TensorSlice
+from d2v_scale.run_files.committed import MARKER
 
 
 def cut(tensor: torch.Tensor, piece: TensorSlice | None) -> torch.Tensor:

@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from d2v_scale import faults
 from d2v_scale.checkpoint import Checkpoint, find_newest_valid
 from d2v_scale.checkpoint.commit import sweep
 from d2v_scale.checkpoint.config import CheckpointConfig
 from d2v_scale.checkpoint.format import Piece
 from d2v_scale.checkpoint.writer import CheckpointWriter
-from d2v_scale.committed import committed_steps, directory_name
-from d2v_scale.data.forking import forking
+from d2v_scale.process import faults
+from d2v_scale.run_files.committed import committed_steps, directory_name
+from d2v_scale.shards.forking import forking
 
 fork = multiprocessing.get_context("fork")
 SIZE = 37

@@ -9,7 +9,7 @@ from d2v_scale.commands import lay_out_templates
 from d2v_scale.errors import ConfigError
 from d2v_scale.parallel import ds_config
 from d2v_scale.recipe import Recipe
-from d2v_scale.recipe_paths import make_absolute
+from d2v_scale.run_files.recipe_paths import make_absolute
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from d2v_scale.conversion.array_members import ArrayReading, Layout, array_members
-from d2v_scale.data.array_files import npy_of
+from d2v_scale.shards.array_files import npy_of
 
 TYPES = ["?", "<i1", "<u2", ">u2", "<i8", ">i4", "<f2", ">f4", "<f4", "<f8", ">f8"]
 

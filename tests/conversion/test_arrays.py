@@ -9,11 +9,11 @@ import pytest
 from d2v_scale.commands.make_shards import main
 from d2v_scale.conversion.array_members import ArrayReading, Layout
 from d2v_scale.conversion.arrays import usual_layout
-from d2v_scale.data.array_files import npy_of
 from d2v_scale.data.config import SourceConfig
-from d2v_scale.data.reading import SampleStore
-from d2v_scale.data.shard_index import SetIndex
-from d2v_scale.data.shard_set import find_shards
+from d2v_scale.shards.array_files import npy_of
+from d2v_scale.shards.reading import SampleStore
+from d2v_scale.shards.shard_index import SetIndex
+from d2v_scale.shards.shard_set import find_shards
 
 
 @pytest.fixture

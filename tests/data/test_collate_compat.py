@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from d2v_scale.data.collate import Collator
-from d2v_scale.data.rows import Row, Stacked
 from d2v_scale.data2vec.config import CompatConfig, MaskingConfig
 from d2v_scale.model.config import ModelConfig, Predictor
 from d2v_scale.model.stem_config import TextStem
+from d2v_scale.shards.rows import Row, Stacked
 
 
 class Words:

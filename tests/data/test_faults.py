@@ -9,17 +9,17 @@ import pytest
 from damaged_shards import DamagedSet
 from small_shards import image_samples, sound_samples
 
-from d2v_scale.data import speech
-from d2v_scale.data.batch import Batch
+from d2v_scale.batch import Batch
 from d2v_scale.data.config import DataConfig, SourceConfig
 from d2v_scale.data.loader import StepLoader
-from d2v_scale.data.plan import Cursor
-from d2v_scale.data.shard_index import Members, SetIndex, index_shard
-from d2v_scale.data.writing import members_file, write_shard
 from d2v_scale.data2vec.config import MaskingConfig
 from d2v_scale.errors import DataError, DataStarved
+from d2v_scale.modalities.speech import decoder as speech
 from d2v_scale.model.config import ModelConfig
 from d2v_scale.model.stem_config import SpeechStem, VisionStem
+from d2v_scale.shards.plan import Cursor
+from d2v_scale.shards.shard_index import Members, SetIndex, index_shard
+from d2v_scale.shards.writing import members_file, write_shard
 
 MODEL = ModelConfig(vision=VisionStem(image_size=8, patch_size=4), speech=SpeechStem())
 MASKING = MaskingConfig(kind="random", prob=0.5)

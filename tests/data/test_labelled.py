@@ -6,17 +6,17 @@ import pytest
 import tiny_models
 from small_shards import documents, image_samples, sound_samples
 
-from d2v_scale.data import tokenizer
 from d2v_scale.data.config import DataConfig, SpeechData
 from d2v_scale.data.labelled import LabelledSet
 from d2v_scale.data.labels import ClassLabels, Transcripts, Vocabulary
-from d2v_scale.data.shard_index import SetIndex
-from d2v_scale.data.speech import measure
-from d2v_scale.data.text import TokenCounter
-from d2v_scale.data.writing import write_set
 from d2v_scale.errors import DataError
+from d2v_scale.modalities.speech.decoder import measure
+from d2v_scale.modalities.text import tokenizer
+from d2v_scale.modalities.text.decoder import TokenCounter
 from d2v_scale.model.config import ModelConfig
 from d2v_scale.model.stem_config import TextStem, VisionStem
+from d2v_scale.shards.shard_index import SetIndex
+from d2v_scale.shards.writing import write_set
 
 IMAGES = ModelConfig(vision=VisionStem(image_size=8, patch_size=4))
 

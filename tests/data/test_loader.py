@@ -10,7 +10,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from d2v_scale.data.batch import Batch
+from d2v_scale.batch import Batch
 from d2v_scale.data.config import DataConfig, SourceConfig
 from d2v_scale.data.loader import StepLoader
 from d2v_scale.data2vec.config import MaskingConfig
@@ -178,7 +178,7 @@ def test_a_rank_without_samples_gets_a_blank_row_that_counts_nothing(mixed: list
 def test_other_shards_are_refused_on_resume(images: Path, tmp_path: Path) -> None:
     from small_shards import image_samples
 
-    from d2v_scale.data.writing import write_set
+    from d2v_scale.shards.writing import write_set
 
     state = make_loader(SourceConfig(shards=str(images))).state_dict()
     write_set(tmp_path, "train", "image", image_samples(90)[::-1], per_shard=20)
@@ -199,7 +199,7 @@ def test_shards_may_move_between_runs(images: Path, tmp_path: Path) -> None:
 def test_a_step_that_never_arrives_is_a_verdict_and_no_hang(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import time
 
-    from d2v_scale.data import vision
+    from d2v_scale.modalities.vision import decoder as vision
 
     monkeypatch.setattr(vision.VisionDecoder, "training_row", lambda *_: time.sleep(60))
     data = DataConfig(sources=[SourceConfig(shards=str(images))], workers=1, timeout_s=1.0)

@@ -13,17 +13,17 @@ from small_shards import image_samples, sound_samples
 
 from d2v_scale.data import streaming
 from d2v_scale.data.config import DataConfig, SourceConfig
-from d2v_scale.data.fetching import ShardCache
 from d2v_scale.data.loader import StepLoader
-from d2v_scale.data.shard_index import TarContents, index_tar
 from d2v_scale.data.streaming import StreamStore
-from d2v_scale.data.totals import RunTotals
-from d2v_scale.data.writing import Sample, write_set
 from d2v_scale.data2vec.config import MaskingConfig
 from d2v_scale.errors import ConfigError, DataStarved
 from d2v_scale.model.config import Modality, ModelConfig
 from d2v_scale.model.stem_config import SpeechStem, TextStem, VisionStem
 from d2v_scale.parallel import groups
+from d2v_scale.running.totals import RunTotals
+from d2v_scale.shards.fetching import ShardCache
+from d2v_scale.shards.shard_index import TarContents, index_tar
+from d2v_scale.shards.writing import Sample, write_set
 
 MODEL = ModelConfig(
     vision=VisionStem(image_size=8, patch_size=4),

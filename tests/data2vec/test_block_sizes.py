@@ -4,12 +4,12 @@ from typing import Any
 
 import pytest
 
-from d2v_scale import recipe_file
 from d2v_scale.command_line import parse
 from d2v_scale.data2vec.block_sizes import Axis, check, resolved
 from d2v_scale.data2vec.config import MaskingConfig
 from d2v_scale.errors import ConfigError
 from d2v_scale.recipe import Recipe
+from d2v_scale.run_files import recipe_file
 
 TIME = Axis("time", {"s": 50.0, "ms": 0.05})
 PLANE = (Axis("height", {"px": 0.25}), Axis("width", {"px": 0.25}))

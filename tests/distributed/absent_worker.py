@@ -13,18 +13,18 @@ from pathlib import Path
 from megatron.core import parallel_state
 
 from d2v_scale import command_line
+from d2v_scale.batch import Batch
 from d2v_scale.checkpoint import Checkpoint, training
 from d2v_scale.checkpoint.config import CheckpointConfig
 from d2v_scale.checkpoint.writer import CheckpointWriter
-from d2v_scale.data.batch import Batch
 from d2v_scale.data.loader import StepLoader
-from d2v_scale.engines import build_engines
-from d2v_scale.model.stack import Draw
+from d2v_scale.networks.draw import Draw
 from d2v_scale.optim import set_rates
 from d2v_scale.parallel import groups
 from d2v_scale.planning import legal
+from d2v_scale.pretraining.engines import build_engines
+from d2v_scale.pretraining.step import collapse_statistics, train_step
 from d2v_scale.recipe import Recipe
-from d2v_scale.step import collapse_statistics, train_step
 
 LOADED: dict[tuple, list[list[Batch]]] = {}
 """Micro-batches by what they depend on: many cases read the same."""

@@ -17,13 +17,13 @@ import torch.distributed as dist
 from deepspeed.utils import safe_get_full_grad
 
 from d2v_scale.data2vec.config import ObjectiveConfig
-from d2v_scale.engines import build_engines
 from d2v_scale.modalities import published_parts
-from d2v_scale.model.stack import Draw
+from d2v_scale.networks.draw import Draw
 from d2v_scale.optim import OptimConfig
 from d2v_scale.parallel import ds_config, groups
+from d2v_scale.pretraining.engines import build_engines
+from d2v_scale.pretraining.step import train_step
 from d2v_scale.recipe import Recipe
-from d2v_scale.step import train_step
 
 MODELS = ("v1_vision", "v2_speech")
 CASES = [  # ZeRO stage, compiled, activation checkpointing; the first is what the others are compared with

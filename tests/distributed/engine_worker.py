@@ -17,9 +17,10 @@ from torch import Tensor
 from d2v_scale.checkpoint import Checkpoint, training
 from d2v_scale.checkpoint.config import CheckpointConfig
 from d2v_scale.checkpoint.writer import CheckpointWriter
-from d2v_scale.diagnostics import StepDiagnostics
 from d2v_scale.parallel import ds_config, groups, zero
-from d2v_scale.teacher import ShardedTeacher, TeacherConfig
+from d2v_scale.pretraining.diagnostics import StepDiagnostics
+from d2v_scale.teacher.config import TeacherConfig
+from d2v_scale.teacher.sharded import ShardedTeacher
 
 SETTINGS = toy.Settings()
 

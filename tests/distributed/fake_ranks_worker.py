@@ -21,18 +21,19 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from d2v_scale.data.batch import Batch
+from d2v_scale.batch import Batch
 from d2v_scale.data2vec.config import MaskingConfig, ObjectiveConfig, TargetConfig
 from d2v_scale.model.config import Backbone, ModelConfig, Predictor
-from d2v_scale.model.stack import Draw
 from d2v_scale.model.stem_config import VisionStem
+from d2v_scale.networks.draw import Draw
 from d2v_scale.optim import OptimConfig
 from d2v_scale.parallel import groups, layout_check
 from d2v_scale.planning import collectives, legal, memory, traffic
 from d2v_scale.planning.job import Job, ModelSizes
+from d2v_scale.pretraining.step import collapse_statistics, train_step
 from d2v_scale.recipe import Recipe
-from d2v_scale.step import collapse_statistics, train_step
-from d2v_scale.teacher import ShardedTeacher, TeacherConfig
+from d2v_scale.teacher.config import TeacherConfig
+from d2v_scale.teacher.sharded import ShardedTeacher
 
 STEPS = 4
 """The last is counted: DeepSpeed records what a step needs in the first two and looks some of it up in the third."""
@@ -188,7 +189,7 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
     """Counts of one case."""
     from d2v_scale.checkpoint.format import describe
     from d2v_scale.checkpoint.training import pieces
-    from d2v_scale.engines import build_engines
+    from d2v_scale.pretraining.engines import build_engines
 
     counts = start(case["world_size"])
     topology, calls_groups = profiled(lambda: groups.initialize(groups.ParallelConfig()))

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from d2v_scale import command_line
 from d2v_scale.model.init import full_shape_of, initialize
-from d2v_scale.model.stack import Student
+from d2v_scale.networks.stack import Student
 from d2v_scale.parallel import ds_config, groups
 from d2v_scale.parallel.zero import construct
 

@@ -16,11 +16,11 @@ from deepspeed.runtime.pipe import p2p
 from topology_worker import clones
 
 from d2v_scale import modalities
-from d2v_scale.data.batch import Batch
-from d2v_scale.engines import build_engines
-from d2v_scale.model.stack import Draw
+from d2v_scale.batch import Batch
+from d2v_scale.networks.draw import Draw
 from d2v_scale.parallel import ds_config, groups
-from d2v_scale.step import train_step
+from d2v_scale.pretraining.engines import build_engines
+from d2v_scale.pretraining.step import train_step
 
 CASES = (("v1_vision", "bf16"), ("v2_speech", "fp32"), ("v1_text", "bf16"))
 MICRO_BATCHES = 4

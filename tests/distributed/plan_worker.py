@@ -21,20 +21,21 @@ import torch.distributed as dist
 from deepspeed.runtime.pipe import schedule
 from megatron.core import parallel_state
 
-from d2v_scale.data.batch import Batch
+from d2v_scale.batch import Batch
 from d2v_scale.data2vec.config import MaskingConfig, ObjectiveConfig, TargetConfig
-from d2v_scale.engines import build_engines
 from d2v_scale.model.config import Backbone, ModelConfig, Predictor
-from d2v_scale.model.stack import Draw
 from d2v_scale.model.stem_config import VisionStem
+from d2v_scale.networks.draw import Draw
 from d2v_scale.optim import OptimConfig
 from d2v_scale.parallel import ds_config, groups
-from d2v_scale.parallel.memory import held_bytes
 from d2v_scale.parallel.pipeline import PipelineStudent
 from d2v_scale.parallel.zero import StudentEngine
+from d2v_scale.pretraining.engines import build_engines
+from d2v_scale.pretraining.step import train_step
 from d2v_scale.recipe import Recipe
-from d2v_scale.step import train_step
-from d2v_scale.teacher import EmaTeacher, ShardedTeacher, TeacherConfig
+from d2v_scale.teacher.config import TeacherConfig
+from d2v_scale.teacher.held_bytes import held_bytes
+from d2v_scale.teacher.sharded import EmaTeacher, ShardedTeacher
 
 SAMPLES, CLONES, KEPT = 2, 3, 4
 """Of each micro-batch and data-parallel rank; patches kept of 16."""

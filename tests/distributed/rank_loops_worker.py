@@ -9,12 +9,12 @@ import torch
 import torch.distributed as dist
 from deepspeed.runtime.zero import stage3
 
-from d2v_scale.data.batch import Batch
-from d2v_scale.engines import build_engines
-from d2v_scale.model.stack import Draw
+from d2v_scale.batch import Batch
+from d2v_scale.networks.draw import Draw
 from d2v_scale.parallel import groups, rank_loops
 from d2v_scale.planning import legal
-from d2v_scale.step import train_step
+from d2v_scale.pretraining.engines import build_engines
+from d2v_scale.pretraining.step import train_step
 
 SIZES = ((1,), (6,), (7,), (1, 7, 100, 64, 12), (2, 2), (9, 3, 1), (3, 3), (1, 1, 1))
 """Of tensors in one bucket: of one element, divisible by three and not, with ranks that have nothing of one."""

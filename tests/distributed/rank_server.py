@@ -14,13 +14,18 @@ import sys
 from pathlib import Path
 from typing import Any, TextIO
 
-from d2v_scale import faults
 from d2v_scale.parallel import groups
+from d2v_scale.process import faults
 
 PRELOADED = (
-    *("d2v_scale.engines", "d2v_scale.command_line", "d2v_scale.observing", "d2v_scale.supervision"),
+    *(
+        "d2v_scale.pretraining.engines",
+        "d2v_scale.command_line",
+        "d2v_scale.pretraining.observing",
+        "d2v_scale.running.supervision",
+    ),
     *("d2v_scale.evaluation.online", "d2v_scale.finetuning.program", "d2v_scale.pretraining.program"),
-    *("d2v_scale.running.loop", "d2v_scale.profiling", "d2v_scale.watchdog"),
+    *("d2v_scale.running.loop", "d2v_scale.process.profiling", "d2v_scale.process.watchdog"),
 )
 
 

@@ -13,16 +13,18 @@ import tiny_models
 import torch
 from torch import Tensor, nn
 
-from d2v_scale.data.batch import Batch
+from d2v_scale.batch import Batch
 from d2v_scale.data2vec import loss
 from d2v_scale.data2vec.config import LossConfig
 from d2v_scale.modalities import published_parts
 from d2v_scale.model.config import ModelConfig
 from d2v_scale.model.init import initialize
-from d2v_scale.model.stack import Draw, Student, Teacher
+from d2v_scale.networks.draw import Draw
+from d2v_scale.networks.stack import Student, Teacher
 from d2v_scale.parallel import ds_config, groups
 from d2v_scale.parallel.zero import build_student
-from d2v_scale.teacher import ShardedTeacher, TeacherConfig
+from d2v_scale.teacher.config import TeacherConfig
+from d2v_scale.teacher.sharded import ShardedTeacher
 
 STEPS = 4
 SAMPLES = 4

@@ -18,7 +18,8 @@ from d2v_scale.data2vec.config import LossConfig
 from d2v_scale.modalities import published_parts
 from d2v_scale.model import attention_kernels, cpu_ops
 from d2v_scale.model.init import full_shape_of, initial_tensor, initialize, tensor_parallel_slice
-from d2v_scale.model.stack import Draw, Student, Teacher
+from d2v_scale.networks.draw import Draw
+from d2v_scale.networks.stack import Student, Teacher
 from d2v_scale.parallel import groups
 
 CASES = [(name, padded) for name in tiny_models.NAMES for padded in (False, True)]

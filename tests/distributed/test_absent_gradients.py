@@ -9,8 +9,8 @@ import torch
 from launch import run_ranks
 
 from d2v_scale.checkpoint import Checkpoint, find_newest_valid
-from d2v_scale.committed import directory_name
-from d2v_scale.data import demo
+from d2v_scale.conversion import demo
+from d2v_scale.run_files.committed import directory_name
 
 WORKER = Path(__file__).with_name("absent_worker.py")
 RECIPE = Path(__file__).with_name("joint.yaml")

@@ -10,8 +10,8 @@ from damaged_shards import DamagedSet
 from launch import ROOT, start_ranks, stop
 from small_shards import image_samples, sound_samples
 
-from d2v_scale.data.order import WindowOrder
 from d2v_scale.model.config import Modality
+from d2v_scale.shards.order import WindowOrder
 
 WINDOW_SHARDS = 4
 

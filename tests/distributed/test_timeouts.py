@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from launch import run_ranks
 
-from d2v_scale.watchdog import STARTUP_LIMIT_S, collective_timeout_s
+from d2v_scale.process.watchdog import STARTUP_LIMIT_S, collective_timeout_s
 
 WORKER = Path(__file__).with_name("timeout_worker.py")
 

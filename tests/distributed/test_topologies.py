@@ -8,8 +8,8 @@ import tiny_models
 from launch import run_ranks
 
 from d2v_scale.checkpoint import Checkpoint, find_newest_valid
-from d2v_scale.committed import directory_name
 from d2v_scale.planning.stages import StageSplit
+from d2v_scale.run_files.committed import directory_name
 
 WORKER = Path(__file__).with_name("topology_worker.py")
 STEPS = 5

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from launch import ROOT, run_ranks
 
-from d2v_scale.data import demo
+from d2v_scale.conversion import demo
 
 FIGURES = [
     "loss",

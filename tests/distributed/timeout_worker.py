@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.distributed.distributed_c10d as c10d
 
 from d2v_scale.parallel import groups
-from d2v_scale.signals import Agreement
+from d2v_scale.process.signals import Agreement
 
 
 def limits() -> dict[str, float]:

@@ -3,14 +3,14 @@
 import torch
 from torch import Tensor, nn
 
-from d2v_scale.data.batch import Batch
+from d2v_scale.batch import Batch, masked_targets
 from d2v_scale.data2vec import loss as objective
 from d2v_scale.data2vec.config import LossConfig, TargetConfig
 from d2v_scale.modalities import published_parts
-from d2v_scale.model import init, stack
+from d2v_scale.model import init
 from d2v_scale.model.config import Backbone, ModelConfig
 from d2v_scale.model.stem_config import VisionStem
-from d2v_scale.step import masked_targets
+from d2v_scale.networks import stack
 
 MODEL = ModelConfig(
     vision=VisionStem(image_size=16, patch_size=4),

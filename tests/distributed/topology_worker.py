@@ -15,20 +15,20 @@ import tiny_models
 import torch
 import torch.distributed as dist
 
+from d2v_scale.batch import Batch
 from d2v_scale.checkpoint import Checkpoint, training
 from d2v_scale.checkpoint.config import CheckpointConfig
 from d2v_scale.checkpoint.writer import CheckpointWriter
-from d2v_scale.data.batch import Batch
 from d2v_scale.data2vec.config import EmaConfig, LossConfig, MaskingConfig, ObjectiveConfig, TargetConfig
-from d2v_scale.engines import build_engines
 from d2v_scale.evaluation.held_out import HeldOutSet
-from d2v_scale.model.stack import Draw
+from d2v_scale.networks.draw import Draw
 from d2v_scale.optim import OptimConfig, set_rates
 from d2v_scale.parallel import ds_config, groups
 from d2v_scale.parallel.feed import SharedFeed
+from d2v_scale.pretraining.engines import build_engines
+from d2v_scale.pretraining.step import collapse_statistics, train_step
 from d2v_scale.recipe import Recipe
-from d2v_scale.step import collapse_statistics, train_step
-from d2v_scale.teacher import TeacherConfig
+from d2v_scale.teacher.config import TeacherConfig
 
 SAMPLES = 8
 SHARES = 4

@@ -6,9 +6,9 @@ import pytest
 import tiny_models
 import torch
 
+from d2v_scale.batch import Batch
 from d2v_scale.command_line import parse
-from d2v_scale.data.batch import Batch
-from d2v_scale.data.demo import digits
+from d2v_scale.conversion.demo import digits
 from d2v_scale.data.labelled import LabelledSet
 from d2v_scale.evaluation import score, supervised
 from d2v_scale.evaluation.raw import raw_features

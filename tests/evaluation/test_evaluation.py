@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from d2v_scale.data.batch import Batch
+from d2v_scale.batch import Batch
 from d2v_scale.evaluation import extract, knn, linear_probe, nearest, weighted_layers_probe, whitened
-from d2v_scale.evaluation.features import mean_over_positions
+from d2v_scale.model.pooling import mean_over_positions
 
 
 def blobs(count: int, classes: int, width: int, spread: float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from d2v_scale.checkpoint import write_single
-from d2v_scale.data.demo import digits
+from d2v_scale.conversion.demo import digits
 from d2v_scale.errors import CheckpointError
 from d2v_scale.evaluation.frozen import FrozenEncoder
 from d2v_scale.model.config import Backbone, ModelConfig, Predictor
 from d2v_scale.model.init import initialize
-from d2v_scale.model.stack import Student
 from d2v_scale.model.stem_config import VisionStem
+from d2v_scale.networks.stack import Student
 from d2v_scale.parallel import groups
 from d2v_scale.recipe import Recipe, to_dict
 

@@ -8,21 +8,20 @@ import tiny_models
 import torch
 from small_shards import documents
 
-from d2v_scale.data.batch import Batch
+from d2v_scale.batch import Batch, masked_targets
 from d2v_scale.data.config import DataConfig, TextData
 from d2v_scale.data.labelled import LabelledSet
-from d2v_scale.data.text import TokenCounter
-from d2v_scale.data.tokenizer import train
-from d2v_scale.data.writing import write_set
 from d2v_scale.data2vec.config import LossConfig, MaskingConfig, TargetConfig
 from d2v_scale.data2vec.targets import Made, Place, build_all
 from d2v_scale.evaluation.held_out import HeldOutSet
+from d2v_scale.modalities.text.decoder import TokenCounter
+from d2v_scale.modalities.text.tokenizer import train
 from d2v_scale.model.config import ModelConfig
 from d2v_scale.model.stem_config import TextStem
 from d2v_scale.parallel import groups
 from d2v_scale.parallel.zero import StudentEngine
-from d2v_scale.step import masked_targets
-from d2v_scale.teacher import ShardedTeacher
+from d2v_scale.shards.writing import write_set
+from d2v_scale.teacher.sharded import ShardedTeacher
 
 ONE = build_all([TargetConfig(top_k_layers=1)], Place(depth=2, width=32, input_width=None))
 TARGETS = torch.randn(9, 16, 32, generator=torch.Generator().manual_seed(0))

@@ -8,9 +8,10 @@ import torch
 
 from d2v_scale.data2vec.statistics import linear_cka
 from d2v_scale.evaluation.layer_probe import LayerProbe, attention_entropy
-from d2v_scale.model.config import TeacherParts
 from d2v_scale.model.init import initialize
-from d2v_scale.model.stack import Draw, Student, Teacher
+from d2v_scale.model.teacher_parts import TeacherParts
+from d2v_scale.networks.draw import Draw
+from d2v_scale.networks.stack import Student, Teacher
 from d2v_scale.parallel import groups
 
 SEED = 3

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from d2v_scale.data.batch import Batch
+from d2v_scale.batch import Batch
 from d2v_scale.evaluation.online import LabelledBatches, first_batches, rows
 
 

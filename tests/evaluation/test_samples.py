@@ -8,11 +8,11 @@ import torch
 from small_shards import image_samples, sound_samples
 
 from d2v_scale import command_line
-from d2v_scale.data.speech import measure
-from d2v_scale.data.writing import Sample, write_set
 from d2v_scale.errors import DataError
 from d2v_scale.evaluation.samples import Samples, samples_without_labels
+from d2v_scale.modalities.speech.decoder import measure
 from d2v_scale.recipe import Recipe
+from d2v_scale.shards.writing import Sample, write_set
 
 
 @pytest.fixture

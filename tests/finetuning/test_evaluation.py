@@ -8,20 +8,20 @@ import tiny_models
 import torch
 from small_shards import image_samples, sound_samples
 
-from d2v_scale.data.batch import Batch
+from d2v_scale.batch import Batch
 from d2v_scale.data.config import DataConfig
 from d2v_scale.data.labels import Vocabulary
-from d2v_scale.data.speech import measure
-from d2v_scale.data.writing import write_set
 from d2v_scale.errors import ConfigError, DataError
 from d2v_scale.evaluation.config import EvaluationConfig
 from d2v_scale.finetuning.config import TaskConfig
 from d2v_scale.finetuning.evaluation import TaskEvaluation
 from d2v_scale.finetuning.model import TaskModel
+from d2v_scale.modalities.speech.decoder import measure
 from d2v_scale.model.init import initialize
-from d2v_scale.model.stack import Draw
+from d2v_scale.networks.draw import Draw
 from d2v_scale.parallel import groups
 from d2v_scale.recipe import Recipe
+from d2v_scale.shards.writing import write_set
 
 
 class Engine:

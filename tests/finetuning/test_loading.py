@@ -7,19 +7,19 @@ import tiny_models
 import torch
 from small_shards import documents, image_samples, sound_samples
 
-from d2v_scale.data import tokenizer
 from d2v_scale.data.config import DataConfig, SourceConfig, SpeechData
 from d2v_scale.data.labels import Scores, Vocabulary
-from d2v_scale.data.speech import measure
-from d2v_scale.data.text import TokenCounter
-from d2v_scale.data.totals import RunTotals
-from d2v_scale.data.writing import write_set
 from d2v_scale.errors import ConfigError, DataError
 from d2v_scale.finetuning.config import CtcConfig, ImageConfig, TaskConfig
 from d2v_scale.finetuning.loading import LabelledLoader
+from d2v_scale.modalities.speech.decoder import measure
+from d2v_scale.modalities.text import tokenizer
+from d2v_scale.modalities.text.decoder import TokenCounter
 from d2v_scale.model.config import Modality, ModelConfig
 from d2v_scale.model.stem_config import TextStem, VisionStem
 from d2v_scale.parallel import groups
+from d2v_scale.running.totals import RunTotals
+from d2v_scale.shards.writing import write_set
 
 TEXTS = ["One", "two three", "café"]
 

@@ -7,9 +7,9 @@ import torch
 from d2v_scale.finetuning.config import CtcConfig, TaskConfig
 from d2v_scale.finetuning.model import TaskModel
 from d2v_scale.finetuning.step import ctc_loss_sum
+from d2v_scale.modalities.speech.stem import masked_channels
 from d2v_scale.model.init import initialize
-from d2v_scale.model.speech import masked_channels
-from d2v_scale.model.stack import Draw
+from d2v_scale.networks.draw import Draw
 
 
 @pytest.fixture(autouse=True)

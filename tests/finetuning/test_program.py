@@ -10,11 +10,11 @@ from small_shards import image_samples, sound_samples
 
 from d2v_scale.checkpoint import open_any, write_single
 from d2v_scale.command_line import parse
-from d2v_scale.data.speech import measure
-from d2v_scale.data.writing import write_set
+from d2v_scale.modalities.speech.decoder import measure
 from d2v_scale.model.init import initialize
-from d2v_scale.model.stack import Student
+from d2v_scale.networks.stack import Student
 from d2v_scale.recipe import Recipe, to_dict
+from d2v_scale.shards.writing import write_set
 
 TRAIN = ROOT / "d2v_scale" / "train.py"
 QUIET = {"tracking__enabled": False, "tracking__plot_every": "null", "tracking__log_every": 1, "data__workers": 0}

@@ -8,7 +8,7 @@ from d2v_scale.finetuning.model import TaskModel
 from d2v_scale.finetuning.rates import freeze, layer_share, set_task_rates, traits
 from d2v_scale.finetuning.step import task_step
 from d2v_scale.model.init import initialize
-from d2v_scale.model.stack import Draw
+from d2v_scale.networks.draw import Draw
 from d2v_scale.optim import OptimConfig, make_optimizer, parameter_groups
 from d2v_scale.parallel import ds_config, groups, zero
 

@@ -11,7 +11,7 @@ from d2v_scale.errors import ConfigError, DataError
 from d2v_scale.finetuning.start import adopt
 from d2v_scale.interop.encoder_source import check_tokenizer, open_encoder
 from d2v_scale.model.init import initialize
-from d2v_scale.model.stack import Student
+from d2v_scale.networks.stack import Student
 from d2v_scale.recipe import to_dict
 
 

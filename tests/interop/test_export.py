@@ -15,7 +15,7 @@ from exported_models import checkpoint_of, tool
 from safetensors.torch import load_file
 
 from d2v_scale.checkpoint import open_any
-from d2v_scale.data import tokenizer
+from d2v_scale.modalities.text import tokenizer
 
 warnings.filterwarnings("ignore")
 

@@ -7,7 +7,7 @@ from d2v_scale.interop.keymap import KeyMap, export_tensors, import_tensors
 from d2v_scale.interop.reference_config import from_fairseq
 from d2v_scale.interop.reference_names import reference_keys, teacher_prefix
 from d2v_scale.interop.reference_options import parse_conv_layers
-from d2v_scale.model.stack import Student
+from d2v_scale.networks.stack import Student
 
 
 @pytest.fixture(autouse=True)

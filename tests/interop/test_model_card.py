@@ -10,10 +10,10 @@ import tiny_models
 import yaml
 from exported_models import checkpoint_of, tool, tuned
 
-from d2v_scale.data import tokenizer
 from d2v_scale.data.config import SourceConfig
 from d2v_scale.finetuning.config import CtcConfig, TaskConfig
 from d2v_scale.interop import model_card
+from d2v_scale.modalities.text import tokenizer
 from d2v_scale.model.stem_config import TextStem
 from d2v_scale.recipe import Recipe
 

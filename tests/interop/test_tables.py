@@ -18,8 +18,8 @@ from d2v_scale.interop import huggingface, reference_table
 from d2v_scale.interop.encoder_source import open_encoder, recipe_of
 from d2v_scale.interop.importing import convert, open_source
 from d2v_scale.model.config import Backbone, Modality, ModelConfig
-from d2v_scale.model.stack import Student
 from d2v_scale.model.stem_config import OwnPredictor
+from d2v_scale.networks.stack import Student
 from d2v_scale.recipe import Recipe, to_dict
 
 Captured = pytest.CaptureFixture[str]

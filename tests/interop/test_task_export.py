@@ -13,13 +13,13 @@ from exported_models import tuned
 
 from d2v_scale.commands import export as export_command
 from d2v_scale.data.labelled import LabelledSet
-from d2v_scale.data.writing import write_set
 from d2v_scale.finetuning.config import CtcConfig, TaskConfig
 from d2v_scale.finetuning.evaluation import answers
 from d2v_scale.finetuning.predictor import TaskPredictor
 from d2v_scale.interop.mlflow_model import model_settings, signature
 from d2v_scale.model.config import Modality, ModelConfig
-from d2v_scale.model.stack import Draw
+from d2v_scale.networks.draw import Draw
+from d2v_scale.shards.writing import write_set
 
 CTC = TaskConfig(kind="ctc", ctc=CtcConfig(letters="abc"))
 CASES = [

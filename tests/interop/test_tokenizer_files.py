@@ -4,9 +4,9 @@ from pathlib import Path
 import pytest
 import sentencepiece
 
-from d2v_scale.data import tokenizer
 from d2v_scale.errors import DataError
 from d2v_scale.interop.tokenizer_files import write_tokenizer
+from d2v_scale.modalities.text import tokenizer
 from d2v_scale.model.stem_config import TextStem
 
 TEXTS = [paragraph for topic in list(pydoc_data.topics.topics.values())[:20] for paragraph in topic.split("\n\n")]

@@ -11,9 +11,9 @@ import torch
 
 from d2v_scale import modalities
 from d2v_scale.data.config import DataConfig
-from d2v_scale.data.content import length_of
-from d2v_scale.model.layers import describe
-from d2v_scale.model.stack import Student
+from d2v_scale.networks.layers import describe
+from d2v_scale.networks.stack import Student
+from d2v_scale.shards.content import length_of
 
 ROOT = Path(__file__).parents[2]
 

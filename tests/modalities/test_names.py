@@ -14,19 +14,19 @@ from d2v_scale import modalities
 from d2v_scale.data.config import DataConfig, SourceConfig
 from d2v_scale.data.labelled import LabelledSet
 from d2v_scale.data.loader import StepLoader
-from d2v_scale.data.writing import write_set
 from d2v_scale.data2vec.config import MaskingConfig, ObjectiveConfig
 from d2v_scale.data2vec.own import OwnLoss, OwnMasking, OwnObjective
-from d2v_scale.engines import build_engines
 from d2v_scale.errors import ConfigError, DataError
 from d2v_scale.model.config import ModelConfig
-from d2v_scale.model.stack import Draw
 from d2v_scale.model.stem_config import KINDS, AnyStem, OwnPredictor
+from d2v_scale.networks.draw import Draw
 from d2v_scale.parallel import ds_config, groups
 from d2v_scale.planning import flops
 from d2v_scale.plots.samples import plot_masks
+from d2v_scale.pretraining.engines import build_engines
+from d2v_scale.pretraining.step import train_step
 from d2v_scale.recipe import Recipe
-from d2v_scale.step import train_step
+from d2v_scale.shards.writing import write_set
 
 
 @dataclass(kw_only=True)

@@ -5,9 +5,10 @@ import tiny_models
 import torch
 from torch import Tensor
 
-from d2v_scale.model.config import ModelConfig, TeacherParts
+from d2v_scale.model.config import ModelConfig
 from d2v_scale.model.init import initialize
-from d2v_scale.model.stack import Teacher
+from d2v_scale.model.teacher_parts import TeacherParts
+from d2v_scale.networks.stack import Teacher
 
 pytestmark = pytest.mark.usefixtures("world_of_one")
 HEADS = tiny_models.POST["heads"]

@@ -14,7 +14,8 @@ from d2v_scale.benchmarks import device_gradients
 from d2v_scale.modalities import published_parts
 from d2v_scale.model import attention_kernels, cpu_attention
 from d2v_scale.model.init import initialize
-from d2v_scale.model.stack import Draw, Student, Teacher
+from d2v_scale.networks.draw import Draw
+from d2v_scale.networks.stack import Student, Teacher
 from d2v_scale.parallel import groups
 
 Q = torch.randn(2, 3, 8, 16)

@@ -7,7 +7,8 @@ import tiny_models
 
 from d2v_scale.errors import ConfigError
 from d2v_scale.modalities import published_parts
-from d2v_scale.model.config import Backbone, ModelConfig, TeacherParts
+from d2v_scale.model.config import Backbone, ModelConfig
+from d2v_scale.model.teacher_parts import TeacherParts
 
 
 @pytest.mark.parametrize("name", tiny_models.NAMES)

@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from d2v_scale.model import conv_rows, cpu_ops, norm_gelu
+from d2v_scale.modalities.speech import conv_rows
+from d2v_scale.model import cpu_ops, norm_gelu
 
 pytestmark = pytest.mark.skipif(not cpu_ops.applies(torch.zeros(1)), reason="this PyTorch has no oneDNN")
 

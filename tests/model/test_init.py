@@ -11,7 +11,7 @@ import torch
 from d2v_scale.modalities import published_parts
 from d2v_scale.model.config import ModelConfig
 from d2v_scale.model.init import InitRule, initial_tensor, initialize
-from d2v_scale.model.stack import Student, Teacher
+from d2v_scale.networks.stack import Student, Teacher
 
 pytestmark = pytest.mark.usefixtures("world_of_one")
 

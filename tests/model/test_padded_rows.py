@@ -12,14 +12,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from d2v_scale.data.batch import Batch
+from d2v_scale.batch import Batch
 from d2v_scale.data2vec import loss, masking
 from d2v_scale.data2vec.config import LossConfig, MaskingConfig
 from d2v_scale.modalities import published_parts
 from d2v_scale.model import attention, cpu_attention, cpu_ops
 from d2v_scale.model.init import initialize
-from d2v_scale.model.stack import Draw, Student, Teacher
 from d2v_scale.model.stem_config import SpeechStem
+from d2v_scale.networks.draw import Draw
+from d2v_scale.networks.stack import Student, Teacher
 from d2v_scale.parallel import groups
 
 NAMES = ("v1_speech", "v1_text", "v2_speech", "v2_text")

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from d2v_scale.model.config import Backbone, ModelConfig, Predictor
-from d2v_scale.model.stack import Student
 from d2v_scale.model.stem_config import SpeechStem, TextStem, VisionStem
+from d2v_scale.networks.stack import Student
 
 SIZES = {
     "base": {"width": 768, "heads": 12, "ffn": 3072, "depth": 12},

@@ -19,7 +19,7 @@ import json, os, socket, sys
 import torch, torch.distributed as dist
 import torch.testing._internal.distributed.fake_pg
 from d2v_scale.parallel import open_files
-from d2v_scale.signals import Agreement
+from d2v_scale.process.signals import Agreement
 
 world = int(sys.argv[1])
 with socket.socket() as probe:
@@ -86,7 +86,15 @@ def test_the_soft_limit_goes_up_to_the_hard_one_and_never_down() -> None:
 
 def test_preflight_refuses_a_world_that_a_node_cannot_hold_by_number_and_node(tmp_path: Path) -> None:
     report_file = tmp_path / "preflight.json"
-    command = [sys.executable, "-m", "d2v_scale.preflight", "--run_dir", str(tmp_path), "--report", str(report_file)]
+    command = [
+        sys.executable,
+        "-m",
+        "d2v_scale.running.preflight",
+        "--run_dir",
+        str(tmp_path),
+        "--report",
+        str(report_file),
+    ]
     base = {**os.environ, "WORLD_SIZE": "200", "LOCAL_RANK": "0", "RANK": "0", "DS_ACCELERATOR": "cpu"}
     base |= {"D2V_SCALE_NODES": " ".join(f"n{k}" for k in range(25)), "SLURMD_NODENAME": "n0", "MASTER_PORT": "0"}
     done = subprocess.run(

@@ -8,7 +8,8 @@ from torch import Tensor
 from d2v_scale.modalities.costs import Lengths, Setting
 from d2v_scale.model import cpu_ops
 from d2v_scale.model.config import ModelConfig
-from d2v_scale.model.stack import Draw, Student
+from d2v_scale.networks.draw import Draw
+from d2v_scale.networks.stack import Student
 from d2v_scale.planning import activations
 
 pytestmark = pytest.mark.usefixtures("world_of_one", "plain_operators")

@@ -6,11 +6,11 @@ import pytest
 from small_shards import sound_samples
 
 from d2v_scale.command_line import parse
-from d2v_scale.data.speech import measure
-from d2v_scale.data.writing import write_set
+from d2v_scale.modalities.speech.decoder import measure
 from d2v_scale.planning.compute import mean_size, step_flops, steps_for
 from d2v_scale.planning.flops import cost_of
 from d2v_scale.recipe import Recipe
+from d2v_scale.shards.writing import write_set
 
 
 def recipe_of(name: str) -> Recipe:

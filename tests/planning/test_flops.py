@@ -15,7 +15,8 @@ from d2v_scale.data2vec.targets import Target, build_all, widths
 from d2v_scale.modalities import published_parts
 from d2v_scale.modalities.costs import Lengths
 from d2v_scale.model import cpu_ops
-from d2v_scale.model.stack import Draw, Student, Teacher
+from d2v_scale.networks.draw import Draw
+from d2v_scale.networks.stack import Student, Teacher
 from d2v_scale.planning import flops
 from d2v_scale.recipe import Recipe
 

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from d2v_scale import command_line
 from d2v_scale.errors import ConfigError
-from d2v_scale.model.layers import describe
-from d2v_scale.model.stack import Student
+from d2v_scale.networks.layers import describe
+from d2v_scale.networks.stack import Student
 from d2v_scale.planning import flops, stages
 from d2v_scale.recipe import Recipe
 

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from d2v_scale.data.batch import Batch
+from d2v_scale.batch import Batch
 from d2v_scale.data2vec.config import MaskingConfig
 from d2v_scale.model.stem_config import Kind
 from d2v_scale.plots.gallery import Gallery, draw_gallery, masked

@@ -7,7 +7,7 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from d2v_scale.data.batch import Batch
+from d2v_scale.batch import Batch
 from d2v_scale.plots.curves import GROUPS, finish_axes, names_of, plot_health, series
 from d2v_scale.plots.relations import plot_cka, plot_neighbours
 from d2v_scale.plots.samples import plot_masks, plot_pca, plot_similarity, principal_colours, to_image

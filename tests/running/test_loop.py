@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from torch import nn
 
+from d2v_scale.process.signals import StopFlag, StopReason
 from d2v_scale.running import loop
-from d2v_scale.signals import StopFlag, StopReason
 from d2v_scale.tracking import SpeedMeter
 
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from cluster import Cluster, wait_until
 
-from d2v_scale.attempts import Attempt, read_attempts
-from d2v_scale.status import Status, read_status
+from d2v_scale.process.status import Status, read_status
+from d2v_scale.running.attempts import Attempt, read_attempts
 
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED"}
 

@@ -193,7 +193,7 @@ def test_a_host_without_python_uses_that_of_the_image(site: Site, container: str
     assert done.returncode == 0, done.stdout + done.stderr
     assert "ended with exit code 0: stop" in done.stdout
     used = site.calls("apptainer" if container.startswith("apptainer") else "srun")
-    assert "d2v_scale.attempts" in used[-1]["words"]
+    assert "d2v_scale.running.attempts" in used[-1]["words"]
     assert json.loads((site.dir / "runs/test-7/attempts.jsonl").read_text())["exit_code"] == 0
 
 

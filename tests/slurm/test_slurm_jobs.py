@@ -216,7 +216,7 @@ def test_bad_node_is_named_and_excluded(cluster: Cluster, tmp_path: Path) -> Non
     with Cluster(tmp_path / "cluster", nodes=3) as larger:
         larger.env = cluster.env | {"SLURM_CONF": larger.env["SLURM_CONF"]}
         place = Workplace(larger, tmp_path / "repository", STAND_IN, Path(__file__).parents[2])
-        preflight = place.dir / "d2v_scale/preflight.py"
+        preflight = place.dir / "d2v_scale/running/preflight.py"
         sound = "found.problems += device_problems(local_rank)"
         broken = sound + ' + (["cuda:0 does not compute"] if node == "n1" else [])'
         assert sound in preflight.read_text()

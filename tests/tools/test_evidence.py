@@ -22,10 +22,10 @@ import evidence_sets  # noqa: E402
 import evidence_table  # noqa: E402
 from small_shards import sound_samples  # noqa: E402
 
-from d2v_scale.data.shard_index import SetIndex  # noqa: E402
-from d2v_scale.data.speech import measure  # noqa: E402
-from d2v_scale.data.writing import write_set  # noqa: E402
 from d2v_scale.errors import UserError  # noqa: E402
+from d2v_scale.modalities.speech.decoder import measure  # noqa: E402
+from d2v_scale.shards.shard_index import SetIndex  # noqa: E402
+from d2v_scale.shards.writing import write_set  # noqa: E402
 
 
 def write_images(root: Path, per_class: int = 12) -> None:

@@ -12,19 +12,19 @@ import torch
 from small_shards import image_samples
 from torch import Tensor
 
+from d2v_scale.batch import Batch
 from d2v_scale.commands import extract as extract_command
-from d2v_scale.data.batch import Batch
 from d2v_scale.data.config import SourceConfig
-from d2v_scale.data.reading import SampleStore
-from d2v_scale.data.shard_index import SetIndex
-from d2v_scale.data.shard_set import find_shards
-from d2v_scale.data.writing import write_set, write_shard
 from d2v_scale.errors import EXIT_PARTIAL
 from d2v_scale.evaluation import extracting
 from d2v_scale.evaluation.frozen import FrozenEncoder
 from d2v_scale.model.config import ModelConfig
 from d2v_scale.model.stem_config import SpeechStem, VisionStem
 from d2v_scale.recipe import Recipe
+from d2v_scale.shards.reading import SampleStore
+from d2v_scale.shards.shard_index import SetIndex
+from d2v_scale.shards.shard_set import find_shards
+from d2v_scale.shards.writing import write_set, write_shard
 
 
 class Colours:

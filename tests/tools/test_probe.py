@@ -11,16 +11,16 @@ import torch
 from small_shards import image_samples, sound_samples
 
 from d2v_scale.checkpoint import write_single
-from d2v_scale.data.speech import measure
-from d2v_scale.data.writing import write_set
 from d2v_scale.data2vec.config import ObjectiveConfig
 from d2v_scale.finetuning.config import CtcConfig, TaskConfig
 from d2v_scale.finetuning.model import TaskModel
+from d2v_scale.modalities.speech.decoder import measure
 from d2v_scale.model.config import ModelConfig
 from d2v_scale.model.init import initialize
-from d2v_scale.model.stack import Student
+from d2v_scale.networks.stack import Student
 from d2v_scale.plots import of_run
 from d2v_scale.recipe import Recipe, to_dict
+from d2v_scale.shards.writing import write_set
 
 Run = Callable[..., int]
 

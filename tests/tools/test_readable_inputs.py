@@ -13,11 +13,11 @@ from PIL import Image
 from small_shards import documents, image_samples, images_folder
 
 from d2v_scale.data.config import SourceConfig
-from d2v_scale.data.reading import SampleStore
-from d2v_scale.data.shard_index import SetIndex
-from d2v_scale.data.shard_set import find_shards
-from d2v_scale.data.writing import write_set
 from d2v_scale.files import file_sha256
+from d2v_scale.shards.reading import SampleStore
+from d2v_scale.shards.shard_index import SetIndex
+from d2v_scale.shards.shard_set import find_shards
+from d2v_scale.shards.writing import write_set
 
 
 def test_what_training_refuses_is_not_converted(run: Callable[..., str], tmp_path: Path) -> None:

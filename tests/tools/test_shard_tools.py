@@ -13,16 +13,17 @@ import soundfile
 from PIL import Image
 from small_shards import documents, image_samples, images_folder
 
-from d2v_scale.data import indexing, tokenizer
+from d2v_scale.conversion import indexing
 from d2v_scale.data.config import DataConfig, SourceConfig
 from d2v_scale.data.labelled import LabelledSet
-from d2v_scale.data.reading import SampleStore
-from d2v_scale.data.shard_index import SetIndex
-from d2v_scale.data.shard_set import find_shards
-from d2v_scale.data.writing import write_set
 from d2v_scale.files import file_sha256
+from d2v_scale.modalities.text import tokenizer
 from d2v_scale.model.config import ModelConfig
 from d2v_scale.model.stem_config import TextStem
+from d2v_scale.shards.reading import SampleStore
+from d2v_scale.shards.shard_index import SetIndex
+from d2v_scale.shards.shard_set import find_shards
+from d2v_scale.shards.writing import write_set
 
 
 def test_images_are_converted_once_and_bad_files_are_named(run: Callable[..., str], tmp_path: Path) -> None:

@@ -13,8 +13,8 @@ import pytest
 from d2v_scale.command_line import parse
 from d2v_scale.commands import sweep
 from d2v_scale.errors import ConfigError, UserError
+from d2v_scale.process.status import write_status
 from d2v_scale.recipe import Recipe
-from d2v_scale.status import write_status
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 

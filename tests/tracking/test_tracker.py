@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from d2v_scale.data.batch import Batch
+from d2v_scale.batch import Batch
 from d2v_scale.errors import EXIT_LOST_PEER
-from d2v_scale.status import write_status
+from d2v_scale.process.status import write_status
 from d2v_scale.tracking import RunTracker, TrackingConfig
 from d2v_scale.tracking.events import append_event
 from d2v_scale.tracking.follow import note_sudden_end
@@ -85,7 +85,7 @@ def test_a_run_that_was_killed_does_not_stay_running(tmp_path: Path) -> None:
 PROGRAM = """
 import os, signal, sys
 from pathlib import Path
-from d2v_scale.signals import StopFlag
+from d2v_scale.process.signals import StopFlag
 from d2v_scale.tracking import RunTracker, TrackingConfig
 flag = StopFlag.install()
 tracker = RunTracker(Path(sys.argv[1]), TrackingConfig(enabled=False), is_main=True)

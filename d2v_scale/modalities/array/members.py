@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from d2v_scale.data.array_files import ArrayFile, ArrayHeader, npy_of, npz_header, npz_keys, npz_of
+from d2v_scale.shards.array_files import ArrayFile, ArrayHeader, npy_of, npz_header, npz_keys, npz_of
 
 EXTENSIONS = ("npy", "npz")
 MOST_AXES = 4

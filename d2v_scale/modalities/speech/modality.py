@@ -10,8 +10,9 @@ from d2v_scale.data2vec.block_sizes import Axis
 from d2v_scale.errors import ConfigError
 from d2v_scale.modalities.base import Modality
 from d2v_scale.modalities.costs import INDEX_BYTES, NORM_BYTES, Lengths, Setting
-from d2v_scale.model.config import ModelConfig, TeacherParts
+from d2v_scale.model.config import ModelConfig
 from d2v_scale.model.stem_config import SpeechStem
+from d2v_scale.model.teacher_parts import TeacherParts
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -21,14 +22,14 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor, nn
 
-    from d2v_scale.data.batch import Batch
+    from d2v_scale.batch import Batch
     from d2v_scale.data.config import DataConfig
     from d2v_scale.data.items import Lengths as SampleLengths
     from d2v_scale.data.items import Recordings
-    from d2v_scale.data.shard_set import ShardSet
-    from d2v_scale.data.speech import SpeechDecoder
+    from d2v_scale.modalities.speech.decoder import SpeechDecoder
+    from d2v_scale.modalities.speech.stem import WaveformStem
     from d2v_scale.model.layers import Section
-    from d2v_scale.model.speech import WaveformStem
+    from d2v_scale.shards.shard_set import ShardSet
 
 
 class Speech(Modality):
@@ -112,7 +113,7 @@ class Speech(Modality):
 
     def build_decoder(self, data: "DataConfig", tokenizer: "Path | None") -> "SpeechDecoder":
         """Resampling, normalisation, crop."""
-        from d2v_scale.data.speech import SpeechDecoder
+        from d2v_scale.modalities.speech.decoder import SpeechDecoder
 
         del tokenizer
         return SpeechDecoder(data.speech, self.stem)
@@ -128,7 +129,7 @@ class Speech(Modality):
 
     def build_stem(self, exists: Callable[[str], bool], section: "Section") -> "WaveformStem":
         """Convolutions; masking, positional convolutions."""
-        from d2v_scale.model.speech import WaveformStem
+        from d2v_scale.modalities.speech.stem import WaveformStem
 
         return WaveformStem(self.model, exists, section)
 

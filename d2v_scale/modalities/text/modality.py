@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 from d2v_scale.data2vec.block_sizes import Axis
 from d2v_scale.modalities.base import Modality
 from d2v_scale.modalities.costs import INDEX_BYTES, NORM_BYTES, Lengths, Setting
-from d2v_scale.model.config import ModelConfig, TeacherParts
+from d2v_scale.model.config import ModelConfig
 from d2v_scale.model.stem_config import TextStem
+from d2v_scale.model.teacher_parts import TeacherParts
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -17,15 +18,15 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor, nn
 
-    from d2v_scale.data.batch import Batch
+    from d2v_scale.batch import Batch
     from d2v_scale.data.config import DataConfig
     from d2v_scale.data.items import Lengths as SampleLengths
     from d2v_scale.data.items import TextBlocks
-    from d2v_scale.data.shard_set import ShardSet
-    from d2v_scale.data.text import TextDecoder
     from d2v_scale.data2vec.masking import Masks
+    from d2v_scale.modalities.text.decoder import TextDecoder
+    from d2v_scale.modalities.text.stem import TokenStem
     from d2v_scale.model.layers import Section
-    from d2v_scale.model.text import TokenStem
+    from d2v_scale.shards.shard_set import ShardSet
 
 
 class Text(Modality):
@@ -87,7 +88,7 @@ class Text(Modality):
 
     def build_decoder(self, data: "DataConfig", tokenizer: "Path | None") -> "TextDecoder":
         """Tokens to rows."""
-        from d2v_scale.data.text import TextDecoder
+        from d2v_scale.modalities.text.decoder import TextDecoder
 
         return TextDecoder(data, self.stem, tokenizer)
 
@@ -120,7 +121,7 @@ class Text(Modality):
 
     def build_stem(self, exists: Callable[[str], bool], section: "Section") -> "TokenStem":
         """Embeddings; choice of tokens."""
-        from d2v_scale.model.text import TokenStem
+        from d2v_scale.modalities.text.stem import TokenStem
 
         return TokenStem(self.model, exists, section)
 

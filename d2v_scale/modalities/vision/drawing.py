@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import Tensor
 
-from d2v_scale.data.batch import Batch
+from d2v_scale.batch import Batch
 from d2v_scale.plots.drawing import Drawing
 from d2v_scale.plots.samples import grid_figure, plot_pca, show, to_image
 

@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from d2v_scale.data.batch import Batch
+    from d2v_scale.batch import Batch
     from d2v_scale.data.config import DataConfig
-    from d2v_scale.data.vision import VisionDecoder
+    from d2v_scale.modalities.vision.decoder import VisionDecoder
+    from d2v_scale.modalities.vision.stem import PatchStem
     from d2v_scale.model.layers import Section
-    from d2v_scale.model.vision import PatchStem
 
 
 class Vision(Modality):
@@ -84,14 +84,14 @@ class Vision(Modality):
 
     def build_decoder(self, data: "DataConfig", tokenizer: "Path | None") -> "VisionDecoder":
         """Crop, flip, jitter."""
-        from d2v_scale.data.vision import VisionDecoder
+        from d2v_scale.modalities.vision.decoder import VisionDecoder
 
         del tokenizer
         return VisionDecoder(data.vision, self.stem)
 
     def build_stem(self, exists: Callable[[str], bool], section: "Section") -> "PatchStem":
         """Patch embedding; positions, masking, CLS token."""
-        from d2v_scale.model.vision import PatchStem
+        from d2v_scale.modalities.vision.stem import PatchStem
 
         return PatchStem(self.model, exists, section)
 

@@ -5,7 +5,7 @@ import io
 import numpy as np
 import pytest
 
-from d2v_scale.data.measures import measure_of
+from d2v_scale.conversion.measures import measure_of
 from d2v_scale.modalities.array import members
 
 

@@ -1,0 +1,37 @@
+"""What decides whether a sample can be read: one function per content, for converters, indexes, checks and training."""
+
+import functools
+from pathlib import Path
+from typing import assert_never
+
+from d2v_scale.data.config import VisionData
+from d2v_scale.shards.content import Content
+from d2v_scale.shards.shard_index import Measure
+
+
+def measure_of(content: Content, tokenizer: Path | None = None, max_pixels: int = VisionData.max_pixels) -> Measure:
+    """What gives the length of a sample, from its members' bytes by extension: 16 kHz samples, tokens, 0 of an image,
+    steps along an array's first axis after its channels. It decodes what training decodes, and raises for what training
+    would lose.
+
+    `tokenizer`: the sentencepiece model of text, None where the shards hold ids. `max_pixels`: as
+    data.vision.max_pixels of the recipe.
+    """
+    match content:
+        case "image":
+            from d2v_scale.modalities.vision import decoder as vision
+
+            return functools.partial(vision.measure, max_pixels=max_pixels)
+        case "recording":
+            from d2v_scale.modalities.speech import decoder as speech
+
+            return speech.measure
+        case "text":
+            from d2v_scale.modalities.text.decoder import TokenCounter
+
+            return TokenCounter(tokenizer)
+        case "array":
+            from d2v_scale.modalities.array import members
+
+            return members.measure
+    assert_never(content)

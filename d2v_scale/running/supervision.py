@@ -1,0 +1,108 @@
+"""What surrounds the training loop: watchdog, last checkpoint, verdict, record."""
+
+import contextlib
+import json
+import logging
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from d2v_scale import __version__, command_line
+from d2v_scale.errors import EXIT_DONE
+from d2v_scale.process.signals import Agreement, StopFlag, StopReason
+from d2v_scale.process.status import outcome_of, write_status
+from d2v_scale.process.watchdog import Watchdog
+from d2v_scale.recipe import to_dict
+from d2v_scale.redaction import redact
+from d2v_scale.run_files.run_start import DS_CONFIG_FILE, RECIPE_FILE
+from d2v_scale.running.loop import AnyRun, last_step, report_saves, train
+from d2v_scale.tracking import SystemMonitor, environment_tags, write_environment
+
+log = logging.getLogger("d2v_scale.train")
+
+
+def supervise(run: AnyRun[Any], stop_flag: StopFlag) -> int:
+    """Train under the watchdog, save, write status.json and close the record; returns the exit code. Collective."""
+    recipe, topology = run.recipe, run.topology
+    run.tracker.start(
+        to_dict(recipe),
+        {
+            **environment_tags(),
+            **command_line.changed_from_named(recipe),
+            **topology.tags(),
+            "zero_stage": run.student.stage,
+        },
+        resume_step=run.step if run.saved >= 0 else None,
+        total_steps=last_step(run),
+    )
+    run.tracker.artifact(run.directory / RECIPE_FILE)
+    run.tracker.artifact(run.directory / DS_CONFIG_FILE)
+    if topology.rank == 0:
+        run.tracker.artifact(write_environment(run.directory))
+    agreement = Agreement()
+    limit_s = recipe.hang_limit_minutes * 60
+    nodes = SystemMonitor(run.directory) if topology.local_rank == 0 else contextlib.nullcontext()
+    with (
+        run.tracker,
+        nodes,
+        Watchdog(run.directory, rank=topology.rank, world_size=topology.world_size, limit_s=limit_s) as watchdog,
+    ):
+        began = run.step
+        stop = train(run, stop_flag, agreement, watchdog)
+        with watchdog.allow(recipe.checkpoint.peer_timeout, "last checkpoint"):
+            if (stop is None or stop.reason < StopReason.DATA_STARVED) and run.saved != run.step:
+                run.save()
+            committed = run.writer.finish()
+            report_saves(run)
+            agreement.barrier()
+        reason, code = (completed(run, began), EXIT_DONE) if stop is None else (str(stop), stop.exit_code)
+        details, lost_by_rank = zip(*agreement.gather((stop_flag.detail, run.loader.faults())), strict=True)
+        if stop is not None and details[stop.rank]:
+            reason = f"{reason}: {details[stop.rank]}"
+        if topology.rank == 0:
+            report_losses(run, lost_by_rank)
+        run.loader.close()
+        if not committed:
+            reason, code = f"{reason}, but the last checkpoint could not be written", code or 1
+        # Before MLflow is waited for: whoever asked this run to stop may not leave it that time.
+        if topology.rank == 0:
+            write_status(run.directory, code, reason, run.step)
+        run.tracker.finish(outcome_of(code))
+    return code
+
+
+def completed(run: AnyRun[Any], began: int) -> str:
+    """In words, what an invocation did that started after step `began` and reached its last step."""
+    if run.step > began or began >= run.recipe.optim.max_steps:
+        return "all steps done"
+    reason = f"already at step {began}, --stop_at {run.options.stop_at} leaves nothing to do"
+    log.warning("%s", reason)
+    return reason
+
+
+def report_losses(run: AnyRun[Any], by_rank: Iterable[Mapping[str, int]]) -> None:
+    """Write how many samples of each shard this invocation lost, to lost_samples.json and MLflow. Rank 0."""
+    lost: Counter[str] = Counter()
+    for of_rank in by_rank:
+        for shard, samples in of_rank.items():
+            lost[redact(shard)] += samples
+    if lost:
+        path = run.directory / "lost_samples.json"
+        try:
+            path.write_text(json.dumps(dict(lost.most_common()), indent=1) + "\n")
+            run.tracker.artifact(path)
+        except OSError as error:
+            log.warning("%s cannot be written: %s", path, error)
+        log.warning("%d samples were lost, most in %s: see %s", lost.total(), lost.most_common(1)[0][0], path)
+
+
+def facts(run: AnyRun[Any]) -> dict[str, Any]:
+    """What every checkpoint says of its run beside weights and moments. Collective."""
+    return {
+        "samples": run.samples,
+        "data": run.loader.state_dict(),
+        "recipe": json.loads(json.dumps(to_dict(run.recipe))),
+        "tokenizer_sha256": run.loader.tokenizer_sha256(),
+        "mlflow_run_id": run.tracker.run_id(),
+        "version": __version__,
+    }

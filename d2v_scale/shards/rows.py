@@ -1,0 +1,72 @@
+"""A decoded sample, several of them stacked, and what turns the one into the other."""
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from d2v_scale.shards.reading import RawSample, Store
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+class Row(NamedTuple):
+    """One decoded sample."""
+
+    key: str
+    values: NDArray[Any]
+    label: Any = None
+
+
+@dataclass
+class Stacked:
+    """The inputs of a batch, and what its masks need to know."""
+
+    inputs: Tensor
+    valid: Tensor | None = None
+    """True where `inputs` is real; None: everywhere."""
+    grid: tuple[int, ...] | None = None
+    """Extents of the axes of the positions (of images: rows, and patches in one); None where they are a line."""
+    length: int | None = None
+    """T, positions in a line."""
+    valid_lengths: NDArray[np.int64] | None = None
+    """(B,) real positions of each row; None: all."""
+
+    @property
+    def positions(self) -> int:
+        """T."""
+        if self.grid is not None:
+            return math.prod(self.grid)
+        assert self.length is not None
+        return self.length
+
+
+@runtime_checkable
+class Viewer(Protocol):
+    """A decoder whose samples are pictures, which fine-tuning may change further before they are a row."""
+
+    def view(self, sample: RawSample, draws: NDArray[np.float64]) -> "Image":
+        """The sample, cropped and augmented by `draws`, uniforms in [0, 1)."""
+
+
+class Decoder(Protocol):
+    """How one modality's samples become rows and rows a batch."""
+
+    draws: int
+    """Uniforms that `training_row` takes."""
+
+    def training_row(self, store: Store, shard: int, item: int, length: int, draws: NDArray[np.float64]) -> Row:
+        """One planned item, cropped and augmented. Raises SampleFault or whatever a decoder raises."""
+
+    def evaluation_row(self, sample: RawSample) -> NDArray[Any]:
+        """One sample without randomness."""
+
+    def stack(self, rows: list[NDArray[Any]]) -> Stacked:
+        """Rows to a batch."""
+
+    def blank(self) -> NDArray[Any]:
+        """A row of a batch that has none."""

@@ -1,0 +1,1 @@
+"""The EMA teacher: its values, update and state, under ZeRO and in a pipeline."""

@@ -1,0 +1,58 @@
+"""What surrounds the loops: verdicts with their reasons, and what was lost."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from d2v_scale.process.signals import StopFlag, StopReason
+from d2v_scale.running.loop import judge
+from d2v_scale.running.supervision import completed, report_losses
+
+
+def run_with(directory: Path, *, alarm: str | None = None, skipped: int = 0) -> Any:
+    sent: list[Path] = []
+    return SimpleNamespace(
+        directory=directory,
+        step=7,
+        recipe=SimpleNamespace(max_skipped_in_a_row=3),
+        student=SimpleNamespace(skipped_in_a_row=skipped),
+        loader=SimpleNamespace(alarm=lambda: alarm),
+        tracker=SimpleNamespace(artifact=sent.append, sent=sent),
+    )
+
+
+def test_a_starved_run_says_which_shard_starved_it(tmp_path: Path, caplog) -> None:
+    flag = StopFlag()
+    judge(run_with(tmp_path, alarm="5 of 9 samples, most in b.tar"), SimpleNamespace(applied=True), flag)  # type: ignore[arg-type]
+    assert flag.raised() == StopReason.DATA_STARVED
+    assert flag.detail == "5 of 9 samples, most in b.tar"
+    assert "most in b.tar" in caplog.text
+
+
+def test_skipped_steps_stop_a_run_when_there_are_too_many_in_a_row(tmp_path: Path) -> None:
+    flag = StopFlag()
+    judge(run_with(tmp_path, skipped=2), SimpleNamespace(applied=False), flag)  # type: ignore[arg-type]
+    assert flag.raised() is None
+    judge(run_with(tmp_path, skipped=3), SimpleNamespace(applied=False), flag)  # type: ignore[arg-type]
+    assert (flag.raised(), flag.detail) == (StopReason.NON_FINITE, "3 steps were skipped in a row")
+
+
+def test_lost_samples_are_written_by_shard(tmp_path: Path, caplog) -> None:
+    run = run_with(tmp_path)
+    report_losses(run, [{"a.tar": 2, "b.tar": 1}, {"b.tar": 4}])
+    assert list(json.loads((tmp_path / "lost_samples.json").read_text()).items()) == [("b.tar", 5), ("a.tar", 2)]
+    assert run.tracker.sent == [tmp_path / "lost_samples.json"]
+    assert "7 samples were lost, most in b.tar" in caplog.text
+
+
+def test_a_run_that_is_beyond_its_stop_at_says_that_it_did_nothing(caplog) -> None:
+    run: Any = SimpleNamespace(
+        step=7, options=SimpleNamespace(stop_at=5), recipe=SimpleNamespace(optim=SimpleNamespace(max_steps=9))
+    )
+    assert completed(run, 4) == "all steps done"
+    assert not caplog.text
+    assert completed(run, 7) == "already at step 7, --stop_at 5 leaves nothing to do"
+    assert "already at step 7" in caplog.text
+    run.step = 9
+    assert completed(run, 9) == "all steps done"
