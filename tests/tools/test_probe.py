@@ -131,6 +131,7 @@ def test_one_of_several_modalities_is_chosen_not_the_first_taken(
     monkeypatch.setattr(of_run, "draw_gallery", lambda _, g: drawn.append(g.batch.modality) or [])
     model = tiny_models.model("v2_vision")
     model.speech, model.backbone.prenet_depth = tiny_models.speech(alibi=True), 1
+    model.predictor.kind = "conv"
     made = checkpoint(tmp_path / "run", "v2_vision", model=model)
     sounds = tmp_path / "speech"
     write_set(sounds, "train", "recording", sound_samples(12), per_shard=20, measure=measure)
