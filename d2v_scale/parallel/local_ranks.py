@@ -5,18 +5,17 @@ saved, and `torchrun` replaces their exit codes by 1. Standard library only.
 """
 
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from types import FrameType
 
-_TO_STOP = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-_TO_PROFILE = signal.SIGUSR2
-AGAIN_S = 5.0
-"""A wish to stop is repeated so often: a rank that was starting has missed it, to others it is no news."""
+_PASSED_ON = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2)
 GRACE_S = 60.0
 """What others have left when a rank has failed: they find out by themselves, and write down why they end."""
 _POLL_S = 0.1
@@ -58,11 +57,10 @@ def run(command: list[str], ranks: int, environment: Mapping[str, str], *, share
     if share_cores:
         common.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // ranks)))
     group = _Ranks()
-    kept = {number: signal.getsignal(number) for number in (*_TO_STOP, _TO_PROFILE)}
-    for number in _TO_STOP:
+    kept = {number: signal.getsignal(number) for number in _PASSED_ON}
+    for number in _PASSED_ON:
         if number != signal.SIGHUP or kept[number] != signal.SIG_IGN:  # `nohup` keeps its meaning
             signal.signal(number, group.on_signal)
-    signal.signal(_TO_PROFILE, lambda number, _: group.send(number))
     try:
         for rank in range(ranks):
             own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
@@ -70,7 +68,7 @@ def run(command: list[str], ranks: int, environment: Mapping[str, str], *, share
             group.processes.append(process)
         return group.wait()
     finally:
-        group.send(signal.SIGKILL)
+        group.kill()
         for number, handler in kept.items():
             signal.signal(number, handler)
 
@@ -81,21 +79,43 @@ def _ignore_for_now() -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
+def _ignores(process: "subprocess.Popen[bytes]", number: int) -> bool:
+    """Whether a process ignores a signal now; one that has ended does not."""
+    try:
+        text = Path(f"/proc/{process.pid}/status").read_text()
+    except OSError:
+        return False
+    found = re.search(r"^SigIgn:\s*([0-9a-f]+)$", text, re.MULTILINE)
+    return found is not None and bool(int(found.group(1), 16) >> (number - 1) & 1)
+
+
 class _Ranks:
-    """The processes, and the wish to stop that they get again and again."""
+    """The processes, and the signals that they have not got yet.
+
+    Each rank gets a signal once: a rank that is ending has its handlers no more, and would die of a second one.
+    """
 
     def __init__(self) -> None:
         self.processes: list[subprocess.Popen[bytes]] = []
-        self._wish: int | None = None
-        self._again = 0.0
+        self._wishes: list[int] = []
+        self._got: list[int] = []
+        """By rank: how many of the wishes."""
 
     def on_signal(self, number: int, _frame: FrameType | None) -> None:
-        self._wish, self._again = number, time.monotonic() + AGAIN_S
-        self.send(number)
+        self._wishes.append(number)
 
-    def send(self, number: int) -> None:
+    def kill(self) -> None:
+        """End those that have not ended."""
         for process in self.processes:
-            process.send_signal(number)  # not to one that has ended
+            process.kill()
+
+    def _pass_on(self) -> None:
+        """Give each rank, in their order, the signals that it does not ignore at this time."""
+        self._got += [0] * (len(self.processes) - len(self._got))
+        for rank, process in enumerate(self.processes):
+            while self._got[rank] < len(self._wishes) and not _ignores(process, self._wishes[self._got[rank]]):
+                process.send_signal(self._wishes[self._got[rank]])  # not to one that has ended
+                self._got[rank] += 1
 
     def wait(self) -> int:
         """Until all have ended. When one has failed, the others have so long to end by themselves."""
@@ -109,8 +129,6 @@ class _Ranks:
             if None not in codes:
                 return failed
             if now >= limit:
-                self.send(signal.SIGKILL)
-            if self._wish is not None and now >= self._again:
-                self._again = now + AGAIN_S
-                self.send(self._wish)
+                self.kill()
+            self._pass_on()
             time.sleep(_POLL_S)

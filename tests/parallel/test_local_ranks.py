@@ -21,6 +21,8 @@ rank = os.environ["RANK"]
 time.sleep(slow)
 def stop(number, _frame):
     open(f"{folder}/stopped-{rank}", "a").write(f"{number}\\n")
+    signal.signal(number, signal.SIG_DFL)  # as an interpreter does that ends
+    time.sleep(0.5)
     os._exit(10)
 for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
     signal.signal(number, stop)
@@ -40,7 +42,7 @@ sys.exit(code)
 LAUNCHER = """
 import os, sys
 from d2v_scale.parallel import local_ranks
-local_ranks.GRACE_S, local_ranks.AGAIN_S = 0.5, 0.2
+local_ranks.GRACE_S = 0.5
 sys.exit(local_ranks.run([sys.executable, "-c", *sys.argv[1:]], 2, os.environ, share_cores=True))
 """
 
