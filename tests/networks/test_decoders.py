@@ -87,7 +87,7 @@ def test_planning_counts_what_a_decoder_of_any_dimension_does(
 
     with FlopCounterMode(display=False) as counter:
         module(states_rsd, visible_rs, masked_n, noise_nd, grid, ())
-    assert ROWS * sum(flops._predictor(model, "vision", lengths)) == counter.get_total_flops()
+    assert ROWS * sum(flops._predictor(model, "vision", lengths, [WIDTH])) == counter.get_total_flops()
 
     [layer] = [layer for _, layer, _ in stages._distinct_layers(model) if layer.kind == "predictor"]
     kernels = sum(p.numel() for name, p in module.named_parameters() if not name.endswith("bias"))

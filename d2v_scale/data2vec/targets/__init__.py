@@ -43,8 +43,8 @@ TARGETS: dict[str, type[Target]] = {
 }
 
 TAKEN = frozenset(
-    {"convs", "dropout", "fc1", "fc2", "final_norm", "norm", "planar", "predict", "proj", "proj1", "proj2", "project"}
-    | {"projection_names", "build_heads", "build_projection", "residual", "training"}
+    {"convs", "dropout", "fc1", "fc2", "final_norm", "norm", "predict", "proj", "proj1", "proj2", "project"}
+    | {"projection_names", "build_heads", "build_projection", "dimensions", "residual", "training"}
 )
 """What a predictor has beside heads, whose names stand beside these."""
 
