@@ -1,6 +1,6 @@
 """What the arrays of shards are, from their headers."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from d2v_scale.conversion.array_members import Layout
@@ -10,6 +10,12 @@ from d2v_scale.modalities.array.members import EXTENSIONS, array_of, header_of
 from d2v_scale.shards.array_files import ArrayFile, ArrayHeader, open_npy
 from d2v_scale.shards.reading import SampleFault, SampleStore
 from d2v_scale.shards.shard_set import ShardSet
+
+
+def layout_of(members: Mapping[str, bytes], key: str | None = None) -> Layout:
+    """Of a sample's array. Raises ValueError."""
+    extension = next(extension for extension in EXTENSIONS if extension in members)
+    return Layout.of(header_of(extension, members[extension], key).shape)
 
 
 class Place(NamedTuple):

@@ -11,7 +11,9 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from d2v_scale.conversion.array_layouts import layout_of
 from d2v_scale.conversion.measures import measure_of
+from d2v_scale.conversion.recognising import describe, recognised
 from d2v_scale.data.labels import class_number
 from d2v_scale.errors import DataError
 from d2v_scale.files import file_sha256
@@ -41,6 +43,8 @@ class Job:
     tokenizer_sha256: str | None
     cache: Path
     max_pixels: int
+    key: str | None = None
+    """Of the array in a `.npz`."""
 
     @property
     def record(self) -> Path:
@@ -51,7 +55,8 @@ class Job:
 
     def digest_of(self, version: object) -> str:
         # The word of earlier versions: what they indexed is not read again.
-        inputs = (FORMAT, self.path, version, word_of(self.content), self.tokenizer_sha256, self.max_pixels)
+        made = (FORMAT, self.path, version, word_of(self.content), self.tokenizer_sha256, self.max_pixels)
+        inputs = made if self.key is None else (*made, self.key)
         return hashlib.sha256(repr(inputs).encode()).hexdigest()
 
     def is_done(self) -> bool:
@@ -73,10 +78,13 @@ class Job:
 
     def _index(self, tar: Path) -> Part:
         part = Part("", {})
-        decoded = measure_of(self.content, self.tokenizer, self.max_pixels)
+        decoded = measure_of(self.content, self.tokenizer, self.max_pixels, self.key)
+        layouts: Counter[str] = Counter()
 
         def measure(members: dict[str, bytes]) -> int:
             length = decoded(members)
+            if self.content == "array":
+                layouts[str(layout_of(members, self.key))] += 1
             if "cls" in members:
                 try:
                     part.classes = max(part.classes, class_number(members["cls"]) + 1)
@@ -88,7 +96,7 @@ class Job:
         entry = index_shard(tar, self.members, self.members.parent, measure)
         if is_remote(self.path):
             entry.path = self.path
-        part.entry = asdict(entry)
+        part.entry, part.layouts = asdict(entry), dict(layouts)
         return part
 
 
@@ -118,18 +126,21 @@ def make_index(arguments: argparse.Namespace) -> tuple[SetIndex, Path]:
         raise DataError("The shards are not local.", "Say with --out where their index goes.")
     out.mkdir(parents=True, exist_ok=True)
     name = arguments.name or _common_name(paths)
-    content = WORDS[arguments.modality]
+    content = recognised(paths[0]) if arguments.modality is None else WORDS[arguments.modality]
+    if arguments.modality is None:
+        print(describe(content), file=sys.stderr)
     if content == "text" and arguments.tokenizer is not None:
         require_special_ids(arguments.tokenizer)
     cache = out / ".fetched"
     target = out / f"{name}{INDEX_SUFFIX}"
-    _refuse_overwriting(list(_jobs(paths, out, name, arguments, cache)), target)
-    parts = run_all(_jobs(paths, out, name, arguments, cache), arguments.processes)
+    _refuse_overwriting(list(_jobs(paths, out, name, content, arguments, cache)), target)
+    parts = run_all(_jobs(paths, out, name, content, arguments, cache), arguments.processes)
     if cache.is_dir():
         for path in cache.iterdir():
             path.unlink()
         cache.rmdir()
     _tell_odd_labels(parts)
+    _tell_odd_layouts(parts)
     classes = (
         arguments.classes.split(",") if arguments.classes else [str(k) for k in range(max(p.classes for p in parts))]
     )
@@ -141,7 +152,7 @@ def make_index(arguments: argparse.Namespace) -> tuple[SetIndex, Path]:
         )
     _require_samples(index, arguments.shards)
     index.save(target)
-    for job, part in zip(_jobs(paths, out, name, arguments, cache), parts, strict=True):
+    for job, part in zip(_jobs(paths, out, name, content, arguments, cache), parts, strict=True):
         if part.digest == job.digest_of(_UNKNOWN):
             # It served to continue an interrupted run. The next one cannot tell whether the shard is still the same.
             job.record.unlink(missing_ok=True)
@@ -158,6 +169,18 @@ def _tell_odd_labels(parts: list[Part]) -> None:
         )
 
 
+def _tell_odd_layouts(parts: list[Part]) -> None:
+    """A set has one number of channels and axes: what is otherwise is lost to the model that reads the rest."""
+    total: Counter[str] = Counter()
+    for part in parts:
+        total.update(part.layouts)
+    [(usual, most), *others] = total.most_common() or [("", 0)]
+    for layout, count in others:
+        first = next(part.entry["path"] for part in parts if layout in part.layouts)
+        said = f"{count} samples have {layout}, the first in {first}"
+        print(f"{said}: a model of the {most} that have {usual} loses them", file=sys.stderr)
+
+
 def _paths(pattern: str) -> list[str]:
     """The shards, whatever index they may have already."""
     if pattern.endswith(INDEX_SUFFIX):
@@ -165,11 +188,14 @@ def _paths(pattern: str) -> list[str]:
     return expand(pattern)
 
 
-def _jobs(paths: list[str], out: Path, name: str, arguments: argparse.Namespace, cache: Path) -> Iterator[Job]:
+def _jobs(
+    paths: list[str], out: Path, name: str, content: Content, arguments: argparse.Namespace, cache: Path
+) -> Iterator[Job]:
     model = arguments.tokenizer
     checksum = None if model is None else file_sha256(model)
     for path, stem in zip(paths, _stems(paths, name), strict=True):
-        yield Job(path, out / f"{stem}.index", WORDS[arguments.modality], model, checksum, cache, arguments.max_pixels)
+        target = out / f"{stem}.index"
+        yield Job(path, target, content, model, checksum, cache, arguments.max_pixels, arguments.key)
 
 
 def _stems(paths: list[str], name: str) -> list[str]:

@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from d2v_scale import modalities
+from d2v_scale.conversion import array_layouts, array_statistics
 from d2v_scale.conversion.measures import measure_of
 from d2v_scale.data.config import DataConfig, SourceConfig
 from d2v_scale.data.loader import StepLoader
@@ -16,7 +17,7 @@ from d2v_scale.errors import DataError
 from d2v_scale.files import file_sha256
 from d2v_scale.modalities.text.decoder import Tokenizer
 from d2v_scale.plots.samples import plot_masks
-from d2v_scale.shards.content import length_of, word_of
+from d2v_scale.shards.content import length_of, plural, word_of
 from d2v_scale.shards.reading import Fault, SampleFault, SampleStore
 from d2v_scale.shards.shard_index import Measure
 from d2v_scale.shards.shard_set import ShardSet, find_shards, is_remote
@@ -24,6 +25,8 @@ from d2v_scale.shards.shard_set import ShardSet, find_shards, is_remote
 _BARS = 10
 _WIDTH = 40
 _NAMED = 20
+_DRAWN = 8
+"""Arrays in a picture."""
 
 
 def statistics(shards: ShardSet) -> None:
@@ -69,11 +72,11 @@ def _histogram(what: str, values: NDArray[np.floating], unit: str) -> None:
         print(f"  {low:10.4g} {'#' * round(_WIDTH * count / counts.max())} {count}")
 
 
-def check(shards: ShardSet, max_pixels: int) -> int:
+def check(shards: ShardSet, max_pixels: int, key: str | None = None) -> int:
     """Decode every sample as training does; print what is wrong and return how many samples are lost."""
     assert shards.index is not None
     store = open_store(shards, DataConfig())
-    measure = measure_of(shards.index.content, shards.tokenizer, max_pixels)
+    measure = measure_of(shards.index.content, shards.tokenizer, max_pixels, key)
     lost = 0
     for shard, path in enumerate(shards.paths):
         found = 0
@@ -132,13 +135,35 @@ def pictures(shards: ShardSet, pattern: str, recipe_name: str | None, out: Path,
         print(plot_masks(batch, model.kind(batch.modality), path, decode=decode))
 
 
+def array_pictures(shards: ShardSet, out: Path, count: int, key: str | None) -> None:
+    """Write PNGs of eight arrays each, as they are stored."""
+    from d2v_scale.plots.arrays import plot_arrays
+
+    held = array_layouts.places(shards)
+    places = [held[k] for k in np.random.default_rng(0).permutation(len(held))[: count * _DRAWN]]
+    for number in range(count):
+        drawn = list(array_statistics.arrays(shards, places[number * _DRAWN : (number + 1) * _DRAWN], key))
+        if drawn:
+            names = [shards.members(place.shard).key(place.number) for place, _ in drawn]
+            print(plot_arrays([array for _, array in drawn], names, out / f"array-{number}.png"))
+
+
 def inspect(arguments: argparse.Namespace) -> int:
     """Print statistics, and check and draw where that is asked for; the number of lost samples. Raises DataError."""
     shards = find_shards(SourceConfig(shards=arguments.shards, index=arguments.index))
-    if not shards.indexed:
+    if shards.index is None:
         raise DataError(f"The shards of {arguments.shards!r} have no index.", "Run `d2v index` first.")
+    holds_arrays, key = shards.index.content == "array", arguments.key
+    if arguments.moments and not holds_arrays:
+        raise DataError(f"The shards hold {plural(shards.index.content)}.", "--moments are of arrays.")
     statistics(shards)
-    lost = check(shards, arguments.max_pixels) if arguments.check else 0
-    if arguments.out is not None:
+    if holds_arrays:
+        array_statistics.tell(shards, key)
+    lost = check(shards, arguments.max_pixels, key) if arguments.check else 0
+    if arguments.moments:
+        array_statistics.print_moments(shards, arguments.transform, arguments.log_floor, key)
+    if arguments.out is not None and holds_arrays and arguments.recipe is None:
+        array_pictures(shards, arguments.out, arguments.steps, key)
+    elif arguments.out is not None:
         pictures(shards, arguments.shards, arguments.recipe, arguments.out, arguments.steps)
     return lost

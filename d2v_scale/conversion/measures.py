@@ -9,13 +9,18 @@ from d2v_scale.shards.content import Content
 from d2v_scale.shards.shard_index import Measure
 
 
-def measure_of(content: Content, tokenizer: Path | None = None, max_pixels: int = VisionData.max_pixels) -> Measure:
+def measure_of(
+    content: Content,
+    tokenizer: Path | None = None,
+    max_pixels: int = VisionData.max_pixels,
+    key: str | None = None,
+) -> Measure:
     """What gives the length of a sample, from its members' bytes by extension: 16 kHz samples, tokens, 0 of an image,
     steps along an array's first axis after its channels. It decodes what training decodes, and raises for what training
     would lose.
 
     `tokenizer`: the sentencepiece model of text, None where the shards hold ids. `max_pixels`: as
-    data.vision.max_pixels of the recipe.
+    data.vision.max_pixels of the recipe. `key`: of the array in a `.npz`, None where each holds one.
     """
     match content:
         case "image":
@@ -33,5 +38,5 @@ def measure_of(content: Content, tokenizer: Path | None = None, max_pixels: int 
         case "array":
             from d2v_scale.modalities.array import members
 
-            return members.measure
+            return functools.partial(members.measure, key=key)
     assert_never(content)

@@ -32,6 +32,8 @@ class Part:
     """Labels that are no class numbers."""
     odd_label: str = ""
     """What is wrong with the first of them."""
+    layouts: dict[str, int] = field(default_factory=dict)
+    """How many arrays have each number of channels and axes, in words."""
 
 
 class Job(Protocol):

@@ -1,0 +1,48 @@
+"""What the first sample of a tar says of all."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from d2v_scale.conversion.recognising import recognised
+from d2v_scale.errors import DataError
+from d2v_scale.shards.writing import write_shard
+
+
+def npy(array: np.ndarray) -> bytes:
+    out = io.BytesIO()
+    np.save(out, array)
+    return out.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("members", "content"),
+    [
+        ({"jpg": b"x", "cls": 1, "txt": "a cat", "npy": npy(np.zeros((2, 3)))}, "image"),
+        ({"flac": b"x", "txt": "hello"}, "recording"),
+        ({"txt": "words", "txt2": "more"}, "text"),
+        ({"npy": npy(np.arange(5))}, "text"),
+        ({"npy": npy(np.zeros((1, 5)))}, "array"),
+        ({"npz": b"x", "cls": 0}, "array"),
+    ],
+)
+def test_the_first_sample_tells_what_shards_hold(tmp_path: Path, members: dict, content: str) -> None:
+    tar = tmp_path / "a.tar"
+    write_shard(tar, [{"__key__": "a", **members}, {"__key__": "b", "mp4": b"x"}])
+    assert recognised(str(tar)) == content
+
+
+@pytest.mark.parametrize("members", [{"cls": 1}, {"jpg": b"x", "wav": b"x"}, {"npz": b"x", "txt": "a"}, {"npy": b"x"}])
+def test_what_nobody_could_tell_is_asked_for(tmp_path: Path, members: dict) -> None:
+    tar = tmp_path / "a.tar"
+    write_shard(tar, [{"__key__": "a", **members}])
+    with pytest.raises(DataError, match=r"cannot be told from .*--modality"):
+        recognised(str(tar))
+
+
+@pytest.mark.parametrize("path", ["https://h/a.tar", "pipe:cat a.tar"])
+def test_shards_that_are_not_local_are_not_fetched_to_tell(path: str) -> None:
+    with pytest.raises(DataError, match="--modality"):
+        recognised(path)
