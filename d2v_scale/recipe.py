@@ -218,12 +218,15 @@ class Recipe:
                 "With model.visible_only all rows keep equally many: give random, block1d, block2d or blocks, or spans "
                 "with objective.compat.equalize_masks.",
             )
-        # Beside images, a weight that all stems have counts in their steps alone.
-        own = self.objective.key(stem.name, "objective.loss.cls_weight") != "objective.loss.cls_weight"
-        heard = [stem] if own else self._trained_stems()
+        # A weight that all stems have counts in the steps of those with an extra token alone.
+        key = self.objective.key(stem.name, "objective.loss.cls_weight")
+        heard = self._trained_stems() if key == "objective.loss.cls_weight" else [stem]
         if objective.loss.cls_weight > 0 and not (model.visible_only and any(one.extra_tokens for one in heard)):
+            names = ", ".join(one.name for one in heard)
             raise ConfigError(
-                "objective.loss.cls_weight", "needs a 2.0 vision model, and images to train on", "Set it to 0."
+                key,
+                f"needs a 2.0 model (model.visible_only) with an extra token before the positions of {names}",
+                f"Set it to 0, or in 2.0 model.{heard[0].name}.extra_tokens to 1.",
             )
         _, grid = stem.extent(self.data)
         block_sizes.check(masks, stem.named_axes, grid)

@@ -229,7 +229,11 @@ def test_a_joint_recipe_mixes_and_masks_as_published(name: str) -> None:
         (["--objective.speech.masking.kind=block2d"], "objective.speech.masking.kind", "grid"),
         (["--objective.vision.target.top_k_layers=9"], "objective.vision.target.top_k_layers", "9 of 8"),
         (["--objective.vision.target.layers=[1,9]"], "objective.vision.target.layers", "blocks of 8"),
-        (["--objective.text.loss.cls_weight=1"], "objective.text.loss.cls_weight", "needs a 2.0 vision model"),
+        (
+            ["--objective.text.loss.cls_weight=1"],
+            "objective.text.loss.cls_weight",
+            "extra token before the positions of text",
+        ),
         (["--objective.text.masking.prob=1.5"], "objective.text.masking.prob", "at most 1"),
         (["--objective.text.masking.clones=0"], "objective.text.masking.clones", "above 0"),
         (["--model.vision.predictor.groups=7"], "model.vision.predictor.groups", "does not divide"),

@@ -168,5 +168,5 @@ def test_a_mask_larger_than_the_grid_and_a_cls_loss_without_images_are_refused(r
     recipe.objective.loss.cls_weight = 0.01
     recipe.check(1)
     recipe.data.sources = recipe.data.sources[1:]
-    with pytest.raises(ConfigError, match="images to train on"):
+    with pytest.raises(ConfigError, match="extra token before the positions of speech, text"):
         recipe.check(1)

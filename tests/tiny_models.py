@@ -39,7 +39,14 @@ def decoder(kind: str, **options: object) -> Predictor:
 
 
 def model(name: str, **backbone: object) -> ModelConfig:
-    """`v1_vision` ... `v2_text`, or one of `WIDE`; keyword arguments go to the backbone."""
+    """`v1_vision` ... `v2_text`, or one of `WIDE`; `+2` behind it: with so many extra tokens. Keyword arguments go to
+    the backbone."""
+    if "+" in name:
+        name, _, tokens = name.partition("+")
+        config = model(name, **backbone)
+        [stem] = config.stems.values()
+        stem.extra_tokens = int(tokens)
+        return config
     if name in WIDE:
         config = model(name.removesuffix("_wide"), **backbone)
         assert config.vision is not None
@@ -71,7 +78,7 @@ WIDE = ("v1_vision_wide", "v2_vision_wide")
 
 
 def modality_of(name: str) -> Modality:
-    return name.split("_")[1]  # type: ignore[return-value]
+    return name.partition("+")[0].split("_")[1]  # type: ignore[return-value]
 
 
 def target_of(name: str) -> TargetConfig:
@@ -110,7 +117,7 @@ def batch(name: str, samples: int = 3, clones: int = 1, padded: bool = False, se
     for row in range(rows):
         count = 5 + row % 3 if ragged else 8
         masked[row, torch.randperm(length if valid is None else length // 2, generator=generator)[:count]] = True
-    if name == "v1_text":
+    if name.startswith("v1_text"):
         student_inputs = torch.where(masked[::clones], 39, inputs)
     return Batch(
         modality=modality,

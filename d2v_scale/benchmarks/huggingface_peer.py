@@ -206,8 +206,6 @@ class _Vision1(_Encoder):
 
 
 class _Vision2(_Encoder):
-    extra = 1
-
     def __init__(self, model: ModelConfig) -> None:
         super().__init__()
         from transformers import Data2VecTextConfig
@@ -225,7 +223,8 @@ class _Vision2(_Encoder):
         )
         config._attn_implementation = "sdpa"
         self.patch = nn.Conv2d(vision.channels, backbone.width, vision.patch_size, vision.patch_size)
-        self.cls = nn.Parameter(torch.empty(1, 1, backbone.width))
+        self.extra = vision.extra_token_count
+        self.cls = nn.Parameter(torch.empty(1, self.extra, backbone.width))
         self.norm = nn.LayerNorm(backbone.width, backbone.norm_eps)
         positions = sincos_positions(backbone.width, vision.grid)
         self.register_buffer("positions", positions, persistent=False)
@@ -300,7 +299,7 @@ class _Student2(nn.Module):
         x = self.encoder(batch.inputs, masked, batch.clones)
         if noise_rtd is None:
             noise_rtd = torch.randn(*masked.shape, x.shape[-1], device=x.device, dtype=x.dtype) * self.noise_std
-        return self.decoder(x[:, self.encoder.extra :], masked, noise_rtd), x[:, 0]
+        return self.decoder(x[:, self.encoder.extra :], masked, noise_rtd), x[:, self.encoder.extra - 1]
 
 
 def _settings(model: ModelConfig, modality: Any) -> dict[str, Any]:

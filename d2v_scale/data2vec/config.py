@@ -62,7 +62,8 @@ class LossConfig:
     reduction: Literal["sum_channels", "mean_channels"] = "sum_channels"
     """Always a mean over masked positions of the whole step; this is about the channels (1.0 vision: mean)."""
     cls_weight: float = 0.0
-    """Weight of the CLS term, a mean per row (2.0 vision)."""
+    """Weight of the CLS term, a mean per row, in 2.0: the output at the last extra token (`model.STEM.extra_tokens`),
+    without a head, against the mean over all positions of the sample's first target."""
     weight: float = 1.0
     """Factor on the whole loss, for stems that weigh more or less than others."""
 

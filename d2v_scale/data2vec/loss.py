@@ -53,7 +53,8 @@ def masked_loss_sum(predictions_nd: Tensor, targets_nd: Tensor, config: LossConf
 
 
 def cls_loss_sum(predictions_rd: Tensor, targets_btd: Tensor, config: LossConfig, width: int) -> Tensor:
-    """Weighted sum over rows of the CLS term (2.0 vision): each row's CLS output against its sample's mean target.
+    """Weighted sum over rows of the CLS term (2.0): each row's output at its last extra token against the mean of its
+    sample's target over all T positions, padding included as in the reference.
 
     Rows are sample-major, R = B*M. Divide by the number of rows over all ranks and micro-batches of the step, so that
     the term's weight does not depend on the batch size. (The reference sums over the rows of one micro-batch:

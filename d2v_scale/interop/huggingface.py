@@ -58,6 +58,13 @@ def is_native(config: ModelConfig, modality: Modality) -> bool:
     """Whether a Hugging Face class computes exactly this encoder; else our modelling files do. Raises CheckpointError
     where neither does."""
     row, model = row_of(config, modality), config.of(modality)
+    stem = model.stems[modality]
+    if stem.extra_token_count != stem.usual_extra_tokens:
+        raise CheckpointError(
+            f"classes of transformers, and our modelling file, have {stem.usual_extra_tokens} extra tokens before the "
+            f"positions of {modality}; this encoder has {stem.extra_token_count} (model.{modality}.extra_tokens).",
+            REMEDY,
+        )
     if row.is_native(model):
         return True
     unlike = row.beyond_remote(model)

@@ -1,6 +1,5 @@
 """Our configuration of a model that fairseq trained: from its configuration and its tensors' shapes."""
 
-from d2v_scale import modalities
 from d2v_scale.data2vec.config import MaskingConfig, ObjectiveConfig
 from d2v_scale.errors import CheckpointError
 from d2v_scale.interop.reference_options import (
@@ -34,11 +33,9 @@ def from_fairseq(
 
 def _second(row: ReferenceRow, settings: Settings, shapes: Shapes, tokens: Settings | None, rows: int) -> Reference:
     stem = (settings.get("modalities") or {}).get(row.word) or {}
-    extra_tokens = modalities.class_of(row.kind).extra_tokens
     require(settings, "layer_norm_first", False, None)
     require(settings, "recon_loss", 0, None)
     require(settings, "norm_affine", True, default=True)
-    require(stem, "num_extra_tokens", extra_tokens, default=extra_tokens)
     require(stem, "keep_masked_pct", 0, None)
     width = settings.get("embed_dim", 768)
     decoder = stem.get("decoder") or {}
@@ -77,6 +74,7 @@ def _second(row: ReferenceRow, settings: Settings, shapes: Shapes, tokens: Setti
         ),
     )
     row.read_stem(model, stem, shapes, tokens)
+    _read_extra_tokens(model, stem)
     objective = ObjectiveConfig(
         masking=_masking(row, stem, clones),
         target=read_target(settings, default_k=12),
@@ -84,6 +82,14 @@ def _second(row: ReferenceRow, settings: Settings, shapes: Shapes, tokens: Setti
         ema=read_ema(settings),
     )
     return Reference(row.kind, model, objective, _parts(row, settings, stem))
+
+
+def _read_extra_tokens(model: ModelConfig, stem: Settings) -> None:
+    [ours] = model.stems.values()
+    count = stem.get("num_extra_tokens", ours.usual_extra_tokens)
+    if type(count) is not int or count < 0:
+        raise CheckpointError(f"the checkpoint was trained with num_extra_tokens={count!r}, which is no count.")
+    ours.extra_tokens = None if count == ours.usual_extra_tokens else count
 
 
 def _masking(row: ReferenceRow, stem: Settings, clones: int) -> MaskingConfig:
@@ -101,9 +107,10 @@ def _masking(row: ReferenceRow, stem: Settings, clones: int) -> MaskingConfig:
 def _parts(row: ReferenceRow, settings: Settings, stem: Settings) -> TeacherParts:
     features = f"stems.{row.kind}.features"
     if settings.get("ema_encoder_only", True):
-        if not row.may_average_blocks_only or stem.get("prenet_depth", 0):
+        if not row.may_average_blocks_only or stem.get("prenet_depth", 0) or stem.get("num_extra_tokens", 0):
             raise CheckpointError(
-                f"a {row.kind} teacher of the main blocks only (ema_encoder_only=True) is not supported.",
+                f"a {row.kind} teacher of the main blocks only (ema_encoder_only=True) is not supported where other "
+                "layers than the features come before them.",
                 "Published speech and vision models average the whole encoder.",
             )
         return TeacherParts(shared=[features])

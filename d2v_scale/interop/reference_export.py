@@ -32,6 +32,13 @@ def export_reference(checkpoint: Checkpoint, recipe: Recipe, modality: Modality,
     # First what can be refused.
     if objective.masking.kind == "blocks":
         raise CheckpointError("masks of kind 'blocks' have no name in the reference's configuration.", REMEDY)
+    stem = model.stems[modality]
+    if not model.visible_only and stem.extra_token_count != stem.usual_extra_tokens:
+        raise CheckpointError(
+            f"the reference's 1.0 models of {modality} have {stem.usual_extra_tokens} extra tokens, this one has "
+            f"{stem.extra_token_count} (model.{modality}.extra_tokens).",
+            REMEDY,
+        )
     make(row, {}, {}, model, objective, parts)
     keymap = reference_keys(recipe.model, modality)
     keymap.require_all(_its_own(checkpoint, model), "the reference", REMEDY)
@@ -74,7 +81,8 @@ def _averages_blocks_only(row: ReferenceRow, model: ModelConfig, parts: TeacherP
     """fairseq's `ema_encoder_only`, which published 2.0 text models have."""
     [name] = model.modalities
     shared = f"stems.{name}.features" in parts.shared
-    return row.may_average_blocks_only and shared and not model.backbone.prenet_depth
+    between = model.backbone.prenet_depth or model.stems[name].extra_token_count
+    return row.may_average_blocks_only and shared and not between
 
 
 def fairseq_settings(

@@ -28,6 +28,8 @@ def teacher_prefix(keymap: KeyMap, teacher_keys: Iterable[str]) -> str:
 def _second_keys(row: ReferenceRow, model: ModelConfig, name: Modality) -> KeyMap:
     keys, theirs, predictor = KeyMap(), row.second_prefix, f"predictors.{model.predictor_name}"
     row.add_stem_keys(keys, model, name)
+    if model.stems[name].extra_token_count:
+        keys.add(f"stems.{name}.context.cls", f"{theirs}.extra_tokens")
     for i in range(model.backbone.prenet_depth):
         timm_block(keys, model, f"stems.{name}.prenet.{i}", f"{theirs}.context_encoder.blocks.{i}")
     for i in range(model.backbone.depth):

@@ -63,7 +63,6 @@ class VisionReference(ReferenceRow):
 
     def add_stem_keys(self, keys: KeyMap, model: ModelConfig, name: str) -> None:
         theirs, ours, stem = self.second_prefix, f"stems.{name}", _stem(model)
-        keys.add(f"{ours}.context.cls", f"{theirs}.extra_tokens")
         keys.layer(f"{ours}.features.patch", f"{theirs}.local_encoder.proj")
         width, grid = model.backbone.width, stem.grid
         keys.derived[f"{theirs}.fixed_positional_encoder.positions"] = lambda: sincos_positions(width, grid)[None]

@@ -42,8 +42,6 @@ class Modality(ABC):
     """What it reads."""
     axes: ClassVar[int] = 1
     """Axes along which its positions lie."""
-    extra_tokens: ClassVar[int] = 0
-    """Positions before those of the input (CLS)."""
     unit: ClassVar[str | None] = None
     """The `batch_unit` that its samples have beside `samples`; None: all are of one size."""
     tasks: ClassVar[tuple[str, ...]] = ("classify", "regress")
@@ -76,6 +74,12 @@ class Modality(ABC):
         return self.model.backbone.width
 
     # Geometry
+
+    @property
+    def extra_tokens(self) -> int:
+        """Positions before those of the input (CLS)."""
+        [stem] = self.model.stems.values()
+        return stem.extra_token_count
 
     @property
     @abstractmethod

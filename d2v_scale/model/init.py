@@ -32,6 +32,8 @@ _NEVER_REACHED = 5.0
 
 ZEROS = InitRule("constant", 0.0)
 ONES = InitRule("constant", 1.0)
+BEIT = InitRule("truncated", 0.02, 0.02)
+"""Of `init: beit`."""
 
 
 def set_rule(parameter: Tensor, rule: InitRule) -> None:

@@ -102,7 +102,7 @@ class StudentOutput(NamedTuple):
     encoder_rsd: Tensor
     """Output of the encoder without extra tokens: all positions (1.0) or the visible ones, ascending (2.0)."""
     cls_rd: Tensor | None
-    """Output at the CLS token (2.0 vision)."""
+    """Output at the last extra token, the CLS token (2.0, where there is one)."""
     further: tuple[Tensor, ...] = ()
     """Predictions of further targets, each (N, W)."""
 

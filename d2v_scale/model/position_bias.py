@@ -23,14 +23,16 @@ class RelativeBias(nn.Module):
 
     index: Tensor
 
-    def __init__(self, grid: tuple[int, int], heads: int, init_std: float = 0.0, *, owned: bool = True) -> None:
+    def __init__(
+        self, grid: tuple[int, int], heads: int, init_std: float = 0.0, *, extra: int = 1, owned: bool = True
+    ) -> None:
         super().__init__()
         self.local_heads = local_share(heads, "heads")
-        self.parameter_shape = ((2 * grid[0] - 1) * (2 * grid[1] - 1) + 3, heads)
+        self.parameter_shape = ((2 * grid[0] - 1) * (2 * grid[1] - 1) + (3 if extra else 0), heads)
         if owned:
             self.table = nn.Parameter(torch.empty(self.parameter_shape))
             set_rule(self.table, InitRule("normal", init_std) if init_std else ZEROS)
-        self.register_buffer("index", relative_index(grid), persistent=False)
+        self.register_buffer("index", relative_index(grid, extra), persistent=False)
 
     @property
     def parameter(self) -> nn.Parameter:
@@ -38,7 +40,7 @@ class RelativeBias(nn.Module):
         return self.table
 
     def forward(self, table: Tensor | None = None) -> Tensor:
-        """(1, local heads, 1 + T, 1 + T); CLS is position 0. `table`: another stage's, if none is owned."""
+        """(1, local heads, n + T, n + T); the n extra tokens come first. `table`: another stage's, if none is owned."""
         table = for_local_heads(self.table if table is None else table).narrow(
             1, tensor_rank() * self.local_heads, self.local_heads
         )
@@ -46,16 +48,17 @@ class RelativeBias(nn.Module):
         return F.embedding(self.index.flatten(), table).view(size, size, -1).permute(2, 0, 1).contiguous()[None]
 
 
-def relative_index(grid: tuple[int, int]) -> Tensor:
+def relative_index(grid: tuple[int, int], extra: int = 1) -> Tensor:
     """Row of the table for each pair (i, j) of patches on h x w: (d_row + h - 1) * (2w - 1) + d_col + w - 1 with
-    d = i - j; the last three rows are CLS to any, any to CLS, CLS to CLS."""
+    d = i - j; the last three rows are CLS to any, any to CLS, CLS to CLS. Several extra tokens are alike in it; without
+    any, the table ends with the patches."""
     height, width = grid
     row, column = torch.arange(height).repeat_interleave(width), torch.arange(width).repeat(height)
     patches = (row[:, None] - row + height - 1) * (2 * width - 1) + column[:, None] - column + width - 1
-    index = torch.empty(height * width + 1, height * width + 1, dtype=torch.int64)
-    index[1:, 1:] = patches
+    index = torch.empty(height * width + extra, height * width + extra, dtype=torch.int64)
+    index[extra:, extra:] = patches
     distances = (2 * height - 1) * (2 * width - 1)
-    index[0, :], index[:, 0], index[0, 0] = distances, distances + 1, distances + 2
+    index[:extra, :], index[:, :extra], index[:extra, :extra] = distances, distances + 1, distances + 2
     return index
 
 

@@ -3,8 +3,11 @@
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from d2v_scale.model.config import ModelConfig
+from d2v_scale.model.init import BEIT, InitRule, set_rule
 from d2v_scale.model.position_bias import AlibiBias, RelativeBias
 
 
@@ -15,8 +18,13 @@ class Stem(nn.Module):
     context: nn.Module
     bias: RelativeBias | AlibiBias
     prenet: nn.ModuleList
-    extra_tokens = 0
-    """Positions before those of the input (CLS)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        """`config`: with this stem alone."""
+        super().__init__()
+        [stem] = config.stems.values()
+        self.extra_tokens = stem.extra_token_count
+        """Positions before those of the input (CLS)."""
 
     def valid_positions(self, inputs: Tensor, valid: Tensor) -> Tensor | None:
         """bool (B, T): positions that are not padding, from what of `inputs` is real. None: none is padding."""
@@ -29,14 +37,36 @@ class Stem(nn.Module):
 
     def attention_bias(self, states_rsd: Tensor, visible_rs: Tensor | None, position: Tensor | None) -> Tensor:
         """The bias (1 or R, local heads, S, S) for these states, whose rows keep the positions `visible_rs` (None:
-        all). `position`: another stage's parameter of it, where none is owned."""
+        all); 0 from and to extra tokens. `position`: another stage's parameter of it, where none is owned."""
+        extra = self.extra_tokens
         if visible_rs is None:
-            visible_rs = torch.arange(states_rsd.shape[1], device=states_rsd.device)[None]
-        return self.bias(visible_rs, position)
+            visible_rs = torch.arange(states_rsd.shape[1] - extra, device=states_rsd.device)[None]
+        bias = self.bias(visible_rs, position)
+        return F.pad(bias, (extra, 0, extra, 0)) if extra else bias
 
     def fine_tune(self, channel_mask: tuple[float, int] | None) -> None:
         """Get ready to be fine-tuned. `channel_mask`: share of channels in spans to hide, and a span's length."""
         del channel_mask
+
+
+class ExtraTokens(nn.Module):
+    """Part of a context: learned tokens before the positions of the input, `cls` of shape (1, n, D)."""
+
+    cls: nn.Parameter
+
+    def add_tokens(self, config: ModelConfig) -> None:
+        """Build them, if the one stem of `config` has any. They start from N(0, 1) in 2.0."""
+        [stem] = config.stems.values()
+        if stem.extra_token_count:
+            self.cls = nn.Parameter(torch.empty(1, stem.extra_token_count, config.backbone.width))
+            normal = InitRule("normal", 1.0 if config.visible_only else 0.02)
+            set_rule(self.cls, BEIT if config.init == "beit" else normal)
+
+    def behind_tokens(self, x_rsd: Tensor) -> Tensor:
+        """The tokens, then the positions: (R, S, D) to (R, n + S, D)."""
+        if not hasattr(self, "cls"):
+            return x_rsd
+        return torch.cat((self.cls.expand(x_rsd.shape[0], -1, -1), x_rsd), dim=1)
 
 
 Exists = Callable[[str], bool]

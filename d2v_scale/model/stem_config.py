@@ -35,12 +35,23 @@ class OwnPredictor:
 class StemSettings:
     """What any stem may do differently from the others. null: as `model.backbone` and `model.predictor` say."""
 
+    usual_extra_tokens: ClassVar[int] = 0
+    """Of this kind in published models."""
+
     prenet_depth: int | None = None
     """Blocks of this stem before the main ones."""
     input_dropout: float | None = None
     """On the input of the first block (after this stem's norm)."""
     predictor: OwnPredictor | None = None
     """This stem's predictor."""
+    extra_tokens: int | None = None
+    """Learned tokens before the positions of the input, which have no position of their own and are never masked. The
+    CLS term is of the last of them. null: as published (images 1, all others 0)."""
+
+    @property
+    def extra_token_count(self) -> int:
+        """`extra_tokens`, or as many as is usual."""
+        return self.usual_extra_tokens if self.extra_tokens is None else self.extra_tokens
 
 
 @dataclass(kw_only=True)
@@ -86,6 +97,7 @@ class VisionStem(StemSettings):
     """Images to patches."""
 
     kind: ClassVar[Kind] = "vision"
+    usual_extra_tokens: ClassVar[int] = 1
 
     image_size: int | tuple[int, int] = 224
     """Side of the square input, or its height and width, pixels."""

@@ -13,10 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from d2v_scale import modalities
-from d2v_scale.modalities.vision.stem import BEIT
 from d2v_scale.model import cpu_ops
 from d2v_scale.model.config import Modality, ModelConfig
-from d2v_scale.model.init import InitRule, linear_rules
+from d2v_scale.model.init import BEIT, InitRule, linear_rules
 from d2v_scale.model.norm_gelu import norm_gelu
 
 SMALL = InitRule("normal", 0.02)

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -11,10 +12,9 @@ from d2v_scale.batch import Batch
 from d2v_scale.data2vec import stateless, targets
 from d2v_scale.data2vec.config import TargetConfig
 from d2v_scale.errors import ConfigError
-from d2v_scale.modalities.vision.stem import BEIT
 from d2v_scale.model.block import Block, beit_depth_scale, with_zero_gradient
 from d2v_scale.model.config import Modality, ModelConfig
-from d2v_scale.model.init import InitRule
+from d2v_scale.model.init import BEIT, InitRule
 from d2v_scale.model.layers import Carry, LayerSpec, Section, StudentOutput
 from d2v_scale.model.position_bias import add_padding
 from d2v_scale.model.stem import Stem
@@ -107,6 +107,8 @@ class _Stack(nn.Module):
             valid_bt = valid_bt.repeat_interleave(clones, dim=0)
             if visible_rs is not None:
                 valid_bt = valid_bt.gather(1, visible_rs)
+            if stem.extra_tokens:
+                valid_bt = F.pad(valid_bt, (stem.extra_tokens, 0), value=True)
             # A row without any real key attends to its padding: what a kernel gives over no key at all is its own
             # affair, zeros or NaN. Nothing of such a row is counted.
             valid_bt = valid_bt | ~valid_bt.any(dim=1, keepdim=True)
@@ -185,7 +187,8 @@ class Student(_Stack):
     def leave(
         self, batch: Batch, carry: Carry, draw: Draw, noise_rtd: Tensor | None = None
     ) -> tuple[tuple[Tensor, ...], Tensor, Tensor | None]:
-        """Predictions (N, W) of every target, encoder output (R, S, D) and CLS output (R, D): see `StudentOutput`."""
+        """Predictions (N, W) of every target, encoder output (R, S, D) and the last extra token's output (R, D): see
+        `StudentOutput`."""
         x_rsd = carry.states_rsd
         if self.config.backbone.final_norm:
             x_rsd = self.final_norm(x_rsd)

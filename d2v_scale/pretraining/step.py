@@ -117,7 +117,7 @@ class StepLoss:
         targets_btd, targets_nd = made[0].targets_btd, compared[0].targets_nd
         total = weighted_sum(compared, self._config)
         share = total / self._counts[0].float()
-        # Of several modalities only images have a CLS token; a step is of one, on all ranks.
+        # A stem may have no extra token; a step is of one stem, on all ranks.
         if self._config.cls_weight > 0 and cls_rd is not None:
             # Of a blank row it is part of the graph, as on every rank, and counts nothing.
             weight = 0.0 if batch.is_blank else compared[0].weight

@@ -35,6 +35,8 @@ TOPOLOGIES: dict[str, tuple[int, dict]] = {
 
 SCALED = {"model": "v2_text", "lr_scale": {"text": 0.25}}
 """Groups of parameters with rates of their own."""
+TOKENS = ("v1_vision+2", "v2_speech+2")
+"""With two extra tokens, of which the last one's output is compared in 2.0."""
 LAYERS = {"model": "v1_text", "target": {"layers": [0, 2]}}
 """Taps of either stage, and not of the last block."""
 
@@ -99,7 +101,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def references(root: Path) -> dict[str, Checkpoint]:
     """What one process computes."""
-    cases = [{"name": model, "model": model, "accumulation": 4} for model in (*tiny_models.NAMES, *tiny_models.WIDE)]
+    models = (*tiny_models.NAMES, *tiny_models.WIDE, *TOKENS)
+    cases = [{"name": model, "model": model, "accumulation": 4} for model in models]
     poisoned = {"name": "skipping", "model": "v2_vision", "accumulation": 4, "poisoned_step": 2}
     return train(
         root,
@@ -133,6 +136,8 @@ def on_two_ranks(root: Path) -> dict[str, Checkpoint]:
         [
             *cases_of("pp2", tiny_models.NAMES),
             *cases_of("tp2", ("v2_speech", "v1_vision_wide")),
+            *cases_of("pp2", TOKENS),
+            *cases_of("tp2", TOKENS),
             {"name": "layers pp2", **LAYERS, **pipeline},
             {"name": "scaled pp2", **SCALED, **pipeline},
             {"name": "bf16", "model": "v1_vision", "precision": "bf16", **pipeline},

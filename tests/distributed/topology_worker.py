@@ -41,7 +41,8 @@ def recipe_of(case: dict) -> Recipe:
     model.activation_checkpointing = case.get("checkpointing", False)
     target = dataclasses.replace(tiny_models.target_of(name), top_k_layers=3, **case.get("target", {}))
     further = [TargetConfig(**one) for one in case.get("further", [])]
-    loss = LossConfig(cls_weight=0.5 if name.startswith("v2_vision") else 0.0)
+    [stem] = model.stems.values()
+    loss = LossConfig(cls_weight=0.5 if model.visible_only and stem.extra_token_count else 0.0)
     return Recipe(
         model=model,
         objective=ObjectiveConfig(

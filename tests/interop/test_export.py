@@ -55,6 +55,20 @@ def test_images_that_are_no_squares_are_refused_where_the_format_has_none(
     assert not out.exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "to"),
+    [("v1_vision+0", "fairseq"), ("v1_speech+1", "fairseq"), ("v1_text+1", "hf"), ("v2_vision+2", "hf")],
+)
+def test_extra_tokens_that_a_format_has_not_are_refused_by_name(
+    name: str, to: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert tool("export").main([str(checkpoint_of(name, tmp_path)), str(out), "--to", to]) == 2
+    said = capsys.readouterr().err
+    assert f"has {name[-1]} (model.{tiny_models.modality_of(name)}.extra_tokens)" in " ".join(said.split())
+    assert not out.exists()
+
+
 def test_a_wrong_exported_weight_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from d2v_scale.interop import exporting
 

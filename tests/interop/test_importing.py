@@ -26,6 +26,7 @@ from d2v_scale.interop.reference_vision import input_size
 from d2v_scale.model.stem_config import VisionStem
 
 warnings.filterwarnings("ignore")
+TOKENS = ("v2_vision+0", "v2_vision+2", "v2_speech+2", "v2_text+1")
 
 
 @pytest.fixture(autouse=True)
@@ -65,7 +66,7 @@ def test_foreign_weights_bring_the_normalisation_of_their_inputs(tmp_path: Path)
     assert convert(open_source(fairseq / "checkpoint.pt"), "again").recipe.data.speech.normalize is False
 
 
-@pytest.mark.parametrize("name", [*tiny_models.NAMES, "v1_vision_wide"])
+@pytest.mark.parametrize("name", [*tiny_models.NAMES, "v1_vision_wide", *TOKENS])
 def test_import_of_an_export_to_fairseq_is_the_identity(name: str, tmp_path: Path) -> None:
     run, out = checkpoint_of(name, tmp_path), tmp_path / "reference"
     assert tool("export").main([str(run), str(out), "--to", "fairseq"]) == 0

@@ -53,6 +53,17 @@ def test_relative_index_tells_apart_exactly_what_the_table_has_rows_for() -> Non
     assert int(index[1 + i[0] * grid + i[1], 1 + j[0] * grid + j[1]]) == row
 
 
+def test_several_extra_tokens_share_their_rows_and_none_has_none() -> None:
+    one, two, none = (relative_index((2, 3), extra) for extra in (1, 2, 0))
+    assert torch.equal(none, one[1:, 1:])
+    assert torch.equal(none, two[2:, 2:])
+    assert torch.equal(two[[0, 1]][:, 2:], one[[0, 0]][:, 1:])
+    assert torch.equal(two[2:, :2], one[1:][:, [0, 0]])
+    assert set(two[:2, :2].flatten().tolist()) == {int(one[0, 0])}
+    for extra, index in ((1, one), (2, two), (0, none)):
+        assert RelativeBias((2, 3), 4, extra=extra).parameter_shape[0] == int(index.max()) + 1
+
+
 def test_relative_index_of_a_wide_grid_is_that_of_beit() -> None:
     from transformers.models.data2vec.modeling_data2vec_vision import Data2VecVisionRelativePositionBias
 

@@ -12,7 +12,7 @@ from d2v_scale.model.init import InitRule, set_rule
 from d2v_scale.model.layers import Section, rows_of
 from d2v_scale.model.norm_gelu import NormGelu, norm_gelu
 from d2v_scale.model.position_bias import AlibiBias
-from d2v_scale.model.stem import Exists, Stem
+from d2v_scale.model.stem import Exists, ExtraTokens, Stem
 from d2v_scale.model.stem_config import SpeechStem
 
 
@@ -53,8 +53,8 @@ class SpeechFeatures(nn.Module):
         return x_bct.transpose(1, 2)
 
 
-class SpeechContext(nn.Module):
-    """Masking, positional convolutions, norm (spec 3.2)."""
+class SpeechContext(ExtraTokens):
+    """Masking, positional convolutions, extra tokens, norm (spec 3.2)."""
 
     def __init__(self, config: ModelConfig, *, with_mask_embedding: bool) -> None:
         super().__init__()
@@ -69,6 +69,7 @@ class SpeechContext(nn.Module):
             cpu_ops.SequenceConv(width, width, kernel, padding=kernel // 2, groups=stem.pos_conv_groups)
             for _ in range(stem.pos_conv_depth)
         )
+        self.add_tokens(config)
         # Except of 2.0 where the blocks normalise their own input.
         normed = not (config.visible_only and config.backbone.norm_first)
         self.norm = nn.LayerNorm(width, config.backbone.norm_eps) if normed else nn.Identity()
@@ -83,7 +84,8 @@ class SpeechContext(nn.Module):
         valid_bt: Tensor | None,
         clones: int,
     ) -> Tensor:
-        """(B, T, D) to (R, S, D): R = B * clones; S = visible frames if given, else all, masked ones replaced.
+        """(B, T, D) to (R, n + S, D): R = B * clones; n extra tokens; S = visible frames if given, else all, masked
+        ones replaced.
 
         The positional convolutions always run over the full length; where frames are to be removed, they see zeros.
         """
@@ -103,7 +105,7 @@ class SpeechContext(nn.Module):
             x_rsd = x_rtd + positions_rtd
         else:
             x_rsd = rows_of(features_btd, visible_rs, clones) + rows_of(positions_rtd, visible_rs, 1)
-        return cpu_ops.dropout(self.norm(x_rsd), self.dropout, self.training)
+        return cpu_ops.dropout(self.norm(self.behind_tokens(x_rsd)), self.dropout, self.training)
 
     def _positions(self, x_rtd: Tensor) -> Tensor:
         length = x_rtd.shape[1]
@@ -135,7 +137,7 @@ class WaveformStem(Stem):
     context: SpeechContext
 
     def __init__(self, config: ModelConfig, exists: Exists, section: Section) -> None:
-        super().__init__()
+        super().__init__(config)
         stem = config.sole(SpeechStem)
         self.frames_of = stem.frames_of
         if stem.alibi:

@@ -8,7 +8,7 @@ from d2v_scale.model import cpu_ops
 from d2v_scale.model.config import ModelConfig
 from d2v_scale.model.init import InitRule, set_rule
 from d2v_scale.model.layers import Section, rows_of
-from d2v_scale.model.stem import Exists, Stem
+from d2v_scale.model.stem import Exists, ExtraTokens, Stem
 from d2v_scale.model.stem_config import TextStem
 
 
@@ -45,8 +45,12 @@ class TextFeatures(nn.Module):
         return x_btd if valid_bt is None or not self.zero_pads else x_btd * valid_bt[..., None]
 
 
-class TextContext(nn.Module):
-    """Only the choice of rows: masking happened to the tokens (1.0) or is removal (2.0)."""
+class TextContext(ExtraTokens):
+    """The choice of rows, and extra tokens: masking happened to the tokens (1.0) or is removal (2.0)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.add_tokens(config)
 
     def forward(
         self,
@@ -56,22 +60,22 @@ class TextContext(nn.Module):
         valid_bt: Tensor | None,
         clones: int,
     ) -> Tensor:
-        """(B, T, D) to (R, S, D): R = B * clones; S = visible tokens if given, else all."""
+        """(B, T, D) to (R, n + S, D): R = B * clones; n extra tokens; S = visible tokens if given, else all."""
         del masked_rt, valid_bt
-        return rows_of(features_btd, visible_rs, clones)
+        return self.behind_tokens(rows_of(features_btd, visible_rs, clones))
 
 
 class TokenStem(Stem):
     """Embeddings of tokens and of their positions."""
 
     def __init__(self, config: ModelConfig, exists: Exists, section: Section) -> None:
-        super().__init__()
+        super().__init__(config)
         self.pad_id = config.sole(TextStem).pad_id
         if not section.starts:
             return
         if exists("features"):
             self.features = TextFeatures(config)
-        self.context = TextContext()
+        self.context = TextContext(config)
 
     def valid_positions(self, inputs: Tensor, valid: Tensor) -> Tensor:
         """Tokens that are no padding."""

@@ -24,11 +24,10 @@ if TYPE_CHECKING:
 
 
 class Vision(Modality):
-    """Images to a grid of patches, after a CLS token."""
+    """Images to a grid of patches, usually after a CLS token."""
 
     content = "image"
     axes = 2
-    extra_tokens = 1
     raw_name = "pixels"
 
     @property
@@ -90,7 +89,7 @@ class Vision(Modality):
         return VisionDecoder(data.vision, self.stem)
 
     def build_stem(self, exists: Callable[[str], bool], section: "Section") -> "PatchStem":
-        """Patch embedding; positions, masking, CLS token."""
+        """Patch embedding; positions, masking, extra tokens."""
         from d2v_scale.modalities.vision.stem import PatchStem
 
         return PatchStem(self.model, exists, section)

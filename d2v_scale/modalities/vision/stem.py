@@ -7,13 +7,11 @@ from torch import Tensor, nn
 
 from d2v_scale.model import cpu_ops
 from d2v_scale.model.config import ModelConfig
-from d2v_scale.model.init import InitRule, linear_rules, set_rule
+from d2v_scale.model.init import BEIT, InitRule, linear_rules, set_rule
 from d2v_scale.model.layers import Section, rows_of
 from d2v_scale.model.position_bias import RelativeBias, sincos_positions
-from d2v_scale.model.stem import Exists, Stem
+from d2v_scale.model.stem import Exists, ExtraTokens, Stem
 from d2v_scale.model.stem_config import VisionStem
-
-BEIT = InitRule("truncated", 0.02, 0.02)
 
 
 class VisionFeatures(nn.Module):
@@ -35,8 +33,8 @@ class VisionFeatures(nn.Module):
         return self.patch(images_bchw.to(self.patch.weight.dtype)).flatten(2).transpose(1, 2)
 
 
-class VisionContext(nn.Module):
-    """Positions, masking, CLS token, norm."""
+class VisionContext(ExtraTokens):
+    """Positions, masking, extra tokens, norm."""
 
     positions_td: Tensor
 
@@ -46,8 +44,7 @@ class VisionContext(nn.Module):
         width = config.backbone.width
         beit = config.init == "beit"
         self.dropout = config.backbone.input_dropout
-        self.cls = nn.Parameter(torch.empty(1, 1, width))
-        set_rule(self.cls, BEIT if beit else InitRule("normal", 1.0 if config.visible_only else 0.02))
+        self.add_tokens(config)
         self.has_mask_token = not config.visible_only
         if self.has_mask_token:
             self.mask_token = nn.Parameter(torch.empty(1, 1, width))
@@ -67,29 +64,30 @@ class VisionContext(nn.Module):
         valid_bt: Tensor | None,
         clones: int,
     ) -> Tensor:
-        """(B, T, D) to (R, 1 + S, D): R = B * clones; S = visible patches if given, else all, masked ones replaced."""
+        """(B, T, D) to (R, n + S, D): R = B * clones; n extra tokens; S = visible patches if given, else all, masked
+        ones replaced."""
         del valid_bt
         if self.has_positions:
             features_btd = features_btd + self.positions_td.to(features_btd.dtype)
         x_rsd = rows_of(features_btd, visible_rs, clones)
         if visible_rs is None and masked_rt is not None:
             x_rsd = torch.where(masked_rt[..., None], self.mask_token.to(x_rsd.dtype), x_rsd)
-        x_rsd = torch.cat((self.cls.expand(x_rsd.shape[0], -1, -1), x_rsd), dim=1)
+        x_rsd = self.behind_tokens(x_rsd)
         if self.norm is not None:
             x_rsd = self.norm(x_rsd)
         return cpu_ops.dropout(x_rsd, self.dropout, self.training)
 
 
 class PatchStem(Stem):
-    """Patches, their positions, a CLS token."""
-
-    extra_tokens = 1
+    """Patches, their positions, extra tokens (CLS)."""
 
     def __init__(self, config: ModelConfig, exists: Exists, section: Section) -> None:
-        super().__init__()
+        super().__init__(config)
         spec = config.sole(VisionStem)
         if spec.positions == "relative":
-            self.bias = RelativeBias(spec.grid, config.backbone.heads, spec.relative_std, owned=section.starts)
+            self.bias = RelativeBias(
+                spec.grid, config.backbone.heads, spec.relative_std, extra=self.extra_tokens, owned=section.starts
+            )
         if not section.starts:
             return
         if exists("features"):
