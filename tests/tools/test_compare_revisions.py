@@ -166,6 +166,22 @@ def test_every_difference_is_told(tree: Path) -> None:
     assert found["checkpoints", "ZeRO-1, pipeline"] == refused
 
 
+def test_what_no_two_calls_make_alike_is_given_to_both(tree: Path) -> None:
+    change(tree, '"samples": 3', '"noise": \' + str(os.getpid()) + \', "samples": 3', "tools/make_shards.py")
+    change(tree, "import argparse", "import argparse, os", "tools/make_shards.py")
+    change(tree, "loss = 1 / step", 'loss = len(pathlib.Path("demo_data/vision/test.index.json").read_text()) / step')
+    commit(tree, "Second")
+    code, found = compare(tree, "HEAD", "--only", "shards", "losses")
+    assert code == 0
+    assert found["shards", "vision"] == "equal but for 1 of 2, which the revision makes anew each time"
+    assert found["losses", "demo_vision"] == "equal"
+    change(tree, '"samples": 3', '"samples": 4', "tools/make_shards.py")
+    code, found = compare(tree, "HEAD", "--only", "shards", "losses")
+    assert code == 1
+    assert found["shards", "vision"].startswith("DIFFERS: test.index.json: samples but for 1 of 2")
+    assert found["losses", "demo_vision"] == "equal"
+
+
 def test_what_neither_can_do_was_not_compared(tree: Path) -> None:
     (tree / "tools" / "make_shards.py").write_text("import sys\nsys.exit('no voices here')\n")
     subprocess.run(
