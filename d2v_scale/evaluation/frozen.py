@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from d2v_scale.batch import Batch
-from d2v_scale.interop.encoder_source import open_encoder, write_encoder
+from d2v_scale.interop.encoder_source import EncoderSource, open_encoder, write_encoder
 from d2v_scale.model.init import initialize
+from d2v_scale.model.parallel_linear import undivided
 from d2v_scale.model.teacher_parts import TeacherParts
 from d2v_scale.networks.stack import Teacher
 from d2v_scale.parallel import groups
@@ -42,25 +43,30 @@ class FrozenEncoder:
         `student`: all from the student; `random`: as the run began, to compare with. Raises CheckpointError.
         """
         source = open_encoder(path, "student" if weights == "student" else "teacher")
-        recipe = source.recipe
-        topology = groups.single_process()
-        # Nothing shared: this encoder owns the stem too. How targets were made does not matter, and need not be known.
-        model = Teacher(recipe.model, None, TeacherParts())
-        initialize(model, recipe.seed)
+        return cls.of(source, weights, groups.single_process().device)
+
+    @classmethod
+    def of(cls, source: EncoderSource, weights: Weights, device: torch.device) -> "FrozenEncoder":
+        """Likewise, of a source that is open, on `device`. Needs no process group. Raises CheckpointError."""
+        model = _built(source.recipe)
         if weights != "random":
             write_encoder(model, source)
-        model.to(topology.device)
         return cls(
-            model, recipe, topology.device, source.path, source.step, weights, source.run_dir, source.tokenizer_sha256
+            model.to(device),
+            source.recipe,
+            device,
+            source.path,
+            source.step,
+            weights,
+            source.run_dir,
+            source.tokenizer_sha256,
         )
 
     @classmethod
     def untrained(cls, recipe: Recipe) -> "FrozenEncoder":
         """The encoder as a run of this recipe begins, without a checkpoint."""
-        topology = groups.single_process()
-        model = Teacher(recipe.model, None, TeacherParts())
-        initialize(model, recipe.seed)
-        return cls(model.to(topology.device), recipe, topology.device, Path(), 0, "random")
+        device = groups.single_process().device
+        return cls(_built(recipe).to(device), recipe, device, Path(), 0, "random")
 
     def hidden_states(self, batch: Batch) -> list[Tensor]:
         """The output (B, T, D) of every main block on a batch on this encoder's device, nothing masked, no CLS."""
@@ -69,3 +75,12 @@ class FrozenEncoder:
     def valid_positions(self, batch: Batch) -> Tensor | None:
         """bool (B, T), True where a position is real; None: all are."""
         return self.model.valid_positions(batch)
+
+
+def _built(recipe: Recipe) -> Teacher:
+    """The encoder as a run of this recipe begins, whole, on the CPU."""
+    with undivided():
+        # Nothing shared: this encoder owns the stem too. How targets were made does not matter, and need not be known.
+        model = Teacher(recipe.model, None, TeacherParts())
+    initialize(model, recipe.seed)
+    return model

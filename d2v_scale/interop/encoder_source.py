@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from d2v_scale.interop.remote_code import remote_code_keys
 from d2v_scale.interop.task_heads import add_head
 from d2v_scale.interop.weight_files import Folder
 from d2v_scale.model.init import full_shape_of, write_local
+from d2v_scale.model.parallel_linear import undivided
 from d2v_scale.networks.stack import Student
 from d2v_scale.recipe import Recipe, to_dict
 
@@ -97,8 +99,24 @@ def parse_recipe(values: dict[str, Any], path: Path) -> Recipe:
     try:
         sections = parser.instantiate(parser.parse_object(values))
     except ArgumentError as error:
-        raise CheckpointError(f"{path} was made with a recipe that does not fit: {error}.") from error
+        told = " ".join(str(error).split())
+        if unknown := _unknown_key(told):
+            raise CheckpointError(
+                f"{path} was made with a recipe that has {unknown}, a key that this version does not know.",
+                "Use the newer version that made it.",
+            ) from error
+        raise CheckpointError(f"{path} was made with a recipe that does not fit: {told.rstrip('.')}.") from error
     return Recipe(**{field.name: sections[field.name] for field in dataclasses.fields(Recipe)})
+
+
+def _unknown_key(told: str) -> str | None:
+    """The dotted key that the parser says it does not know; None where it says something else."""
+    if found := re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", told):
+        return f"{found[1]}.{found[2]}"
+    if found := re.search(r"Option '([\w.]+)' is not accepted", told):
+        section = re.search(r'Parser key "([^"]+)"', told)
+        return f"{section[1]}.{found[1]}" if section else found[1]
+    return None
 
 
 def export_note(recipe: Recipe, checkpoint: Checkpoint, weights: str, stem: str | None = None) -> dict[str, Any]:
@@ -170,7 +188,7 @@ def _keymap(recipe: Recipe) -> KeyMap:
     if is_native(model, modality):
         keys = huggingface_keys(model, modality)
     else:
-        with torch.device("meta"):
+        with torch.device("meta"), undivided():
             names = [name for name, _ in Student(model).named_parameters()]
         keys = remote_code_keys(names, model, modality)
     if recipe.task is not None:

@@ -22,6 +22,7 @@ from d2v_scale.interop.reference_vision import from_data2vec_vision
 from d2v_scale.interop.unpickling import load_pickle, plain
 from d2v_scale.interop.weight_files import Folder, read_json
 from d2v_scale.model.init import initial_values
+from d2v_scale.model.parallel_linear import undivided
 from d2v_scale.networks.stack import Student, Teacher
 from d2v_scale.recipe import Recipe, to_dict
 
@@ -77,11 +78,11 @@ def open_source(path: Path, state: str = "init") -> Source:
 
 def convert(source: Source, name: str) -> Imported:
     """All tensors under our names. Raises `CheckpointError` listing every key that is missing, unexpected or does not
-    fit. Needs an initialised world (`single_process`)."""
+    fit."""
     reference = source.reference
     recipe = Recipe(name=name, model=reference.model, objective=reference.objective, teacher_parts=reference.parts)
     recipe.data = source.data
-    with torch.device("meta"):
+    with torch.device("meta"), undivided():
         student = Student(reference.model)
         teacher = Teacher(reference.model, reference.objective.target, reference.parts)
     shapes = {n: tuple(p.shape) for n, p in student.named_parameters()}

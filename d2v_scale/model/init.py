@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from megatron.core import parallel_state
 from torch import Tensor, nn
 
 from d2v_scale.data2vec import stateless
@@ -96,6 +95,8 @@ def full_shape_of(parameter: Tensor) -> tuple[int, ...]:
     """Shape of the whole tensor of which `parameter` may be a tensor-parallel slice and a ZeRO-3 shard."""
     shape = list(getattr(parameter, "ds_shape", parameter.shape))
     if getattr(parameter, "tensor_model_parallel", False):
+        from megatron.core import parallel_state
+
         shape[parameter.partition_dim] *= parallel_state.get_tensor_model_parallel_world_size()  # type: ignore[attr-defined]
     return tuple(shape)
 
@@ -104,6 +105,8 @@ def tensor_parallel_slice(parameter: nn.Parameter, full: Tensor) -> Tensor:
     """This rank's tensor-parallel slice of a full tensor (a view)."""
     if not getattr(parameter, "tensor_model_parallel", False):
         return full
+    from megatron.core import parallel_state
+
     size = parallel_state.get_tensor_model_parallel_world_size()
     return full.chunk(size, dim=parameter.partition_dim)[parallel_state.get_tensor_model_parallel_rank()]  # type: ignore[attr-defined]
 

@@ -1,132 +1,128 @@
-"""megatron-core's tensor-parallel linears, as blocks use them: local heads in, full width out."""
+"""Linears of blocks: local heads in, full width out. megatron-core's, or plain ones where nothing divides the model."""
 
 import contextlib
-import functools
 from collections.abc import Iterator
-from typing import Any
+from contextvars import ContextVar
+from dataclasses import dataclass
 
 import torch
-from megatron.core import ModelParallelConfig, parallel_state
-from megatron.core.tensor_parallel import (
-    ColumnParallelLinear,
-    RowParallelLinear,
-    copy_to_tensor_model_parallel_region,
-    set_tensor_model_parallel_attributes,
-)
 from torch import Tensor, nn
 
 from d2v_scale.data2vec import stateless
 from d2v_scale.errors import ConfigError
 from d2v_scale.model import cpu_ops
-from d2v_scale.model.init import InitRule, linear_rules
+from d2v_scale.model.init import InitRule, linear_rules, set_rule
+
+_undivided: ContextVar[bool] = ContextVar("undivided", default=False)
 
 
-def tensor_size() -> int:
-    """Tensor-parallel ranks; parallel_state must be initialised."""
-    return parallel_state.get_tensor_model_parallel_world_size()
+@contextlib.contextmanager
+def undivided() -> Iterator[None]:
+    """Models that are built inside are whole, of plain layers: they need no process group, and run in any process."""
+    token = _undivided.set(True)
+    try:
+        yield
+    finally:
+        _undivided.reset(token)
 
 
-def tensor_rank() -> int:
-    """This process's number among the tensor-parallel ranks."""
-    return parallel_state.get_tensor_model_parallel_rank()
+def _tensor_size() -> int:
+    """Ranks that divide what is built now; outside of `undivided` megatron's parallel_state must be initialised."""
+    if _undivided.get():
+        return 1
+    from d2v_scale.model import megatron_linear
+
+    return megatron_linear.tensor_size()
 
 
 def local_share(total: int, what: str) -> int:
     """`total` divided by the tensor-parallel size. Raises `ConfigError` if that leaves a rest."""
-    if total % tensor_size():
+    ranks = _tensor_size()
+    if total % ranks:
         raise ConfigError(
             f"model.backbone.{what}",
-            f"{total} is not divisible by the tensor-parallel size {tensor_size()}.",
+            f"{total} is not divisible by the tensor-parallel size {ranks}.",
             "Choose a tensor-parallel size that divides it.",
         )
-    return total // tensor_size()
+    return total // ranks
 
 
-@functools.cache
-def _megatron_config(dtype: torch.dtype) -> ModelParallelConfig:
-    # CPU initialisation only means that the weight is allocated on the current default device: `init.py` fills it.
-    return ModelParallelConfig(use_cpu_initialization=True, perform_initialization=False, params_dtype=dtype)
+class WholeLinear(nn.Module):
+    """A linear that no rank shares, with the forward of megatron's: (outputs, None)."""
 
+    def __init__(self, inputs: int, outputs: int, *, bias: bool) -> None:
+        super().__init__()
+        self.bias: nn.Parameter | None
+        self.weight = nn.Parameter(torch.empty(outputs, inputs))
+        self.register_parameter("bias", nn.Parameter(torch.empty(outputs)) if bias else None)
 
-def _no_init(weight: Tensor) -> None:
-    del weight
-
-
-class _Column(ColumnParallelLinear):
-    """megatron's, with the product from `cpu_ops` where that applies."""
-
-    def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        """(full inputs) to (local outputs, None)."""
-        if torch.compiler.is_compiling() and tensor_size() == 1:
-            # megatron's own warns on the way, and each warning would cut the graph in two.
-            return cpu_ops.linear(input_, self.weight, self.bias), None
-        return super().forward(input_, *args, **kwargs)
-
-    def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        # With several tensor-parallel ranks megatron starts the all-reduce of the input's gradient in here.
-        if cpu_ops.applies(input) and not kwargs["allreduce_dgrad"]:
-            return cpu_ops.linear(input, weight, kwargs["bias"])
-        return super()._forward_impl(input, weight, *args, **kwargs)
-
-
-class _Row(RowParallelLinear):
-    """megatron's, with the product from `cpu_ops` where that applies."""
-
-    def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
-        """(local inputs) to (full outputs, None)."""
-        if (cpu_ops.applies(input_) or torch.compiler.is_compiling()) and tensor_size() == 1:
-            return cpu_ops.linear(input_, self.weight, self.bias), None
-        return super().forward(input_)
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        """(..., inputs) to ((..., outputs), None)."""
+        return cpu_ops.linear(x, self.weight, self.bias), None
 
 
 def column_linear(inputs: int, outputs: int, *, bias: bool, rule: InitRule) -> nn.Module:
     """Linear whose outputs are split over the tensor-parallel ranks; forward returns (local outputs, None)."""
-    layer: Any = _Column(
-        inputs,
-        outputs,
-        config=_megatron_config(torch.get_default_dtype()),
-        init_method=_no_init,
-        bias=bias,
-        gather_output=False,
-        tp_group=parallel_state.get_tensor_model_parallel_group(),
-    )
-    # megatron tags a weight only where it initialises it; DeepSpeed's gradient norm needs the tag.
-    set_tensor_model_parallel_attributes(layer.weight, True, 0, 1)
+    if _undivided.get():
+        layer: nn.Module = WholeLinear(inputs, outputs, bias=bias)
+    else:
+        from d2v_scale.model import megatron_linear
+
+        layer = megatron_linear.column(inputs, outputs, bias=bias)
     linear_rules(layer, rule)
     return layer
 
 
 def row_linear(inputs: int, outputs: int, *, rule: InitRule) -> nn.Module:
     """Linear whose inputs are split over the tensor-parallel ranks; forward returns (full outputs, None)."""
-    layer: Any = _Row(
-        inputs,
-        outputs,
-        config=_megatron_config(torch.get_default_dtype()),
-        init_method=_no_init,
-        bias=True,
-        input_is_parallel=True,
-        skip_bias_add=False,
-        tp_group=parallel_state.get_tensor_model_parallel_group(),
-    )
-    set_tensor_model_parallel_attributes(layer.weight, True, 1, 1)
+    if _undivided.get():
+        layer: nn.Module = WholeLinear(inputs, outputs, bias=True)
+    else:
+        from d2v_scale.model import megatron_linear
+
+        layer = megatron_linear.row(inputs, outputs)
     linear_rules(layer, rule)
     return layer
 
 
 def split_parameter(size: int, rule: InitRule) -> nn.Parameter:
     """A vector of `size` elements of which each tensor-parallel rank holds a contiguous part."""
-    parameter = nn.Parameter(torch.empty(size // tensor_size()))
-    set_tensor_model_parallel_attributes(parameter, True, 0, 1)
-    parameter.init_rule = rule  # type: ignore[attr-defined]
+    if _undivided.get():
+        parameter = nn.Parameter(torch.empty(size))
+    else:
+        from d2v_scale.model import megatron_linear
+
+        parameter = megatron_linear.split(size)
+    set_rule(parameter, rule)
     return parameter
 
 
-def for_local_heads(parameter: Tensor) -> Tensor:
-    """A replicated parameter on its way into local heads: its gradient is summed over the tensor-parallel ranks.
+@dataclass(frozen=True)
+class LocalHeads:
+    """The attention heads of a model that are here."""
 
-    Without this each rank would see the gradient of its own heads only, and the copies would drift apart unnoticed.
-    """
-    return copy_to_tensor_model_parallel_region(parameter, group=parallel_state.get_tensor_model_parallel_group())
+    first: int
+    count: int
+    divided: bool
+    """Whether other ranks may have others."""
+
+    @classmethod
+    def of(cls, heads: int) -> "LocalHeads":
+        """Of so many. Raises `ConfigError` where they cannot be shared equally."""
+        count = local_share(heads, "heads")
+        if _undivided.get():
+            return cls(0, count, divided=False)
+        from d2v_scale.model import megatron_linear
+
+        return cls(megatron_linear.tensor_rank() * count, count, divided=True)
+
+    def of_parameter(self, parameter: Tensor, dim: int) -> Tensor:
+        """Their part, along `dim`, of a parameter that every rank has whole: its gradient is the sum over all heads."""
+        if self.divided:
+            from d2v_scale.model import megatron_linear
+
+            parameter = megatron_linear.for_local_heads(parameter)
+        return parameter.narrow(dim, self.first, self.count)
 
 
 def own_draws(device: torch.device, needed: bool) -> contextlib.AbstractContextManager[None]:
@@ -134,14 +130,22 @@ def own_draws(device: torch.device, needed: bool) -> contextlib.AbstractContextM
 
     Heads and hidden units are each rank's own and must not share a dropout pattern, while everything outside them must.
     """
-    return _own_generator(device) if needed and tensor_size() > 1 else contextlib.nullcontext()
+    if not needed:
+        return contextlib.nullcontext()
+    from d2v_scale.model import megatron_linear
+
+    return (
+        _own_generator(device, megatron_linear.tensor_rank())
+        if megatron_linear.tensor_size() > 1
+        else contextlib.nullcontext()
+    )
 
 
 @contextlib.contextmanager
-def _own_generator(device: torch.device) -> Iterator[None]:
+def _own_generator(device: torch.device, rank: int) -> Iterator[None]:
     """Draw from a generator that differs between the ranks, and leave the common one in step on all."""
     common = int(torch.randint(1 << 62, ()))
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(stateless.key(common, tensor_rank()) >> 1)
+        torch.manual_seed(stateless.key(common, rank) >> 1)
         yield

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from d2v_scale.model.init import ONES, ZEROS, InitRule, set_rule
-from d2v_scale.model.parallel_linear import for_local_heads, local_share, tensor_rank
+from d2v_scale.model.parallel_linear import LocalHeads
 
 _ROW_MULTIPLE = 8
 
@@ -27,7 +27,7 @@ class RelativeBias(nn.Module):
         self, grid: tuple[int, int], heads: int, init_std: float = 0.0, *, extra: int = 1, owned: bool = True
     ) -> None:
         super().__init__()
-        self.local_heads = local_share(heads, "heads")
+        self.heads = LocalHeads.of(heads)
         self.parameter_shape = ((2 * grid[0] - 1) * (2 * grid[1] - 1) + (3 if extra else 0), heads)
         if owned:
             self.table = nn.Parameter(torch.empty(self.parameter_shape))
@@ -41,9 +41,7 @@ class RelativeBias(nn.Module):
 
     def forward(self, table: Tensor | None = None) -> Tensor:
         """(1, local heads, n + T, n + T); the n extra tokens come first. `table`: another stage's, if none is owned."""
-        table = for_local_heads(self.table if table is None else table).narrow(
-            1, tensor_rank() * self.local_heads, self.local_heads
-        )
+        table = self.heads.of_parameter(self.table if table is None else table, 1)
         size = self.index.shape[0]
         return F.embedding(self.index.flatten(), table).view(size, size, -1).permute(2, 0, 1).contiguous()[None]
 
@@ -72,7 +70,7 @@ class AlibiBias(nn.Module):
 
     def __init__(self, heads: int, *, owned: bool = True) -> None:
         super().__init__()
-        self.local_heads = local_share(heads, "heads")
+        self.heads = LocalHeads.of(heads)
         self.parameter_shape = (heads,)
         if owned:
             self.scale = nn.Parameter(torch.empty(self.parameter_shape))
@@ -90,14 +88,8 @@ class AlibiBias(nn.Module):
 
         `scale`: another stage's, where none is owned.
         """
-        first = tensor_rank() * self.local_heads
-        scale = (
-            for_local_heads(self.scale if scale is None else scale)
-            .narrow(0, first, self.local_heads)
-            .float()
-            .clamp(min=0)
-        )
-        slope = torch.exp2(-self.exponents.narrow(0, first, self.local_heads).float())
+        scale = self.heads.of_parameter(self.scale if scale is None else scale, 0).float().clamp(min=0)
+        slope = torch.exp2(-self.exponents.narrow(0, self.heads.first, self.heads.count).float())
         distance = (positions_rs[:, :, None] - positions_rs[:, None, :]).abs().float()
         return -(scale * slope)[None, :, None, None] * distance[:, None]
 
