@@ -4,6 +4,7 @@
 file and the remedy, and end the program with exit code 2. The verdicts are conclusions a run comes to about itself.
 """
 
+from pathlib import Path
 from typing import Any
 
 from d2v_scale.redaction import redact
@@ -80,3 +81,15 @@ class LostPeer(Verdict):
     """Another rank stopped answering."""
 
     exit_code = EXIT_LOST_PEER
+
+
+class TrainingEnded(RuntimeError):
+    """A training that was started from Python did not reach its end. `exit_code`: of the program."""
+
+    def __init__(self, message: str, exit_code: int, run_dir: Path) -> None:
+        super().__init__(redact(message))
+        self.exit_code = exit_code
+        self.run_dir = run_dir
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return as_it_was(self)

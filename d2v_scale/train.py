@@ -26,6 +26,7 @@ if __name__ == "__main__":
 
 import logging
 import os
+import types
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,18 @@ from d2v_scale.run_files.recipe_paths import check_complete
 from d2v_scale.running import run_directory
 from d2v_scale.running.loop import AnyRun
 from d2v_scale.running.supervision import supervise
+
+
+class _Callable(types.ModuleType):
+    """This module, where it was imported and so stands on the package in place of the function of its name."""
+
+    def __call__(self, *arguments: Any, **overrides: Any) -> Path:
+        from d2v_scale.api.training import train
+
+        return train(*arguments, **overrides)
+
+
+sys.modules[__name__].__class__ = _Callable
 
 log = logging.getLogger("d2v_scale.train")
 

@@ -120,7 +120,7 @@ def test_the_keys_that_differ_exist(recipes: list[Recipe]) -> None:
 
 @pytest.mark.parametrize("text", ["--optim.lr=.inf", "--data.workers=-1", "--seed=true", "--stop_at=-1"])
 def test_from_the_command_line_each_ends_with_code_2(text: str, tmp_path: Path, monkeypatch: Any) -> None:
-    from d2v_scale import train
+    import d2v_scale.train as train
     from d2v_scale.process.signals import StopFlag
 
     codes: list[int] = []

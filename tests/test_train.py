@@ -11,7 +11,8 @@ import host_syncs
 import pytest
 from small_shards import image_samples
 
-from d2v_scale import command_line, errors, train
+import d2v_scale.train as train
+from d2v_scale import command_line, errors
 from d2v_scale.parallel import groups
 from d2v_scale.pretraining import program
 from d2v_scale.process.signals import Agreement, StopFlag

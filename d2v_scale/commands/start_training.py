@@ -13,6 +13,7 @@ import argparse
 import logging
 import os
 import sys
+from collections.abc import Mapping
 
 from d2v_scale.commands.help_text import HelpFormatter
 from d2v_scale.commands.own_program import TRAINING
@@ -45,12 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
             if options.ranks is not None:
                 raise UserError("--ranks is given to a process that a launcher has started.", "Leave it out.")
             return local_ranks.become([*_program(), *for_training], environment)
-        gpus = local_ranks.count_gpus(environment)
-        ranks = options.ranks if options.ranks is not None else max(1, gpus)
-        if ranks < 1:
-            raise UserError(f"--ranks is {ranks}.", "Give at least 1.")
-        if 0 < gpus < ranks:
-            raise UserError(f"--ranks is {ranks}, and there are {gpus} GPUs.", f"Give at most {gpus}.")
+        ranks, gpus = choose_ranks(options.ranks, environment)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
@@ -59,6 +55,17 @@ def main(arguments: list[str] | None = None) -> int:
     if ranks == 1:
         return local_ranks.become([*_program(), *for_training], environment)
     return local_ranks.run([*_program(), *for_training], ranks, environment, share_cores=gpus == 0)
+
+
+def choose_ranks(wanted: int | None, environment: Mapping[str, str]) -> tuple[int, int]:
+    """How many processes train on this machine, and its GPUs. Raises UserError."""
+    gpus = local_ranks.count_gpus(environment)
+    ranks = wanted if wanted is not None else max(1, gpus)
+    if ranks < 1:
+        raise UserError(f"--ranks is {ranks}.", "Give at least 1.")
+    if 0 < gpus < ranks:
+        raise UserError(f"--ranks is {ranks}, and there are {gpus} GPUs.", f"Give at most {gpus}.")
+    return ranks, gpus
 
 
 def _program() -> list[str]:

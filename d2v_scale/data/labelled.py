@@ -24,13 +24,36 @@ from d2v_scale.model.config import Modality, ModelConfig
 from d2v_scale.shards.class_names import agreed_classes
 from d2v_scale.shards.plan import PlannedBatch
 from d2v_scale.shards.reading import Fault, SampleFault, SampleStore
-from d2v_scale.shards.rows import Row
+from d2v_scale.shards.rows import Decoder, Row
 from d2v_scale.shards.shard_index import Members
 from d2v_scale.shards.shard_set import ShardSet, check_before_start, find_shards
 
 log = logging.getLogger(__name__)
 
 _NAMED = 3
+
+
+def unmasked(
+    stem: modalities.Modality,
+    decoder: Decoder,
+    rows: list[NDArray[Any]],
+    sample_ids: Tensor,
+    keys: tuple[str, ...],
+    lost: int = 0,
+) -> Batch:
+    """A batch of decoded rows of which nothing is masked. `sample_ids`: int64 (B,); `lost`: see `Batch.lost`."""
+    stacked = decoder.stack(rows)
+    return Batch(
+        modality=stem.name,
+        inputs=stacked.inputs,
+        valid=stacked.valid,
+        masked_rt=torch.zeros(len(rows), stacked.positions, dtype=torch.bool),
+        sample_ids=sample_ids,
+        keys=keys,
+        lost=lost,
+        grid=stacked.grid or (),
+        extra_tokens=stem.extra_tokens,
+    )
 
 
 @dataclass
@@ -175,18 +198,7 @@ class LabelledSet:
             return None
         if self.masking is not None:
             return self._masked(rows, keys, np.array(ids), lost=len(shards) - len(rows)), self.labels.stack(labels)
-        stacked = self._decoder.stack(rows)
-        batch = Batch(
-            modality=self.modality,
-            inputs=stacked.inputs,
-            valid=stacked.valid,
-            masked_rt=torch.zeros(len(rows), stacked.positions, dtype=torch.bool),
-            sample_ids=torch.tensor(ids),
-            keys=tuple(keys),
-            lost=len(shards) - len(rows),
-            grid=stacked.grid or (),
-            extra_tokens=self._stem.extra_tokens,
-        )
+        batch = unmasked(self._stem, self._decoder, rows, torch.tensor(ids), tuple(keys), len(shards) - len(rows))
         return batch, self.labels.stack(labels)
 
     def _wanted(self, members: Members) -> NDArray[np.bool_]:
