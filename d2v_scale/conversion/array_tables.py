@@ -87,6 +87,8 @@ def _is_header(first: list[str], reading: TableReading) -> bool:
         if rows_named:
             return True
         raise ValueError("has a first line of 0, 1, 2 ...: names or values? Say with --header yes or no")
+    if reading.columns is not None:  # by number; what else stands there is of no matter
+        cells = [cells[place] for place in _places(first, None, reading.columns)]
     words = sum(not _is_number(cell) for cell in cells)
     if 0 < words < sum(cell.lower() not in _MISSING for cell in cells):
         raise ValueError("has words and numbers in its first line: names or values? Say with --header yes or no")
@@ -118,7 +120,8 @@ def _numbers(row: list[str], line: int, places: list[int]) -> list[float]:
         return [_number(row[place]) for place in places]
     except ValueError:
         [place, *_] = [place for place in places if not _is_number(row[place])]
-        raise ValueError(f"holds {row[place]!r} in line {line}, column {place + 1}, which is no number") from None
+        where = f"line {line}, column {place + 1}"
+        raise ValueError(f"holds {row[place]!r} in {where}, which is no number (--columns chooses)") from None
 
 
 def _number(cell: str) -> float:

@@ -53,6 +53,12 @@ def test_columns_are_chosen_by_name_or_number(reading: dict, channels: list[list
     assert columns_of("a,b,c\n1,2,3\n4,5,6\n", **reading) == channels
 
 
+def test_columns_beside_those_that_are_chosen_may_hold_words() -> None:
+    assert columns_of("2020-01-01,1,2\n2020-01-02,3,4\n", columns=["2", "3"]) == [[1, 3], [2, 4]]
+    assert columns_of("day,a,b\n2020-01-01,1,2\n", columns=["3"]) == [[2]]
+    assert columns_of("day,a,b\n2020-01-01,1,2\n", columns=["a"]) == [[1]]
+
+
 def test_what_the_first_line_is_can_be_said() -> None:
     assert columns_of("0,1,2\n3,4,5\n", header=False) == [[0, 3], [1, 4], [2, 5]]
     assert columns_of("0,1,2\n3,4,5\n", header=True) == [[3], [4], [5]]

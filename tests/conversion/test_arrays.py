@@ -10,7 +10,7 @@ from d2v_scale.commands.make_shards import main
 from d2v_scale.conversion.array_members import ArrayReading, Layout
 from d2v_scale.conversion.arrays import usual_layout
 from d2v_scale.data.config import SourceConfig
-from d2v_scale.shards.array_files import npy_of
+from d2v_scale.shards.array_files import npy_of, open_npy
 from d2v_scale.shards.reading import SampleStore
 from d2v_scale.shards.shard_index import SetIndex
 from d2v_scale.shards.shard_set import find_shards
@@ -126,6 +126,23 @@ def test_every_bad_file_is_named_with_its_reason_and_counted(make: Callable[...,
     told = make(source, tmp_path / "other", status=2)
     assert "10 of 22 files or documents could not be read, more than --max_bad 0.01; no index was written" in told
     assert not (tmp_path / "other" / "train.index.json").exists()
+
+
+def test_a_crop_of_a_long_member_reads_its_slice_alone(make: Callable[..., str], tmp_path: Path) -> None:
+    """Whatever the file that it was made of: compressed, of the other order, big endian."""
+    values = np.asfortranarray(np.arange(200_000, dtype=">f8").reshape(2, -1))
+    (tmp_path / "in").mkdir()
+    np.savez_compressed(tmp_path / "in" / "a.npz", values)
+    make(tmp_path / "in", tmp_path / "out")
+    _, read_at, size = SampleStore(find_shards(SourceConfig(shards=str(tmp_path / "out")))).member(0, 0, ("npy",))
+    read = []
+
+    def counted(start: int, count: int) -> bytes:
+        read.append(count)
+        return read_at(start, count)
+
+    np.testing.assert_array_equal(open_npy(counted, size).slice(1, 70_000, 70_100), values[:, 70_000:70_100])
+    assert sum(read) < size / 500
 
 
 def test_what_most_files_have_is_the_layout(tmp_path: Path) -> None:
