@@ -44,6 +44,7 @@ STAND_INS: dict[str, list[str] | None] = {
         "--vocab_size",
         "300",
     ],
+    ".venv/bin/python tools/make_shards.py arrays SRC OUT": ["tools/make_shards.py", "arrays", "series", "arrays"],
     ".venv/bin/python tools/index_shards.py 'shards/*.tar' --modality vision": [
         *["tools/index_shards.py", "shards/*.tar", "--modality", "vision"]
     ],
@@ -200,7 +201,7 @@ def test_deepspeed_is_on_the_path_before_it_is_called() -> None:
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory):
-    """A folder with a few labelled images, one recording and one text."""
+    """A folder with a few labelled images, one recording, one text and one array."""
     import soundfile
 
     folder = tmp_path_factory.mktemp("readme")
@@ -210,6 +211,8 @@ def workplace(tmp_path_factory):
         for n in range(8):
             pixels = rng.integers(0, 255, (20, 20, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(folder / "src" / label / f"{n}.png")
+    (folder / "series").mkdir()
+    np.save(folder / "series" / "one.npy", rng.standard_normal((2, 50)))
     (folder / "waves").mkdir()
     soundfile.write(folder / "waves" / "tone.wav", np.sin(np.arange(8000) / 5), 8000)
     (folder / "transcripts.txt").write_text("tone A LONG NOTE\n")
