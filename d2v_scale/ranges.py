@@ -107,7 +107,7 @@ SHARES = (
 """Keys that may not be above 1."""
 
 
-_OWN = re.compile(r"^(model|objective)\.(?:vision|speech|text)\.(predictor|masking|target|further_targets|loss|health)")
+_OWN = re.compile(r"^(model|objective)\.\w+(?:\.\*)?\.(predictor|masking|target|further_targets|loss|health)\b")
 """What a stem does differently is held to the bounds of what it overrides."""
 
 

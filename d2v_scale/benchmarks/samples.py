@@ -127,6 +127,7 @@ class Documents(Samples):
         return sum(len(torch.from_numpy(np.stack(batch))) for batch in _batches(_blocks(stream)))
 
 
+# One set a kind of stem, for the kinds that the benchmarks compare.
 SAMPLES: dict[Modality, Samples] = {"vision": Photographs(), "speech": Recordings(), "text": Documents()}
 
 

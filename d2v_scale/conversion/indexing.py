@@ -129,6 +129,7 @@ def make_index(arguments: argparse.Namespace) -> tuple[SetIndex, Path]:
     content = recognised(paths[0]) if arguments.modality is None else WORDS[arguments.modality]
     if arguments.modality is None:
         print(describe(content), file=sys.stderr)
+    # Texts alone are counted by a tokenizer.
     if content == "text" and arguments.tokenizer is not None:
         require_special_ids(arguments.tokenizer)
     cache = out / ".fetched"

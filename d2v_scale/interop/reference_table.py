@@ -1,7 +1,7 @@
 """The table of the reference's models: a row a kind of stem. A kind without one is refused by name."""
 
 from d2v_scale.errors import CheckpointError
-from d2v_scale.interop.reference_options import REMEDY, Settings, Shapes
+from d2v_scale.interop.reference_options import Settings, Shapes
 from d2v_scale.interop.reference_row import ReferenceRow
 from d2v_scale.interop.reference_speech import SpeechReference
 from d2v_scale.interop.reference_text import TextReference
@@ -16,7 +16,8 @@ def row_of(config: ModelConfig, modality: Modality) -> ReferenceRow:
     kind = config.kind(modality)
     row = next((row for row in TABLE if row.kind == kind), None)
     if row is None:
-        raise CheckpointError(f"the reference has no model of {modality}, a stem of the kind {kind}.", REMEDY)
+        remedy = "Use --to safetensors, which writes any model under our own names."
+        raise CheckpointError(f"the reference has no model of {modality}, a stem of the kind {kind}.", remedy)
     return row
 
 

@@ -1,8 +1,11 @@
 """Recordings: decode, resample, normalise over the whole file, crop."""
 
+import bisect
 import io
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Protocol
 
 import numpy as np
 import soundfile
@@ -13,7 +16,6 @@ from d2v_scale.data.config import SAMPLE_RATE, SpeechData
 from d2v_scale.data.streaming import StreamStore
 from d2v_scale.errors import ConfigError
 from d2v_scale.modalities.speech.resampling import length_at_16_khz, resampled
-from d2v_scale.model.stem_config import SpeechStem
 from d2v_scale.shards.reading import RawSample, Store
 from d2v_scale.shards.rows import Row, Stacked
 
@@ -110,19 +112,27 @@ def normalize(wave: Wave) -> Wave:
     return centred
 
 
+class Frames(Protocol):
+    """A stem's sizes, as far as a waveform's decoder asks for them."""
+
+    def frames_of(self, samples: int, /) -> int:
+        """Stretches of time that the stem makes of so many samples."""
+
+
 class SpeechDecoder:
     """Samples to waveforms, waveforms to a batch."""
 
     draws = 1
 
-    def __init__(self, config: SpeechData, stem: SpeechStem) -> None:
+    def __init__(self, config: SpeechData, stem: Frames) -> None:
         self._config = config
         self._stem = stem
         if self._stem.frames_of(round(config.min_seconds * SAMPLE_RATE)) < 1:
+            enough = bisect.bisect_left(range(60 * SAMPLE_RATE), 1, key=stem.frames_of)
             raise ConfigError(
                 "data.speech.min_seconds",
                 f"{config.min_seconds} is shorter than one frame of the model",
-                "Give at least 0.025.",
+                f"Give at least {math.ceil(1000 * enough / SAMPLE_RATE) / 1000:g}.",
             )
 
     def training_row(self, store: Store, shard: int, item: int, length: int, draws: NDArray[np.float64]) -> Row:

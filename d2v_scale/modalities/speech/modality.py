@@ -2,14 +2,13 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from d2v_scale.data.config import SAMPLE_RATE
 from d2v_scale.data2vec.block_sizes import Axis
 from d2v_scale.errors import ConfigError
-from d2v_scale.modalities.base import Modality
 from d2v_scale.modalities.costs import INDEX_BYTES, NORM_BYTES, Lengths, Setting
+from d2v_scale.modalities.recordings import RecordingModality
 from d2v_scale.model.config import ModelConfig
 from d2v_scale.model.stem_config import SpeechStem
 from d2v_scale.model.teacher_parts import TeacherParts
@@ -17,31 +16,19 @@ from d2v_scale.model.teacher_parts import TeacherParts
 if TYPE_CHECKING:
     from pathlib import Path
 
-    import numpy as np
-    import torch
-    from numpy.typing import NDArray
     from torch import Tensor, nn
 
     from d2v_scale.batch import Batch
     from d2v_scale.data.config import DataConfig
-    from d2v_scale.data.items import Lengths as SampleLengths
-    from d2v_scale.data.items import Recordings
     from d2v_scale.modalities.speech.decoder import SpeechDecoder
     from d2v_scale.modalities.speech.stem import WaveformStem
     from d2v_scale.model.layers import Section
-    from d2v_scale.shards.shard_set import ShardSet
 
 
-class Speech(Modality):
+class Speech(RecordingModality):
     """Waveforms to frames."""
 
-    content = "recording"
-    unit = "seconds"
-    cropped = True
-    throughput = ("audio_seconds", SAMPLE_RATE)
     tasks = ("classify", "regress", "ctc")
-    usual_size = 5 * SAMPLE_RATE
-    raw_name = "mean log-mel"
 
     @property
     def stem(self) -> SpeechStem:
@@ -68,20 +55,6 @@ class Speech(Modality):
             raise ConfigError("seconds", f"{inputs / SAMPLE_RATE} s of audio are {frames} frames", "Give more.")
         return inputs, (frames,)
 
-    def longest_read(self, data: "DataConfig") -> int:
-        """Samples at 16 kHz."""
-        return round(data.speech.max_seconds * SAMPLE_RATE)
-
-    def mean_size(self, data: "DataConfig", length_n: "NDArray[np.int64]") -> float:
-        """Samples at 16 kHz, cropped."""
-        return float(length_n.clip(max=round(data.speech.max_seconds * SAMPLE_RATE)).mean())
-
-    def noise(self, samples: int, size: int, generator: "torch.Generator") -> "Tensor":
-        """Normal."""
-        import torch
-
-        return torch.randn(samples, size, generator=generator)
-
     @property
     def input_width(self) -> int:
         """Samples from a frame to the next."""
@@ -105,27 +78,12 @@ class Speech(Modality):
         """ALiBi."""
         return self.stem.alibi
 
-    def items(self, shards: "ShardSet", data: "DataConfig", lengths: "SampleLengths") -> "Recordings":
-        """Whole recordings."""
-        from d2v_scale.data.items import Recordings
-
-        return Recordings(shards, data, lengths)
-
     def build_decoder(self, data: "DataConfig", tokenizer: "Path | None") -> "SpeechDecoder":
         """Resampling, normalisation, crop."""
         from d2v_scale.modalities.speech.decoder import SpeechDecoder
 
         del tokenizer
         return SpeechDecoder(data.speech, self.stem)
-
-    def shortest_seconds(self, data: "DataConfig") -> float:
-        """As training."""
-        return data.speech.min_seconds
-
-    def uncut(self, data: "DataConfig", longest: int) -> "DataConfig":
-        """No recording is longer."""
-        seconds = max(data.speech.max_seconds, longest / SAMPLE_RATE)
-        return replace(data, speech=replace(data.speech, max_seconds=seconds))
 
     def build_stem(self, exists: Callable[[str], bool], section: "Section") -> "WaveformStem":
         """Convolutions; masking, positional convolutions."""
@@ -196,9 +154,3 @@ class Speech(Modality):
         pairs = setting.samples * lengths.clones * length * length
         heads = self.model.backbone.heads / setting.tensor
         return 4 * pairs + (setting.itemsize * pairs * heads if setting.kernels == "cuda" else 0)
-
-    def raw_features(self, batch: "Batch") -> "Tensor":
-        """Log-mel energies, averaged over the recording."""
-        from d2v_scale.evaluation.raw import mean_log_mel
-
-        return mean_log_mel(batch.inputs, batch.valid)
