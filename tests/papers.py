@@ -31,14 +31,18 @@ def missing_files(command: str) -> list[str]:
 
 def edited(source: str, hunks: str) -> str:
     """`source` after the hunks of a diff without line numbers, parted by `@@`. What a hunk takes for granted or away
-    must be there once. Raises AssertionError."""
+    must be there once; `…` in it stands for the rest of a line, and in what it puts there for the same, in order.
+    Raises AssertionError."""
     for hunk in hunks.split("\n@@\n"):
         lines = hunk.strip("\n").splitlines()
         before = "".join(f"{line[1:]}\n" for line in lines if not line.startswith("+"))
         after = "".join(f"{line[1:]}\n" for line in lines if not line.startswith("-"))
-        places = f"\n{source}".count(f"\n{before}")
-        assert places == 1, f"{places} times, not once:\n{before}"
-        source = f"\n{source}".replace(f"\n{before}", f"\n{after}").removeprefix("\n")
+        pattern = "\n" + "(.*)".join(map(re.escape, before.split("…")))
+        places = list(re.finditer(f"(?={pattern})", f"\n{source}"))
+        assert len(places) == 1, f"{len(places)} times, not once:\n{before}"
+        kept, parts = places[0].groups(), after.split("…")
+        filled = parts[0] + "".join(text + part for text, part in zip(kept, parts[1:], strict=True))
+        source = re.sub(pattern, lambda _: f"\n{filled}", f"\n{source}", count=1).removeprefix("\n")  # noqa: B023
     return source
 
 
@@ -48,4 +52,5 @@ def apply(diff: str, root: Path) -> None:
     assert not parts[0].strip(), "a diff begins with `--- FILE`"
     for name, hunks in zip(parts[1::2], parts[2::2], strict=True):
         path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(edited(path.read_text(), hunks) if path.exists() else edited("", hunks) + "\n")

@@ -10,6 +10,11 @@ from pathlib import Path
 import papers
 import pytest
 from launch import PROCESS
+from safetensors.torch import load_file
+from small_shards import sound_samples
+
+from d2v_scale.modalities.speech.decoder import measure
+from d2v_scale.shards.writing import write_set
 
 ROOT = papers.ROOT
 TEXT = (ROOT / "CONTRIBUTING.md").read_text()
@@ -21,6 +26,13 @@ ELSEWHERE = {
     "python -m pytest tests/data2vec": "tools/test.sh runs all of them",
 }
 PLAN = "python tools/plan.py --recipe small_vision64 --nodes 1 --gpus 8 --device h100"
+
+MODULES = {
+    block.partition("\n")[0].removeprefix("# "): block
+    for block in papers.blocks(TEXT, "python")
+    if block.startswith("# d2v_scale/")
+}
+"""Blocks that are modules of the package: the first line says which."""
 
 RUNNER = """
 import runpy, sys
@@ -81,8 +93,11 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
         papers.apply(diff, root)
     for recipe in papers.blocks(TEXT, "yaml"):
         (root / recipe.partition("\n")[0].removeprefix("# ")).write_text(recipe)
+    for name, module in MODULES.items():
+        (root / name).parent.mkdir(exist_ok=True)
+        (root / name).write_text(module.partition("\n")[2])
     for title, text in sections().items():
-        if programs := papers.blocks(text, "python"):
+        if programs := [block for block in papers.blocks(text, "python") if block not in MODULES.values()]:
             name = title.lower().replace(" ", "_")
             # Blocks of one section go on from each other.
             (root / f"{name}.py").write_text("\n\n".join(programs))
@@ -105,8 +120,55 @@ def test_its_examples_run_where_its_changes_were_made(copy: Path) -> None:
     assert "masks a sample" in done.stdout, "the recipe that was added is planned"
 
 
+LIFE = """
+import sys
+from d2v_scale import train
+from d2v_scale.command_line import parse
+from d2v_scale.commands import draw, export, plan
+from d2v_scale.errors import ConfigError
+from d2v_scale.process.signals import StopFlag
+
+shards, *recipe = sys.argv[1:]
+try:
+    parse([*recipe, "--objective.log_mel.loss.scale", "0"])[0].check(1)
+except ConfigError as error:
+    print(error)
+planned = plan.main([*recipe, "--nodes", "1", "--gpus", "1", "--device", "h100"])
+sets = f"--data {shards} --evaluation.train {shards} --evaluation.test {shards} --run_dir run --stop_at 2".split()
+trained = train.main([*recipe, *sets], StopFlag.install())
+drawn = draw.main(["run", "--samples", "12"])
+refused = [export.main(["run", f"as_{to}", "--to", to]) for to in ("hf", "fairseq")]
+saved = export.main(["run", "as_safetensors", "--to", "safetensors"])
+print("CODES", planned, trained, drawn, *refused, saved)
+"""
+
+
+def test_the_modality_that_it_adds_is_planned_trained_drawn_and_exported(copy: Path) -> None:
+    write_set(copy / "sounds", "a", "recording", sound_samples(24, seconds=(0.5, 1.0)), per_shard=12, measure=measure)
+    shards = str(copy / "sounds" / "a.index.json")
+    [test] = [block for block in papers.blocks(sections()["Add a modality"], "python") if block not in MODULES.values()]
+    options = " ".join(re.findall(r'^(?:STEM|MASKS) = "(.*)"', test, re.MULTILINE)).split()
+    sizes = "--global_batch_size 8 --data.workers 0 --evaluation.max_train 12 --evaluation.max_test 12"
+    done = subprocess.run(
+        [sys.executable, "-c", LIFE, shards, "--recipe", "tiny2_speech", *options, *sizes.split()],
+        cwd=copy,
+        env={**os.environ, **PROCESS, "PYTHONPATH": str(copy)},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert "CODES 0 0 0 2 2 0" in done.stdout, done.stdout + done.stderr[-3000:]
+    assert "objective.log_mel.loss.scale: is 0" in done.stdout
+    for library in ("transformers has no class for", "the reference has no model of"):
+        assert f"{library} log_mel" in done.stderr
+    assert "masks a sample" in done.stdout, "it is planned"
+    names = set(load_file(copy / "as_safetensors" / "model.safetensors"))
+    assert {"stems.log_mel.features.patch.weight", "stems.log_mel.context.norm.weight"} <= names
+    assert {path.name for path in (copy / "run" / "plots").iterdir()} >= {"masks.png", "similarity.png"}
+
+
 def test_its_examples_pass_the_lint(copy: Path) -> None:
-    changed = list(re.findall(r"^--- (\S+)", TEXT, re.MULTILINE))
+    changed = [*re.findall(r"^--- (\S+)", TEXT, re.MULTILINE), *MODULES]
     examples = [path.name for path in copy.glob("add_*.py")]
     # A section's blocks are one program here: imports stand where their block begins.
     command = [sys.executable, "-m", "ruff", "check", "--ignore", "E402,I001", *changed, *examples]
