@@ -223,8 +223,12 @@ def test_frames_are_those_of_the_convolutions() -> None:
     lengths = {400: 1, 16000: 49, 32000: 99, 160000: 499, 250000: 781, 320000: 999}
     assert {samples: SpeechStem().frames_of(samples) for samples in lengths} == lengths
     assert SpeechStem().frames_of(torch.tensor([*lengths])).tolist() == [*lengths.values()]
-    with pytest.raises(ConfigError, match=r"data.speech.min_seconds"):
+    with pytest.raises(ConfigError, match=r"data.speech.min_seconds.*Give at least 0.025"):
         speech.SpeechDecoder(SpeechData(min_seconds=0.01), SpeechStem())
+    coarse = SpeechStem(conv_layers=[(8, 4000, 2000)])
+    with pytest.raises(ConfigError, match="Give at least 0.25"):
+        speech.SpeechDecoder(SpeechData(min_seconds=0.1), coarse)
+    speech.SpeechDecoder(SpeechData(min_seconds=0.25), coarse)
 
 
 @given(lengths=st.lists(st.integers(-1, 90), max_size=20), block=st.integers(1, 40))
