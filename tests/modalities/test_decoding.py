@@ -226,7 +226,7 @@ def test_frames_are_those_of_the_convolutions() -> None:
     with pytest.raises(ConfigError, match=r"data.speech.min_seconds.*Give at least 0.025"):
         speech.SpeechDecoder(SpeechData(min_seconds=0.01), SpeechStem())
     coarse = SpeechStem(conv_layers=[(8, 4000, 2000)])
-    with pytest.raises(ConfigError, match="Give at least 0.25"):
+    with pytest.raises(ConfigError, match=r"Give at least 0\.25"):
         speech.SpeechDecoder(SpeechData(min_seconds=0.1), coarse)
     speech.SpeechDecoder(SpeechData(min_seconds=0.25), coarse)
 
