@@ -1,12 +1,27 @@
 """Fixtures that any test may ask for. What tests share (`tiny_models`) is found through `pythonpath` in pyproject."""
 
+import logging
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 # Whoever runs the tests under nohup has it ignored, and so would every program that a test starts and hangs up on.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+@pytest.fixture(autouse=True)
+def _what_is_logged_stays() -> Iterator[None]:
+    """Programs that run within a test quieten their process's log for good."""
+    root = logging.getLogger()
+    named = (log for name, log in root.manager.loggerDict.items() if name.startswith("d2v_scale"))
+    ours = [log for log in named if isinstance(log, logging.Logger)]
+    disabled, levels = root.manager.disable, {log: log.level for log in (root, *ours)}
+    yield
+    logging.disable(disabled)
+    for log, level in levels.items():
+        log.setLevel(level)
 
 
 @pytest.fixture

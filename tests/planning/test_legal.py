@@ -28,6 +28,7 @@ def test_every_layout_the_planner_lists_is_one_that_training_accepts(monkeypatch
     recipe, _ = command_line.parse(["--recipe=tiny2_vision"])
     assert [option for option in found_for(recipe).fitting if option.job.stage == 3]
     recipe.model.speech = SpeechStem()
+    recipe.model.predictor.kind = "conv"  # of as many axes as each stem has
     recipe.data.read_from("vision=v/*.tar,speech=s/*.tar", recipe.model.modalities)
     found = found_for(recipe)
     assert len(found.fitting) > 3
