@@ -27,7 +27,7 @@ class Verb:
 
 
 VERBS = {
-    "shards": Verb("make_shards", "folders of images, recordings or text to shards; the demo data"),
+    "shards": Verb("make_shards", "folders of images, recordings, text or arrays to shards; the demo data"),
     "index": Verb("index_shards", "index existing shards, so that training on them is exact"),
     "inspect": Verb("inspect_shards", "look into shards: statistics, integrity, pictures"),
     "tokenizer": Verb("train_tokenizer", "train a sentencepiece tokenizer"),

@@ -29,7 +29,7 @@ def tell(shards: ShardSet, key: str | None = None) -> None:
     found = list(headers(shards, key))
     layouts = Counter(Layout(header.shape[0], len(header.shape) - 1) for _, header in found if header.shape)
     if not layouts:
-        print("no sample has an array that can be read")
+        print("no sample has an array that can be read; where .npz hold several, name one with --key")
         return
     [(usual, count), *others] = layouts.most_common()
     print(f"shapes: {usual} in {count} samples")
@@ -142,6 +142,8 @@ def moments(shards: ShardSet, transform: str, log_floor: float, key: str | None 
 
 def print_moments(shards: ShardSet, transform: str, log_floor: float, key: str | None = None) -> None:
     """Print what a recipe has of them. Raises DataError."""
+    if log_floor <= 0:
+        raise DataError(f"--log_floor {log_floor:g} has no logarithm.", "Give a number above 0.")
     found = moments(shards, transform, log_floor, key)
     constant = found.squares_c == 0
     if constant.any():

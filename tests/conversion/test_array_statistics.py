@@ -86,6 +86,7 @@ def test_the_key_of_an_npz_is_part_of_what_was_indexed(run: Callable[..., tuple[
     told, _ = run(inspect_shards.main, folder, "--check", "--key", "x")
     assert "axis 1: 10 to 17, median 13.5" in told
     assert "integrity: 0 of 8 samples lost" in told
+    assert "name one with --key" in run(inspect_shards.main, folder)[0]
 
 
 def test_samples_of_another_layout_are_told(run: Callable[..., tuple[str, str]], tmp_path: Path) -> None:
@@ -160,6 +161,8 @@ def test_moments_are_of_what_the_transform_makes(run: Callable[..., tuple[str, s
     assert (settings["transform"], settings["log_floor"]) == ("log", 1e-3)
     np.testing.assert_allclose(settings["mean"], joined.mean(axis=1), rtol=1e-7)
     np.testing.assert_allclose(settings["std"], joined.std(axis=1), rtol=1e-7)
+    said = run(inspect_shards.main, folder, "--moments", "--transform", "log", "--log_floor", "0", status=2)[1]
+    assert "--log_floor 0 has no logarithm" in said
 
 
 @given(st.lists(st.integers(1, 20), min_size=1, max_size=8), st.integers(0, 99), st.sampled_from([0.0, 1e8]))
