@@ -19,7 +19,7 @@ from d2v_scale.errors import DataError
 from d2v_scale.files import file_sha256
 from d2v_scale.modalities.text.decoder import require_special_ids
 from d2v_scale.redaction import same_address
-from d2v_scale.shards.content import WORDS, Content, word_of
+from d2v_scale.shards.content import WORDS, Content, length_of, plural, word_of
 from d2v_scale.shards.fetching import ShardCache
 from d2v_scale.shards.shard_index import FORMAT, SetIndex, ShardEntry, index_shard, real_place, relative_path
 from d2v_scale.shards.shard_jobs import Part, run_all
@@ -129,8 +129,11 @@ def make_index(arguments: argparse.Namespace) -> tuple[SetIndex, Path]:
     content = recognised(paths[0]) if arguments.modality is None else WORDS[arguments.modality]
     if arguments.modality is None:
         print(describe(content), file=sys.stderr)
-    # Texts alone are counted by a tokenizer.
-    if content == "text" and arguments.tokenizer is not None:
+    if arguments.tokenizer is not None:
+        if length_of(content).unit != "tokens":
+            raise DataError(
+                f"--tokenizer is given, but the shards hold {plural(content)}, which have no tokens.", "Leave it out."
+            )
         require_special_ids(arguments.tokenizer)
     cache = out / ".fetched"
     target = out / f"{name}{INDEX_SUFFIX}"

@@ -188,6 +188,8 @@ def test_a_foreign_tokenizer_makes_no_shards(run: Callable[..., str], tmp_path: 
     write_set(tmp_path / "set", "a", "text", [{"__key__": "a", "txt": "a fox"}], per_shard=9)
     call = [tmp_path / "set" / "*.tar", "--modality", "text", "--tokenizer", tmp_path / "f.model"]
     assert "models need (0, 1, 2, 3)" in run("index_shards", *call, status=2)
+    call[call.index("text")] = "vision"
+    assert "hold images, which have no tokens. Leave it out." in run("index_shards", *call, status=2)
 
 
 def test_what_is_no_tar_is_refused(run: Callable[..., str], tmp_path: Path) -> None:
