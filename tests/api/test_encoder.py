@@ -19,7 +19,7 @@ from PIL import Image
 
 import d2v_scale
 from d2v_scale.checkpoint import write_single
-from d2v_scale.commands import export, extract
+from d2v_scale.commands import export, extract, import_weights
 from d2v_scale.data.config import DataConfig, SourceConfig
 from d2v_scale.errors import CheckpointError, UserError
 from d2v_scale.files import file_sha256
@@ -287,3 +287,15 @@ def test_bytes_are_decoded_whatever_they_are_called() -> None:
     np.savez(buffer, a=np.zeros(3))
     assert list(members_of("array", buffer.getvalue())) == ["npz"]
     assert list(members_of("array", np.zeros((2, 3)))) == ["npy"]
+
+
+def test_imported_weights_and_folders_of_others_are_encoders(runs: dict[str, Path], tmp_path: Path) -> None:
+    """A Hugging Face folder without our note of its origin, and the checkpoint that `d2v import` makes of it."""
+    folder = tmp_path / "vit"
+    assert export.main([str(runs["vision"]), str(folder)]) == 0
+    (folder / "d2v_scale.json").unlink()
+    assert import_weights.main([str(folder), str(tmp_path / "imported")]) == 0
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 20, 30, 3), dtype=np.uint8)
+    vectors = d2v_scale.load_encoder(runs["vision"]).embed(pixels)
+    for path in (folder, tmp_path / "imported"):
+        torch.testing.assert_close(d2v_scale.load_encoder(path).embed(pixels), vectors, rtol=1e-4, atol=1e-5)
