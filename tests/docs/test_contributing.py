@@ -122,7 +122,7 @@ def test_its_examples_run_where_its_changes_were_made(copy: Path) -> None:
 
 LIFE = """
 import sys
-from d2v_scale import train
+from d2v_scale.train import main as train
 from d2v_scale.command_line import parse
 from d2v_scale.commands import draw, export, plan
 from d2v_scale.errors import ConfigError
@@ -135,7 +135,7 @@ except ConfigError as error:
     print(error)
 planned = plan.main([*recipe, "--nodes", "1", "--gpus", "1", "--device", "h100"])
 sets = f"--data {shards} --evaluation.train {shards} --evaluation.test {shards} --run_dir run --stop_at 2".split()
-trained = train.main([*recipe, *sets], StopFlag.install())
+trained = train([*recipe, *sets], StopFlag.install())
 drawn = draw.main(["run", "--samples", "12"])
 refused = [export.main(["run", f"as_{to}", "--to", to]) for to in ("hf", "fairseq")]
 saved = export.main(["run", "as_safetensors", "--to", "safetensors"])
