@@ -13,12 +13,22 @@ class Layout:
 
     masked_n: Tensor
     """int64 (N,): masked positions, row-major, as r * T + t."""
-    visible_rs: Tensor | None
+    visible_rs: Tensor | None = None
     """int64 (R, S): positions t that each row keeps, ascending. None when the rows keep different numbers."""
+    counted_n: Tensor | None = None
+    """int64: which of `masked_n` are predicted. None: all."""
 
     @classmethod
-    def of(cls, masked_rt: Tensor) -> "Layout":
-        """The layout of a mask (R, T)."""
+    def of(cls, masked_rt: Tensor, real_bt: Tensor | None = None) -> "Layout":
+        """The layout of a mask (R, T), of which the positions `real_bt` (None: all) are predicted where masked."""
+        layout = cls._of(masked_rt)
+        if real_bt is not None:
+            real_rt = real_bt.repeat_interleave(len(masked_rt) // max(1, len(real_bt)), dim=0)
+            layout.counted_n = real_rt[masked_rt].nonzero().squeeze(1)
+        return layout
+
+    @classmethod
+    def _of(cls, masked_rt: Tensor) -> "Layout":
         masked_n = masked_rt.flatten().nonzero().squeeze(1)
         counts_r = masked_rt.sum(dim=1)
         if counts_r.numel() and bool((counts_r != counts_r[0]).any()):
@@ -27,10 +37,28 @@ class Layout:
         kept = length - int(counts_r[0]) if rows else 0
         return cls(masked_n=masked_n, visible_rs=(~masked_rt).nonzero()[:, 1].view(rows, kept))
 
+    @property
+    def predicted_n(self) -> Tensor:
+        """int64 (N,): of `masked_n` what is predicted."""
+        return self.masked_n if self.counted_n is None else self.masked_n.index_select(0, self.counted_n)
+
+    def predicted(self, x_nd: Tensor) -> Tensor:
+        """Of rows that belong to `masked_n` those of `predicted_n`."""
+        return x_nd if self.counted_n is None else x_nd.index_select(0, self.counted_n)
+
+    @property
+    def predictions(self) -> int:
+        """How many positions are predicted, known without waiting for a device."""
+        return (self.masked_n if self.counted_n is None else self.counted_n).numel()
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Those that there are, by name."""
+        return {f.name: value for f in fields(self) if (value := getattr(self, f.name)) is not None}
+
     def to(self, device: torch.device) -> "Layout":
         """The same layout on `device` (non-blocking)."""
-        visible_rs = None if self.visible_rs is None else self.visible_rs.to(device, non_blocking=True)
-        return Layout(masked_n=self.masked_n.to(device, non_blocking=True), visible_rs=visible_rs)
+        return replace(self, **{name: x.to(device, non_blocking=True) for name, x in self.tensors.items()})
 
 
 @dataclass(kw_only=True)
@@ -43,9 +71,10 @@ class Batch:
     modality: str
     """Name of the stem that reads them."""
     inputs: Tensor
-    """What the teacher sees. speech: float32 (B, samples); vision: float32 (B, C, H, W); text: int64 (B, T)."""
+    """What the teacher sees. speech: float32 (B, samples); vision: float32 (B, C, H, W); text: int64 (B, T); arrays:
+    float32 (B, C, E_1 ... E_n)."""
     valid: Tensor | None
-    """True where `inputs` is real: (B, samples) for speech, (B, T) for text. None: everything is real."""
+    """True where `inputs` is real: (B, samples) for speech, (B, T) for text and arrays. None: everything is real."""
     masked_rt: Tensor
     """bool (B*M, T), T in positions of the encoder (frames, patches, tokens). True: hidden from the student."""
     student_inputs: Tensor | None = None
@@ -66,12 +95,17 @@ class Batch:
     """How the T positions lie: extents of their axes, row-major. Empty: they are a line."""
     extra_tokens: int = 0
     """Positions that the encoder has before these (CLS)."""
+    real_bt: Tensor | None = None
+    """bool (B, T): positions that may be predicted, where masks also hide what is padding or missing. None: all that
+    are masked."""
+    missing: int = 0
+    """Positions that hold no value."""
     layout: Layout = None  # type: ignore[assignment]
     """Computed from `masked_rt` at construction, which should therefore be on the CPU."""
 
     def __post_init__(self) -> None:
         if self.layout is None:
-            self.layout = Layout.of(self.masked_rt)
+            self.layout = Layout.of(self.masked_rt, self.real_bt)
         assert math.prod(self.extents) == self.masked_rt.shape[1], f"{self.grid} is not {self.masked_rt.shape[1]}"
 
     @property
@@ -104,22 +138,21 @@ class Batch:
         pinned: dict[str, Tensor | Layout] = {
             f.name: value.pin_memory() for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)
         }
-        visible_rs = None if self.layout.visible_rs is None else self.layout.visible_rs.pin_memory()
-        pinned["layout"] = Layout(masked_n=self.layout.masked_n.pin_memory(), visible_rs=visible_rs)
+        pinned["layout"] = Layout(**{name: x.pin_memory() for name, x in self.layout.tensors.items()})
         return replace(self, **pinned)  # type: ignore[arg-type]
 
     def record_stream(self, stream: torch.cuda.Stream) -> None:
         """Tell the allocator that `stream` uses the tensors, which were made on another."""
         tensors = [getattr(self, f.name) for f in fields(self)]
-        for tensor in (*tensors, self.layout.masked_n, self.layout.visible_rs):
+        for tensor in (*tensors, *self.layout.tensors.values()):
             if isinstance(tensor, Tensor):
                 tensor.record_stream(stream)
 
 
 def masked_targets(targets_btd: Tensor, batch: Batch) -> Tensor:
-    """Targets (N, D) at the masked positions of all clones, in the order of the predictions."""
+    """Targets (N, D) at the predicted positions of all clones, in the order of the predictions."""
     samples, length, width = targets_btd.shape
-    masked_n = batch.layout.masked_n
+    masked_n = batch.layout.predicted_n
     # Row r of the clones belongs to sample r // M, so position r * T + t reads (r // M) * T + t.
     rows_n = torch.div(masked_n, length * batch.clones, rounding_mode="floor") * length + masked_n % length
     return targets_btd.reshape(samples * length, width).index_select(0, rows_n)

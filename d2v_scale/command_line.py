@@ -52,10 +52,11 @@ def parse(arguments: list[str]) -> tuple[Recipe, Options]:
     shown = "--print_config" in arguments
     arguments, shards = _take_shards([a for a in arguments if a != "--print_config"])
     arguments, base = _take_recipe(arguments)
+    arguments, named = recipe_file.take_named(arguments)
     parser = _make_parser()
     try:
         arguments = recipe_file.mark_arguments(recipe_file.divide_target_lists(arguments), (Recipe, Options))
-        values = parser.parse_args([f"--recipe={recipe_file.for_parser(base)}", *arguments])
+        values = parser.parse_args([f"--recipe={recipe_file.for_parser(base, named)}", *arguments])
         sections = parser.instantiate(values)
     except argparse.ArgumentError as error:
         _explain(str(error))
@@ -126,7 +127,7 @@ def find_recipe(name: str) -> Path:
 
 
 def known_keys(owner: type = Recipe, prefix: str = "") -> list[str]:
-    """Every dotted key of a configuration class."""
+    """Every dotted key of a configuration class, `*` for a name of the user's own."""
     keys = []
     for name, kind in typing.get_type_hints(owner).items():
         if name.isupper() or typing.get_origin(kind) is typing.ClassVar:
@@ -136,6 +137,9 @@ def known_keys(owner: type = Recipe, prefix: str = "") -> list[str]:
         for option in options:
             if dataclasses.is_dataclass(option) and isinstance(option, type):
                 keys += known_keys(option, f"{prefix}{name}.")
+            inner = typing.get_args(option)[1] if typing.get_origin(option) is dict else None
+            if isinstance(inner, type) and dataclasses.is_dataclass(inner):
+                keys += known_keys(inner, f"{prefix}{name}.*.")
     return keys
 
 

@@ -19,6 +19,7 @@ SIGNED = {
     "objective.masking.adjust": "may also make the selected share smaller",
     "evaluation.layers": "negative numbers count from the last block",
     "data.vision.mean": "of pixels that were shifted before",
+    "model.arrays.*.mean": "of any values",
 }
 """Keys that may be below 0, and why."""
 
@@ -36,6 +37,12 @@ ABOVE_ZERO = (
     "model.text.vocab_size",
     "model.text.max_positions",
     "model.text.token_std",
+    "model.arrays.*.channels",
+    "model.arrays.*.axes.*.patch",
+    "model.arrays.*.axes.*.extent",
+    "model.arrays.*.axes.*.rate",
+    "model.arrays.*.log_floor",
+    "model.arrays.*.std",
     "model.backbone.width",
     "model.backbone.heads",
     "model.backbone.ffn",
@@ -107,6 +114,8 @@ SHARES = (
 """Keys that may not be above 1."""
 
 
+_NAMED = re.compile(r"\.(arrays|axes)\.[^.]+(?=\.)")
+"""Sections by names of the user's own are all held to the same bounds."""
 _OWN = re.compile(r"^(model|objective)\.\w+(?:\.\*)?\.(predictor|masking|target|further_targets|loss|health)\b")
 """What a stem does differently is held to the bounds of what it overrides."""
 
@@ -121,31 +130,39 @@ def numbers(section: Any, prefix: str = "") -> Iterator[tuple[str, Any, bool]]:
         elif isinstance(value, list) and any(map(dataclasses.is_dataclass, value)):
             for number, item in enumerate(value):
                 yield from numbers(item, f"{prefix}{field.name}.{number}.")
+        elif isinstance(value, dict) and any(map(dataclasses.is_dataclass, value.values())):
+            for name, item in value.items():
+                yield from numbers(item, f"{prefix}{field.name}.{name}.")
         elif "int" in hint or "float" in hint or "bool" in hint:
             yield f"{prefix}{field.name}", value, "bool" in hint
+
+
+def general(key: str) -> str:
+    """The key with `*` for numbers in a list, and for names of the user's own."""
+    return _NAMED.sub(r".\1.*", re.sub(r"\.\d+\.", ".*.", key))
 
 
 def check(section: Any) -> None:
     """Raises ConfigError for the first key with an impossible number."""
     for key, value, is_switch in numbers(section):
         shown = f"is {list(value) if isinstance(value, tuple) else value}"
-        general = _OWN.sub(r"\1.\2", re.sub(r"\.\d+\.", ".*.", key))
+        rule = _OWN.sub(r"\1.\2", general(key))
         for number in _flat(value):
             if isinstance(number, bool):
                 if not is_switch:
                     raise ConfigError(key, shown, "Give a number.")
             elif isinstance(number, (int, float)):
-                _check_one(key, general, number, shown)
+                _check_one(key, rule, number, shown)
 
 
-def _check_one(key: str, general: str, number: float, shown: str) -> None:
+def _check_one(key: str, rule: str, number: float, shown: str) -> None:
     if not math.isfinite(number):
         raise ConfigError(key, shown, "Give a finite number.")
-    if general in SHARES and number > 1:
+    if rule in SHARES and number > 1:
         raise ConfigError(key, shown, "Give at most 1.")
-    if general in ABOVE_ZERO and number <= 0:
+    if rule in ABOVE_ZERO and number <= 0:
         raise ConfigError(key, shown, "Give a number above 0.")
-    if general not in SIGNED and number < 0:
+    if rule not in SIGNED and number < 0:
         raise ConfigError(key, shown, "Give a number that is not below 0.")
 
 

@@ -146,7 +146,8 @@ class Recipe:
             raise ConfigError(
                 "model",
                 "has no stem",
-                "Give at least one of model.vision, model.speech, model.text, or to fine-tune --init_from.",
+                "Give at least one of model.vision, model.speech, model.text, model.arrays.NAME, or to fine-tune "
+                "--init_from.",
             )
         model.check()
         self.data.check_names(model.modalities)
@@ -163,7 +164,7 @@ class Recipe:
             if name not in self.model.modalities:
                 there = ", ".join(self.model.modalities)
                 remedy = f"Leave it out; the model has {there}."
-                raise ConfigError(f"objective.{name}", f"is set, but the model has no stem {name}", remedy)
+                raise ConfigError(self.objective.section_of(name), f"is set, but the model has no stem {name}", remedy)
         for stem in self._trained_stems():
             try:
                 self._check_own_objective(stem, self.objective.of(stem.name))
@@ -226,7 +227,7 @@ class Recipe:
             raise ConfigError(
                 key,
                 f"needs a 2.0 model (model.visible_only) with an extra token before the positions of {names}",
-                f"Set it to 0, or in 2.0 model.{heard[0].name}.extra_tokens to 1.",
+                f"Set it to 0, or in 2.0 {model.key(heard[0].name)}.extra_tokens to 1.",
             )
         _, grid = stem.extent(self.data)
         block_sizes.check(masks, stem.named_axes, grid)
@@ -291,7 +292,9 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> d
     found: dict[str, tuple[Any, Any]] = {}
     for name in sorted(old.keys() | new.keys()):
         before, after = _numbered(old.get(name)), _numbered(new.get(name))
-        if isinstance(before, dict) and isinstance(after, dict):
+        if name == "axes" and isinstance(before, dict) and isinstance(after, dict) and list(before) != list(after):
+            found[f"{prefix}{name}"] = (before, after)  # whose order is that of a member's shape
+        elif isinstance(before, dict) and isinstance(after, dict):
             found |= differences(before, after, f"{prefix}{name}.")
         elif _plain(before) != _plain(after):
             found[f"{prefix}{name}"] = (before, after)

@@ -15,7 +15,7 @@ from d2v_scale.data2vec.own import OwnHealth, OwnLoss, OwnMasking, OwnObjective,
 from d2v_scale.data2vec.target_config import TargetConfig
 from d2v_scale.errors import ConfigError
 from d2v_scale.finetuning.config import TaskConfig
-from d2v_scale.model.stem_config import OwnPredictor, SpeechStem, TextStem
+from d2v_scale.model.stem_config import ArrayAxis, ArrayStem, OwnPredictor, SpeechStem, TextStem
 from d2v_scale.recipe import Recipe
 
 WRONG = (math.inf, -math.inf, math.nan, -1, True)
@@ -47,11 +47,15 @@ def recipes() -> list[Recipe]:
         further_targets=[TargetConfig(kind="whitened", layers=[0, 1])],
     )
     everything.model.text.predictor = OwnPredictor(kernel=5, input_dropout=0.1)
+    everything.model.arrays["heart"] = ArrayStem(
+        axes={"time": ArrayAxis(patch=2, extent=8, rate=100.0)}, normalise="moments", mean=[0.0], std=[1.0]
+    )
     everything.check(1)
     tuned = copy.deepcopy(everything)
     tuned.objective.vision = None
     tuned.task = TaskConfig(kind="classify", classes=5)
     tuned.model.speech = tuned.model.text = None
+    tuned.model.arrays = {}
     tuned.data.sources = tuned.data.sources[:1]
     return [everything, tuned]
 
@@ -59,7 +63,12 @@ def recipes() -> list[Recipe]:
 def replaced(recipe: Recipe, key: str, value: Any) -> Recipe:
     changed = copy.deepcopy(recipe)
     *path, name = key.split(".")
-    step = lambda owner, part: owner[int(part)] if part.isdigit() else getattr(owner, part)  # noqa: E731
+
+    def step(owner: Any, part: str) -> Any:
+        if isinstance(owner, dict):
+            return owner[part]
+        return owner[int(part)] if part.isdigit() else getattr(owner, part)
+
     setattr(functools.reduce(step, path, changed), name, value)
     return changed
 
@@ -81,7 +90,7 @@ def test_inf_nan_a_negative_number_and_true_are_refused_for_every_numeric_key(re
         for key, value, is_switch in ranges.numbers(recipe):
             if value is None or isinstance(value, (bool, str)) or is_switch:
                 continue
-            general = key.replace(".0.", ".*.").replace(".1.", ".*.").replace(".2.", ".*.")
+            general = ranges.general(key)
             for wrong in WRONG:
                 if wrong == -1 and wrong is not True and general in ranges.SIGNED:
                     continue

@@ -1,5 +1,7 @@
 """One small model of every kind, and batches for it."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -8,7 +10,7 @@ from d2v_scale.batch import Batch
 from d2v_scale.data2vec.config import TargetConfig
 from d2v_scale.model.config import Backbone, Modality, ModelConfig, Predictor
 from d2v_scale.model.init import InitRule
-from d2v_scale.model.stem_config import SpeechStem, TextStem, VisionStem
+from d2v_scale.model.stem_config import ArrayAxis, ArrayStem, SpeechStem, TextStem, VisionStem
 
 CONVS = [(16, 10, 5), *[(16, 3, 2)] * 4, *[(16, 2, 2)] * 2]
 WAVE = 6400
@@ -32,6 +34,20 @@ def text() -> TextStem:
 
 def vision(positions: str) -> VisionStem:
     return VisionStem(image_size=4 * GRID, patch_size=4, positions=positions)  # type: ignore[arg-type]
+
+
+def arrays(name: str) -> ArrayStem:
+    """Of one axis, two, or three."""
+    line = ArrayAxis(patch=4, extent=80)
+    match name:
+        case "series":
+            return ArrayStem(channels=2, axes={"time": line}, positions="learned")
+        case "maps":
+            return ArrayStem(channels=2, axes={"band": ArrayAxis(patch=2, extent=8), "time": line}, extra_tokens=2)
+        case "cubes":
+            side = ArrayAxis(patch=2, extent=6)
+            return ArrayStem(channels=1, axes={"time": ArrayAxis(patch=3, extent=9), "height": side, "width": side})
+    raise KeyError(name)
 
 
 def decoder(kind: str, **options: object) -> Predictor:
@@ -69,12 +85,19 @@ def model(name: str, **backbone: object) -> ModelConfig:
         case "v2_text":
             predictor = decoder("conv1d", proj_layers=2, residual=False)
             return ModelConfig(visible_only=True, text=text(), backbone=post, predictor=predictor)
+        case "v1_series":
+            return ModelConfig(arrays={"series": arrays("series")}, backbone=pre, init="beit")
+        case "v2_maps" | "v2_cubes":
+            stems = {name.removeprefix("v2_"): arrays(name.removeprefix("v2_"))}
+            return ModelConfig(visible_only=True, arrays=stems, backbone=post, predictor=decoder("conv"))
     raise KeyError(name)
 
 
 NAMES = ("v1_vision", "v1_speech", "v1_text", "v2_vision", "v2_speech", "v2_text")
 WIDE = ("v1_vision_wide", "v2_vision_wide")
 """Of images that are no squares."""
+ARRAYS = ("v1_series", "v2_maps", "v2_cubes")
+"""Of arrays along one axis, two and three."""
 
 
 def modality_of(name: str) -> Modality:
@@ -99,6 +122,11 @@ def batch(name: str, samples: int = 3, clones: int = 1, padded: bool = False, se
         height, width = stem.fixed_grid
         length = height * width
         inputs = torch.randn(samples, 3, 4 * height, 4 * width, generator=generator)
+    elif stem.fixed_grid is not None:
+        length = math.prod(stem.fixed_grid)
+        inputs = stem.noise(samples, 0, generator)
+        if padded:
+            valid = torch.arange(length)[None] < torch.tensor([length - 4 * (i % 4) for i in range(samples)])[:, None]
     elif modality == "speech":
         length = 19
         inputs = torch.randn(samples, WAVE, generator=generator)
@@ -117,6 +145,9 @@ def batch(name: str, samples: int = 3, clones: int = 1, padded: bool = False, se
     for row in range(rows):
         count = 5 + row % 3 if ragged else 8
         masked[row, torch.randperm(length if valid is None else length // 2, generator=generator)[:count]] = True
+        if name in ARRAYS and valid is not None and not ragged:  # of padding, too, which nobody predicts
+            masked[row, -1] = True
+            masked[row, masked[row].nonzero()[0]] = False
     if name.startswith("v1_text"):
         student_inputs = torch.where(masked[::clones], 39, inputs)
     return Batch(
@@ -126,6 +157,7 @@ def batch(name: str, samples: int = 3, clones: int = 1, padded: bool = False, se
         masked_rt=masked,
         student_inputs=student_inputs,
         sample_ids=torch.arange(samples) + 100,
-        grid=stem.fixed_grid or (),
+        grid=stem.fixed_grid if stem.fixed_grid is not None and stem.axes > 1 else (),
         extra_tokens=stem.extra_tokens,
+        real_bt=valid if name in ARRAYS else None,
     )

@@ -27,9 +27,9 @@ from dataclasses import dataclass
 from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-from evidence_sets import RealSet, default_folder, prepare
+from evidence_sets import LAYOUTS, RealSet, default_folder, prepare
 from evidence_table import early_warning, table
 
 from d2v_scale.commands.run_quietly import run_quietly
@@ -207,7 +207,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--data", type=Path, help="folder of the sets; default: data here or in a folder beside")
     parser.add_argument("--out", type=Path, help="default: out/evidence, with --quick out/evidence-quick")
     parser.add_argument("--quick", action="store_true", help=f"{QUICK['compute']} of the compute, one seed")
-    parser.add_argument("--modalities", nargs="+", choices=get_args(Kind), default=list(get_args(Kind)))
+    parser.add_argument("--modalities", nargs="+", choices=list(LAYOUTS), default=list(LAYOUTS))
     parser.add_argument("--seeds", type=int, help="default: 3")
     parser.add_argument("--compute", type=float, help="share of the recipes' steps; default: 1")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes side by side")

@@ -4,6 +4,7 @@ from collections import defaultdict
 from typing import Any
 
 import numpy as np
+from evidence_sets import LAYOUTS
 
 from d2v_scale import modalities
 from d2v_scale.model.stem_config import Kind
@@ -85,13 +86,13 @@ def early_warning(results: list[dict[str, Any]]) -> str:
     Within a version, since losses of 1.0 and 2.0 are of different targets: the mean of each version is subtracted.
     """
     lines = [
-        "| half-way, in the record | " + " | ".join(modalities.KINDS) + " |",
-        "|---|" + "---|" * len(modalities.KINDS),
+        "| half-way, in the record | " + " | ".join(LAYOUTS) + " |",
+        "|---|" + "---|" * len(LAYOUTS),
     ]
     runs = [result for result in results if result.get("curve")]
     for sign, label in _SIGNS.items():
         cells = []
-        for modality in modalities.KINDS:
+        for modality in LAYOUTS:
             x, y = [], []
             for version in ("1.0", "2.0"):
                 chosen = [run for run in runs if run["modality"] == modality and run["row"] == version]

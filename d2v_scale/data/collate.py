@@ -122,6 +122,7 @@ class Collator:
             step=step,
             compat=self._compat,
             equal_counts=self._stem.model.visible_only,
+            real_bt=stacked.real_bt,
         )
         inputs, valid = stacked.inputs, stacked.valid
         student_inputs = self._stem.student_inputs(inputs, masks)
@@ -139,4 +140,10 @@ class Collator:
         )
 
     def _geometry(self, stacked: Stacked) -> dict[str, Any]:
-        return {"grid": stacked.grid or (), "extra_tokens": self._stem.extra_tokens}
+        real_bt = None if stacked.real_bt is None else torch.from_numpy(stacked.real_bt)
+        return {
+            "grid": stacked.grid or (),
+            "extra_tokens": self._stem.extra_tokens,
+            "real_bt": real_bt,
+            "missing": stacked.missing,
+        }

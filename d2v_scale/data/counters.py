@@ -24,9 +24,11 @@ class Tally:
     lost: dict[int, int]
     """Rows by epoch. Streamed shards also count what is damaged without having been planned."""
     real: int
-    """Values of the inputs that are no padding: tokens, or samples of audio; 0 for images."""
+    """Values of the inputs that are no padding: tokens, or samples of audio, or patches of arrays; 0 for images."""
     padded: int
     """Values of the inputs, padding included."""
+    missing: int = 0
+    """Patches of arrays that were neither seen nor predicted, since they miss a value."""
     blank: int = 0
     """Rows that stayed blank because a stream's share of the shards holds nothing; none of them is lost."""
 
@@ -49,6 +51,7 @@ class SourceCount:
 
     real: int = 0
     padded: int = 0
+    missing: int = 0
     cropped: int = 0
     """Of all ranks: samples of audio that rows lost, each taking its batch's shortest length."""
     uncropped: int = 0
@@ -102,6 +105,7 @@ class Counters:
             for tally in tallies:
                 counts.real += tally.real
                 counts.padded += tally.padded
+                counts.missing += tally.missing
                 for epoch, rows in tally.delivered.items():
                     counts.epoch(epoch).delivered += rows
                 for epoch, rows in tally.lost.items():

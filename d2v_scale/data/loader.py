@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from d2v_scale import modalities
 from d2v_scale.batch import Batch
 from d2v_scale.data.collate import Collator, read_rows
 from d2v_scale.data.config import DataConfig
@@ -98,22 +99,25 @@ class _StepDataset(Dataset[DecodedStep]):
             )
             decoded.batches.append(batch)
             decoded.faults += faults
-            decoded.tallies.append(_tally(batch, planned, kept, faults))
+            decoded.tallies.append(_tally(batch, planned, kept, faults, self._sources[k].stem))
         return decoded
 
 
-def _tally(batch: Batch, planned: PlannedBatch, kept: list[int], faults: list[Fault]) -> Tally:
+def _tally(
+    batch: Batch, planned: PlannedBatch, kept: list[int], faults: list[Fault], stem: modalities.Modality
+) -> Tally:
     delivered_n = np.zeros(len(planned), dtype=bool)
     delivered_n[kept] = True
     lost = Counter(planned.epoch_n[~delivered_n].tolist())
     # A stream hands out samples that nobody planned, and finds damage beside those it was asked for.
     lost[batch.epoch] += len(faults) - lost.total()
-    padded = batch.inputs.numel() if kept and not batch.grid else 0
+    real, padded = stem.sizes(batch) if kept else (0, 0)
     return Tally(
         delivered=dict(Counter(planned.epoch_n[delivered_n].tolist())),
         lost=dict(+lost),
-        real=padded if not padded or batch.valid is None else int(batch.valid.sum()),
+        real=real,
         padded=padded,
+        missing=batch.missing if kept else 0,
         blank=max(0, len(planned) - len(kept) - len(faults)),
     )
 

@@ -12,8 +12,14 @@ from d2v_scale.data2vec.targets import Made, Target
 def compare(
     batch: Batch, targets: Sequence[Target], predictions: Sequence[Tensor], made: Sequence[Made]
 ) -> list[loss.Compared]:
-    """Every target of a micro-batch at its masked positions beside its predictions, in training and evaluation."""
+    """Every target of a micro-batch at its predicted positions beside its predictions, in training and evaluation.
+    `predictions`: at all masked positions."""
     return [
-        loss.Compared(target.config.called, target.config.weight, x_nd, masked_targets(one.targets_btd, batch))
+        loss.Compared(
+            target.config.called,
+            target.config.weight,
+            batch.layout.predicted(x_nd),
+            masked_targets(one.targets_btd, batch),
+        )
         for target, x_nd, one in zip(targets, predictions, made, strict=True)
     ]

@@ -127,12 +127,18 @@ class ObjectiveConfig:
     """What recordings do differently."""
     text: OwnObjective | None = None
     """What texts do differently."""
+    arrays: dict[str, OwnObjective] = field(default_factory=dict)
+    """What stems of arrays do differently, by their names: `objective.arrays.ecg.masking.prob`."""
 
     @property
     def own(self) -> dict[str, OwnObjective]:
         """What stems do differently, by their names."""
         single = {"vision": self.vision, "speech": self.speech, "text": self.text}
-        return {name: own for name, own in single.items() if own is not None}
+        return {name: own for name, own in single.items() if own is not None} | self.arrays
+
+    def section_of(self, name: str) -> str:
+        """The dotted key of what the stem `name` does differently."""
+        return f"objective.arrays.{name}" if name in self.arrays else f"objective.{name}"
 
     def of(self, name: str) -> "ObjectiveConfig":
         """The objective of the stem `name`: what it does differently entered in the blocks of all."""
@@ -143,7 +149,7 @@ class ObjectiveConfig:
             parts["target"] = replace(parts["target"], layers=None)
         if own is not None and own.further_targets is not None:
             parts["further_targets"] = own.further_targets
-        return replace(self, **parts, vision=None, speech=None, text=None)
+        return replace(self, **parts, vision=None, speech=None, text=None, arrays={})
 
     @property
     def targets(self) -> list[TargetConfig]:
@@ -155,4 +161,4 @@ class ObjectiveConfig:
         section, _, field = key.removeprefix("objective.").partition(".")
         own = getattr(self.own.get(name), section, None)
         is_own = own is not None if section == "further_targets" else getattr(own, field, None) is not None
-        return f"objective.{name}.{section}.{field}" if is_own else key
+        return f"{self.section_of(name)}.{section}.{field}" if is_own else key

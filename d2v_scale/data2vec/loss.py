@@ -52,9 +52,11 @@ def masked_loss_sum(predictions_nd: Tensor, targets_nd: Tensor, config: LossConf
     return elementwise(predictions_nd, targets_nd, config.beta).sum() * channel_factor(config, width)
 
 
-def cls_loss_sum(predictions_rd: Tensor, targets_btd: Tensor, config: LossConfig, width: int) -> Tensor:
+def cls_loss_sum(
+    predictions_rd: Tensor, targets_btd: Tensor, config: LossConfig, width: int, real_bt: Tensor | None = None
+) -> Tensor:
     """Weighted sum over rows of the CLS term (2.0): each row's output at its last extra token against the mean of its
-    sample's target over all T positions, padding included as in the reference.
+    sample's target over the positions `real_bt`; None: over all T, padding included as in the reference.
 
     Rows are sample-major, R = B*M. Divide by the number of rows over all ranks and micro-batches of the step, so that
     the term's weight does not depend on the batch size. (The reference sums over the rows of one micro-batch:
@@ -62,6 +64,13 @@ def cls_loss_sum(predictions_rd: Tensor, targets_btd: Tensor, config: LossConfig
     """
     samples = targets_btd.shape[0]
     clones = predictions_rd.shape[0] // max(1, samples)
-    targets_rd = targets_btd.float().mean(dim=1).repeat_interleave(clones, dim=0)
+    targets_bd = targets_btd.float().mean(dim=1) if real_bt is None else _mean_over(targets_btd.float(), real_bt)
+    targets_rd = targets_bd.repeat_interleave(clones, dim=0)
     total = elementwise(predictions_rd, targets_rd, config.beta).sum()
     return total * (channel_factor(config, width) * config.cls_weight)
+
+
+def _mean_over(x_btd: Tensor, real_bt: Tensor) -> Tensor:
+    """(B, D): the mean over the positions that are True; zeros of a row without any."""
+    x_btd = x_btd * real_bt[..., None]
+    return x_btd.sum(dim=1) / real_bt.sum(dim=1, keepdim=True).clamp(min=1)

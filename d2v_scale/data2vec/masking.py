@@ -49,6 +49,7 @@ def collate(
     step: int,
     compat: CompatConfig | None = None,
     equal_counts: bool = True,
+    real_bt: Bools | None = None,
 ) -> Masks:
     """Masks of a batch: one row for each sample and clone.
 
@@ -56,10 +57,33 @@ def collate(
     `blocks`, of any number of axes, a line included. `valid_lengths` (B,) counts each sample's positions before
     padding, of `blocks` also (B, n) along each axis; None: all. 1.0 masks valid positions only. 2.0 masks a fixed
     number of the T positions in every row, padding included, since all rows must keep equally many. `blocks` serve
-    both: with `equal_counts` 2.0, without it 1.0.
+    both: with `equal_counts` 2.0, without it 1.0. `real_bt` (B, T): positions that hold something, wherever they lie;
+    None: all. Of the others 1.0 masks none; 2.0 masks them as any, and does not count them (`Layout.counted_n`).
 
     Raises `ConfigError` when kind and geometry do not fit.
     """
+    # One key for each row: the sample's key, then the clone's.
+    ids_b = np.asarray(sample_ids, dtype=np.int64)
+    sample_keys_b = array_keys(ids_b, "mask", seed, step)
+    clones_m = array_keys(np.arange(config.clones), "clone")
+    keys_r = array_keys((sample_keys_b[:, None] ^ clones_m).reshape(-1).view(np.int64), "row")
+    masks = _collate(config, length, grid, len(ids_b), keys_r, valid_lengths, compat, equal_counts)
+    if real_bt is not None:
+        real_rt = np.repeat(real_bt, config.clones, axis=0)
+        masks.masked_rt = _on_real(masks.masked_rt, real_rt, keys_r, keep_count=equal_counts)
+    return masks
+
+
+def _collate(
+    config: MaskingConfig,
+    length: int | None,
+    grid: tuple[int, ...] | None,
+    samples: int,
+    keys_r: NDArray[np.uint64],
+    valid_lengths: Sequence[int] | NDArray[np.int64] | None,
+    compat: CompatConfig | None,
+    equal_counts: bool,
+) -> Masks:
     kind = config.kind
     if grid is not None:
         length = math.prod(grid)
@@ -68,17 +92,14 @@ def collate(
     if kind in ("blockwise", "block2d") and (grid is None or len(grid) != 2):
         raise ConfigError("objective.masking.kind", f"{kind!r} masks patches of a grid; speech and text have none.")
 
-    ids_b = np.asarray(sample_ids, dtype=np.int64)
-    # One key for each row: the sample's key, then the clone's.
-    sample_keys_b = array_keys(ids_b, "mask", seed, step)
-    clones_m = array_keys(np.arange(config.clones), "clone")
-    keys_r = array_keys((sample_keys_b[:, None] ^ clones_m).reshape(-1).view(np.int64), "row")
     if kind == "blocks":
         shape = grid or (length,)
-        extents_rn = np.repeat(_extents(shape, len(ids_b), valid_lengths), config.clones, axis=0)
+        extents_rn = np.repeat(_extents(shape, samples, valid_lengths), config.clones, axis=0)
         spec = _blocks_of(config, len(shape))
         return Masks(blocks.draw(spec, shape, extents_rn, keys_r, equal_counts=equal_counts))
-    valid_b = np.full(len(ids_b), length) if valid_lengths is None else np.asarray(valid_lengths)
+    valid_b = np.full(samples, length) if valid_lengths is None else np.asarray(valid_lengths)
+    if valid_b.ndim > 1:  # of a grid, whose padding is in no one place of its line
+        valid_b = np.full(samples, length)
     valid_r = np.repeat(np.clip(valid_b, 0, length), config.clones)
 
     if kind == "spans":
@@ -294,6 +315,22 @@ def _trim_to_smallest(masked_rt: Bools, keys_r: NDArray[np.uint64]) -> Bools:
     smallest = int(masked_rt.sum(1).min(initial=masked_rt.shape[1]))
     scores_rt = stream(keys_r, "trim", masked_rt.shape[1]) + ~masked_rt
     return lowest(scores_rt, np.full(len(masked_rt), smallest)) & masked_rt
+
+
+def _on_real(masked_rt: Bools, real_rt: Bools, keys_r: NDArray[np.uint64], *, keep_count: bool) -> Bools:
+    """What is hidden where only `real_rt` hold something: at least one of them is shown. With `keep_count` every row
+    masks as many as before."""
+    if not keep_count:
+        masked_rt = masked_rt & real_rt
+    for row in np.flatnonzero((masked_rt | ~real_rt).all(1) & real_rt.any(1)):
+        u_show, u_hide = stream(keys_r[row : row + 1], "show", 2)[0]
+        real, empty = np.flatnonzero(real_rt[row]), np.flatnonzero(~real_rt[row] & ~masked_rt[row])
+        if keep_count and len(empty) == 0:
+            continue  # none is free to be masked instead
+        masked_rt[row, real[int(u_show * len(real))]] = False
+        if keep_count:
+            masked_rt[row, empty[int(u_hide * len(empty))]] = True
+    return masked_rt
 
 
 def _show_one_valid(

@@ -6,6 +6,7 @@ metrics carry; its *kind* decides which class answers.
 
 from typing import TYPE_CHECKING, assert_never
 
+from d2v_scale.modalities.array.modality import Array
 from d2v_scale.modalities.base import Modality
 from d2v_scale.modalities.speech.modality import Speech
 from d2v_scale.modalities.text.modality import Text
@@ -40,6 +41,8 @@ def class_of(kind: Kind) -> type[Modality]:
             return Speech
         case "text":
             return Text
+        case "array":
+            return Array
     assert_never(kind)
 
 
@@ -58,6 +61,10 @@ def drawing_of(kind: Kind) -> "Drawing":
             from d2v_scale.modalities.text.drawing import TextDrawing
 
             return TextDrawing()
+        case "array":
+            from d2v_scale.modalities.array.drawing import ArrayDrawing
+
+            return ArrayDrawing()
     assert_never(kind)
 
 

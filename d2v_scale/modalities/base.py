@@ -1,7 +1,8 @@
 """What a modality says of itself: the one place to ask, instead of asking which modality it is.
 
-A *kind* (vision, speech, text) is a class here. The *name of a stem* is what batches, parameters, sources and metrics
-carry. What shards hold (`Content`) and what a stem reads are two things: one set of shards may serve several stems.
+A *kind* (vision, speech, text, array) is a class here. The *name of a stem* is what batches, parameters, sources and
+metrics carry. What shards hold (`Content`) and what a stem reads are two things: one set of shards may serve several
+stems.
 
 Nothing here imports torch: the planner and the command line ask, too. What needs it is imported where it is built.
 """
@@ -40,7 +41,7 @@ class Modality(ABC):
 
     content: ClassVar[Content]
     """What it reads."""
-    axes: ClassVar[int] = 1
+    axes: int = 1
     """Axes along which its positions lie."""
     unit: ClassVar[str | None] = None
     """The `batch_unit` that its samples have beside `samples`; None: all are of one size."""
@@ -137,6 +138,11 @@ class Modality(ABC):
         """Settings that cut nothing off a sample of this length, as the index counts it."""
         del longest
         return data
+
+    def sizes(self, batch: "Batch") -> tuple[int, int]:
+        """What of a batch is no padding, and all of it, as the record counts it: values of the inputs."""
+        padded = batch.inputs.numel()
+        return padded if batch.valid is None else int(batch.valid.sum()), padded
 
     def student_inputs(self, inputs: "Tensor", masks: "Masks") -> "Tensor | None":
         """What the student is given where masks change the inputs themselves; None: it is given what the teacher is.

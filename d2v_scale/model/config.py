@@ -10,6 +10,7 @@ from d2v_scale.merging import merged
 from d2v_scale.model.stem_config import (
     KINDS,
     AnyStem,
+    ArrayStem,
     Kind,
     OneStem,
     SpeechStem,
@@ -107,6 +108,8 @@ class ModelConfig:
     speech: SpeechStem | None = None
     vision: VisionStem | None = None
     text: TextStem | None = None
+    arrays: dict[str, ArrayStem] = field(default_factory=dict)
+    """Stems of arrays of any kind, each by a name of its own: `model.arrays.ecg.channels`."""
     backbone: Backbone = field(default_factory=Backbone)
     predictor: Predictor = field(default_factory=Predictor)
     activation_checkpointing: bool = False
@@ -121,11 +124,16 @@ class ModelConfig:
     def stems(self) -> dict[str, AnyStem]:
         """The stems there are, by name, in a fixed order. The only one of its kind is called as its kind."""
         single: list[AnyStem | None] = [self.vision, self.speech, self.text]
-        return {stem.kind: stem for stem in single if stem is not None}
+        return {stem.kind: stem for stem in single if stem is not None} | self.arrays
 
     def _fields(self, stems: Mapping[str, AnyStem]) -> dict[str, Any]:
         """The fields that hold these stems, and no others."""
-        return {kind: stems.get(kind) for kind in KINDS}
+        arrays = {name: stem for name, stem in stems.items() if isinstance(stem, ArrayStem)}
+        return {kind: stems.get(kind) for kind in KINDS if kind != "array"} | {"arrays": arrays}
+
+    def key(self, name: str) -> str:
+        """The dotted key of the stem `name`."""
+        return f"model.arrays.{name}" if name in self.arrays else f"model.{name}"
 
     def kind(self, name: str) -> Kind:
         """Of the stem that is called `name`, which must be there."""
@@ -169,16 +177,19 @@ class ModelConfig:
         if backbone.layer_scale and not backbone.norm_first:
             raise ConfigError("model.backbone.layer_scale", "needs model.backbone.norm_first", "Set one of them.")
         for name, stem in self.stems.items():
-            stem.check(backbone.width)
+            if isinstance(stem, ArrayStem):
+                stem.check(backbone.width, self.key(name))
+            else:
+                stem.check(backbone.width)
             self._check_own(name)
 
     def _check_own(self, name: str) -> None:
         stem, one = self.stems[name], self.of(name)
         if not 0 <= one.backbone.input_dropout < 1:
-            raise ConfigError(f"model.{name}.input_dropout", f"is {stem.input_dropout}", "It must be in [0, 1).")
+            raise ConfigError(f"{self.key(name)}.input_dropout", f"is {stem.input_dropout}", "It must be in [0, 1).")
         if self.predictor.shared and stem.predictor is not None:
             remedy = "Leave it out, or set model.predictor.shared to false."
-            raise ConfigError(f"model.{name}.predictor", "is set, but all stems share one", remedy)
+            raise ConfigError(f"{self.key(name)}.predictor", "is set, but all stems share one", remedy)
         if self.predictor.shared and self.predictor.kind in ("conv", "conv2d", "conv3d"):
             shown = f"is {self.predictor.kind!r}, but stems of a line share it"
             raise ConfigError("model.predictor.kind", shown, "Give conv1d.")
@@ -224,5 +235,5 @@ class ModelConfig:
     def predictor_key(self, name: str, field: str) -> str:
         """The dotted key that this setting of a stem's predictor comes from."""
         own = self.stems[name].predictor
-        prefix = "model" if getattr(own, field, None) is None else f"model.{name}"
+        prefix = "model" if getattr(own, field, None) is None else self.key(name)
         return f"{prefix}.predictor.{field}"

@@ -1,5 +1,7 @@
 """What each kind of stem is made of, and what any stem may do differently from the others. Sizes only."""
 
+import math
+import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Literal, TypeVar, get_args
 
@@ -8,7 +10,7 @@ from d2v_scale.errors import ConfigError
 if TYPE_CHECKING:
     from torch import Tensor
 
-Kind = Literal["vision", "speech", "text"]
+Kind = Literal["vision", "speech", "text", "array"]
 """What a stem is: a closed set. Where one is not handled, the type checker complains."""
 KINDS: tuple[Kind, ...] = get_args(Kind)
 Count = TypeVar("Count", int, "Tensor")
@@ -169,8 +171,123 @@ class TextStem(StemSettings):
             raise ConfigError("model.text", f"two special tokens have the same id: {ids}.", "Give each its own.")
 
 
-AnyStem = VisionStem | SpeechStem | TextStem
-OneStem = TypeVar("OneStem", VisionStem, SpeechStem, TextStem)
+MOST_AXES = 4
+"""After the channels."""
+
+
+@dataclass(kw_only=True)
+class ArrayAxis:
+    """One axis of an array."""
+
+    patch: int = 1
+    """Steps of a patch along this axis."""
+    extent: int = 1
+    """Steps of the longest sample that is read, a multiple of `patch`. Shorter ones are padded, and what is padding is
+    neither seen nor predicted."""
+    longer: Literal["refuse", "crop"] = "refuse"
+    """What becomes of members with more steps: `refuse`: they are lost, and counted; `crop`: `extent` steps from a
+    random place are read (in evaluation, the middle)."""
+    rate: float | None = None
+    """Steps in one `unit`, so that sizes of masks may be given in it ('0.2 s')."""
+    unit: str = "s"
+    """What `rate` counts in. Of seconds there are milliseconds (ms), too."""
+
+    @property
+    def patches(self) -> int:
+        """Of the longest sample."""
+        return self.extent // self.patch
+
+
+@dataclass(kw_only=True)
+class ArrayStem(StemSettings):
+    """Arrays (channels, axis_1 ... axis_n) of 1 to 4 axes to patches: `.npy` members, or arrays in `.npz`."""
+
+    kind: ClassVar[Kind] = "array"
+
+    key: str | None = None
+    """Name of the array in a `.npz`; null: the only one."""
+    channels: int = 1
+    axes: dict[str, ArrayAxis] = field(default_factory=dict)
+    """By names of your own, in the order of the member's shape after its channels: {height: {patch: 16, extent: 224},
+    width: {patch: 16, extent: 224}}."""
+    positions: Literal["sincos", "learned"] = "sincos"
+    """`sincos`: fixed sine-cosine over all axes, as of 2.0 images; `learned`: a vector for each position."""
+    transform: Literal["none", "log"] = "none"
+    """`log`: the natural logarithm of what is at least `log_floor`; below 0 there is none, and the sample is lost."""
+    log_floor: float = 1e-6
+    """What smaller values count as under `log`."""
+    normalise: Literal["none", "sample", "channel", "moments"] = "none"
+    """After the transform. To mean 0 and variance 1 over what is read of a `sample`, or over each `channel` of it;
+    `moments`: by the fixed `mean` and `std`."""
+    mean: list[float] = field(default_factory=list)
+    """Of each channel, or one of all (`moments`)."""
+    std: list[float] = field(default_factory=list)
+    """Of each channel, or one of all (`moments`)."""
+    missing: Literal["refuse", "mask"] = "refuse"
+    """What NaN means. `refuse`: the sample is lost, and counted; `mask`: no patch that holds one is seen or predicted,
+    and these patches are counted."""
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        """Patches along each axis of the longest sample."""
+        return tuple(axis.patches for axis in self.axes.values())
+
+    @property
+    def patch(self) -> tuple[int, ...]:
+        """Steps of a patch along each axis."""
+        return tuple(axis.patch for axis in self.axes.values())
+
+    @property
+    def extents(self) -> tuple[int, ...]:
+        """Steps along each axis of the longest sample."""
+        return tuple(axis.extent for axis in self.axes.values())
+
+    @property
+    def patch_values(self) -> int:
+        """Values of a patch, all channels."""
+        return self.channels * math.prod(self.patch)
+
+    def check(self, width: int, key: str) -> None:
+        """Raises `ConfigError` for sizes that do not fit together. `key`: where this section stands."""
+        name = key.rpartition(".")[2]
+        if not re.fullmatch(r"[A-Za-z]\w*", name, re.ASCII) or name in (*KINDS, "shared"):
+            remedy = f"Use letters, digits and _, and none of {', '.join(KINDS)}, shared."
+            raise ConfigError(key, "is no name of a stem of arrays", remedy)
+        if not 1 <= len(self.axes) <= MOST_AXES:
+            there = ", ".join(self.axes) or "none"
+            raise ConfigError(
+                f"{key}.axes", f"has {len(self.axes)} axes ({there})", f"Name 1 to {MOST_AXES}, in the member's order."
+            )
+        for called, axis in self.axes.items():
+            if not re.fullmatch(r"[A-Za-z]\w*", called, re.ASCII):
+                raise ConfigError(f"{key}.axes", f"names the axis {called!r}", "Use letters, digits and _.")
+            where = f"{key}.axes.{called}"
+            require_divisor(f"{where}.patch", axis.patch, f"{where}.extent", axis.extent)
+            if not re.fullmatch(r"[^\W\d_]+", axis.unit):
+                raise ConfigError(f"{where}.unit", f"is {axis.unit!r}", "Use letters only.")
+        if math.prod(self.grid) < 2:
+            raise ConfigError(f"{key}.axes", "make a single patch of a sample", "Give smaller patches, or more steps.")
+        if self.positions == "sincos" and width < 2 * len(self.axes):
+            raise ConfigError(
+                "model.backbone.width",
+                f"is {width}, too few for sine and cosine along {len(self.axes)} axes",
+                f"Give at least {2 * len(self.axes)}.",
+            )
+        self._check_moments(key)
+
+    def _check_moments(self, key: str) -> None:
+        for name in ("mean", "std"):
+            given = len(getattr(self, name))
+            if self.normalise != "moments" and given:
+                remedy = "Leave it out, or set normalise to moments."
+                raise ConfigError(f"{key}.{name}", f"is set, but normalise is {self.normalise!r}", remedy)
+            if self.normalise == "moments" and given not in (1, self.channels):
+                remedy = f"Give one number, or one a channel: {self.channels}."
+                raise ConfigError(f"{key}.{name}", f"has {given} values", remedy)
+
+
+AnyStem = VisionStem | SpeechStem | TextStem | ArrayStem
+OneStem = TypeVar("OneStem", VisionStem, SpeechStem, TextStem, ArrayStem)
 
 
 def require_divisor(key: str, divisor: int, of_key: str, number: int) -> None:

@@ -58,7 +58,7 @@ class SharedFeed:
 def _tensors(batch: Batch) -> dict[str, Tensor]:
     """Every tensor of a batch under the name of its field, contiguous."""
     named = {field.name: getattr(batch, field.name) for field in fields(batch)}
-    named |= {"layout.masked_n": batch.layout.masked_n, "layout.visible_rs": batch.layout.visible_rs}
+    named |= {f"layout.{name}": value for name, value in batch.layout.tensors.items()}
     return {name: value for name, value in named.items() if isinstance(value, Tensor)}
 
 
@@ -79,5 +79,6 @@ def _empty(description: dict[str, Any], device: torch.device) -> Batch:
     tensors: dict[str, Any] = {
         name: torch.empty(shape, dtype=dtype, device=device) for name, (shape, dtype) in description["tensors"].items()
     }
-    layout = Layout(masked_n=tensors.pop("layout.masked_n"), visible_rs=tensors.pop("layout.visible_rs", None))
+    named = [name for name in tensors if name.startswith("layout.")]
+    layout = Layout(**{name.removeprefix("layout."): tensors.pop(name) for name in named})
     return Batch(**description["plain"], **tensors, layout=layout)

@@ -51,7 +51,7 @@ class LossBreakdown:
                 self._sums[1, place] += x_n.numel()
         # A row's share counts its positions, padding included.
         bucket_r = (batch.masked_rt.double().mean(dim=1) * BUCKETS).long().clamp(max=BUCKETS - 1) + len(self._sources)
-        row_n = torch.div(batch.layout.masked_n, batch.masked_rt.shape[1], rounding_mode="floor")
+        row_n = torch.div(batch.layout.predicted_n, batch.masked_rt.shape[1], rounding_mode="floor")
         bucket_n = bucket_r[row_n]
         self._sums[0].index_add_(0, bucket_n, loss_n)
         self._sums[1].index_add_(0, bucket_n, torch.ones_like(loss_n))

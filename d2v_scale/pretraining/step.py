@@ -59,12 +59,12 @@ class Observations:
 
 
 def count_step(batches: list[Batch], topology: Topology) -> Tensor:
-    """Masked positions and rows of the whole step: float64 (2,) on the device, without waiting for it.
+    """Predicted positions and rows of the whole step: float64 (2,) on the device, without waiting for it.
 
     The masks of every micro-batch are drawn before the first forward, so that each can be divided by what all ranks
     will mask. Collective over the data-parallel group: all its ranks must call.
     """
-    masked = sum(batch.layout.masked_n.numel() for batch in batches)
+    masked = sum(batch.layout.predictions for batch in batches)
     rows = sum(batch.masked_rt.shape[0] for batch in batches if not batch.is_blank)
     counts = torch.tensor([masked, rows], dtype=torch.float64).to(topology.device, non_blocking=True)
     topology.sum_over_replicas(counts)
@@ -121,7 +121,7 @@ class StepLoss:
         if self._config.cls_weight > 0 and cls_rd is not None:
             # Of a blank row it is part of the graph, as on every rank, and counts nothing.
             weight = 0.0 if batch.is_blank else compared[0].weight
-            total = weight * loss.cls_loss_sum(cls_rd, targets_btd, self._config, targets_btd.shape[-1])
+            total = weight * loss.cls_loss_sum(cls_rd, targets_btd, self._config, targets_btd.shape[-1], batch.real_bt)
             share = share + total / self._counts[1].float()
         share = share * self._config.weight if self._config.weight != 1 else share
         self.seen.loss += share.detach()
@@ -129,7 +129,7 @@ class StepLoss:
             return share * self._factor
         raw_nd = targets_nd if made[0].raw_btd is targets_btd else masked_targets(made[0].raw_btd, batch)
         if self._observe:
-            predictions_nd = predictions[0]
+            predictions_nd = compared[0].predictions_nd
             self.seen.count(TARGETS, raw_nd)
             self.seen.count(PREDICTIONS, predictions_nd)
             looks = (statistics.effective_rank, statistics.mean_cosine)

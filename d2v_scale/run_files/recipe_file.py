@@ -5,9 +5,11 @@ nothing, and `_` ends it. So text that is no plain word is quoted, and goes thro
 """
 
 import dataclasses
+import difflib
 import re
 import types
 import typing
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +77,10 @@ def completed(values: dict[str, Any], owner: type) -> dict[str, Any]:
     kinds = typing.get_type_hints(owner)
     for field in dataclasses.fields(owner):
         section, value = _section(kinds[field.name]), found.get(field.name)
-        if field.name not in found:
+        if field.name in found and _named(kinds[field.name]) is not None and isinstance(value, dict):
+            assert section is not None
+            found[field.name] = {k: completed(v, section) if isinstance(v, dict) else v for k, v in value.items()}
+        elif field.name not in found:
             if field.default_factory is not dataclasses.MISSING:
                 found[field.name] = _as_values(field.default_factory())
             elif field.default is not dataclasses.MISSING:
@@ -94,6 +99,11 @@ def _section(kind: Any) -> type | None:
     return next((one for one in options if isinstance(one, type) and dataclasses.is_dataclass(one)), None)
 
 
+def _named(kind: Any) -> type | None:
+    """The configuration class of a key that holds sections by names of the user's own."""
+    return _section(kind) if typing.get_origin(kind) is dict else None
+
+
 def _as_values(value: Any) -> Any:
     return plain(dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value)  # type: ignore[arg-type]
 
@@ -105,6 +115,9 @@ def one_first_target(values: Any) -> Any:
     if not isinstance(objective, dict):
         return values
     parts = {k: _divided(v, f"objective.{k}") if isinstance(v, dict) else v for k, v in objective.items()}
+    if isinstance(arrays := objective.get("arrays"), dict):
+        named = {k: _divided(v, f"objective.arrays.{k}") if isinstance(v, dict) else v for k, v in arrays.items()}
+        parts["arrays"] = named
     return {**values, "objective": _divided(parts, "objective")}
 
 
@@ -155,14 +168,90 @@ def _flow(values: Any) -> str:
     return yaml.safe_dump(marked, default_flow_style=True, width=1_000_000).strip()
 
 
-def for_parser(path: Path) -> str:
+def for_parser(path: Path, named: Mapping[str, Any] | None = None) -> str:
     """The content of a recipe's file in a form that leaves the parser nothing to guess; the path itself where only the
-    parser can say what is wrong with it."""
+    parser can say what is wrong with it. `named`: what else is to be in it, by dotted keys (`take_named`). Raises
+    ConfigError for keys below a name of the user's own that there are not, which the parser would not name."""
     try:
-        values = one_first_target(yaml.safe_load(path.read_text(encoding="utf-8")))
-        return _dump(_marked(values, Recipe)) if isinstance(values, dict) else str(path)
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
         return str(path)
+    if not isinstance(values, dict):
+        return str(path)
+    for key, value in (named or {}).items():
+        _enter(values, key, value)
+    _check_named(values, Recipe, "")
+    try:
+        return _dump(_marked(one_first_target(values), Recipe))
+    except (ValueError, yaml.YAMLError):
+        return str(path)
+
+
+def take_named(arguments: list[str]) -> tuple[list[str], dict[str, Any]]:
+    """Remove `--model.arrays.NAME.KEY VALUE` and what else is below a name of the user's own, which the parser does not
+    divide; return what they say, by dotted keys. Raises ConfigError for one without a value."""
+    rest: list[str] = []
+    found: dict[str, Any] = {}
+    coming = iter(arguments)
+    for argument in coming:
+        key, equals, value = argument.partition("=")
+        if not re.fullmatch(r"--(model|objective)\.arrays(?!\.help$)(\.\w+)*", key):
+            rest.append(argument)
+            continue
+        key = key.removeprefix("--")
+        given = value if equals else next(coming, None)
+        if given is None or (not equals and given.startswith("--")):
+            raise ConfigError(key, "has no value", "Write --key VALUE.")
+        try:
+            found[key] = given if _is_text(_kind_at(key)) and given != "null" else yaml.safe_load(given)
+        except yaml.YAMLError:
+            found[key] = given
+    return rest, found
+
+
+def _kind_at(key: str) -> Any:
+    """The type of the key, or None where there is no such."""
+    kind: Any = Recipe
+    for part in key.split("."):
+        if typing.get_origin(kind) is dict:
+            kind = typing.get_args(kind)[1]
+        else:
+            owner = _section(kind)
+            kind = typing.get_type_hints(owner).get(part) if owner is not None else None
+    return kind
+
+
+def _enter(values: dict[str, Any], key: str, value: Any) -> None:
+    """Set a dotted key in nested values, in place."""
+    *sections, last = key.split(".")
+    for section in sections:
+        if not isinstance(values.get(section), dict):
+            values[section] = {}
+        values = values[section]
+    values[last] = value
+
+
+def _check_named(values: Any, owner: type, prefix: str, *, below: bool = False) -> None:
+    """Raises ConfigError for the first key below a name of the user's own (`below`) that is none."""
+    kinds = typing.get_type_hints(owner)
+    fields = [field.name for field in dataclasses.fields(owner)]
+    for name, value in values.items() if isinstance(values, dict) else ():
+        if name not in fields:
+            if not below:
+                continue  # the parser says it
+            near = difflib.get_close_matches(str(name), fields, n=1)
+            remedy = f"Did you mean {prefix + near[0]!r}?" if near else f"There are {', '.join(fields)}."
+            raise ConfigError(f"{prefix}{name}", "is not a key of a recipe", remedy)
+        section = _section(kinds[name])
+        if section is None or not isinstance(value, dict):
+            continue
+        if _named(kinds[name]) is None:
+            _check_named(value, section, f"{prefix}{name}.", below=below)
+            continue
+        for called, inner in value.items():
+            if not isinstance(inner, dict):
+                raise ConfigError(f"{prefix}{name}.{called}", f"is {inner!r}, no section", "Give its keys and values.")
+            _check_named(inner, section, f"{prefix}{name}.{called}.", below=True)
 
 
 def mark_arguments(arguments: list[str], owners: tuple[type, ...]) -> list[str]:
@@ -188,6 +277,8 @@ def unmark(value: Any) -> Any:
         return value.removeprefix(_MARK)
     if isinstance(value, list):
         return [unmark(item) for item in value]
+    if isinstance(value, dict):
+        return {key: unmark(item) for key, item in value.items()}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         for field in dataclasses.fields(value):
             setattr(value, field.name, unmark(getattr(value, field.name)))
@@ -203,6 +294,8 @@ def _marked(value: Any, kind: Any) -> Any:
         if isinstance(value, dict) and dataclasses.is_dataclass(option):
             kinds = typing.get_type_hints(option)
             return {key: _marked(item, kinds.get(key)) for key, item in value.items()}
+        if isinstance(value, dict) and typing.get_origin(option) is dict:
+            return {key: _marked(item, typing.get_args(option)[1]) for key, item in value.items()}
         if isinstance(value, list) and typing.get_origin(option) is list:
             return [_marked(item, typing.get_args(option)[0]) for item in value]
     return value

@@ -24,7 +24,9 @@ class _SourceTotals:
     left_out: int = 0
     planned: int = 0
     real: int = 0
-    """Tokens, or samples of audio."""
+    """Tokens, samples of audio, or patches of arrays."""
+    missing: int = 0
+    """Patches of arrays that miss a value."""
     epochs: dict[int, EpochCount] = field(default_factory=dict)
     """Those that are not over."""
     closed: EpochCount | None = None
@@ -57,6 +59,7 @@ class RunTotals:
                 "left_out": totals.left_out,
                 "planned": totals.planned,
                 "real": totals.real,
+                "missing": totals.missing,
                 "unchecked": totals.unchecked,
                 "epochs": {str(number): vars(epoch) for number, epoch in totals.epochs.items()},
             }
@@ -74,6 +77,7 @@ class RunTotals:
             for key in ("delivered", "lost", "planned", "real", "unchecked"):
                 setattr(totals, key, saved[key])
             totals.left_out = saved.get("left_out", 0)
+            totals.missing = saved.get("missing", 0)
 
     # -- counting ------------------------------------------------------------------------------------------------
 
@@ -82,7 +86,7 @@ class RunTotals:
         flat: list[int] = []
         for source in self._sources:
             mine = counts[source.name]
-            flat += [mine.real, mine.padded]
+            flat += [mine.real, mine.padded, mine.missing]
             for number in sorted(mine.epochs):
                 flat += [mine.epochs[number].delivered, mine.epochs[number].lost]
         summed = torch.tensor(flat, dtype=torch.float64, device=topology.device)
@@ -94,8 +98,9 @@ class RunTotals:
 
     def _add(self, source: Source | StreamedSource, mine: SourceCount, numbers: Any) -> None:
         totals = self._totals[source.name]
-        real, padded = next(numbers), next(numbers)
+        real, padded, missing = next(numbers), next(numbers), next(numbers)
         totals.real += real
+        totals.missing += missing
         self._recent_real += real
         self._recent_padded += padded
         kind = source.stem
@@ -156,9 +161,10 @@ class RunTotals:
     def figures(self, elapsed_s: float) -> dict[str, float]:
         """For the record, of the run so far: `tokens`, `audio_seconds` (and per second, since the last call),
         `data/delivered`, `data/lost`, `data/left_out` (too short, or with a transcript too long), `data/planned`,
-        `data/padding` (share of the inputs since the last call), `data/cropped` (share of the audio that was lost since
-        then because rows take the length of their batch's shortest), and by source `epoch`, `delivered` and of the last
-        whole epoch `epoch_planned`, `epoch_delivered`, `epoch_lost`, `epoch_left_out`."""
+        `data/padding` (share of the inputs since the last call), `data/missing` (patches of arrays that miss a value,
+        where there are some), `data/cropped` (share of the audio that was lost since then because rows take the length
+        of their batch's shortest), and by source `epoch`, `delivered` and of the last whole epoch `epoch_planned`,
+        `epoch_delivered`, `epoch_lost`, `epoch_left_out`."""
         totals = self._totals.values()
         values: dict[str, float] = {}
         counted = {unit for source in self._sources if (unit := source.stem.throughput) is not None}
@@ -170,6 +176,8 @@ class RunTotals:
             values[f"data/{key}"] = sum(getattr(one, key) for one in totals)
         values["data/padding"] = 1 - self._recent_real / self._recent_padded if self._recent_padded else 0.0
         self._recent_real, self._recent_padded = 0, 0
+        if missing := sum(one.missing for one in totals):
+            values["data/missing"] = missing
         if any(source.stem.cropped for source in self._sources):
             values["data/cropped"] = self._recent_cropped / max(1, self._recent_uncropped)
             self._recent_cropped, self._recent_uncropped = 0, 0

@@ -34,7 +34,11 @@ class Stacked:
     length: int | None = None
     """T, positions in a line."""
     valid_lengths: NDArray[np.int64] | None = None
-    """(B,) real positions of each row; None: all."""
+    """(B,) real positions of each row, or of a grid (B, n) along each axis; None: all."""
+    real_bt: NDArray[np.bool_] | None = None
+    """(B, T) positions that may be predicted; None: all that are masked."""
+    missing: int = 0
+    """Positions that hold no value."""
 
     @property
     def positions(self) -> int:

@@ -17,7 +17,7 @@ from d2v_scale.parallel import groups
 SEED = 3
 
 
-@pytest.mark.parametrize("name", tiny_models.NAMES)
+@pytest.mark.parametrize("name", [*tiny_models.NAMES, *tiny_models.ARRAYS])
 def test_every_layer_of_every_model_has_an_entropy_and_a_likeness(name: str) -> None:
     topology = groups.single_process()
     config = tiny_models.model(name)

@@ -27,7 +27,7 @@ def ctc(**options: float) -> TaskConfig:
     return TaskConfig(kind="ctc", ctc=CtcConfig(**{"letters": "ab", "channel_mask": 0.0, **options}))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("name", tiny_models.NAMES)
+@pytest.mark.parametrize("name", [*tiny_models.NAMES, *tiny_models.ARRAYS])
 def test_every_modality_has_a_classifier(name: str) -> None:
     model = made(name, TaskConfig(classes=5)).eval()
     logits = model(tiny_models.batch(name, padded=True), Draw(0, 0))

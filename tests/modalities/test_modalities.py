@@ -18,7 +18,7 @@ from d2v_scale.shards.content import length_of
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("name", [*tiny_models.NAMES, *tiny_models.WIDE])
+@pytest.mark.parametrize("name", [*tiny_models.NAMES, *tiny_models.WIDE, *tiny_models.ARRAYS])
 @pytest.mark.usefixtures("world_of_one")
 def test_a_stem_is_what_its_modality_says(name: str) -> None:
     model, batch = tiny_models.model(name), tiny_models.batch(name)
@@ -30,7 +30,7 @@ def test_a_stem_is_what_its_modality_says(name: str) -> None:
     assert built.extra_tokens == stem.extra_tokens == batch.extra_tokens
     assert len(batch.extents) == stem.axes
     if stem.fixed_grid is not None:
-        assert stem.extent(DataConfig()) == (batch.inputs.shape[-1], stem.fixed_grid)
+        assert stem.extent(DataConfig()) == (max(batch.inputs.shape[2:]), stem.fixed_grid)
     else:
         size, grid = stem.extent(DataConfig(), batch.inputs.shape[-1])
         assert (size, grid) == (batch.inputs.shape[-1], batch.extents)
@@ -38,7 +38,7 @@ def test_a_stem_is_what_its_modality_says(name: str) -> None:
 
 def test_every_kind_is_in_the_table() -> None:
     answers = [modalities.class_of(kind) for kind in modalities.KINDS]
-    assert len(set(answers)) == len(modalities.KINDS) == 3
+    assert len(set(answers)) == len(modalities.KINDS) == 4
     for kind in modalities.KINDS:
         assert modalities.drawing_of(kind) is not None
 
@@ -61,8 +61,8 @@ def test_the_type_checker_names_every_place_that_forgets_a_kind_or_a_content(tmp
         if re.search(r"assert_never\((kind|content|[a-z.]+\.content)\)", path.read_text())
     ]
     more = (
-        'Kind = Literal["vision", "speech", "text", "smell"]\n'
-        'Content = Literal["image", "recording", "text", "scent"]\n'
+        'Kind = Literal["vision", "speech", "text", "array", "smell"]\n'
+        'Content = Literal["image", "recording", "text", "array", "scent"]\n'
     )
     places = 0
     for number, path in enumerate(matching):
@@ -80,7 +80,7 @@ def test_the_type_checker_names_every_place_that_forgets_a_kind_or_a_content(tmp
     assert all("smell" in line or "scent" in line for line in forgotten), found
 
 
-@pytest.mark.parametrize("kind", modalities.KINDS)
+@pytest.mark.parametrize("kind", [kind for kind in modalities.KINDS if kind != "array"])
 def test_shards_without_a_recipe_have_a_model_and_what_is_read_of_the_longest_sample(kind: modalities.Kind) -> None:
     model = modalities.class_of(kind).plain_model(pieces=300)
     [stem] = modalities.stems(model)

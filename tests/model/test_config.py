@@ -11,7 +11,7 @@ from d2v_scale.model.config import Backbone, ModelConfig
 from d2v_scale.model.teacher_parts import TeacherParts
 
 
-@pytest.mark.parametrize("name", tiny_models.NAMES)
+@pytest.mark.parametrize("name", [*tiny_models.NAMES, *tiny_models.ARRAYS])
 def test_legal_models_pass(name: str) -> None:
     tiny_models.model(name).check()
 

@@ -23,7 +23,7 @@ def both(config: ModelConfig, name: str, seed: int = 1) -> tuple[Student, Teache
     return student, teacher
 
 
-@pytest.mark.parametrize("name", tiny_models.NAMES)
+@pytest.mark.parametrize("name", [*tiny_models.NAMES, *tiny_models.ARRAYS])
 def test_weights_do_not_depend_on_construction_order_or_the_global_generator(name: str) -> None:
     config = tiny_models.model(name)
     student, teacher = both(config, name)
@@ -37,7 +37,7 @@ def test_weights_do_not_depend_on_construction_order_or_the_global_generator(nam
     assert any(not torch.equal(weights[key], value) for key, value in other.named_parameters())
 
 
-@pytest.mark.parametrize("name", tiny_models.NAMES)
+@pytest.mark.parametrize("name", [*tiny_models.NAMES, *tiny_models.ARRAYS])
 def test_the_teacher_has_exactly_the_parameters_of_its_roles(name: str) -> None:
     config = tiny_models.model(name)
     parts = published_parts(config)

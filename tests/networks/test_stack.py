@@ -58,7 +58,7 @@ def gradients(student: Student, batch: Batch, teacher: Teacher) -> tuple[Tensor,
 
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("clones", [1, 2])
-@pytest.mark.parametrize("name", tiny_models.NAMES)
+@pytest.mark.parametrize("name", [*tiny_models.NAMES, *tiny_models.ARRAYS])
 def test_every_trained_parameter_gets_a_gradient(name: str, clones: int, padded: bool) -> None:
     if name == "v1_text" and clones > 1:
         pytest.skip("1.0 text masks its input tokens: one clone per sample")
@@ -76,7 +76,7 @@ def test_every_trained_parameter_gets_a_gradient(name: str, clones: int, padded:
         assert parameter.grad.abs().max() > 0, key
 
 
-@pytest.mark.parametrize("name", tiny_models.NAMES)
+@pytest.mark.parametrize("name", [*tiny_models.NAMES, *tiny_models.ARRAYS])
 def test_recomputed_blocks_give_the_same_loss_and_gradients(name: str) -> None:
     config = tiny_models.model(name, dropout=0.1, attention_dropout=0.1, drop_path=0.3)
     student, teacher = build(config, name)
@@ -118,7 +118,7 @@ def test_clones_share_one_teacher_pass_and_its_targets(name: str) -> None:
     assert torch.equal(targets[0], targets[1])
 
 
-@pytest.mark.parametrize("name", tiny_models.NAMES)
+@pytest.mark.parametrize("name", [*tiny_models.NAMES, *tiny_models.ARRAYS])
 def test_the_teacher_has_no_gradient_stays_in_eval_and_is_deterministic(name: str) -> None:
     config = tiny_models.model(name, dropout=0.5, attention_dropout=0.5, drop_path=0.5, layer_drop=0.9)
     student, teacher = build(config, name)
@@ -134,7 +134,7 @@ def test_the_teacher_has_no_gradient_stays_in_eval_and_is_deterministic(name: st
     assert not any(parameter.requires_grad for parameter in teacher.parameters())
 
 
-@pytest.mark.parametrize("name", tiny_models.NAMES)
+@pytest.mark.parametrize("name", [*tiny_models.NAMES, *tiny_models.ARRAYS])
 def test_no_attention_mask_where_none_is_needed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     masks: list[Tensor | None] = []
     attend = torch.nn.functional.scaled_dot_product_attention
@@ -210,7 +210,7 @@ def test_clones_with_the_same_mask_get_their_own_noise(name: str) -> None:
     assert torch.allclose(first, second, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", tiny_models.NAMES)
+@pytest.mark.parametrize("name", [*tiny_models.NAMES, *tiny_models.ARRAYS])
 def test_a_row_does_not_depend_on_its_neighbours_even_with_drop_path_and_noise(name: str) -> None:
     student, _ = build(tiny_models.model(name, drop_path=0.4), name)
     batch = tiny_models.batch(name, samples=4)
@@ -282,7 +282,7 @@ def test_layer_drop_follows_seed_and_step_only() -> None:
     assert len({pattern for _, pattern in patterns}) > 2
 
 
-@pytest.mark.parametrize("name", tiny_models.NAMES)
+@pytest.mark.parametrize("name", [*tiny_models.NAMES, *tiny_models.ARRAYS])
 def test_features_are_the_outputs_of_the_named_blocks(name: str) -> None:
     student, teacher = build(tiny_models.model(name), name)
     batch = tiny_models.batch(name, padded=True)
@@ -313,7 +313,7 @@ def test_one_run_may_have_several_stems() -> None:
     assert config.modalities == ["vision", "speech", "text"]
 
 
-@pytest.mark.parametrize("name", tiny_models.NAMES)
+@pytest.mark.parametrize("name", [*tiny_models.NAMES, *tiny_models.ARRAYS])
 def test_nothing_masked_gives_no_predictions_and_zero_gradients(name: str) -> None:
     student, teacher = build(tiny_models.model(name), name)
     batch = tiny_models.batch(name)
@@ -348,7 +348,7 @@ def test_a_teacher_in_fp32_takes_features_of_a_student_in_bf16(name: str) -> Non
     assert (low - exact).abs().mean() < 0.05
 
 
-@pytest.mark.parametrize("name", tiny_models.NAMES)
+@pytest.mark.parametrize("name", [*tiny_models.NAMES, *tiny_models.ARRAYS])
 def test_bf16_runs_and_stays_near_fp32(name: str) -> None:
     student, teacher = build(tiny_models.model(name), name)
     batch = tiny_models.batch(name, padded=True)

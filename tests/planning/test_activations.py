@@ -68,7 +68,7 @@ def saved_bytes(student: Student, batch: object) -> dict[str, int]:
     return sizes
 
 
-@pytest.mark.parametrize("name", [*tiny_models.NAMES, "v1_vision+2", "v2_speech+2", "v2_text+1"])
+@pytest.mark.parametrize("name", [*tiny_models.NAMES, *tiny_models.ARRAYS, "v1_vision+2", "v2_speech+2", "v2_text+1"])
 def test_saved_bytes_on_paper_are_those_that_autograd_saves(name: str) -> None:
     model = tiny_models.model(name)
     batch = tiny_models.batch(name, samples=4, clones=3 if name.startswith("v2") else 1)

@@ -56,7 +56,7 @@ def counted(run) -> int:
     return counter.get_total_flops()
 
 
-@pytest.mark.parametrize("name", [*tiny_models.NAMES, "v1_vision+2", "v2_speech+2", "v2_text+1"])
+@pytest.mark.parametrize("name", [*tiny_models.NAMES, *tiny_models.ARRAYS, "v1_vision+2", "v2_speech+2", "v2_text+1"])
 def test_flops_on_paper_are_those_counted(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # The counter knows torch's own operators only.
     monkeypatch.setattr(cpu_ops, "applies", lambda x: False)

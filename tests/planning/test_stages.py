@@ -125,7 +125,7 @@ def test_more_stages_than_layers_is_refused_with_the_numbers(count: int) -> None
         stages.stage_blocks(recipe_of("d2v1_vision_base"), count, 1)
 
 
-@pytest.mark.parametrize("name", tiny_models.NAMES)
+@pytest.mark.parametrize("name", [*tiny_models.NAMES, *tiny_models.ARRAYS])
 @pytest.mark.usefixtures("world_of_one")
 def test_parameters_on_paper_are_those_of_the_model(name: str) -> None:
     model = tiny_models.model(name)

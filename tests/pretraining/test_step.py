@@ -50,7 +50,7 @@ def train(name: str, stage: int, precision: str, checkpointing: bool, ignore: Ca
 
 @pytest.mark.usefixtures("world_of_one")
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("name", tiny_models.NAMES)
+@pytest.mark.parametrize("name", [*tiny_models.NAMES, *tiny_models.ARRAYS])
 def test_no_model_waits_for_the_device(name: str, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
     stage = 3 if name in ("v1_vision", "v2_speech") else 1
     with host_syncs.recorded(monkeypatch) as syncs:
@@ -62,7 +62,7 @@ def test_no_model_waits_for_the_device(name: str, precision: str, monkeypatch: p
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.usefixtures("world_of_one")
 @pytest.mark.parametrize("stage", [1, 3])
-@pytest.mark.parametrize("name", tiny_models.NAMES)
+@pytest.mark.parametrize("name", [*tiny_models.NAMES, *tiny_models.ARRAYS])
 def test_no_model_waits_for_a_gpu(name: str, stage: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """As above, asked of the device itself."""
     with host_syncs.recorded_by_the_device(monkeypatch) as syncs:

@@ -12,7 +12,7 @@ from d2v_scale.planning.flops import sample_cost
 from d2v_scale.pretraining.utilisation import FlopMeter, lengths_of_batch
 
 
-@pytest.mark.parametrize("name", tiny_models.NAMES)
+@pytest.mark.parametrize("name", [*tiny_models.NAMES, *tiny_models.ARRAYS])
 def test_a_step_counts_every_sample_at_its_lengths(name: str) -> None:
     config, topology = tiny_models.model(name), groups.single_process()
     clones = 2 if config.visible_only else 1

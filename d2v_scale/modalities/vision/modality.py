@@ -81,6 +81,11 @@ class Vision(Modality):
         """Relative positions are a bias on attention, sine-cosine ones are added to the patches."""
         return self.stem.positions == "relative"
 
+    def sizes(self, batch: "Batch") -> tuple[int, int]:
+        """Images have no padding."""
+        del batch
+        return 0, 0
+
     def build_decoder(self, data: "DataConfig", tokenizer: "Path | None") -> "VisionDecoder":
         """Crop, flip, jitter."""
         from d2v_scale.modalities.vision.decoder import VisionDecoder

@@ -67,11 +67,13 @@ class VisionContext(ExtraTokens):
         """(B, T, D) to (R, n + S, D): R = B * clones; n extra tokens; S = visible patches if given, else all, masked
         ones replaced."""
         del valid_bt
-        if self.has_positions:
+        if self.has_positions and (masked_rt is None or visible_rs is not None):
             features_btd = features_btd + self.positions_td.to(features_btd.dtype)
         x_rsd = rows_of(features_btd, visible_rs, clones)
         if visible_rs is None and masked_rt is not None:
             x_rsd = torch.where(masked_rt[..., None], self.mask_token.to(x_rsd.dtype), x_rsd)
+            if self.has_positions:  # after the replacement, which would leave masked patches without any
+                x_rsd = x_rsd + self.positions_td.to(x_rsd.dtype)
         x_rsd = self.behind_tokens(x_rsd)
         if self.norm is not None:
             x_rsd = self.norm(x_rsd)

@@ -1,0 +1,144 @@
+"""What arrays say of themselves."""
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from d2v_scale.data2vec.block_sizes import Axis
+from d2v_scale.errors import ConfigError
+from d2v_scale.modalities.base import Modality
+from d2v_scale.modalities.costs import INDEX_BYTES, NORM_BYTES, Lengths, Setting
+from d2v_scale.model.config import ModelConfig
+from d2v_scale.model.stem_config import ArrayAxis, ArrayStem
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import torch
+    from torch import Tensor, nn
+
+    from d2v_scale.batch import Batch
+    from d2v_scale.data.config import DataConfig
+    from d2v_scale.modalities.array.decoder import ArrayDecoder
+    from d2v_scale.modalities.array.stem import PatchedArrays
+    from d2v_scale.model.layers import Section
+
+
+class Array(Modality):
+    """Arrays along one to four axes to a grid of patches."""
+
+    content = "array"
+    raw_name = "values"
+
+    def __init__(self, model: ModelConfig, name: str) -> None:
+        """`name`: of the stem in `model`."""
+        super().__init__(model, name)
+        self.axes = len(self.stem.axes)
+
+    @property
+    def stem(self) -> ArrayStem:
+        """Its section of the model's configuration."""
+        return self.model.sole(ArrayStem)
+
+    @classmethod
+    def plain_model(cls, pieces: int | None) -> ModelConfig:
+        """There is none: what arrays are, a recipe says. Raises ConfigError."""
+        del pieces
+        raise ConfigError("recipe", "is not given, and only model.arrays says what arrays are", "Give a recipe.")
+
+    @property
+    def named_axes(self) -> tuple[Axis, ...]:
+        """Of patches; sizes along one with a rate may be given in its unit."""
+        return tuple(Axis(name, _units(axis)) for name, axis in self.stem.axes.items())
+
+    def extent(self, data: "DataConfig", size: float | None = None) -> tuple[int, tuple[int, ...]]:
+        """All arrays are padded to, or cropped to, one size."""
+        del data, size
+        return max(self.stem.extents), self.stem.grid
+
+    def noise(self, samples: int, size: int, generator: "torch.Generator") -> "Tensor":
+        """Normal."""
+        import torch
+
+        del size
+        return torch.randn(samples, self.stem.channels, *self.stem.extents, generator=generator)
+
+    @property
+    def fixed_grid(self) -> tuple[int, ...]:
+        """Of every sample, padding included."""
+        return self.stem.grid
+
+    @property
+    def input_width(self) -> int:
+        """Values of a patch, all channels."""
+        return self.stem.patch_values
+
+    def input_values(self, batch: "Batch") -> "Tensor":
+        """The patches, row-major; of each its steps along the axes, and of each of these the channels."""
+        stem, axes = self.stem, range(len(self.stem.axes))
+        samples, channels = batch.inputs.shape[:2]
+        pairs = [size for pair in zip(stem.grid, stem.patch, strict=True) for size in pair]
+        split = batch.inputs.float().reshape(samples, channels, *pairs)
+        order = (0, *(2 + 2 * axis for axis in axes), *(3 + 2 * axis for axis in axes), 1)
+        return split.permute(order).reshape(samples, -1, self.input_width)
+
+    def sizes(self, batch: "Batch") -> tuple[int, int]:
+        """Patches; those that miss a value are no padding."""
+        padded = batch.inputs.shape[0] * batch.masked_rt.shape[1]
+        return padded if batch.valid is None else int(batch.valid.sum()) + batch.missing, padded
+
+    def build_decoder(self, data: "DataConfig", tokenizer: "Path | None") -> "ArrayDecoder":
+        """Crop, transform, normalise, pad."""
+        from d2v_scale.modalities.array.decoder import ArrayDecoder
+
+        del data, tokenizer
+        return ArrayDecoder(self.stem, f"model.arrays.{self.name}")
+
+    def build_stem(self, exists: Callable[[str], bool], section: "Section") -> "PatchedArrays":
+        """Patch embedding; positions, masking, extra tokens."""
+        from d2v_scale.modalities.array.stem import PatchedArrays
+
+        return PatchedArrays(self.model, exists, section)
+
+    def build_head(self, outputs: int) -> "nn.Module":
+        """Mean of the real patches."""
+        from d2v_scale.finetuning.heads import ImageHead
+
+        return ImageHead(self.width, outputs, scale=1.0 if self.model.visible_only else 0.001)
+
+    def feature_flops(self, lengths: Lengths) -> list[float]:
+        """The patch embedding."""
+        return [2.0 * lengths.positions * self.feature_weights()]
+
+    def feature_weights(self) -> float:
+        """The patch embedding."""
+        return self.stem.patch_values * self.width
+
+    def context_weights(self) -> float:
+        """Learned positions."""
+        return math.prod(self.stem.grid) * self.width if self.stem.positions == "learned" else 0.0
+
+    def feature_bytes(self, lengths: Lengths, setting: Setting) -> float:
+        """The arrays."""
+        del lengths
+        return setting.itemsize * setting.samples * self.stem.channels * math.prod(self.stem.extents)
+
+    def context_bytes(self, lengths: Lengths, setting: Setting) -> float:
+        """The norm and the choice of visible patches (2.0), or the masks (1.0)."""
+        rows = setting.samples * lengths.clones
+        if not self.model.visible_only:
+            return rows * lengths.positions
+        inside = rows * (lengths.kept + lengths.extra)
+        normed = 0.0 if self.model.backbone.norm_first else inside * (setting.itemsize * self.width + NORM_BYTES)
+        return normed + INDEX_BYTES * rows * lengths.kept
+
+    def raw_features(self, batch: "Batch") -> "Tensor":
+        """What the model reads, padding included."""
+        return batch.inputs.flatten(1)
+
+
+def _units(axis: ArrayAxis) -> dict[str, float]:
+    if axis.rate is None:
+        return {}
+    patches = axis.rate / axis.patch
+    return {axis.unit: patches} | ({"ms": patches / 1000} if axis.unit == "s" else {})

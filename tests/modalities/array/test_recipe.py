@@ -1,0 +1,161 @@
+"""Stems of arrays in recipes: YAML and command line, round trips, and what is refused with its numbers."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from d2v_scale.command_line import parse
+from d2v_scale.errors import ConfigError
+from d2v_scale.recipe import Recipe, binding_differences, to_dict
+from d2v_scale.run_files import recipe_file
+
+AXES = {"lead": {"patch": 1, "extent": 12}, "time": {"patch": 25, "extent": 2500, "rate": 500}}
+RECIPE: dict[str, Any] = {
+    "name": "hearts",
+    "model": {
+        "visible_only": True,
+        "arrays": {"ecg": {"channels": 2, "axes": AXES}},
+        "backbone": {"width": 32, "heads": 4, "ffn": 64, "depth": 2},
+        "predictor": {"kind": "conv", "width": 32, "groups": 4, "kernel": 3},
+    },
+    "objective": {
+        "masking": {"kind": "blocks", "size": {"time": "0.2 s", "lead": 1}, "prob": 0.6},
+        "target": {"top_k_layers": 2},
+    },
+    "data": {"sources": [{"shards": "hearts-{000..009}.tar", "modality": "ecg"}]},
+}
+
+
+@pytest.fixture
+def written(tmp_path: Path) -> Path:
+    path = tmp_path / "hearts.yaml"
+    path.write_text(yaml.safe_dump(RECIPE, sort_keys=False))
+    return path
+
+
+def parsed(path: Path, *arguments: str) -> Recipe:
+    recipe, _ = parse(["--recipe", str(path), *arguments])
+    recipe.check(1)
+    return recipe
+
+
+def test_a_recipe_names_axes_in_the_members_order(written: Path) -> None:
+    recipe = parsed(written)
+    stem = recipe.model.arrays["ecg"]
+    assert list(stem.axes) == ["lead", "time"]
+    assert (stem.grid, stem.patch, stem.extents) == ((12, 100), (1, 25), (12, 2500))
+    assert recipe.masking()["ecg"].size == {"lead": 1, "time": 4}
+    assert recipe.model.modalities == ["ecg"]
+    assert recipe.model.kind("ecg") == "array"
+
+
+def test_single_values_are_given_on_the_command_line(written: Path) -> None:
+    recipe = parsed(
+        written,
+        "--model.arrays.ecg.axes.time.patch",
+        "50",
+        "--model.arrays.ecg.axes.time.longer=crop",
+        "--model.arrays.ecg.key",
+        "1e5",
+        "--model.arrays.ecg.predictor.layers=2",
+        "--model.arrays.ecg.normalise=moments",
+        "--model.arrays.ecg.mean=[0.5, -1]",
+        "--model.arrays.ecg.std=[2]",
+        "--objective.arrays.ecg.masking.prob=0.7",
+        "--objective.arrays.ecg.target=[{kind: average_top_k, top_k_layers: 1}, {kind: input, weight: 0.5}]",
+    )
+    stem = recipe.model.arrays["ecg"]
+    assert stem.grid == (12, 50)
+    assert stem.axes["time"].rate == 500
+    assert (stem.axes["time"].longer, stem.axes["lead"].longer) == ("crop", "refuse")
+    assert (stem.key, stem.mean, stem.std) == ("1e5", [0.5, -1], [2])
+    assert recipe.model.of("ecg").predictor.layers == 2
+    assert recipe.model.predictor.layers == 4
+    objective = recipe.objective.of("ecg")
+    assert objective.masking.prob == 0.7
+    assert [target.kind for target in objective.targets] == ["average_top_k", "input"]
+
+
+def test_a_stem_may_be_given_on_the_command_line_alone(written: Path) -> None:
+    recipe = parsed(
+        written,
+        "--model.arrays.eeg.channels=8",
+        "--model.arrays.eeg.axes={time: {patch: 10, extent: 100}}",
+        "--objective.masking.size=0.2",
+    )
+    assert recipe.model.modalities == ["ecg", "eeg"]
+    assert recipe.model.arrays["eeg"].grid == (10,)
+
+
+def test_a_resolved_recipe_is_read_back_as_the_same(written: Path, tmp_path: Path) -> None:
+    recipe = parsed(written, "--model.arrays.ecg.key=null", "--objective.arrays.ecg.loss.weight=2")
+    path = tmp_path / "recipe.yaml"
+    path.write_text(recipe_file.dump(recipe))
+    again = parsed(path)
+    assert to_dict(again) == to_dict(recipe)
+    assert list(again.model.arrays["ecg"].axes) == ["lead", "time"]
+    assert recipe_file.load(path) == recipe_file.plain(to_dict(recipe))
+    values = yaml.safe_load(path.read_text())
+    del values["model"]["arrays"]["ecg"]["missing"], values["model"]["arrays"]["ecg"]["axes"]["time"]["longer"]
+    path.write_text(yaml.safe_dump(values, sort_keys=False))
+    assert not binding_differences(recipe_file.load(path), recipe_file.plain(to_dict(recipe)))
+
+
+def test_axes_in_another_order_are_another_experiment(written: Path) -> None:
+    recipe = recipe_file.plain(to_dict(parsed(written)))
+    other = recipe_file.plain(to_dict(parsed(written)))
+    axes = other["model"]["arrays"]["ecg"]["axes"]
+    other["model"]["arrays"]["ecg"]["axes"] = dict(reversed(axes.items()))
+    assert list(binding_differences(recipe, other)) == ["model.arrays.ecg.axes"]
+
+
+@pytest.mark.parametrize(
+    ("given", "key", "said"),
+    [
+        ("axes.time.patch=30", "axes.time.patch", "30 does not divide model.arrays.ecg.axes.time.extent 2500"),
+        ("axes.time.patch=0", "axes.time.patch", r"is 0\. Give a number above 0"),
+        ("axes.time.pach=5", "axes.time.pach", "Did you mean 'model.arrays.ecg.axes.time.patch'"),
+        ("chanels=3", "chanels", "Did you mean 'model.arrays.ecg.channels'"),
+        ("channels=0", "channels", "is 0"),
+        ("axes={}", "axes", r"has 0 axes \(none\)"),
+        ("axes={a: {extent: 2}, b: {}, c: {}, d: {}, e: {}}", "axes", r"has 5 axes \(a, b, c, d, e\). Name 1 to 4"),
+        ("axes={'a b': {extent: 2}}", "axes", "names the axis 'a b'"),
+        ("axes={time: {extent: 4, patch: 4}}", "axes", "make a single patch of a sample"),
+        ("mean=[1, 2]", "mean", "is set, but normalise is 'none'"),
+        ("normalise=moments", "mean", "has 0 values. Give one number, or one a channel: 2"),
+        ("log_floor=0", "log_floor", "is 0"),
+        ("axes.time.rate=-1", "axes.time.rate", "is -1"),
+        ("predictor.width=30", "predictor.groups", "4 does not divide"),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_its_key_and_numbers(given: str, key: str, said: str, written: Path) -> None:
+    with pytest.raises(ConfigError, match=said) as error:
+        parsed(written, f"--model.arrays.ecg.{given}")
+    assert error.value.key in (f"model.arrays.ecg.{key}", "model.predictor.groups")
+
+
+@pytest.mark.parametrize("name", ["vision", "array", "shared", "a-b", "1st"])
+def test_a_stem_is_not_called_as_a_kind(name: str, written: Path) -> None:
+    values = yaml.safe_load(written.read_text())
+    values["model"]["arrays"][name] = values["model"]["arrays"]["ecg"]
+    written.write_text(yaml.safe_dump(values, sort_keys=False))
+    with pytest.raises(ConfigError, match="is no name of a stem of arrays") as error:
+        parsed(written)
+    assert error.value.key == f"model.arrays.{name}"
+
+
+def test_a_width_too_small_for_the_sines_of_all_axes_is_refused(written: Path) -> None:
+    axes = "{a: {extent: 2}, b: {extent: 2}, c: {extent: 2}, d: {extent: 2}}"
+    narrow = ["--model.backbone.width=4", "--model.backbone.heads=4", "--model.predictor.kind=conv1d"]
+    with pytest.raises(ConfigError, match=r"is 4, too few for sine and cosine along 4 axes\. Give at least 8"):
+        parsed(written, f"--model.arrays.ecg.axes={axes}", "--objective.masking.size=1", *narrow)
+
+
+def test_overrides_of_a_stem_that_is_not_there_are_refused(written: Path) -> None:
+    with pytest.raises(ConfigError, match=r"the model has no stem eeg\. Leave it out; the model has ecg") as error:
+        parsed(written, "--objective.arrays.eeg.masking.prob=0.7")
+    assert error.value.key == "objective.arrays.eeg"
+    with pytest.raises(ConfigError, match="is 5, no section"):
+        parsed(written, "--objective.arrays.ecg=5")
