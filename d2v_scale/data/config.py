@@ -138,9 +138,11 @@ class DataConfig:
     def read_from(self, shards: str, modalities: list[str]) -> None:
         """Read `shards` instead of the recipe's sources: `PATTERN`, or for several stems
         `vision=PATTERN,speech=PATTERN`. Raises ConfigError."""
+        is_known = bool(modalities)  # of a model that a checkpoint brings the stems are not
         modalities = modalities or [source.modality for source in self.sources]
         # Of a kind that the model has no stem of, too: that is said as such.
-        names = "|".join(map(re.escape, dict.fromkeys([*modalities, *KINDS])))
+        known = "|".join(map(re.escape, dict.fromkeys([*modalities, *KINDS])))
+        names = known if is_known else r"[A-Za-z]\w*"
         parts = re.split(rf",(?=(?:{names})=)", shards)
         named = [re.fullmatch(rf"({names})=(.+)", part) for part in parts]
         if all(named):

@@ -88,6 +88,7 @@ def part_of(batch: Batch, index: int) -> Batch:
         batch,
         inputs=batch.inputs[samples],
         valid=None if batch.valid is None else batch.valid[samples],
+        real_bt=None if batch.real_bt is None else batch.real_bt[samples],
         student_inputs=None if batch.student_inputs is None else batch.student_inputs[samples],
         masked_rt=batch.masked_rt[index * rows : (index + 1) * rows],
         sample_ids=batch.sample_ids[samples],

@@ -153,6 +153,13 @@ def test_a_width_too_small_for_the_sines_of_all_axes_is_refused(written: Path) -
         parsed(written, f"--model.arrays.ecg.axes={axes}", "--objective.masking.size=1", *narrow)
 
 
+def test_shards_are_named_for_a_stem_that_an_encoder_brings() -> None:
+    """A fine-tuning recipe has no stem before its encoder is read: `--data ecg=PATTERN` named none of its own."""
+    recipe, _ = parse(["--recipe", "finetune_vision_v2_base", "--data", "ecg=hearts-{000..009}.tar"])
+    [source] = recipe.data.sources
+    assert (source.modality, source.shards) == ("ecg", "hearts-{000..009}.tar")
+
+
 def test_overrides_of_a_stem_that_is_not_there_are_refused(written: Path) -> None:
     with pytest.raises(ConfigError, match=r"the model has no stem eeg\. Leave it out; the model has ecg") as error:
         parsed(written, "--objective.arrays.eeg.masking.prob=0.7")
