@@ -25,7 +25,8 @@ class SourceConfig:
     shards: str = ""
     """Path with {000000..000099}, glob, directory, index file (*.index.json), `pipe:` command or object-store URL."""
     modality: str = "vision"
-    """Name of the stem that reads the shards: vision, speech or text. They must hold what it reads."""
+    """Name of the stem that reads the shards: vision, speech, text, or one of model.arrays. They must hold what it
+    reads."""
     name: str = ""
     """Name in logs and checkpoints; empty: the modality, numbered where several sources share it."""
     weight: float = 1.0

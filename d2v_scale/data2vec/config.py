@@ -32,7 +32,7 @@ class MaskingConfig:
     size: dict[str, int | float | str] | int | float | str | None = None
     """Size of a block (`blocks`): positions (3), a share of the axis (0.2) or a number with a unit of it ('0.2 s'),
     along every axis or by its name: `{time: 0.2 s}`, `{height: 3, width: 0.25}`. null: `length`. Images have height and
-    width (unit px), recordings time (s, ms), texts tokens."""
+    width (unit px), recordings time (s, ms), texts tokens, arrays the axes and units of their section."""
     tubes: list[str] | None = None
     """Axes along which a mask is constant (`blocks`): [time] hides whole channels of a stem that has an axis of
     channels, [height] whole columns of an image."""
