@@ -219,7 +219,8 @@ def workplace(tmp_path_factory):
     (folder / "train.tsv").write_text("sentence1\tsentence2\tlabel\nhello\tgood bye\t0\ngood day\tgood day\t1\n")
     (folder / "prose").mkdir()
     (folder / "prose" / "story.txt").write_text("Once upon a time there was a teacher who followed a student.\n" * 40)
-    Image.fromarray(rng.integers(0, 255, (30, 30, 3), dtype=np.uint8)).save(folder / "image.png")
+    for name in ("image.png", "a.jpg", "b.jpg"):
+        Image.fromarray(rng.integers(0, 255, (30, 30, 3), dtype=np.uint8)).save(folder / name)
     return folder
 
 
@@ -248,5 +249,7 @@ def test_the_readmes_commands_run_in_order(workplace):
         code, output = run(environment, workplace, *stand_in, again=stand_in[0] in started)
         started.add(stand_in[0])
         assert code == 0, f"{command}\n{output[-5000:]}"
-    (program,) = papers.blocks(README, "python")
-    subprocess.run([sys.executable, "-c", program], cwd=workplace, env=environment, check=True, timeout=120)
+    for program in papers.blocks(README, "python"):
+        # What it trains is no small model; tests/api/test_training.py calls the same.
+        short = "\n".join(line for line in program.splitlines() if "d2v_scale.train(" not in line)
+        subprocess.run([sys.executable, "-c", short], cwd=workplace, env=environment, check=True, timeout=120)
