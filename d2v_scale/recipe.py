@@ -18,7 +18,7 @@ from d2v_scale.errors import ConfigError
 from d2v_scale.evaluation.config import EvaluationConfig
 from d2v_scale.finetuning.config import TaskConfig
 from d2v_scale.modalities import published_parts
-from d2v_scale.model.config import Modality, ModelConfig
+from d2v_scale.model.config import ModelConfig
 from d2v_scale.model.teacher_parts import TeacherParts
 from d2v_scale.optim import OptimConfig
 from d2v_scale.parallel.groups import ParallelConfig, data_parallel_size
@@ -93,16 +93,16 @@ class Recipe:
             batch_unit=source.batch_unit or self.batch_unit,
         )
 
-    def targets(self) -> dict[Modality, list[TargetConfig]]:
+    def targets(self) -> dict[str, list[TargetConfig]]:
         """How each stem's targets are made, the first one first."""
         return {name: self.objective.of(name).targets for name in self.model.modalities}
 
-    def built_targets(self) -> dict[Modality, tuple[Target, ...]]:
+    def built_targets(self) -> dict[str, tuple[Target, ...]]:
         """Each stem's targets, the first one first."""
         places = {name: modalities.target_place(self.model, name) for name in self.model.modalities}
         return {name: targets.build_all(each, places[name]) for name, each in self.targets().items()}
 
-    def target_widths(self) -> dict[Modality, dict[str, int]]:
+    def target_widths(self) -> dict[str, dict[str, int]]:
         """Channels of each stem's targets by their names, the first one first: of its predictor's output and heads."""
         return {name: targets.widths(each) for name, each in self.built_targets().items()}
 
@@ -110,7 +110,7 @@ class Recipe:
         """Whether any stem's target has a state."""
         return any(one.initial_state() for each in self.built_targets().values() for one in each)
 
-    def masking(self) -> dict[Modality, MaskingConfig]:
+    def masking(self) -> dict[str, MaskingConfig]:
         """What is masked of each stem's samples, sizes of blocks in positions of its axes."""
         return {name: self.masking_of(name) for name in self.model.modalities}
 

@@ -17,7 +17,6 @@ from pathlib import Path
 from PIL import Image
 
 from d2v_scale.modalities.speech import decoder as speech
-from d2v_scale.model.config import Modality
 from d2v_scale.shards.content import WORDS
 from d2v_scale.shards.shard_index import SetIndex, ShardEntry, index_shard
 from d2v_scale.shards.writing import Sample, members_file, write_shard
@@ -26,10 +25,10 @@ from d2v_scale.shards.writing import Sample, members_file, write_shard
 class DamagedSet:
     """`build` writes it; `expected_lost` says by shard how many of its samples cannot be delivered in an epoch."""
 
-    def __init__(self, directory: Path, modality: Modality, samples: Iterable[Sample], per_shard: int = 10) -> None:
+    def __init__(self, directory: Path, modality: str, samples: Iterable[Sample], per_shard: int = 10) -> None:
         """Takes up to 17 times `per_shard` samples, which have a member `media` and a small label `cls`."""
         self.directory = directory
-        self.modality: Modality = modality
+        self.modality: str = modality
         self.per_shard = per_shard
         self.entries: list[ShardEntry] = []
         self.expected_lost: dict[str, int] = {}

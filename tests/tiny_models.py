@@ -8,7 +8,7 @@ from torch import Tensor
 from d2v_scale import modalities
 from d2v_scale.batch import Batch
 from d2v_scale.data2vec.config import TargetConfig
-from d2v_scale.model.config import Backbone, Modality, ModelConfig, Predictor
+from d2v_scale.model.config import Backbone, ModelConfig, Predictor
 from d2v_scale.model.init import InitRule
 from d2v_scale.model.stem_config import ArrayAxis, ArrayStem, SpeechStem, TextStem, VisionStem
 
@@ -100,7 +100,7 @@ ARRAYS = ("v1_series", "v2_maps", "v2_cubes")
 """Of arrays along one axis, two and three."""
 
 
-def modality_of(name: str) -> Modality:
+def modality_of(name: str) -> str:
     return name.partition("+")[0].split("_")[1]  # type: ignore[return-value]
 
 

@@ -10,7 +10,6 @@ from d2v_scale import command_line, modalities
 from d2v_scale.batch import Batch
 from d2v_scale.data2vec import masking
 from d2v_scale.errors import UserError
-from d2v_scale.model.config import Modality
 from d2v_scale.recipe import Recipe
 
 _SPEECH = ("width=256", "heads=4", "ffn=1024", "depth=6", "layer_drop=0")
@@ -29,7 +28,7 @@ class Case:
     """Audio samples or tokens of each; an image has the recipe's size."""
 
     @property
-    def modality(self) -> Modality:
+    def modality(self) -> str:
         """The recipe's only modality."""
         return self.recipe.model.modalities[0]
 

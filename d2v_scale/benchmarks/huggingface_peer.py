@@ -22,7 +22,7 @@ from d2v_scale.data2vec.targets import tapped_layers
 from d2v_scale.interop.huggingface import huggingface_keys, huggingface_settings
 from d2v_scale.interop.huggingface_text import add_text_blocks
 from d2v_scale.interop.keymap import KeyMap, export_tensors
-from d2v_scale.model.config import Modality, ModelConfig
+from d2v_scale.model.config import ModelConfig
 from d2v_scale.model.init import initialize
 from d2v_scale.model.position_bias import sincos_positions, slope_exponents
 from d2v_scale.networks.stack import Student
@@ -308,7 +308,7 @@ def _settings(model: ModelConfig, modality: Any) -> dict[str, Any]:
 
 
 # What there is to compare with: transformers' classes, a row a modality.
-_ENCODERS: dict[Modality, Callable[[ModelConfig], _Encoder]] = {
+_ENCODERS: dict[str, Callable[[ModelConfig], _Encoder]] = {
     "vision": lambda model: _Vision2(model) if model.visible_only else _Vision1(model),
     "speech": _Speech,
     "text": _Text,

@@ -17,7 +17,7 @@ from d2v_scale.conversion import demo
 from d2v_scale.data.config import SAMPLE_RATE, DataConfig
 from d2v_scale.modalities.speech import decoder as speech
 from d2v_scale.modalities.text.decoder import Tokenizer
-from d2v_scale.model.config import Modality, ModelConfig
+from d2v_scale.model.config import ModelConfig
 from d2v_scale.shards.shard_index import SetIndex
 from d2v_scale.shards.writing import Sample, write_set
 
@@ -128,7 +128,7 @@ class Documents(Samples):
 
 
 # One set a kind of stem, for the kinds that the benchmarks compare.
-SAMPLES: dict[Modality, Samples] = {"vision": Photographs(), "speech": Recordings(), "text": Documents()}
+SAMPLES: dict[str, Samples] = {"vision": Photographs(), "speech": Recordings(), "text": Documents()}
 
 
 def _plain(paths: list[str]) -> Any:

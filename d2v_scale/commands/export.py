@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Literal
 
 from d2v_scale.commands.help_text import HelpFormatter
 from d2v_scale.errors import EXIT_BAD_INPUT, UserError
-from d2v_scale.model.config import Modality
 
 if TYPE_CHECKING:
     from d2v_scale.recipe import Recipe
@@ -118,7 +117,7 @@ def run(options: argparse.Namespace) -> int:
     return 0 if passed else 1
 
 
-def log_model(options: argparse.Namespace, recipe: "Recipe", modality: Modality, step: int) -> str:
+def log_model(options: argparse.Namespace, recipe: "Recipe", modality: str, step: int) -> str:
     """The URI of the MLflow model, logged to the run that `--log_model` names. Raises UserError if there is none."""
     from d2v_scale.interop import mlflow_model
     from d2v_scale.tracking.mirror_state import MirrorState, tracking_uri

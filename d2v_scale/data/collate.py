@@ -15,7 +15,7 @@ from d2v_scale.data2vec import masking
 from d2v_scale.data2vec.config import CompatConfig, MaskingConfig
 from d2v_scale.data2vec.stateless import array_keys, array_uniform
 from d2v_scale.errors import Verdict
-from d2v_scale.model.config import Modality, ModelConfig
+from d2v_scale.model.config import ModelConfig
 from d2v_scale.shards.plan import PlannedBatch
 from d2v_scale.shards.reading import Fault, NothingHere, SampleFault, Store
 from d2v_scale.shards.rows import Decoder, Row, Stacked
@@ -68,7 +68,7 @@ class Collator:
 
     def __init__(
         self,
-        modality: Modality,
+        modality: str,
         decoder: Decoder,
         model: ModelConfig,
         masks: MaskingConfig,
@@ -77,7 +77,7 @@ class Collator:
         labels: Labels | None = None,
     ) -> None:
         """`labels`: how the rows' labels become those of the batch; None: rows have none."""
-        self._modality: Modality = modality
+        self._modality: str = modality
         self._stem = modalities.of(model, modality)
         self._decoder = decoder
         self._masking = masks

@@ -20,7 +20,7 @@ from d2v_scale.data.source import open_store
 from d2v_scale.data2vec.config import CompatConfig, MaskingConfig
 from d2v_scale.errors import DataError
 from d2v_scale.files import file_sha256
-from d2v_scale.model.config import Modality, ModelConfig
+from d2v_scale.model.config import ModelConfig
 from d2v_scale.shards.class_names import agreed_classes
 from d2v_scale.shards.plan import PlannedBatch
 from d2v_scale.shards.reading import Fault, SampleFault, SampleStore
@@ -66,7 +66,7 @@ class LabelledSet:
     """
 
     shards: str
-    modality: Modality
+    modality: str
     data: DataConfig
     model: ModelConfig
     batch_size: int = 64

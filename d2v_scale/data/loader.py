@@ -22,7 +22,7 @@ from d2v_scale.data.streaming import StreamedSource, StreamStore
 from d2v_scale.data2vec.config import CompatConfig, MaskingConfig
 from d2v_scale.errors import CheckpointError, DataStarved, UserError, Verdict
 from d2v_scale.files import file_sha256
-from d2v_scale.model.config import Modality, ModelConfig
+from d2v_scale.model.config import ModelConfig
 from d2v_scale.process.signals import worker_signals
 from d2v_scale.shards.forking import forking
 from d2v_scale.shards.plan import Cursor, Mixture, PlannedBatch, SourcePlan
@@ -136,7 +136,7 @@ class StepLoader:
         self,
         data: DataConfig,
         model: ModelConfig,
-        masking: MaskingConfig | Mapping[Modality, MaskingConfig],
+        masking: MaskingConfig | Mapping[str, MaskingConfig],
         compat: CompatConfig | None = None,
         *,
         seed: int,

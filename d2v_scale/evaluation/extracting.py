@@ -21,7 +21,6 @@ from d2v_scale.errors import EXIT_PARTIAL, DataError
 from d2v_scale.evaluation.frozen import FrozenEncoder
 from d2v_scale.files import atomic_file, write_whole
 from d2v_scale.interop.exporting import pick_modality
-from d2v_scale.model.config import Modality
 from d2v_scale.model.pooling import mean_over_positions
 from d2v_scale.parallel import launchers
 from d2v_scale.shards.shard_index import SetIndex, ShardEntry, index_shard
@@ -156,7 +155,7 @@ def extract(arguments: argparse.Namespace) -> int:
 def _extract_one(
     arguments: argparse.Namespace,
     encoder: FrozenEncoder,
-    modality: Modality,
+    modality: str,
     found: ShardSet,
     number: int,
     target: Path,

@@ -14,13 +14,12 @@ from d2v_scale.finetuning.predictor import TaskPredictor
 from d2v_scale.interop.exporting import ChosenWeights
 from d2v_scale.interop.huggingface import row_of
 from d2v_scale.interop.task_heads import auto_class
-from d2v_scale.model.config import Modality
 
 LARGEST_DIFFERENCE = 1e-4
 
 
 @torch.no_grad()
-def largest_difference(encoder: FrozenEncoder, folder: Path, modality: Modality, checkpoint: Checkpoint) -> float:
+def largest_difference(encoder: FrozenEncoder, folder: Path, modality: str, checkpoint: Checkpoint) -> float:
     """Largest absolute difference over the outputs of all main blocks (and the final norm) at valid positions.
 
     Loads the folder as a user would, through `AutoModel`; a modelling file in it is the one written by this package.
@@ -46,7 +45,7 @@ def largest_difference(encoder: FrozenEncoder, folder: Path, modality: Modality,
 
 
 @torch.no_grad()
-def largest_logit_difference(predictor: TaskPredictor, folder: Path, modality: Modality) -> float:
+def largest_logit_difference(predictor: TaskPredictor, folder: Path, modality: str) -> float:
     """Largest absolute difference between the logits of a fine-tuned model and of its exported folder."""
     import transformers
 

@@ -20,7 +20,6 @@ from d2v_scale.interop.keymap import export_tensors
 from d2v_scale.interop.remote_code import MODELLING_FILE, MODELLING_FILES, remote_code_keys, remote_code_settings
 from d2v_scale.interop.task_heads import add_head, head_settings, prefixed
 from d2v_scale.interop.weight_files import write_json
-from d2v_scale.model.config import Modality
 from d2v_scale.recipe import Recipe
 from d2v_scale.shards.shard_set import find_shards
 
@@ -70,7 +69,7 @@ def _group(name: str) -> str:
     return ".".join(parts[:3] if parts[0] == "stems" else parts[:2])
 
 
-def pick_modality(recipe: Recipe, wanted: Modality | None) -> Modality:
+def pick_modality(recipe: Recipe, wanted: str | None) -> str:
     """The modality to export. Raises `CheckpointError` if it must be chosen and was not, or is not there."""
     modalities = recipe.model.modalities
     if wanted is None and len(modalities) == 1:
@@ -82,7 +81,7 @@ def pick_modality(recipe: Recipe, wanted: Modality | None) -> Modality:
 
 
 def export_huggingface(
-    checkpoint: Checkpoint, recipe: Recipe, modality: Modality, out: Path, weights: Weights, tokenizer: Path | None
+    checkpoint: Checkpoint, recipe: Recipe, modality: str, out: Path, weights: Weights, tokenizer: Path | None
 ) -> list[str]:
     """Write a folder that `AutoModel` loads: a native class where one computes this model, else our modelling file.
 
@@ -121,7 +120,7 @@ def export_huggingface(
     return lines + processor_lines
 
 
-def _of_encoder(checkpoint: Checkpoint, modality: Modality) -> list[str]:
+def _of_encoder(checkpoint: Checkpoint, modality: str) -> list[str]:
     """Names of the student's tensors that are this encoder's, or its head's."""
     its_own, others = f"stems.{modality}.", ("stems.", "predictors.")
     return [n for n in checkpoint.names("student") if n.startswith(its_own) or not n.startswith(others)]

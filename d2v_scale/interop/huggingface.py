@@ -17,7 +17,7 @@ from d2v_scale.interop.huggingface_vision import VisionRow
 from d2v_scale.interop.keymap import KeyMap
 from d2v_scale.interop.reference_options import Reference, Shapes
 from d2v_scale.modalities import published_parts
-from d2v_scale.model.config import Backbone, Modality, ModelConfig
+from d2v_scale.model.config import Backbone, ModelConfig
 
 TABLE: tuple[HuggingFaceRow, ...] = (SpeechRow(), TextRow(), VisionRow())
 """One row a kind of stem that transformers, or our modelling files, have classes for."""
@@ -45,7 +45,7 @@ _COMPUTED: dict[str, tuple[Any, ...]] = {
 }
 
 
-def row_of(config: ModelConfig, modality: Modality) -> HuggingFaceRow:
+def row_of(config: ModelConfig, modality: str) -> HuggingFaceRow:
     """What is said of the kind of this stem. Raises CheckpointError where there is no row."""
     kind = config.kind(modality)
     row = next((row for row in TABLE if row.kind == kind), None)
@@ -54,7 +54,7 @@ def row_of(config: ModelConfig, modality: Modality) -> HuggingFaceRow:
     return row
 
 
-def is_native(config: ModelConfig, modality: Modality) -> bool:
+def is_native(config: ModelConfig, modality: str) -> bool:
     """Whether a Hugging Face class computes exactly this encoder; else our modelling files do. Raises CheckpointError
     where neither does."""
     row, model = row_of(config, modality), config.of(modality)
@@ -77,14 +77,14 @@ def is_native(config: ModelConfig, modality: Modality) -> bool:
     return False
 
 
-def huggingface_keys(config: ModelConfig, modality: Modality) -> KeyMap:
+def huggingface_keys(config: ModelConfig, modality: str) -> KeyMap:
     """The table between our names and those of the native class."""
     keys = KeyMap(ignored=_HEADS, buffers=_BUFFERS, initialised=("predictors.",))
     row_of(config, modality).add_keys(keys, config.of(modality), modality)
     return keys
 
 
-def huggingface_settings(config: ModelConfig, modality: Modality) -> dict[str, Any]:
+def huggingface_settings(config: ModelConfig, modality: str) -> dict[str, Any]:
     """The native class's config.json. Everything that its defaults have differently is written out (spec 8)."""
     row, model = row_of(config, modality), config.of(modality)
     backbone = model.backbone

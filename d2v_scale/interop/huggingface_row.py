@@ -14,7 +14,7 @@ from d2v_scale.finetuning.config import TaskConfig
 from d2v_scale.interop.keymap import KeyMap
 from d2v_scale.interop.reference_options import Shapes
 from d2v_scale.modalities import Kind
-from d2v_scale.model.config import Backbone, Modality, ModelConfig
+from d2v_scale.model.config import Backbone, ModelConfig
 from d2v_scale.recipe import Recipe
 
 
@@ -127,10 +127,10 @@ class HuggingFaceRow(ABC):
         """How the exported `folder` is used."""
 
     @abstractmethod
-    def sample(self, model: ModelConfig, name: Modality) -> tuple[Batch, dict[str, Tensor]]:
+    def sample(self, model: ModelConfig, name: str) -> tuple[Batch, dict[str, Tensor]]:
         """Two random samples, the second one shorter where there are lengths: for us, and as arguments there."""
 
-    def unmasked(self, name: Modality, inputs: Tensor, valid: Tensor | None) -> Batch:
+    def unmasked(self, name: str, inputs: Tensor, valid: Tensor | None) -> Batch:
         """Inputs of which nothing is masked."""
         samples = inputs.shape[0]
         nothing_masked = torch.zeros(samples, 1, dtype=torch.bool)

@@ -16,7 +16,7 @@ from d2v_scale.interop.huggingface_row import Example, Head, HuggingFaceRow, blo
 from d2v_scale.interop.keymap import KeyMap
 from d2v_scale.interop.reference_options import Shapes
 from d2v_scale.interop.weight_files import write_json
-from d2v_scale.model.config import Backbone, Modality, ModelConfig, Predictor
+from d2v_scale.model.config import Backbone, ModelConfig, Predictor
 from d2v_scale.model.stem_config import SpeechStem
 from d2v_scale.recipe import Recipe
 
@@ -158,7 +158,7 @@ class SpeechRow(HuggingFaceRow):
             '**processor(wave.numpy(), sampling_rate=16000, return_tensors="pt")',
         )
 
-    def sample(self, model: ModelConfig, name: Modality) -> tuple[Batch, dict[str, Tensor]]:
+    def sample(self, model: ModelConfig, name: str) -> tuple[Batch, dict[str, Tensor]]:
         waves = torch.randn(2, 16000, generator=torch.Generator().manual_seed(0))
         valid = torch.arange(16000)[None] < torch.tensor([16000, 11000])[:, None]
         waves = waves * valid

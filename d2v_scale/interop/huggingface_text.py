@@ -13,7 +13,7 @@ from d2v_scale.interop.huggingface_row import Example, Head, HuggingFaceRow, blo
 from d2v_scale.interop.keymap import KeyMap
 from d2v_scale.interop.reference_options import Shapes
 from d2v_scale.interop.tokenizer_files import write_tokenizer
-from d2v_scale.model.config import Backbone, Modality, ModelConfig, Predictor
+from d2v_scale.model.config import Backbone, ModelConfig, Predictor
 from d2v_scale.model.stem_config import TextStem
 from d2v_scale.recipe import Recipe
 
@@ -90,7 +90,7 @@ class TextRow(HuggingFaceRow):
         given = "ids = torch.tensor([[0, 5, 6, 2]])  # of the tokenizer that it was trained with"
         return Example((), given, f"{self.input_name}=ids")
 
-    def sample(self, model: ModelConfig, name: Modality) -> tuple[Batch, dict[str, Tensor]]:
+    def sample(self, model: ModelConfig, name: str) -> tuple[Batch, dict[str, Tensor]]:
         stem = _stem(model)
         length = min(64, stem.max_positions)
         generator = torch.Generator().manual_seed(0)

@@ -16,7 +16,7 @@ from d2v_scale.interop.keymap import KeyMap
 from d2v_scale.interop.reference_options import Shapes
 from d2v_scale.interop.reference_vision import input_size
 from d2v_scale.interop.weight_files import write_json
-from d2v_scale.model.config import Backbone, Modality, ModelConfig, Predictor
+from d2v_scale.model.config import Backbone, ModelConfig, Predictor
 from d2v_scale.model.stem_config import VisionStem
 from d2v_scale.recipe import Recipe
 
@@ -178,7 +178,7 @@ class VisionRow(HuggingFaceRow):
         given = f"pixels = torch.randn(1, {channels}, {height}, {width})"
         return Example((), given, f"{self.input_name}=pixels")
 
-    def sample(self, model: ModelConfig, name: Modality) -> tuple[Batch, dict[str, Tensor]]:
+    def sample(self, model: ModelConfig, name: str) -> tuple[Batch, dict[str, Tensor]]:
         _, *shape = self.input_shape(model)
         images = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
         return self.unmasked(name, images, None), {self.input_name: images}

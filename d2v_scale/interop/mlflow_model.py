@@ -14,12 +14,12 @@ from d2v_scale.finetuning.config import TaskConfig
 from d2v_scale.finetuning.model import outputs_of
 from d2v_scale.interop.huggingface import row_of
 from d2v_scale.interop.task_heads import auto_class
-from d2v_scale.model.config import Modality, ModelConfig
+from d2v_scale.model.config import ModelConfig
 
 _PACKAGES = ("torch", "transformers", "numpy", "d2v_scale")
 
 
-def signature(config: ModelConfig, modality: Modality, task: TaskConfig | None) -> ModelSignature:
+def signature(config: ModelConfig, modality: str, task: TaskConfig | None) -> ModelSignature:
     """Shapes that the model takes and gives; -1 is any size."""
     row = row_of(config, modality)
     inputs = TensorSpec(np.dtype(row.input_type), row.input_shape(config.of(modality)))
@@ -30,7 +30,7 @@ def signature(config: ModelConfig, modality: Modality, task: TaskConfig | None) 
     return ModelSignature(inputs=Schema([inputs]), outputs=Schema([given]))
 
 
-def model_settings(config: ModelConfig, modality: Modality, task: TaskConfig | None) -> dict[str, Any]:
+def model_settings(config: ModelConfig, modality: str, task: TaskConfig | None) -> dict[str, Any]:
     """What `mlflow_encoder.py` must know of a folder."""
     row = row_of(config, modality)
     return {
@@ -45,7 +45,7 @@ def model_settings(config: ModelConfig, modality: Modality, task: TaskConfig | N
 def log_model(
     folder: Path,
     config: ModelConfig,
-    modality: Modality,
+    modality: str,
     task: TaskConfig | None,
     *,
     tracking_uri: str,

@@ -7,7 +7,7 @@ from typing import Any
 from d2v_scale.checkpoint import Checkpoint
 from d2v_scale.interop.huggingface import is_native, row_of
 from d2v_scale.interop.task_heads import auto_class, head_of
-from d2v_scale.model.config import Modality, ModelConfig
+from d2v_scale.model.config import ModelConfig
 from d2v_scale.recipe import Recipe
 from d2v_scale.tracking.record import AXES, METRICS_FILE, read_records
 
@@ -18,7 +18,7 @@ _MARK = "<!-- Written by tools/export.py. Without this line, a later export leav
 
 
 def write_card(
-    checkpoint: Checkpoint, recipe: Recipe, modality: Modality | None, out: Path, weights: str, license_id: str
+    checkpoint: Checkpoint, recipe: Recipe, modality: str | None, out: Path, weights: str, license_id: str
 ) -> list[str]:
     """Write README.md beside what was exported; `modality` None: a folder under our own names. Returns lines for the
     user. A README.md that people wrote stays."""
@@ -30,7 +30,7 @@ def write_card(
 
 
 def _card(
-    checkpoint: Checkpoint, recipe: Recipe, modality: Modality | None, out: Path, weights: str, license_id: str
+    checkpoint: Checkpoint, recipe: Recipe, modality: str | None, out: Path, weights: str, license_id: str
 ) -> str:
     version = "2.0" if recipe.model.visible_only else "1.0"
     modalities = ", ".join(recipe.model.modalities if modality is None else [modality])
@@ -90,7 +90,7 @@ def _is_score(name: str, value: Any) -> bool:
     return known and name not in AXES and isinstance(value, (int, float)) and math.isfinite(value)
 
 
-def _pipeline(recipe: Recipe, modality: Modality) -> str:
+def _pipeline(recipe: Recipe, modality: str) -> str:
     if recipe.task is None:
         return row_of(recipe.model, modality).encoder_task
     return head_of(recipe.task, recipe.model, modality).pipeline
@@ -105,7 +105,7 @@ def _own_lines() -> list[str]:
     ]
 
 
-def _lines(recipe: Recipe, modality: Modality, out: Path) -> list[str]:
+def _lines(recipe: Recipe, modality: str, out: Path) -> list[str]:
     """A program that loads the folder and runs it on a stand-in for the user's input."""
     model = recipe.model
     auto = auto_class(recipe.task, model, modality)

@@ -16,12 +16,12 @@ from d2v_scale.interop.reference_names import reference_keys
 from d2v_scale.interop.reference_options import REMEDY, common_settings, require_post_norm
 from d2v_scale.interop.reference_row import ReferenceRow, Tensors
 from d2v_scale.interop.reference_table import row_of
-from d2v_scale.model.config import Modality, ModelConfig
+from d2v_scale.model.config import ModelConfig
 from d2v_scale.model.teacher_parts import TeacherParts
 from d2v_scale.recipe import Recipe
 
 
-def export_reference(checkpoint: Checkpoint, recipe: Recipe, modality: Modality, out: Path) -> list[str]:
+def export_reference(checkpoint: Checkpoint, recipe: Recipe, modality: str, out: Path) -> list[str]:
     """Write `checkpoint.pt` (fairseq) or `checkpoint.pth` (1.0 vision, data2vec_vision) with student and teacher.
 
     Raises `CheckpointError` where the reference has no such model, and then writes nothing.
@@ -86,7 +86,7 @@ def _averages_blocks_only(row: ReferenceRow, model: ModelConfig, parts: TeacherP
 
 
 def fairseq_settings(
-    model: ModelConfig, objective: ObjectiveConfig, parts: TeacherParts, modality: Modality
+    model: ModelConfig, objective: ObjectiveConfig, parts: TeacherParts, modality: str
 ) -> dict[str, Any]:
     """`cfg.model` of a fairseq checkpoint: what decides sizes and computation, without the optimizer's side."""
     row, model, objective = row_of(model, modality), model.of(modality), objective.of(modality)

@@ -5,10 +5,10 @@ from collections.abc import Iterable
 from d2v_scale.interop.keymap import KeyMap
 from d2v_scale.interop.reference_row import ReferenceRow, timm_block
 from d2v_scale.interop.reference_table import row_of
-from d2v_scale.model.config import Modality, ModelConfig
+from d2v_scale.model.config import ModelConfig
 
 
-def reference_keys(config: ModelConfig, modality: Modality) -> KeyMap:
+def reference_keys(config: ModelConfig, modality: str) -> KeyMap:
     """The table between our names and those of the reference that published this kind of model."""
     row, model = row_of(config, modality), config.of(modality)
     return _second_keys(row, model, modality) if model.visible_only else row.first_keys(model, modality)
@@ -25,7 +25,7 @@ def teacher_prefix(keymap: KeyMap, teacher_keys: Iterable[str]) -> str:
     return max(_TEACHER_PREFIXES, key=lambda prefix: sum(prefix + key in known for key in teacher))
 
 
-def _second_keys(row: ReferenceRow, model: ModelConfig, name: Modality) -> KeyMap:
+def _second_keys(row: ReferenceRow, model: ModelConfig, name: str) -> KeyMap:
     keys, theirs, predictor = KeyMap(), row.second_prefix, f"predictors.{model.predictor_name}"
     row.add_stem_keys(keys, model, name)
     if model.stems[name].extra_token_count:

@@ -8,7 +8,7 @@ from typing import Any
 from d2v_scale.data2vec.config import EmaConfig, LossConfig, ObjectiveConfig, TargetConfig
 from d2v_scale.data2vec.targets import TARGETS, Place, build
 from d2v_scale.errors import CheckpointError
-from d2v_scale.model.config import Modality, ModelConfig
+from d2v_scale.model.config import ModelConfig
 from d2v_scale.model.teacher_parts import TeacherParts
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -22,7 +22,7 @@ REMEDY = "Export the encoder with --to hf, or any model with --to safetensors."
 class Reference:
     """One reference model in our terms."""
 
-    modality: Modality
+    modality: str
     model: ModelConfig
     objective: ObjectiveConfig
     parts: TeacherParts

@@ -6,12 +6,12 @@ from d2v_scale.interop.reference_row import ReferenceRow
 from d2v_scale.interop.reference_speech import SpeechReference
 from d2v_scale.interop.reference_text import TextReference
 from d2v_scale.interop.reference_vision import VisionReference
-from d2v_scale.model.config import Modality, ModelConfig
+from d2v_scale.model.config import ModelConfig
 
 TABLE: tuple[ReferenceRow, ...] = (SpeechReference(), VisionReference(), TextReference())
 
 
-def row_of(config: ModelConfig, modality: Modality) -> ReferenceRow:
+def row_of(config: ModelConfig, modality: str) -> ReferenceRow:
     """What is said of the kind of this stem. Raises CheckpointError where there is no row."""
     kind = config.kind(modality)
     row = next((row for row in TABLE if row.kind == kind), None)

@@ -5,7 +5,7 @@ from typing import Any
 
 from d2v_scale.interop.huggingface import row_of
 from d2v_scale.interop.keymap import KeyMap
-from d2v_scale.model.config import Modality, ModelConfig
+from d2v_scale.model.config import ModelConfig
 
 MODELLING_FILE = Path(__file__).with_name("modeling_data2vec2.py")
 MODELLING_FILES = (
@@ -15,7 +15,7 @@ MODELLING_FILES = (
 """All that an exported folder needs; the first imports the others."""
 
 
-def remote_code_keys(names: list[str], config: ModelConfig, modality: Modality) -> KeyMap:
+def remote_code_keys(names: list[str], config: ModelConfig, modality: str) -> KeyMap:
     """Our encoder names without the stem's prefix; blocks before the main ones are counted with them."""
     keys = KeyMap(initialised=("predictors.",))
     stem, prenet = f"stems.{modality}.", config.of(modality).backbone.prenet_depth
@@ -30,7 +30,7 @@ def remote_code_keys(names: list[str], config: ModelConfig, modality: Modality) 
     return keys
 
 
-def remote_code_settings(config: ModelConfig, modality: Modality) -> dict[str, Any]:
+def remote_code_settings(config: ModelConfig, modality: str) -> dict[str, Any]:
     """config.json. Its model type is no class's, so that loading without the modelling file fails."""
     row, model = row_of(config, modality), config.of(modality)
     backbone = model.backbone

@@ -1,4 +1,8 @@
-"""What a model is made of: one stem per modality, one backbone, one predictor. Sizes only; no tensors here."""
+"""What a model is made of: stems, one backbone, predictors. Sizes only; no tensors here.
+
+The name of a stem is open: batches, sources, overrides, metrics and parameters carry it. `ModelConfig.kind` knows the
+kind of the stem that is called so.
+"""
 
 import dataclasses
 from collections.abc import Mapping
@@ -18,10 +22,6 @@ from d2v_scale.model.stem_config import (
     VisionStem,
     require_divisor,
 )
-
-Modality = str
-"""The name of a stem of a model, which is open: what batches, sources, overrides, metrics and parameters carry.
-`ModelConfig.kind` knows the kind of the stem that is called so."""
 
 
 @dataclass(kw_only=True)
@@ -208,7 +208,7 @@ class ModelConfig:
                 key = self.predictor_key(name, "proj_layers")
                 raise ConfigError(key, f"is {spec.proj_layers}", "Choose 1 or 2.")
 
-    def decoder_dimensions(self, name: Modality, axes: int) -> int:
+    def decoder_dimensions(self, name: str, axes: int) -> int:
         """Axes along which the kernels of a stem's 2.0 decoder extend, where its positions lie along `axes`. Raises
         ConfigError for kernels that do not fit."""
         kind = self.of(name).predictor.kind

@@ -1,11 +1,11 @@
 """A model as one list of layers, from which student, teacher, plans and pipelines are made."""
 
 from d2v_scale import modalities
-from d2v_scale.model.config import Modality, ModelConfig
+from d2v_scale.model.config import ModelConfig
 from d2v_scale.model.layers import LayerSpec
 
 
-def describe(config: ModelConfig, modality: Modality) -> list[LayerSpec]:
+def describe(config: ModelConfig, modality: str) -> list[LayerSpec]:
     """The layers that a sample of `modality` passes, in order."""
     stem = f"stems.{modality}"
     layers = [LayerSpec("features", f"{stem}.features"), LayerSpec("context", f"{stem}.context")]

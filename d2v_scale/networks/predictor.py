@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from d2v_scale import modalities
 from d2v_scale.model import cpu_ops
-from d2v_scale.model.config import Modality, ModelConfig
+from d2v_scale.model.config import ModelConfig
 from d2v_scale.model.init import BEIT, InitRule, linear_rules
 from d2v_scale.model.norm_gelu import norm_gelu
 
@@ -26,7 +26,7 @@ _CONVOLUTIONS: dict[int, type[nn.Conv1d] | type[nn.Conv2d] | type[nn.Conv3d]] = 
 }
 """By the axes along which their kernels extend."""
 
-Widths = Mapping[Modality, Mapping[str, int]]
+Widths = Mapping[str, Mapping[str, int]]
 """Channels of each stem's targets by their names, the first one first."""
 
 
@@ -104,7 +104,7 @@ class MlpPredictor(_Projection):
 class ConvPredictor(_Projection):
     """The 2.0 decoder: visible states and noise back in their places, grouped convolutions, projection (spec 4.2)."""
 
-    def __init__(self, config: ModelConfig, modality: Modality, outputs: int, heads: Mapping[str, int]) -> None:
+    def __init__(self, config: ModelConfig, modality: str, outputs: int, heads: Mapping[str, int]) -> None:
         super().__init__()
         spec, width = config.predictor, config.backbone.width
         stem = modalities.of(config, modality)
@@ -160,11 +160,11 @@ class ConvPredictor(_Projection):
         return out + x if self.residual and out.shape[-1] == x.shape[-1] else out
 
 
-def build_predictors(configs: Mapping[Modality, ModelConfig], target_widths: Widths) -> dict[str, nn.Module]:
+def build_predictors(configs: Mapping[str, ModelConfig], target_widths: Widths) -> dict[str, nn.Module]:
     """Of stems, each as a model of its own (`ModelConfig.of`), by the name below `predictors`; one that several stems
     share has the heads of all. Stems that `target_widths` lacks have one target, of the model's width."""
     heads: dict[str, dict[str, int]] = {}
-    first: dict[str, tuple[ModelConfig, Modality, int]] = {}
+    first: dict[str, tuple[ModelConfig, str, int]] = {}
     for modality, one in configs.items():
         name = one.predictor_name
         widths = dict(target_widths.get(modality) or {"": one.backbone.width})
@@ -173,7 +173,7 @@ def build_predictors(configs: Mapping[Modality, ModelConfig], target_widths: Wid
     return {name: _build_predictor(*what, heads[name]) for name, what in first.items()}
 
 
-def _build_predictor(config: ModelConfig, modality: Modality, outputs: int, heads: Mapping[str, int]) -> nn.Module:
+def _build_predictor(config: ModelConfig, modality: str, outputs: int, heads: Mapping[str, int]) -> nn.Module:
     match config.predictor.kind:
         case "linear":
             return LinearPredictor(config, outputs, heads)

@@ -13,7 +13,7 @@ from d2v_scale.data2vec import stateless, targets
 from d2v_scale.data2vec.config import TargetConfig
 from d2v_scale.errors import ConfigError
 from d2v_scale.model.block import Block, beit_depth_scale, with_zero_gradient
-from d2v_scale.model.config import Modality, ModelConfig
+from d2v_scale.model.config import ModelConfig
 from d2v_scale.model.init import BEIT, InitRule
 from d2v_scale.model.layers import Carry, LayerSpec, Section, StudentOutput
 from d2v_scale.model.position_bias import add_padding
@@ -30,7 +30,7 @@ class _Stack(nn.Module):
     def __init__(
         self,
         config: ModelConfig,
-        names: list[Modality],
+        names: list[str],
         parts: TeacherParts | None,
         section: Section | None,
         target_widths: Widths,
@@ -75,7 +75,7 @@ class _Stack(nn.Module):
     def _valid(self, batch: Batch, inputs: Tensor) -> Tensor | None:
         return None if batch.valid is None else self._stem(batch.modality).valid_positions(inputs, batch.valid)
 
-    def _stem(self, modality: Modality) -> Stem:
+    def _stem(self, modality: str) -> Stem:
         stem = self.stems[modality]
         assert isinstance(stem, Stem)
         return stem
@@ -115,7 +115,7 @@ class _Stack(nn.Module):
         assert bias is None or bias.shape[0] in (1, len(states_rsd))
         return Carry(states_rsd, add_padding(bias, valid_bt, states_rsd.dtype), stem.extra_tokens, position)
 
-    def _blocks(self, modality: Modality) -> Iterator[tuple[LayerSpec, nn.Module]]:
+    def _blocks(self, modality: str) -> Iterator[tuple[LayerSpec, nn.Module]]:
         """The blocks of this section, prenet included, in order."""
         for layer in self.layers[modality]:
             if layer.kind == "block" and self.section.holds(layer):
@@ -129,7 +129,7 @@ class Student(_Stack):
     def __init__(
         self,
         config: ModelConfig,
-        names: list[Modality] | None = None,
+        names: list[str] | None = None,
         section: Section | None = None,
         parts: TeacherParts | None = None,
         target_widths: Widths | None = None,
@@ -254,7 +254,7 @@ class Teacher(_Stack):
     def __init__(
         self,
         config: ModelConfig,
-        target: TargetConfig | Mapping[Modality, Sequence[TargetConfig]] | None,
+        target: TargetConfig | Mapping[str, Sequence[TargetConfig]] | None,
         parts: TeacherParts,
         section: Section | None = None,
     ) -> None:
@@ -266,7 +266,7 @@ class Teacher(_Stack):
         )
         self.targets = built
         """How targets are made, by stem; the first one first."""
-        self.state: dict[Modality, list[targets.State]] = {}
+        self.state: dict[str, list[targets.State]] = {}
         """The state of each target of a stem ({}: it has none), in fp32 whatever the module is cast to, on the stage
         that makes targets; only stems that have some."""
         self.requires_grad_(False)
@@ -277,7 +277,7 @@ class Teacher(_Stack):
         del mode
         return self
 
-    def owns_features(self, modality: Modality) -> bool:
+    def owns_features(self, modality: str) -> bool:
         """Whether this teacher computes the stem features of `modality` itself."""
         return hasattr(self.stems[modality], "features")
 
@@ -302,7 +302,7 @@ class Teacher(_Stack):
                 if any(each)
             }
 
-    def taps_before(self, modality: Modality, block: int) -> list[bool]:
+    def taps_before(self, modality: str, block: int) -> list[bool]:
         """For each target whether a main block that it taps comes before this one."""
         return [any(layer < block for layer in target.layers) for target in self.targets[modality]]
 
@@ -383,7 +383,7 @@ def _student_inputs(batch: Batch) -> Tensor:
     return batch.inputs if batch.student_inputs is None else batch.student_inputs
 
 
-def _build_stem(config: ModelConfig, modality: Modality, exists: Callable[[str], bool], section: Section) -> Stem:
+def _build_stem(config: ModelConfig, modality: str, exists: Callable[[str], bool], section: Section) -> Stem:
     stem = modalities.of(config, modality).build_stem(lambda name: exists(f"stems.{modality}.{name}"), section)
     if section.starts:
         depth = config.of(modality).backbone.prenet_depth

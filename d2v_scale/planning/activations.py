@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from d2v_scale import modalities
 from d2v_scale.data2vec.targets import Target
 from d2v_scale.modalities.costs import INDEX_BYTES, NORM_BYTES, Lengths, Setting
-from d2v_scale.model.config import Modality, ModelConfig
+from d2v_scale.model.config import ModelConfig
 from d2v_scale.model.layers import LayerSpec
 from d2v_scale.networks.layers import describe
 
@@ -26,9 +26,7 @@ class LayerActivations:
     """With it: of a block only the input; everything of other layers."""
 
 
-def activations(
-    model: ModelConfig, modality: Modality, lengths: Lengths, setting: Setting
-) -> tuple[LayerActivations, ...]:
+def activations(model: ModelConfig, modality: str, lengths: Lengths, setting: Setting) -> tuple[LayerActivations, ...]:
     """What each layer of `describe` keeps of a micro-batch of samples of these lengths."""
     found = []
     for layer in describe(model, modality):
@@ -64,7 +62,7 @@ def teacher_bytes(model: ModelConfig, lengths: Lengths, setting: Setting, target
     return block + (2 + sums) * 4 * setting.samples * lengths.positions * width
 
 
-def _saved(model: ModelConfig, modality: Modality, lengths: Lengths, setting: Setting, layer: LayerSpec) -> float:
+def _saved(model: ModelConfig, modality: str, lengths: Lengths, setting: Setting, layer: LayerSpec) -> float:
     size, width, rows = setting.itemsize, model.backbone.width, setting.samples * lengths.clones
     inside = rows * (lengths.kept + lengths.extra)
     match layer.kind:
@@ -87,7 +85,7 @@ def _block_input(model: ModelConfig, lengths: Lengths, setting: Setting) -> floa
     return setting.itemsize * positions * model.backbone.width
 
 
-def _block(model: ModelConfig, modality: Modality, lengths: Lengths, setting: Setting) -> float:
+def _block(model: ModelConfig, modality: str, lengths: Lengths, setting: Setting) -> float:
     backbone, size = model.backbone, setting.itemsize
     length = lengths.kept + lengths.extra
     positions = setting.samples * lengths.clones * length

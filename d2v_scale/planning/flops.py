@@ -17,7 +17,7 @@ from d2v_scale import modalities
 from d2v_scale.data2vec import masking
 from d2v_scale.data2vec.targets import Target
 from d2v_scale.modalities.costs import Lengths
-from d2v_scale.model.config import Modality, ModelConfig
+from d2v_scale.model.config import ModelConfig
 from d2v_scale.model.layers import LayerKind, LayerSpec
 from d2v_scale.model.teacher_parts import TeacherParts
 from d2v_scale.networks.layers import describe
@@ -120,7 +120,7 @@ def mfu(cost: SampleCost, samples_per_second: float, devices: int, peak_flops: f
     return Utilisation(total=cost.total * rate, student_only=cost.student_only * rate)
 
 
-def lengths_of(recipe: Recipe, modality: Modality, size: float | None = None) -> Lengths:
+def lengths_of(recipe: Recipe, modality: str, size: float | None = None) -> Lengths:
     """Lengths of the longest sample the recipe allows; `size`: of one of this size (`Modality.extent`)."""
     model, config = recipe.model, recipe.masking_of(modality)
     stem = modalities.of(model, modality)
@@ -140,14 +140,14 @@ def lengths_of(recipe: Recipe, modality: Modality, size: float | None = None) ->
     )
 
 
-def cost_of(recipe: Recipe, modality: Modality, size: float | None = None) -> SampleCost:
+def cost_of(recipe: Recipe, modality: str, size: float | None = None) -> SampleCost:
     """FLOPs of one sample of `modality` as the recipe trains it; `size` as in `lengths_of`."""
     targets = recipe.built_targets()[modality]
     return sample_cost(recipe.model, modality, lengths_of(recipe, modality, size), recipe.parts(), targets)
 
 
 def sample_cost(
-    model: ModelConfig, modality: Modality, lengths: Lengths, parts: TeacherParts, targets: Sequence[Target] = ()
+    model: ModelConfig, modality: str, lengths: Lengths, parts: TeacherParts, targets: Sequence[Target] = ()
 ) -> SampleCost:
     """FLOPs of one sample, layer by layer in the order of `describe`, which is what a pipeline is cut from. `targets`:
     those of the stem; none: one of the model's width that costs nothing."""
@@ -157,7 +157,7 @@ def sample_cost(
 
 def _layer(
     model: ModelConfig,
-    modality: Modality,
+    modality: str,
     lengths: Lengths,
     parts: TeacherParts,
     layer: LayerSpec,
@@ -200,7 +200,7 @@ def block_forward(model: ModelConfig, length: int) -> float:
     return linears + attention
 
 
-def _predictor(model: ModelConfig, modality: Modality, lengths: Lengths, widths: list[int]) -> Iterator[float]:
+def _predictor(model: ModelConfig, modality: str, lengths: Lengths, widths: list[int]) -> Iterator[float]:
     """Forward of the predictor's layers over one row, with a projection for each of these widths of targets."""
     spec, width = model.of(modality).predictor, model.backbone.width
     masked = lengths.masked

@@ -8,7 +8,6 @@ import torch
 
 from d2v_scale.data.config import SAMPLE_RATE
 from d2v_scale.modalities.costs import Lengths
-from d2v_scale.model.config import Modality
 from d2v_scale.networks.layers import describe
 from d2v_scale.networks.stack import Student, Teacher
 from d2v_scale.parallel.groups import ParallelConfig, data_parallel_size
@@ -68,11 +67,11 @@ class Job:
     """As DeepSpeed gets it (`ds_config.resolve`)."""
     sizes: ModelSizes
     split: stages.StageSplit
-    costs: dict[Modality, flops.SampleCost]
-    lengths: dict[Modality, Lengths]
+    costs: dict[str, flops.SampleCost]
+    lengths: dict[str, Lengths]
     stage_tensors: tuple[tuple[tuple[TensorSize, ...], tuple[TensorSize, ...]], ...]
     """For each pipeline stage the student's parameters and the teacher's."""
-    stage_layers: dict[Modality, tuple[tuple[int, ...], ...]]
+    stage_layers: dict[str, tuple[tuple[int, ...], ...]]
     """For each pipeline stage the positions of its layers in `describe`."""
 
     @classmethod
@@ -86,7 +85,7 @@ class Job:
         def in_stage(tensors: tuple[TensorSize, ...], index: int) -> tuple[TensorSize, ...]:
             return tuple(one for one in tensors if split.stage_of(one.name) == index)
 
-        def layers_of(modality: Modality, index: int) -> tuple[int, ...]:
+        def layers_of(modality: str, index: int) -> tuple[int, ...]:
             layers = enumerate(describe(recipe.model, modality))
             return tuple(position for position, layer in layers if split.stage_of(layer.name) == index)
 
@@ -144,11 +143,11 @@ class Job:
         """Whether DeepSpeed keeps the optimizer or the weights in host memory."""
         return (self.zero.get(f"offload_{what}") or {}).get("device", "none") != "none"
 
-    def step_samples(self, modality: Modality) -> float:
+    def step_samples(self, modality: str) -> float:
         """Samples of the longest length that make one optimizer step."""
         return samples_per_step(self.recipe.of(modality), self.lengths[modality])
 
-    def micro_batch(self, modality: Modality) -> float:
+    def micro_batch(self, modality: str) -> float:
         """Samples of one micro-batch on one data-parallel rank."""
         return self.step_samples(modality) / (self.data * self.recipe.accumulation)
 

@@ -11,7 +11,6 @@ from math import ceil, log2
 import torch
 
 from d2v_scale.modalities.costs import Setting
-from d2v_scale.model.config import Modality
 from d2v_scale.optim import stem_scale
 from d2v_scale.planning import activations
 from d2v_scale.planning.job import Job, TensorSize
@@ -143,7 +142,7 @@ def reduce_bucket(job: Job) -> float:
     return float(job.zero.get("reduce_bucket_size", BUCKET))
 
 
-def stage_activations(job: Job, stage: int, modality: Modality) -> float:
+def stage_activations(job: Job, stage: int, modality: str) -> float:
     """Bytes of the activations that a stage keeps when it keeps most, with the teacher's and the loss's temporaries."""
     model, lengths = job.recipe.model, job.lengths[modality]
     samples, targets = job.micro_batch(modality), job.recipe.built_targets()[modality]

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from d2v_scale.errors import ConfigError
-from d2v_scale.model.config import Modality
 from d2v_scale.parallel import ds_config
 from d2v_scale.parallel.groups import ParallelConfig
 from d2v_scale.planning import memory
@@ -44,7 +43,7 @@ class Option:
     """Name of the DeepSpeed JSON."""
     job: Job
     budget: memory.Budget
-    times: dict[Modality, StepTime]
+    times: dict[str, StepTime]
     missing_device: float
     """Bytes by which a device is too small; 0 where it fits."""
     missing_host: float

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from d2v_scale import modalities
 from d2v_scale.errors import ConfigError
-from d2v_scale.model.config import Modality, ModelConfig
+from d2v_scale.model.config import ModelConfig
 from d2v_scale.model.layers import LayerSpec
 from d2v_scale.networks.layers import describe
 from d2v_scale.planning import flops
@@ -140,16 +140,16 @@ def _main_blocks(layers: Sequence[LayerSpec]) -> list[int]:
     return [max(main, 0) for main in reached]
 
 
-def _distinct_layers(model: ModelConfig) -> list[tuple[int, LayerSpec, Modality]]:
+def _distinct_layers(model: ModelConfig) -> list[tuple[int, LayerSpec, str]]:
     """Every layer of a model once, with the main block it goes with and a stem whose samples pass it."""
-    found: dict[str, tuple[int, LayerSpec, Modality]] = {}
+    found: dict[str, tuple[int, LayerSpec, str]] = {}
     for modality in model.modalities:
         layers = describe(model, modality)
         found |= {layer.name: (main, layer, modality) for main, layer in zip(_main_blocks(layers), layers, strict=True)}
     return list(found.values())
 
 
-def _parameters(model: ModelConfig, layer: LayerSpec, modality: Modality) -> float:
+def _parameters(model: ModelConfig, layer: LayerSpec, modality: str) -> float:
     """Weights of a layer's matrices, tables and kernels; biases and norms are left out."""
     width, spec = model.backbone.width, model.of(modality).predictor
     stem = modalities.of(model, modality)

@@ -9,7 +9,6 @@ gradients are reduced after the last.
 
 from dataclasses import dataclass
 
-from d2v_scale.model.config import Modality
 from d2v_scale.planning import traffic
 from d2v_scale.planning.hardware import BANDWIDTH_REACHED, Hardware
 from d2v_scale.planning.job import Job
@@ -41,7 +40,7 @@ class StepTime:
         return max(self.compute / (1 - self.bubble), self.hidden) + self.exposed + self.update
 
 
-def step_time(job: Job, modality: Modality, device: Hardware, devices_per_node: int, utilisation: float) -> StepTime:
+def step_time(job: Job, modality: str, device: Hardware, devices_per_node: int, utilisation: float) -> StepTime:
     """Estimate one step of `modality`. `utilisation`: share of the peak that matrix products reach."""
     cost, tensor = job.costs[modality], job.parallel.tensor
     flops = sum(one.on_each(tensor) for one in cost.layers)

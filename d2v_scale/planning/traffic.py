@@ -7,7 +7,6 @@ all-reduce twice that. Where a ring spans nodes, its devices on a node share wha
 
 from dataclasses import dataclass
 
-from d2v_scale.model.config import Modality
 from d2v_scale.planning import memory
 from d2v_scale.planning.job import Job
 
@@ -66,14 +65,14 @@ class Hop(Transfer):
         return self.moved - self.within
 
 
-def transfers(job: Job, modality: Modality, devices_per_node: int) -> list[Transfer]:
+def transfers(job: Job, modality: str, devices_per_node: int) -> list[Transfer]:
     """What the busiest pipeline stage sends for one step of `modality`."""
     count = job.parallel.pipeline
     found = [stage_transfers(job, modality, devices_per_node, stage) for stage in range(count)]
     return max(found, key=lambda stage: sum(one.sent for one in stage))
 
 
-def stage_transfers(job: Job, modality: Modality, devices_per_node: int, stage: int) -> list[Transfer]:
+def stage_transfers(job: Job, modality: str, devices_per_node: int, stage: int) -> list[Transfer]:
     """What each device of one pipeline stage sends for one step of `modality`."""
     found = [*_replicas(job, devices_per_node, stage), *_slices(job, modality, devices_per_node, stage)]
     found += _hops(job, modality, devices_per_node, stage)
@@ -110,7 +109,7 @@ def _replicas(job: Job, devices_per_node: int, stage: int) -> list[Transfer]:
     return found
 
 
-def _slices(job: Job, modality: Modality, devices_per_node: int, stage: int) -> list[Transfer]:
+def _slices(job: Job, modality: str, devices_per_node: int, stage: int) -> list[Transfer]:
     """Between tensor-parallel ranks: two sums a block and pass."""
     model, lengths = job.recipe.model, job.lengths[modality]
     layers = job.costs[modality].layers
@@ -125,7 +124,7 @@ def _slices(job: Job, modality: Modality, devices_per_node: int, stage: int) -> 
     return [Transfer("tensor-parallel sums", moved, 2, tensor, min(tensor, devices_per_node), False)]
 
 
-def _hops(job: Job, modality: Modality, devices_per_node: int, stage: int) -> list[Transfer]:
+def _hops(job: Job, modality: str, devices_per_node: int, stage: int) -> list[Transfer]:
     """Between pipeline stages: student states there and their gradient back, teacher states and the sums of taps."""
     pipeline = job.parallel.pipeline
     lengths, width = job.lengths[modality], job.recipe.model.backbone.width

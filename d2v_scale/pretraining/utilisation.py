@@ -8,7 +8,7 @@ import torch
 from d2v_scale.batch import Batch
 from d2v_scale.data2vec.targets import Target
 from d2v_scale.modalities.costs import Lengths
-from d2v_scale.model.config import Modality, ModelConfig
+from d2v_scale.model.config import ModelConfig
 from d2v_scale.model.teacher_parts import TeacherParts
 from d2v_scale.parallel.groups import Topology
 from d2v_scale.planning.flops import SampleCost, sample_cost
@@ -24,7 +24,7 @@ class FlopMeter:
         parts: TeacherParts,
         topology: Topology,
         peak_tflops: float | None = None,
-        targets: Mapping[Modality, Sequence[Target]] | None = None,
+        targets: Mapping[str, Sequence[Target]] | None = None,
     ) -> None:
         """`targets`: of each stem, as for `sample_cost`. `peak_tflops`: of one device; None: known for some GPUs by
         name, and elsewhere there is no utilisation."""
@@ -36,7 +36,7 @@ class FlopMeter:
         self._visible_only = model.visible_only
 
         @lru_cache(maxsize=1024)
-        def cost(modality: Modality, lengths: Lengths) -> SampleCost:
+        def cost(modality: str, lengths: Lengths) -> SampleCost:
             return sample_cost(model, modality, lengths, parts, (targets or {}).get(modality, ()))
 
         self._cost = cost

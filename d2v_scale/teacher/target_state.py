@@ -10,19 +10,18 @@ import torch
 from torch import Tensor
 
 from d2v_scale.data2vec.targets import State
-from d2v_scale.model.config import Modality
 from d2v_scale.networks.stack import Teacher
 from d2v_scale.teacher.sharded import EmaTeacher
 
 
-def of(teacher: EmaTeacher) -> dict[Modality, list[State]]:
+def of(teacher: EmaTeacher) -> dict[str, list[State]]:
     """The states of targets by stem (`Teacher.state`); {}: none has one, or they are made on another stage."""
-    state: dict[Modality, list[State]] = getattr(teacher.module, "state", {})
+    state: dict[str, list[State]] = getattr(teacher.module, "state", {})
     return state
 
 
 @torch.no_grad()
-def move(teacher: EmaTeacher, stem: Modality, sums: list[dict[str, Tensor]]) -> None:
+def move(teacher: EmaTeacher, stem: str, sums: list[dict[str, Tensor]]) -> None:
     """Move the states of a stem's targets by what this rank's micro-batches said of each (float64, `Target.statistics`
     added up). Once after each applied optimizer step.
 

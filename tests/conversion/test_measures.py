@@ -22,7 +22,7 @@ from d2v_scale.modalities.speech import decoder as speech
 from d2v_scale.modalities.speech import resampling
 from d2v_scale.modalities.text.decoder import Tokenizer, require_special_ids, require_text
 from d2v_scale.modalities.vision import decoder as vision
-from d2v_scale.model.config import Modality, ModelConfig
+from d2v_scale.model.config import ModelConfig
 from d2v_scale.model.stem_config import SpeechStem, TextStem, VisionStem
 from d2v_scale.shards.content import WORDS
 from d2v_scale.shards.writing import Sample, write_set
@@ -95,14 +95,14 @@ TEXTS: dict[str, tuple[bytes, str | None]] = {
     "blank": (b" \n\t ", "empty"),
     "surrogate": (b"broken \xed\xa0\xbd", "not of the encoding"),
 }
-MODELS: dict[Modality, ModelConfig] = {
+MODELS: dict[str, ModelConfig] = {
     "vision": ModelConfig(vision=VisionStem(image_size=16, patch_size=4)),
     "speech": ModelConfig(speech=SpeechStem()),
     "text": ModelConfig(text=TextStem(vocab_size=331, mask_id=330, max_positions=24)),
 }
 
 
-def lost_in_training(folder: Path, modality: Modality, samples: list[Sample]) -> set[str]:
+def lost_in_training(folder: Path, modality: str, samples: list[Sample]) -> set[str]:
     """Keys of the samples that a stream of them loses, which knows no index."""
     write_set(folder / "made", "a", WORDS[modality], samples, per_shard=100)
     shards = folder / "bare"
@@ -117,7 +117,7 @@ def lost_in_training(folder: Path, modality: Modality, samples: list[Sample]) ->
     return {sample["__key__"] for sample in samples} - set(batch.keys)
 
 
-def reason_to_refuse(modality: Modality, members: dict[str, bytes]) -> str | None:
+def reason_to_refuse(modality: str, members: dict[str, bytes]) -> str | None:
     try:
         measure_of(WORDS[modality])(members)
     except Exception as error:  # as its callers do

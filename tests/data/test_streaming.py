@@ -17,7 +17,7 @@ from d2v_scale.data.loader import StepLoader
 from d2v_scale.data.streaming import StreamStore
 from d2v_scale.data2vec.config import MaskingConfig
 from d2v_scale.errors import ConfigError, DataStarved
-from d2v_scale.model.config import Modality, ModelConfig
+from d2v_scale.model.config import ModelConfig
 from d2v_scale.model.stem_config import SpeechStem, TextStem, VisionStem
 from d2v_scale.parallel import groups
 from d2v_scale.running.totals import RunTotals
@@ -42,7 +42,7 @@ def bare(source: Path, target: Path) -> Path:
 
 def stream(
     shards: Path,
-    modality: Modality = "vision",
+    modality: str = "vision",
     tokenizer: Path | None = None,
     min_seconds: float = 0.1,
     bad: float = 0.5,

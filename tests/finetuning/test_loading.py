@@ -15,7 +15,7 @@ from d2v_scale.finetuning.loading import LabelledLoader
 from d2v_scale.modalities.speech.decoder import measure
 from d2v_scale.modalities.text import tokenizer
 from d2v_scale.modalities.text.decoder import TokenCounter
-from d2v_scale.model.config import Modality, ModelConfig
+from d2v_scale.model.config import ModelConfig
 from d2v_scale.model.stem_config import TextStem, VisionStem
 from d2v_scale.parallel import groups
 from d2v_scale.running.totals import RunTotals
@@ -24,7 +24,7 @@ from d2v_scale.shards.writing import write_set
 TEXTS = ["One", "two three", "café"]
 
 
-def loader(task: TaskConfig, model: ModelConfig, shards: Path, modality: Modality, **options) -> LabelledLoader:  # type: ignore[no-untyped-def]
+def loader(task: TaskConfig, model: ModelConfig, shards: Path, modality: str, **options) -> LabelledLoader:  # type: ignore[no-untyped-def]
     data = DataConfig(sources=[SourceConfig(shards=str(shards), modality=modality)], workers=0)
     data.speech = SpeechData(max_seconds=0.5)
     options = {"seed": 1, "global_batch_size": 4, **options}

@@ -17,7 +17,7 @@ from d2v_scale.evaluation.frozen import FrozenEncoder
 from d2v_scale.interop import huggingface, reference_table
 from d2v_scale.interop.encoder_source import open_encoder, recipe_of
 from d2v_scale.interop.importing import convert, open_source
-from d2v_scale.model.config import Backbone, Modality, ModelConfig
+from d2v_scale.model.config import Backbone, ModelConfig
 from d2v_scale.model.stem_config import OwnPredictor
 from d2v_scale.networks.stack import Student
 from d2v_scale.recipe import Recipe, to_dict
@@ -138,7 +138,7 @@ def test_one_stem_of_several_is_exported_with_its_own_prenet(modality: str, tmp_
 
 
 @pytest.mark.parametrize("modality", ["vision", "speech", "text"])
-def test_one_stem_of_several_in_the_references_names_is_imported_as_itself(modality: Modality, tmp_path: Path) -> None:
+def test_one_stem_of_several_in_the_references_names_is_imported_as_itself(modality: str, tmp_path: Path) -> None:
     """A joint model's images were said to be without an averaged patch embedding, and could not be imported."""
     run, out = joint(tmp_path), tmp_path / "out"
     assert tool("export").main([str(run), str(out), "--modality", modality, "--to", "fairseq"]) == 0

@@ -17,7 +17,7 @@ from d2v_scale.finetuning.config import CtcConfig, TaskConfig
 from d2v_scale.finetuning.evaluation import answers
 from d2v_scale.finetuning.predictor import TaskPredictor
 from d2v_scale.interop.mlflow_model import model_settings, signature
-from d2v_scale.model.config import Modality, ModelConfig
+from d2v_scale.model.config import ModelConfig
 from d2v_scale.networks.draw import Draw
 from d2v_scale.shards.writing import write_set
 
@@ -146,7 +146,7 @@ def test_the_encoder_of_a_fine_tuned_2_0_export_loads_without_its_head(
 
 
 def served(
-    folder: Path, config: ModelConfig, modality: Modality, task: TaskConfig | None, values: torch.Tensor
+    folder: Path, config: ModelConfig, modality: str, task: TaskConfig | None, values: torch.Tensor
 ) -> np.ndarray:
     """What MLflow answers of a folder."""
     from d2v_scale.interop.mlflow_encoder import ExportedModel
@@ -165,9 +165,7 @@ def served(
         ("v2_speech", "speech", CTC),
     ],
 )
-def test_a_fine_tuned_model_is_served_with_its_head(
-    name: str, modality: Modality, task: TaskConfig, tmp_path: Path
-) -> None:
+def test_a_fine_tuned_model_is_served_with_its_head(name: str, modality: str, task: TaskConfig, tmp_path: Path) -> None:
     run, out = tuned(name, task, tmp_path), tmp_path / "hf"
     assert export(run, out) == 0
     batch = replace(tiny_models.batch(name), valid=None)
