@@ -1,4 +1,4 @@
-"""Pretraining data2vec models (speech, vision, text) at scale.
+"""Pretraining data2vec models (speech, vision, text, arrays) at scale.
 
     import d2v_scale
 

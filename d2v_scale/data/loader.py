@@ -18,7 +18,7 @@ from d2v_scale.data.config import DataConfig
 from d2v_scale.data.counters import Counters, SourceCount, Tally
 from d2v_scale.data.labels import Labels
 from d2v_scale.data.source import Source, open_source
-from d2v_scale.data.streaming import StreamedSource, StreamStore
+from d2v_scale.data.streaming import StreamedSource
 from d2v_scale.data2vec.config import CompatConfig, MaskingConfig
 from d2v_scale.errors import CheckpointError, DataStarved, UserError, Verdict
 from d2v_scale.files import file_sha256
@@ -28,6 +28,7 @@ from d2v_scale.shards.forking import forking
 from d2v_scale.shards.plan import Cursor, Mixture, PlannedBatch, SourcePlan
 from d2v_scale.shards.reading import Fault, SampleStore
 from d2v_scale.shards.rows import Decoder
+from d2v_scale.shards.stream import StreamStore
 
 log = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""d2v_scale.data.streaming: shards without an index."""
+"""d2v_scale.data.streaming and what reads for it, d2v_scale.shards.stream: shards without an index."""
 
 import io
 import logging
@@ -11,18 +11,18 @@ import numpy as np
 import pytest
 from small_shards import image_samples, sound_samples
 
-from d2v_scale.data import streaming
 from d2v_scale.data.config import DataConfig, SourceConfig
 from d2v_scale.data.loader import StepLoader
-from d2v_scale.data.streaming import StreamStore
 from d2v_scale.data2vec.config import MaskingConfig
 from d2v_scale.errors import ConfigError, DataStarved
 from d2v_scale.model.config import ModelConfig
 from d2v_scale.model.stem_config import SpeechStem, TextStem, VisionStem
 from d2v_scale.parallel import groups
 from d2v_scale.running.totals import RunTotals
+from d2v_scale.shards import stream as reader
 from d2v_scale.shards.fetching import ShardCache
 from d2v_scale.shards.shard_index import TarContents, index_tar
+from d2v_scale.shards.stream import StreamStore
 from d2v_scale.shards.writing import Sample, write_set
 
 MODEL = ModelConfig(
@@ -105,7 +105,7 @@ def test_a_shard_that_breaks_the_indexing_does_not_end_the_stream(
             raise UnicodeError("surrogates not allowed")
         return index_tar(path)
 
-    monkeypatch.setattr(streaming, "index_tar", index)
+    monkeypatch.setattr(reader, "index_tar", index)
     loader = stream(bare(images, tmp_path / "bare"))
     keys = {key for _ in range(20) for key in next(loader)[0].keys}
     assert 50 < len(keys) < 90
@@ -131,7 +131,7 @@ def test_samples_that_went_bad_after_the_indexing_are_each_lost_and_named(
             members.start_n[5:] -= 1 << 40  # seeking there is an OSError, as reading from a broken disk
         return found
 
-    monkeypatch.setattr(streaming, "index_tar", index)
+    monkeypatch.setattr(reader, "index_tar", index)
     store = StreamStore([str(path) for path in sorted(shards.iterdir())], ShardCache(None, 1e9, 1.0, 0), 1, 0, 1)
     keys = [sample.key for shard in store._shards(0) for sample in store._samples_of(shard, 0)]
     damage = store.take_damage()

@@ -13,11 +13,11 @@ import torch
 from numpy.typing import NDArray
 
 from d2v_scale.data.config import SAMPLE_RATE, SpeechData
-from d2v_scale.data.streaming import StreamStore
 from d2v_scale.errors import ConfigError
 from d2v_scale.modalities.speech.resampling import length_at_16_khz, resampled
 from d2v_scale.shards.reading import RawSample, Store
 from d2v_scale.shards.rows import Row, Stacked
+from d2v_scale.shards.stream import StreamStore
 
 EXTENSIONS = ("flac", "wav", "ogg", "oga", "mp3", "opus", "aiff", "aif", "aifc", "au", "sph", "w64", "caf")
 _LOWEST_RATE, _HIGHEST_RATE = 1000, 1_000_000
