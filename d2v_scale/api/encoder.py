@@ -23,6 +23,7 @@ from d2v_scale.interop.encoder_source import open_encoder
 from d2v_scale.interop.exporting import find_tokenizer
 from d2v_scale.model.pooling import mean_over_positions
 from d2v_scale.recipe import Recipe
+from d2v_scale.shards.content import length_of
 from d2v_scale.shards.reading import SampleFault
 from d2v_scale.shards.rows import Decoder
 
@@ -192,7 +193,7 @@ class Encoder:
         if cut:
             warnings.warn(
                 f"{cut} of {made} samples are longer than the encoder reads ({kind.longest_read(self.recipe.data)} "
-                f"{'samples at 16 kHz' if kind.content == 'recording' else kind.unit}): their beginnings are embedded.",
+                f"{length_of(kind.content).unit}): their beginnings are embedded.",
                 stacklevel=3,
             )
 

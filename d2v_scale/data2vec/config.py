@@ -1,7 +1,7 @@
 """The method's knobs: what is masked, what is regressed, how it is weighed, how the teacher follows."""
 
-from dataclasses import dataclass, field, replace
-from typing import Literal
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal
 
 from d2v_scale.data2vec.own import OwnObjective
 from d2v_scale.data2vec.target_config import TargetConfig
@@ -133,7 +133,7 @@ class ObjectiveConfig:
     @property
     def own(self) -> dict[str, OwnObjective]:
         """What stems do differently, by their names."""
-        single = {"vision": self.vision, "speech": self.speech, "text": self.text}
+        single: dict[str, OwnObjective | None] = {name: getattr(self, name) for name in _SINGLE}
         return {name: own for name, own in single.items() if own is not None} | self.arrays
 
     def section_of(self, name: str) -> str:
@@ -149,7 +149,8 @@ class ObjectiveConfig:
             parts["target"] = replace(parts["target"], layers=None)
         if own is not None and own.further_targets is not None:
             parts["further_targets"] = own.further_targets
-        return replace(self, **parts, vision=None, speech=None, text=None, arrays={})
+        without_own: dict[str, Any] = dict.fromkeys(_SINGLE)
+        return replace(self, **parts, **without_own, arrays={})
 
     @property
     def targets(self) -> list[TargetConfig]:
@@ -162,3 +163,7 @@ class ObjectiveConfig:
         own = getattr(self.own.get(name), section, None)
         is_own = own is not None if section == "further_targets" else getattr(own, field, None) is not None
         return f"{self.section_of(name)}.{section}.{field}" if is_own else key
+
+
+_SINGLE = tuple(found.name for found in fields(ObjectiveConfig) if found.type == OwnObjective | None)
+"""Stems that are called as their kind, and have a field that is called so."""

@@ -17,14 +17,12 @@ from d2v_scale.model.teacher_parts import TeacherParts
 
 if TYPE_CHECKING:
     from d2v_scale.data2vec.targets import Place
-    from d2v_scale.plots.drawing import Drawing
 
 __all__ = [
     "KINDS",
     "Kind",
     "Modality",
     "class_of",
-    "drawing_of",
     "of",
     "published_parts",
     "stems",
@@ -43,28 +41,6 @@ def class_of(kind: Kind) -> type[Modality]:
             return Text
         case "array":
             return Array
-    assert_never(kind)
-
-
-def drawing_of(kind: Kind) -> "Drawing":
-    """How samples that a stem of this kind reads are drawn. Imports matplotlib's users only here."""
-    match kind:
-        case "vision":
-            from d2v_scale.modalities.vision.drawing import ImageDrawing
-
-            return ImageDrawing()
-        case "speech":
-            from d2v_scale.modalities.speech.drawing import RecordingDrawing
-
-            return RecordingDrawing()
-        case "text":
-            from d2v_scale.modalities.text.drawing import TextDrawing
-
-            return TextDrawing()
-        case "array":
-            from d2v_scale.modalities.array.drawing import ArrayDrawing
-
-            return ArrayDrawing()
     assert_never(kind)
 
 

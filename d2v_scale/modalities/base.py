@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from d2v_scale.data2vec.masking import Masks
     from d2v_scale.model.layers import Section
     from d2v_scale.model.stem import Stem
+    from d2v_scale.plots.drawing import Drawing
     from d2v_scale.shards.rows import Decoder
     from d2v_scale.shards.shard_set import ShardSet
 
@@ -226,6 +227,11 @@ class Modality(ABC):
         raise AssertionError(f"{self.name} has no position bias")
 
     # What is looked at
+
+    @classmethod
+    @abstractmethod
+    def build_drawing(cls) -> "Drawing":
+        """How its samples are drawn."""
 
     @abstractmethod
     def raw_features(self, batch: "Batch") -> "Tensor":

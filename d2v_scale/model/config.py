@@ -23,6 +23,9 @@ from d2v_scale.model.stem_config import (
     require_divisor,
 )
 
+_SINGLE = tuple(kind for kind in KINDS if kind != "array")
+"""Kinds of which a model has one stem at most, in the field that is called so."""
+
 
 @dataclass(kw_only=True)
 class Backbone:
@@ -123,13 +126,13 @@ class ModelConfig:
     @property
     def stems(self) -> dict[str, AnyStem]:
         """The stems there are, by name, in a fixed order. The only one of its kind is called as its kind."""
-        single: list[AnyStem | None] = [self.vision, self.speech, self.text]
-        return {stem.kind: stem for stem in single if stem is not None} | self.arrays
+        single: dict[str, AnyStem | None] = {kind: getattr(self, kind) for kind in _SINGLE}
+        return {kind: stem for kind, stem in single.items() if stem is not None} | self.arrays
 
     def _fields(self, stems: Mapping[str, AnyStem]) -> dict[str, Any]:
         """The fields that hold these stems, and no others."""
         arrays = {name: stem for name, stem in stems.items() if isinstance(stem, ArrayStem)}
-        return {kind: stems.get(kind) for kind in KINDS if kind != "array"} | {"arrays": arrays}
+        return {kind: stems.get(kind) for kind in _SINGLE} | {"arrays": arrays}
 
     def key(self, name: str) -> str:
         """The dotted key of the stem `name`."""

@@ -287,7 +287,7 @@ class ArrayStem(StemSettings):
 
 
 AnyStem = VisionStem | SpeechStem | TextStem | ArrayStem
-OneStem = TypeVar("OneStem", VisionStem, SpeechStem, TextStem, ArrayStem)
+OneStem = TypeVar("OneStem", bound=StemSettings)
 
 
 def require_divisor(key: str, divisor: int, of_key: str, number: int) -> None:

@@ -79,7 +79,7 @@ def draw_gallery(folder: Path, gallery: Gallery) -> list[Path]:
     paths = [plot_masks(shown, gallery.kind, folder / "masks.png", decode=word)]
     features = mean_over_layers(gallery.teacher_lnd[-_LAST_LAYERS:])
     features, _ = whitened(features, features)  # as for the k-NN accuracy
-    drawing = modalities.drawing_of(gallery.kind)
+    drawing = modalities.class_of(gallery.kind).build_drawing()
     samples = [drawing.sample(batch, row, decode) for row in range(len(labels))]
     paths.append(plot_neighbours(features, samples, labels, folder / "neighbours.png"))
     first_btd = gallery.first_btd

@@ -39,7 +39,7 @@ def plot_masks(
     masked_bmt = batch.masked_rt.reshape(-1, batch.clones, batch.masked_rt.shape[1])[:samples, :clones].cpu().numpy()
     real = 1.0 if batch.valid is None else float(batch.valid[:samples].float().mean())
     share = masked_bmt.mean() / max(real, 1e-9)
-    figure = modalities.drawing_of(kind).masks(batch, masked_bmt, decode)
+    figure = modalities.class_of(kind).build_drawing().masks(batch, masked_bmt, decode)
     return save(figure, path, f"masks: {share:.0%} of the positions hidden, {clones} of {batch.clones} clones")
 
 

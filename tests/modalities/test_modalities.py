@@ -40,7 +40,7 @@ def test_every_kind_is_in_the_table() -> None:
     answers = [modalities.class_of(kind) for kind in modalities.KINDS]
     assert len(set(answers)) == len(modalities.KINDS) == 4
     for kind in modalities.KINDS:
-        assert modalities.drawing_of(kind) is not None
+        assert modalities.class_of(kind).build_drawing() is not None
 
 
 def test_what_a_modality_says_needs_no_torch() -> None:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from d2v_scale.batch import Batch
     from d2v_scale.data.config import DataConfig
     from d2v_scale.modalities.array.decoder import ArrayDecoder
+    from d2v_scale.modalities.array.drawing import ArrayDrawing
     from d2v_scale.modalities.array.stem import PatchedArrays
     from d2v_scale.model.layers import Section
 
@@ -131,6 +132,13 @@ class Array(Modality):
         inside = rows * (lengths.kept + lengths.extra)
         normed = 0.0 if self.model.backbone.norm_first else inside * (setting.itemsize * self.width + NORM_BYTES)
         return normed + INDEX_BYTES * rows * lengths.kept
+
+    @classmethod
+    def build_drawing(cls) -> "ArrayDrawing":
+        """Arrays."""
+        from d2v_scale.modalities.array.drawing import ArrayDrawing
+
+        return ArrayDrawing()
 
     def raw_features(self, batch: "Batch") -> "Tensor":
         """What the model reads, padding included."""

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from d2v_scale.batch import Batch
     from d2v_scale.data.config import DataConfig
     from d2v_scale.modalities.speech.decoder import SpeechDecoder
+    from d2v_scale.modalities.speech.drawing import RecordingDrawing
     from d2v_scale.modalities.speech.stem import WaveformStem
     from d2v_scale.model.layers import Section
 
@@ -154,3 +155,10 @@ class Speech(RecordingModality):
         pairs = setting.samples * lengths.clones * length * length
         heads = self.model.backbone.heads / setting.tensor
         return 4 * pairs + (setting.itemsize * pairs * heads if setting.kernels == "cuda" else 0)
+
+    @classmethod
+    def build_drawing(cls) -> "RecordingDrawing":
+        """Recordings."""
+        from d2v_scale.modalities.speech.drawing import RecordingDrawing
+
+        return RecordingDrawing()

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from d2v_scale.data.items import TextBlocks
     from d2v_scale.data2vec.masking import Masks
     from d2v_scale.modalities.text.decoder import TextDecoder
+    from d2v_scale.modalities.text.drawing import TextDrawing
     from d2v_scale.modalities.text.stem import TokenStem
     from d2v_scale.model.layers import Section
     from d2v_scale.shards.shard_set import ShardSet
@@ -156,6 +157,13 @@ class Text(Modality):
     def context_bytes(self, lengths: Lengths, setting: Setting) -> float:
         """The choice of visible tokens (2.0)."""
         return INDEX_BYTES * setting.samples * lengths.clones * lengths.kept if self.model.visible_only else 0.0
+
+    @classmethod
+    def build_drawing(cls) -> "TextDrawing":
+        """Texts."""
+        from d2v_scale.modalities.text.drawing import TextDrawing
+
+        return TextDrawing()
 
     def raw_features(self, batch: "Batch") -> "Tensor":
         """How often each token occurs."""

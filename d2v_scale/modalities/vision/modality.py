@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from d2v_scale.batch import Batch
     from d2v_scale.data.config import DataConfig
     from d2v_scale.modalities.vision.decoder import VisionDecoder
+    from d2v_scale.modalities.vision.drawing import ImageDrawing
     from d2v_scale.modalities.vision.stem import PatchStem
     from d2v_scale.model.layers import Section
 
@@ -136,6 +137,13 @@ class Vision(Modality):
         pairs = (lengths.positions + lengths.extra) ** 2
         heads = self.model.backbone.heads / setting.tensor
         return pairs * (INDEX_BYTES + (setting.itemsize * heads if setting.kernels == "cuda" else 0))
+
+    @classmethod
+    def build_drawing(cls) -> "ImageDrawing":
+        """Images."""
+        from d2v_scale.modalities.vision.drawing import ImageDrawing
+
+        return ImageDrawing()
 
     def raw_features(self, batch: "Batch") -> "Tensor":
         """Pixels."""
