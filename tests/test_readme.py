@@ -79,6 +79,22 @@ STAND_INS: dict[str, list[str] | None] = {
     "deepspeed d2v_scale/train.py --resume runs/vit --stop_at 100000": [
         *["d2v_scale/train.py", "--resume", "runs/vit", "--stop_at", "3"]
     ],
+    ".venv/bin/python tools/make_shards.py arrays eeg/train eeg/shards --prefix train": [
+        *["tools/make_shards.py", "arrays", "eeg/train", "eeg/shards", "--prefix", "train"]
+    ],
+    ".venv/bin/python tools/make_shards.py arrays eeg/val eeg/shards --prefix val": [
+        *["tools/make_shards.py", "arrays", "eeg/val", "eeg/shards", "--prefix", "val"]
+    ],
+    "deepspeed d2v_scale/train.py --recipe eeg.yaml --data eeg/shards/train.index.json --run_dir runs/eeg": [
+        *["d2v_scale/train.py", "--recipe", "eeg.yaml", "--data", "eeg/shards/train.index.json"],
+        *["--run_dir", "runs/eeg", "--stop_at", "2", "--global_batch_size", "4"],
+        *["--tracking.enabled", "false", "--data.workers", "0"],
+    ],
+    ".venv/bin/python tools/probe.py runs/eeg --data eeg/shards/train.index.json --test eeg/shards/val.index.json "
+    "--task knn": [
+        *["tools/probe.py", "runs/eeg", "--data", "eeg/shards/train.index.json"],
+        *["--test", "eeg/shards/val.index.json", "--task", "knn"],
+    ],
     "deepspeed --num_gpus 4 d2v_scale/train.py --parallel.pipeline 2 --parallel.tensor 2 "
     "--deepspeed_config ds_configs/pipeline.json": None,
     "deepspeed d2v_scale/train.py --help": ["d2v_scale/train.py", "--help"],
@@ -201,7 +217,8 @@ def test_deepspeed_is_on_the_path_before_it_is_called() -> None:
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory):
-    """A folder with a few labelled images, one recording, one text and one array."""
+    """A folder with a few labelled images, one recording, one text, one array, and the README's recordings of a brain
+    with its recipe of them."""
     import soundfile
 
     folder = tmp_path_factory.mktemp("readme")
@@ -213,6 +230,15 @@ def workplace(tmp_path_factory):
             Image.fromarray(pixels).save(folder / "src" / label / f"{n}.png")
     (folder / "series").mkdir()
     np.save(folder / "series" / "one.npy", rng.standard_normal((2, 50)))
+    for split in ("train", "val"):
+        for label, volts in (("rest", 2e-5), ("task", 6e-5)):
+            (folder / "eeg" / split / label).mkdir(parents=True)
+            for n in range(4):
+                values = volts * rng.standard_normal((19, 900 * (n + 1)))
+                values[3, 50 * n : 80 * n] = np.nan
+                np.save(folder / "eeg" / split / label / f"{n}.npy", values)
+    (recipe,) = papers.blocks(README, "yaml")
+    (folder / "eeg.yaml").write_text(recipe)
     (folder / "waves").mkdir()
     soundfile.write(folder / "waves" / "tone.wav", np.sin(np.arange(8000) / 5), 8000)
     (folder / "transcripts.txt").write_text("tone A LONG NOTE\n")
