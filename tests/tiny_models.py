@@ -101,7 +101,7 @@ ARRAYS = ("v1_series", "v2_maps", "v2_cubes")
 
 
 def modality_of(name: str) -> str:
-    return name.partition("+")[0].split("_")[1]  # type: ignore[return-value]
+    return name.partition("+")[0].split("_")[1]
 
 
 def target_of(name: str) -> TargetConfig:

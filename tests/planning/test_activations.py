@@ -83,6 +83,23 @@ def test_saved_bytes_on_paper_are_those_that_autograd_saves(name: str) -> None:
     assert sum(one.saved for one in layers) == pytest.approx(sum(measured.values()), rel=0.05)
 
 
+@pytest.mark.parametrize("name", ["v2_vision", "v2_speech", "v2_maps"])
+def test_a_norm_that_a_context_does_not_have_is_not_counted(name: str) -> None:
+    """In 2.0 with norm_first, as in the joint recipes, the blocks normalise their own input."""
+    setting = Setting(samples=4, itemsize=4, kernels="cpu")
+    batch = tiny_models.batch(name, samples=4, clones=3)
+    paper, measured = [], []
+    for norm_first in (False, True):
+        model = tiny_models.model(name, norm_first=norm_first)
+        layers = activations.activations(model, tiny_models.modality_of(name), lengths_of(name, model, batch), setting)
+        [context] = [one for one in layers if one.layer.kind == "context"]
+        below = saved_bytes(student_of(model), batch)
+        paper.append(context.saved)
+        measured.append(sum(size for key, size in below.items() if f"{key}.".startswith(f"{context.layer.name}.")))
+    assert paper[0] - paper[1] == pytest.approx(measured[0] - measured[1], rel=0.05)
+    assert paper[0] > paper[1]
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_dropout_keeps_its_masks(dropout: float) -> None:
     model = tiny_models.model("v1_text", dropout=dropout, activation_dropout=dropout)

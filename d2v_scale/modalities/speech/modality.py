@@ -147,7 +147,9 @@ class Speech(RecordingModality):
         inside, full = rows * (lengths.kept + lengths.extra), rows * lengths.positions
         convolutions = self.stem.pos_conv_depth * full * (3 * size * self.width + NORM_BYTES)
         chosen = 2 * INDEX_BYTES * inside if self.model.visible_only else 0.0
-        return convolutions + full + chosen + inside * (size * self.width + NORM_BYTES)
+        is_normed = not (self.model.visible_only and self.model.backbone.norm_first)
+        normed = inside * (size * self.width + NORM_BYTES) if is_normed else 0.0
+        return convolutions + full + chosen + normed
 
     def bias_bytes(self, lengths: Lengths, setting: Setting) -> float:
         """Distances, and on a GPU the bias."""

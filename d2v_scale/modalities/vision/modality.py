@@ -130,7 +130,8 @@ class Vision(Modality):
         if not self.model.visible_only:
             return rows * lengths.positions
         inside = rows * (lengths.kept + lengths.extra)
-        return inside * (setting.itemsize * self.width + NORM_BYTES) + INDEX_BYTES * rows * lengths.kept
+        normed = 0.0 if self.model.backbone.norm_first else inside * (setting.itemsize * self.width + NORM_BYTES)
+        return normed + INDEX_BYTES * rows * lengths.kept
 
     def bias_bytes(self, lengths: Lengths, setting: Setting) -> float:
         """The index of the table, and on a GPU the bias."""
