@@ -33,6 +33,20 @@ def sound_samples(count: int, rate: int = 16000, seconds: tuple[float, float] = 
     return samples
 
 
+def npy(array: np.ndarray) -> bytes:
+    """A `.npy` file."""
+    content = io.BytesIO()
+    np.save(content, array)
+    return content.getvalue()
+
+
+def npz(**arrays: np.ndarray) -> bytes:
+    """A compressed `.npz` file."""
+    content = io.BytesIO()
+    np.savez_compressed(content, **arrays)  # type: ignore[arg-type]
+    return content.getvalue()
+
+
 def documents(count: int) -> list[str]:
     """Texts of 3 to 60 words."""
     rng = np.random.default_rng(3)

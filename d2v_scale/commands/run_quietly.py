@@ -1,4 +1,4 @@
-"""Running this repository's programs from its tools."""
+"""Running programs of this package from others, which say only what went wrong."""
 
 import subprocess
 from typing import Any

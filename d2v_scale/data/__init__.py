@@ -1,0 +1,1 @@
+"""From shards to batches, in worker processes: sources, mixtures, labels, and what is counted of them."""

@@ -64,7 +64,7 @@ def _read(
 
 
 class Collator:
-    """Makes batches of one modality: inputs, masks, and what a 1.0 text student reads."""
+    """Makes batches for one stem: inputs, masks, and what a student reads where masks change the inputs (1.0 text)."""
 
     def __init__(
         self,
@@ -77,7 +77,7 @@ class Collator:
         labels: Labels | None = None,
     ) -> None:
         """`labels`: how the rows' labels become those of the batch; None: rows have none."""
-        self._modality: str = modality
+        self._modality = modality
         self._stem = modalities.of(model, modality)
         self._decoder = decoder
         self._masking = masks

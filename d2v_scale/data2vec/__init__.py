@@ -1,0 +1,1 @@
+"""The method: masks, targets, loss, EMA, signs of collapse. Pure: no input or output, no ranks."""

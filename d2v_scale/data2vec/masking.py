@@ -90,7 +90,12 @@ def _collate(
     if length is None:
         raise ConfigError("objective.masking.kind", f"{kind!r} needs a length or a grid.")
     if kind in ("blockwise", "block2d") and (grid is None or len(grid) != 2):
-        raise ConfigError("objective.masking.kind", f"{kind!r} masks patches of a grid; speech and text have none.")
+        axes = 1 if grid is None else len(grid)
+        raise ConfigError(
+            "objective.masking.kind",
+            f"is {kind!r}, which masks rectangles of a grid of two axes, but the positions lie along {axes}",
+            "Give random, block1d or blocks.",
+        )
 
     if kind == "blocks":
         shape = grid or (length,)

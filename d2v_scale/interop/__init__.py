@@ -1,0 +1,1 @@
+"""Weights of other libraries to ours and back, one table of names a library."""

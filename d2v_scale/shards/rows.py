@@ -58,7 +58,7 @@ class Viewer(Protocol):
 
 
 class Decoder(Protocol):
-    """How one modality's samples become rows and rows a batch."""
+    """How the samples of one stem become rows, and rows a batch."""
 
     draws: int
     """Uniforms that `training_row` takes."""

@@ -6,17 +6,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_shards import npy
 
 from d2v_scale.conversion.array_members import ArrayReading, Layout, array_members
 from d2v_scale.shards.array_files import npy_of
 
 TYPES = ["?", "<i1", "<u2", ">u2", "<i8", ">i4", "<f2", ">f4", "<f4", "<f8", ">f8"]
-
-
-def npy(array: np.ndarray) -> bytes:
-    out = io.BytesIO()
-    np.save(out, array)
-    return out.getvalue()
 
 
 def npz(compressed: bool, **arrays: np.ndarray) -> bytes:

@@ -1,6 +1,5 @@
 """Indexes and statistics of shards of arrays, as a user has them; moments against NumPy's."""
 
-import io
 import json
 import re
 from collections.abc import Callable
@@ -11,24 +10,12 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_shards import image_samples
+from small_shards import image_samples, npy, npz
 
 from d2v_scale.commands import index_shards, inspect_shards
 from d2v_scale.conversion.array_statistics import Moments
 from d2v_scale.shards.shard_index import SetIndex
 from d2v_scale.shards.writing import Sample, write_shard
-
-
-def npy(array: np.ndarray) -> bytes:
-    out = io.BytesIO()
-    np.save(out, array)
-    return out.getvalue()
-
-
-def npz(**arrays: np.ndarray) -> bytes:
-    out = io.BytesIO()
-    np.savez_compressed(out, **arrays)  # type: ignore[arg-type]
-    return out.getvalue()
 
 
 def samples(arrays: list[np.ndarray]) -> list[Sample]:

@@ -1,20 +1,14 @@
 """What the first sample of a tar says of all."""
 
-import io
 from pathlib import Path
 
 import numpy as np
 import pytest
+from small_shards import npy
 
 from d2v_scale.conversion.recognising import recognised
 from d2v_scale.errors import DataError
 from d2v_scale.shards.writing import write_shard
-
-
-def npy(array: np.ndarray) -> bytes:
-    out = io.BytesIO()
-    np.save(out, array)
-    return out.getvalue()
 
 
 @pytest.mark.parametrize(

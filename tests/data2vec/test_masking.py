@@ -129,6 +129,13 @@ def test_a_kind_that_does_not_fit_its_input_is_a_config_error(config: MaskingCon
         collate(config, sample_ids=[0], seed=0, step=0, **place)
 
 
+@pytest.mark.parametrize(("place", "axes"), [({"length": 16}, 1), ({"grid": (2, 2, 4)}, 3)])
+def test_masks_of_rectangles_say_which_axes_there_are_and_what_fits(place: dict, axes: int) -> None:
+    """They blamed speech and text, whatever the stem was, and named no remedy."""
+    with pytest.raises(ConfigError, match=rf"lie along {axes}\. Give random, block1d or blocks"):
+        collate(MaskingConfig(kind="block2d"), sample_ids=[0], seed=0, step=0, **place)
+
+
 def plain_spans(generator: np.random.Generator, rows: int, length: int) -> np.ndarray:
     """Row by row, as one would write it first."""
     masked = np.zeros((rows, length), dtype=bool)

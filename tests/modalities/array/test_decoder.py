@@ -1,12 +1,12 @@
 """Arrays from shards to batches: crops, padding, missing values, and what is refused in words."""
 
-import io
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from small_shards import npy, npz
 
 from d2v_scale import modalities
 from d2v_scale.data.config import DataConfig, SourceConfig
@@ -21,18 +21,6 @@ from d2v_scale.shards.writing import write_set
 
 TIME = ArrayAxis(patch=2, extent=8)
 CROPPED = ArrayAxis(patch=2, extent=8, longer="crop")
-
-
-def npy(array: np.ndarray) -> bytes:
-    out = io.BytesIO()
-    np.save(out, array)
-    return out.getvalue()
-
-
-def npz(**arrays: np.ndarray) -> bytes:
-    out = io.BytesIO()
-    np.savez_compressed(out, **arrays)
-    return out.getvalue()
 
 
 def store_of(folder: Path, members: list[dict[str, Any]]) -> SampleStore:

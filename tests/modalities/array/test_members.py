@@ -1,24 +1,11 @@
 """What of an array no training could use, said in words."""
 
-import io
-
 import numpy as np
 import pytest
+from small_shards import npy, npz
 
 from d2v_scale.conversion.measures import measure_of
 from d2v_scale.modalities.array import members
-
-
-def npy(array: np.ndarray) -> bytes:
-    out = io.BytesIO()
-    np.save(out, array)
-    return out.getvalue()
-
-
-def npz(**arrays: np.ndarray) -> bytes:
-    out = io.BytesIO()
-    np.savez_compressed(out, **arrays)
-    return out.getvalue()
 
 
 def test_the_length_is_the_extent_of_the_first_axis_after_the_channels() -> None:
