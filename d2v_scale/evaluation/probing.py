@@ -1,7 +1,6 @@
 """What an encoder is worth on labelled shards: `d2v probe`."""
 
 import argparse
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -34,7 +33,6 @@ from d2v_scale.tracking import log_evaluation
 from d2v_scale.tracking.record import METRICS_FILE
 
 LAST_LAYERS = 4
-Score = Callable[[Tensor, Tensor, Tensor, Tensor], float]
 
 
 def probe(arguments: argparse.Namespace) -> dict[str, object]:

@@ -10,24 +10,27 @@ from d2v_scale.model.pooling import mean_over_positions
 
 PROJECTION = 256
 """Channels that speech is pooled in (the SUPERB convention)."""
-_VISION_EPS = 1e-6
+_PATCH_EPS = 1e-6
 
 
-class ImageHead(nn.Module):
-    """Mean of the patches, norm, linear (spec 7.2)."""
+class PatchHead(nn.Module):
+    """Mean of the real patches, norm, linear (spec 7.2)."""
 
     def __init__(self, width: int, outputs: int, scale: float) -> None:
         """`scale`: of the linear's first weights. 1.0 starts near zero."""
         super().__init__()
-        self.norm = nn.LayerNorm(width, _VISION_EPS)
+        self.norm = nn.LayerNorm(width, _PATCH_EPS)
         self.out = nn.Linear(width, outputs)
         # Cut at 2, which is timm's default and next to never reached.
         linear_rules(self.out, InitRule("truncated", 0.02 * scale, 2 * scale))
 
     def forward(self, states_btd: Tensor, valid_bt: Tensor | None) -> Tensor:
         """(B, T, D) to (B, outputs)."""
-        del valid_bt
-        return self.out(self.norm(states_btd.mean(dim=1)))
+        if valid_bt is None:
+            pooled_bd = states_btd.mean(dim=1)
+        else:
+            pooled_bd = mean_over_positions(states_btd, valid_bt).to(states_btd.dtype)
+        return self.out(self.norm(pooled_bd))
 
 
 class TextHead(nn.Module):

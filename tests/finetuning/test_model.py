@@ -9,6 +9,7 @@ from d2v_scale.finetuning.model import TaskModel
 from d2v_scale.finetuning.step import ctc_loss_sum
 from d2v_scale.modalities.speech.stem import masked_channels
 from d2v_scale.model.init import initialize
+from d2v_scale.model.stem_config import ArrayStem
 from d2v_scale.networks.draw import Draw
 
 
@@ -49,6 +50,22 @@ def test_what_lies_in_the_padding_does_not_change_what_a_recording_is_classified
     silent = model(batch, Draw(0, 0))
     assert batch.valid is not None
     batch.inputs = torch.where(batch.valid, batch.inputs, 3.0)
+    assert torch.allclose(model(batch, Draw(0, 0)), silent, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", tiny_models.ARRAYS)
+def test_what_lies_in_the_padding_does_not_change_what_an_array_is_classified_as(name: str) -> None:
+    """The head's mean was over padding and patches that miss a value, too."""
+    model = made(name, TaskConfig(classes=5)).eval()
+    batch = tiny_models.batch(name, padded=True)
+    [stem] = model.encoder.config.stems.values()
+    assert isinstance(stem, ArrayStem)
+    assert batch.valid is not None
+    real = batch.valid.view(-1, *stem.grid)
+    for axis, steps in enumerate(stem.patch):
+        real = real.repeat_interleave(steps, dim=1 + axis)
+    silent = model(batch, Draw(0, 0))
+    batch.inputs = torch.where(real[:, None], batch.inputs, 3.0)
     assert torch.allclose(model(batch, Draw(0, 0)), silent, atol=1e-6)
 
 

@@ -103,9 +103,9 @@ class Array(Modality):
 
     def build_head(self, outputs: int) -> "nn.Module":
         """Mean of the real patches."""
-        from d2v_scale.finetuning.heads import ImageHead
+        from d2v_scale.finetuning.heads import PatchHead
 
-        return ImageHead(self.width, outputs, scale=1.0 if self.model.visible_only else 0.001)
+        return PatchHead(self.width, outputs, scale=1.0 if self.model.visible_only else 0.001)
 
     def feature_flops(self, lengths: Lengths) -> list[float]:
         """The patch embedding."""

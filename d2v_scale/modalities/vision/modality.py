@@ -102,9 +102,9 @@ class Vision(Modality):
 
     def build_head(self, outputs: int) -> "nn.Module":
         """Mean of the patches."""
-        from d2v_scale.finetuning.heads import ImageHead
+        from d2v_scale.finetuning.heads import PatchHead
 
-        return ImageHead(self.width, outputs, scale=1.0 if self.model.visible_only else 0.001)
+        return PatchHead(self.width, outputs, scale=1.0 if self.model.visible_only else 0.001)
 
     @property
     def keeps_predictor(self) -> bool:
