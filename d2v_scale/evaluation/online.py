@@ -1,5 +1,6 @@
 """What the teacher's representations are worth while it trains: k-NN accuracy, and pictures."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -195,16 +196,20 @@ def first_batches(batches: LabelledBatches, samples: int, size: int) -> tuple[Ba
         return F.pad(x, (0, wanted - x.shape[-1]))
 
     def valid(one: Batch) -> Tensor:
-        return torch.ones_like(one.inputs, dtype=torch.bool) if one.valid is None else one.valid
+        # Of a line of values what is said of each of them, of arrays of positions (`Batch.valid`).
+        places = one.inputs if one.inputs.dim() == 2 else one.masked_rt
+        return torch.ones_like(places, dtype=torch.bool) if one.valid is None else one.valid
 
+    said = max(valid(one).shape[1] for one, _ in taken)
     alike = all(one.valid is None and one.inputs.shape[1:] == first.inputs.shape[1:] for one, _ in taken)
     cut: dict[str, Any] = {"layout": None, "keys": tuple(key for one, _ in taken for key in one.keys)}
     joined = replace(
         first,
         **cut,
         inputs=torch.cat([padded(one.inputs, length) for one, _ in taken]),
-        valid=torch.cat([padded(valid(one), length) for one, _ in taken]) if not alike else None,
+        valid=torch.cat([padded(valid(one), said) for one, _ in taken]) if not alike else None,
         masked_rt=torch.cat([padded(one.masked_rt, positions) for one, _ in taken]),
+        grid=max((one.grid for one, _ in taken), key=math.prod),
         sample_ids=torch.cat([one.sample_ids for one, _ in taken]),
     )
     return joined, torch.cat([labels_b for _, labels_b in taken])

@@ -1,4 +1,7 @@
+from dataclasses import replace
+
 import pytest
+import tiny_models
 import torch
 
 from d2v_scale.batch import Batch
@@ -41,3 +44,23 @@ def test_batches_of_different_lengths_become_one() -> None:
 def test_limits_hold_except_for_the_first_batch(samples: int, size: int, taken: int) -> None:
     batch, labels = first_batches(speech([[3, 2], [4, 4], [2, 1]]), samples=samples, size=size)
     assert len(labels) == len(batch.inputs) == taken
+
+
+@pytest.mark.parametrize("name", tiny_models.ARRAYS)
+def test_batches_of_arrays_become_one_where_some_are_whole(name: str) -> None:
+    """What is said of patches was taken for what is said of values: the pictures at its end ended a run."""
+    batches = [tiny_models.batch(name, padded=padded) for padded in (True, False, True)]
+    shown = [replace(one, masked_rt=torch.zeros_like(one.masked_rt), real_bt=None, layout=None) for one in batches]
+    batch, _ = first_batches([(one, one.sample_ids) for one in shown], samples=9, size=10**6)
+    whole = torch.ones_like(shown[1].masked_rt)
+    assert batch.valid is not None
+    assert torch.equal(batch.valid, torch.cat([whole if one.valid is None else one.valid for one in shown]))
+    assert torch.equal(batch.inputs, torch.cat([one.inputs for one in shown]))
+    assert batch.grid == shown[0].grid
+
+
+def test_a_grid_of_joined_recordings_is_that_of_the_longest() -> None:
+    lines = speech([[3, 2], [4, 4]], samples_a_frame=4)
+    on_grids = [(replace(one, grid=(one.masked_rt.shape[1], 1)), labels) for one, labels in lines]
+    batch, _ = first_batches(on_grids, samples=4, size=10**6)
+    assert batch.grid == (4, 1)
