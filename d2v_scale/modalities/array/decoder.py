@@ -12,7 +12,9 @@ from d2v_scale.shards.array_files import ArrayFile, open_npy
 from d2v_scale.shards.reading import RawSample, SampleFault, SampleStore, Store
 from d2v_scale.shards.rows import Row, Stacked
 
-_NORM_EPS = 1e-5
+_LEAST_STD = 1e-30
+"""What varies less is constant. Recordings in -1 ... 1 have a larger one, but values are in any unit here: microvolts
+that are stored in volts have a variance of 1e-10."""
 
 Values = NDArray[np.float32]
 
@@ -182,11 +184,11 @@ class ArrayDecoder:
 
 
 def _standardised(values: Values, axes: tuple[int, ...]) -> Values:
-    """Mean 0 and variance 1 over these axes, of what is not missing; what is missing stays so."""
+    """Mean 0 and variance 1 over these axes, of what is not missing. What is missing stays so; constants become 0."""
     there = ~np.isnan(values)
     count: Any = np.maximum(there.sum(axis=axes, keepdims=True), 1)
     mean = np.where(there, values, 0).sum(axis=axes, keepdims=True, dtype=np.float64) / count
     centred = values - mean.astype(np.float32)
     squares = np.square(np.where(there, centred, 0), dtype=np.float64)
-    variance = squares.sum(axis=axes, keepdims=True) / count
-    return centred * (1 / np.sqrt(variance + _NORM_EPS)).astype(np.float32)
+    std = np.sqrt(squares.sum(axis=axes, keepdims=True) / count)
+    return centred * np.where(std > _LEAST_STD, 1 / np.maximum(std, _LEAST_STD), 0).astype(np.float32)

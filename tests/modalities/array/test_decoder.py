@@ -137,6 +137,28 @@ def test_no_patch_that_misses_a_value_is_seen_or_predicted(tmp_path: Path) -> No
     assert stacked.inputs.isfinite().all()
 
 
+@pytest.mark.parametrize("normalise", ["sample", "channel"])
+def test_values_in_a_small_unit_are_normalised_too(normalise: str, tmp_path: Path) -> None:
+    """Microvolts stored in volts: a variance below what was added to it left values of 0.01."""
+    stem = ArrayStem(channels=2, axes={"time": TIME}, normalise=normalise)  # type: ignore[arg-type]
+    values = np.random.default_rng(0).standard_normal((2, 8))
+    for unit in (1e-6, 1e-20, 1.0, 1e12):
+        [row] = rows_of(tmp_path, stem, values * unit)
+        over = None if normalise == "sample" else 1
+        assert row.mean(axis=over) == pytest.approx(0, abs=1e-6)
+        assert row.std(axis=over) == pytest.approx(1, rel=1e-5)
+
+
+def test_a_channel_that_does_not_vary_becomes_zero(tmp_path: Path) -> None:
+    stem = ArrayStem(channels=2, axes={"time": TIME}, normalise="channel")
+    for constant in (0.0, 0.1, -12345.678, 1e-40, 3e38):
+        values = np.arange(16.0).reshape(2, 8)
+        values[1] = constant
+        [row] = rows_of(tmp_path, stem, values)
+        assert row[0].std() == pytest.approx(1)
+        assert not row[1].any()
+
+
 @pytest.mark.parametrize("visible_only", [False, True])
 def test_masks_hide_what_is_there_and_count_nothing_else(visible_only: bool, tmp_path: Path) -> None:
     """Of the loader's batches: padding and missing patches are neither predicted nor, in 1.0, masked."""
