@@ -145,6 +145,8 @@ def _encoded(text: str) -> bytes:
 
 
 def _npy(values: NDArray[Any]) -> bytes:
+    if values.dtype.hasobject:
+        raise ValueError(f"holds values of type {values.dtype}, which are no numbers: nothing is pickled")
     return _written(lambda file: np.save(file, values, allow_pickle=False))
 
 

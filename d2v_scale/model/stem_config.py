@@ -173,6 +173,11 @@ class TextStem(StemSettings):
 
 MOST_AXES = 4
 """After the channels."""
+_MOST_POSITIONS = 1 << 20
+"""Of a sample: far above what attention holds, and few enough to be counted and masked."""
+_MOST_VALUES = 1 << 31
+_LARGEST = 1e38
+"""32-bit numbers hold this and its reciprocal."""
 
 
 @dataclass(kw_only=True)
@@ -217,8 +222,8 @@ class ArrayStem(StemSettings):
     log_floor: float = 1e-6
     """What smaller values count as under `log`."""
     normalise: Literal["none", "sample", "channel", "moments"] = "none"
-    """After the transform. To mean 0 and variance 1 over what is read of a `sample`, or over each `channel` of it;
-    `moments`: by the fixed `mean` and `std`."""
+    """After the transform. To mean 0 and variance 1 over what is read of a `sample`, or over each `channel` of it (what
+    does not vary becomes 0); `moments`: by the fixed `mean` and `std`."""
     mean: list[float] = field(default_factory=list)
     """Of each channel, or one of all (`moments`)."""
     std: list[float] = field(default_factory=list)
@@ -267,12 +272,21 @@ class ArrayStem(StemSettings):
                 raise ConfigError(f"{where}.unit", f"is {axis.unit!r}", "Use letters only.")
         if math.prod(self.grid) < 2:
             raise ConfigError(f"{key}.axes", "make a single patch of a sample", "Give smaller patches, or more steps.")
+        if (positions := math.prod(self.grid)) > _MOST_POSITIONS:
+            remedy = "Give larger patches, or smaller extents (longer: crop reads a part)."
+            raise ConfigError(f"{key}.axes", f"make {positions} patches of a sample", remedy)
+        if (values := self.channels * math.prod(self.extents)) >= _MOST_VALUES:
+            remedy = "Give fewer channels, or smaller extents (longer: crop reads a part)."
+            raise ConfigError(key, f"makes {values} values of a sample", remedy)
         if self.positions == "sincos" and width < 2 * len(self.axes):
             raise ConfigError(
                 "model.backbone.width",
                 f"is {width}, too few for sine and cosine along {len(self.axes)} axes",
                 f"Give at least {2 * len(self.axes)}.",
             )
+        if self.log_floor < 1 / _LARGEST:
+            shown = f"is {self.log_floor}, which 32-bit numbers take for 0"
+            raise ConfigError(f"{key}.log_floor", shown, f"Give at least {1 / _LARGEST:g}.")
         self._check_moments(key)
 
     def _check_moments(self, key: str) -> None:
@@ -284,6 +298,10 @@ class ArrayStem(StemSettings):
             if self.normalise == "moments" and given not in (1, self.channels):
                 remedy = f"Give one number, or one a channel: {self.channels}."
                 raise ConfigError(f"{key}.{name}", f"has {given} values", remedy)
+        if any(abs(mean) > _LARGEST for mean in self.mean):
+            raise ConfigError(f"{key}.mean", f"is {self.mean}, too large for 32-bit numbers")
+        if any(not 1 / _LARGEST <= std <= _LARGEST for std in self.std):
+            raise ConfigError(f"{key}.std", f"is {self.std}, too small or too large for 32-bit numbers")
 
 
 AnyStem = VisionStem | SpeechStem | TextStem | ArrayStem

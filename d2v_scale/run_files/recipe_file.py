@@ -20,6 +20,7 @@ from d2v_scale.data2vec.target_config import TargetConfig
 from d2v_scale.errors import ConfigError
 from d2v_scale.recipe import Recipe, to_dict
 from d2v_scale.redaction import redact_values
+from d2v_scale.run_files.value_kinds import check_keys_once, check_kind
 
 _MARK = "\ue000"  # of Unicode's private use area
 _PLAIN = re.compile(r"[A-Za-z_/][A-Za-z0-9_./-]*")
@@ -173,9 +174,11 @@ def for_parser(path: Path, named: Mapping[str, Any] | None = None) -> str:
     parser can say what is wrong with it. `named`: what else is to be in it, by dotted keys (`take_named`). Raises
     ConfigError for keys below a name of the user's own that there are not, which the parser would not name."""
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        values = yaml.safe_load(text)
     except (OSError, ValueError, yaml.YAMLError):
         return str(path)
+    check_keys_once(text)
     if not isinstance(values, dict):
         return str(path)
     for key, value in (named or {}).items():
@@ -242,6 +245,8 @@ def _check_named(values: Any, owner: type, prefix: str, *, below: bool = False) 
             near = difflib.get_close_matches(str(name), fields, n=1)
             remedy = f"Did you mean {prefix + near[0]!r}?" if near else f"There are {', '.join(fields)}."
             raise ConfigError(f"{prefix}{name}", "is not a key of a recipe", remedy)
+        if below:
+            check_kind(f"{prefix}{name}", value, kinds[name])
         section = _section(kinds[name])
         if section is None or not isinstance(value, dict):
             continue
@@ -249,6 +254,8 @@ def _check_named(values: Any, owner: type, prefix: str, *, below: bool = False) 
             _check_named(value, section, f"{prefix}{name}.", below=below)
             continue
         for called, inner in value.items():
+            if not isinstance(called, str):
+                raise ConfigError(f"{prefix}{name}", f"has the name {called!r}, which is no text", "Use letters.")
             if not isinstance(inner, dict):
                 raise ConfigError(f"{prefix}{name}.{called}", f"is {inner!r}, no section", "Give its keys and values.")
             _check_named(inner, section, f"{prefix}{name}.{called}.", below=True)

@@ -289,6 +289,13 @@ def test_bytes_are_decoded_whatever_they_are_called() -> None:
     assert list(members_of("array", np.zeros((2, 3)))) == ["npy"]
 
 
+def test_an_array_of_objects_is_refused_as_one() -> None:
+    from d2v_scale.api.given import members_of
+
+    with pytest.raises(ValueError, match="holds values of type object, which are no numbers: nothing is pickled"):
+        members_of("array", np.array([[1, None]]))
+
+
 def test_imported_weights_and_folders_of_others_are_encoders(runs: dict[str, Path], tmp_path: Path) -> None:
     """A Hugging Face folder without our note of its origin, and the checkpoint that `d2v import` makes of it."""
     folder = tmp_path / "vit"

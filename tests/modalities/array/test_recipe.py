@@ -128,12 +128,55 @@ def test_axes_in_another_order_are_another_experiment(written: Path) -> None:
         ("log_floor=0", "log_floor", "is 0"),
         ("axes.time.rate=-1", "axes.time.rate", "is -1"),
         ("predictor.width=30", "predictor.groups", "4 does not divide"),
+        ("axes.time.extent=250000000", "axes", "make 120000000 patches of a sample. Give larger patches"),
+        ("channels=1000000", "", "makes 30000000000 values of a sample. Give fewer channels"),
+        ("log_floor=1e-60", "log_floor", "is 1e-60, which 32-bit numbers take for 0"),
+        ("axes.time.rate=500 Hz", "axes.time.rate", "is '500 Hz'. Give a number or null"),
+        ("axes.time.rate=true", "axes.time.rate", "is True. Give a number or null"),
+        ("axes.time.patch=2.5", "axes.time.patch", "is 2.5. Give a whole number"),
+        ("axes.time.longer=pad", "axes.time.longer", "is 'pad'. Give one of refuse, crop"),
+        ("axes.time.unit=null", "axes.time.unit", "is None. Give text"),
+        ("transform=log_mel", "transform", "is 'log_mel'. Give one of none, log"),
+        ("mean=0.5", "mean", "is 0.5. Give a list, each a number"),
+        ("axes=null", "axes", "is None. Give names, each with keys and values"),
+        ("axes={1: {extent: 2}}", "axes", "has the name 1, which is no text"),
+        ("axes=[2500]", "axes", r"is \[2500\]. Give names, each with keys and values"),
     ],
 )
 def test_what_does_not_fit_is_refused_with_its_key_and_numbers(given: str, key: str, said: str, written: Path) -> None:
     with pytest.raises(ConfigError, match=said) as error:
         parsed(written, f"--model.arrays.ecg.{given}")
-    assert error.value.key in (f"model.arrays.ecg.{key}", "model.predictor.groups")
+    assert error.value.key in (f"model.arrays.ecg.{key}".rstrip("."), "model.predictor.groups")
+
+
+@pytest.mark.parametrize("std", ["0", "1e-60", "1e60"])
+def test_a_deviation_that_makes_values_infinite_is_refused(std: str, written: Path) -> None:
+    arguments = [
+        "--model.arrays.ecg.normalise=moments",
+        "--model.arrays.ecg.mean=[0]",
+        f"--model.arrays.ecg.std=[{std}]",
+    ]
+    with pytest.raises(ConfigError) as error:
+        parsed(written, *arguments)
+    assert error.value.key == "model.arrays.ecg.std"
+
+
+def test_an_axis_that_is_named_twice_is_not_lost(written: Path) -> None:
+    """YAML takes the last of two equal keys: an axis was gone without a word."""
+    text = written.read_text()
+    assert text.count("        time:\n") == 1
+    written.write_text(text.replace("        time:\n", "        lead: {patch: 1, extent: 2}\n        time:\n"))
+    with pytest.raises(ConfigError, match=r"model\.arrays\.ecg\.axes\.lead: stands twice, in lines \d+ and \d+"):
+        parsed(written)
+
+
+def test_blocks_of_a_grid_are_refused_along_other_axes_in_words_that_fit(written: Path) -> None:
+    axes = "{a: {extent: 4}, b: {extent: 4}, c: {extent: 4}}"
+    masks = ["--objective.masking.kind=block2d", "--objective.masking.size=null"]
+    with pytest.raises(
+        ConfigError, match="which masks rectangles of a grid of two axes, but the positions lie along 3"
+    ):
+        parsed(written, f"--model.arrays.ecg.axes={axes}", *masks)
 
 
 @pytest.mark.parametrize("name", ["vision", "array", "shared", "a-b", "1st"])
