@@ -13,7 +13,7 @@ from d2v_scale.data.config import DataConfig, SourceConfig
 from d2v_scale.data2vec import own
 from d2v_scale.data2vec.config import HealthConfig, LossConfig, MaskingConfig, ObjectiveConfig, TargetConfig
 from d2v_scale.errors import ConfigError
-from d2v_scale.model.config import Backbone, ModelConfig, Predictor
+from d2v_scale.model.config import Predictor
 from d2v_scale.model.stem_config import OwnPredictor
 from d2v_scale.networks.draw import Draw
 from d2v_scale.networks.stack import Student
@@ -27,27 +27,6 @@ from d2v_scale.recipe import Recipe
 
 TEXT = "{modality: text, shards: t"
 JOINT = ("d2v2_joint_base", "d2v2_joint_base_shared_decoder", "d2v2_joint_large")
-
-
-def joint_model(**predictor: Any) -> ModelConfig:
-    """Three stems that differ in prenet, dropout and decoder."""
-    vision, speech, text = (
-        tiny_models.vision("sincos"),
-        tiny_models.speech(alibi=True),
-        tiny_models.text(),
-    )
-    if not predictor.get("shared"):
-        vision.predictor = OwnPredictor(kind="conv2d", width=16, kernel=3, final_norm=True)
-    vision.prenet_depth, speech.input_dropout = 2, 0.1
-    decoder = dataclasses.replace(tiny_models.decoder("conv1d"), **predictor)
-    return ModelConfig(
-        visible_only=True,
-        vision=vision,
-        speech=speech,
-        text=text,
-        backbone=Backbone(**{**tiny_models.POST, "prenet_depth": 1}),
-        predictor=decoder,
-    )
 
 
 @pytest.mark.parametrize(
@@ -127,7 +106,7 @@ def losses(recipe: Recipe, *names: str) -> list[float]:
 
 @pytest.mark.parametrize("predictor", [{}, {"shared": True}])
 def test_stems_that_differ_in_everything_train_together(predictor: dict[str, Any]) -> None:
-    recipe = Recipe(model=joint_model(**predictor), objective=ObjectiveConfig(target=tiny_models.TAPS))
+    recipe = Recipe(model=tiny_models.joint(**predictor), objective=ObjectiveConfig(target=tiny_models.TAPS))
     recipe.objective.vision = own.OwnObjective(masking=own.OwnMasking(clones=4), target=own.OwnTarget(top_k_layers=1))
     recipe.objective.text = own.OwnObjective(loss=own.OwnLoss(beta=1.0, weight=0.5))
     found = losses(recipe, "v2_vision", "v2_speech", "v2_text")
@@ -162,7 +141,7 @@ def test_a_rate_for_a_stem_that_is_not_there_is_refused() -> None:
 
 
 def test_costs_and_stages_know_what_is_a_stems_own() -> None:
-    recipe = Recipe(model=joint_model(), objective=ObjectiveConfig(target=tiny_models.TAPS))
+    recipe = Recipe(model=tiny_models.joint(), objective=ObjectiveConfig(target=tiny_models.TAPS))
     recipe.objective.masking = MaskingConfig(kind="random", prob=0.5)
     recipe.objective.vision = own.OwnObjective(masking=own.OwnMasking(clones=4, prob=0.75))
     lengths = {name: flops.lengths_of(recipe, name) for name in recipe.model.modalities}

@@ -11,7 +11,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from target_engines import engines, saved
-from test_own_settings import joint_model
 
 from d2v_scale.checkpoint import training
 from d2v_scale.command_line import parse
@@ -217,7 +216,7 @@ def test_names_are_the_kinds_and_must_differ(kinds: list[str]) -> None:
 
 
 def test_stems_that_share_a_predictor_share_the_heads_of_a_name() -> None:
-    recipe = Recipe(model=joint_model(shared=True), objective=ObjectiveConfig())
+    recipe = Recipe(model=tiny_models.joint(shared=True), objective=ObjectiveConfig())
     recipe.objective.target.top_k_layers = 2
     recipe.objective.further_targets = [CODES]
     recipe._check_shared_heads()

@@ -1,5 +1,6 @@
 """One small model of every kind, and batches for it."""
 
+import dataclasses
 import math
 
 import torch
@@ -10,7 +11,7 @@ from d2v_scale.batch import Batch
 from d2v_scale.data2vec.config import TargetConfig
 from d2v_scale.model.config import Backbone, ModelConfig, Predictor
 from d2v_scale.model.init import InitRule
-from d2v_scale.model.stem_config import ArrayAxis, ArrayStem, SpeechStem, TextStem, VisionStem
+from d2v_scale.model.stem_config import ArrayAxis, ArrayStem, OwnPredictor, SpeechStem, TextStem, VisionStem
 
 CONVS = [(16, 10, 5), *[(16, 3, 2)] * 4, *[(16, 2, 2)] * 2]
 WAVE = 6400
@@ -91,6 +92,22 @@ def model(name: str, **backbone: object) -> ModelConfig:
             stems = {name.removeprefix("v2_"): arrays(name.removeprefix("v2_"))}
             return ModelConfig(visible_only=True, arrays=stems, backbone=post, predictor=decoder("conv"))
     raise KeyError(name)
+
+
+def joint(**predictor: object) -> ModelConfig:
+    """Three stems that differ in prenet, dropout and decoder."""
+    images, recordings = vision("sincos"), speech(alibi=True)
+    if not predictor.get("shared"):
+        images.predictor = OwnPredictor(kind="conv2d", width=16, kernel=3, final_norm=True)
+    images.prenet_depth, recordings.input_dropout = 2, 0.1
+    return ModelConfig(
+        visible_only=True,
+        vision=images,
+        speech=recordings,
+        text=text(),
+        backbone=Backbone(**{**POST, "prenet_depth": 1}),  # type: ignore[arg-type]
+        predictor=dataclasses.replace(decoder("conv1d"), **predictor),  # type: ignore[arg-type]
+    )
 
 
 NAMES = ("v1_vision", "v1_speech", "v1_text", "v2_vision", "v2_speech", "v2_text")

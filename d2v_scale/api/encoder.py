@@ -153,7 +153,8 @@ class Encoder:
         batch_size: int = 32,
     ) -> list[Tensor]:
         """For each sample float32 (L, T, D) on the CPU: the outputs of these main blocks (None: of all) at its own T
-        positions, without CLS and padding. Arguments and errors as of `embed`."""
+        positions, without CLS and padding, and without patches of arrays that miss a value. Arguments and errors as of
+        `embed`."""
         chosen = range(self.depth) if layers is None else layers
         found = []
         for batch in self._batches(samples, stem, batch_size):
