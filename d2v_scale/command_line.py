@@ -58,7 +58,11 @@ def parse(arguments: list[str]) -> tuple[Recipe, Options]:
         arguments = recipe_file.mark_arguments(recipe_file.divide_target_lists(arguments), (Recipe, Options))
         values = parser.parse_args([f"--recipe={recipe_file.for_parser(base, named)}", *arguments])
         sections = parser.instantiate(values)
-    except argparse.ArgumentError as error:
+    except (argparse.ArgumentError, TypeError) as error:
+        _explain(str(error))
+    except ConfigError:
+        raise
+    except ValueError as error:  # of the parser, too
         _explain(str(error))
     options = recipe_file.unmark(Options(**{f.name: sections[f.name] for f in dataclasses.fields(Options)}))
     recipe = recipe_file.unmark(Recipe(**{f.name: sections[f.name] for f in dataclasses.fields(Recipe)}))
@@ -144,25 +148,57 @@ def known_keys(owner: type = Recipe, prefix: str = "") -> list[str]:
 
 
 def _explain(message: str) -> NoReturn:
-    """Turn the parser's complaint into a ConfigError that names the key and the nearest valid one."""
+    """Turn the parser's complaint into a ConfigError that names the key and what would be right."""
     unknown = _unknown_key(message)
-    if unknown is None:
-        found = re.search(r'Parser key "([^"]+)"', message)
-        raise ConfigError(found.group(1) if found else "command line", _one_paragraph(message))
-    valid = known_keys() + [f.name for f in dataclasses.fields(Options)]
+    if unknown is not None:
+        raise ConfigError(unknown, "is not a key of a recipe", _nearest(unknown))
+    key = _place(message)
+    if key:
+        raise ConfigError(key, *_mismatch(message, key))
+    raise ConfigError("recipe" if "config" in message else "command line", _one_paragraph(message))
+
+
+def _nearest(unknown: str) -> str:
+    """What may have been meant by a key that there is not."""
+    section, _, last = unknown.rpartition(".")
+    fields = _fields_of_items(section)
+    if fields and last.isdigit():
+        return f"A list is given whole: --{section} '[{{{fields[0]}: ...}}]'."
+    valid = known_keys() + [f.name for f in dataclasses.fields(Options)] + [f"{section}.{name}" for name in fields]
     near = difflib.get_close_matches(unknown, valid, n=1, cutoff=0.5)
-    remedy = f"Did you mean {near[0]!r}?" if near else "See --help for all keys."
-    raise ConfigError(unknown, "is not a key of a recipe", remedy)
+    return f"Did you mean {near[0]!r}?" if near else "See --help for all keys."
+
+
+def _fields_of_items(key: str) -> list[str]:
+    """The keys of each item, where `key` is a list of sections."""
+    kind = recipe_file.kind_at(key)
+    for option in typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,):
+        [item, *_] = typing.get_args(option) or (None,)
+        if typing.get_origin(option) is list and dataclasses.is_dataclass(item):
+            return [field.name for field in dataclasses.fields(item)]
+    return []
+
+
+def _place(message: str) -> str:
+    """The dotted key that the parser complains of: it names a section, then what is below it. Empty: it names none."""
+    place = ""
+    for name in re.findall(r'Parser key "([^"]+)"', message):
+        place = _joined(place, name)
+    return place
+
+
+def _joined(place: str, name: str) -> str:
+    return name if not place or f"{name}.".startswith(f"{place}.") else f"{place}.{name}"
 
 
 def _unknown_key(message: str) -> str | None:
+    place = _place(message)
     if found := re.search(r"unrecognized arguments: -*([\w.]+)", message):
-        return _first_wrong(found.group(1))
+        return _first_wrong(_joined(place, found.group(1)))
     if found := re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", message):
-        return _first_wrong(f"{found.group(1)}.{found.group(2)}")
+        return _first_wrong(_joined(place, f"{found.group(1)}.{found.group(2)}"))
     if found := re.search(r"Option '([\w.]+)' is not accepted", message):
-        section = re.search(r'Parser key "([^"]+)"', message)
-        return f"{section.group(1)}.{found.group(1)}" if section else found.group(1)
+        return _joined(place, found.group(1))
     return None
 
 
@@ -171,6 +207,51 @@ def _first_wrong(path: str) -> str:
     keys = set(known_keys())
     starts = [path[: match.start()] for match in re.finditer(r"\.|$", path)]
     return next((start for start in starts if start not in keys), path)
+
+
+_WORDS = {
+    "<class 'int'>": "a whole number",
+    "<class 'float'>": "a number",
+    "<class 'str'>": "text",
+    "<class 'bool'>": "true or false",
+    "<class 'NoneType'>": "null",
+    "<class 'list'>": "a list",
+    "<class 'tuple'>": "a list",
+    "<class 'dict'>": "a mapping",
+}
+
+
+def _mismatch(message: str, key: str) -> tuple[str, str]:
+    """What is wrong with a value, and what would be right, in words: of the innermost complaint, which comes first."""
+    if found := re.search(r"Unable to load config '([^'\n]*)'\n[^\n]*Unable to load config [^\n]*$", message):
+        [kind, *_] = [*map(str, _keys_below(key)), "KEY"]
+        return f"does not take {found[1]!r}, as it is a section", f"Give its keys, such as --{kind}."
+    if found := re.search(r"Expected an? ([^\n]+)\. Got value: ([^\n]*)", message):
+        kinds, value = found.groups()
+    elif (found := re.search(r"Given value: ([^\n]*)", message)) and "Subtypes: [" in message[: found.start()]:
+        kinds = re.findall(r"Subtypes: \[([^\n]*)\]", message[: found.start()])[-1]
+        value = found[1]
+    elif found := re.search(r"Expected a dot import path string: ([^\n]*)", message):
+        kinds, value = "<class 'd2v_scale", found[1]
+    else:
+        return _one_paragraph(message), ""
+    return f"does not take {'null' if value == 'None' else value}", f"It takes {_in_words(kinds)}."
+
+
+def _keys_below(key: str) -> list[str]:
+    """The keys directly below a section, in their order."""
+    return [known for known in known_keys() if re.fullmatch(re.escape(key) + r"\.\w+", known)]
+
+
+def _in_words(kinds: str) -> str:
+    """Types as the parser lists them."""
+    words = []
+    kinds = re.sub(r"tuple with (\d+) elements", r"a list of \1", kinds.replace("tuple[", "a list ["))
+    for kind in re.split(r", (?![^\[]*\])", kinds):
+        choices = re.fullmatch(r"typing\.Literal\[(.*)\]", kind)
+        section = "a section" if kind.startswith("<class 'd2v_scale") else kind
+        words.append("one of " + choices[1].replace("'", "") if choices else _WORDS.get(kind, section))
+    return " or ".join(words)
 
 
 def _one_paragraph(message: str) -> str:

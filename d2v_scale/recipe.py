@@ -4,6 +4,8 @@ Every section is defined beside what it configures. A recipe is YAML; the resolv
 """
 
 import dataclasses
+import math
+import re
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any, Literal
@@ -165,15 +167,23 @@ class Recipe:
                 there = ", ".join(self.model.modalities)
                 remedy = f"Leave it out; the model has {there}."
                 raise ConfigError(self.objective.section_of(name), f"is set, but the model has no stem {name}", remedy)
+            if name in self.objective.arrays and name not in self.model.arrays:
+                key = self.objective.section_of(name)
+                raise ConfigError(key, f"is set, but {name} is no stem of arrays", f"Write objective.{name}.")
         for stem in self._trained_stems():
             try:
                 self._check_own_objective(stem, self.objective.of(stem.name))
             except ConfigError as error:
-                # Of a value that is this stem's own, the key where it stands.
-                key = self.objective.key(stem.name, error.key)
-                raise ConfigError(key, str(error).removeprefix(f"{error.key}: ")) from None
+                raise self._where_it_stands(error, stem.name) from None
 
         self._check_shared_heads()
+
+    def _where_it_stands(self, error: ConfigError, name: str) -> ConfigError:
+        """The same error with the keys of values that are the own ones of the stem `name` as they are written."""
+        keys = r"\bobjective\.(masking|target|further_targets|loss|health)\.[\w.]*\w"
+        said = re.sub(keys, lambda found: self.objective.key(name, found[0]), str(error))
+        key = self.objective.key(name, error.key)
+        return ConfigError(key, said.removeprefix(f"{key}: "))
 
     def _check_shared_heads(self) -> None:
         """Raises ConfigError where stems that share a predictor would have one head for targets of two widths."""
@@ -230,6 +240,12 @@ class Recipe:
                 f"Set it to 0, or in 2.0 {model.key(heard[0].name)}.extra_tokens to 1.",
             )
         _, grid = stem.extent(self.data)
+        if math.prod(grid) < 2:
+            raise ConfigError(
+                model.key(stem.name),
+                "makes a single position of a sample, which cannot be both seen and masked",
+                "Give smaller patches, or longer samples.",
+            )
         block_sizes.check(masks, stem.named_axes, grid)
         masks = block_sizes.resolved(masks, stem.named_axes)
         # As a data worker will: masks that cannot be drawn are refused here.

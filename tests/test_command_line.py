@@ -56,7 +56,11 @@ def test_data_replaces_the_recipes_sources():
         (["--optim.lrr", "3"], "optim.lrr", "optim.lr"),
         (["--model.visin.patch_size", "3"], "model.visin", "model.vision"),
         (["--model.vision.patch_siz", "3"], "model.vision.patch_siz", "model.vision.patch_size"),
-        (["--optim.lr", "fast"], "optim.lr", "float"),
+        (["--optim.lr", "fast"], "optim.lr", "a number"),
+        (["--objective.vision.masking.probb", "1"], "objective.vision.masking.probb", "objective.vision.masking.prob"),
+        (["--model.vision.predictor.kerne=3"], "model.vision.predictor.kerne", "model.vision.predictor.kernel"),
+        (["--data.sources", "[{shard: a}]"], "data.sources.shard", "data.sources.shards"),
+        (["--objective.further_targets.0.weight=3"], "objective.further_targets.0", "A list is given whole"),
         (["--recipe", "demo_visoin"], "recipe", "demo_vision"),
         (["--stop_att", "3"], "stop_att", "stop_at"),
     ],
@@ -66,6 +70,47 @@ def test_a_mistake_names_the_key_and_the_nearest_valid_one(arguments, key, hint)
         command_line.parse(arguments)
     assert error.value.key == key
     assert hint in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--objective.vision.masking.tubes=height"], "objective.vision.masking.tubes: does not take height. It takes"),
+        (["--objective.vision.masking.kind=cubes"], "objective.vision.masking.kind: does not take cubes. It takes one"),
+        (["--model.vision.image_size", "[32]"], "model.vision.image_size: does not take [32]. It takes a whole number"),
+        (["--model.vision.extra_tokens=1.5"], "model.vision.extra_tokens: does not take 1.5. It takes a whole number"),
+        (["--model.vision.image_size=null"], "model.vision.image_size: is null. Give a value"),
+        (["--objective.target=codes"], "objective.target: does not take 'codes', as it is a section. Give its keys"),
+        (["--objective.target=null"], "objective.target: is null, but it is a section"),
+        (["--task.image=null"], "task.image: is null, but it is a section"),
+        (["--optim.lr_scale=0.5"], "optim.lr_scale: does not take 0.5. It takes dict[str, float] or null."),
+    ],
+)
+def test_a_value_of_a_wrong_type_below_a_stem_is_said_with_its_own_key(arguments: list[str], said: str):
+    """It was said of the whole stem, in the parser's words (`NestedArg`, `Union subtypes`)."""
+    with pytest.raises(ConfigError) as error:
+        command_line.parse(arguments)
+    assert str(error.value).startswith(said)
+
+
+@pytest.mark.parametrize("given", [["--objective.vision.masking.prob=null"], ["--objective.vision.masking", "null"]])
+def test_null_takes_back_what_a_recipe_says_of_a_stem(given: list[str]):
+    """The parser took it for the word None, and a section of null ended in a traceback."""
+    data = ["--data", "speech=s.tar,vision=v.tar,text=t.tar"]
+    recipe, _ = command_line.parse(["--recipe", "d2v2_joint_base", *data, *given])
+    assert recipe.objective.of("vision").masking.prob == recipe.objective.masking.prob
+
+
+def test_sections_of_which_all_lines_are_comments_say_nothing(tmp_path):
+    """`masking:` with nothing below it ended in a traceback."""
+    file = tmp_path / "mine.yaml"
+    file.write_text("objective:\n  masking:\n    # prob: 0.5\n  vision:\n    masking:\n    target: {layers: null}\n")
+    recipe, _ = command_line.parse(["--recipe", str(file)])
+    plain, _ = command_line.parse(["--recipe", str(file), "--objective.vision", "null"])
+    assert recipe.objective.of("vision") == plain.objective
+    file.write_text("model:\n  vision:\n    image_size:\n")
+    with pytest.raises(ConfigError, match=r"model\.vision\.image_size: is null"):
+        command_line.parse(["--recipe", str(file)])
 
 
 @pytest.mark.parametrize("given", [["--data", ""], ["--data="], ["--data", " "]])

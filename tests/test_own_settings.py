@@ -242,6 +242,39 @@ def test_an_override_for_a_stem_that_is_not_there_is_refused() -> None:
         recipe.check(1)
 
 
+def test_an_override_below_arrays_for_a_stem_of_another_kind_is_refused() -> None:
+    """It took the place of all that `objective.vision` said, without a word."""
+    arguments = ["--data", "v.tar", "--objective.vision.masking.prob=0.5", "--objective.arrays.vision.masking.length=3"]
+    recipe, _ = parse(["--recipe", "d2v2_vision_base", *arguments])
+    with pytest.raises(ConfigError, match=r"objective\.arrays\.vision: .* Write objective\.vision\.$"):
+        recipe.check(1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "remedy"),
+    [
+        (["masking.tubes=[height]", "masking.kind=random"], r"set objective\.vision\.masking\.kind to blocks"),
+        (["target.kind=last_layer", "target.layers=[1]"], r"choose another objective\.vision\.target\.kind"),
+        (
+            ["further_targets=[{kind: last_layer, layers: [1]}]"],
+            r"choose another objective\.vision\.further_targets\.0\.kind",
+        ),
+    ],
+)
+def test_a_remedy_names_the_keys_where_the_values_of_a_stem_stand(arguments: list[str], remedy: str) -> None:
+    """It named those of all stems, which this one does not read."""
+    recipe, _ = parse(["--recipe", "tiny2_vision", *(f"--objective.vision.{argument}" for argument in arguments)])
+    with pytest.raises(ConfigError, match=remedy):
+        recipe.check(1)
+
+
+def test_samples_of_a_single_position_are_refused() -> None:
+    """Of an image of one patch none was ever masked."""
+    recipe, _ = parse(["--recipe", "tiny2_vision", "--model.vision.image_size=4", "--model.vision.patch_size=4"])
+    with pytest.raises(ConfigError, match=r"model\.vision: makes a single position"):
+        recipe.check(1)
+
+
 def test_targets_of_another_width_than_the_shared_predictor_are_refused() -> None:
     """They were accepted, and the predictor built for the stem that came last."""
     data = ["--data", "speech=s.tar,vision=v.tar,text=t.tar"]

@@ -7,6 +7,7 @@ import logging
 import os
 
 from d2v_scale import command_line, templates
+from d2v_scale.errors import ConfigError
 from d2v_scale.planning import collectives, flops, hardware, stages, traffic
 from d2v_scale.planning.collectives import SUMS
 from d2v_scale.planning.job import ModelSizes, samples_per_step
@@ -107,10 +108,14 @@ def details(option: Option, cluster: Cluster) -> list[str]:
 
 
 def report(recipe: Recipe, cluster: Cluster, shown: int) -> list[str]:
-    """The plan as lines of text."""
+    """The plan as lines of text. Raises ConfigError where the recipe is refused however it is divided."""
     device = cluster.device
     sizes = ModelSizes.of(recipe)
     found = search(recipe, cluster, sizes, templates.folder("ds_configs"))
+    if found.refused and not (found.fitting or found.too_large):
+        place, reason = next(iter(found.refused.items()))
+        key, _, said = reason.partition(": ")
+        raise ConfigError(key, said, f"So it is with {place}; all {len(found.refused)} topologies are refused.")
     parameters = sum(one.numel for one in sizes.student)
     lines = [
         f"{recipe.name} ({parameters / 1e9:.2f} billion parameters) on {cluster.world_size} x {device.name}: "

@@ -184,6 +184,7 @@ def for_parser(path: Path, named: Mapping[str, Any] | None = None) -> str:
     for key, value in (named or {}).items():
         _enter(values, key, value)
     _check_named(values, Recipe, "")
+    values = _without_empty_sections(values, Recipe)
     try:
         return _dump(_marked(one_first_target(values), Recipe))
     except (ValueError, yaml.YAMLError):
@@ -192,9 +193,10 @@ def for_parser(path: Path, named: Mapping[str, Any] | None = None) -> str:
 
 def take_named(arguments: list[str]) -> tuple[list[str], dict[str, Any]]:
     """Remove `--model.arrays.NAME.KEY VALUE` and what else is below a name of the user's own, which the parser does not
-    divide; return what they say, by dotted keys. Raises ConfigError for one without a value."""
+    divide, and `null` for what is deep below a section that may be null itself, which the parser takes for a word;
+    return what they say, by dotted keys. Raises ConfigError for one without a value."""
+    arguments, found = _take_nulls(arguments)
     rest: list[str] = []
-    found: dict[str, Any] = {}
     coming = iter(arguments)
     for argument in coming:
         key, equals, value = argument.partition("=")
@@ -206,13 +208,38 @@ def take_named(arguments: list[str]) -> tuple[list[str], dict[str, Any]]:
         if given is None or (not equals and given.startswith("--")):
             raise ConfigError(key, "has no value", "Write --key VALUE.")
         try:
-            found[key] = given if _is_text(_kind_at(key)) and given != "null" else yaml.safe_load(given)
+            found[key] = given if _is_text(kind_at(key)) and given != "null" else yaml.safe_load(given)
         except yaml.YAMLError:
             found[key] = given
     return rest, found
 
 
-def _kind_at(key: str) -> Any:
+def _take_nulls(arguments: list[str]) -> tuple[list[str], dict[str, Any]]:
+    rest: list[str] = []
+    found: dict[str, Any] = {}
+    coming = iter(zip(arguments, [*arguments[1:], ""], strict=False))
+    for argument, after in coming:
+        option, equals, value = argument.partition("=")
+        key = option.removeprefix("--")
+        is_ours = re.fullmatch(r"--(?!(model|objective)\.arrays\.)\w+(\.\w+)+", option)
+        if not is_ours or (value if equals else after) != "null":
+            rest.append(argument)
+            continue
+        kind = kind_at(key)
+        if dataclasses.is_dataclass(kind) and not re.match(r"objective\.\w+\.", key):
+            raise ConfigError(key, "is null, but it is a section", "Give its keys, or leave it out.")
+        if kind is not None and not _may_be_null(kind):
+            raise ConfigError(key, "is null", "Give a value, or leave it out.")
+        if key.count(".") > 1 and kind is not None:
+            found[key] = None
+            if not equals:
+                next(coming)
+        else:
+            rest.append(argument)
+    return rest, found
+
+
+def kind_at(key: str) -> Any:
     """The type of the key, or None where there is no such."""
     kind: Any = Recipe
     for part in key.split("."):
@@ -222,6 +249,29 @@ def _kind_at(key: str) -> Any:
             owner = _section(kind)
             kind = typing.get_type_hints(owner).get(part) if owner is not None else None
     return kind
+
+
+def _may_be_null(kind: Any) -> bool:
+    """Whether null means something: that a value is not set, or that a section says nothing."""
+    return types.NoneType in typing.get_args(kind) or dataclasses.is_dataclass(kind)
+
+
+def _without_empty_sections(values: dict[str, Any], owner: type, prefix: str = "") -> dict[str, Any]:
+    """Without sections that are null, as one is of which all lines are comments, where the parser expects some. Raises
+    ConfigError for null where a value is needed."""
+    kinds = typing.get_type_hints(owner)
+    found = {}
+    for name, value in values.items():
+        kind = kinds.get(name)
+        section = _section(kind)
+        if value is None and dataclasses.is_dataclass(kind):
+            continue
+        if value is None and kind is not None and not _may_be_null(kind):
+            raise ConfigError(f"{prefix}{name}", "is null", "Give a value, or leave it out.")
+        inside = isinstance(value, dict) and section is not None and _named(kind) is None
+        below = f"{prefix}{name}."
+        found[name] = _without_empty_sections(value, section, below) if inside and section is not None else value
+    return found
 
 
 def _enter(values: dict[str, Any], key: str, value: Any) -> None:

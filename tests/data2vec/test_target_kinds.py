@@ -1,6 +1,7 @@
 """Targets with state, targets of the input, and targets that users write."""
 
 import math
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from d2v_scale import modalities
 from d2v_scale.data2vec.config import ObjectiveConfig, TargetConfig
-from d2v_scale.data2vec.targets import TARGETS, Place, State, Target, build, check, make
+from d2v_scale.data2vec.targets import TARGETS, Place, State, Target, build, check, check_all, make
 from d2v_scale.errors import ConfigError, UserError
 from d2v_scale.recipe import Recipe
 
@@ -293,6 +294,16 @@ class Shorter(Target):
         return tap_btd.float()[..., :2]
 
 
+class Leaves(Target):
+    def __init__(self, config: TargetConfig, place: Place) -> None:
+        raise SystemExit(3)
+
+
+class ManyLines(Target):
+    def __init__(self, config: TargetConfig, place: Place) -> None:
+        raise RuntimeError("first\n  second")
+
+
 class NoTarget:
     pass
 
@@ -314,6 +325,8 @@ def test_a_users_target_is_built_by_its_name() -> None:
         (f"{__name__}:GrowingState", "moved gives {'positions': (2,)}"),
         (f"{__name__}:Silent", "must both be empty"),
         (f"{__name__}:Raises", "RuntimeError: no such thing"),
+        (f"{__name__}:Leaves", "failed (SystemExit: 3)"),
+        (f"{__name__}:ManyLines", "RuntimeError: first second"),
         (f"{__name__}:NotFinite", "not finite"),
         (f"{__name__}:Shorter", "add gives (2, 3, 2)"),
         ("logits", "unknown target"),
@@ -324,6 +337,21 @@ def test_what_breaks_the_contract_is_refused_before_anything_is_built(kind: str,
         check(TargetConfig(kind=kind, top_k_layers=2), PLACE)
     assert error.value.key == "objective.target.kind"
     assert said in str(error.value)
+
+
+def test_a_module_that_ends_the_program_when_imported_does_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A script without a guard: the run ended with the script's exit code and no word."""
+    (tmp_path / "script_without_guard.py").write_text("import sys\nsys.exit(0)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ConfigError, match=r"cannot be imported \(SystemExit: 0\)"):
+        check(TargetConfig(kind="script_without_guard:Mine"), PLACE)
+
+
+@pytest.mark.parametrize("kind", ["", "script:"])
+def test_a_kind_without_a_name_is_refused_as_a_kind(kind: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        check_all([TargetConfig(kind="last_layer"), TargetConfig(kind=kind)], PLACE)
+    assert error.value.key == "objective.further_targets.0.kind"
 
 
 @pytest.mark.parametrize(

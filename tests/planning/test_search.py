@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from d2v_scale import command_line
-from d2v_scale.planning import hardware, memory
+from d2v_scale.errors import ConfigError
+from d2v_scale.planning import hardware, memory, printing
 from d2v_scale.planning.job import ModelSizes
 from d2v_scale.planning.search import Cluster, Search, search
 
@@ -55,3 +56,12 @@ def test_a_batch_smaller_than_the_ranks_is_refused_with_the_numbers() -> None:
         "960 seconds are 48 samples of the longest length a step, fewer than 256"
         in found.refused["tensor 1, pipeline 1, zero3.json"]
     )
+
+
+def test_a_recipe_that_every_topology_refuses_is_refused() -> None:
+    """The plan said "0 topologies fit" and ended with code 0."""
+    recipe = command_line.parse(["--recipe=demo_vision", "--objective.masking.target_count=99"])[0]
+    cluster = Cluster(nodes=1, devices_per_node=1, device=hardware.H100, utilisation=0.4)
+    with pytest.raises(ConfigError, match=r"99 of 16 patches cannot be masked.*topologies are refused") as error:
+        printing.report(recipe, cluster, 8)
+    assert error.value.key == "objective.masking.target_count"

@@ -80,6 +80,10 @@ def check_all(configs: Sequence[TargetConfig], place: Place) -> tuple[Target, ..
             raise ConfigError(
                 f"{key}.weight", f"is {config.weight}.", "Give a number above 0, or leave the target out."
             )
+        if not called:
+            raise ConfigError(
+                f"{key}.kind", f"is {config.kind!r}.", f"Choose one of {', '.join(TARGETS)}, or package.module:Class."
+            )
         taken = called in TAKEN or hasattr(Module, called)
         if taken or not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", called):
             what = "is what a part of every predictor is called" if taken else "is no name"
@@ -105,7 +109,8 @@ def _named(
         if number == 0:
             raise
         key = error.key.replace("objective.target", _key(number), 1)
-        raise ConfigError(key, str(error).removeprefix(f"{error.key}: ")) from error
+        said = str(error).replace("objective.target", _key(number))
+        raise ConfigError(key, said.removeprefix(f"{key}: ")) from error
 
 
 def _key(number: int) -> str:

@@ -18,10 +18,10 @@ def imported(kind: str) -> type[Target]:
     module_name, _, name = kind.partition(":")
     try:
         found = getattr(importlib.import_module(module_name), name)
-    except Exception as error:  # whatever a module raises
+    except (Exception, SystemExit) as error:  # whatever a module raises; a script may end the program
         raise ConfigError(
             KEY,
-            f"{kind!r} cannot be imported ({type(error).__name__}: {error}).",
+            f"{kind!r} cannot be imported ({_said(error)}).",
             "Give package.module:Class of an installed package, or add its folder to PYTHONPATH.",
         ) from error
     if not (isinstance(found, type) and issubclass(found, Target)):
@@ -38,11 +38,16 @@ def check_contract(config: TargetConfig, place: Place) -> Target:
         wrong = _broken(target, place)
     except ConfigError:
         raise
-    except Exception as error:  # whatever a user's code raises
-        raise ConfigError(KEY, f"{config.kind} failed ({type(error).__name__}: {error}).", _CONTRACT) from error
+    except (Exception, SystemExit) as error:  # whatever a user's code raises
+        raise ConfigError(KEY, f"{config.kind} failed ({_said(error)}).", _CONTRACT) from error
     if wrong is not None:
         raise ConfigError(KEY, f"{config.kind} breaks the contract: {wrong}.", _CONTRACT)
     return target
+
+
+def _said(error: BaseException) -> str:
+    """On one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def _broken(target: Target, place: Place) -> str | None:
