@@ -254,7 +254,7 @@ class ArrayStem(StemSettings):
 
     def check(self, width: int, key: str) -> None:
         """Raises `ConfigError` for sizes that do not fit together. `key`: where this section stands."""
-        name = key.rpartition(".")[2]
+        name = key.removeprefix("model.arrays.")
         if not re.fullmatch(r"[A-Za-z]\w*", name, re.ASCII) or name in (*KINDS, "shared"):
             remedy = f"Use letters, digits and _, and none of {', '.join(KINDS)}, shared."
             raise ConfigError(key, "is no name of a stem of arrays", remedy)

@@ -183,8 +183,8 @@ def for_parser(path: Path, named: Mapping[str, Any] | None = None) -> str:
         return str(path)
     for key, value in (named or {}).items():
         _enter(values, key, value)
-    _check_named(values, Recipe, "")
     values = _without_empty_sections(values, Recipe)
+    _check_named(values, Recipe, "")
     try:
         return _dump(_marked(one_first_target(values), Recipe))
     except (ValueError, yaml.YAMLError):
@@ -256,21 +256,31 @@ def _may_be_null(kind: Any) -> bool:
     return types.NoneType in typing.get_args(kind) or dataclasses.is_dataclass(kind)
 
 
-def _without_empty_sections(values: dict[str, Any], owner: type, prefix: str = "") -> dict[str, Any]:
+def _without_empty_sections(
+    values: dict[str, Any], owner: type, prefix: str = "", *, below: bool = False
+) -> dict[str, Any]:
     """Without sections that are null, as one is of which all lines are comments, where the parser expects some. Raises
-    ConfigError for null where a value is needed."""
+    ConfigError for null where a value is needed; `below` a name of the user's own `_check_named` does."""
     kinds = typing.get_type_hints(owner)
     found = {}
     for name, value in values.items():
         kind = kinds.get(name)
-        section = _section(kind)
+        section, key = _section(kind), f"{prefix}{name}"
         if value is None and dataclasses.is_dataclass(kind):
             continue
-        if value is None and kind is not None and not _may_be_null(kind):
-            raise ConfigError(f"{prefix}{name}", "is null", "Give a value, or leave it out.")
-        inside = isinstance(value, dict) and section is not None and _named(kind) is None
-        below = f"{prefix}{name}."
-        found[name] = _without_empty_sections(value, section, below) if inside and section is not None else value
+        if value is None and kind is not None and not _may_be_null(kind) and not below:
+            raise ConfigError(key, "is null", "Give a value, or leave it out.")
+        if section is None or not isinstance(value, dict):
+            found[name] = value
+        elif _named(kind) is None:
+            found[name] = _without_empty_sections(value, section, f"{key}.", below=below)
+        else:
+            found[name] = {
+                called: _without_empty_sections(one, section, f"{key}.{called}.", below=True)
+                if isinstance(one, dict)
+                else one
+                for called, one in value.items()
+            }
     return found
 
 
@@ -298,6 +308,9 @@ def _check_named(values: Any, owner: type, prefix: str, *, below: bool = False) 
         if below:
             check_kind(f"{prefix}{name}", value, kinds[name])
         section = _section(kinds[name])
+        is_word = below and section is not None and isinstance(value, (str, int, float))
+        if is_word and typing.get_origin(kinds[name]) not in (list, dict):
+            raise ConfigError(f"{prefix}{name}", f"is {value!r}, no section", "Give its keys and values.")
         if section is None or not isinstance(value, dict):
             continue
         if _named(kinds[name]) is None:

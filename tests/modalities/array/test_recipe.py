@@ -140,6 +140,7 @@ def test_axes_in_another_order_are_another_experiment(written: Path) -> None:
         ("mean=0.5", "mean", "is 0.5. Give a list, each a number"),
         ("axes=null", "axes", "is None. Give names, each with keys and values"),
         ("axes={1: {extent: 2}}", "axes", "has the name 1, which is no text"),
+        ("predictor=conv", "predictor", "is 'conv', no section"),
         ("axes=[2500]", "axes", r"is \[2500\]. Give names, each with keys and values"),
     ],
 )
@@ -147,6 +148,21 @@ def test_what_does_not_fit_is_refused_with_its_key_and_numbers(given: str, key: 
     with pytest.raises(ConfigError, match=said) as error:
         parsed(written, f"--model.arrays.ecg.{given}")
     assert error.value.key in (f"model.arrays.ecg.{key}".rstrip("."), "model.predictor.groups")
+
+
+def test_a_name_with_a_dot_is_no_name_of_a_stem(written: Path) -> None:
+    """Of `e.g` the part behind the dot was judged alone: parameters are called by dotted names."""
+    written.write_text(written.read_text().replace("ecg", "e.g"))
+    with pytest.raises(ConfigError, match=r"model\.arrays\.e\.g: is no name of a stem of arrays"):
+        parsed(written)
+
+
+def test_sections_of_null_below_a_stem_say_nothing_and_words_are_no_sections(written: Path) -> None:
+    """The first ended in the parser's words about a mapping, the second named `objective.arrays.target.target`."""
+    parsed(written, "--objective.arrays.ecg.masking=null")
+    with pytest.raises(ConfigError, match="is 'codes', no section") as error:
+        parsed(written, "--objective.arrays.ecg.target=codes")
+    assert error.value.key == "objective.arrays.ecg.target"
 
 
 @pytest.mark.parametrize("std", ["0", "1e-60", "1e60"])
