@@ -268,6 +268,17 @@ def test_a_remedy_names_the_keys_where_the_values_of_a_stem_stand(arguments: lis
         recipe.check(1)
 
 
+@pytest.mark.parametrize("section", ["model.predictor", "model.vision.predictor"])
+def test_a_decoder_without_convolutions_has_the_width_of_the_model(section: str) -> None:
+    """With another one the first step ended in a traceback, of matrices that do not fit."""
+    recipe, _ = parse(["--recipe", "tiny2_vision", f"--{section}.layers=0"])
+    with pytest.raises(ConfigError, match="no convolution makes 64 channels") as error:
+        recipe.check(1)
+    assert error.value.key == f"{section}.layers"
+    recipe.model.predictor.width = recipe.model.backbone.width
+    recipe.check(1)
+
+
 def test_samples_of_a_single_position_are_refused() -> None:
     """Of an image of one patch none was ever masked."""
     recipe, _ = parse(["--recipe", "tiny2_vision", "--model.vision.image_size=4", "--model.vision.patch_size=4"])

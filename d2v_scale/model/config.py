@@ -207,6 +207,10 @@ class ModelConfig:
             key = self.predictor_key(name, "groups")
             require_divisor(key, spec.groups, "model.backbone.width", self.backbone.width)
             require_divisor(key, spec.groups, self.predictor_key(name, "width"), spec.width)
+            if spec.layers == 0 and spec.width != self.backbone.width:
+                key, width = self.predictor_key(name, "layers"), self.predictor_key(name, "width")
+                remedy = f"Give at least 1, or set {width} to {self.backbone.width}."
+                raise ConfigError(key, f"is 0, and no convolution makes {spec.width} channels", remedy)
             if spec.proj_layers not in (1, 2):
                 key = self.predictor_key(name, "proj_layers")
                 raise ConfigError(key, f"is {spec.proj_layers}", "Choose 1 or 2.")
