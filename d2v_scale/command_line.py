@@ -67,7 +67,9 @@ def parse(arguments: list[str]) -> tuple[Recipe, Options]:
     options = recipe_file.unmark(Options(**{f.name: sections[f.name] for f in dataclasses.fields(Options)}))
     recipe = recipe_file.unmark(Recipe(**{f.name: sections[f.name] for f in dataclasses.fields(Recipe)}))
     if shards is not None:
-        recipe.data.read_from(shards, recipe.model.modalities)
+        # What is fine-tuned from an encoder has the encoder's stems, not those that the recipe would have without.
+        brought = recipe.task is not None and options.init_from is not None
+        recipe.data.read_from(shards, [] if brought else recipe.model.modalities)
     if shown:
         print(recipe_file.dump(recipe), end="")
         sys.exit(0)

@@ -169,9 +169,8 @@ class DataConfig:
         for k, source in enumerate(self.sources):
             if source.modality not in there:
                 key = f"data.sources.{k}.modality"
-                raise ConfigError(
-                    key, f"is {source.modality!r}, which the model has no stem for", f"It has {', '.join(there)}."
-                )
+                shown = f"is {source.modality!r}, which the model has no stem for"
+                raise ConfigError(key, shown, f"It has {', '.join(there)}: name shards with --data {there[0]}=PATTERN.")
 
     def check(self, modalities: Iterable[str]) -> None:
         """Raises ConfigError for what contradicts itself or the model's stems. Touches no file."""

@@ -16,7 +16,9 @@ def sole_key(content: bytes | memoryview) -> str:
     """The name of the one array in a `.npz`. Raises ValueError where there are several, or none."""
     keys = npz_keys(content)
     if len(keys) != 1:
-        raise ValueError(f"holds {len(keys)} arrays ({', '.join(sorted(keys)) or 'none'}): name one")
+        raise ValueError(
+            f"holds {len(keys)} arrays ({', '.join(sorted(keys)) or 'none'}): name one (--key, in a recipe key)"
+        )
     return keys[0]
 
 

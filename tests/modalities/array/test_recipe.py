@@ -219,6 +219,19 @@ def test_shards_are_named_for_a_stem_that_an_encoder_brings() -> None:
     assert (source.modality, source.shards) == ("ecg", "hearts-{000..009}.tar")
 
 
+def test_shards_are_named_for_an_encoders_stem_where_the_recipe_has_another() -> None:
+    """`--data ecg=PATTERN` beside a recipe with a model of its own was taken for a path."""
+    named = ["--recipe", "finetune_digits", "--data", "ecg=hearts-{000..009}.tar"]
+    recipe, _ = parse([*named, "--init_from", "runs/ecg"])
+    [source] = recipe.data.sources
+    assert (source.modality, source.shards) == ("ecg", "hearts-{000..009}.tar")
+    recipe, _ = parse(named)
+    [source] = recipe.data.sources
+    assert source.modality == "vision"
+    with pytest.raises(ConfigError, match=r"It has ecg: name shards with --data ecg=PATTERN"):
+        recipe.data.check_names(["ecg"])
+
+
 def test_overrides_of_a_stem_that_is_not_there_are_refused(written: Path) -> None:
     with pytest.raises(ConfigError, match=r"the model has no stem eeg\. Leave it out; the model has ecg") as error:
         parsed(written, "--objective.arrays.eeg.masking.prob=0.7")
