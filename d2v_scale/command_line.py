@@ -190,6 +190,8 @@ def _place(message: str) -> str:
 
 
 def _joined(place: str, name: str) -> str:
+    if place.endswith(f".{name}"):  # said twice
+        return place
     return name if not place or f"{name}.".startswith(f"{place}.") else f"{place}.{name}"
 
 
@@ -225,7 +227,7 @@ _WORDS = {
 
 def _mismatch(message: str, key: str) -> tuple[str, str]:
     """What is wrong with a value, and what would be right, in words: of the innermost complaint, which comes first."""
-    if found := re.search(r"Unable to load config '([^'\n]*)'\n[^\n]*Unable to load config [^\n]*$", message):
+    if found := re.search(r'Unable to load config "([^"\n]*)"', message):
         [kind, *_] = [*map(str, _keys_below(key)), "KEY"]
         return f"does not take {found[1]!r}, as it is a section", f"Give its keys, such as --{kind}."
     if found := re.search(r"Expected an? ([^\n]+)\. Got value: ([^\n]*)", message):

@@ -81,6 +81,8 @@ def test_a_mistake_names_the_key_and_the_nearest_valid_one(arguments, key, hint)
         (["--model.vision.extra_tokens=1.5"], "model.vision.extra_tokens: does not take 1.5. It takes a whole number"),
         (["--model.vision.image_size=null"], "model.vision.image_size: is null. Give a value"),
         (["--objective.target=codes"], "objective.target: does not take 'codes', as it is a section. Give its keys"),
+        (["--objective.vision.target=codes"], "objective.vision.target: does not take 'codes', as it is a section."),
+        (["--task.image=3"], "task.image: does not take '3', as it is a section. Give its keys, such as --task.image."),
         (["--objective.target=null"], "objective.target: is null, but it is a section"),
         (["--task.image=null"], "task.image: is null, but it is a section"),
         (["--optim.lr_scale=0.5"], "optim.lr_scale: does not take 0.5. It takes dict[str, float] or null."),
@@ -91,6 +93,15 @@ def test_a_value_of_a_wrong_type_below_a_stem_is_said_with_its_own_key(arguments
     with pytest.raises(ConfigError) as error:
         command_line.parse(arguments)
     assert str(error.value).startswith(said)
+
+
+@pytest.mark.parametrize("first", [["--objective.vision.masking.prob=0.4"], ["--objective.vision.masking.prob", "0.4"]])
+def test_of_a_value_and_null_the_later_counts(first: list[str]):
+    null = ["--objective.vision.masking.prob=null"]
+    recipe, _ = command_line.parse([*first, *null])
+    assert recipe.objective.of("vision").masking.prob == recipe.objective.masking.prob
+    recipe, _ = command_line.parse([*null, *first])
+    assert recipe.objective.of("vision").masking.prob == 0.4
 
 
 @pytest.mark.parametrize("given", [["--objective.vision.masking.prob=null"], ["--objective.vision.masking", "null"]])

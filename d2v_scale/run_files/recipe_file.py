@@ -232,6 +232,9 @@ def _take_nulls(arguments: list[str]) -> tuple[list[str], dict[str, Any]]:
             raise ConfigError(key, "is null", "Give a value, or leave it out.")
         if key.count(".") > 1 and kind is not None:
             found[key] = None
+            while option in rest:  # what comes later counts
+                del rest[rest.index(option) : rest.index(option) + 2]
+            rest = [one for one in rest if not one.startswith(f"{option}=")]
             if not equals:
                 next(coming)
         else:
