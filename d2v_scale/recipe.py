@@ -249,7 +249,9 @@ class Recipe:
         block_sizes.check(masks, stem.named_axes, grid)
         masks = block_sizes.resolved(masks, stem.named_axes)
         # As a data worker will: masks that cannot be drawn are refused here.
-        masking.collate(masks, grid=grid, sample_ids=[0], seed=self.seed, step=0)
+        drawn = masking.collate(masks, grid=grid, sample_ids=[0], seed=self.seed, step=0)
+        if masks.prob == 0 and not drawn.masked_rt.any():
+            raise ConfigError("objective.masking.prob", "is 0, which masks nothing", "Give a number above 0.")
 
     def _trained_stems(self) -> list[modalities.Modality]:
         """Those that a source is read for; without any, all."""

@@ -279,6 +279,15 @@ def test_a_decoder_without_convolutions_has_the_width_of_the_model(section: str)
     recipe.check(1)
 
 
+def test_masks_that_hide_nothing_are_refused() -> None:
+    """There was nothing to learn, and the run went on. Kinds that mask one position at least are left alone."""
+    arguments = ["--recipe", "tiny1_text", "--objective.text.masking.kind=bert", "--objective.text.masking.prob=0"]
+    with pytest.raises(ConfigError, match="masks nothing") as error:
+        parse(arguments)[0].check(1)
+    assert error.value.key == "objective.text.masking.prob"
+    parse(["--recipe", "tiny2_vision", "--objective.masking.prob=0"])[0].check(1)
+
+
 def test_samples_of_a_single_position_are_refused() -> None:
     """Of an image of one patch none was ever masked."""
     recipe, _ = parse(["--recipe", "tiny2_vision", "--model.vision.image_size=4", "--model.vision.patch_size=4"])
