@@ -21,21 +21,17 @@ class Layout:
     @classmethod
     def of(cls, masked_rt: Tensor, real_bt: Tensor | None = None) -> "Layout":
         """The layout of a mask (R, T), of which the positions `real_bt` (None: all) are predicted where masked."""
-        layout = cls._of(masked_rt)
+        counts_r = masked_rt.sum(dim=1)
+        visible_rs = counted_n = None
+        if not counts_r.numel() or not bool((counts_r != counts_r[0]).any()):
+            rows, length = masked_rt.shape
+            kept = length - int(counts_r[0]) if rows else 0
+            visible_rs = (~masked_rt).nonzero()[:, 1].view(rows, kept)
         if real_bt is not None:
             real_rt = real_bt.repeat_interleave(len(masked_rt) // max(1, len(real_bt)), dim=0)
-            layout.counted_n = real_rt[masked_rt].nonzero().squeeze(1)
-        return layout
-
-    @classmethod
-    def _of(cls, masked_rt: Tensor) -> "Layout":
+            counted_n = real_rt[masked_rt].nonzero().squeeze(1)
         masked_n = masked_rt.flatten().nonzero().squeeze(1)
-        counts_r = masked_rt.sum(dim=1)
-        if counts_r.numel() and bool((counts_r != counts_r[0]).any()):
-            return cls(masked_n=masked_n, visible_rs=None)
-        rows, length = masked_rt.shape
-        kept = length - int(counts_r[0]) if rows else 0
-        return cls(masked_n=masked_n, visible_rs=(~masked_rt).nonzero()[:, 1].view(rows, kept))
+        return cls(masked_n=masked_n, visible_rs=visible_rs, counted_n=counted_n)
 
     @property
     def predicted_n(self) -> Tensor:

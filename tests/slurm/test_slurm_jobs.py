@@ -127,6 +127,8 @@ def test_a_cancelled_job_does_not_come_back(workplace: Make) -> None:
     job = place.submit("pretrain_base.sh", "--optim.max_steps=1000", "--step_seconds=0.2")
     job.wait_for_step(2)
     place.cluster.run("scancel", job.id)
+    # Nodes may be idle a while before the job that they had is no longer COMPLETING.
+    wait_until(lambda: job.state not in ("RUNNING", "COMPLETING"), 60, job.story())
     wait_until(lambda: place.cluster.idle() == set(place.cluster.nodes), 60, job.story())
     time.sleep(3)
     assert job.state == "CANCELLED"
