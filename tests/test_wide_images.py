@@ -115,9 +115,9 @@ def test_a_recipe_of_wide_images_is_read_back_and_a_square_is_one_number(tmp_pat
         ("[32, 50]", "model.vision.patch_size"),
         ("[0, 48]", "model.vision.image_size"),
         ("[-32, 48]", "model.vision.image_size"),
-        ("[32, 48, 3]", "model.vision"),
-        ("[true, 48]", "model.vision"),
-        ("32.5", "model.vision"),
+        ("[32, 48, 3]", "model.vision.image_size"),
+        ("[true, 48]", "model.vision.image_size"),
+        ("32.5", "model.vision.image_size"),
     ],
 )
 def test_sizes_that_are_none_are_refused_by_name(size: str, key: str) -> None:
