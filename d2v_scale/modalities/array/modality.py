@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING
 
 from d2v_scale.data2vec.block_sizes import Axis
 from d2v_scale.errors import ConfigError
-from d2v_scale.modalities.base import Modality
-from d2v_scale.modalities.costs import INDEX_BYTES, NORM_BYTES, Lengths, Setting
+from d2v_scale.modalities.patches import PatchModality
 from d2v_scale.model.config import ModelConfig
 from d2v_scale.model.stem_config import ArrayAxis, ArrayStem
 
@@ -15,7 +14,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     import torch
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from d2v_scale.batch import Batch
     from d2v_scale.data.config import DataConfig
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
     from d2v_scale.model.layers import Section
 
 
-class Array(Modality):
+class Array(PatchModality):
     """Arrays along one to four axes to a grid of patches."""
 
     content = "array"
@@ -101,37 +100,9 @@ class Array(Modality):
 
         return PatchedArrays(self.model, exists, section)
 
-    def build_head(self, outputs: int) -> "nn.Module":
-        """Mean of the real patches."""
-        from d2v_scale.finetuning.heads import PatchHead
-
-        return PatchHead(self.width, outputs, scale=1.0 if self.model.visible_only else 0.001)
-
-    def feature_flops(self, lengths: Lengths) -> list[float]:
-        """The patch embedding."""
-        return [2.0 * lengths.positions * self.feature_weights()]
-
-    def feature_weights(self) -> float:
-        """The patch embedding."""
-        return self.stem.patch_values * self.width
-
     def context_weights(self) -> float:
         """Learned positions."""
         return math.prod(self.stem.grid) * self.width if self.stem.positions == "learned" else 0.0
-
-    def feature_bytes(self, lengths: Lengths, setting: Setting) -> float:
-        """The arrays."""
-        del lengths
-        return setting.itemsize * setting.samples * self.stem.channels * math.prod(self.stem.extents)
-
-    def context_bytes(self, lengths: Lengths, setting: Setting) -> float:
-        """The norm and the choice of visible patches (2.0), or the masks (1.0)."""
-        rows = setting.samples * lengths.clones
-        if not self.model.visible_only:
-            return rows * lengths.positions
-        inside = rows * (lengths.kept + lengths.extra)
-        normed = 0.0 if self.model.backbone.norm_first else inside * (setting.itemsize * self.width + NORM_BYTES)
-        return normed + INDEX_BYTES * rows * lengths.kept
 
     @classmethod
     def build_drawing(cls) -> "ArrayDrawing":
@@ -139,10 +110,6 @@ class Array(Modality):
         from d2v_scale.modalities.array.drawing import ArrayDrawing
 
         return ArrayDrawing()
-
-    def raw_features(self, batch: "Batch") -> "Tensor":
-        """What the model reads, padding included."""
-        return batch.inputs.flatten(1)
 
 
 def _units(axis: ArrayAxis) -> dict[str, float]:

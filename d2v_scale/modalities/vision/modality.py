@@ -1,12 +1,11 @@
 """What images say of themselves."""
 
-import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from d2v_scale.data2vec.block_sizes import Axis
-from d2v_scale.modalities.base import Modality
-from d2v_scale.modalities.costs import INDEX_BYTES, NORM_BYTES, Lengths, Setting
+from d2v_scale.modalities.costs import INDEX_BYTES, Lengths, Setting
+from d2v_scale.modalities.patches import PatchModality
 from d2v_scale.model.config import ModelConfig
 from d2v_scale.model.stem_config import VisionStem
 
@@ -14,7 +13,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     import torch
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from d2v_scale.batch import Batch
     from d2v_scale.data.config import DataConfig
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
     from d2v_scale.model.layers import Section
 
 
-class Vision(Modality):
+class Vision(PatchModality):
     """Images to a grid of patches, usually after a CLS token."""
 
     content = "image"
@@ -100,38 +99,10 @@ class Vision(Modality):
 
         return PatchStem(self.model, exists, section)
 
-    def build_head(self, outputs: int) -> "nn.Module":
-        """Mean of the patches."""
-        from d2v_scale.finetuning.heads import PatchHead
-
-        return PatchHead(self.width, outputs, scale=1.0 if self.model.visible_only else 0.001)
-
     @property
     def keeps_predictor(self) -> bool:
         """In 1.0."""
         return not self.model.visible_only
-
-    def feature_flops(self, lengths: Lengths) -> list[float]:
-        """The patch embedding."""
-        return [2.0 * lengths.positions * self.feature_weights()]
-
-    def feature_weights(self) -> float:
-        """The patch embedding."""
-        return self.stem.channels * self.stem.patch_size**2 * self.width
-
-    def feature_bytes(self, lengths: Lengths, setting: Setting) -> float:
-        """The images."""
-        del lengths
-        return setting.itemsize * setting.samples * self.stem.channels * math.prod(self.stem.size)
-
-    def context_bytes(self, lengths: Lengths, setting: Setting) -> float:
-        """The norm and the choice of visible patches (2.0), or the masks (1.0)."""
-        rows = setting.samples * lengths.clones
-        if not self.model.visible_only:
-            return rows * lengths.positions
-        inside = rows * (lengths.kept + lengths.extra)
-        normed = 0.0 if self.model.backbone.norm_first else inside * (setting.itemsize * self.width + NORM_BYTES)
-        return normed + INDEX_BYTES * rows * lengths.kept
 
     def bias_bytes(self, lengths: Lengths, setting: Setting) -> float:
         """The index of the table, and on a GPU the bias."""
@@ -145,7 +116,3 @@ class Vision(Modality):
         from d2v_scale.modalities.vision.drawing import ImageDrawing
 
         return ImageDrawing()
-
-    def raw_features(self, batch: "Batch") -> "Tensor":
-        """Pixels."""
-        return batch.inputs.flatten(1)

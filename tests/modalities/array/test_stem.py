@@ -12,9 +12,9 @@ from PIL import Image
 from d2v_scale.data.config import DataConfig, SourceConfig, VisionData
 from d2v_scale.data.loader import StepLoader
 from d2v_scale.data2vec.config import LossConfig, MaskingConfig, ObjectiveConfig
-from d2v_scale.modalities.array.stem import PatchContext, PatchFeatures
 from d2v_scale.model import init
 from d2v_scale.model.config import ModelConfig
+from d2v_scale.model.patches import PatchContext, PatchFeatures
 from d2v_scale.model.stem_config import AnyStem, ArrayAxis, ArrayStem
 from d2v_scale.networks.draw import Draw
 from d2v_scale.parallel import ds_config, groups
@@ -41,7 +41,7 @@ def stem_of(**axes: tuple[int, int]) -> ArrayStem:
 )
 def test_a_patch_of_any_number_of_axes_goes_through_one_linear(stem: ArrayStem) -> None:
     model = ModelConfig(arrays={"heart": stem}, backbone=tiny_models.model("v2_vision").backbone)
-    features = PatchFeatures(model)
+    features = PatchFeatures(model, stem.channels, stem.patch)
     init.initialize(features, seed=1)
     arrays = torch.randn(3, 2, *stem.extents, generator=torch.Generator().manual_seed(0))
     found_btd = features(arrays)
@@ -60,7 +60,7 @@ def test_a_hidden_patch_of_1_0_tells_where_it_is(positions: str) -> None:
     stem = stem_of(a=(3, 12))
     stem.positions = positions  # type: ignore[assignment]
     model = ModelConfig(arrays={"heart": stem}, backbone=tiny_models.model("v2_vision").backbone)
-    context = PatchContext(model)
+    context = PatchContext(model, stem.grid, stem.positions)
     init.initialize(context, seed=1)
     masked_rt = torch.tensor([[True, True, False, False]])
     states_rsd = context(torch.randn(1, 4, 32), masked_rt, None, None, 1)
