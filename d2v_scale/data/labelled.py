@@ -53,6 +53,7 @@ def unmasked(
         lost=lost,
         grid=stacked.grid or (),
         extra_tokens=stem.extra_tokens,
+        real_bt=None if stacked.real_bt is None else torch.from_numpy(stacked.real_bt),
     )
 
 

@@ -200,6 +200,9 @@ def first_batches(batches: LabelledBatches, samples: int, size: int) -> tuple[Ba
         places = one.inputs if one.inputs.dim() == 2 else one.masked_rt
         return torch.ones_like(places, dtype=torch.bool) if one.valid is None else one.valid
 
+    def real(one: Batch) -> Tensor:
+        return torch.ones_like(one.masked_rt) if one.real_bt is None else one.real_bt
+
     said = max(valid(one).shape[1] for one, _ in taken)
     alike = all(one.valid is None and one.inputs.shape[1:] == first.inputs.shape[1:] for one, _ in taken)
     cut: dict[str, Any] = {"layout": None, "keys": tuple(key for one, _ in taken for key in one.keys)}
@@ -210,6 +213,9 @@ def first_batches(batches: LabelledBatches, samples: int, size: int) -> tuple[Ba
         valid=torch.cat([padded(valid(one), said) for one, _ in taken]) if not alike else None,
         masked_rt=torch.cat([padded(one.masked_rt, positions) for one, _ in taken]),
         grid=max((one.grid for one, _ in taken), key=math.prod),
+        real_bt=None
+        if all(one.real_bt is None for one, _ in taken)
+        else torch.cat([padded(real(one), positions) for one, _ in taken]),
         sample_ids=torch.cat([one.sample_ids for one, _ in taken]),
     )
     return joined, torch.cat([labels_b for _, labels_b in taken])
@@ -218,5 +224,6 @@ def first_batches(batches: LabelledBatches, samples: int, size: int) -> tuple[Ba
 def rows(batch: Batch, start: int, stop: int) -> Batch:
     """Some samples of a batch in which nothing is masked."""
     cut: dict[str, Any] = {name: getattr(batch, name)[start:stop] for name in ("inputs", "masked_rt", "sample_ids")}
-    cut |= {"valid": None if batch.valid is None else batch.valid[start:stop], "layout": None}
+    said = {"valid": batch.valid, "real_bt": batch.real_bt}
+    cut |= {name: None if x is None else x[start:stop] for name, x in said.items()} | {"layout": None}
     return replace(batch, **cut, keys=batch.keys[start:stop])

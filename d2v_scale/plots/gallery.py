@@ -27,7 +27,7 @@ from d2v_scale.plots.samples import plot_masks
 FIRST = 16
 """Samples of which every position is held: what all of them share at a position can be told from the rest."""
 _LAST_LAYERS = 4
-_BATCH_FIELDS = ("modality", "inputs", "valid", "masked_rt", "sample_ids", "keys", "grid", "extra_tokens")
+_BATCH_FIELDS = ("modality", "inputs", "valid", "masked_rt", "sample_ids", "keys", "grid", "extra_tokens", "real_bt")
 
 
 @dataclass(kw_only=True)
@@ -101,20 +101,29 @@ def masked(
         seed=seed,
         step=step,
         equal_counts=equal_counts,
+        real_bt=None if batch.real_bt is None else batch.real_bt.numpy(),
     )
     masked_rt = torch.from_numpy(masks.masked_rt)
-    return replace(batch, masked_rt=masked_rt, layout=Layout.of(masked_rt))
+    return replace(batch, masked_rt=masked_rt, layout=Layout.of(masked_rt, batch.real_bt))
 
 
 def _reach(batch: Batch, valid_bt: Tensor, config: MaskingConfig) -> Tensor:
-    """How far each sample reaches as `masking.collate` counts it: along every axis for `blocks`, else positions."""
+    """How far each sample reaches as `masking.collate` counts it: along every axis for `blocks`, else positions.
+
+    Values that are missing within it do not shorten it; where they are its last, it is drawn as if it ended before.
+    """
     if config.kind != "blocks":
-        return valid_bt.sum(dim=1)
+        return _last(valid_bt)
     planes = valid_bt.view(len(valid_bt), *batch.extents)
     along = (
         planes.movedim(axis, 1).flatten(1).unflatten(1, (extent, -1)) for axis, extent in enumerate(batch.extents, 1)
     )
-    return torch.stack([real_bnx.any(dim=2).sum(dim=1) for real_bnx in along], dim=1)
+    return torch.stack([_last(real_bnx.any(dim=2)) for real_bnx in along], dim=1)
+
+
+def _last(real_bn: Tensor) -> Tensor:
+    """(B,): the number of the last true one, from 1; 0 where there is none."""
+    return (real_bn * torch.arange(1, real_bn.shape[1] + 1)).amax(dim=1)
 
 
 def _decoder(tokenizer: str | None) -> Callable[[list[int]], str] | None:

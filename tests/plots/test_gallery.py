@@ -1,10 +1,12 @@
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from d2v_scale.batch import Batch
+from d2v_scale.batch import Batch, Layout
 from d2v_scale.data2vec.config import MaskingConfig
+from d2v_scale.data2vec.masking import collate
 from d2v_scale.model.stem_config import Kind
 from d2v_scale.plots.gallery import Gallery, draw_gallery, masked
 
@@ -88,3 +90,35 @@ def test_masks_over_three_axes_end_where_a_sample_does_along_each() -> None:
     real_rt = places.flatten(1).repeat_interleave(3, dim=0)
     assert not (shown & ~real_rt).any()
     assert shown.sum(dim=1).tolist() == [20] * 3 + [6] * 3
+
+
+def test_masks_shown_of_missing_values_are_those_of_training() -> None:
+    """Where a value is missing is no matter of how far a sample reaches: masks were drawn as if it were there."""
+    real_bt = torch.ones(3, 24, dtype=torch.bool)
+    real_bt[0, 3:9] = False
+    real_bt[1, 0] = False
+    batch = Batch(
+        modality="eeg",
+        inputs=torch.zeros(3, 1, 24),
+        valid=real_bt,
+        masked_rt=torch.zeros(3, 24, dtype=torch.bool),
+        sample_ids=torch.arange(3),
+        real_bt=real_bt,
+    )
+    masks = MaskingConfig(kind="blocks", prob=0.5, length=3, clones=2)
+    shown = masked(batch, real_bt, masks, seed=1, step=5)
+    trained = collate(
+        masks,
+        length=24,
+        sample_ids=np.arange(3),
+        valid_lengths=np.array([24, 24, 24]),
+        seed=1,
+        step=5,
+        equal_counts=True,
+        real_bt=real_bt.numpy(),
+    )
+    assert torch.equal(shown.masked_rt, torch.from_numpy(trained.masked_rt))
+    predicted = shown.layout.tensors
+    wanted = Layout.of(torch.from_numpy(trained.masked_rt), real_bt).tensors
+    assert predicted.keys() == wanted.keys()
+    assert all(torch.equal(predicted[name], wanted[name]) for name in wanted)
