@@ -32,6 +32,12 @@ class FeedForward(nn.Module):
         return out
 
 
+GRAPHS = 64
+"""Graphs of a block's code that PyTorch may keep. Its own 8 are less than the student and the teacher of one stem need
+(18 were counted: with and without a gradient, padding and drop path, of one row and of many, of one length and of all):
+beyond them it runs further ones uncompiled."""
+
+
 class Block(nn.Module):
     """One Transformer block. `depth_scale` divides the output weights at initialisation (beit: sqrt(2 i))."""
 
@@ -55,6 +61,9 @@ class Block(nn.Module):
 
     def compile_forward(self) -> None:
         """Run `forward` through torch.compile from now on. Hooks on the block, ZeRO-3's among them, stay outside."""
+        import torch._dynamo.config as dynamo  # most of a second, which only those who compile need
+
+        dynamo.recompile_limit = max(dynamo.recompile_limit, GRAPHS)
         self.forward = torch.compile(self.forward)  # type: ignore[method-assign]
         self.compiled = True
 
