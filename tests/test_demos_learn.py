@@ -13,7 +13,8 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("modality", "gain", "rank"), [("vision", 0.2, 5.0), ("speech", 0.02, 2.0), ("text", 0.04, 5.0)]
+    ("modality", "gain", "rank"),
+    [("vision", 0.2, 5.0), ("speech", 0.02, 2.0), ("text", 0.04, 5.0), ("video", 0.05, 2.0)],
 )
 def test_knn_accuracy_rises(modality: str, gain: float, rank: float, tmp_path: Path) -> None:
     """Once the text demo had ended where it began, its targets shrunk to five directions. Those of the speech demo

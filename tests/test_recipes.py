@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -35,7 +36,7 @@ PUBLISHED_PARAMETERS = {
     "d2v2_text_large_b": (354_309_120, 31_070_464),
 }
 # Sizes that nobody has published: nothing to compare the exact numbers with.
-OUR_BILLIONS = {"d2v2_vision_1b": 1.1, "d2v2_speech_1b": 1.0, "d2v2_vision_7b": 6.9}
+OUR_BILLIONS = {"d2v2_video_large": 0.3, "d2v2_vision_1b": 1.1, "d2v2_speech_1b": 1.0, "d2v2_vision_7b": 6.9}
 # Models of several modalities, counted in test_own_settings.py.
 JOINT = ("d2v2_joint_base", "d2v2_joint_base_shared_decoder", "d2v2_joint_large")
 # Positions of a typical input, and how many of them are masked where that number is fixed.
@@ -91,6 +92,17 @@ def test_acceptance_3_masked_positions_are_the_published_number(name: str) -> No
     masks = collate(recipe.objective.masking, sample_ids=[0, 1], seed=0, step=0, **place)  # type: ignore[arg-type]
     assert masks.masked_rt.shape == (2 * recipe.objective.masking.clones, length)
     assert set(masks.masked_rt.sum(1).tolist()) == {count}
+
+
+def test_masks_of_videos_are_the_same_in_all_frames_and_keep_blocks() -> None:
+    [masking] = load("d2v2_video_large").masking().values()
+    frames, side = 8, 14
+    masks = collate(masking, grid=(frames, side, side), sample_ids=[3], seed=0, step=1)
+    hidden = masks.masked_rt.reshape(-1, frames, side, side)
+    assert (hidden == hidden[:, :1]).all()
+    assert set(hidden[:, 0].sum((1, 2)).tolist()) == {177}
+    blocks = np.lib.stride_tricks.sliding_window_view(~hidden[:, 0], (3, 3), axis=(1, 2)).all(axis=(3, 4))
+    assert blocks.any(axis=(1, 2)).all()
 
 
 @pytest.mark.parametrize("name", OUR_BILLIONS)

@@ -1,20 +1,20 @@
 #!/usr/bin/env bash
 # Installs, writes demo shards, pretrains, exports, and says what came out. Idempotent.
-# Usage: bash tools/quickstart.sh [--modality vision|speech|text|all]
+# Usage: bash tools/quickstart.sh [--modality vision|speech|text|video|all]
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 modality=vision
 while [ $# -gt 0 ]; do
     case "$1" in
-        --modality) modality="${2:?--modality needs vision, speech, text or all}"; shift 2 ;;
-        *) echo "Unknown argument: $1. Usage: bash tools/quickstart.sh [--modality vision|speech|text|all]" >&2; exit 2 ;;
+        --modality) modality="${2:?--modality needs vision, speech, text, video or all}"; shift 2 ;;
+        *) echo "Unknown argument: $1. Usage: bash tools/quickstart.sh [--modality vision|speech|text|video|all]" >&2; exit 2 ;;
     esac
 done
 case "$modality" in
-    vision|speech|text) modalities="$modality" ;;
-    all) modalities="vision speech text" ;;
-    *) echo "--modality is '$modality'; it must be vision, speech, text or all." >&2; exit 2 ;;
+    vision|speech|text|video) modalities="$modality" ;;
+    all) modalities="vision speech text video" ;;
+    *) echo "--modality is '$modality'; it must be vision, speech, text, video or all." >&2; exit 2 ;;
 esac
 
 # The speech demo's voices come from an optional wheel; the other demos do without it.

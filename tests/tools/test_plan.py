@@ -26,6 +26,14 @@ def test_the_largest_recipe_on_its_cluster() -> None:
         assert shown in done.stdout
 
 
+def test_a_model_of_arrays_is_planned_without_any() -> None:
+    done = plan("--recipe", "d2v2_video_large", "--nodes", "8", "--gpus", "8")
+    assert done.returncode == 0, done.stderr
+    assert "0.31 billion parameters) on 64 x h100" in done.stdout
+    assert "video: 1568 positions, 152 kept, 1416 masked, 8 masks a sample" in done.stdout
+    assert "topologies fit" in done.stdout
+
+
 def test_what_does_not_fit_is_said_with_what_is_missing() -> None:
     done = plan("--recipe", "d2v2_vision_7b", "--nodes", "1", "--device", "a100", "--model.backbone.depth", "120")
     assert done.returncode == 0, done.stderr
