@@ -2,6 +2,7 @@
 
     d2v index '/shards/in1k-{000000..001281}.tar' --modality vision
     d2v index '/shards/eeg-*.tar' --modality array
+    d2v index '/shards/pairs-*.tar' --modality vision,speech,text --tokenizer t.model
     d2v index 'pipe:ssh host cat /shards/a-{000000..000099}.tar' --modality speech --out indexes/
     d2v index 's3://bucket/a-{000000..000099}.tar' --modality text --tokenizer t.model --out indexes/
 
@@ -26,7 +27,11 @@ def make_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("shards", help="path with {000000..000099}, glob, directory, `pipe:` command or URL")
-    parser.add_argument("--modality", choices=WORDS, help="what the shards hold; default: as the first sample looks")
+    parser.add_argument(
+        "--modality",
+        metavar="|".join(WORDS),
+        help="what the shards hold, several separated by commas; default: as the first sample looks",
+    )
     parser.add_argument("--out", type=Path, help="directory of the index; default: beside the shards")
     parser.add_argument("--name", help="the index is NAME.index.json; default: what the shards are called")
     parser.add_argument("--tokenizer", type=Path, help="sentencepiece model, to count the tokens of text")

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from d2v_scale.conversion.array_layouts import layout_of
-from d2v_scale.conversion.measures import measure_of
+from d2v_scale.conversion.measures import measures_of
 from d2v_scale.conversion.recognising import describe, recognised
 from d2v_scale.data.labels import class_number
 from d2v_scale.errors import DataError
@@ -21,7 +21,7 @@ from d2v_scale.modalities.text.decoder import require_special_ids
 from d2v_scale.redaction import same_address
 from d2v_scale.shards.content import WORDS, Content, length_of, plural, word_of
 from d2v_scale.shards.fetching import ShardCache
-from d2v_scale.shards.shard_index import FORMAT, SetIndex, ShardEntry, index_shard, real_place, relative_path
+from d2v_scale.shards.shard_index import FORMAT, Measure, SetIndex, ShardEntry, index_shard, real_place, relative_path
 from d2v_scale.shards.shard_jobs import Part, run_all
 from d2v_scale.shards.shard_set import INDEX_SUFFIX, expand, is_remote
 
@@ -45,6 +45,8 @@ class Job:
     max_pixels: int
     key: str | None = None
     """Of the array in a `.npz`."""
+    beside: tuple[Content, ...] = ()
+    """What the samples hold beside `content`."""
 
     @property
     def record(self) -> Path:
@@ -56,7 +58,8 @@ class Job:
     def digest_of(self, version: object) -> str:
         # The word of earlier versions: what they indexed is not read again.
         made = (FORMAT, self.path, version, word_of(self.content), self.tokenizer_sha256, self.max_pixels)
-        inputs = made if self.key is None else (*made, self.key)
+        inputs: tuple[object, ...] = made if self.key is None else (*made, self.key)
+        inputs = (*inputs, *self.beside) if self.beside else inputs
         return hashlib.sha256(repr(inputs).encode()).hexdigest()
 
     def is_done(self) -> bool:
@@ -78,26 +81,35 @@ class Job:
 
     def _index(self, tar: Path) -> Part:
         part = Part("", {})
-        decoded = measure_of(self.content, self.tokenizer, self.max_pixels, self.key)
+        measures = measures_of((self.content, *self.beside), self.tokenizer, self.max_pixels, self.key)
         layouts: Counter[str] = Counter()
 
-        def measure(members: dict[str, bytes]) -> int:
-            length = decoded(members)
-            if self.content == "array":
-                layouts[str(layout_of(members, self.key))] += 1
-            if "cls" in members:
-                try:
-                    part.classes = max(part.classes, class_number(members["cls"]) + 1)
-                except ValueError as error:
-                    part.odd_labels += 1
-                    part.odd_label = part.odd_label or str(error)
-            return length
+        def noting(content: Content, measure: Measure) -> Measure:
+            def noted(members: dict[str, bytes]) -> int:
+                length = measure(members)
+                if content == "array":
+                    layouts[str(layout_of(members, self.key))] += 1
+                if "cls" in members:  # of what is lost nobody reads the label
+                    _note_label(part, members["cls"], counted=content == self.content)
+                return length
 
-        entry = index_shard(tar, self.members, self.members.parent, measure)
+            return noted
+
+        first, *others = [(content, noting(content, measure)) for content, measure in measures.items()]
+        entry = index_shard(tar, self.members, self.members.parent, first[1], dict(others))
         if is_remote(self.path):
             entry.path = self.path
         part.entry, part.layouts = asdict(entry), dict(layouts)
         return part
+
+
+def _note_label(part: Part, label: bytes, counted: bool) -> None:
+    """`counted`: an odd one counts; of samples with several contents once."""
+    try:
+        part.classes = max(part.classes, class_number(label) + 1)
+    except ValueError as error:
+        part.odd_labels += counted
+        part.odd_label = part.odd_label or str(error)
 
 
 def _version(path: str) -> object:
@@ -126,19 +138,22 @@ def make_index(arguments: argparse.Namespace) -> tuple[SetIndex, Path]:
         raise DataError("The shards are not local.", "Say with --out where their index goes.")
     out.mkdir(parents=True, exist_ok=True)
     name = arguments.name or _common_name(paths)
-    content = recognised(paths[0]) if arguments.modality is None else WORDS[arguments.modality]
+    contents = (
+        recognised(paths[0], arguments.tokenizer is not None)
+        if arguments.modality is None
+        else _contents(arguments.modality)
+    )
     if arguments.modality is None:
-        print(describe(content), file=sys.stderr)
+        print(describe(contents), file=sys.stderr)
     if arguments.tokenizer is not None:
-        if length_of(content).unit != "tokens":
-            raise DataError(
-                f"--tokenizer is given, but the shards hold {plural(content)}, which have no tokens.", "Leave it out."
-            )
+        if all(length_of(content).unit != "tokens" for content in contents):
+            held = " with ".join(map(plural, contents))
+            raise DataError(f"--tokenizer is given, but the shards hold {held}, which have no tokens.", "Leave it out.")
         require_special_ids(arguments.tokenizer)
     cache = out / ".fetched"
     target = out / f"{name}{INDEX_SUFFIX}"
-    _refuse_overwriting(list(_jobs(paths, out, name, content, arguments, cache)), target)
-    parts = run_all(_jobs(paths, out, name, content, arguments, cache), arguments.processes)
+    _refuse_overwriting(list(_jobs(paths, out, name, contents, arguments, cache)), target)
+    parts = run_all(_jobs(paths, out, name, contents, arguments, cache), arguments.processes)
     if cache.is_dir():
         for path in cache.iterdir():
             path.unlink()
@@ -148,7 +163,8 @@ def make_index(arguments: argparse.Namespace) -> tuple[SetIndex, Path]:
     classes = (
         arguments.classes.split(",") if arguments.classes else [str(k) for k in range(max(p.classes for p in parts))]
     )
-    index = SetIndex(content=content, shards=[ShardEntry(**part.entry) for part in parts], classes=classes)
+    entries = [ShardEntry(**part.entry) for part in parts]
+    index = SetIndex(content=contents[0], beside=contents[1:], shards=entries, classes=classes)
     if arguments.tokenizer is not None:
         index.tokenizer, index.tokenizer_sha256 = (
             relative_path(arguments.tokenizer, out),
@@ -156,11 +172,21 @@ def make_index(arguments: argparse.Namespace) -> tuple[SetIndex, Path]:
         )
     _require_samples(index, arguments.shards)
     index.save(target)
-    for job, part in zip(_jobs(paths, out, name, content, arguments, cache), parts, strict=True):
+    for job, part in zip(_jobs(paths, out, name, contents, arguments, cache), parts, strict=True):
         if part.digest == job.digest_of(_UNKNOWN):
             # It served to continue an interrupted run. The next one cannot tell whether the shard is still the same.
             job.record.unlink(missing_ok=True)
     return index, target
+
+
+def _contents(words: str) -> list[Content]:
+    """`vision,speech`: what the samples hold. Raises DataError."""
+    named = words.split(",")
+    unknown = [word for word in named if word not in WORDS]
+    if unknown or len(set(named)) < len(named):
+        shown = f"{unknown[0]!r} is no modality" if unknown else f"--modality {words} names one twice"
+        raise DataError(f"{shown}.", f"Give one or several of {', '.join(WORDS)}, separated by commas.")
+    return [WORDS[word] for word in named]
 
 
 def _tell_odd_labels(parts: list[Part]) -> None:
@@ -193,13 +219,14 @@ def _paths(pattern: str) -> list[str]:
 
 
 def _jobs(
-    paths: list[str], out: Path, name: str, content: Content, arguments: argparse.Namespace, cache: Path
+    paths: list[str], out: Path, name: str, contents: list[Content], arguments: argparse.Namespace, cache: Path
 ) -> Iterator[Job]:
     model = arguments.tokenizer
     checksum = None if model is None else file_sha256(model)
     for path, stem in zip(paths, _stems(paths, name), strict=True):
         target = out / f"{stem}.index"
-        yield Job(path, target, content, model, checksum, cache, arguments.max_pixels, arguments.key)
+        pixels, key, beside = arguments.max_pixels, arguments.key, tuple(contents[1:])
+        yield Job(path, target, contents[0], model, checksum, cache, pixels, key, beside)
 
 
 def _stems(paths: list[str], name: str) -> list[str]:
@@ -238,7 +265,8 @@ def _refuse_overwriting(jobs: list[Job], target: Path) -> None:
                 continue
             listed = entry.path if is_remote(entry.path) else real_place(known.parent / entry.path)
             other_shard = _place(listed) != _place(job.path) and (is_remote(listed) or os.path.exists(listed))
-            made_otherwise = (index.content, index.tokenizer_sha256) != (job.content, job.tokenizer_sha256)
+            held = [job.content, *job.beside]
+            made_otherwise = (index.contents, index.tokenizer_sha256) != (held, job.tokenizer_sha256)
             if other_shard or (made_otherwise and known != target):
                 what = f"of {listed}" if other_shard else f"of another content or tokenizer, in {known.name}"
                 raise DataError(
@@ -253,13 +281,17 @@ def _place(path: str) -> str:
 
 
 def _require_samples(index: SetIndex, shards: str) -> None:
-    """Raises DataError where no sample can be read, and says what was found instead."""
-    if index.samples > sum(entry.lost for entry in index.shards):
+    """Raises DataError where no sample can be read, or one content of none, and says what was found instead."""
+    lost = [sum(entry.lost for entry in index.shards)]
+    lost += [sum(entry.lost_beside[column] for entry in index.shards) for column in range(len(index.beside))]
+    empty = [content for content, count in zip(index.contents, lost, strict=True) if count >= index.samples]
+    if not empty:
         return
+    what = f"{empty[0]} of a sample" if index.beside else "sample"
     found = [f"{entry.path}: {line}" for entry in index.shards for line in (*entry.damage, *entry.passed_over)]
     told = f", but: {'; '.join(found[:3])}" if found else ""
     raise DataError(
-        f"The shards of {shards!r} hold no sample that can be read{told}.", "Check --modality and the tars."
+        f"The shards of {shards!r} hold no {what} that can be read{told}.", "Check --modality and the tars."
     )
 
 

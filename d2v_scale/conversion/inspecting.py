@@ -17,7 +17,8 @@ from d2v_scale.errors import DataError
 from d2v_scale.files import file_sha256
 from d2v_scale.modalities.text.decoder import Tokenizer
 from d2v_scale.plots.samples import plot_masks
-from d2v_scale.shards.content import length_of, plural, word_of
+from d2v_scale.shards.content import Content, length_of, plural, word_of
+from d2v_scale.shards.one_content import reading
 from d2v_scale.shards.reading import Fault, SampleFault, SampleStore
 from d2v_scale.shards.shard_index import Measure
 from d2v_scale.shards.shard_set import ShardSet, find_shards, is_remote
@@ -25,6 +26,7 @@ from d2v_scale.shards.shard_set import ShardSet, find_shards, is_remote
 _BARS = 10
 _WIDTH = 40
 _NAMED = 20
+_CUT_OFF = "cut off or undecodable when the index was made"
 _DRAWN = 8
 """Arrays in a picture."""
 
@@ -32,11 +34,11 @@ _DRAWN = 8
 def statistics(shards: ShardSet) -> None:
     """Print counts, sizes, lengths and labels."""
     assert shards.index is not None
+    contents = shards.index.contents
     loaded = [shards.members(k) for k in range(len(shards.paths))]
     size_n = np.concatenate([members.size_n for members in loaded])
-    length_n = np.concatenate([members.length_n for members in loaded])
-    content, megabytes = word_of(shards.index.content), size_n.sum() / 1e6
-    print(f"{content}: {len(shards.paths)} shards, {len(size_n)} samples, {megabytes:.1f} MB")
+    words, megabytes = " with ".join(map(word_of, contents)), size_n.sum() / 1e6
+    print(f"{words}: {len(shards.paths)} shards, {len(size_n)} samples, {megabytes:.1f} MB")
     counts = shards.samples_s
     print(f"samples per shard: {counts.min()} to {counts.max()}")
     extensions = sorted({extension for members in loaded for extension in members.extensions})
@@ -48,17 +50,28 @@ def statistics(shards: ShardSet) -> None:
         )
         print(f"  .{extension}: in {held} samples")
     _histogram("size of a sample", size_n / 1000, "kB")
-    length = length_of(shards.index.content).shown
-    if length is not None:
-        what, unit, of_one = length
-        _histogram(what, length_n[length_n >= 0] / of_one, unit)
+    lost = [_lengths(shards, content) for content in contents]
     if shards.index.classes:
         print(f"{len(shards.index.classes)} classes: {', '.join(shards.index.classes[:20])}")
-    if (length_n < 0).any():
-        print(f"{int((length_n < 0).sum())} samples were cut off or undecodable when the index was made")
+    for content, count in zip(contents, lost, strict=True):
+        if count:
+            what = "samples" if len(contents) == 1 else plural(content)
+            print(f"{count} {what} were {'absent, ' if len(contents) > 1 else ''}{_CUT_OFF}")
     for entry in shards.entries:
         for damage in entry.damage:
             print(f"damaged when indexed: {entry.path}: {damage}")
+
+
+def _lengths(shards: ShardSet, content: Content) -> int:
+    """Print how long the samples are, as far as `content` has lengths; returns how many have none."""
+    read = reading(shards, content)
+    length_n = np.concatenate([read.members(k).length_n for k in range(len(read.paths))])
+    length = length_of(content).shown
+    if length is not None:
+        what, unit, of_one = length
+        what = what if read is shards else f"{what} of {plural(content)}"
+        _histogram(what, length_n[length_n >= 0] / of_one, unit)
+    return int((length_n < 0).sum())
 
 
 def _histogram(what: str, values: NDArray[np.floating], unit: str) -> None:
@@ -88,7 +101,8 @@ def check(shards: ShardSet, max_pixels: int, key: str | None = None) -> int:
         lost += found
         if not is_remote(path) and found == 0 and file_sha256(Path(path)) != shards.entries[shard].sha256:
             print(f"changed outside its samples: {path}")
-    print(f"integrity: {lost} of {int(shards.samples_s.sum())} samples lost")
+    what = f" of {plural(shards.index.content)}" if shards.index.beside else ""
+    print(f"integrity{what}: {lost} of {int(shards.samples_s.sum())} samples lost")
     return lost
 
 
@@ -107,19 +121,25 @@ def _fault(store: SampleStore, shard: int, number: int, measure: Measure) -> Fau
 
 
 def pictures(shards: ShardSet, pattern: str, recipe_name: str | None, out: Path, steps: int) -> None:
-    """Write a PNG per step of what training would see."""
+    """Write a PNG per step of what training would see of one content."""
     assert shards.index is not None
+    content = shards.index.content
     tokenizer = Tokenizer(shards.tokenizer) if shards.tokenizer is not None else None
     if recipe_name is not None:
         from d2v_scale.command_line import parse
 
-        recipe, _ = parse(["--recipe", recipe_name, "--data", pattern])
+        of_one = [] if shards.index.beside else ["--data", pattern]
+        recipe, _ = parse(["--recipe", recipe_name, *of_one])
+        if shards.index.beside:
+            names = [name for name in recipe.model.modalities if modalities.of(recipe.model, name).content == content]
+            if not names:
+                print(f"{recipe_name} has no stem that reads {plural(content)}")
+                return
+            recipe.data.sources = [SourceConfig(shards=pattern, modality=names[0])]
         data, model, masking = recipe.data, recipe.model, recipe.masking()
         compat, seed = recipe.objective.compat, recipe.seed
     else:
-        reader = next(
-            one for kind in modalities.KINDS if (one := modalities.class_of(kind)).content == shards.index.content
-        )
+        reader = next(one for kind in modalities.KINDS if (one := modalities.class_of(kind)).content == content)
         model = reader.plain_model(None if tokenizer is None else tokenizer.size)
         data, compat, seed = DataConfig(), CompatConfig(), 1
         [name] = model.modalities
@@ -153,17 +173,19 @@ def inspect(arguments: argparse.Namespace) -> int:
     shards = find_shards(SourceConfig(shards=arguments.shards, index=arguments.index))
     if shards.index is None:
         raise DataError(f"The shards of {arguments.shards!r} have no index.", "Run `d2v index` first.")
-    holds_arrays, key = shards.index.content == "array", arguments.key
-    if arguments.moments and not holds_arrays:
-        raise DataError(f"The shards hold {plural(shards.index.content)}.", "--moments are of arrays.")
+    contents, key = shards.index.contents, arguments.key
+    parts = {content: reading(shards, content) for content in contents}
+    if arguments.moments and "array" not in parts:
+        raise DataError(f"The shards hold {' with '.join(map(plural, contents))}.", "--moments are of arrays.")
     statistics(shards)
-    if holds_arrays:
-        array_statistics.tell(shards, key)
-    lost = check(shards, arguments.max_pixels, key) if arguments.check else 0
+    if "array" in parts:
+        array_statistics.tell(parts["array"], key)
+    lost = sum(check(part, arguments.max_pixels, key) for part in parts.values()) if arguments.check else 0
     if arguments.moments:
-        array_statistics.print_moments(shards, arguments.transform, arguments.log_floor, key)
-    if arguments.out is not None and holds_arrays and arguments.recipe is None:
-        array_pictures(shards, arguments.out, arguments.steps, key)
-    elif arguments.out is not None:
-        pictures(shards, arguments.shards, arguments.recipe, arguments.out, arguments.steps)
+        array_statistics.print_moments(parts["array"], arguments.transform, arguments.log_floor, key)
+    for content, part in parts.items() if arguments.out is not None else ():
+        if content == "array" and arguments.recipe is None:
+            array_pictures(part, arguments.out, arguments.steps, key)
+        else:
+            pictures(part, arguments.shards, arguments.recipe, arguments.out, arguments.steps)
     return lost

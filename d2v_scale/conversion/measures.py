@@ -1,11 +1,13 @@
 """What decides whether a sample can be read: one function per content, for converters, indexes, checks and training."""
 
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import assert_never
 
 from d2v_scale.data.config import VisionData
 from d2v_scale.shards.content import Content
+from d2v_scale.shards.one_content import hidden_beside
 from d2v_scale.shards.shard_index import Measure
 
 
@@ -40,3 +42,23 @@ def measure_of(
 
             return functools.partial(members.measure, key=key)
     assert_never(content)
+
+
+def measures_of(
+    contents: Sequence[Content],
+    tokenizer: Path | None = None,
+    max_pixels: int = VisionData.max_pixels,
+    key: str | None = None,
+) -> dict[Content, Measure]:
+    """What gives the length of each content of samples that hold several. Arguments as of `measure_of`."""
+    held = list(contents)
+    made = {content: measure_of(content, tokenizer, max_pixels, key) for content in held}
+    hidden = {content: hidden_beside(content, held) for content in held}
+    return {
+        content: functools.partial(_without, one, hidden[content]) if hidden[content] else one
+        for content, one in made.items()
+    }
+
+
+def _without(measure: Measure, hidden: frozenset[str], members: dict[str, bytes]) -> int:
+    return measure({name: content for name, content in members.items() if name not in hidden})

@@ -16,29 +16,33 @@ _BEGINNING = 1 << 16
 """Bytes of a `.npy` that hold its header."""
 
 
-def recognised(path: str) -> Content:
-    """What the first sample of a shard holds: pictures and recordings with whatever stands beside them, else arrays
-    (`.npz`, and `.npy` with more than one axis) or text (`.txt`, and ids in `.npy`).
+def recognised(path: str, with_text: bool = False) -> list[Content]:
+    """What the first sample of a shard holds: pictures, recordings or both with whatever stands beside them, else
+    arrays (`.npz`, and `.npy` with more than one axis) or text (`.txt`, and ids in `.npy`).
 
-    Raises DataError where that is nothing, several of them, or where the shard is not local.
+    `with_text`: a `.txt` beside pictures, recordings or arrays is text that is trained on, and not only a label. Raises
+    DataError where that is nothing, arrays and text without it, or where the shard is not local.
     """
     held = {} if is_remote(path) else _first_sample(path)
-    main: set[Content] = set()
-    main |= {"image"} if held.keys() & set(vision.EXTENSIONS) else set()
-    main |= {"recording"} if held.keys() & set(speech.EXTENSIONS) else set()
+    main: list[Content] = []
+    main += ["image"] if held.keys() & set(vision.EXTENSIONS) else []
+    main += ["recording"] if held.keys() & set(speech.EXTENSIONS) else []
+    is_beside = bool(main)
     if not main:
-        main |= {"array"} if "npz" in held or held.get("npy", 0) > 1 else set()
-        main |= {"text"} if "txt" in held or held.get("npy") == 1 else set()
-    if len(main) != 1:
+        main += ["array"] if "npz" in held or held.get("npy", 0) > 1 else []
+        main += ["text"] if "txt" in held or held.get("npy") == 1 else []
+    elif with_text and "txt" in held:
+        main.append("text")
+    if not main or (len(main) > 1 and not is_beside and not with_text):
         found = ", ".join(f".{extension}" for extension in held) or "nothing that was looked at"
         raise DataError(f"What {path} holds cannot be told from {found}.", "Say it with --modality.")
-    [content] = main
-    return content
+    return main
 
 
-def describe(content: Content) -> str:
+def describe(contents: list[Content]) -> str:
     """For people: what was recognised, and what to write where it is wrong."""
-    return f"the shards hold {plural(content)} (--modality {word_of(content)})"
+    held, words = " with ".join(map(plural, contents)), ",".join(map(word_of, contents))
+    return f"the shards hold {held} (--modality {words})"
 
 
 def _first_sample(path: str) -> dict[str, int]:

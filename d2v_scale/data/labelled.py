@@ -22,6 +22,7 @@ from d2v_scale.errors import DataError
 from d2v_scale.files import file_sha256
 from d2v_scale.model.config import ModelConfig
 from d2v_scale.shards.class_names import agreed_classes
+from d2v_scale.shards.one_content import reading
 from d2v_scale.shards.plan import PlannedBatch
 from d2v_scale.shards.reading import Fault, SampleFault, SampleStore
 from d2v_scale.shards.rows import Decoder, Row
@@ -87,10 +88,10 @@ class LabelledSet:
 
     def __post_init__(self) -> None:
         source = SourceConfig(shards=self.shards, modality=self.modality)
-        self._found = self.found or find_shards(source)
+        self._stem = modalities.of(self.model, self.modality)
+        self._found = reading(self.found or find_shards(source), self._stem.content)
         if not self._found.indexed:
             raise DataError(f"The shards of {self.shards!r} have no index.", "Make one with `d2v index`.")
-        self._stem = modalities.of(self.model, self.modality)
         check_before_start(self._found, source, self._stem.content, self.data.max_bad_ratio)
         self.classes = agreed_classes(self._found.class_names)
         self.tokenizer = Path(self.data.text.tokenizer) if self.data.text.tokenizer else self._found.tokenizer

@@ -15,6 +15,7 @@ from d2v_scale.errors import DataError, DataStarved
 from d2v_scale.files import file_sha256
 from d2v_scale.model.config import ModelConfig
 from d2v_scale.shards.fetching import ShardCache
+from d2v_scale.shards.one_content import reading
 from d2v_scale.shards.order import WindowOrder
 from d2v_scale.shards.plan import SourcePlan
 from d2v_scale.shards.reading import SampleStore
@@ -33,11 +34,11 @@ def open_source(
 ) -> "Source | StreamedSource":
     """Find and check the shards of source `number`. Raises DataError; logs what is survived."""
     source = data.sources[number]
-    shards = find_shards(source)
+    reads = modalities.of(model, source.modality).content
+    shards = reading(find_shards(source), reads)
     name = data.source_names()[number]
     if not shards.indexed:
         return StreamedSource(shards, source, name, data, model, seed, dp_rank, dp_size)
-    reads = modalities.of(model, source.modality).content
     for warning in check_before_start(shards, source, reads, data.max_bad_ratio):
         log.warning("%s", warning)
     return Source(shards, source, name, data, model, seed)

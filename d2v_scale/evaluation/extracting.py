@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from d2v_scale import modalities
 from d2v_scale.data.config import SourceConfig
 from d2v_scale.data.labelled import LabelledSet
 from d2v_scale.errors import EXIT_PARTIAL, DataError
@@ -23,6 +24,7 @@ from d2v_scale.files import atomic_file, write_whole
 from d2v_scale.interop.exporting import pick_modality
 from d2v_scale.model.pooling import mean_over_positions
 from d2v_scale.parallel import launchers
+from d2v_scale.shards.one_content import reading
 from d2v_scale.shards.shard_index import SetIndex, ShardEntry, index_shard
 from d2v_scale.shards.shard_set import INDEX_SUFFIX, ShardSet, find_shards, is_remote
 from d2v_scale.shards.writing import is_written, members_file, write_shard
@@ -117,7 +119,8 @@ def extract(arguments: argparse.Namespace) -> int:
     rank, world_size = process_number()
     encoder = FrozenEncoder.load(arguments.checkpoint, arguments.weights)
     modality = pick_modality(encoder.recipe, arguments.modality)
-    found = find_shards(SourceConfig(shards=arguments.shards, modality=modality))
+    source = SourceConfig(shards=arguments.shards, modality=modality)
+    found = reading(find_shards(source), modalities.of(encoder.recipe.model, modality).content)
     arguments.out.mkdir(parents=True, exist_ok=True)
     suffix = ".parquet" if arguments.format == "parquet" else ".tar"
     targets = [arguments.out / (target_name(path) + suffix) for path in found.paths]

@@ -24,6 +24,7 @@ from d2v_scale.finetuning.augmentation import RandAugment
 from d2v_scale.finetuning.config import TaskConfig
 from d2v_scale.model.config import ModelConfig
 from d2v_scale.shards.class_names import agreed_classes
+from d2v_scale.shards.one_content import reading
 from d2v_scale.shards.order import WindowOrder
 from d2v_scale.shards.plan import SourcePlan
 from d2v_scale.shards.reading import RawSample, SampleFault, SampleStore, Store
@@ -81,13 +82,13 @@ class LabelledSource(Source):
         `data.speech.max_seconds` are cut, not left out. Raises DataError.
         """
         source = data.sources[number]
-        shards = find_shards(source)
+        reads = modalities.of(model, source.modality).content
+        shards = reading(find_shards(source), reads)
         if not shards.indexed:
             raise DataError(f"The shards of {source.shards!r} have no index.", "Make one with `d2v index`.")
         first = range(min(_ASKED_FOR_LABELS, len(shards.paths)))
         if not any(len(labelled_numbers(shards.members(shard), extension)) for shard in first):
             raise DataError(f"No sample of {source.shards!r} has a label (.{extension}).", "Give labelled shards.")
-        reads = modalities.of(model, source.modality).content
         for warning in check_before_start(shards, source, reads, data.max_bad_ratio):
             log.warning("%s", warning)
         super().__init__(shards, source, data.source_names()[number], data, model, seed)

@@ -7,6 +7,7 @@ from d2v_scale.data.config import SAMPLE_RATE, SourceConfig
 from d2v_scale.errors import DataError
 from d2v_scale.planning.flops import SampleCost, cost_of
 from d2v_scale.recipe import Recipe
+from d2v_scale.shards.one_content import reading
 from d2v_scale.shards.shard_set import find_shards
 
 
@@ -17,7 +18,7 @@ def mean_size(recipe: Recipe, shards: str) -> float | None:
     stem = modalities.of(recipe.model, name)
     if stem.fixed_grid is not None:
         return None
-    found = find_shards(SourceConfig(shards=shards, modality=name))
+    found = reading(find_shards(SourceConfig(shards=shards, modality=name)), stem.content)
     if not found.indexed:
         raise DataError(f"The shards of {shards!r} have no index.", "Make one with `d2v index`.")
     length_n = np.concatenate([found.members(k).length_n for k in range(len(found.paths))])

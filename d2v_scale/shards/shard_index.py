@@ -58,6 +58,8 @@ class Members:
     pieces_p5: NDArray[np.int64] = field(default_factory=lambda: np.zeros((0, 5), dtype=np.int64))
     """Of links and sparse members: sample, extension, where a piece begins counted from `start_n`, its bytes, and where
     it belongs in the member, which is zero elsewhere. `crc_n` goes on over the pieces that are not in its range."""
+    beside_nc: NDArray[np.int64] = field(default_factory=lambda: np.zeros((0, 0), dtype=np.int64))
+    """As `length_n`, of what samples hold beside it: a column for each of the set's `SetIndex.beside`."""
     format: int = FORMAT
     """Of the file that it was read from."""
 
@@ -82,7 +84,7 @@ class Members:
                 if int(arrays["format"]) not in _READ_FORMATS:
                     raise DataError(f"{path} has index format {int(arrays['format'])}.", _REINDEX)
                 values: dict[str, Any] = {
-                    f.name: arrays[f.name] for f in fields(cls) if f.name in arrays or f.name != "pieces_p5"
+                    f.name: arrays[f.name] for f in fields(cls) if f.name in arrays or f.name not in _ADDED_LATER
                 }
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             if isinstance(error, DataError):
@@ -90,11 +92,13 @@ class Members:
             raise DataError(f"The index {path} cannot be read: {error}.", _REINDEX) from error
         values["extensions"] = [str(extension) for extension in values["extensions"]]
         values["format"] = int(values["format"])
-        length_n = values["length_n"]
-        values["length_n"] = np.where((length_n < 0) | (length_n > LONGEST), -1, length_n)
+        for name in ("length_n", "beside_nc"):
+            if name in values:
+                values[name] = np.where((values[name] < 0) | (values[name] > LONGEST), -1, values[name])
         return cls(**values)
 
 
+_ADDED_LATER = ("pieces_p5", "beside_nc")
 _REINDEX = "Make the index again with `d2v index`."
 
 
@@ -117,6 +121,10 @@ class ShardEntry:
     """Samples that could not be read then, and have no length. Not known of indexes of format 1."""
     passed_over: list[str] = field(default_factory=list)
     """What it holds that is no part of a sample, by kind: how many, and the first."""
+    length_beside: list[int] = field(default_factory=list)
+    """As `length`, of each of the set's `SetIndex.beside`."""
+    lost_beside: list[int] = field(default_factory=list)
+    """As `lost`, of each of these."""
 
 
 @dataclass(kw_only=True)
@@ -125,6 +133,8 @@ class SetIndex:
 
     content: Content
     """What every sample is."""
+    beside: list[Content] = field(default_factory=list)
+    """What every sample holds beside it, in further members."""
     shards: list[ShardEntry]
     classes: list[str] = field(default_factory=list)
     """Names of the labels in `.cls`; empty: no labels."""
@@ -140,6 +150,11 @@ class SetIndex:
     def samples(self) -> int:
         return sum(shard.samples for shard in self.shards)
 
+    @property
+    def contents(self) -> list[Content]:
+        """All that every sample holds."""
+        return [self.content, *self.beside]
+
     def save(self, path: Path) -> None:
         """Write to `path`, atomically."""
         totals = {
@@ -149,7 +164,16 @@ class SetIndex:
             "length_unit": length_of(self.content).unit,
         }
         with atomic_file(path) as temporary:
-            temporary.write_text(json.dumps({"format": self.format, "totals": totals} | asdict(self), indent=1) + "\n")
+            values = {"format": self.format, "totals": totals} | self._values()
+            temporary.write_text(json.dumps(values, indent=1) + "\n")
+
+    def _values(self) -> dict[str, Any]:
+        values = asdict(self)
+        if not self.beside:  # earlier versions read the indexes of what they can read
+            del values["beside"]
+            for shard in values["shards"]:
+                del shard["length_beside"], shard["lost_beside"]
+        return values
 
     @classmethod
     def load(cls, path: str | Path) -> "SetIndex":
@@ -162,9 +186,10 @@ class SetIndex:
             if "content" not in values:  # of an earlier version, which named the stem
                 word = values.pop("modality")
                 values["content"] = WORDS.get(word, word)
-            if values["content"] not in CONTENTS:
-                known = ", ".join(CONTENTS)
-                raise DataError(f"{path} is of shards of {values['content']!r}, which is none of {known}.", _REINDEX)
+            for content in (values["content"], *values.get("beside", [])):
+                if content not in CONTENTS:
+                    known = ", ".join(CONTENTS)
+                    raise DataError(f"{path} is of shards of {content!r}, which is none of {known}.", _REINDEX)
             values["shards"] = [ShardEntry(**shard) for shard in values["shards"]]
             return cls(**values)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -183,16 +208,18 @@ class TarContents(NamedTuple):
     """What is no part of a sample, by kind: how many, and the first."""
 
 
-def index_tar(path: Path, measure: Measure | None = None) -> TarContents:
+def index_tar(path: Path, measure: Measure | None = None, beside: dict[Content, Measure] | None = None) -> TarContents:
     """The samples of a tar, and what is wrong with it, named. Raises DataError for one that is compressed.
 
     After a damaged header the reading goes on at the next sound one. A sample that cannot be had whole or that
-    `measure` cannot decode is in the index with length -1, so that it is counted as lost and not forgotten.
+    `measure` cannot decode is in the index with length -1, so that it is counted as lost and not forgotten. `beside`:
+    what measures the further contents of the samples, each of which may be lost by itself.
     """
     damage: list[str] = []
     passed_over = PassedOver()
+    beside = beside or {}
     if path.stat().st_size == 0:
-        return TarContents(_to_members([], [], []), ["the file is empty"], [])
+        return TarContents(_to_members([], [], [], len(beside)), ["the file is empty"], [])
     with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
         samples = list(tar_samples(tar_members(content, damage, passed_over), passed_over))
         if not samples and (compression := compression_of(content[:8])):
@@ -201,11 +228,12 @@ def index_tar(path: Path, measure: Measure | None = None) -> TarContents:
             )
         _lose_last_if_cut(samples, damage)
         extensions = list(dict.fromkeys(extension for sample in samples for extension in sample.members))
-        rows = [_measured(content, sample, extensions, measure) for sample in samples]
+        rows = [_measured(content, sample, extensions, measure, beside) for sample in samples]
     damage += [f"{shown(sample.key)}: {sample.unreadable}" for sample in samples if sample.unreadable]
+    damage += [f"{shown(sample.key)}: {line}" for sample, row in zip(samples, rows, strict=True) for line in row.faults]
     if len(damage) > _NAMED:
         damage[_NAMED:] = [f"and {len(damage) - _NAMED} more"]
-    return TarContents(_to_members(samples, rows, extensions), damage, passed_over.lines())
+    return TarContents(_to_members(samples, rows, extensions, len(beside)), damage, passed_over.lines())
 
 
 def _lose_last_if_cut(samples: list[TarSample], damage: list[str]) -> None:
@@ -220,9 +248,18 @@ class _Measured(NamedTuple):
     end: int
     crc: int
     length: int
+    beside: list[int]
+    faults: list[str]
+    """Why parts of it are lost, where it is not."""
 
 
-def _measured(content: mmap.mmap, sample: TarSample, extensions: list[str], measure: Measure | None) -> _Measured:
+def _measured(
+    content: mmap.mmap,
+    sample: TarSample,
+    extensions: list[str],
+    measure: Measure | None,
+    beside: dict[Content, Measure],
+) -> _Measured:
     """Reads the sample, and notes where it cannot be had."""
     reach, end = sample.end, min(sample.end, len(content))
     crc = zlib.crc32(memoryview(content)[sample.start : end])
@@ -232,19 +269,31 @@ def _measured(content: mmap.mmap, sample: TarSample, extensions: list[str], meas
     if reach > len(content):
         sample.lose("is cut off at the end of the file")
     if sample.unreadable or measure is None:
-        return _Measured(end, crc, -1 if sample.unreadable else 0)
+        length = -1 if sample.unreadable else 0
+        return _Measured(end, crc, length, [length] * len(beside), [])
     # In the order in which a reader looks for them, which is the same for all samples of the shard.
     held = [extension for extension in extensions if extension in sample.members]
+    members = {ext: assembled(content, sample.members[ext].pieces, sample.members[ext].size) for ext in held}
+    if not beside:
+        length, fault = _length(measure, members)
+        if fault:
+            sample.lose(fault)
+        return _Measured(end, crc, length, [], [])
+    found = [_length(one, members) for one in (measure, *beside.values())]
+    named = zip(("", *(f"{one}: " for one in beside)), found, strict=True)
+    faults = [f"{name}{fault}" for name, (_, fault) in named if fault]
+    return _Measured(end, crc, found[0][0], [length for length, _ in found[1:]], faults)
+
+
+def _length(measure: Measure, members: dict[str, bytes]) -> tuple[int, str]:
+    """The length and an empty text, or -1 and why there is none."""
     try:
-        length = measure(
-            {ext: assembled(content, sample.members[ext].pieces, sample.members[ext].size) for ext in held}
-        )
+        length = measure(members)
         if not 0 <= length <= LONGEST:
             raise ValueError(f"says that its length is {length}, which was not read")
     except Exception as error:  # a decoder raises anything for damaged content
-        sample.lose(str(error) or type(error).__name__)
-        length = -1
-    return _Measured(end, crc, length)
+        return -1, str(error) or type(error).__name__
+    return length, ""
 
 
 def assembled(content: mmap.mmap, pieces: list[Piece], size: int) -> bytes:
@@ -257,7 +306,7 @@ def assembled(content: mmap.mmap, pieces: list[Piece], size: int) -> bytes:
     return bytes(whole)
 
 
-def _to_members(samples: list[TarSample], rows: list[_Measured], extensions: list[str]) -> Members:
+def _to_members(samples: list[TarSample], rows: list[_Measured], extensions: list[str], beside: int) -> Members:
     columns = {extension: column for column, extension in enumerate(extensions)}
     table_ne2 = np.full((len(samples), len(extensions), 2), (0, -1), dtype=np.int64)
     pieces: list[tuple[int, int, int, int, int]] = []
@@ -284,14 +333,21 @@ def _to_members(samples: list[TarSample], rows: list[_Measured], extensions: lis
         offset_ne=table_ne2[:, :, 0],
         member_size_ne=table_ne2[:, :, 1],
         pieces_p5=np.array(pieces, dtype=np.int64).reshape(-1, 5),
+        beside_nc=np.array([row.beside for row in rows], dtype=np.int64).reshape(len(rows), beside),
     )
 
 
-def index_shard(tar: Path, members: Path, relative_to: Path, measure: Measure | None = None) -> ShardEntry:
+def index_shard(
+    tar: Path,
+    members: Path,
+    relative_to: Path,
+    measure: Measure | None = None,
+    beside: dict[Content, Measure] | None = None,
+) -> ShardEntry:
     """Index one local tar: write its `members` file and return its entry."""
-    found = index_tar(tar, measure)
+    found = index_tar(tar, measure, beside)
     found.members.save(members)
-    length_n = found.members.length_n
+    length_n, beside_nc = found.members.length_n, found.members.beside_nc
     return ShardEntry(
         path=relative_path(tar, relative_to),
         members=relative_path(members, relative_to),
@@ -302,6 +358,8 @@ def index_shard(tar: Path, members: Path, relative_to: Path, measure: Measure | 
         damage=found.damage,
         lost=int((length_n < 0).sum()),
         passed_over=found.passed_over,
+        length_beside=beside_nc.clip(min=0).sum(0).tolist(),
+        lost_beside=(beside_nc < 0).sum(0).tolist(),
     )
 
 

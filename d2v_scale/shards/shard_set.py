@@ -49,6 +49,10 @@ class ShardSet:
     index_file: Path | None = None
     class_names: list[ClassNames] = field(default_factory=list)
     """Of every set that shards come from: its index file and its classes."""
+    column: int | None = None
+    """Which of `Members.beside_nc` holds the lengths; None: they are `Members.length_n`."""
+    hidden: frozenset[str] = frozenset()
+    """Extensions of members that belong to another content, which the one that is read would take for its own."""
 
     @property
     def indexed(self) -> bool:
@@ -77,6 +81,10 @@ class ShardSet:
                 f"{self.entries[shard].samples}.",
                 _REINDEX,
             )
+        if self.column is not None:
+            members.length_n = members.beside_nc[:, self.column]
+        if self.hidden:
+            members.extensions = ["" if name in self.hidden else name for name in members.extensions]
         return members
 
     def one(self, shard: int) -> "ShardSet":
@@ -212,7 +220,7 @@ def _beside(paths: list[str], pattern: str) -> ShardSet:
 def _join(paths: list[str], hits: list[tuple[Path, SetIndex, ShardEntry]]) -> ShardSet:
     first_file, first, _ = hits[0]
     for index_file, index, _ in hits:
-        if index.content != first.content or index.tokenizer_sha256 != first.tokenizer_sha256:
+        if index.contents != first.contents or index.tokenizer_sha256 != first.tokenizer_sha256:
             raise DataError(f"{index_file} and {first_file} are of another content or tokenizer.", _REINDEX)
     return ShardSet(
         paths=paths,
@@ -306,9 +314,9 @@ def check_before_start(shards: ShardSet, source: SourceConfig, reads: Content, m
     """
     assert shards.index is not None
     if shards.index.content != reads:
+        held = " with ".join(plural(content) for content in shards.index.contents)
         raise DataError(
-            f"{shards.index_file}: the shards hold {plural(shards.index.content)}, but the stem {source.modality!r} "
-            f"reads {plural(reads)}.",
+            f"{shards.index_file}: the shards hold {held}, but the stem {source.modality!r} reads {plural(reads)}.",
             "Correct the source's modality or its path.",
         )
     if int(shards.samples_s.sum()) == 0:

@@ -20,14 +20,20 @@ def shard_name(prefix: str, number: int) -> str:
     return f"{prefix}-{number:06d}.tar"
 
 
-def write_shard(path: Path, samples: Iterable[Sample], measure: Measure | None = None) -> ShardEntry:
-    """Write one tar and its binary index. The tar's bytes depend on the samples only."""
+def write_shard(
+    path: Path,
+    samples: Iterable[Sample],
+    measure: Measure | None = None,
+    beside: dict[Content, Measure] | None = None,
+) -> ShardEntry:
+    """Write one tar and its binary index. The tar's bytes depend on the samples only. `beside`: measures the further
+    contents of the samples."""
     with atomic_file(path) as temporary, temporary.open("wb") as stream:
         writer = TarWriter(stream, mtime=0, user="", group="")
         for sample in samples:
             writer.write(sample)
         writer.close()
-    return index_shard(path, members_file(path), path.parent, measure)
+    return index_shard(path, members_file(path), path.parent, measure, beside)
 
 
 def members_file(tar: Path) -> Path:
@@ -43,15 +49,16 @@ def write_set(
     *,
     per_shard: int,
     measure: Measure | None = None,
+    beside: dict[Content, Measure] | None = None,
     classes: list[str] | None = None,
     tokenizer: Path | None = None,
 ) -> SetIndex:
-    """Write a small set of shards `prefix-*.tar` and its index in one go."""
+    """Write a small set of shards `prefix-*.tar` and its index in one go. `beside`: measures the further contents."""
     entries = []
     for number, start in enumerate(range(0, len(samples), per_shard)):
         part = samples[start : start + per_shard]
-        entries.append(write_shard(out / shard_name(prefix, number), part, measure))
-    index = SetIndex(content=content, shards=entries, classes=classes or [])
+        entries.append(write_shard(out / shard_name(prefix, number), part, measure, beside))
+    index = SetIndex(content=content, beside=list(beside or {}), shards=entries, classes=classes or [])
     if tokenizer is not None:
         index.tokenizer, index.tokenizer_sha256 = tokenizer.name, file_sha256(tokenizer)
     index.save(out / f"{prefix}{INDEX_SUFFIX}")

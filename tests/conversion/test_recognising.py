@@ -12,23 +12,32 @@ from d2v_scale.shards.writing import write_shard
 
 
 @pytest.mark.parametrize(
-    ("members", "content"),
+    ("members", "contents"),
     [
-        ({"jpg": b"x", "cls": 1, "txt": "a cat", "npy": npy(np.zeros((2, 3)))}, "image"),
-        ({"flac": b"x", "txt": "hello"}, "recording"),
-        ({"txt": "words", "txt2": "more"}, "text"),
-        ({"npy": npy(np.arange(5))}, "text"),
-        ({"npy": npy(np.zeros((1, 5)))}, "array"),
-        ({"npz": b"x", "cls": 0}, "array"),
+        ({"jpg": b"x", "cls": 1, "txt": "a cat", "npy": npy(np.zeros((2, 3)))}, ["image"]),
+        ({"flac": b"x", "txt": "hello"}, ["recording"]),
+        ({"jpg": b"x", "wav": b"x"}, ["image", "recording"]),
+        ({"txt": "words", "txt2": "more"}, ["text"]),
+        ({"npy": npy(np.arange(5))}, ["text"]),
+        ({"npy": npy(np.zeros((1, 5)))}, ["array"]),
+        ({"npz": b"x", "cls": 0}, ["array"]),
     ],
 )
-def test_the_first_sample_tells_what_shards_hold(tmp_path: Path, members: dict, content: str) -> None:
+def test_the_first_sample_tells_what_shards_hold(tmp_path: Path, members: dict, contents: list[str]) -> None:
     tar = tmp_path / "a.tar"
     write_shard(tar, [{"__key__": "a", **members}, {"__key__": "b", "mp4": b"x"}])
-    assert recognised(str(tar)) == content
+    assert recognised(str(tar)) == contents
 
 
-@pytest.mark.parametrize("members", [{"cls": 1}, {"jpg": b"x", "wav": b"x"}, {"npz": b"x", "txt": "a"}, {"npy": b"x"}])
+def test_a_text_beside_others_is_one_of_them_where_there_is_a_tokenizer(tmp_path: Path) -> None:
+    tar = tmp_path / "a.tar"
+    write_shard(tar, [{"__key__": "a", "png": b"x", "flac": b"x", "txt": "a"}])
+    assert recognised(str(tar), with_text=True) == ["image", "recording", "text"]
+    write_shard(tar, [{"__key__": "a", "npz": b"x", "txt": "a"}])
+    assert recognised(str(tar), with_text=True) == ["array", "text"]
+
+
+@pytest.mark.parametrize("members", [{"cls": 1}, {"npz": b"x", "txt": "a"}, {"npy": b"x"}])
 def test_what_nobody_could_tell_is_asked_for(tmp_path: Path, members: dict) -> None:
     tar = tmp_path / "a.tar"
     write_shard(tar, [{"__key__": "a", **members}])
