@@ -15,8 +15,11 @@ from d2v_scale.process.watchdog import Watchdog
 from d2v_scale.recipe import to_dict
 from d2v_scale.redaction import redact
 from d2v_scale.run_files.run_start import DS_CONFIG_FILE, RECIPE_FILE
+from d2v_scale.running.closing import closing
+from d2v_scale.running.header import header
 from d2v_scale.running.loop import AnyRun, last_step, report_saves, train
 from d2v_scale.tracking import SystemMonitor, environment_tags, write_environment
+from d2v_scale.tracking.record import read_records
 
 log = logging.getLogger("d2v_scale.train")
 
@@ -24,6 +27,8 @@ log = logging.getLogger("d2v_scale.train")
 def supervise(run: AnyRun[Any], stop_flag: StopFlag) -> int:
     """Train under the watchdog, save, write status.json and close the record; returns the exit code. Collective."""
     recipe, topology = run.recipe, run.topology
+    for line in header(run):
+        log.info("%s", line)
     run.tracker.start(
         to_dict(recipe),
         {
@@ -55,7 +60,8 @@ def supervise(run: AnyRun[Any], stop_flag: StopFlag) -> int:
             committed = run.writer.finish()
             report_saves(run)
             agreement.barrier()
-        reason, code = (completed(run, began), EXIT_DONE) if stop is None else (str(stop), stop.exit_code)
+        code = EXIT_DONE if stop is None else stop.exit_code
+        reason = completed(run, began) if stop is None else f"{stop}, at step {run.step} of {recipe.optim.max_steps}"
         details, lost_by_rank = zip(*agreement.gather((stop_flag.detail, run.loader.faults())), strict=True)
         if stop is not None and details[stop.rank]:
             reason = f"{reason}: {details[stop.rank]}"
@@ -68,16 +74,26 @@ def supervise(run: AnyRun[Any], stop_flag: StopFlag) -> int:
         if topology.rank == 0:
             write_status(run.directory, code, reason, run.step)
         run.tracker.finish(outcome_of(code))
+    if topology.rank == 0:
+        ends = run.step >= recipe.optim.max_steps
+        records = read_records(run.directory)
+        for line in closing(run.directory, code, reason, records, ends=ends, is_task=recipe.task is not None):
+            log.info("%s", line)
     return code
 
 
 def completed(run: AnyRun[Any], began: int) -> str:
-    """In words, what an invocation did that started after step `began` and reached its last step."""
-    if run.step > began or began >= run.recipe.optim.max_steps:
-        return "all steps done"
-    reason = f"already at step {began}, --stop_at {run.options.stop_at} leaves nothing to do"
-    log.warning("%s", reason)
-    return reason
+    """In words, what an invocation did that started after step `began` and was not stopped."""
+    horizon = run.recipe.optim.max_steps
+    if began >= horizon:
+        return f"all {horizon} steps were done before"
+    if run.step == began:
+        reason = f"already at step {began} of {horizon}, --stop_at {run.options.stop_at} leaves nothing to do"
+        log.warning("%s", reason)
+        return reason
+    return (
+        f"all {horizon} steps done" if run.step >= horizon else f"stopped at step {run.step} of {horizon} (--stop_at)"
+    )
 
 
 def report_losses(run: AnyRun[Any], by_rank: Iterable[Mapping[str, int]]) -> None:

@@ -1,6 +1,7 @@
 """What a person sees of a run: a live view at a terminal, plain lines in a log file."""
 
 import contextlib
+import logging
 import sys
 import time
 from collections.abc import Mapping
@@ -20,6 +21,7 @@ class Terminal:
         self._checkpoint = ""
         self._started: tuple[float, int] | None = None
         self._live: Any = None
+        self._diverted: list[tuple[logging.StreamHandler[Any], Any]] = []
         if sys.stdout.isatty() if live is None else live:
             from rich.live import Live
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -29,6 +31,7 @@ class Terminal:
             self._task = self._progress.add_task("", total=total_steps, eta="")
             self._live = Live(self._progress, refresh_per_second=4)
             self._live.start()
+            self._diverted = _divert_logs()
 
     def record(self, record: Mapping[str, Any]) -> None:
         """Show one record of metrics.jsonl. Values not in it keep their last reading at a terminal."""
@@ -61,9 +64,12 @@ class Terminal:
         self._checkpoint = f"checkpoint {step}"
 
     def close(self) -> None:
-        """Leave the terminal as it was."""
+        """Leave the terminal as it was. May be called again."""
         if self._live is not None:
             self._live.stop()
+        for handler, stream in self._diverted:
+            handler.setStream(stream)
+        self._diverted = []
 
     def _eta(self, step: int) -> str:
         if self._started is None or not self._total or step <= self._started[1]:
@@ -71,6 +77,20 @@ class Terminal:
         seconds = (time.monotonic() - self._started[0]) / (step - self._started[1]) * (self._total - step)
         hours, rest = divmod(int(seconds), 3600)
         return f"eta {hours}:{rest // 60:02d}:{rest % 60:02d}"
+
+
+def _divert_logs() -> list[tuple[logging.StreamHandler[Any], Any]]:
+    """Have loggers that write to the terminal write through the live display, which stands in for stdout and stderr
+    since it started: a line of theirs would be drawn over, and leave a stale bar behind. Returns each handler with the
+    stream it had."""
+    stand_ins = {sys.__stdout__: sys.stdout, sys.__stderr__: sys.stderr}
+    diverted = []
+    for handler in logging.getLogger().handlers:
+        if type(handler) is logging.StreamHandler and handler.stream in stand_ins:
+            before = handler.setStream(stand_ins[handler.stream])
+            if before is not None:
+                diverted.append((handler, before))
+    return diverted
 
 
 def _print(text: str) -> None:

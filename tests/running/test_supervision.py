@@ -50,9 +50,10 @@ def test_a_run_that_is_beyond_its_stop_at_says_that_it_did_nothing(caplog) -> No
     run: Any = SimpleNamespace(
         step=7, options=SimpleNamespace(stop_at=5), recipe=SimpleNamespace(optim=SimpleNamespace(max_steps=9))
     )
-    assert completed(run, 4) == "all steps done"
+    assert completed(run, 4) == "stopped at step 7 of 9 (--stop_at)"
     assert not caplog.text
-    assert completed(run, 7) == "already at step 7, --stop_at 5 leaves nothing to do"
+    assert completed(run, 7) == "already at step 7 of 9, --stop_at 5 leaves nothing to do"
     assert "already at step 7" in caplog.text
     run.step = 9
-    assert completed(run, 9) == "all steps done"
+    assert completed(run, 7) == "all 9 steps done"
+    assert completed(run, 9) == "all 9 steps were done before"

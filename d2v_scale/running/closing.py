@@ -1,0 +1,63 @@
+"""What a run says when it ends, however it ends: what happened, what it is worth, and what to do next."""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from d2v_scale.errors import EXIT_DONE, EXIT_LOST_PEER, EXIT_REQUEUE
+from d2v_scale.finetuning.metric_names import METRICS
+from d2v_scale.redaction import redact
+
+_SHARES = ("accuracy", "wer", "knn_accuracy", "held_out_explained")
+"""Figures that are said in percent."""
+_NAMES = {
+    "loss": "loss",
+    "held_out_loss": "held-out loss",
+    "held_out_explained": "held-out targets explained",
+    "knn_accuracy": "k-NN accuracy",
+}
+"""Figures of pretraining by their record's names, in the order they are said in."""
+Records = Sequence[Mapping[str, Any]]
+
+
+def closing(directory: Path, code: int, reason: str, records: Records, *, ends: bool, is_task: bool) -> list[str]:
+    """Lines for a run in `directory` that ends with this exit code and reason. `records`: all of its metrics; `ends`:
+    its last step is done."""
+    verb = {EXIT_DONE: "Done", EXIT_REQUEUE: "Stopped", EXIT_LOST_PEER: "Stopped"}.get(code, "Failed")
+    lines = [redact(f"{verb}: {reason}")]
+    if found := worth(records, is_task=is_task):
+        lines.append(f"Result: {', '.join(found)}")
+    return lines + [f"Next: {redact(command)}" for command in next_commands(directory, code, ends=ends)]
+
+
+def worth(records: Records, *, is_task: bool) -> list[str]:
+    """The last figures that say what a run is worth, and what it began with where that was measured."""
+    names = [f"test/{metric}" for kind in METRICS.values() for metric in kind] if is_task else list(_NAMES)
+    found = []
+    for name in dict.fromkeys(["loss", *names]):
+        values = [record[name] for record in records if name in record]
+        if not values:
+            continue
+        metric = name.removeprefix("test/")
+        text = f"{_NAMES.get(name, f'held-out {metric}')} {_value(metric, values[-1])}"
+        # The loss of the first step is that of any random start; the others tell what was learned.
+        if name != "loss" and len(values) > 1:
+            text += f" ({_value(metric, values[0])} at first)"
+        found.append(text)
+    return found
+
+
+def next_commands(directory: Path, code: int, *, ends: bool) -> list[str]:
+    """Commands to paste, the likeliest first."""
+    if code == EXIT_DONE and ends:
+        return [f"d2v report {directory}", f"d2v export {directory} {directory / 'encoder'} --to hf"]
+    if code in (EXIT_DONE, EXIT_REQUEUE, EXIT_LOST_PEER):
+        if code != EXIT_DONE and "SLURM_JOB_ID" in os.environ:
+            return []  # the job script decides whether it comes back
+        return [f"d2v train --resume {directory}"]
+    return [f"d2v report {directory}"]
+
+
+def _value(metric: str, value: float) -> str:
+    return f"{value:.1%}" if metric in _SHARES else f"{value:.4g}"

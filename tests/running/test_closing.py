@@ -1,0 +1,45 @@
+"""What a run says when it ends."""
+
+from pathlib import Path
+
+import pytest
+
+from d2v_scale import errors
+from d2v_scale.running.closing import closing, next_commands, worth
+
+RUN = Path("runs/x")
+LEARNED = [
+    {"step": 0, "knn_accuracy": 0.4, "held_out_loss": 0.5},
+    {"step": 1, "loss": 0.9},
+    {"step": 9, "loss": 0.25},
+    {"step": 9, "knn_accuracy": 0.725, "held_out_loss": 0.25},
+]
+
+
+def test_it_ends_with_what_happened_what_it_is_worth_and_the_next_command() -> None:
+    assert closing(RUN, errors.EXIT_DONE, "all 9 steps done", LEARNED, ends=True, is_task=False) == [
+        "Done: all 9 steps done",
+        "Result: loss 0.25, held-out loss 0.25 (0.5 at first), k-NN accuracy 72.5% (40.0% at first)",
+        "Next: d2v report runs/x",
+        "Next: d2v export runs/x runs/x/encoder --to hf",
+    ]
+
+
+def test_fine_tuning_says_its_own_figures() -> None:
+    records = [{"step": 5, "loss": 1.5}, {"step": 5, "test/accuracy": 0.5, "test/samples": 40.0}]
+    assert worth(records, is_task=True) == ["loss 1.5", "held-out accuracy 50.0%"]
+    assert worth([{"step": 5, "loss": 1.5}, {"step": 5, "test/wer": 0.104}], is_task=True)[1] == "held-out wer 10.4%"
+
+
+def test_a_run_that_is_not_at_its_end_is_resumed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    assert next_commands(RUN, errors.EXIT_DONE, ends=False) == ["d2v train --resume runs/x"]
+    assert next_commands(RUN, errors.EXIT_REQUEUE, ends=False) == ["d2v train --resume runs/x"]
+    assert next_commands(RUN, errors.EXIT_COLLAPSE, ends=False) == ["d2v report runs/x"]
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    assert next_commands(RUN, errors.EXIT_REQUEUE, ends=False) == []
+
+
+def test_nothing_that_was_not_measured_is_said() -> None:
+    said = closing(RUN, errors.EXIT_COLLAPSE, "collapse", [], ends=False, is_task=False)
+    assert said == ["Failed: collapse", "Next: d2v report runs/x"]
