@@ -269,6 +269,7 @@ class Recipe:
                 "parallel.tensor",
                 f"{self.parallel.tensor} does not divide model.backbone.ffn {self.model.backbone.ffn}",
             )
+        self._check_mixing()
         for name in self.model.modalities:
             self._check_batch(name, replicas)
         if self.task is not None and self.task.image.mixes:
@@ -280,15 +281,45 @@ class Recipe:
                     "Raise global_batch_size, lower accumulation, start fewer processes, or set mixup and cutmix to 0.",
                 )
 
+    @property
+    def rounds(self) -> int:
+        """Micro-batches of each source that a step reads: of one source, or with data.mixing together of every."""
+        return self.accumulation // self.data.sources_of_step()
+
+    @property
+    def samples_of_step(self) -> int | None:
+        """Samples of an optimizer step over all processes; None where it is not samples that are counted."""
+        read: list[SourceConfig] = self.data.sources if self.data.mixing == "together" else []
+        sizes = [(one.batch_size or self.global_batch_size, one.batch_unit or self.batch_unit) for one in read]
+        sizes = sizes or [(self.global_batch_size, self.batch_unit)]
+        return sum(size for size, _ in sizes) if all(unit == "samples" for _, unit in sizes) else None
+
+    def _check_mixing(self) -> None:
+        """Raises ConfigError for steps that cannot be divided among the sources."""
+        self.data.check_mixing()
+        if self.data.mixing == "together" and self.task is not None:
+            raise ConfigError("data.mixing", "is together, but labels are read from one source a step", "Leave it out.")
+        sources = self.data.sources_of_step()
+        if self.accumulation % sources:
+            more = -(-self.accumulation // sources) * sources
+            raise ConfigError(
+                "accumulation",
+                f"is {self.accumulation}, which {sources} sources ({', '.join(self.data.source_names())}) cannot share "
+                "equally: with data.mixing together every step has as many micro-batches of each",
+                f"Give a multiple of {sources}, such as {more}.",
+            )
+
     def _check_batch(self, name: str, replicas: int) -> None:
         """Raises ConfigError where a step of the stem `name` is too small, or counted in a unit it does not have."""
         sizes = [(f"data.sources.{k}.", s) for k, s in enumerate(self.data.sources) if s.modality == name]
         for prefix, source in sizes or [("", SourceConfig())]:
             size, unit = source.batch_size or self.global_batch_size, source.batch_unit or self.batch_unit
-            if unit == "samples" and size < replicas * self.accumulation:
+            if unit == "samples" and size < replicas * self.rounds:
+                of_source = f" of {source.name or name}" if len(self.data.sources) > 1 else ""
                 raise ConfigError(
                     "global_batch_size" if source.batch_size is None else f"{prefix}batch_size",
-                    f"{size} samples are fewer than {replicas} data-parallel ranks x {self.accumulation} micro-batches",
+                    f"{size} samples{of_source} are fewer than {replicas} data-parallel ranks x {self.rounds} "
+                    "micro-batches",
                     "Raise it, lower accumulation, or start fewer processes.",
                 )
             if unit not in ("samples", modalities.of(self.model, name).unit):

@@ -79,7 +79,7 @@ class Ours(Side):
             output = self.student(batch, Draw(1, 0), noise_rtd)
             targets_btd = self.teacher(batch, output.features_btd)
             targets_nd = masked_targets(targets_btd, batch)
-            counts = count_step([batch], self.topology)
+            counts = count_step([batch], self.topology)[0]
             width = targets_btd.shape[-1]
             total = masked_loss_sum(output.predictions_nd, targets_nd, config, width) / counts[0]
             if config.cls_weight > 0 and output.cls_rd is not None:

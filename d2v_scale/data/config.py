@@ -20,7 +20,7 @@ _WINDOW_LIMIT = 256
 
 @dataclass(kw_only=True)
 class SourceConfig:
-    """One set of shards. Several sources are mixed step by step; a step reads one source."""
+    """One set of shards. How several are mixed: `data.mixing`."""
 
     shards: str = ""
     """Path with {000000..000099}, glob, directory, index file (*.index.json), `pipe:` command or object-store URL."""
@@ -30,12 +30,13 @@ class SourceConfig:
     name: str = ""
     """Name in logs and checkpoints; empty: the modality, numbered where several sources share it."""
     weight: float = 1.0
-    """Relative share of the steps that read this source, before `temperature`."""
+    """`alternate`: relative share of the steps that read this source, before `temperature`. `together`: factor on its
+    part of the loss."""
     repeat: float | None = None
     """How often this set comes while others' come once: its share of the steps also grows with its number of batches.
     All sources have it, or none; shards need an index. null: `weight` alone says."""
     batch_size: int | None = None
-    """Size of a step that reads this source, in `batch_unit`; null: the recipe's `global_batch_size`."""
+    """Size of this source's part of a step that reads it, in `batch_unit`; null: the recipe's `global_batch_size`."""
     batch_unit: Literal["samples", "seconds", "tokens"] | None = None
     """Unit of that size; null: the recipe's."""
     index: str | None = None
@@ -92,8 +93,11 @@ class DataConfig:
 
     sources: list[SourceConfig] = field(default_factory=list)
     """What is read. Their modalities are the stems that are trained."""
+    mixing: Literal["alternate", "together"] = "alternate"
+    """`alternate`: a step reads one source. `together`: every step has micro-batches of every source, as many of each,
+    in turn; its loss is the sum over sources of `weight` times the mean over what is masked of the source."""
     temperature: float = 1.0
-    """Above 1: source weights are flattened, each to the power 1/temperature."""
+    """Above 1: source weights are flattened, each to the power 1/temperature (`alternate`)."""
     window_shards: int = 16
     """Shards that are shuffled together. More mixes better, and keeps more shards open and indexes in memory."""
     workers: int = 2
@@ -186,6 +190,7 @@ class DataConfig:
         if any(repeated) and not all(repeated):
             key = f"data.sources.{repeated.index(False)}.repeat"
             raise ConfigError(key, "is not set, but another source's is", "Give all sources one, or none.")
+        self.check_mixing()
         names = self.source_names()
         if len(set(names)) < len(names):
             raise ConfigError("data.sources", f"have the same name twice: {', '.join(names)}")
@@ -201,6 +206,29 @@ class DataConfig:
             raise ConfigError("data.vision.crop_scale", f"is {self.vision.crop_scale}", "Give 0 < smallest <= largest.")
         if not 0 < self.speech.min_seconds <= self.speech.max_seconds:
             raise ConfigError("data.speech.min_seconds", "must be above 0 and at most data.speech.max_seconds")
+
+    def check_mixing(self) -> None:
+        """Raises ConfigError for what says how often a source is read, where every step reads all."""
+        if self.mixing == "alternate":
+            return
+        remedy = "Leave it out: data.sources.*.weight is the factor on a source's loss."
+        for k, source in enumerate(self.sources):
+            if source.repeat is not None:
+                shown = f"is {source.repeat:g}, but with data.mixing together every step reads every source"
+                raise ConfigError(f"data.sources.{k}.repeat", shown, remedy)
+        if self.temperature != 1:
+            shown = f"is {self.temperature:g}, but with data.mixing together every step reads every source"
+            raise ConfigError("data.temperature", shown, remedy)
+
+    def sources_of_step(self) -> int:
+        """How many sources a step reads."""
+        return max(1, len(self.sources)) if self.mixing == "together" else 1
+
+    def loss_weights(self) -> dict[str, float]:
+        """Factors on the sources' parts of a step's loss, by their names; {}: a step has one part."""
+        if self.mixing == "alternate":
+            return {}
+        return {name: source.weight for name, source in zip(self.source_names(), self.sources, strict=True)}
 
     @property
     def shards_kept(self) -> int:

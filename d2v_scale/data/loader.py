@@ -20,7 +20,7 @@ from d2v_scale.data.labels import Labels
 from d2v_scale.data.source import Source, open_source
 from d2v_scale.data.streaming import StreamedSource
 from d2v_scale.data2vec.config import CompatConfig, MaskingConfig
-from d2v_scale.errors import CheckpointError, DataStarved, UserError, Verdict
+from d2v_scale.errors import CheckpointError, DataError, DataStarved, UserError, Verdict
 from d2v_scale.files import file_sha256
 from d2v_scale.model.config import ModelConfig
 from d2v_scale.process.signals import worker_signals
@@ -57,9 +57,9 @@ class DecodedStep:
 
     step: int
     batches: list[Batch]
-    faults: list[Fault] = field(default_factory=list)
+    faults: list[list[Fault]] = field(default_factory=list)
     tallies: list[Tally] = field(default_factory=list)
-    """One per micro-batch."""
+    """Of all three one per micro-batch."""
 
     def pin_memory(self) -> "DecodedStep":
         """Called by the DataLoader's pinning thread."""
@@ -99,7 +99,7 @@ class _StepDataset(Dataset[DecodedStep]):
                 rows, planned, kept, step=task.step, source=self._sources[k].name, lost=len(faults)
             )
             decoded.batches.append(batch)
-            decoded.faults += faults
+            decoded.faults.append(faults)
             decoded.tallies.append(_tally(batch, planned, kept, faults, self._sources[k].stem))
         return decoded
 
@@ -153,9 +153,10 @@ class StepLoader:
         data.check(model.modalities)
         self._data = data
         self._device = torch.device(device)
-        self._shares = dp_size * accumulation
-        self._first_share = dp_rank * accumulation
-        self._accumulation = accumulation
+        self._rounds = accumulation // data.sources_of_step()
+        """Micro-batches of each source that a step reads."""
+        self._shares = dp_size * self._rounds
+        self._first_share = dp_rank * self._rounds
         compat = compat or CompatConfig()
         self.sources = self._open_sources(model, seed, dp_rank, dp_size)
         sizes = [(source.batch_size or global_batch_size, source.batch_unit or batch_unit) for source in data.sources]
@@ -175,7 +176,7 @@ class StepLoader:
         self._step = 0
         self._cursors = [Cursor() for _ in self.sources]
         self._counters = self._make_counters(dp_size)
-        self._pending: deque[tuple[int, list[Cursor], PlannedBatch]] = deque()
+        self._pending: deque[tuple[int, list[Cursor], list[PlannedBatch]]] = deque()
         self._steps: Iterator[DecodedStep] | None = None
 
     def _make_counters(self, dp_size: int) -> Counters:
@@ -189,7 +190,15 @@ class StepLoader:
         self, model: ModelConfig, seed: int, dp_rank: int, dp_size: int
     ) -> Sequence[Source | StreamedSource]:
         data = self._data
-        return [open_source(data, k, model, seed, dp_rank, dp_size) for k in range(len(data.sources))]
+        sources = [open_source(data, k, model, seed, dp_rank, dp_size) for k in range(len(data.sources))]
+        for source in sources:
+            if isinstance(source, Source) and source.items_per_epoch < dp_size:
+                raise DataError(
+                    f"Data source {source.name!r} has {source.items_per_epoch} samples, fewer than the {dp_size} "
+                    "data-parallel ranks: some would never be given one",
+                    "Give it more shards, leave it out, or start fewer processes.",
+                )
+        return sources
 
     def _make_decoder(self, source: Source | StreamedSource, model: ModelConfig) -> Decoder:
         return source.stem.build_decoder(self._data, source.tokenizer)
@@ -262,9 +271,12 @@ class StepLoader:
             if not str(error).startswith(_NOT_ARRIVED):
                 raise
             raise DataStarved(f"No batch arrived for step {self._step}: {error}") from error
-        step, cursors, planned = self._pending.popleft()
+        step, cursors, read = self._pending.popleft()
         assert step == decoded.step == self._step, "steps arrive in order"
-        self._counters.count(planned, decoded.tallies, decoded.faults, cursors)
+        for place, planned in enumerate(read):
+            own = slice(place, None, len(read))
+            faults = [fault for of_one in decoded.faults[own] for fault in of_one]
+            self._counters.count(planned, decoded.tallies[own], faults, cursors)
         self._step, self._cursors = step + 1, cursors
         return decoded.batches
 
@@ -323,11 +335,16 @@ class StepLoader:
 
     def _tasks(self) -> Iterator[StepTask]:
         step, cursors = self._step, list(self._cursors)
+        together = self._data.mixing == "together"
         while True:
-            source = self._mixture.source_of(step)
-            planned, cursors[source] = self._plans[source].next_batch(cursors[source])
-            shares = [planned.share(self._first_share + micro, self._shares) for micro in range(self._accumulation)]
-            self._pending.append((step, list(cursors), planned))
+            read: list[PlannedBatch] = []
+            for source in range(len(self.sources)) if together else [self._mixture.source_of(step)]:
+                planned, cursors[source] = self._plans[source].next_batch(cursors[source])
+                read.append(planned)
+            # The sources take turns, in the same order on all ranks: at any time these run the same layers.
+            parts = range(self._first_share, self._first_share + self._rounds)
+            shares = [planned.share(part, self._shares) for part in parts for planned in read]
+            self._pending.append((step, list(cursors), read))
             yield StepTask(step, shares)
             step += 1
 

@@ -107,7 +107,7 @@ class _Sums:
         self._sizes = [3 + 2 * target.width for target in targets]
         self.values = torch.zeros(sum(self._sizes), dtype=torch.float64, device=device)
 
-    def entered(self, features_btd: Tensor) -> None:
+    def entered(self, batch: Batch, features_btd: Tensor) -> None:
         """Not looked at."""
 
     def share(self, batch: Batch, predictions: Sequence[Tensor], cls_rd: Tensor | None, made: Sequence[Made]) -> Tensor:

@@ -12,7 +12,7 @@ from d2v_scale.data2vec.targets import Made
 class Objective(Protocol):
     """What a step makes of its micro-batches: `step.StepLoss`, say."""
 
-    def entered(self, features_btd: Tensor) -> None:
+    def entered(self, batch: Batch, features_btd: Tensor) -> None:
         """The stem has made these features of a micro-batch; called where the stem is."""
 
     def share(self, batch: Batch, predictions: Sequence[Tensor], cls_rd: Tensor | None, made: Sequence[Made]) -> Tensor:

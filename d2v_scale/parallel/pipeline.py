@@ -96,7 +96,7 @@ class Stage(nn.Module):
         with part("student"):
             if section.starts:
                 carry, features_btd = student.enter(batch)
-                self._objective.entered(features_btd)
+                self._objective.entered(batch, features_btd)
             else:
                 arrived = _unpack(cast(tuple[Tensor, ...], received), teacher, batch)
                 states_rsd, position, teacher_states_bsd, teacher_position, running = arrived
@@ -126,7 +126,8 @@ def _pack(carry: Carry, teacher_carry: Carry, running: list[Tensor | None]) -> t
         # A copy: a parameter itself would collect the later stages' gradient outside DeepSpeed's bookkeeping.
         positions, teacher_positions = [carry.position.clone()], [_as_int(teacher_carry.position.float())]
     totals = [_as_int(total_btd) for total_btd in running if total_btd is not None]
-    return (carry.states_rsd, *positions, _as_int(teacher_carry.states_rsd), *teacher_positions, *totals)
+    # What is sent must be contiguous, and the states of a stem whose patches lie along one axis need not be.
+    return (carry.states_rsd.contiguous(), *positions, _as_int(teacher_carry.states_rsd), *teacher_positions, *totals)
 
 
 def _unpack(

@@ -84,7 +84,7 @@ class StudentEngine:
             torch.manual_seed(key(draw.seed, "dropout", draw.step, self.topology.data_parallel_rank, micro) >> 1)
             with part("student"):
                 output = self(batch, draw)
-            objective.entered(output.features_btd)
+            objective.entered(batch, output.features_btd)
             with part("teacher"):
                 made = self.make_targets(batch, output.features_btd)
             share = objective.share(batch, output.predictions, output.cls_rd, made)
@@ -100,7 +100,7 @@ class StudentEngine:
         assert self.make_targets is not None, "no teacher follows this student"
         for batch in batches:
             output = self.module(batch, draw)
-            objective.entered(output.features_btd)
+            objective.entered(batch, output.features_btd)
             made = self.make_targets(batch, output.features_btd)
             objective.share(batch, output.predictions, output.cls_rd, made)
 

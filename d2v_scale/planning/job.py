@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import torch
 
-from d2v_scale.data.config import SAMPLE_RATE
+from d2v_scale.data.config import SAMPLE_RATE, SourceConfig
 from d2v_scale.modalities.costs import Lengths
 from d2v_scale.networks.layers import describe
 from d2v_scale.networks.stack import Student, Teacher
@@ -143,20 +143,34 @@ class Job:
         """Whether DeepSpeed keeps the optimizer or the weights in host memory."""
         return (self.zero.get(f"offload_{what}") or {}).get("device", "none") != "none"
 
+    @property
+    def steps(self) -> dict[str, tuple[str, ...]]:
+        """The kinds of steps by name, and the modalities that each reads: one, or with data.mixing together all."""
+        if self.recipe.data.mixing == "alternate":
+            return {modality: (modality,) for modality in self.costs}
+        read = {source.modality for source in self.recipe.data.sources}
+        found = tuple(modality for modality in self.costs if modality in read or not read)
+        return {" + ".join(found): found}
+
     def step_samples(self, modality: str) -> float:
-        """Samples of the longest length that make one optimizer step."""
-        return samples_per_step(self.recipe.of(modality), self.lengths[modality])
+        """Samples of the longest length of this modality that are in one optimizer step which reads it."""
+        return step_samples(self.recipe, modality, self.lengths[modality])
 
     def micro_batch(self, modality: str) -> float:
-        """Samples of one micro-batch on one data-parallel rank."""
-        return self.step_samples(modality) / (self.data * self.recipe.accumulation)
+        """Samples of one micro-batch on one data-parallel rank, of the modality's largest source."""
+        largest = max(source_samples(self.recipe, modality, self.lengths[modality]))
+        return largest / (self.data * self.recipe.rounds)
 
 
-def samples_per_step(recipe: Recipe, lengths: Lengths) -> float:
-    """Samples of the longest length that make one optimizer step."""
-    match recipe.batch_unit:
-        case "seconds":
-            return recipe.global_batch_size * SAMPLE_RATE / lengths.inputs
-        case "tokens":
-            return recipe.global_batch_size / lengths.inputs
-    return recipe.global_batch_size
+def source_samples(recipe: Recipe, modality: str, lengths: Lengths) -> list[float]:
+    """Samples of the longest length in a step of each of the modality's sources."""
+    sources = [source for source in recipe.data.sources if source.modality == modality] or [SourceConfig()]
+    sizes = [(one.batch_size or recipe.global_batch_size, one.batch_unit or recipe.batch_unit) for one in sources]
+    of_one = {"samples": 1.0, "seconds": lengths.inputs / SAMPLE_RATE, "tokens": float(lengths.inputs)}
+    return [size / of_one[unit] for size, unit in sizes]
+
+
+def step_samples(recipe: Recipe, modality: str, lengths: Lengths) -> float:
+    """Samples of the longest length of this modality that are in one optimizer step which reads it."""
+    found = source_samples(recipe, modality, lengths)
+    return sum(found) if recipe.data.mixing == "together" else max(found)

@@ -20,7 +20,7 @@ def deepspeed_config(recipe: Recipe, raw: dict[str, Any], world_size: int, *, ha
         clip=recipe.optim.clip,
         compile=recipe.model.compile,
         optim=recipe.optim,
-        global_batch_size=recipe.global_batch_size if recipe.batch_unit == "samples" else None,
+        global_batch_size=recipe.samples_of_step,
     )
     config = ds_config.resolve(raw, numbers, recipe.parallel, world_size)
     if recipe.parallel.pipeline > 1:

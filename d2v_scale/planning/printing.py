@@ -10,7 +10,7 @@ from d2v_scale import command_line, templates
 from d2v_scale.errors import ConfigError
 from d2v_scale.planning import collectives, flops, hardware, stages, traffic
 from d2v_scale.planning.collectives import SUMS
-from d2v_scale.planning.job import ModelSizes, samples_per_step
+from d2v_scale.planning.job import ModelSizes, step_samples
 from d2v_scale.planning.search import Cluster, Option, describe, search
 from d2v_scale.recipe import Recipe
 
@@ -42,7 +42,7 @@ def workload(recipe: Recipe) -> list[str]:
             f"{lengths.clones} masks a sample",
             f"  FLOPs of a sample    {cost.total / 1e9:.1f} G: "
             + ", ".join(f"{name} {value / cost.total:.1%}" for name, value in parts.items()),
-            f"  samples of a step    {samples_per_step(recipe, lengths):.0f}",
+            f"  samples of a step    {step_samples(recipe, modality, lengths):.0f}",
         ]
     return lines
 
@@ -79,10 +79,10 @@ def details(option: Option, cluster: Cluster) -> list[str]:
         shown = ", ".join(f"{name} {size / GB:.2f}" for name, size in held.items() if size)
         if shown:
             lines.append(f"  GB on each {place:6s}    {shown}")
-    for modality, time in option.times.items():
-        sent = traffic.transfers(job, modality, cluster.devices_per_node)
+    for step, time in option.times.items():
+        sent = traffic.transfers(job, step, cluster.devices_per_node)
         calls = collectives.collectives(job)
-        lines += [f"  {modality}, each device and step:"]
+        lines += [f"  {step}, each device and step:"]
         lines += [
             f"    {one.name:22s} {one.within / GB:9.3f} GB within the node, {one.between / GB:.3f} GB between nodes"
             + (f", {calls[one.name]} collectives" if one.name in calls else "")
@@ -98,12 +98,14 @@ def details(option: Option, cluster: Cluster) -> list[str]:
             even = stages.even_bubble(job.parallel.pipeline, job.recipe.accumulation)
             shares = ", ".join(f"{share:.1%}" for share in job.split.shares)
             lines.append(f"    bubble                 {time.bubble:.1%} ({even:.1%} if stages were equal: {shares})")
-        rate = job.step_samples(modality) / time.total
+        for modality in job.steps[step]:
+            rate = job.step_samples(modality) / time.total
+            of_one = f" of {modality}" if len(job.steps[step]) > 1 else ""
+            lines.append(
+                f"    loader rate needed     {rate:.0f} samples/s{of_one}, {rate / cluster.nodes:.1f} on each node"
+            )
         hours = time.total * job.recipe.optim.max_steps / 3600
-        lines += [
-            f"    loader rate needed     {rate:.0f} samples/s, {rate / cluster.nodes:.1f} on each node",
-            f"    estimated run          {hours:.1f} h for {job.recipe.optim.max_steps} steps",
-        ]
+        lines.append(f"    estimated run          {hours:.1f} h for {job.recipe.optim.max_steps} steps")
     return lines
 
 

@@ -11,7 +11,7 @@ from d2v_scale.parallel import ds_config
 from d2v_scale.parallel.groups import ParallelConfig
 from d2v_scale.planning import memory
 from d2v_scale.planning.hardware import Hardware
-from d2v_scale.planning.job import Job, ModelSizes
+from d2v_scale.planning.job import Job, ModelSizes, source_samples
 from d2v_scale.planning.step_time import StepTime, step_time
 from d2v_scale.recipe import Recipe
 
@@ -44,6 +44,7 @@ class Option:
     job: Job
     budget: memory.Budget
     times: dict[str, StepTime]
+    """By kind of step (`Job.steps`)."""
     missing_device: float
     """Bytes by which a device is too small; 0 where it fits."""
     missing_host: float
@@ -55,7 +56,7 @@ class Option:
 
     @property
     def seconds(self) -> float:
-        """Estimated time of a step, the mean over modalities."""
+        """Estimated time of a step, the mean over its kinds."""
         return sum(time.total for time in self.times.values()) / len(self.times)
 
 
@@ -78,7 +79,7 @@ def search(recipe: Recipe, cluster: Cluster, sizes: ModelSizes, folder: Path) ->
     found: list[Option] = []
     refused: dict[str, str] = {}
     for parallel, path in _topologies(recipe, cluster, folder):
-        variant = dataclasses.replace(recipe, parallel=parallel, accumulation=1)
+        variant = dataclasses.replace(recipe, parallel=parallel, accumulation=recipe.data.sources_of_step())
         try:
             job = Job.of(variant, ds_config.read(path), cluster.world_size, sizes)
             options = [_option(path.name, each, cluster) for each in _variants(job)]
@@ -114,10 +115,11 @@ def _powers_of_two(most: int) -> list[int]:
 
 
 def _variants(job: Job) -> Iterator[Job]:
-    """Micro-batches of at least one sample of every modality."""
-    smallest = min(job.micro_batch(modality) for modality in job.costs)
+    """Micro-batches of at least one sample of every source."""
+    read = {modality: source_samples(job.recipe, modality, job.lengths[modality]) for modality in job.costs}
+    smallest = min(map(min, read.values())) / (job.data * job.recipe.rounds)
     if smallest < 1:
-        samples = min(job.step_samples(modality) for modality in job.costs)
+        samples = min(map(min, read.values()))
         raise ConfigError(
             "global_batch_size",
             f"{job.recipe.global_batch_size} {job.recipe.batch_unit} are {samples:.0f} samples of the longest length a "
@@ -125,17 +127,15 @@ def _variants(job: Job) -> Iterator[Job]:
         )
     for checkpointing in (False, True):
         for placement in _PLACEMENTS:
-            for accumulation in _powers_of_two(int(smallest)):
+            for rounds in _powers_of_two(int(smallest)):
+                accumulation = rounds * job.recipe.data.sources_of_step()
                 yield job.varied(accumulation=accumulation, checkpointing=checkpointing, placement=placement)
 
 
 def _option(name: str, job: Job, cluster: Cluster) -> Option:
     device = cluster.device
     budget = memory.budget(job)
-    times = {
-        modality: step_time(job, modality, device, cluster.devices_per_node, cluster.utilisation)
-        for modality in job.costs
-    }
+    times = {step: step_time(job, step, device, cluster.devices_per_node, cluster.utilisation) for step in job.steps}
     missing_device = max(0.0, budget.device_total - device.memory_bytes * (1 - memory.RESERVED))
     missing_host = max(0.0, budget.host_total - device.host_bytes * (1 - memory.HOST_RESERVED))
     return Option(name, job, budget, times, missing_device, missing_host)

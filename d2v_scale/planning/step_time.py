@@ -40,22 +40,26 @@ class StepTime:
         return max(self.compute / (1 - self.bubble), self.hidden) + self.exposed + self.update
 
 
-def step_time(job: Job, modality: str, device: Hardware, devices_per_node: int, utilisation: float) -> StepTime:
-    """Estimate one step of `modality`. `utilisation`: share of the peak that matrix products reach."""
-    cost, tensor = job.costs[modality], job.parallel.tensor
-    flops = sum(one.on_each(tensor) for one in cost.layers)
-    if job.recipe.model.activation_checkpointing:
-        flops += cost.recomputed / tensor
+def step_time(job: Job, step: str, device: Hardware, devices_per_node: int, utilisation: float) -> StepTime:
+    """Estimate one step of this kind (`Job.steps`). `utilisation`: share of the peak that matrix products reach."""
+    flops = sum(_sample_flops(job, modality) * job.step_samples(modality) for modality in job.steps[step])
     sharing = job.data * job.parallel.pipeline
-    compute = flops * job.step_samples(modality) / (sharing * device.bf16_flops * utilisation)
+    compute = flops / (sharing * device.bf16_flops * utilisation)
     link = device.link_bandwidth * BANDWIDTH_REACHED
     network = device.network_bandwidth * BANDWIDTH_REACHED
     seconds = {True: 0.0, False: 0.0}
-    for one in traffic.transfers(job, modality, devices_per_node):
+    for one in traffic.transfers(job, step, devices_per_node):
         seconds[one.hidden] += one.within / link + one.between / network
     update, behind = _updates(job, device)
     bubble = job.split.bubble(job.recipe.accumulation) if job.parallel.pipeline > 1 else 0.0
     return StepTime(compute, bubble, seconds[True] + behind, seconds[False], update)
+
+
+def _sample_flops(job: Job, modality: str) -> float:
+    """What a tensor-parallel rank computes for a sample, recomputation included."""
+    cost, tensor = job.costs[modality], job.parallel.tensor
+    recomputed = cost.recomputed / tensor if job.recipe.model.activation_checkpointing else 0.0
+    return sum(one.on_each(tensor) for one in cost.layers) + recomputed
 
 
 def _updates(job: Job, device: Hardware) -> tuple[float, float]:

@@ -5,7 +5,7 @@ all-reduce twice that. Where a ring spans nodes, its devices on a node share wha
 (losses, norms, counts) are left out.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from d2v_scale.planning import memory
 from d2v_scale.planning.job import Job
@@ -65,17 +65,20 @@ class Hop(Transfer):
         return self.moved - self.within
 
 
-def transfers(job: Job, modality: str, devices_per_node: int) -> list[Transfer]:
-    """What the busiest pipeline stage sends for one step of `modality`."""
+def transfers(job: Job, step: str, devices_per_node: int) -> list[Transfer]:
+    """What the busiest pipeline stage sends for one step of this kind (`Job.steps`)."""
     count = job.parallel.pipeline
-    found = [stage_transfers(job, modality, devices_per_node, stage) for stage in range(count)]
+    found = [stage_transfers(job, step, devices_per_node, stage) for stage in range(count)]
     return max(found, key=lambda stage: sum(one.sent for one in stage))
 
 
-def stage_transfers(job: Job, modality: str, devices_per_node: int, stage: int) -> list[Transfer]:
-    """What each device of one pipeline stage sends for one step of `modality`."""
-    found = [*_replicas(job, devices_per_node, stage), *_slices(job, modality, devices_per_node, stage)]
-    found += _hops(job, modality, devices_per_node, stage)
+def stage_transfers(job: Job, step: str, devices_per_node: int, stage: int) -> list[Transfer]:
+    """What each device of one pipeline stage sends for one step of this kind (`Job.steps`)."""
+    found = _replicas(job, devices_per_node, stage)
+    for of_modality in (_slices, _hops):
+        each = [of_modality(job, modality, devices_per_node, stage) for modality in job.steps[step]]
+        # Of every modality a list of the same kinds.
+        found += [replace(alike[0], moved=sum(one.moved for one in alike)) for alike in zip(*each, strict=True)]
     return [one for one in found if one.sent > 0]
 
 

@@ -14,7 +14,7 @@ class HealthMonitor:
     own: Mapping[str, HealthConfig] = field(default_factory=dict)
     """Limits of single sources, by their names."""
     unhealthy: dict[str, int] = field(default_factory=dict)
-    """Log points in a row that each sign has been bad for; of a source, those at which it was measured."""
+    """Log points in a row that each sign has been bad for, of those at which it was measured."""
 
     def observe(
         self, values: Mapping[str, float], completed_updates: int, decay: float, measured: Collection[str] = ()
@@ -39,7 +39,9 @@ class HealthMonitor:
         if moving and values.get("teacher_update_norm", 1.0) == 0.0:
             bad["teacher_update_norm"] = f"the teacher does not move, although its decay is {decay:g}"
         waiting = {
-            name: times for name, times in self.unhealthy.items() if "/" in name and _source(name) not in measured
+            name: times
+            for name, times in self.unhealthy.items()
+            if name not in values or ("/" in name and _source(name) not in measured)
         }
         self.unhealthy = waiting | {name: self.unhealthy.get(name, 0) + 1 for name in bad}
         return list(bad.values())

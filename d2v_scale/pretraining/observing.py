@@ -101,8 +101,10 @@ class RunObserver:
         packed = torch.stack([value.to(self._topology.device, torch.float64) for value in measured.values()])
         values = dict(zip(measured, packed.tolist(), strict=True))
         self._judged = {source for source in self._sources if f"target_std/{source}" in values}
-        own = [f"{figure}/{source}" for figure in OF_A_SOURCE for source in self._sources]
-        self._latest |= {name: values[name] for name in own if name in values}
+        # Of a source that was looked at and lost all its samples nothing is known: its last figures are not new ones.
+        read = [f"{figure}/{source}" for figure in OF_A_SOURCE for source in self._sources if source in self._measured]
+        self._latest = {name: value for name, value in self._latest.items() if name not in read}
+        self._latest |= {name: values[name] for name in read if name in values}
         values |= self._latest
         self._by_source, self._measured = self._new_breakdown(), set()
         steps, speed = meter.steps, meter.read()

@@ -82,9 +82,15 @@ class Run:
                 self.tracker.preview(first, kind, self.loader.tokenizer(first.source))
         recipe, student = self.recipe, self.student
         lr = set_rates(student.optimizer, recipe.optim, student.completed_updates)
-        draw, breakdown = Draw(recipe.seed, self.step), self.observer.breakdown
         result, seen = train_step(
-            student, self.teacher, micro_batches, recipe.objective, draw, observe=logged, breakdown=breakdown
+            student,
+            self.teacher,
+            micro_batches,
+            recipe.objective,
+            Draw(recipe.seed, self.step),
+            observe=logged,
+            weights=recipe.data.loss_weights(),
+            breakdown=self.observer.breakdown,
         )
         self.seen_samples += seen.samples
         return Taken(result, seen, lr)

@@ -1,6 +1,6 @@
 """One optimizer step: student forward, teacher forward, loss, backward, verdict, teacher update."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -24,7 +24,9 @@ from d2v_scale.teacher.sharded import EmaTeacher
 from d2v_scale.tracking.meters import Stopwatch
 
 TARGETS, PREDICTIONS, STEM = range(3)
-"""Rows of `Observations.moments`."""
+"""Rows of a source's part of `Observations.moments`."""
+_PER_SOURCE = 3
+_LOOKS = ("target_rank", "target_cosine", "prediction_rank", "prediction_cosine")
 
 
 @dataclass
@@ -38,44 +40,62 @@ class Observations:
     """This rank's share of the step's loss: the sum over ranks is the loss."""
     samples: Tensor
     """Samples of the whole step."""
+    predicted: Tensor
+    """float64 (S,): positions of the whole step that are predicted, by source."""
     moments: list[Tensor]
-    """Of raw targets, predictions and stem output, each with its channels D: float64 (1 + 2D,), count, sum and sum of
-    squares."""
+    """Of each source raw targets, predictions and stem output, each with its channels D: float64 (1 + 2D,), count, sum
+    and sum of squares."""
     alignment: Tensor
-    """float32 (4,): effective rank and mean cosine of this rank's last targets, and of its last predictions."""
+    """float32 (S, 5): effective rank and mean cosine of this rank's last targets of a source, and of its last
+    predictions; 1 where there were some."""
     ema_time: Stopwatch = field(default_factory=Stopwatch)
 
     @classmethod
-    def empty(cls, samples: Tensor, widths: tuple[int, int, int], device: torch.device) -> "Observations":
-        """Nothing seen yet. `widths`: of raw targets, predictions and stem output."""
+    def empty(
+        cls, samples: Tensor, predicted: Tensor, widths: Sequence[tuple[int, int, int]], device: torch.device
+    ) -> "Observations":
+        """Nothing seen yet. `widths`: by source, of raw targets, predictions and stem output."""
         zero = torch.zeros((), dtype=torch.float64, device=device)
-        moments = [torch.zeros(1 + 2 * width, dtype=torch.float64, device=device) for width in widths]
-        return cls(zero, samples, moments, torch.zeros(4, device=device))
+        moments = [torch.zeros(1 + 2 * width, dtype=torch.float64, device=device) for each in widths for width in each]
+        return cls(zero, samples, predicted, moments, torch.zeros(len(widths), len(_LOOKS) + 1, device=device))
 
-    def count(self, what: int, x_nd: Tensor) -> None:
-        """Add the moments of these vectors (N, D)."""
+    def count(self, source: int, what: int, x_nd: Tensor) -> None:
+        """Add the moments of these vectors (N, D) of a source."""
         count, total_d, square_d = statistics.moments(x_nd)
-        self.moments[what] += torch.cat((count[None], total_d, square_d))
+        self.moments[_PER_SOURCE * source + what] += torch.cat((count[None], total_d, square_d))
+
+    def look(self, source: int, targets_nd: Tensor, predictions_nd: Tensor) -> None:
+        """See how the vectors (N, D) of a source lie to each other; of less than two nothing is seen."""
+        if len(targets_nd) > 1:
+            looks = (statistics.effective_rank, statistics.mean_cosine)
+            found = [look(x_nd) for x_nd in (targets_nd, predictions_nd) for look in looks]
+            self.alignment[source] = torch.stack([*found, torch.ones_like(found[0])]).float()
 
 
 def count_step(batches: list[Batch], topology: Topology) -> Tensor:
-    """Predicted positions and rows of the whole step: float64 (2,) on the device, without waiting for it.
+    """Predicted positions and rows of the whole step by source, in the order of their first micro-batches: float64 (S,
+    2) on the device, without waiting for it.
 
     The masks of every micro-batch are drawn before the first forward, so that each can be divided by what all ranks
-    will mask. Collective over the data-parallel group: all its ranks must call.
+    will mask of its source. One all-reduce. Collective over the data-parallel group: all its ranks must call, with
+    micro-batches of the same sources.
     """
-    masked = sum(batch.layout.predictions for batch in batches)
-    rows = sum(batch.masked_rt.shape[0] for batch in batches if not batch.is_blank)
-    counts = torch.tensor([masked, rows], dtype=torch.float64).to(topology.device, non_blocking=True)
-    topology.sum_over_replicas(counts)
-    return counts.clamp(min=1)
+    counts: dict[str, list[int]] = {}
+    for batch in batches:
+        own = counts.setdefault(batch.source, [0, 0])
+        own[0] += batch.layout.predictions
+        own[1] += 0 if batch.is_blank else batch.masked_rt.shape[0]
+    found = torch.tensor(list(counts.values()), dtype=torch.float64).to(topology.device, non_blocking=True)
+    topology.sum_over_replicas(found)
+    return found
 
 
 class StepLoss:
     """The objective of one step: what every micro-batch adds to it, and what is observed on the way.
 
-    The loss is a sum over masked positions divided by their number over all ranks and micro-batches (spec 1.3), so
-    every micro-batch's sum is scaled by data-parallel size x accumulation / count: DeepSpeed divides by both.
+    The loss is a sum over sources; of each it is the sum over masked positions divided by their number over all ranks
+    and micro-batches (spec 1.3), times the source's weight. So every micro-batch's sum is scaled by data-parallel size
+    x accumulation / count: DeepSpeed divides by both.
     """
 
     def __init__(
@@ -84,69 +104,82 @@ class StepLoss:
         batches: list[Batch],
         topology: Topology,
         width: int,
-        targets: Sequence[Target],
-        states: Sequence[State],
+        targets: Mapping[str, Sequence[Target]],
+        states: Mapping[str, Sequence[State]],
+        weights: Mapping[str, float],
         breakdown: LossBreakdown | None,
         *,
         observe: bool,
     ) -> None:
-        """`width`: channels of the stem's output; `states`: one a target, {} where it has none or targets are made
-        elsewhere. Collective over the data-parallel group: all its ranks must call."""
-        self._config = objective.loss
-        self._targets, self._states = targets, states
-        self.statistics: list[dict[str, Tensor]] = [{} for _ in targets]
-        """What the micro-batches say about each target's state, added up."""
-        self._counts = count_step(batches, topology)
+        """`width`: channels of the stem's output; `targets`: by stem; `states`: likewise one a target, {} where it has
+        none, and no stem where targets are made elsewhere; `weights`: by source, where it is not 1. Collective over
+        the data-parallel group: all its ranks must call."""
+        stems = {batch.source: batch.modality for batch in batches}
+        self._number = {source: number for number, source in enumerate(stems)}
+        self._configs = {stem: objective.of(stem).loss for stem in stems.values()}
+        self._targets, self._weights = targets, weights
+        self._states = {stem: states.get(stem) or [{} for _ in targets[stem]] for stem in stems.values()}
+        self.statistics: dict[str, list[dict[str, Tensor]]] = {s: [{} for _ in targets[s]] for s in stems.values()}
+        """What the micro-batches say about the state of each of a stem's targets, added up."""
+        counted = count_step(batches, topology)
+        self._counts = counted.clamp(min=1)
         self._factor = topology.data_parallel_size * len(batches)
         self._breakdown = breakdown
         self._observe = observe
         # The first target stands for all: their raw values come from the same teacher.
-        widths = (targets[0].raw_width, targets[0].width, width)
-        self.seen = Observations.empty(self._counts[1] / objective.masking.clones, widths, topology.device)
+        first = [targets[stem][0] for stem in stems.values()]
+        widths = [(target.raw_width, target.width, width) for target in first]
+        samples = sum(
+            rows / objective.of(stem).masking.clones for rows, stem in zip(counted[:, 1], stems.values(), strict=True)
+        )
+        assert isinstance(samples, Tensor)
+        self.seen = Observations.empty(samples, counted[:, 0], widths, topology.device)
 
-    def entered(self, features_btd: Tensor) -> None:
+    def entered(self, batch: Batch, features_btd: Tensor) -> None:
         """The stem has made these features of a micro-batch."""
-        if self._observe:
-            self.seen.count(STEM, features_btd.flatten(0, 1))
+        if self._observe and not batch.is_blank:
+            self.seen.count(self._number[batch.source], STEM, features_btd.flatten(0, 1))
 
     def share(self, batch: Batch, predictions: Sequence[Tensor], cls_rd: Tensor | None, made: Sequence[Made]) -> Tensor:
         """What a micro-batch adds to the loss, scaled for DeepSpeed's division. Of every target its predictions, and
         what was made."""
-        self._ask(made)
-        compared = compare(batch, self._targets, predictions, made)
+        stem, number = batch.modality, self._number[batch.source]
+        config, counts = self._configs[stem], self._counts[number]
+        self._ask(stem, made)
+        compared = compare(batch, self._targets[stem], predictions, made)
         targets_btd, targets_nd = made[0].targets_btd, compared[0].targets_nd
-        total = weighted_sum(compared, self._config)
-        share = total / self._counts[0].float()
-        # A stem may have no extra token; a step is of one stem, on all ranks.
-        if self._config.cls_weight > 0 and cls_rd is not None:
+        total = weighted_sum(compared, config)
+        share = total / counts[0].float()
+        # A stem may have no extra token.
+        if config.cls_weight > 0 and cls_rd is not None:
             # Of a blank row it is part of the graph, as on every rank, and counts nothing.
             weight = 0.0 if batch.is_blank else compared[0].weight
-            total = weight * loss.cls_loss_sum(cls_rd, targets_btd, self._config, targets_btd.shape[-1], batch.real_bt)
-            share = share + total / self._counts[1].float()
-        share = share * self._config.weight if self._config.weight != 1 else share
+            total = weight * loss.cls_loss_sum(cls_rd, targets_btd, config, targets_btd.shape[-1], batch.real_bt)
+            share = share + total / counts[1].float()
+        for factor in (config.weight, self._weights.get(batch.source, 1.0)):
+            share = share * factor if factor != 1 else share
         self.seen.loss += share.detach()
         if not self._observe and self._breakdown is None:
             return share * self._factor
         raw_nd = targets_nd if made[0].raw_btd is targets_btd else masked_targets(made[0].raw_btd, batch)
         if self._observe:
             predictions_nd = compared[0].predictions_nd
-            self.seen.count(TARGETS, raw_nd)
-            self.seen.count(PREDICTIONS, predictions_nd)
-            looks = (statistics.effective_rank, statistics.mean_cosine)
-            found = [look(x_nd) for x_nd in (raw_nd, predictions_nd) for look in looks]
-            self.seen.alignment = torch.stack(found).float()
+            self.seen.count(number, TARGETS, raw_nd)
+            self.seen.count(number, PREDICTIONS, predictions_nd)
+            self.seen.look(number, raw_nd, predictions_nd)
         if self._breakdown is not None:
-            self._breakdown.add(batch, compared, raw_nd, self._config)
+            self._breakdown.add(batch, compared, raw_nd, config)
         return share * self._factor
 
     @torch.no_grad()
-    def _ask(self, made: Sequence[Made]) -> None:
-        """Add what a micro-batch says about the targets' states."""
-        for number, (target, state, one) in enumerate(zip(self._targets, self._states, made, strict=True)):
+    def _ask(self, stem: str, made: Sequence[Made]) -> None:
+        """Add what a micro-batch says about the states of its stem's targets."""
+        found = self.statistics[stem]
+        for number, (target, state, one) in enumerate(zip(self._targets[stem], self._states[stem], made, strict=True)):
             if state:
                 assert one.counted_bt is not None
-                said, before = target.statistics(one.raw_btd, one.counted_bt, state), self.statistics[number]
-                self.statistics[number] = {name: x.double() + before.get(name, 0.0) for name, x in said.items()}
+                said, before = target.statistics(one.raw_btd, one.counted_bt, state), found[number]
+                found[number] = {name: x.double() + before.get(name, 0.0) for name, x in said.items()}
 
 
 def train_step(
@@ -157,19 +190,21 @@ def train_step(
     draw: Draw,
     *,
     observe: bool,
+    weights: Mapping[str, float] | None = None,
     breakdown: LossBreakdown | None = None,
 ) -> tuple[StepResult, Observations]:
-    """Run one step over this rank's micro-batches. Collective: all ranks must call, with the same modality.
+    """Run one step over this rank's micro-batches. Collective: all ranks must call, with micro-batches of the same
+    sources in the same order.
 
-    `observe` also collects what `collapse_statistics` needs. `breakdown` gets the loss by source. The teacher and the
-    state of its targets move if and only if the optimizer stepped.
+    `observe` also collects what `collapse_statistics` needs. `weights`: factors on the sources' parts of the loss,
+    where they are not 1. `breakdown` gets the loss by source. The teacher and the state of its targets move if and only
+    if the optimizer stepped.
     """
     width = cast(Student, student.module).config.backbone.width
-    stem = batches[0].modality
-    targets = cast(Teacher, teacher.module).targets[stem]
-    states = target_state.of(teacher).get(stem) or [{} for _ in targets]
+    targets = cast(Teacher, teacher.module).targets
+    states = target_state.of(teacher)
     step_loss = StepLoss(
-        objective.of(stem), batches, student.topology, width, targets, states, breakdown, observe=observe
+        objective, batches, student.topology, width, targets, states, weights or {}, breakdown, observe=observe
     )
     result = student.train_batches(batches, draw, step_loss, measure=observe)
     if result.applied:
@@ -177,8 +212,7 @@ def train_step(
             teacher.measure()
         with part("ema"), step_loss.seen.ema_time:
             teacher.update(ema.decay(objective.ema, student.completed_updates))
-        if any(step_loss.statistics):
-            target_state.move(teacher, stem, step_loss.statistics)
+        target_state.move(teacher, step_loss.statistics)
     return result, step_loss.seen
 
 
@@ -189,9 +223,11 @@ def weighted_sum(compared: Sequence[loss.Compared], config: LossConfig) -> Tenso
 
 
 def collapse_statistics(observations: Observations, topology: Topology) -> dict[str, Tensor]:
-    """loss, spread of targets, predictions and stem output over all ranks (spec 1.5); tensors, nothing is waited for.
+    """loss, spread of targets, predictions and stem output over all ranks (spec 1.5), of several sources the mean of
+    their spreads. What was not there to be measured, since samples were lost, is left out.
 
-    Effective rank and mean cosine are of one rank's last micro-batch. Collective: all ranks must call.
+    Effective rank and mean cosine are of one rank's last micro-batch that predicts something (of each source). Waits
+    for the device. Collective: all ranks must call.
     """
     sums = torch.cat((observations.loss[None], *observations.moments))
     topology.sum_over_model(sums)
@@ -200,19 +236,20 @@ def collapse_statistics(observations: Observations, topology: Topology) -> dict[
         dist.all_reduce(alignment, group=topology.pipeline_group)
 
     rows = sums[1:].split([one.numel() for one in observations.moments])
+    counts = torch.stack([observations.predicted.sum(), *(row[0] for row in rows)]).tolist()
+    found = {} if counts[0] == 0 else {"loss": sums[0]}
 
-    def spread(what: int) -> Tensor:
-        row = rows[what]
+    def spread(row: Tensor) -> Tensor:
         width = (row.numel() - 1) // 2
         return statistics.std_from_moments(row[0], row[1 : 1 + width], row[1 + width :])
 
-    return {
-        "loss": sums[0],
-        "target_std": spread(TARGETS),
-        "prediction_std": spread(PREDICTIONS),
-        "stem_std": spread(STEM),
-        "target_rank": alignment[0],
-        "target_cosine": alignment[1],
-        "prediction_rank": alignment[2],
-        "prediction_cosine": alignment[3],
-    }
+    for what, name in ((TARGETS, "target_std"), (PREDICTIONS, "prediction_std"), (STEM, "stem_std")):
+        # One vector has no spread.
+        measured = [rows[k] for k in range(what, len(rows), _PER_SOURCE) if counts[1 + k] > 1]
+        if measured:
+            found[name] = torch.stack([spread(row) for row in measured]).mean()
+    seen = [row for row, is_seen in zip(alignment, alignment[:, -1].tolist(), strict=True) if is_seen]
+    for number, name in enumerate(_LOOKS):
+        if seen:
+            found[name] = torch.stack([row[number] for row in seen]).mean()
+    return found

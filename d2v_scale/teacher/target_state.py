@@ -4,6 +4,7 @@ It is not sharded: every data-parallel and tensor-parallel rank of the pipeline 
 and all the same, in fp32.
 """
 
+from collections.abc import Mapping, Sequence
 from typing import cast
 
 import torch
@@ -21,24 +22,28 @@ def of(teacher: EmaTeacher) -> dict[str, list[State]]:
 
 
 @torch.no_grad()
-def move(teacher: EmaTeacher, stem: str, sums: list[dict[str, Tensor]]) -> None:
-    """Move the states of a stem's targets by what this rank's micro-batches said of each (float64, `Target.statistics`
-    added up). Once after each applied optimizer step.
+def move(teacher: EmaTeacher, sums: Mapping[str, Sequence[dict[str, Tensor]]]) -> None:
+    """Move the states of targets by what this rank's micro-batches said of each (float64, `Target.statistics` added
+    up), by stem. Once after each applied optimizer step.
 
-    Collective over the data-parallel group, of which all ranks must call; nothing is waited for.
+    Collective over the data-parallel group, of which all ranks must call with the same stems, in one all-reduce;
+    nothing is waited for.
     """
-    packed = torch.cat([x.flatten() for one in sums for x in one.values()])
-    teacher.topology.sum_over_replicas(packed)
-    rest = packed
-    targets = cast(Teacher, teacher.module).targets[stem]
-    for target, state, said in zip(targets, of(teacher)[stem], sums, strict=True):
-        whole = {}
-        for name, x in said.items():
-            part, rest = rest.split([x.numel(), rest.numel() - x.numel()])
-            whole[name] = part.view(x.shape)
-        moved = target.moved(dict(state), whole) if state else {}
-        for name, values in state.items():
-            values.copy_(moved[name])
+    said = [x for each in sums.values() for one in each for x in one.values()]
+    if not said:
+        return
+    rest = torch.cat([x.flatten() for x in said])
+    teacher.topology.sum_over_replicas(rest)
+    for stem, each in sums.items():
+        targets = cast(Teacher, teacher.module).targets[stem]
+        for target, state, one in zip(targets, of(teacher).get(stem, [{}] * len(each)), each, strict=True):
+            whole = {}
+            for name, x in one.items():
+                part, rest = rest.split([x.numel(), rest.numel() - x.numel()])
+                whole[name] = part.view(x.shape)
+            moved = target.moved(dict(state), whole) if state else {}
+            for name, values in state.items():
+                values.copy_(moved[name])
 
 
 def named(teacher: EmaTeacher) -> dict[str, Tensor]:
