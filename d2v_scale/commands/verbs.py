@@ -39,6 +39,7 @@ VERBS = {
     "draw": Verb("draw", "pictures of a run: curves, masks, neighbours, layers"),
     "sync": Verb("sync_mlflow", "send to MLflow what it does not have of a run yet"),
     "probe": Verb("probe", "what an encoder is worth on labelled shards"),
+    "align": Verb("align", "is a word like its picture? pairs of modalities, measured with controls"),
     "extract": Verb("extract", "features of an encoder over shards, to shards or Parquet"),
     "export": Verb("export", "an encoder for Hugging Face, as safetensors, or in the reference's names", on_cpu=True),
     "import": Verb("import_weights", "a checkpoint of others to one of ours", on_cpu=True),

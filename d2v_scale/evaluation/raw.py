@@ -1,8 +1,9 @@
 """What a sample looks like without any model: the baselines that a representation must justify itself against."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from d2v_scale import modalities
@@ -11,7 +12,7 @@ from d2v_scale.data.config import SAMPLE_RATE
 from d2v_scale.model.config import ModelConfig
 
 _MELS = 80
-_WINDOW, _HOP = 400, 160
+_FFT, _WINDOW, _HOP = 512, 400, 160
 
 
 def raw_features(batches: Iterable[tuple[Batch, Tensor]], model: ModelConfig) -> tuple[Tensor, Tensor]:
@@ -27,9 +28,10 @@ def mean_log_mel(waves_bn: Tensor, valid_bn: Tensor | None) -> Tensor:
     """(B, mels): log-mel energies of 25 ms windows every 10 ms, averaged over the recording."""
     from torchaudio.transforms import MelSpectrogram
 
-    spectrum = MelSpectrogram(SAMPLE_RATE, n_fft=512, win_length=_WINDOW, hop_length=_HOP, n_mels=_MELS, center=False)
+    spectrum = MelSpectrogram(SAMPLE_RATE, n_fft=_FFT, win_length=_WINDOW, hop_length=_HOP, n_mels=_MELS, center=False)
     valid_bn = torch.ones_like(waves_bn, dtype=torch.bool) if valid_bn is None else valid_bn
-    rows = [spectrum(wave[real].clone()) for wave, real in zip(waves_bn, valid_bn, strict=True)]
+    waves = [wave[real].clone() for wave, real in zip(waves_bn, valid_bn, strict=True)]
+    rows = [spectrum(F.pad(wave, (0, max(0, _FFT - len(wave))))) for wave in waves]
     return torch.stack([(row + 1e-6).log().mean(dim=-1) for row in rows])
 
 
@@ -38,3 +40,13 @@ def bag_of_tokens(tokens_bt: Tensor, vocab_size: int, pad_id: int) -> Tensor:
     counts = torch.zeros(len(tokens_bt), vocab_size)
     counts.scatter_add_(1, tokens_bt, (tokens_bt != pad_id).float())
     return (counts / counts.sum(dim=1, keepdim=True).clamp(min=1)).sqrt()
+
+
+def character_ngrams(texts: Sequence[str], width: int = 2048) -> Tensor:
+    """(B, width): square roots of the relative frequencies of one to three characters in a row within words, hashed."""
+    from sklearn.feature_extraction.text import HashingVectorizer
+
+    counter = HashingVectorizer(
+        analyzer="char_wb", ngram_range=(1, 3), n_features=width, norm="l1", alternate_sign=False
+    )
+    return torch.from_numpy(counter.transform(texts).toarray()).float().sqrt()

@@ -2,13 +2,13 @@
 
 import base64
 import html
-import io
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from d2v_scale.plots.curves import GROUPS, LAYER, finish_axes, names_of, series
+from d2v_scale.plots.page import document, section, svg_of, table
 from d2v_scale.tracking.summary import RunSummary, recipe_differences
 
 AXES = {"step": "step", "samples": "samples seen", "hours": "hours of wall clock"}
@@ -19,30 +19,6 @@ _DASHES: tuple[tuple[float, ...], ...] = (
 """On and off lengths, in widths of the line: as many as a panel has names."""
 _MAX_POINTS = 1000
 
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 1240px; padding: 0 1rem; color: #1d2129; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; border-bottom: 1px solid #d6d9e0; }
-table { border-collapse: collapse; }
-th, td { padding: .25rem .8rem; text-align: right; border-bottom: 1px solid #e6e8ee; }
-th:first-child, td:first-child, .words td, .words th { text-align: left; }
-td:first-child { white-space: nowrap; } th { font-weight: 600; }
-td { font-variant-numeric: tabular-nums; }
-.swatch { display: inline-block; width: .8em; height: .8em; border-radius: 2px; }
-.curves { display: none; }
-.tabs > label { padding: .2rem .9rem; border: 1px solid #c8ccd6; border-radius: 4px; cursor: pointer; }
-.curves { margin-top: .6rem; }
-.tabs > input { position: absolute; opacity: 0; }
-#axis-step:checked ~ #curves-step, #axis-samples:checked ~ #curves-samples, #axis-hours:checked ~ #curves-hours
-  { display: block; }
-#axis-step:checked + label, #axis-samples:checked + label, #axis-hours:checked + label
-  { background: #1d2129; color: #fff; }
-#axis-step:focus-visible + label, #axis-samples:focus-visible + label, #axis-hours:focus-visible + label
-  { outline: 2px solid #3b6fd4; }
-.curves svg, .pictures img { max-width: 100%; height: auto; } .pictures { display: flex; flex-wrap: wrap; gap: 1rem; }
-figure { margin: 0; flex: 1 1 480px; } figcaption { font-size: .85rem; color: #555c6b; }
-.scroll { overflow-x: auto; } .quiet { color: #6a7180; }
-"""
-
 
 def write_report(run_dirs: Sequence[Path], path: Path) -> Path:
     """Write the page. Raises FileNotFoundError for a directory without a record."""
@@ -52,29 +28,16 @@ def write_report(run_dirs: Sequence[Path], path: Path) -> Path:
     body = [
         f"<h1>{html.escape(title)}</h1>",
         f'<p class="quiet">Written {time.strftime("%F %H:%M UTC", time.gmtime())} by d2v_scale.</p>',
-        _section("Runs", _overview(summaries, colours)),
-        _section("What differs in the recipe", _differences(summaries)),
-        _section("Curves", _curves(summaries, colours)),
-        _section("Incidents", _incidents(summaries)),
-        _section("Pictures", _pictures(summaries)),
-        _section("Where it ran", _environment(summaries)),
+        section("Runs", _overview(summaries, colours)),
+        section("What differs in the recipe", _differences(summaries)),
+        section("Curves", _curves(summaries, colours)),
+        section("Incidents", _incidents(summaries)),
+        section("Pictures", _pictures(summaries)),
+        section("Where it ran", _environment(summaries)),
     ]
-    page = f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
-    page += f"<style>{_STYLE}</style></head><body>{''.join(body)}</body></html>\n"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page)
+    path.write_text(document(title, body))
     return path
-
-
-def _section(title: str, content: str) -> str:
-    return f"<h2>{title}</h2>{content}"
-
-
-def _table(head: Iterable[str], rows: Iterable[Iterable[str]], kind: str = "numbers") -> str:
-    """Cells are HTML; `kind` numbers or words says how they are aligned."""
-    top = "".join(f"<th>{cell}</th>" for cell in head)
-    lines = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
-    return f'<div class="scroll"><table class="{kind}"><tr>{top}</tr>{lines}</table></div>'
 
 
 def _number(value: float | None, form: str = ".4g") -> str:
@@ -104,7 +67,7 @@ def _overview(summaries: Sequence[RunSummary], colours: Sequence[str]) -> str:
                 str(len(summary.incidents)),
             ]
         )
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def _differences(summaries: Sequence[RunSummary]) -> str:
@@ -117,7 +80,7 @@ def _differences(summaries: Sequence[RunSummary]) -> str:
         [html.escape(key), *("–" if value is None else html.escape(value) for value in values)]
         for key, values in different.items()
     ]
-    return _table(["key", *(html.escape(summary.name) for summary in summaries)], rows)
+    return table(["key", *(html.escape(summary.name) for summary in summaries)], rows)
 
 
 def _curves(summaries: Sequence[RunSummary], colours: Sequence[str]) -> str:
@@ -135,7 +98,6 @@ def _curves(summaries: Sequence[RunSummary], colours: Sequence[str]) -> str:
 
 def _panels(summaries: Sequence[RunSummary], colours: Sequence[str], axis: str, label: str) -> str:
     """One SVG: a panel a group; a colour a run, a line style a name."""
-    import matplotlib
     from matplotlib.figure import Figure
 
     groups = []
@@ -148,29 +110,23 @@ def _panels(summaries: Sequence[RunSummary], colours: Sequence[str], axis: str, 
         return "<p>No values are recorded yet.</p>"
     columns = min(3, len(groups))
     rows = -(-len(groups) // columns)
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "d2v_scale"}):
-        figure = Figure(figsize=(4.1 * columns, 2.9 * rows), layout="constrained")
-        for index, (group, names) in enumerate(groups):
-            axes = figure.add_subplot(rows, columns, index + 1)
-            drawn: list[float] = []
-            for summary, colour in zip(summaries, colours, strict=True):
-                for number, name in enumerate(names):
-                    x, y = series(summary.records, name, axis)
-                    keep = slice(None, None, max(1, len(x) // _MAX_POINTS))
-                    style = {"dashes": _DASHES[number % len(_DASHES)], "linewidth": 1.3, "color": colour}
-                    axes.plot(x[keep], y[keep], marker="o" if len(x) < 15 else "", markersize=3, **style)  # type: ignore[arg-type]
-                    drawn += [value for value in y if math.isfinite(value)]
-            if len(names) > 1:
-                for number, name in enumerate(names):
-                    axes.plot([], [], color="black", dashes=_DASHES[number % len(_DASHES)], label=name)
-            finish_axes(axes, group, drawn, len(names) if len(names) > 1 else 0)
-            axes.set_xlabel(label, fontsize=8, loc="right")
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg")
-    svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :]
-    # Identifiers are page-wide, and there is one drawing for each axis.
-    return svg.replace('id="', f'id="{axis}-').replace('"#', f'"#{axis}-').replace("url(#", f"url(#{axis}-")
+    figure = Figure(figsize=(4.1 * columns, 2.9 * rows), layout="constrained")
+    for index, (group, names) in enumerate(groups):
+        axes = figure.add_subplot(rows, columns, index + 1)
+        drawn: list[float] = []
+        for summary, colour in zip(summaries, colours, strict=True):
+            for number, name in enumerate(names):
+                x, y = series(summary.records, name, axis)
+                keep = slice(None, None, max(1, len(x) // _MAX_POINTS))
+                style = {"dashes": _DASHES[number % len(_DASHES)], "linewidth": 1.3, "color": colour}
+                axes.plot(x[keep], y[keep], marker="o" if len(x) < 15 else "", markersize=3, **style)  # type: ignore[arg-type]
+                drawn += [value for value in y if math.isfinite(value)]
+        if len(names) > 1:
+            for number, name in enumerate(names):
+                axes.plot([], [], color="black", dashes=_DASHES[number % len(_DASHES)], label=name)
+        finish_axes(axes, group, drawn, len(names) if len(names) > 1 else 0)
+        axes.set_xlabel(label, fontsize=8, loc="right")
+    return svg_of(figure, axis)
 
 
 def _incidents(summaries: Sequence[RunSummary]) -> str:
@@ -184,7 +140,7 @@ def _incidents(summaries: Sequence[RunSummary]) -> str:
         for summary in summaries
         for incident in summary.incidents
     ]
-    return _table(["run", "step", "time (UTC)", "what"], rows, "words") if rows else "<p>None.</p>"
+    return table(["run", "step", "time (UTC)", "what"], rows, "words") if rows else "<p>None.</p>"
 
 
 def _pictures(summaries: Sequence[RunSummary]) -> str:
@@ -206,7 +162,7 @@ def _pictures(summaries: Sequence[RunSummary]) -> str:
 def _environment(summaries: Sequence[RunSummary]) -> str:
     keys = list(dict.fromkeys(key for summary in summaries for key in sorted(summary.tags)))
     rows = [[html.escape(key), *(html.escape(summary.tags.get(key, "–")) for summary in summaries)] for key in keys]
-    return _table(["", *(html.escape(summary.name) for summary in summaries)], rows) if rows else "<p>Not recorded.</p>"
+    return table(["", *(html.escape(summary.name) for summary in summaries)], rows) if rows else "<p>Not recorded.</p>"
 
 
 def _colours(count: int) -> list[str]:

@@ -29,6 +29,7 @@ REFUSED = {
     "draw": ["nowhere", "--samples", "few"],
     "sync": ["nowhere"],
     "probe": ["nowhere", "--k", "0"],
+    "align": ["nowhere", "--data", "nowhere", "--held_out", "2"],
     "extract": ["nowhere", "a.tar"],
     "export": ["nowhere", "out", "--to", "fairseq", "--license", "mit"],
     "import": ["nowhere"],

@@ -1,0 +1,186 @@
+"""One vector a concept, layer and stem: of an encoder, of the samples as they are, and of their length alone."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from d2v_scale import modalities
+from d2v_scale.alignment.concepts import ConceptSet, Part, Place
+from d2v_scale.batch import Batch
+from d2v_scale.data.labelled import unmasked
+from d2v_scale.errors import DataError
+from d2v_scale.evaluation.frozen import FrozenEncoder
+from d2v_scale.evaluation.raw import character_ngrams
+from d2v_scale.modalities.base import Modality
+from d2v_scale.model.pooling import mean_over_positions
+from d2v_scale.shards.reading import SampleFault
+from d2v_scale.shards.rows import Decoder
+
+
+@dataclass
+class Means:
+    """Features of a stem's samples, averaged over the samples of each concept. L layers, N concepts, width D."""
+
+    layers_lnd: Tensor
+    """float32; rows of concepts without such a sample are 0."""
+    present_n: Tensor
+    """bool."""
+
+
+@dataclass
+class Read:
+    """What became of the samples of one stem."""
+
+    used: int = 0
+    same: int = 0
+    """Equal to another of their concept: they count once."""
+    beyond: int = 0
+    """More than were asked for of a concept."""
+    missing: int = 0
+    """Without such a member."""
+    lost: list[str] = field(default_factory=list)
+    """Unreadable: what, and why."""
+
+
+class StemSamples:
+    """The samples of a set that a stem reads, decoded once an iteration, in batches."""
+
+    def __init__(
+        self,
+        samples: ConceptSet,
+        kind: Modality,
+        decoder: Decoder,
+        per_concept: int | None,
+        batch_size: int,
+    ) -> None:
+        self.kind = kind
+        self.concepts = samples.concepts
+        self.read = Read()
+        self._set, self._decoder, self._batch_size = samples, decoder, batch_size
+        self.places = self._chosen(samples.places, per_concept)
+        self._number = {name: number for number, name in enumerate(self.concepts)}
+
+    def _chosen(self, places: list[Place], per_concept: int | None) -> list[Place]:
+        content = self.kind.content
+        seen: dict[str, set[str]] = {}
+        chosen = []
+        for place in places:
+            mine = seen.setdefault(place.concept, set())
+            digest = place.digests.get(content)
+            if digest is None:
+                self.read.missing += 1
+            elif digest in mine:
+                self.read.same += 1
+            elif per_concept is not None and len(mine) >= per_concept:
+                self.read.beyond += 1
+            else:
+                mine.add(digest)
+                chosen.append(place)
+        return chosen
+
+    def __iter__(self) -> Iterator[tuple[Batch, Tensor]]:
+        """Batches, and the numbers (B,) of their concepts. What cannot be decoded is left out and noted in `read`."""
+        self.read.used, self.read.lost = 0, []
+        for start in range(0, len(self.places), self._batch_size):
+            rows, kept = [], []
+            for place in self.places[start : start + self._batch_size]:
+                try:
+                    rows.append(self._decoder.evaluation_row(self._part(place)))
+                    kept.append(place)
+                except SampleFault as error:
+                    self.read.lost.append(f"{place.key}: {error.fault.reason}")
+                except Exception as error:  # a decoder raises anything for damaged content
+                    self.read.lost.append(f"{place.key}: cannot be decoded: {type(error).__name__}: {error}")
+            self.read.used += len(rows)
+            if rows:
+                ids = torch.tensor([place.shard << 32 | place.number for place in kept])
+                batch = unmasked(self.kind, self._decoder, rows, ids, tuple(place.key for place in kept))
+                yield batch, torch.tensor([self._number[place.concept] for place in kept])
+
+    def one(self, concept: str) -> Batch | None:
+        """The first readable sample of a concept, by itself."""
+        for place in self.places:
+            if place.concept == concept:
+                try:
+                    row = self._decoder.evaluation_row(self._part(place))
+                except Exception:
+                    continue
+                return unmasked(self.kind, self._decoder, [row], torch.tensor([0]), (place.key,))
+        return None
+
+    def caption(self, concept: str) -> str | None:
+        """The text of the concept's first sample, where it is no ids."""
+        return next((place.caption for place in self.places if place.concept == concept), None)
+
+    def texts(self) -> list[str] | None:
+        """The captions, in the order of iteration; None where the stem reads anything else, or ids."""
+        found = [place.caption for place in self.places]
+        return [text for text in found if text] if self.kind.content == "text" and all(found) else None
+
+    def _part(self, place: Place) -> Part:
+        return Part(self._set.shards.read(place.shard, place.number), self.kind.content)
+
+
+@torch.no_grad()
+def encoded(encoder: FrozenEncoder, samples: StemSamples) -> Means:
+    """The mean over valid positions of every main block's output. Raises DataError where one is not finite."""
+    pooled = _Pooled(len(samples.concepts))
+    for batch, concepts_b in samples:
+        moved = batch.to(encoder.device)
+        valid_bt = encoder.valid_positions(moved)
+        states = encoder.hidden_states(moved)
+        pooled.add(torch.stack([mean_over_positions(x_btd, valid_bt).cpu() for x_btd in states]), concepts_b)
+    means = pooled.means()
+    if not bool(means.layers_lnd.isfinite().all()):
+        raise DataError(
+            f"{encoder.source}: features of the stem {samples.kind.name!r} are not finite.", "The run has diverged."
+        )
+    return means
+
+
+def raw(samples: StemSamples) -> tuple[str, Means, Means]:
+    """What the samples are without any model (pixels, log-mel spectra, character n-grams; what it is called), and how
+    long they are: 1 layer each."""
+    values, lengths = _Pooled(len(samples.concepts)), _Pooled(len(samples.concepts))
+    name = samples.kind.raw_name
+    texts = {place.shard << 32 | place.number: place.caption for place in samples.places}
+    with_ngrams = samples.texts() is not None
+    for batch, concepts_b in samples:
+        if with_ngrams:
+            name = "character n-grams"
+            features_bf = character_ngrams([texts[one] or "" for one in batch.sample_ids.tolist()])
+        else:
+            features_bf = samples.kind.raw_features(batch).float()
+        values.add(features_bf[None], concepts_b)
+        size_b = torch.full((len(batch.inputs),), float(batch.inputs[0].numel()))
+        if batch.valid is not None:
+            size_b = batch.valid.flatten(1).sum(dim=1).float()
+        lengths.add(torch.stack([size_b, size_b.clamp(min=1).log()], dim=1)[None], concepts_b)
+    return name, values.means(), lengths.means()
+
+
+class _Pooled:
+    """Sums over the samples of each concept."""
+
+    def __init__(self, concepts: int) -> None:
+        self._count_n = torch.zeros(concepts)
+        self._sum_lnd: Tensor | None = None
+
+    def add(self, features_lbd: Tensor, concepts_b: Tensor) -> None:
+        if self._sum_lnd is None:
+            layers, _, width = features_lbd.shape
+            self._sum_lnd = torch.zeros(layers, len(self._count_n), width)
+        self._sum_lnd.index_add_(1, concepts_b, features_lbd.float().cpu())
+        self._count_n.index_add_(0, concepts_b, torch.ones(len(concepts_b)))
+
+    def means(self) -> Means:
+        if self._sum_lnd is None:
+            return Means(torch.zeros(1, len(self._count_n), 1), self._count_n > 0)
+        return Means(self._sum_lnd / self._count_n.clamp(min=1)[None, :, None], self._count_n > 0)
+
+
+def kind_of(encoder: FrozenEncoder, stem: str) -> Modality:
+    """What the stem says of itself."""
+    return modalities.of(encoder.recipe.model, stem)

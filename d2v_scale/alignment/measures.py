@@ -1,0 +1,191 @@
+"""How alike two sets of features of the same concepts are: retrieval, mutual neighbours, CKA, the gap between them.
+
+N concepts; row n of both sets is of concept n. Everything is computed in float64 on the CPU and nothing is drawn. What
+is measured a concept comes as a vector (N,) whose mean is the score, so that scores can be compared concept by concept.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+NEIGHBOURS = 10
+"""k of mutual k-NN."""
+_TIE = 1e-6
+"""Similarities that differ by less are equal: samples in batches of other lengths differ by rounding."""
+_PENALTIES = torch.logspace(-4, 4, 17, dtype=torch.float64)
+"""Of ridge maps, in mean squared singular values of the features."""
+
+
+def cosines(x_nd: Tensor, y_md: Tensor) -> Tensor:
+    """(N, M); 0 where a vector is zero."""
+    return F.normalize(x_nd.double(), dim=-1) @ F.normalize(y_md.double(), dim=-1).T
+
+
+def ranks(queries_nd: Tensor, found_nd: Tensor) -> Tensor:
+    """int64 (N,): the place of each query's own partner among all N by cosine similarity, from 1.
+
+    Ties count against it: of equal candidates the partner comes last, so that features that tell nothing apart find
+    nothing.
+    """
+    similarity_nn = cosines(queries_nd, found_nd)
+    return (similarity_nn >= similarity_nn.diagonal()[:, None] - _TIE).sum(dim=1)
+
+
+def recall(x_nd: Tensor, y_nd: Tensor, k: int) -> Tensor:
+    """float64 (N,): whether a concept's partner is among the nearest k, mean of both directions. Both sets have one
+    width."""
+    return ((ranks(x_nd, y_nd) <= k).double() + (ranks(y_nd, x_nd) <= k).double()) / 2
+
+
+class Ridge:
+    """Ridge regressions from one set of features (N, D), decomposed once for any targets.
+
+    Features are centred and scaled as a whole, not each channel: a rotation of them changes nothing.
+    """
+
+    def __init__(self, x_nd: Tensor) -> None:
+        x_nd = x_nd.double()
+        self._mean_d = x_nd.mean(dim=0)
+        self._u_nr, self._s_r, self._v_rd = torch.linalg.svd(x_nd - self._mean_d, full_matrices=False)
+        kept = self._s_r > 1e-10 * self._s_r.max().clamp(min=1e-30)
+        self._u_nr, self._s_r, self._v_rd = self._u_nr[:, kept], self._s_r[kept], self._v_rd[kept]
+
+    def fit(self, y_ne: Tensor) -> "RidgeMap":
+        """The map to targets (N, E). The penalty is that of the least leave-one-out error, in closed form (PRESS)."""
+        y_ne = y_ne.double()
+        mean_e = y_ne.mean(dim=0)
+        centred_ne = y_ne - mean_e
+        inner_re = self._u_nr.T @ centred_ne
+        best: tuple[float, Tensor, Tensor] | None = None
+        scale = self._s_r.square().mean() if len(self._s_r) else torch.ones((), dtype=torch.float64)
+        for penalty in (_PENALTIES * scale).flip(0):  # of equal errors the greatest penalty
+            shrunk_r = self._s_r.square() / (self._s_r.square() + penalty)
+            leverage_n = (self._u_nr.square() @ shrunk_r + 1 / len(y_ne)).clamp(max=1 - 1e-6)
+            residual_ne = (centred_ne - self._u_nr @ (shrunk_r[:, None] * inner_re)) / (1 - leverage_n)[:, None]
+            error = float(residual_ne.square().sum())
+            if best is None or error < best[0] * (1 - 1e-12):
+                best = error, penalty, y_ne - residual_ne
+        assert best is not None
+        _, penalty, left_out_ne = best
+        weights_r = self._s_r / (self._s_r.square() + penalty)
+        return RidgeMap(self._v_rd.T @ (weights_r[:, None] * inner_re), self._mean_d, mean_e, left_out_ne)
+
+
+@dataclass(frozen=True)
+class RidgeMap:
+    """A fitted map."""
+
+    weights_de: Tensor
+    x_mean_d: Tensor
+    y_mean_e: Tensor
+    left_out_ne: Tensor
+    """What each training row is mapped to by the map that is fitted without it."""
+
+    def __call__(self, x_nd: Tensor) -> Tensor:
+        """(N, E), about the training targets' mean: compare it by cosine with targets from which `y_mean_e` is
+        subtracted."""
+        return (x_nd.double() - self.x_mean_d) @ self.weights_de
+
+
+def mutual_neighbours(x_nd: Tensor, y_ne: Tensor, k: int = NEIGHBOURS) -> Tensor:
+    """float64 (N,): which share of a concept's k nearest others in one set is among the k nearest in the other (Huh et
+    al. 2024). By cosine of centred features; of ties at the k-th place each counts in part, as if drawn."""
+    k = min(k, len(x_nd) - 1)
+    return (_neighbours(x_nd, k) * _neighbours(y_ne, k)).sum(dim=1) / k
+
+
+def _neighbours(x_nd: Tensor, k: int) -> Tensor:
+    """(N, N): how much each other concept is a neighbour; rows sum to k."""
+    centred_nd = x_nd.double() - x_nd.double().mean(dim=0)
+    similarity_nn = cosines(centred_nd, centred_nd)
+    similarity_nn.fill_diagonal_(-torch.inf)
+    last_n1 = similarity_nn.topk(k, dim=1).values[:, -1:]
+    nearer_nn = (similarity_nn > last_n1 + _TIE).double()
+    tied_nn = ((similarity_nn - last_n1).abs() <= _TIE).double()
+    open_n1 = k - nearer_nn.sum(dim=1, keepdim=True)
+    return nearer_nn + tied_nn * (open_n1 / tied_nn.sum(dim=1, keepdim=True).clamp(min=1))
+
+
+def debiased_cka(x_nd: Tensor, y_ne: Tensor) -> Tensor:
+    """float64 (N,), its mean the linear CKA with unbiased HSIC (Song et al. 2012; Nguyen et al. 2021): about 0 for
+    features that have nothing in common however wide they are, 1 for equal ones. 0 where a set does not vary.
+
+    The values are jackknife pseudo-values, moved to that mean: their spread is that of the score over concepts. Needs
+    5 concepts.
+    """
+    k_nn, l_nn = _gram(x_nd), _gram(y_ne)
+    kl, kl_n = _hsic(k_nn, l_nn)
+    kk, kk_n = _hsic(k_nn, k_nn)
+    ll, ll_n = _hsic(l_nn, l_nn)
+    whole, left_out_n = _ratio(kl, kk, ll), _ratio(kl_n, kk_n, ll_n)
+    n = len(x_nd)
+    pseudo_n = n * whole - (n - 1) * left_out_n
+    return pseudo_n - pseudo_n.mean() + whole
+
+
+def _gram(x_nd: Tensor) -> Tensor:
+    """Of centred features of mean square 1, without its diagonal."""
+    centred_nd = x_nd.double() - x_nd.double().mean(dim=0)
+    size = centred_nd.square().sum(dim=1).mean().sqrt()
+    level = x_nd.double().square().sum(dim=1).mean().sqrt()
+    if size <= 1e-7 * level:  # rounding is no variation
+        centred_nd = torch.zeros_like(centred_nd)
+    gram_nn = (centred_nd / size.clamp(min=1e-30)) @ (centred_nd / size.clamp(min=1e-30)).T
+    return gram_nn.fill_diagonal_(0)
+
+
+def _hsic(k_nn: Tensor, l_nn: Tensor) -> tuple[Tensor, Tensor]:
+    """Unbiased HSIC of all N, and (N,) of all but one, each up to the factor of its own N that cancels in CKA."""
+    n = len(k_nn)
+    both_n = (k_nn * l_nn).sum(dim=1)
+    k_n, l_n = k_nn.sum(dim=1), l_nn.sum(dim=1)
+    product = (k_n * l_n).sum()
+
+    def statistic(both: Tensor, k: Tensor, l: Tensor, cross: Tensor, count: int) -> Tensor:  # noqa: E741
+        return both + k * l / ((count - 1) * (count - 2)) - 2 * cross / (count - 2)
+
+    whole = statistic(both_n.sum(), k_n.sum(), l_n.sum(), product, n)
+    cross_n = product - k_nn @ l_n - l_nn @ k_n + both_n - k_n * l_n
+    left_out_n = statistic(both_n.sum() - 2 * both_n, k_n.sum() - 2 * k_n, l_n.sum() - 2 * l_n, cross_n, n - 1)
+    return whole, left_out_n
+
+
+def _ratio(kl: Tensor, kk: Tensor, ll: Tensor) -> Tensor:
+    own = kk.clamp(min=0) * ll.clamp(min=0)
+    return torch.where(own > 1e-20, kl / own.clamp(min=1e-20).sqrt(), torch.zeros_like(kl))
+
+
+def modality_gap(x_nd: Tensor, y_nd: Tensor) -> float:
+    """Distance between the means of both sets on the unit sphere (Liang et al. 2022), 0 to 2."""
+    means = [F.normalize(z_nd.double(), dim=-1).mean(dim=0) for z_nd in (x_nd, y_nd)]
+    return float((means[0] - means[1]).norm())
+
+
+def without(given_nc: Tensor, train_nd: Tensor, given_qc: Tensor, test_qd: Tensor) -> tuple[Tensor, Tensor]:
+    """Training and held-out features from which what is linear in `given` is subtracted, by least squares on the
+    training rows. Where `given` does not vary nothing is."""
+    mean_c, std_c = given_nc.double().mean(dim=0), given_nc.double().std(dim=0)
+    varies_c = std_c > 1e-9 * (1 + mean_c.abs())
+    if not bool(varies_c.any()):
+        return train_nd, test_qd
+
+    def design(given_qc: Tensor) -> Tensor:
+        scaled_qc = (given_qc.double() - mean_c)[:, varies_c] / std_c[varies_c]
+        return torch.cat([torch.ones(len(scaled_qc), 1, dtype=torch.float64), scaled_qc], dim=1)
+
+    slopes_cd = torch.linalg.lstsq(design(given_nc), train_nd.double(), driver="gelsd").solution[1:]
+    return (
+        train_nd.double() - design(given_nc)[:, 1:] @ slopes_cd,
+        test_qd.double() - design(given_qc)[:, 1:] @ slopes_cd,
+    )
+
+
+def principal(train_nd: Tensor, test_qd: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """Both, of wide features the first `most` principal components of the training rows."""
+    if train_nd.shape[1] <= most:
+        return train_nd, test_qd
+    mean_d = train_nd.double().mean(dim=0)
+    _, _, v_rd = torch.linalg.svd(train_nd.double() - mean_d, full_matrices=False)
+    return (train_nd.double() - mean_d) @ v_rd[:most].T, (test_qd.double() - mean_d) @ v_rd[:most].T

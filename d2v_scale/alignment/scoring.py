@@ -1,0 +1,202 @@
+"""A pair of modalities, measured layer by layer on held-out concepts, as it is and with its pairs shuffled."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from d2v_scale.alignment import measures
+from d2v_scale.alignment.measures import Ridge
+
+AT = (1, 5, 10)
+"""Retrieval is reported among so many nearest."""
+K = 10
+"""And judged by these."""
+MAPPED, SAME, MUTUAL, CKA = "mapped R@10", "same-space R@10", "mutual k-NN", "CKA"
+MEASURES = (MAPPED, SAME, MUTUAL, CKA)
+"""What a verdict is given on. In [0, 1]; the more alike the greater."""
+SMALLEST_CATEGORY = 2 * K
+"""Concepts of a category that are shuffled among themselves: among fewer R@10 could not tell them apart."""
+_LAYER_CHOICE = 2000
+"""Training concepts by which a layer is chosen."""
+
+
+@dataclass(kw_only=True)
+class Features:
+    """Of both modalities on both sides. Row n of x and of y is of one concept."""
+
+    train_x_nd: Tensor
+    train_y_ne: Tensor
+    test_x_nd: Tensor
+    test_y_ne: Tensor
+
+    def without(self, lengths: "Features") -> "Features":
+        """What is left when each modality's own length is regressed out."""
+        train_x, test_x = measures.without(lengths.train_x_nd, self.train_x_nd, lengths.test_x_nd, self.test_x_nd)
+        train_y, test_y = measures.without(lengths.train_y_ne, self.train_y_ne, lengths.test_y_ne, self.test_y_ne)
+        return Features(train_x_nd=train_x, train_y_ne=train_y, test_x_nd=test_x, test_y_ne=test_y)
+
+    def principal(self, most: int) -> "Features":
+        """Wide ones as their first principal components."""
+        train_x, test_x = measures.principal(self.train_x_nd, self.test_x_nd, most)
+        train_y, test_y = measures.principal(self.train_y_ne, self.test_y_ne, most)
+        return Features(train_x_nd=train_x, train_y_ne=train_y, test_x_nd=test_x, test_y_ne=test_y)
+
+
+@dataclass
+class Order:
+    """Who is paired with whom: row n of x with row `train_n[n]`, on the other side `test_n[n]`, of y."""
+
+    train_n: Tensor
+    test_n: Tensor
+
+
+@dataclass
+class LayerScores:
+    """What a pair of layers is worth."""
+
+    values: dict[str, Tensor]
+    """By measure, held-out: float64 (N,), the score is the mean."""
+    on_training: dict[str, float] = field(default_factory=dict)
+    """By measure, on training concepts, of maps that are fitted without each: what a layer is chosen by."""
+    retrieval: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
+    """Space to `R@k` to direction (`x to y`, `y to x`)."""
+    gap: float | None = None
+
+    def score(self, measure: str) -> float | None:
+        """The score, or None where there is none."""
+        return float(self.values[measure].mean()) if measure in self.values else None
+
+
+class PairOfLayers:
+    """Two layers' features, decomposed once for the true pairs and any shuffled ones."""
+
+    def __init__(self, features: Features) -> None:
+        self.features = features
+        self._x, self._y = Ridge(features.train_x_nd), Ridge(features.train_y_ne)
+        self.same_space = features.train_x_nd.shape[1] == features.train_y_ne.shape[1]
+
+    def mapped(self) -> tuple[Tensor, Tensor]:
+        """Held-out features (N, E) of both, x mapped into the space of y, about the training mean: to be looked at."""
+        forth = self._x.fit(self.features.train_y_ne)
+        return forth(self.features.test_x_nd), self.features.test_y_ne.double() - forth.y_mean_e
+
+    def scores(self, order: Order | None = None, *, details: bool = True) -> LayerScores:
+        """Measure them, `order`: as other pairs. `details`: with what a layer is chosen by, and retrieval at all k."""
+        given = self.features
+        train_x, train_y, test_x, test_y = given.train_x_nd, given.train_y_ne, given.test_x_nd, given.test_y_ne
+        if order is None:
+            forth, back = self._x.fit(train_y), self._y.fit(train_x)
+        else:
+            forth, back = self._x.fit(train_y[order.train_n]), self._y.fit(train_x[order.train_n.argsort()])
+            test_y = test_y[order.test_n]
+        mapped = (
+            measures.ranks(forth(test_x), test_y.double() - forth.y_mean_e),
+            measures.ranks(back(test_y), test_x.double() - back.y_mean_e),
+        )
+        spaces = {"mapped": mapped}
+        values = {MAPPED: _recall(mapped, K)}
+        if self.same_space:
+            spaces["same"] = measures.ranks(test_x, test_y), measures.ranks(test_y, test_x)
+            values[SAME] = _recall(spaces["same"], K)
+        values[MUTUAL] = measures.mutual_neighbours(test_x, test_y)
+        values[CKA] = measures.debiased_cka(test_x, test_y)
+        found = LayerScores(values)
+        if details:
+            assert order is None
+            if self.same_space:
+                centred = test_x.double() - train_x.double().mean(0), test_y.double() - train_y.double().mean(0)
+                spaces["centred"] = measures.ranks(*centred), measures.ranks(*centred[::-1])
+                found.gap = measures.modality_gap(test_x, test_y)
+            found.retrieval = {name: _at_all(ranks) for name, ranks in spaces.items()}
+            some = slice(None, _LAYER_CHOICE)
+            left_out = (
+                measures.ranks(forth.left_out_ne[some] - forth.y_mean_e, train_y[some].double() - forth.y_mean_e),
+                measures.ranks(back.left_out_ne[some] - back.y_mean_e, train_x[some].double() - back.y_mean_e),
+            )
+            found.on_training = {MAPPED: float(_recall(left_out, K).mean())}
+            if self.same_space:
+                found.on_training[SAME] = float(measures.recall(train_x[some], train_y[some], K).mean())
+            found.on_training[MUTUAL] = float(measures.mutual_neighbours(train_x[some], train_y[some]).mean())
+            found.on_training[CKA] = float(measures.debiased_cka(train_x[some], train_y[some]).mean())
+        return found
+
+
+def _recall(both: tuple[Tensor, Tensor], k: int) -> Tensor:
+    return ((both[0] <= k).double() + (both[1] <= k).double()) / 2
+
+
+def _at_all(both: tuple[Tensor, Tensor]) -> dict[str, dict[str, float]]:
+    names = ("x to y", "y to x")
+    return {
+        f"R@{k}": {name: float((ranks <= k).double().mean()) for name, ranks in zip(names, both, strict=True)}
+        for k in AT
+    }
+
+
+@dataclass
+class PairScores:
+    """One pair of modalities of one model, all layers."""
+
+    layers: list[LayerScores]
+    chosen: dict[str, int]
+    """By measure, the layer (from 0) that does best on training concepts."""
+
+    def values(self, measure: str) -> Tensor:
+        """(N,) of the chosen layer."""
+        return self.layers[self.chosen[measure]].values[measure]
+
+
+def scored(layers: Sequence[PairOfLayers]) -> PairScores:
+    """Measure all layers, and choose one for each measure."""
+    found = [layer.scores() for layer in layers]
+    names = [name for name in MEASURES if name in found[0].values]
+    chosen = {
+        name: max(range(len(found)), key=lambda number: (found[number].on_training[name], number)) for name in names
+    }
+    return PairScores(found, chosen)
+
+
+def shuffled(layers: Sequence[PairOfLayers], chosen: dict[str, int], orders: Sequence[Order]) -> dict[str, Tensor]:
+    """By measure (P, N): the layers that were chosen with the true pairs, in P other orders."""
+    found: dict[int, list[LayerScores]] = {
+        number: [layers[number].scores(order, details=False) for order in orders] for number in set(chosen.values())
+    }
+    return {name: torch.stack([one.values[name] for one in found[number]]) for name, number in chosen.items()}
+
+
+def matched(depth_x: int, depth_y: int) -> list[tuple[int, int]]:
+    """Layers of two encoders at the same share of their depths, as many as the deeper one has."""
+    deeper = max(depth_x, depth_y)
+    return [(-(-(n + 1) * depth_x // deeper) - 1, -(-(n + 1) * depth_y // deeper) - 1) for n in range(deeper)]
+
+
+def any_order(train: int, test: int, generator: torch.Generator) -> Order:
+    """Pairs drawn by chance, on both sides."""
+    return Order(torch.randperm(train, generator=generator), torch.randperm(test, generator=generator))
+
+
+def order_within(train: Sequence[str | None], test: Sequence[str | None], generator: torch.Generator) -> Order:
+    """Pairs drawn by chance within categories; nobody keeps its own partner where another can be had."""
+    return Order(_within(train, generator), _within(test, generator))
+
+
+def large_categories(categories: Sequence[str | None]) -> dict[str, int]:
+    """Those that are shuffled by themselves, and how many concepts each has. All others are shuffled together."""
+    counts = Counter(name for name in categories if name is not None)
+    return {name: count for name, count in counts.items() if count >= SMALLEST_CATEGORY}
+
+
+def _within(categories: Sequence[str | None], generator: torch.Generator) -> Tensor:
+    """A permutation (N,) that moves every concept to another of its category."""
+    large = large_categories(categories)
+    groups: dict[str | None, list[int]] = {}
+    for number, name in enumerate(categories):
+        groups.setdefault(name if name in large else None, []).append(number)
+    order = torch.arange(len(categories))
+    for members in groups.values():
+        turned = torch.tensor(members)[torch.randperm(len(members), generator=generator)]
+        order[turned] = turned.roll(1)
+    return order
