@@ -33,6 +33,8 @@ class Status:
     reason: str
     step: int | None = None
     time: float = 0.0
+    verdict: str = ""
+    """What the record says of the run's health, in a sentence; empty where nobody judged."""
 
     def __post_init__(self) -> None:
         assert self.outcome in get_args(Outcome), self.outcome
@@ -54,7 +56,9 @@ def begin(run_dir: str | Path) -> None:
         (directory / _RESERVE_FILE).write_bytes(os.urandom(_RESERVE_BYTES))
 
 
-def write_status(run_dir: str | Path, exit_code: int, reason: str, step: int | None = None) -> Status:
+def write_status(
+    run_dir: str | Path, exit_code: int, reason: str, step: int | None = None, verdict: str = ""
+) -> Status:
     """Write status.json (atomically, synced to disk) and return what stands in it.
 
     On an agreed end rank 0 calls it after the last barrier. A rank that fails alone calls it at once; the cause counts
@@ -62,7 +66,7 @@ def write_status(run_dir: str | Path, exit_code: int, reason: str, step: int | N
     never replaces one. Raises OSError if the directory takes no file at all.
     """
     directory = Path(run_dir)
-    status = Status(outcome_of(exit_code), exit_code, redact(reason), step, time.time())
+    status = Status(outcome_of(exit_code), exit_code, redact(reason), step, time.time(), verdict)
     earlier = read_status(directory)
     if earlier is not None and _weight(earlier) >= _weight(status):
         return earlier

@@ -21,13 +21,17 @@ _NAMES = {
 Records = Sequence[Mapping[str, Any]]
 
 
-def closing(directory: Path, code: int, reason: str, records: Records, *, ends: bool, is_task: bool) -> list[str]:
-    """Lines for a run in `directory` that ends with this exit code and reason. `records`: all of its metrics; `ends`:
-    its last step is done."""
+def closing(
+    directory: Path, code: int, reason: str, records: Records, verdict: str, *, ends: bool, is_task: bool
+) -> list[str]:
+    """Lines for a run in `directory` that ends with this exit code and reason. `records`: all of its metrics;
+    `verdict`: on its health; `ends`: its last step is done."""
     verb = {EXIT_DONE: "Done", EXIT_REQUEUE: "Stopped", EXIT_LOST_PEER: "Stopped"}.get(code, "Failed")
     lines = [redact(f"{verb}: {reason}")]
     if found := worth(records, is_task=is_task):
         lines.append(f"Result: {', '.join(found)}")
+    if verdict:
+        lines.append(f"Verdict: {verdict}")
     return lines + [f"Next: {redact(command)}" for command in next_commands(directory, code, ends=ends)]
 
 

@@ -20,6 +20,7 @@ from d2v_scale.running.header import header
 from d2v_scale.running.loop import AnyRun, last_step, report_saves, train
 from d2v_scale.tracking import SystemMonitor, environment_tags, write_environment
 from d2v_scale.tracking.record import read_records
+from d2v_scale.tracking.verdict import verdict
 
 log = logging.getLogger("d2v_scale.train")
 
@@ -72,12 +73,14 @@ def supervise(run: AnyRun[Any], stop_flag: StopFlag) -> int:
             reason, code = f"{reason}, but the last checkpoint could not be written", code or 1
         # Before MLflow is waited for: whoever asked this run to stop may not leave it that time.
         if topology.rank == 0:
-            write_status(run.directory, code, reason, run.step)
+            records = read_records(run.directory)
+            judged = verdict(records, recipe.objective.health)
+            write_status(run.directory, code, reason, run.step, judged)
         run.tracker.finish(outcome_of(code))
     if topology.rank == 0:
         ends = run.step >= recipe.optim.max_steps
-        records = read_records(run.directory)
-        for line in closing(run.directory, code, reason, records, ends=ends, is_task=recipe.task is not None):
+        is_task = recipe.task is not None
+        for line in closing(run.directory, code, reason, records, judged, ends=ends, is_task=is_task):
             log.info("%s", line)
     return code
 

@@ -17,9 +17,10 @@ LEARNED = [
 
 
 def test_it_ends_with_what_happened_what_it_is_worth_and_the_next_command() -> None:
-    assert closing(RUN, errors.EXIT_DONE, "all 9 steps done", LEARNED, ends=True, is_task=False) == [
+    assert closing(RUN, errors.EXIT_DONE, "all 9 steps done", LEARNED, "Healthy.", ends=True, is_task=False) == [
         "Done: all 9 steps done",
         "Result: loss 0.25, held-out loss 0.25 (0.5 at first), k-NN accuracy 72.5% (40.0% at first)",
+        "Verdict: Healthy.",
         "Next: d2v report runs/x",
         "Next: d2v export runs/x runs/x/encoder --to hf",
     ]
@@ -41,5 +42,5 @@ def test_a_run_that_is_not_at_its_end_is_resumed(monkeypatch: pytest.MonkeyPatch
 
 
 def test_nothing_that_was_not_measured_is_said() -> None:
-    said = closing(RUN, errors.EXIT_COLLAPSE, "collapse", [], ends=False, is_task=False)
+    said = closing(RUN, errors.EXIT_COLLAPSE, "collapse", [], "", ends=False, is_task=False)
     assert said == ["Failed: collapse", "Next: d2v report runs/x"]

@@ -1,0 +1,175 @@
+"""One sentence about a run: healthy, or what to look at, by rules over its record that are stated here.
+
+- spread: targets or predictions spread less than the recipe's health limits (fairseq: `min_target_var`, `min_pred_var`)
+- rank: the effective rank of the targets is below 2, or a tenth of its first value (a collapse but for a few axes)
+- gradient: the median norm of the last fifth is 10 times that of the second (a divergence that clipping hides)
+- skipped: more than 1 % of the steps, for a value that is not finite
+- loss: the last fifth is half above the lowest
+- learning: k-NN finds fewer labels than with random weights, by more than two standard errors
+- held out: the student explains no more of held-out targets than their mean does
+- layers: every layer after the first is like all others (CKA above .995)
+- teacher: it does not move, or is farther from the student than half its own norm (an EMA too fast or too slow)
+- waiting: the median share of a step that waits for data is above 10 %
+- lost: more than a thousandth of the planned samples
+- speed: the last fifth is slower than four fifths of the second
+
+What was not recorded is not judged. A rule that compares parts of a run needs `LEAST` records of the figure.
+"""
+
+import itertools
+import math
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from d2v_scale.data2vec.config import HealthConfig
+
+LEAST = 10
+"""Records from which parts of a run are compared: with fewer, one of them is one step."""
+_ERRORS = 2.0
+"""Standard errors that an accuracy must have fallen by."""
+
+Records = Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Sign:
+    """Something to look at."""
+
+    name: str
+    said: str
+
+
+def verdict(records: Records, limits: HealthConfig | None = None) -> str:
+    """The sentence: of all `records` of a run, in their order."""
+    found = signs(records, limits)
+    if not any("loss" in record for record in records):
+        return "Nothing was recorded of any step: there is nothing to judge."
+    if not found:
+        return "Healthy: none of the signs of trouble is there."
+    return f"Look at {_joined([sign.name for sign in found])}: {'; '.join(sign.said for sign in found)}."
+
+
+def signs(records: Records, limits: HealthConfig | None = None) -> list[Sign]:
+    """What there is to look at, the gravest first."""
+    given = limits or HealthConfig()
+    rules = (_spread(records, given), _rank(records), _gradient(records), _skipped(records), _loss(records))
+    rest = (_learning(records), _held_out(records), _layers(records), _teacher(records), _waiting(records))
+    return [sign for rule in (*rules, *rest, _lost(records), _speed(records)) for sign in rule]
+
+
+def _values(records: Records, name: str) -> list[float]:
+    """Of a figure; what is not finite is judged by its own rule."""
+    return [float(r[name]) for r in records if name in r and math.isfinite(r[name])]
+
+
+def _fifths(values: Sequence[float]) -> list[float]:
+    """Medians of five equal parts; [] where there are too few values."""
+    if len(values) < LEAST:
+        return []
+    edges = [len(values) * k // 5 for k in range(6)]
+    return [statistics.median(values[a:b]) for a, b in itertools.pairwise(edges)]
+
+
+def _spread(records: Records, limits: HealthConfig) -> Iterator[Sign]:
+    names = dict.fromkeys(name for record in records for name in record)
+    for figure, limit in (("target_std", limits.min_target_std), ("prediction_std", limits.min_prediction_std)):
+        own = [name for name in names if name.startswith(f"{figure}/")]
+        for name in own or [figure]:
+            last = next((float(r[name]) for r in reversed(records) if name in r), None)
+            if last is not None and not last >= limit:  # so that a NaN counts
+                whose = f" of {name.partition('/')[2]}" if "/" in name else ""
+                what = "targets" if figure == "target_std" else "predictions"
+                yield Sign("a collapse", f"the {what}{whose} spread by {last:.2g} only, less than {limit:g}")
+
+
+def _rank(records: Records) -> Iterator[Sign]:
+    ranks = _values(records, "target_rank")
+    if len(ranks) >= LEAST:
+        last = statistics.median(ranks[-len(ranks) // 5 :])
+        if last < 2 or last < ranks[0] / 10:
+            yield Sign("the rank of the targets", f"it is {last:.2g}, after {ranks[0]:.2g} at first")
+
+
+def _gradient(records: Records) -> Iterator[Sign]:
+    norms = [float(r["grad_norm"]) for r in records if "grad_norm" in r]
+    fifths = _fifths([norm for norm in norms if math.isfinite(norm)])
+    if fifths and fifths[-1] > 10 * fifths[1] > 0:
+        yield Sign("the gradient", f"its norm is {fifths[-1]:.3g} in the end, {fifths[1]:.3g} after a fifth of the run")
+
+
+def _skipped(records: Records) -> Iterator[Sign]:
+    last = next((r for r in reversed(records) if "skipped_updates" in r), None)
+    if last is not None and last["skipped_updates"] > 0.01 * max(1, last["step"]) and last["skipped_updates"] > 1:
+        yield Sign(
+            "skipped steps", f"{last['skipped_updates']:.0f} of {last['step']} steps had a value that is not finite"
+        )
+
+
+def _loss(records: Records) -> Iterator[Sign]:
+    losses = [float(r["loss"]) for r in records if "loss" in r]
+    if losses and not math.isfinite(losses[-1]):
+        yield Sign("the loss", f"it is {losses[-1]}")
+        return
+    fifths = _fifths(losses)
+    if fifths and fifths[-1] > 1.5 * min(fifths):
+        yield Sign("the loss", f"it is {fifths[-1]:.3g} in the end, after {min(fifths):.3g}")
+
+
+def _learning(records: Records) -> Iterator[Sign]:
+    found = [r for r in records if "knn_accuracy" in r]
+    if len(found) < 2:
+        return
+    first, last = float(found[0]["knn_accuracy"]), float(found[-1]["knn_accuracy"])
+    error = math.sqrt(max(first * (1 - first), 1e-9) / max(1.0, float(found[-1].get("knn_samples", 1.0))))
+    if found[0]["step"] == 0 and last < first - _ERRORS * error:
+        yield Sign("what was learned", f"k-NN finds {last:.1%} of the labels, {first:.1%} with random weights")
+
+
+def _held_out(records: Records) -> Iterator[Sign]:
+    found = [r for r in records if "held_out_explained" in r]
+    if len(found) > 1 and found[-1]["held_out_explained"] <= 0 and len(_values(records, "loss")) >= LEAST:
+        share = float(found[-1]["held_out_explained"])
+        yield Sign("the held-out targets", f"the student explains {share:.1%} of them, no more than their mean does")
+
+
+def _layers(records: Records) -> Iterator[Sign]:
+    last = next((r for r in reversed(records) if any(name.startswith("cka/layer_") for name in r)), {})
+    likeness = [float(value) for name, value in sorted(last.items()) if name.startswith("cka/layer_")]
+    if len(likeness) > 1 and min(likeness[1:]) > 0.995:
+        yield Sign("the layers", f"each is like all others (CKA {min(likeness[1:]):.3f} and above)")
+
+
+def _teacher(records: Records) -> Iterator[Sign]:
+    # The first update of a warm-up from zero moves nothing, rightly.
+    moved = [r for r in records if "teacher_update_norm" in r and r.get("lr", 1.0) > 0 and r.get("decay", 0.0) < 1]
+    if len(moved) >= LEAST and all(r["teacher_update_norm"] == 0 for r in moved[-3:]):
+        yield Sign("the teacher", "it does not move")
+    distances = _values(records, "student_teacher_distance_relative")
+    if distances and distances[-1] > 0.5:
+        yield Sign("the teacher", f"it is {distances[-1]:.2g} of its own norm away from the student")
+
+
+def _waiting(records: Records) -> Iterator[Sign]:
+    shares = _values(records, "data_wait_share")
+    if len(shares) >= LEAST and (share := statistics.median(shares[len(shares) // 10 :])) > 0.1:
+        yield Sign("the loader", f"{share:.0%} of a step waits for data (see data.workers)")
+
+
+def _lost(records: Records) -> Iterator[Sign]:
+    last = next((r for r in reversed(records) if "data/lost" in r), None)
+    if last is not None and last["data/lost"] > 0.001 * max(1.0, float(last.get("data/planned", 0.0))):
+        planned = float(last.get("data/planned", 0.0))
+        yield Sign("lost samples", f"{last['data/lost']:.0f} of {planned:.0f} could not be read")
+
+
+def _speed(records: Records) -> Iterator[Sign]:
+    fifths = _fifths(_values(records, "samples_per_second"))
+    if fifths and fifths[-1] < 0.8 * fifths[1]:
+        yield Sign("the speed", f"{fifths[-1]:.3g} samples a second in the end, {fifths[1]:.3g} after a fifth")
+
+
+def _joined(words: Sequence[str]) -> str:
+    words = list(dict.fromkeys(words))
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"

@@ -1,0 +1,110 @@
+"""What a record says of a run's health: each rule has a run that breaks it alone, and one next to it that does not."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from d2v_scale.data2vec.config import HealthConfig
+from d2v_scale.tracking.verdict import signs, verdict
+
+Record = dict[str, Any]
+
+
+def healthy() -> list[Record]:
+    """A run of 20 log points as a small one is."""
+    records: list[Record] = [{"step": 0, "knn_accuracy": 0.4, "knn_samples": 400.0, "held_out_explained": -0.3}]
+    for k in range(1, 21):
+        records.append(
+            {
+                "step": 10 * k,
+                "loss": 1.0 / k,
+                "grad_norm": 0.1 + 1.0 / k,
+                "target_std": 1.0,
+                "prediction_std": 0.2,
+                "target_rank": 3.0 + k / 2,
+                "lr": 1e-3,
+                "decay": 0.99,
+                "teacher_update_norm": 0.01,
+                "student_teacher_distance_relative": 0.07,
+                "data_wait_share": 0.9 if k == 1 else 0.03,
+                "samples_per_second": 30.0 if k == 1 else 100.0,
+                "skipped_updates": 1.0,
+                "data/planned": 640.0 * k,
+                "data/lost": 0.0,
+            }
+        )
+    layers = {"cka/layer_01": 1.0, "cka/layer_02": 0.9, "cka/layer_03": 0.8}
+    records.append({"step": 200, "knn_accuracy": 0.7, "knn_samples": 400.0, "held_out_explained": 0.5, **layers})
+    return records
+
+
+def changed(start: int = 1, **values: float) -> Callable[[list[Record]], None]:
+    """From log point `start` on the figures have these values."""
+
+    def change(records: list[Record]) -> None:
+        for record in records[start:]:
+            record.update({name: value for name, value in values.items() if name in record})
+
+    return change
+
+
+def test_a_healthy_run_is_called_so() -> None:
+    assert verdict(healthy()) == "Healthy: none of the signs of trouble is there."
+    assert verdict([]).startswith("Nothing was recorded")
+    assert signs(healthy()[:3]) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "bad", "near"),
+    [
+        ("a collapse", changed(target_std=0.05), changed(target_std=0.11)),
+        ("a collapse", changed(20, prediction_std=float("nan")), changed(prediction_std=0.02)),
+        ("the rank of the targets", changed(8, target_rank=1.5), changed(8, target_rank=2.5)),
+        ("the gradient", changed(15, grad_norm=50.0), changed(15, grad_norm=1.0)),
+        ("skipped steps", changed(skipped_updates=30.0), changed(skipped_updates=2.0)),
+        ("the loss", changed(15, loss=0.9), changed(15, loss=0.07)),
+        ("the loss", changed(20, loss=float("inf")), changed(20, loss=0.05)),
+        ("what was learned", changed(21, knn_accuracy=0.3), changed(21, knn_accuracy=0.37)),
+        ("the held-out targets", changed(21, held_out_explained=-0.01), changed(21, held_out_explained=0.01)),
+        ("the layers", changed(21, **{"cka/layer_02": 0.999, "cka/layer_03": 0.998}), changed(21)),
+        ("the teacher", changed(teacher_update_norm=0.0), changed(10, teacher_update_norm=1e-9)),
+        ("the teacher", changed(student_teacher_distance_relative=0.7), changed()),
+        ("the loader", changed(2, data_wait_share=0.2), changed(2, data_wait_share=0.08)),
+        ("lost samples", changed(**{"data/lost": 100.0}), changed(**{"data/lost": 0.5})),
+        ("the speed", changed(12, samples_per_second=60.0), changed(12, samples_per_second=90.0)),
+    ],
+)
+def test_every_sign_is_found_alone(name: str, bad: Any, near: Any) -> None:
+    records = healthy()
+    bad(records)
+    assert [sign.name for sign in signs(records)] == [name]
+    assert verdict(records).startswith(f"Look at {name}: ")
+    records = healthy()
+    near(records)
+    assert signs(records) == []
+
+
+def test_one_of_several_sources_that_collapses_is_named() -> None:
+    records = healthy()
+    for record in records[1:21]:
+        del record["target_std"], record["prediction_std"]
+        record |= {"target_std/photos": 0.9, "target_std/talks": 0.04}
+    [sign] = signs(records)
+    assert sign.said == "the targets of talks spread by 0.04 only, less than 0.1"
+
+
+def test_the_recipes_own_limits_count() -> None:
+    records = healthy()
+    changed(target_std=0.05)(records)
+    assert signs(records, HealthConfig(min_target_std=0.01)) == []
+
+
+def test_several_signs_make_one_sentence() -> None:
+    records = healthy()
+    changed(2, data_wait_share=0.5)(records)
+    changed(**{"data/lost": 300.0})(records)
+    assert verdict(records) == (
+        "Look at the loader and lost samples: 50% of a step waits for data (see data.workers); 300 of 12800 could not "
+        "be read."
+    )
