@@ -23,14 +23,17 @@ def tool(name: str) -> ModuleType:
 
 def checkpoint_of(name: str, tmp_path: Path) -> Path:
     """A checkpoint whose student and teacher have different random weights."""
-    torch.manual_seed(0)
-    model = tiny_models.model(name)
     objective = ObjectiveConfig(target=tiny_models.target_of(name))
     if name.startswith("v1_vision"):
         objective.loss = LossConfig(beta=2.0, reduction="mean_channels")
-    recipe = Recipe(name=name, model=model, objective=objective)
+    return checkpoint_of_recipe(Recipe(name=name, model=tiny_models.model(name), objective=objective), tmp_path)
+
+
+def checkpoint_of_recipe(recipe: Recipe, tmp_path: Path) -> Path:
+    """Likewise, of any recipe."""
+    torch.manual_seed(0)
     parts = recipe.parts()
-    shapes = {n: p.shape for n, p in Student(model).named_parameters()}
+    shapes = {n: p.shape for n, p in Student(recipe.model).named_parameters()}
     student = {n: 0.3 * torch.randn(shape) + (n.endswith("norm1.weight")) for n, shape in shapes.items()}
     teacher = {n: t + 0.1 * torch.randn_like(t) for n, t in student.items() if parts.role(n) == "averaged"}
     teacher |= {n: t for n, t in student.items() if parts.role(n) == "copied"}

@@ -1,4 +1,4 @@
-"""Configuration of data2vec 2.0 encoders for speech and vision; travels with exported weights."""
+"""Configuration of data2vec encoders whose classes travel with exported weights: 2.0 speech and vision, arrays."""
 
 # mypy: allow-untyped-defs, allow-untyped-calls
 
@@ -42,6 +42,10 @@ class Data2Vec2Config(PretrainedConfig):
         "conv_pos_kernel_size": "pos_conv_kernel",
         "num_conv_pos_embedding_groups": "pos_conv_groups",
     }
+    # Of blocks; arrays may have others.
+    norm_first = False
+    key_bias = True
+    layer_scale = False
 
     def __init__(
         self,
@@ -170,3 +174,44 @@ class Data2Vec2VisionConfig(Data2Vec2Config):
 
     def __init__(self, modality="vision", **kwargs):
         super().__init__(modality=modality, **kwargs)
+
+
+class Data2Vec2ArrayConfig(Data2Vec2Config):
+    """Of arrays along 1 to 4 axes, in 1.0 and 2.0. `patch` and `extents`: steps along each of `axes`, of a patch and of
+    every array, padding included."""
+
+    def __init__(
+        self,
+        modality="array",
+        axes=("time",),
+        patch=(1,),
+        extents=(2,),
+        positions="sincos",
+        extra_tokens=0,
+        mask_token=False,
+        context_norm=True,
+        norm_first=False,
+        key_bias=True,
+        layer_scale=False,
+        final_norm=False,
+        **kwargs,
+    ):
+        self.axes = list(axes)
+        self.patch = list(patch)
+        self.extents = list(extents)
+        self.positions = positions
+        self.extra_tokens = extra_tokens
+        self.mask_token = mask_token
+        self.context_norm = context_norm
+        self.norm_first = norm_first
+        self.key_bias = key_bias
+        self.layer_scale = layer_scale
+        self.final_norm = final_norm
+        if not 1 <= len(self.axes) <= 4 or not len(self.axes) == len(self.patch) == len(self.extents):
+            raise ValueError(f"axes, patch and extents have {len(self.axes)}, {len(self.patch)}, {len(self.extents)}.")
+        super().__init__(modality=modality, **kwargs)
+
+    @property
+    def grid(self):
+        """Patches along each axis."""
+        return tuple(extent // patch for extent, patch in zip(self.extents, self.patch, strict=True))

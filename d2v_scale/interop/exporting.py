@@ -17,7 +17,7 @@ from d2v_scale.files import open_as_usual
 from d2v_scale.interop.encoder_source import EXPORT_FILE, export_note
 from d2v_scale.interop.huggingface import REMEDY, huggingface_keys, huggingface_settings, is_native, row_of
 from d2v_scale.interop.keymap import export_tensors
-from d2v_scale.interop.remote_code import MODELLING_FILE, MODELLING_FILES, remote_code_keys, remote_code_settings
+from d2v_scale.interop.remote_code import modelling_files, remote_code_keys, remote_code_settings
 from d2v_scale.interop.task_heads import add_head, head_settings, prefixed
 from d2v_scale.interop.weight_files import write_json
 from d2v_scale.recipe import Recipe
@@ -110,11 +110,10 @@ def export_huggingface(
     write_tensors(tensors, out)
     lines = chosen.lines()
     if not native:
-        for file in MODELLING_FILES:
+        files = modelling_files(recipe.model, modality)
+        for file in files:
             shutil.copyfile(file, out / file.name)
-        lines.append(
-            f"no class of transformers computes this model: {MODELLING_FILE.name} does (trust_remote_code=True)"
-        )
+        lines.append(f"no class of transformers computes this model: {files[0].name} does (trust_remote_code=True)")
     write_json(out / "config.json", settings)
     write_json(out / EXPORT_FILE, export_note(recipe, checkpoint, weights, modality))
     return lines + processor_lines

@@ -1,8 +1,8 @@
 """Hugging Face's Data2Vec classes: the table of kinds, key tables, configurations, and what of ours they can hold.
 
 Native: 1.0 speech, text and vision, and 2.0 text (a post-norm stack with separate q, k, v is what they compute). 2.0
-speech (ALiBi) and vision (post-norm) are not: see `remote_code`. A new kind of stem is a row of `TABLE`; until it has
-one, it is refused by name.
+speech (ALiBi) and vision (post-norm) are not, nor are arrays: see `remote_code`. A new kind of stem is a row of
+`TABLE`; until it has one, it is refused by name.
 """
 
 from collections.abc import Mapping
@@ -10,6 +10,7 @@ from typing import Any
 
 from d2v_scale.data2vec.config import ObjectiveConfig
 from d2v_scale.errors import CheckpointError
+from d2v_scale.interop.huggingface_array import ArrayRow
 from d2v_scale.interop.huggingface_row import HuggingFaceRow
 from d2v_scale.interop.huggingface_speech import SpeechRow
 from d2v_scale.interop.huggingface_text import TextRow
@@ -19,12 +20,12 @@ from d2v_scale.interop.reference_options import Reference, Shapes
 from d2v_scale.modalities import published_parts
 from d2v_scale.model.config import Backbone, ModelConfig
 
-TABLE: tuple[HuggingFaceRow, ...] = (SpeechRow(), TextRow(), VisionRow())
+TABLE: tuple[HuggingFaceRow, ...] = (SpeechRow(), TextRow(), VisionRow(), ArrayRow())
 """One row a kind of stem that transformers, or our modelling files, have classes for."""
 REMEDY = "Use --to safetensors, which writes any model under our own names."
 
 # Task models hold the encoder under one of these.
-PREFIXES = (*(f"{row.native_prefix}." for row in TABLE), "data2vec2.")
+PREFIXES = (*(f"{row.native_prefix}." for row in TABLE if row.model_type is not None), "data2vec2.")
 WRAPPERS = ("module.", "_orig_mod.")
 """What data parallelism and compilation put before every name."""
 TIED = ("embeddings.word_embeddings.weight", "lm_head.decoder.weight")
@@ -59,7 +60,7 @@ def is_native(config: ModelConfig, modality: str) -> bool:
     where neither does."""
     row, model = row_of(config, modality), config.of(modality)
     stem = model.stems[modality]
-    if stem.extra_token_count != stem.usual_extra_tokens:
+    if not row.any_extra_tokens and stem.extra_token_count != stem.usual_extra_tokens:
         raise CheckpointError(
             f"classes of transformers, and our modelling file, have {stem.usual_extra_tokens} extra tokens before the "
             f"positions of {modality}; this encoder has {stem.extra_token_count} (model.{modality}.extra_tokens).",
@@ -110,11 +111,12 @@ def from_huggingface(settings: Mapping[str, Any], shapes: Shapes) -> tuple[Refer
     Raises `CheckpointError` for another model type or options that no data2vec model has.
     """
     model_type = settings.get("model_type")
-    row = next((row for row in TABLE if row.model_type == model_type), None)
+    known = {row.model_type: row for row in TABLE if row.model_type is not None}
+    row = known.get(model_type) if isinstance(model_type, str) else None
     if row is None:
         raise CheckpointError(
             f"config.json has model_type {model_type!r}.",
-            f"Known are {', '.join(row.model_type for row in TABLE)} (2.0 exports are not imported).",
+            f"Known are {', '.join(known)} (our own modelling files' folders are not imported).",
         )
     for key, allowed in _COMPUTED.items():
         if key in settings and settings[key] not in allowed:

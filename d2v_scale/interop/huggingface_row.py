@@ -47,15 +47,20 @@ class HuggingFaceRow(ABC):
     """One kind of stem. `model` is always a model with this stem alone (`ModelConfig.of`), `name` the stem's name."""
 
     kind: ClassVar[Kind]
-    model_type: ClassVar[str]
+    model_type: ClassVar[str | None] = None
+    """Of the native class; None: there is none."""
     native_class: ClassVar[str]
     native_prefix: ClassVar[str]
     """Under which the native task classes hold the encoder."""
     remote_configuration: ClassVar[str | None] = None
     """Class in configuration_data2vec2.py for what no native class computes; None: the modelling files know no such
     stem."""
+    remote_module: ClassVar[str] = "modeling_data2vec2"
+    """Modelling file that has these classes."""
     remote_classes: ClassVar[dict[str, str]] = {}
-    """Classes in modeling_data2vec2.py by the automatic class that loads them."""
+    """By the automatic class that loads them."""
+    any_extra_tokens: ClassVar[bool] = False
+    """Whether there may be others than is usual."""
     encoder_task: ClassVar[str] = "feature-extraction"
     """What the hub calls the task of an encoder without a head."""
     heads: ClassVar[dict[str, Head]]

@@ -1,4 +1,4 @@
-"""Stems and blocks of data2vec 2.0 encoders for speech and vision; travels with exported weights."""
+"""Blocks of data2vec encoders, and stems of 2.0 speech and vision; travels with exported weights."""
 
 # mypy: allow-untyped-defs, allow-untyped-calls
 
@@ -139,14 +139,21 @@ class Attention(nn.Module):
         self.config = config
         self.heads = config.heads
         self.dropout = config.attention_dropout
-        self.qkv = nn.Linear(config.width, 3 * config.width)
+        self.qkv = nn.Linear(config.width, 3 * config.width, bias=config.key_bias)
         self.out = nn.Linear(config.width, config.width)
+        self.split_bias = not config.key_bias
+        if self.split_bias:
+            self.q_bias = nn.Parameter(torch.zeros(config.width))
+            self.v_bias = nn.Parameter(torch.zeros(config.width))
 
     def forward(self, x, bias, output_attentions=False):
         """`bias` (B or 1, heads or 1, T or 1, T) is added to the logits. The second result: weights (B, heads, T, T)
         where they are asked for or attention is `eager`, else None."""
         rows, length, width = x.shape
         q, k, v = self.qkv(x).view(rows, length, self.heads, 3, -1).permute(3, 0, 2, 1, 4)
+        if self.split_bias:
+            q = q + self.q_bias.view(self.heads, 1, -1)
+            v = v + self.v_bias.view(self.heads, 1, -1)
         dropout = self.dropout if self.training else 0.0
         weights = None
         if output_attentions or self.config._attn_implementation == "eager":
@@ -174,7 +181,8 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """Post-norm Transformer block; while training, a branch of `drop_path` of the rows is left out."""
+    """Transformer block, post-norm, or of arrays pre-norm, too, and with layer scale; while training, a branch of
+    `drop_path` of the rows is left out."""
 
     # What `gradient_checkpointing_enable` sets, and a function beside it.
     gradient_checkpointing = False
@@ -183,18 +191,26 @@ class Block(nn.Module):
         super().__init__()
         self.dropout = config.hidden_dropout
         self.drop_path = drop_path
+        self.norm_first = config.norm_first
         self.norm1 = nn.LayerNorm(config.width, config.layer_norm_eps)
         self.attention = Attention(config)
         self.norm2 = nn.LayerNorm(config.width, config.layer_norm_eps)
         self.ffn = FeedForward(config)
+        self.scale1 = nn.Parameter(torch.ones(config.width)) if config.layer_scale else None
+        self.scale2 = nn.Parameter(torch.ones(config.width)) if config.layer_scale else None
 
     def forward(self, x, bias, output_attentions=False):
-        mixed, weights = self.attention(x, bias, output_attentions)
-        x = self.norm1(x + self._dropped(mixed))
-        return self.norm2(x + self._dropped(self.ffn(x))), weights
+        mixed, weights = self.attention(self.norm1(x) if self.norm_first else x, bias, output_attentions)
+        x = x + self._dropped(mixed, self.scale1)
+        if self.norm_first:
+            return x + self._dropped(self.ffn(self.norm2(x)), self.scale2), weights
+        x = self.norm1(x)
+        return self.norm2(x + self._dropped(self.ffn(x), self.scale2)), weights
 
-    def _dropped(self, x):
+    def _dropped(self, x, scale):
         x = F.dropout(x, self.dropout, self.training)
+        if scale is not None:
+            x = x * scale
         if self.training and self.drop_path > 0:
             kept = torch.rand(x.shape[0], 1, 1, device=x.device) >= self.drop_path
             x = x * kept.to(x.dtype) / (1 - self.drop_path)

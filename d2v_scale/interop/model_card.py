@@ -113,7 +113,8 @@ def _lines(recipe: Recipe, modality: str, out: Path) -> list[str]:
     result = "last_hidden_state" if auto == "AutoModel" else "logits"
     example = row_of(model, modality).example(model.of(modality), out)
     imports = f"from transformers import {', '.join(sorted({auto, *example.processors}))}"
-    lines = ["import torch", *(["from PIL import Image"] if "Image." in example.given else []), imports, ""]
+    lines = ["import numpy as np"] if "np." in example.given else []
+    lines += ["import torch", *(["from PIL import Image"] if "Image." in example.given else []), imports, ""]
     lines.append(f'model = {auto}.from_pretrained("."{remote}).eval()')
     own = ", trust_remote_code=True" if example.remote_processor else ""
     lines += [f'processor = {name}.from_pretrained("."{own})' for name in example.processors]

@@ -7,12 +7,13 @@ from d2v_scale.interop.huggingface import row_of
 from d2v_scale.interop.keymap import KeyMap
 from d2v_scale.model.config import ModelConfig
 
-MODELLING_FILE = Path(__file__).with_name("modeling_data2vec2.py")
-MODELLING_FILES = (
-    MODELLING_FILE,
-    *(Path(__file__).with_name(f"{part}_data2vec2.py") for part in ("configuration", "layers")),
-)
-"""All that an exported folder needs; the first imports the others."""
+_MODULES = ("modeling_data2vec2", "configuration_data2vec2", "layers_data2vec2")
+
+
+def modelling_files(config: ModelConfig, modality: str) -> list[Path]:
+    """All that an exported folder needs; the first imports the others."""
+    modules = dict.fromkeys((row_of(config, modality).remote_module, *_MODULES))
+    return [Path(__file__).with_name(f"{module}.py") for module in modules]
 
 
 def remote_code_keys(names: list[str], config: ModelConfig, modality: str) -> KeyMap:
@@ -27,6 +28,8 @@ def remote_code_keys(names: list[str], config: ModelConfig, modality: str) -> Ke
             keys.add(name, f"blocks.{prenet + int(index)}.{rest}")
         elif name.startswith(stem):
             keys.add(name, name.removeprefix(stem))
+        elif name.startswith("final_norm."):
+            keys.add(name, name)
     return keys
 
 
@@ -40,7 +43,7 @@ def remote_code_settings(config: ModelConfig, modality: str) -> dict[str, Any]:
         # Every head, whatever is exported: from_pretrained puts a new one on an encoder.
         "auto_map": {
             "AutoConfig": f"configuration_data2vec2.{row.remote_configuration}",
-            **{auto: f"{MODELLING_FILE.stem}.{name}" for auto, name in row.remote_classes.items()},
+            **{auto: f"{row.remote_module}.{name}" for auto, name in row.remote_classes.items()},
         },
         "modality": row.kind,
         # Sizes that no other class can be built with: loading the weights into one fails instead of being wrong.

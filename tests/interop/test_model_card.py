@@ -34,7 +34,8 @@ def program_of(folder: Path) -> str:
 @pytest.mark.parametrize(
     ("name", "task", "printed"),
     [
-        *[(name, None, "32])") for name in tiny_models.NAMES],
+        *[(name, None, "32])") for name in (*tiny_models.NAMES, *tiny_models.ARRAYS)],
+        ("v2_maps", TaskConfig(classes=3), "[1, 3])"),
         ("v2_speech", CTC, "8])"),
         ("v1_speech", CTC, "8])"),
         ("v2_vision", TaskConfig(classes=3), "[1, 3])"),
@@ -58,7 +59,7 @@ def test_the_lines_of_a_card_run_in_its_folder(
     assert name.split("_")[1] in front["tags"]
     assert f"| recipe | {name} |" in card
     program = program_of(out)
-    assert ("trust_remote_code" in program) == (name in ("v2_speech", "v2_vision"))
+    assert ("trust_remote_code" in program) == (name in ("v2_speech", "v2_vision", *tiny_models.ARRAYS))
     assert len(program.splitlines()) <= 12
     monkeypatch.chdir(out)
     capsys.readouterr()
