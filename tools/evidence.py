@@ -1,6 +1,7 @@
 """Does it learn? Small models on real sets: data2vec against random weights, labels alone, and raw features.
 
   bash tools/evidence.sh [--data DIR] [--quick]
+  bash tools/evidence.sh --pairs [ARM ...] [--data DIR]     pretrained against its random start, on arrays
 
 DIR holds sets (or archives of them, *.tar.gz) laid out as
   vision   NAME/{train,test}/CLASS/*.jpg
@@ -14,33 +15,28 @@ read: 32x32 pixels, a second of sound, 63 tokens. Recordings of a second take 2.
 """
 
 import argparse
-import ctypes
 import dataclasses
 import hashlib
 import json
 import os
-import signal
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import cache
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from evidence_jobs import ROOT, run_all, train_run
+from evidence_pairs import ARMS, ROWS, SEEDS, run_pairs
 from evidence_sets import LAYOUTS, RealSet, default_folder, prepare
 from evidence_table import early_warning, table
 
-from d2v_scale.commands.run_quietly import run_quietly
 from d2v_scale.errors import EXIT_BAD_INPUT, UserError
 from d2v_scale.model.stem_config import Kind
 from d2v_scale.shards.content import length_of
 from d2v_scale.shards.shard_index import Members, SetIndex
 from d2v_scale.tracking.environment import git_revision
-from d2v_scale.tracking.record import read_records
 
-ROOT = Path(__file__).resolve().parent.parent
 VERSIONS = ("1.0", "2.0")
 LEARNED = ("supervised", *VERSIONS)
 MAX_TRAIN, MAX_TEST = 5000, 2000
@@ -155,18 +151,9 @@ def run(job: Job) -> dict[str, Any]:
     return result
 
 
-def end_with_parent() -> None:
-    """Have the kernel terminate this process when the one that started it is gone, however it went (Linux only)."""
-    if sys.platform == "linux":
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
-
-
 def pretrain(job: Job, directory: Path) -> dict[str, Any]:
     """Run train.py to its end (an interrupted run continues); what its record says."""
-    command = [sys.executable, str(ROOT / "d2v_scale" / "train.py"), *job.arguments(), f"--run_dir={directory}"]
-    run_quietly(command, job.name, preexec_fn=end_with_parent)
-    records = read_records(directory)
+    records = train_run(job.arguments(), directory, job.name)
     last = [record for record in records if "target_rank" in record][-1]
     curve = [
         {key: record[key] for key in ("step", *WATCHED) if key in record} for record in records if WATCHED[0] in record
@@ -205,10 +192,14 @@ def make_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="folder of the sets; default: data here or in a folder beside")
+    parser.add_argument(
+        "--pairs", nargs="*", metavar="ARM", help=f"the table of pairs instead, of all arms or some: {', '.join(ARMS)}"
+    )
+    parser.add_argument("--rows", type=Path, default=ROWS, help="folder of the pairs' results; default: docs/evidence")
     parser.add_argument("--out", type=Path, help="default: out/evidence, with --quick out/evidence-quick")
     parser.add_argument("--quick", action="store_true", help=f"{QUICK['compute']} of the compute, one seed")
     parser.add_argument("--modalities", nargs="+", choices=list(LAYOUTS), default=list(LAYOUTS))
-    parser.add_argument("--seeds", type=int, help="default: 3")
+    parser.add_argument("--seeds", type=int, help=f"default: 3, of pairs {SEEDS}")
     parser.add_argument("--compute", type=float, help="share of the recipes' steps; default: 1")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes side by side")
     return parser
@@ -217,42 +208,44 @@ def make_parser() -> argparse.ArgumentParser:
 def main() -> int:
     """Prepare, run, print."""
     arguments = make_parser().parse_args()
+    os.environ["OMP_NUM_THREADS"] = "1"
+    try:
+        return evidence_of_pairs(arguments) if arguments.pairs is not None else evidence_of_kinds(arguments)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+
+
+def evidence_of_pairs(arguments: argparse.Namespace) -> int:
+    """Pretrained encoders against their random starts, seed by seed."""
+    seeds = SEEDS if arguments.seeds is None else arguments.seeds
+    if arguments.quick or arguments.compute is not None:
+        raise UserError("--quick and --compute say nothing to --pairs.", "Give fewer --seeds.")
+    if seeds < 1 or arguments.jobs < 1:
+        raise UserError("--seeds and --jobs must be positive.")
+    out = (arguments.out or ROOT / "out" / "evidence").resolve()
+
+    def data() -> Path:
+        return (arguments.data or default_folder(ROOT)).resolve()
+
+    print("\n" + run_pairs(arguments.pairs, seeds, data, arguments.rows.resolve(), out, arguments.jobs))
+    return 0
+
+
+def evidence_of_kinds(arguments: argparse.Namespace) -> int:
+    """1.0, 2.0, labels alone, random weights and raw features, at equal FLOPs."""
     quick = arguments.quick
     seeds = arguments.seeds if arguments.seeds is not None else int(QUICK["seeds"]) if quick else 3
     compute = arguments.compute if arguments.compute is not None else QUICK["compute"] if quick else 1.0
     out = (arguments.out or ROOT / "out" / ("evidence-quick" if quick else "evidence")).resolve()
-    os.environ["OMP_NUM_THREADS"] = "1"
     began = time.monotonic()
-    try:
-        if seeds < 1 or compute <= 0 or arguments.jobs < 1:
-            raise UserError("--seeds, --compute and --jobs must be positive.")
-        sets = prepare((arguments.data or default_folder(ROOT)).resolve(), out, arguments.modalities)
-        jobs, budgets = plan(sets, seeds, compute, out)
-        results = run_all(jobs, arguments.jobs)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_BAD_INPUT
+    if seeds < 1 or compute <= 0 or arguments.jobs < 1:
+        raise UserError("--seeds, --compute and --jobs must be positive.")
+    sets = prepare((arguments.data or default_folder(ROOT)).resolve(), out, arguments.modalities)
+    jobs, budgets = plan(sets, seeds, compute, out)
+    results = run_all(jobs, run, arguments.jobs)
     report(results, sets, budgets, out, (time.monotonic() - began) / 60)
     return 0
-
-
-def run_all(jobs: list[Job], processes: int) -> list[dict[str, Any]]:
-    """Run what is not done yet; the results of all, in the order of `jobs`."""
-    waiting = [job for job in jobs if not job.is_done()]
-    print(f"{len(jobs)} results, {len(jobs) - len(waiting)} of them finished before", flush=True)
-    with ProcessPoolExecutor(processes, mp_context=get_context("spawn"), initializer=end_with_parent) as pool:
-        running = {pool.submit(run, job): job for job in waiting}
-        for number, future in enumerate(as_completed(running), 1):
-            try:
-                result = future.result()
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
-            scores = ", ".join(f"{key} {result[key]:.3f}" for key in ("knn", "linear", "accuracy") if key in result)
-            print(
-                f"[{number}/{len(waiting)}] {running[future].name}: {scores} ({result['minutes']:.1f} min)", flush=True
-            )
-    return [json.loads(job.result.read_text()) for job in jobs]
 
 
 def describe(real: RealSet) -> str:

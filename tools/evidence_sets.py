@@ -7,9 +7,12 @@ import re
 import sys
 import tarfile
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
+from PIL import Image
 
 from d2v_scale.commands.run_quietly import run_quietly
 from d2v_scale.errors import UserError
@@ -36,6 +39,11 @@ class RealSet:
     """Index file of the training split."""
     test: str
 
+    @classmethod
+    def in_folder(cls, modality: Kind, name: str, shards: Path) -> "RealSet":
+        """Of the indices in this folder."""
+        return cls(modality, name, *(str(shards / f"{split}{INDEX_SUFFIX}") for split in ("train", "test")))
+
 
 def default_folder(repository: Path) -> Path:
     """`data` in the repository or in a folder beside it, whichever holds sets, and says which. Raises UserError."""
@@ -53,9 +61,7 @@ def prepare(data: Path, out: Path, modalities: list[Kind]) -> dict[Kind, RealSet
 
     Raises UserError for a modality that `data` holds no set of, or one that cannot be read.
     """
-    if not data.is_dir():
-        raise UserError(f"{data} is not a folder.", "Give the folder of the sets with --data DIR.")
-    roots = [data, *_unpacked(data, out / "unpacked")]
+    roots = _roots(data, out)
     found = {modality: _find(modality, roots) for modality in modalities}
     missing = [modality for modality, sources in found.items() if not sources]
     if missing:
@@ -69,6 +75,52 @@ def prepare(data: Path, out: Path, modalities: list[Kind]) -> dict[Kind, RealSet
             names = ", ".join(str(path) for path in others)
             print(f"One set for {modality} is taken; left alone: {names}", flush=True)
     return {modality: _convert(modality, sources[0], out) for modality, sources in found.items()}
+
+
+def array_folders(name: str, data: Path, out: Path) -> RealSet:
+    """Shards below `out` of the set NAME/{train,test}/CLASS/*.npy in `data` or an archive of it. Raises UserError."""
+    return _array_shards(name, _named(name, data, out), out, lambda path: path)
+
+
+def image_arrays(name: str, data: Path, out: Path) -> RealSet:
+    """Likewise of NAME/{train,test}/CLASS/*.jpg, each image an array (3, height, width). Raises UserError."""
+    return _array_shards(name, _named(name, data, out), out, lambda path: _pixels_beside(path, out))
+
+
+def _array_shards(name: str, source: Path, out: Path, arrays_of: Callable[[Path], Path]) -> RealSet:
+    shards = out / "shards" / f"array-{name}-{_fingerprint(source)}"
+    for split in ("train", "test"):
+        if not (shards / f"{split}{INDEX_SUFFIX}").is_file():
+            _make_shards("arrays", str(arrays_of(source / split)), out=shards, split=split)
+    return RealSet.in_folder("array", name, shards)
+
+
+def _pixels_beside(images: Path, out: Path) -> Path:
+    """A folder below `out` with a `.npy` (3, height, width) for each image."""
+    target = out / "pixels" / images.parent.name / images.name
+    for path in _files(images):
+        file = (target / path.relative_to(images)).with_suffix(".npy")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with Image.open(path) as image:
+            np.save(file, np.moveaxis(np.asarray(image.convert("RGB")), 2, 0))
+    return target
+
+
+def _named(name: str, data: Path, out: Path) -> Path:
+    """The folder of a set of this name with both splits. Raises UserError."""
+    found = [root / name for root in _roots(data, out) if (root / name).is_dir()]
+    if not found:
+        raise UserError(f"{data} holds no {name}, as a folder or in an archive.", "Add it, or leave its rows out.")
+    for split in ("train", "test"):
+        if not (found[0] / split).is_dir():
+            raise UserError(f"{found[0]} has no folder {split}.", f"Lay it out as {name}/{{train,test}}/CLASS/FILE.")
+    return found[0]
+
+
+def _roots(data: Path, out: Path) -> list[Path]:
+    if not data.is_dir():
+        raise UserError(f"{data} is not a folder.", "Give the folder of the sets with --data DIR.")
+    return [data, *_unpacked(data, out / "unpacked")]
 
 
 def _unpacked(data: Path, target: Path) -> list[Path]:
@@ -106,7 +158,7 @@ def _convert(modality: Kind, source: Path, out: Path) -> RealSet:
     layout = LAYOUTS[modality]
     layout.check(source)
     shards = out / "shards" / f"{modality}-{source.stem}-{_fingerprint(source)}"
-    real = RealSet(modality, source.stem, str(shards / f"train{INDEX_SUFFIX}"), str(shards / f"test{INDEX_SUFFIX}"))
+    real = RealSet.in_folder(modality, source.stem, shards)
     for split in ("train", "test"):
         # Training first: the tokenizer and the classes are its.
         if not (shards / f"{split}{INDEX_SUFFIX}").is_file():
