@@ -87,7 +87,7 @@ class Forward:
         for batch in batches:
             with self._counted.within("student"):
                 output = self.module(batch, draw)
-            objective.entered(output.features_btd)
+            objective.entered(batch, output.features_btd)
             with self._counted.within("teacher"):
                 made = self._teacher.make(batch, output.features_btd)
             objective.share(batch, output.predictions, output.cls_rd, made)

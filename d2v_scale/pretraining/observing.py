@@ -2,7 +2,6 @@
 
 from typing import Any, cast
 
-import torch
 from torch import Tensor
 
 from d2v_scale.batch import Batch
@@ -13,7 +12,7 @@ from d2v_scale.parallel.zero import StepResult, StudentEngine
 from d2v_scale.pretraining.breakdown import OF_A_SOURCE, LossBreakdown
 from d2v_scale.pretraining.diagnostics import StepDiagnostics
 from d2v_scale.pretraining.health import HealthMonitor
-from d2v_scale.pretraining.step import Observations, collapse_statistics
+from d2v_scale.pretraining.step import Observations, collapse_statistics, read
 from d2v_scale.pretraining.utilisation import FlopMeter
 from d2v_scale.recipe import Recipe
 from d2v_scale.running.totals import RunTotals
@@ -98,13 +97,12 @@ class RunObserver:
             **(self._diagnostics.figures(result.grad_norm) if result.applied else {}),
             **self.breakdown.figures(self._topology),
         }
-        packed = torch.stack([value.to(self._topology.device, torch.float64) for value in measured.values()])
-        values = dict(zip(measured, packed.tolist(), strict=True))
+        values = read(measured, seen)
         self._judged = {source for source in self._sources if f"target_std/{source}" in values}
         # Of a source that was looked at and lost all its samples nothing is known: its last figures are not new ones.
-        read = [f"{figure}/{source}" for figure in OF_A_SOURCE for source in self._sources if source in self._measured]
-        self._latest = {name: value for name, value in self._latest.items() if name not in read}
-        self._latest |= {name: values[name] for name in read if name in values}
+        new = [f"{figure}/{source}" for figure in OF_A_SOURCE for source in self._sources if source in self._measured]
+        self._latest = {name: value for name, value in self._latest.items() if name not in new}
+        self._latest |= {name: values[name] for name in new if name in values}
         values |= self._latest
         self._by_source, self._measured = self._new_breakdown(), set()
         steps, speed = meter.steps, meter.read()

@@ -1,6 +1,6 @@
 """One optimizer step: student forward, teacher forward, loss, backward, verdict, teacher update."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -26,6 +26,7 @@ from d2v_scale.tracking.meters import Stopwatch
 TARGETS, PREDICTIONS, STEM = range(3)
 """Rows of a source's part of `Observations.moments`."""
 _PER_SOURCE = 3
+_SPREADS = ("target_std", "prediction_std", "stem_std")
 _LOOKS = ("target_rank", "target_cosine", "prediction_rank", "prediction_cosine")
 
 
@@ -45,19 +46,26 @@ class Observations:
     moments: list[Tensor]
     """Of each source raw targets, predictions and stem output, each with its channels D: float64 (1 + 2D,), count, sum
     and sum of squares."""
-    alignment: Tensor
-    """float32 (S, 5): effective rank and mean cosine of this rank's last targets of a source, and of its last
-    predictions; 1 where there were some."""
+    alignment: dict[int, Tensor]
+    """By source, if this rank has a micro-batch that tells them: float32 (4,), effective rank and mean cosine of its
+    last targets, and of its last predictions."""
     ema_time: Stopwatch = field(default_factory=Stopwatch)
 
     @classmethod
     def empty(
-        cls, samples: Tensor, predicted: Tensor, widths: Sequence[tuple[int, int, int]], device: torch.device
+        cls,
+        samples: Tensor,
+        predicted: Tensor,
+        widths: Sequence[tuple[int, int, int]],
+        aligned: Collection[int],
+        device: torch.device,
     ) -> "Observations":
-        """Nothing seen yet. `widths`: by source, of raw targets, predictions and stem output."""
+        """Nothing seen yet. `widths`: by source, of raw targets, predictions and stem output; `aligned`: sources of
+        which there will be an alignment."""
         zero = torch.zeros((), dtype=torch.float64, device=device)
         moments = [torch.zeros(1 + 2 * width, dtype=torch.float64, device=device) for each in widths for width in each]
-        return cls(zero, samples, predicted, moments, torch.zeros(len(widths), len(_LOOKS) + 1, device=device))
+        alignment = {source: torch.zeros(len(_LOOKS), device=device) for source in aligned}
+        return cls(zero, samples, predicted, moments, alignment)
 
     def count(self, source: int, what: int, x_nd: Tensor) -> None:
         """Add the moments of these vectors (N, D) of a source."""
@@ -65,11 +73,10 @@ class Observations:
         self.moments[_PER_SOURCE * source + what] += torch.cat((count[None], total_d, square_d))
 
     def look(self, source: int, targets_nd: Tensor, predictions_nd: Tensor) -> None:
-        """See how the vectors (N, D) of a source lie to each other; of less than two nothing is seen."""
-        if len(targets_nd) > 1:
-            looks = (statistics.effective_rank, statistics.mean_cosine)
-            found = [look(x_nd) for x_nd in (targets_nd, predictions_nd) for look in looks]
-            self.alignment[source] = torch.stack([*found, torch.ones_like(found[0])]).float()
+        """See how the vectors (N, D) of a source lie to each other."""
+        looks = (statistics.effective_rank, statistics.mean_cosine)
+        found = [look(x_nd) for x_nd in (targets_nd, predictions_nd) for look in looks]
+        self.alignment[source] = torch.stack(found).float()
 
 
 def count_step(batches: list[Batch], topology: Topology) -> Tensor:
@@ -129,11 +136,10 @@ class StepLoss:
         # The first target stands for all: their raw values come from the same teacher.
         first = [targets[stem][0] for stem in stems.values()]
         widths = [(target.raw_width, target.width, width) for target in first]
-        samples = sum(
-            rows / objective.of(stem).masking.clones for rows, stem in zip(counted[:, 1], stems.values(), strict=True)
-        )
-        assert isinstance(samples, Tensor)
-        self.seen = Observations.empty(samples, counted[:, 0], widths, topology.device)
+        clones = [objective.of(stem).masking.clones for stem in stems.values()]
+        samples = [rows / each for rows, each in zip(counted[:, 1], clones, strict=True)]
+        aligned = sorted({self._number[batch.source] for batch in batches if _tells(batch)})
+        self.seen = Observations.empty(sum(samples[1:], samples[0]), counted[:, 0], widths, aligned, topology.device)
 
     def entered(self, batch: Batch, features_btd: Tensor) -> None:
         """The stem has made these features of a micro-batch."""
@@ -166,7 +172,8 @@ class StepLoss:
             predictions_nd = compared[0].predictions_nd
             self.seen.count(number, TARGETS, raw_nd)
             self.seen.count(number, PREDICTIONS, predictions_nd)
-            self.seen.look(number, raw_nd, predictions_nd)
+            if _tells(batch):
+                self.seen.look(number, raw_nd, predictions_nd)
         if self._breakdown is not None:
             self._breakdown.add(batch, compared, raw_nd, config)
         return share * self._factor
@@ -180,6 +187,11 @@ class StepLoss:
                 assert one.counted_bt is not None
                 said, before = target.statistics(one.raw_btd, one.counted_bt, state), found[number]
                 found[number] = {name: x.double() + before.get(name, 0.0) for name, x in said.items()}
+
+
+def _tells(batch: Batch) -> bool:
+    """Whether the batch predicts enough to see how vectors lie to each other."""
+    return batch.layout.predictions > 1
 
 
 def train_step(
@@ -224,32 +236,45 @@ def weighted_sum(compared: Sequence[loss.Compared], config: LossConfig) -> Tenso
 
 def collapse_statistics(observations: Observations, topology: Topology) -> dict[str, Tensor]:
     """loss, spread of targets, predictions and stem output over all ranks (spec 1.5), of several sources the mean of
-    their spreads. What was not there to be measured, since samples were lost, is left out.
+    their spreads; tensors, nothing is waited for. `read` says which of them were there to be measured.
 
-    Effective rank and mean cosine are of one rank's last micro-batch that predicts something (of each source). Waits
-    for the device. Collective: all ranks must call.
+    Effective rank and mean cosine are of one rank's last micro-batch that predicts something (of each source), and
+    missing where there is none. Collective: all ranks must call.
     """
     sums = torch.cat((observations.loss[None], *observations.moments))
     topology.sum_over_model(sums)
-    alignment = observations.alignment.clone()
-    if topology.pipeline_size > 1:
-        dist.all_reduce(alignment, group=topology.pipeline_group)
-
     rows = sums[1:].split([one.numel() for one in observations.moments])
-    counts = torch.stack([observations.predicted.sum(), *(row[0] for row in rows)]).tolist()
-    found = {} if counts[0] == 0 else {"loss": sums[0]}
-
-    def spread(row: Tensor) -> Tensor:
-        width = (row.numel() - 1) // 2
-        return statistics.std_from_moments(row[0], row[1 : 1 + width], row[1 + width :])
-
-    for what, name in ((TARGETS, "target_std"), (PREDICTIONS, "prediction_std"), (STEM, "stem_std")):
-        # One vector has no spread.
-        measured = [rows[k] for k in range(what, len(rows), _PER_SOURCE) if counts[1 + k] > 1]
-        if measured:
-            found[name] = torch.stack([spread(row) for row in measured]).mean()
-    seen = [row for row, is_seen in zip(alignment, alignment[:, -1].tolist(), strict=True) if is_seen]
-    for number, name in enumerate(_LOOKS):
-        if seen:
-            found[name] = torch.stack([row[number] for row in seen]).mean()
+    found = {"loss": sums[0]}
+    for what, name in enumerate(_SPREADS):
+        found[name] = _mean_spread(rows[what::_PER_SOURCE], observations.predicted)
+    if observations.alignment:
+        seen = list(observations.alignment.values())
+        alignment = torch.stack(seen).mean(0) if len(seen) > 1 else seen[0].clone()
+        if topology.pipeline_size > 1:
+            dist.all_reduce(alignment, group=topology.pipeline_group)
+        found |= zip(_LOOKS, alignment, strict=True)
     return found
+
+
+def _mean_spread(rows: Sequence[Tensor], predicted_s: Tensor) -> Tensor:
+    """Mean over the sources that predict something of the spread that these moments tell."""
+    found = []
+    for row in rows:
+        width = (row.numel() - 1) // 2
+        found.append(statistics.std_from_moments(row[0], row[1 : 1 + width], row[1 + width :]))
+    if len(found) == 1:
+        return found[0]
+    there_s = (predicted_s > 1).double()
+    return torch.where(there_s > 0, torch.stack(found), 0.0).sum() / there_s.sum().clamp(min=1)
+
+
+def read(figures: Mapping[str, Tensor], observations: Observations) -> dict[str, float]:
+    """The values of figures of a step, without those of `collapse_statistics` that nothing was there to be measured
+    for, since all samples were lost. Waits for the device."""
+    device = observations.predicted.device
+    packed = torch.cat((observations.predicted, torch.stack([x.to(device, torch.float64) for x in figures.values()])))
+    sources, read_out = len(observations.predicted), packed.tolist()
+    predicted, values = read_out[:sources], read_out[sources:]
+    # One vector has no spread.
+    missing = ["loss"] * (max(predicted) == 0) + [*_SPREADS] * (max(predicted) <= 1)
+    return {name: value for name, value in zip(figures, values, strict=True) if name not in missing}

@@ -75,7 +75,7 @@ def _data(recipe: Recipe, source: Source | StreamedSource, number: int) -> str:
     if length.shown is not None and (total := int(source.shards.length_s.sum())) > 0:
         parts.append(_amount(total / length.shown[2], length.shown[1]))
     text = f"{shards}: {', '.join(parts)}"
-    if len(recipe.data.sources) == 1:  # of several the share of steps is drawn
+    if recipe.data.sources_of_step() == len(recipe.data.sources):  # else the share of steps is drawn
         per_epoch = source.batches_per_epoch(size, unit)
         if per_epoch > 0:
             text += f"; {recipe.optim.max_steps / per_epoch:,.3g} epochs planned"
@@ -89,15 +89,17 @@ def _amount(amount: float, unit: str) -> str:
 
 
 def _batch(recipe: Recipe, topology: Topology) -> str:
-    shares = topology.data_parallel_size * recipe.accumulation
+    shares = topology.data_parallel_size * recipe.rounds
     own = {(s.batch_size or recipe.global_batch_size, s.batch_unit or recipe.batch_unit) for s in recipe.data.sources}
     if len(own) > 1:
-        return f"each source's own, in {shares} micro-batches"
+        together = "all sources in every step, " if recipe.data.sources_of_step() > 1 else ""
+        return f"{together}each source's own, in {shares} micro-batches"
     [(size, unit)] = own
-    whole = f"{size:,g} {unit} a step"
+    of_each = f" of each of {recipe.data.sources_of_step()} sources" if recipe.data.sources_of_step() > 1 else ""
+    whole = f"{size:,g} {unit}{of_each} a step"
     if shares == 1:
         return whole
-    return f"{whole} = {topology.data_parallel_size} x {recipe.accumulation} micro-batches of {size / shares:,.4g}"
+    return f"{whole} = {topology.data_parallel_size} x {recipe.rounds} micro-batches of {size / shares:,.4g}"
 
 
 def _ranks(run: AnyRun[Any]) -> str:

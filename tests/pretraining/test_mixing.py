@@ -14,7 +14,7 @@ from d2v_scale.networks.draw import Draw
 from d2v_scale.parallel import ds_config, groups
 from d2v_scale.pretraining.breakdown import LossBreakdown
 from d2v_scale.pretraining.engines import build_engines
-from d2v_scale.pretraining.step import StepLoss, collapse_statistics, train_step
+from d2v_scale.pretraining.step import StepLoss, collapse_statistics, read, train_step
 from d2v_scale.recipe import Recipe
 
 pytestmark = pytest.mark.usefixtures("world_of_one")
@@ -115,7 +115,7 @@ def figures(recipe: Recipe, batches: list[Batch]) -> dict[str, float]:
     assert all(torch.isfinite(p).all() for p in student.module.parameters())
     teacher.destroy()
     student.destroy()
-    return {name: float(value) for name, value in found.items()} | {"samples": float(seen.samples)}
+    return read(found, seen) | {"samples": float(seen.samples)}
 
 
 def test_a_source_that_lost_all_its_samples_has_no_loss_and_no_spread() -> None:
