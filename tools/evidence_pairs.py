@@ -107,6 +107,7 @@ class PairJob:
         data = self.train if self.arm.stem in ("vision", "speech", "text") else f"{self.arm.stem}={self.train}"
         seed = () if self.seed is None else (f"--seed={self.seed}",)
         off = ("--evaluation.train=null", "--evaluation.test=null", "--tracking.enabled=false", "--data.workers=0")
+        off += ("--tracking.plot_every=null",)
         return [f"--recipe={self.recipe}", f"--data={data}", *seed, *off]
 
 
