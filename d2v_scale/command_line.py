@@ -4,14 +4,14 @@ import argparse
 import dataclasses
 import difflib
 import os
-import re
 import sys
-import types
 import typing
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+from d2v_scale.answers import mistakes, stray_words
 from d2v_scale.errors import ConfigError
 from d2v_scale.recipe import Recipe, binding_differences, differences, to_dict
 from d2v_scale.run_files import recipe_file
@@ -47,8 +47,16 @@ class Options:
     """Resume although keys that matter were changed; the change is recorded in the run directory."""
 
 
+ANSWERED = ("help", "help_all", "list_recipes", "print_config")
+"""What is answered instead of training."""
+OPTIONS = {"recipe": str, **dict.fromkeys(ANSWERED), **typing.get_type_hints(Options)}
+"""What the command line takes beside keys of a recipe, and its type."""
+
+
 def parse(arguments: list[str]) -> tuple[Recipe, Options]:
-    """The recipe and options that `arguments` describe. Raises ConfigError; `--help` and `--print_config` exit."""
+    """The recipe and options that `arguments` describe. Raises ConfigError; what is `ANSWERED` exits."""
+    _answer(arguments)
+    stray_words.refuse(arguments)
     shown = "--print_config" in arguments
     arguments, shards = _take_shards([a for a in arguments if a != "--print_config"])
     arguments, base = _take_recipe(arguments)
@@ -59,11 +67,11 @@ def parse(arguments: list[str]) -> tuple[Recipe, Options]:
         values = parser.parse_args([f"--recipe={recipe_file.for_parser(base, named)}", *arguments])
         sections = parser.instantiate(values)
     except (argparse.ArgumentError, TypeError) as error:
-        _explain(str(error))
+        mistakes.explain(str(error), OPTIONS)
     except ConfigError:
         raise
     except ValueError as error:  # of the parser, too
-        _explain(str(error))
+        mistakes.explain(str(error), OPTIONS)
     options = recipe_file.unmark(Options(**{f.name: sections[f.name] for f in dataclasses.fields(Options)}))
     recipe = recipe_file.unmark(Recipe(**{f.name: sections[f.name] for f in dataclasses.fields(Recipe)}))
     if shards is not None:
@@ -71,6 +79,8 @@ def parse(arguments: list[str]) -> tuple[Recipe, Options]:
         brought = recipe.task is not None and options.init_from is not None
         recipe.data.read_from(shards, [] if brought else recipe.model.modalities)
     if shown:
+        if os.environ.get("RANK", "0") != "0":
+            sys.exit(0)
         print(recipe_file.dump(recipe), end="")
         sys.exit(0)
     if options.stop_at is not None and options.stop_at < 0:
@@ -80,6 +90,32 @@ def parse(arguments: list[str]) -> tuple[Recipe, Options]:
     if options.resume is not None and options.init_from is None:
         options.init_from, options.reset_teacher = began_from(Path(options.resume))
     return recipe, options
+
+
+def _answer(arguments: list[str]) -> None:
+    """Where help is asked for, print it, once for all ranks, and exit."""
+    asked = {name for name in ("-h", *(f"--{name}" for name in ANSWERED)) if name in arguments} - {"--print_config"}
+    if not asked:
+        return
+    if os.environ.get("RANK", "0") != "0":
+        sys.exit(0)
+    if "--list_recipes" in asked:
+        from d2v_scale.answers.recipe_list import listed
+
+        print(listed(RECIPES))
+    elif "--help_all" in asked:
+        _make_parser().print_help()
+    else:
+        print(help_screen(arguments))
+    sys.exit(0)
+
+
+def help_screen(arguments: list[str], more: Iterable[tuple[str, str]] = ()) -> str:
+    """What `--help` shows beside `arguments`, with `more` options of the program that was called. Raises
+    ConfigError."""
+    from d2v_scale.answers.help_screen import screen
+
+    return screen(_take_recipe(arguments)[1], more)
 
 
 def _make_parser() -> Any:
@@ -130,137 +166,6 @@ def find_recipe(name: str) -> Path:
     near = difflib.get_close_matches(name, names, n=1)
     hint = f"Did you mean {near[0]!r}?" if near else f"Give a YAML file or one of: {', '.join(names)}."
     raise ConfigError("recipe", f"{name!r} is neither a recipe nor a file", hint)
-
-
-def known_keys(owner: type = Recipe, prefix: str = "") -> list[str]:
-    """Every dotted key of a configuration class, `*` for a name of the user's own."""
-    keys = []
-    for name, kind in typing.get_type_hints(owner).items():
-        if name.isupper() or typing.get_origin(kind) is typing.ClassVar:
-            continue
-        keys.append(f"{prefix}{name}")
-        options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
-        for option in options:
-            if dataclasses.is_dataclass(option) and isinstance(option, type):
-                keys += known_keys(option, f"{prefix}{name}.")
-            inner = typing.get_args(option)[1] if typing.get_origin(option) is dict else None
-            if isinstance(inner, type) and dataclasses.is_dataclass(inner):
-                keys += known_keys(inner, f"{prefix}{name}.*.")
-    return keys
-
-
-def _explain(message: str) -> NoReturn:
-    """Turn the parser's complaint into a ConfigError that names the key and what would be right."""
-    unknown = _unknown_key(message)
-    if unknown is not None:
-        raise ConfigError(unknown, "is not a key of a recipe", _nearest(unknown))
-    key = _place(message)
-    if key:
-        raise ConfigError(key, *_mismatch(message, key))
-    raise ConfigError("recipe" if "config" in message else "command line", _one_paragraph(message))
-
-
-def _nearest(unknown: str) -> str:
-    """What may have been meant by a key that there is not."""
-    section, _, last = unknown.rpartition(".")
-    fields = _fields_of_items(section)
-    if fields and last.isdigit():
-        return f"A list is given whole: --{section} '[{{{fields[0]}: ...}}]'."
-    valid = known_keys() + [f.name for f in dataclasses.fields(Options)] + [f"{section}.{name}" for name in fields]
-    near = difflib.get_close_matches(unknown, valid, n=1, cutoff=0.5)
-    return f"Did you mean {near[0]!r}?" if near else "See --help for all keys."
-
-
-def _fields_of_items(key: str) -> list[str]:
-    """The keys of each item, where `key` is a list of sections."""
-    kind = recipe_file.kind_at(key)
-    for option in typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,):
-        [item, *_] = typing.get_args(option) or (None,)
-        if typing.get_origin(option) is list and dataclasses.is_dataclass(item):
-            return [field.name for field in dataclasses.fields(item)]
-    return []
-
-
-def _place(message: str) -> str:
-    """The dotted key that the parser complains of: it names a section, then what is below it. Empty: it names none."""
-    place = ""
-    for name in re.findall(r'Parser key "([^"]+)"', message):
-        place = _joined(place, name)
-    return place
-
-
-def _joined(place: str, name: str) -> str:
-    if place.endswith(f".{name}"):  # said twice
-        return place
-    return name if not place or f"{name}.".startswith(f"{place}.") else f"{place}.{name}"
-
-
-def _unknown_key(message: str) -> str | None:
-    place = _place(message)
-    if found := re.search(r"unrecognized arguments: -*([\w.]+)", message):
-        return _first_wrong(_joined(place, found.group(1)))
-    if found := re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", message):
-        return _first_wrong(_joined(place, f"{found.group(1)}.{found.group(2)}"))
-    if found := re.search(r"Option '([\w.]+)' is not accepted", message):
-        return _joined(place, found.group(1))
-    return None
-
-
-def _first_wrong(path: str) -> str:
-    """The shortest part of a dotted path that is no key: the parser names the leaf below it."""
-    keys = set(known_keys())
-    starts = [path[: match.start()] for match in re.finditer(r"\.|$", path)]
-    return next((start for start in starts if start not in keys), path)
-
-
-_WORDS = {
-    "<class 'int'>": "a whole number",
-    "<class 'float'>": "a number",
-    "<class 'str'>": "text",
-    "<class 'bool'>": "true or false",
-    "<class 'NoneType'>": "null",
-    "<class 'list'>": "a list",
-    "<class 'tuple'>": "a list",
-    "<class 'dict'>": "a mapping",
-}
-
-
-def _mismatch(message: str, key: str) -> tuple[str, str]:
-    """What is wrong with a value, and what would be right, in words: of the innermost complaint, which comes first."""
-    if found := re.search(r'Unable to load config "([^"\n]*)"', message):
-        [kind, *_] = [*map(str, _keys_below(key)), "KEY"]
-        return f"does not take {found[1]!r}, as it is a section", f"Give its keys, such as --{kind}."
-    if found := re.search(r"Expected an? ([^\n]+)\. Got value: ([^\n]*)", message):
-        kinds, value = found.groups()
-    elif (found := re.search(r"Given value: ([^\n]*)", message)) and "Subtypes: [" in message[: found.start()]:
-        kinds = re.findall(r"Subtypes: \[([^\n]*)\]", message[: found.start()])[-1]
-        value = found[1]
-    elif found := re.search(r"Expected a dot import path string: ([^\n]*)", message):
-        kinds, value = "<class 'd2v_scale", found[1]
-    else:
-        return _one_paragraph(message), ""
-    return f"does not take {'null' if value == 'None' else value}", f"It takes {_in_words(kinds)}."
-
-
-def _keys_below(key: str) -> list[str]:
-    """The keys directly below a section, in their order."""
-    return [known for known in known_keys() if re.fullmatch(re.escape(key) + r"\.\w+", known)]
-
-
-def _in_words(kinds: str) -> str:
-    """Types as the parser lists them."""
-    words = []
-    kinds = re.sub(r"tuple with (\d+) elements", r"a list of \1", kinds.replace("tuple[", "a list ["))
-    for kind in re.split(r", (?![^\[]*\])", kinds):
-        choices = re.fullmatch(r"typing\.Literal\[(.*)\]", kind)
-        section = "a section" if kind.startswith("<class 'd2v_scale") else kind
-        words.append("one of " + choices[1].replace("'", "") if choices else _WORDS.get(kind, section))
-    return " or ".join(words)
-
-
-def _one_paragraph(message: str) -> str:
-    text = re.sub(r'Parser key "[^"]+":', "", message)
-    return re.sub(r"\s+", " ", text).strip()
 
 
 def changed_from_named(recipe: Recipe) -> dict[str, str]:

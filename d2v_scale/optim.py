@@ -3,11 +3,12 @@
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any, Literal
-
-import torch
+from typing import TYPE_CHECKING, Any, Literal
 
 from d2v_scale.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(kw_only=True)
@@ -105,7 +106,7 @@ def epsilon(config: OptimConfig, completed_updates: int) -> float:
     return config.eps / math.sqrt(1 - config.betas[1] ** (completed_updates + 1))
 
 
-def set_rates(optimizer: torch.optim.Optimizer, config: OptimConfig, completed_updates: int) -> float:
+def set_rates(optimizer: "torch.optim.Optimizer", config: OptimConfig, completed_updates: int) -> float:
     """Prepare `optimizer` for the next update; returns its learning rate. Local; call before every step."""
     lr = learning_rate(config, completed_updates)
     for group in optimizer.param_groups:
@@ -119,7 +120,7 @@ def stem_rates(config: OptimConfig, lr: float) -> dict[str, float]:
     return {f"lr/{name}": lr * scale for name, scale in (config.lr_scale or {}).items()}
 
 
-def _is_decayed(name: str, shape: torch.Size, config: OptimConfig) -> bool:
+def _is_decayed(name: str, shape: "torch.Size", config: OptimConfig) -> bool:
     if config.decay_on == "all":
         return True
     # BEiT keeps the mask token and the position table decayed, and the CLS token not.
@@ -133,7 +134,7 @@ def stem_scale(name: str, config: OptimConfig) -> float:
 
 
 def parameter_groups(
-    named_parameters: Iterable[tuple[str, torch.nn.Parameter]],
+    named_parameters: "Iterable[tuple[str, torch.nn.Parameter]]",
     config: OptimConfig,
     traits: Callable[[str], dict[str, float]] | None = None,
 ) -> list[dict[str, Any]]:
@@ -160,6 +161,8 @@ def parameter_groups(
     ]
 
 
-def make_optimizer(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.AdamW:
+def make_optimizer(groups: list[dict[str, Any]], config: OptimConfig) -> "torch.optim.AdamW":
     """torch's single-pass AdamW over `groups`."""
+    import torch
+
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)

@@ -23,8 +23,8 @@ from d2v_scale.modalities import published_parts
 from d2v_scale.model.config import ModelConfig
 from d2v_scale.model.teacher_parts import TeacherParts
 from d2v_scale.optim import OptimConfig
-from d2v_scale.parallel.groups import ParallelConfig, data_parallel_size
-from d2v_scale.process.profiling import ProfileConfig
+from d2v_scale.parallel.config import ParallelConfig, data_parallel_size
+from d2v_scale.process.config import ProfileConfig
 from d2v_scale.redaction import redact_values
 from d2v_scale.teacher.config import TeacherConfig
 from d2v_scale.tracking.config import TrackingConfig

@@ -30,26 +30,19 @@ import types
 from pathlib import Path
 from typing import Any
 
-import torch
-
+# What a mistake is found with. torch, and what imports it, comes once there is none: `main`.
 from d2v_scale import command_line
 from d2v_scale.errors import EXIT_BAD_INPUT, EXIT_LOST_PEER, ConfigError, UserError, Verdict
-from d2v_scale.finetuning import program as finetuning
 from d2v_scale.finetuning.start import adopt
-from d2v_scale.model import attention_kernels
-from d2v_scale.parallel import ds_config, groups, launchers
+from d2v_scale.parallel import ds_config, launchers, rank_environment
 from d2v_scale.planning import legal
-from d2v_scale.pretraining import program as pretraining
 from d2v_scale.process.signals import StopFlag, is_lost_peer
 from d2v_scale.process.status import write_status
 from d2v_scale.process.watchdog import collective_timeout_s
 from d2v_scale.recipe import Recipe
 from d2v_scale.redaction import RedactingFormatter
 from d2v_scale.run_files import run_lock
-from d2v_scale.run_files.recipe_paths import check_complete
-from d2v_scale.running import run_directory
-from d2v_scale.running.loop import AnyRun
-from d2v_scale.running.supervision import supervise
+from d2v_scale.run_files.recipe_paths import check_complete, find_data
 
 
 class _Callable(types.ModuleType):
@@ -82,6 +75,18 @@ def main(arguments: list[str], stop_flag: StopFlag) -> int:
         recipe, options = command_line.parse(arguments)
         encoder = None if recipe.task is None else adopt(recipe, options)
         config = configure(recipe)
+        find_data(recipe, rank)
+
+        import torch
+
+        from d2v_scale.finetuning import program as finetuning
+        from d2v_scale.model import attention_kernels
+        from d2v_scale.parallel import groups
+        from d2v_scale.pretraining import program as pretraining
+        from d2v_scale.running import run_directory
+        from d2v_scale.running.loop import AnyRun
+        from d2v_scale.running.supervision import supervise
+
         patience_s = collective_timeout_s(recipe.hang_limit_minutes * 60, recipe.checkpoint.peer_timeout)
         topology = groups.initialize(recipe.parallel, patience_s / 60)
         directory = run_directory.claim(recipe, options, config, topology)
@@ -115,12 +120,21 @@ def configure(recipe: Recipe) -> dict[str, Any]:
     check_complete(recipe)
     recipe.check(world_size)
     recipe.data.check(recipe.model.modalities)
-    has_gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
     raw = ds_config.read(recipe.deepspeed_config) if recipe.deepspeed_config else DEFAULT_DEEPSPEED
-    config = legal.deepspeed_config(recipe, raw, world_size, has_gpu=has_gpu)
-    for line in ds_config.remarks(raw, recipe.optim):
+    remarks = ds_config.remarks(raw, recipe.optim)
+    config = legal.deepspeed_config(recipe, raw, world_size, has_gpu=_has_gpu())
+    for line in remarks:
         log.info("%s", line)
     return config
+
+
+def _has_gpu() -> bool:
+    """Whether this process computes on a GPU, which decides the precision `auto`."""
+    if not rank_environment.may_have_gpu():
+        return False
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def failed(error: Exception, directory: Path | None, rank: int) -> int:

@@ -5,7 +5,7 @@ from typing import Any
 import plan_worker
 
 from d2v_scale import command_line
-from d2v_scale.parallel.groups import ParallelConfig
+from d2v_scale.parallel.config import ParallelConfig
 from d2v_scale.planning.job import Job, ModelSizes
 
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}}

@@ -75,17 +75,17 @@ def test_a_mistake_names_the_key_and_the_nearest_valid_one(arguments, key, hint)
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--objective.vision.masking.tubes=height"], "objective.vision.masking.tubes: does not take height. It takes"),
-        (["--objective.vision.masking.kind=cubes"], "objective.vision.masking.kind: does not take cubes. It takes one"),
-        (["--model.vision.image_size", "[32]"], "model.vision.image_size: does not take [32]. It takes a whole number"),
-        (["--model.vision.extra_tokens=1.5"], "model.vision.extra_tokens: does not take 1.5. It takes a whole number"),
+        (["--objective.vision.masking.tubes=height"], "objective.vision.masking.tubes: is height. Give"),
+        (["--objective.vision.masking.kind=cubes"], "objective.vision.masking.kind: is cubes. Give one"),
+        (["--model.vision.image_size", "[32]"], "model.vision.image_size: is [32]. Give a whole number"),
+        (["--model.vision.extra_tokens=1.5"], "model.vision.extra_tokens: is 1.5. Give a whole number"),
         (["--model.vision.image_size=null"], "model.vision.image_size: is null. Give a value"),
         (["--objective.target=codes"], "objective.target: does not take 'codes', as it is a section. Give its keys"),
         (["--objective.vision.target=codes"], "objective.vision.target: does not take 'codes', as it is a section."),
         (["--task.image=3"], "task.image: does not take '3', as it is a section. Give its keys, such as --task.image."),
         (["--objective.target=null"], "objective.target: is null, but it is a section"),
         (["--task.image=null"], "task.image: is null, but it is a section"),
-        (["--optim.lr_scale=0.5"], "optim.lr_scale: does not take 0.5. It takes dict[str, float] or null."),
+        (["--optim.lr_scale=0.5"], "optim.lr_scale: is 0.5. Give names, each with a number or null."),
     ],
 )
 def test_a_value_of_a_wrong_type_below_a_stem_is_said_with_its_own_key(arguments: list[str], said: str):

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from d2v_scale import command_line, ranges
+from d2v_scale.answers import mistakes
 from d2v_scale.data.config import SourceConfig
 from d2v_scale.data2vec.own import OwnHealth, OwnLoss, OwnMasking, OwnObjective, OwnTarget
 from d2v_scale.data2vec.target_config import TargetConfig
@@ -121,7 +122,7 @@ def test_zero_ends_in_a_configuration_error_or_means_something(recipes: list[Rec
 def test_the_keys_that_differ_exist(recipes: list[Recipe]) -> None:
     of_sources = {f"data.sources.*.{field.name}" for field in dataclasses.fields(SourceConfig)}
     of_targets = {f"objective.further_targets.*.{field.name}" for field in dataclasses.fields(TargetConfig)}
-    known = {*command_line.known_keys(), *of_sources, *of_targets}
+    known = {*mistakes.known_keys(), *of_sources, *of_targets}
     assert set(ranges.SIGNED) <= known
     assert set(ranges.ABOVE_ZERO) <= known
     assert set(ranges.SHARES) <= known

@@ -33,6 +33,7 @@ from evidence_table import early_warning, table
 
 from d2v_scale.errors import EXIT_BAD_INPUT, UserError
 from d2v_scale.model.stem_config import Kind
+from d2v_scale.programs.run_quietly import run_quietly
 from d2v_scale.shards.content import length_of
 from d2v_scale.shards.shard_index import Members, SetIndex
 from d2v_scale.tracking.environment import git_revision
@@ -112,8 +113,10 @@ def run(job: Job) -> dict[str, Any]:
 
     from d2v_scale.command_line import parse
     from d2v_scale.data.labelled import LabelledSet
-    from d2v_scale.evaluation import extract, score, supervised
+    from d2v_scale.evaluation import supervised
+    from d2v_scale.evaluation.features import extract
     from d2v_scale.evaluation.frozen import FrozenEncoder
+    from d2v_scale.evaluation.probes import score
     from d2v_scale.evaluation.raw import raw_features
     from d2v_scale.parallel.groups import single_process
 

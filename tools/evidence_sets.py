@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from d2v_scale.commands.run_quietly import run_quietly
 from d2v_scale.errors import UserError
 from d2v_scale.files import file_sha256
 from d2v_scale.model.stem_config import Kind
+from d2v_scale.programs.run_quietly import run_quietly
 from d2v_scale.shards.shard_set import INDEX_SUFFIX
 
 MAKE_SHARDS = Path(__file__).with_name("make_shards.py")

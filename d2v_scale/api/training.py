@@ -13,13 +13,14 @@ from typing import Any
 import yaml
 
 from d2v_scale import command_line
-from d2v_scale.commands import start_training
-from d2v_scale.commands.own_program import TRAINING
+from d2v_scale.answers import mistakes
 from d2v_scale.errors import EXIT_BAD_INPUT, EXIT_REQUEUE, ConfigError, TrainingEnded, UserError
 from d2v_scale.parallel import local_ranks
 from d2v_scale.process.status import read_status
+from d2v_scale.programs.own_program import TRAINING
 from d2v_scale.recipe import Recipe
 from d2v_scale.run_files import recipe_file
+from d2v_scale.run_files.recipe_paths import find_data
 
 
 def train(recipe: Recipe | str | PathLike[str] | None = None, *, ranks: int | None = None, **overrides: Any) -> Path:
@@ -39,12 +40,13 @@ def train(recipe: Recipe | str | PathLike[str] | None = None, *, ranks: int | No
         raise UserError("train() is called in a process that a launcher has started.", "Start it by itself.")
     if threading.current_thread() is not threading.main_thread():
         raise UserError("train() is not called in the main thread, which gets the signals.", "Call it there.")
-    count, gpus = start_training.choose_ranks(ranks, environment)
+    count, gpus = local_ranks.choose_ranks(ranks, environment)
     if gpus == 0:
         environment.setdefault("DS_ACCELERATOR", "cpu")
     with tempfile.TemporaryDirectory(prefix="d2v-recipe-") as folder:
         arguments = _arguments(recipe, overrides, Path(folder))
         found, options = command_line.parse(arguments)
+        find_data(found, rank=0)
         run_dir = options.run_dir or options.resume
         if run_dir is None:
             utc = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
@@ -79,10 +81,10 @@ def _arguments(recipe: Recipe | str | PathLike[str] | None, overrides: Mapping[s
         arguments.append(f"--recipe={os.fspath(recipe)}")
     elif recipe is not None:
         raise ConfigError("recipe", f"is a {type(recipe).__name__}", "Give a name, a path or a Recipe.")
-    for forbidden in ("recipe", "ranks", "print_config", "help"):
+    for forbidden in ("recipe", "ranks", *command_line.ANSWERED):
         if forbidden in overrides:
             raise ConfigError(forbidden, "is not a key of a recipe")
-    keys = command_line.known_keys()
+    keys = mistakes.known_keys()
     return arguments + [f"--{key}={_text(value)}" for key, value in _flat(overrides, keys)]
 
 

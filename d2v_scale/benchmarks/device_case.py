@@ -31,7 +31,8 @@ from d2v_scale.planning import hardware
 from d2v_scale.planning.flops import sample_cost
 from d2v_scale.pretraining.step import Observations, train_step
 from d2v_scale.pretraining.utilisation import lengths_of_batch
-from d2v_scale.process.profiling import ProfileConfig, StepProfiler, decoders
+from d2v_scale.process.config import ProfileConfig
+from d2v_scale.process.profiling import StepProfiler, decoders
 
 SHARES = (0.2, 0.4, 0.6, 0.8, 1.0, 1.2, 1.33)
 """Of `Spec.length`: the lengths of varying batches; 3 to 20 s of 15."""

@@ -14,7 +14,8 @@ from d2v_scale.networks.draw import Draw
 from d2v_scale.networks.stack import Student, Teacher
 from d2v_scale.optim import make_optimizer, parameter_groups, set_rates
 from d2v_scale.parallel import ds_config
-from d2v_scale.parallel.groups import ParallelConfig, Topology
+from d2v_scale.parallel.config import ParallelConfig
+from d2v_scale.parallel.groups import Topology
 from d2v_scale.parallel.zero import build_student
 from d2v_scale.pretraining.step import count_step, train_step
 from d2v_scale.process.profiling import part

@@ -11,7 +11,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from d2v_scale.commands.help_text import HelpFormatter
+from d2v_scale.answers.help_text import HelpFormatter
 from d2v_scale.errors import EXIT_BAD_INPUT, UserError
 
 if TYPE_CHECKING:

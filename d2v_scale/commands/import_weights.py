@@ -8,7 +8,7 @@ import sys
 import warnings
 from pathlib import Path
 
-from d2v_scale.commands.help_text import HelpFormatter
+from d2v_scale.answers.help_text import HelpFormatter
 from d2v_scale.errors import EXIT_BAD_INPUT, UserError
 
 

@@ -12,7 +12,7 @@ bytes held and bytes sent are counted, and agree with measured ones in the tests
 import argparse
 import sys
 
-from d2v_scale.commands.help_text import HelpFormatter
+from d2v_scale.answers.help_text import HelpFormatter
 from d2v_scale.errors import EXIT_BAD_INPUT, UserError
 from d2v_scale.planning import hardware
 

@@ -15,7 +15,7 @@ import json
 import sys
 from pathlib import Path
 
-from d2v_scale.commands.help_text import HelpFormatter
+from d2v_scale.answers.help_text import HelpFormatter
 from d2v_scale.data.config import LETTERS
 from d2v_scale.errors import EXIT_BAD_INPUT, UserError
 

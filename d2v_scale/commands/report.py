@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from d2v_scale.commands.help_text import HelpFormatter
+from d2v_scale.answers.help_text import HelpFormatter
 from d2v_scale.errors import EXIT_BAD_INPUT
 from d2v_scale.plots.report import write_report
 

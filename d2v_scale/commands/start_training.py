@@ -13,12 +13,13 @@ import argparse
 import logging
 import os
 import sys
-from collections.abc import Mapping
 
-from d2v_scale.commands.help_text import HelpFormatter
-from d2v_scale.commands.own_program import TRAINING
+from d2v_scale.answers.help_text import HelpFormatter
 from d2v_scale.errors import EXIT_BAD_INPUT, UserError
 from d2v_scale.parallel import launchers, local_ranks
+from d2v_scale.programs.own_program import TRAINING
+
+RANKS = "processes; default: the number of GPUs, 1 without any"
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -27,9 +28,11 @@ def make_parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=HelpFormatter,
         allow_abbrev=False,
+        add_help=False,
         usage="%(prog)s [--ranks N] [--KEY VALUE ...]",
     )
-    parser.add_argument("--ranks", type=int, help="processes; default: the number of GPUs, 1 without any")
+    parser.add_argument("--ranks", type=int, help=RANKS)
+    parser.add_argument("-h", "--help", action="store_true", help="show the keys that are often changed")
     parser.add_argument("--help_all", action="store_true", help="explain every key of a recipe")
     return parser
 
@@ -41,12 +44,20 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         environment = dict(os.environ)
         if options.help_all:
-            return local_ranks.become([*_program(), "--help"], environment)
+            print(make_parser().format_help(), flush=True)
+            for_training.append("--help_all")
+        elif options.help:
+            from d2v_scale.command_line import help_screen
+
+            print(help_screen(for_training, [("ranks N", RANKS)]))
+            return 0
+        if {"--help_all", "--list_recipes", "--print_config"} & {*for_training}:
+            return local_ranks.become([*_program(), *for_training], environment)
         if "RANK" in environment or launchers.started_as(environment).world_size > 1:
             if options.ranks is not None:
                 raise UserError("--ranks is given to a process that a launcher has started.", "Leave it out.")
             return local_ranks.become([*_program(), *for_training], environment)
-        ranks, gpus = choose_ranks(options.ranks, environment)
+        ranks, gpus = local_ranks.choose_ranks(options.ranks, environment)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
@@ -55,17 +66,6 @@ def main(arguments: list[str] | None = None) -> int:
     if ranks == 1:
         return local_ranks.become([*_program(), *for_training], environment)
     return local_ranks.run([*_program(), *for_training], ranks, environment, share_cores=gpus == 0)
-
-
-def choose_ranks(wanted: int | None, environment: Mapping[str, str]) -> tuple[int, int]:
-    """How many processes train on this machine, and its GPUs. Raises UserError."""
-    gpus = local_ranks.count_gpus(environment)
-    ranks = wanted if wanted is not None else max(1, gpus)
-    if ranks < 1:
-        raise UserError(f"--ranks is {ranks}.", "Give at least 1.")
-    if 0 < gpus < ranks:
-        raise UserError(f"--ranks is {ranks}, and there are {gpus} GPUs.", f"Give at most {gpus}.")
-    return ranks, gpus
 
 
 def _program() -> list[str]:

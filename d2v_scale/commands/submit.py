@@ -18,9 +18,9 @@ from pathlib import Path
 
 # A login node may have nothing but Python: what is imported here needs no other package.
 from d2v_scale import templates
-from d2v_scale.commands.help_text import HelpFormatter
-from d2v_scale.commands.own_program import own_program
+from d2v_scale.answers.help_text import HelpFormatter
 from d2v_scale.errors import EXIT_BAD_INPUT
+from d2v_scale.programs.own_program import own_program
 
 TEMPLATES = ("base", "large", "huge", "1b", "7b")
 

@@ -28,12 +28,12 @@ from pathlib import Path
 from typing import Any
 
 from d2v_scale import templates
-from d2v_scale.commands.help_text import HelpFormatter
-from d2v_scale.commands.own_program import TRAINING
-from d2v_scale.commands.run_quietly import run_quietly
+from d2v_scale.answers.help_text import HelpFormatter
 from d2v_scale.errors import EXIT_BAD_INPUT, UserError
 from d2v_scale.plots.curves import series
 from d2v_scale.process.status import read_status
+from d2v_scale.programs.own_program import TRAINING
+from d2v_scale.programs.run_quietly import run_quietly
 from d2v_scale.redaction import redact
 from d2v_scale.tracking.record import read_records
 

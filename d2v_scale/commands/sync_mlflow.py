@@ -12,7 +12,7 @@ import os
 import sys
 from pathlib import Path
 
-from d2v_scale.commands.help_text import HelpFormatter
+from d2v_scale.answers.help_text import HelpFormatter
 from d2v_scale.errors import EXIT_BAD_INPUT
 from d2v_scale.redaction import redact
 from d2v_scale.tracking.follow import catch_up

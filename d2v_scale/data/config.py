@@ -1,5 +1,6 @@
 """What is read, how it is cropped and augmented, and what happens when some of it is unreadable."""
 
+import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
@@ -150,6 +151,8 @@ class DataConfig:
         names = known if is_known else r"[A-Za-z]\w*"
         parts = re.split(rf",(?=(?:{names})=)", shards)
         named = [re.fullmatch(rf"({names})=(.+)", part) for part in parts]
+        if is_known:
+            _refuse_unknown_stems([m[2] if m else part for m, part in zip(named, parts, strict=True)], modalities)
         if all(named):
             self.sources = [self._source_of(m[1], m[2]) for m in named if m]
             return
@@ -246,3 +249,19 @@ class DataConfig:
                 number += 1  # another stem is called so
             names.append(source.name or (f"{source.modality}{number}" if same > 1 else source.modality))
         return names
+
+
+def _refuse_unknown_stems(patterns: Iterable[str], stems: Iterable[str]) -> None:
+    """Raises ConfigError where a pattern goes on or begins with `NAME=` of no stem, and is no path that is there."""
+    for pattern in patterns:
+        if "://" in pattern or pattern.startswith("pipe:") or os.path.lexists(pattern):
+            continue
+        without_choices = re.sub(r"\{[^{}]*\}", "", pattern)
+        first = pattern.partition("/")[0]
+        begins = None if os.path.lexists(first) or "*" in first else re.match(r"([A-Za-z]\w*)=", pattern)
+        found = re.search(r",([A-Za-z]\w*)=", without_choices) or begins
+        if found:
+            there = ", ".join(stems)
+            raise ConfigError(
+                "data", f"names shards for {found[1]!r}, which is no stem of the model", f"It has {there}."
+            )

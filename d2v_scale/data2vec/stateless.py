@@ -2,14 +2,17 @@
 
 Every draw (order, crop, mask, drop path, decoder noise, layer drop) is keyed by the integers that name it, such as
 (seed, step, sample id, clone). Nothing is carried from call to call, so a draw is the same at any world size, in any
-worker and after any resume. The mixing function is splitmix64 (Steele, Lea and Flood 2014).
+worker and after any resume. The mixing function is splitmix64 (Steele, Lea and Flood 2014). torch is imported where
+tensors are asked for: a recipe is checked, masks included, without it.
 """
 
 import zlib
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -41,30 +44,34 @@ def _signed(value: int) -> int:
     return value - (1 << 64) if value >= 1 << 63 else value
 
 
-def _mix_tensor(z: Tensor) -> Tensor:
+def _mix_tensor(z: "Tensor") -> "Tensor":
     """splitmix64's finaliser on int64 tensors; `>>` is arithmetic, so the sign bits are masked away."""
     z = (z ^ ((z >> 30) & ((1 << 34) - 1))) * _signed(_MUL1)
     z = (z ^ ((z >> 27) & ((1 << 37) - 1))) * _signed(_MUL2)
     return z ^ ((z >> 31) & ((1 << 33) - 1))
 
 
-def row_keys(ids: Tensor, *parts: int | str) -> Tensor:
+def row_keys(ids: "Tensor", *parts: int | str) -> "Tensor":
     """Keys of many rows at once: int64 `ids` of any shape to int64 keys of that shape, on the device of `ids`."""
     return _mix_tensor(ids + _signed(key(*parts)) + _signed(_GOLDEN))
 
 
-def _bits(keys_r: Tensor, count: int) -> Tensor:
+def _bits(keys_r: "Tensor", count: int) -> "Tensor":
+    import torch
+
     counter = torch.arange(1, count + 1, device=keys_r.device, dtype=torch.int64) * _signed(_GOLDEN)
     return _mix_tensor(keys_r[..., None] + counter)
 
 
-def uniform(keys_r: Tensor, count: int) -> Tensor:
+def uniform(keys_r: "Tensor", count: int) -> "Tensor":
     """`count` float32 uniforms in [0, 1) for each key: shape (*keys.shape, count). 24 random bits each."""
-    return ((_bits(keys_r, count) >> 40) & ((1 << 24) - 1)).to(torch.float32) * (1.0 / (1 << 24))
+    return ((_bits(keys_r, count) >> 40) & ((1 << 24) - 1)).float() * (1.0 / (1 << 24))
 
 
-def normal(keys_r: Tensor, count: int) -> Tensor:
+def normal(keys_r: "Tensor", count: int) -> "Tensor":
     """`count` float32 standard normals for each key (Box-Muller): shape (*keys.shape, count)."""
+    import torch
+
     half = (count + 1) // 2
     bits = _bits(keys_r, half)
     # u in (0, 1], so that the logarithm is finite.

@@ -9,8 +9,9 @@ from torch import Tensor
 from d2v_scale.data.labelled import LabelledSet
 from d2v_scale.data.labels import ClassLabels, Labels
 from d2v_scale.errors import UserError
-from d2v_scale.evaluation import extract, knn, linear_probe, weighted_layers_probe, whitened
+from d2v_scale.evaluation.features import extract
 from d2v_scale.evaluation.frozen import FrozenEncoder
+from d2v_scale.evaluation.knn import knn, whitened
 from d2v_scale.evaluation.position_probes import (
     PositionLinear,
     States,
@@ -19,6 +20,7 @@ from d2v_scale.evaluation.position_probes import (
     predictions,
     train_probe,
 )
+from d2v_scale.evaluation.probes import linear_probe, weighted_layers_probe
 from d2v_scale.finetuning.config import CtcConfig, TaskConfig
 from d2v_scale.finetuning.evaluation import answers, measure, outside_vocabulary
 from d2v_scale.finetuning.loading import held_out_labels, labels_of

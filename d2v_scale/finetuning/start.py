@@ -2,17 +2,20 @@
 
 import dataclasses
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from d2v_scale.command_line import RECIPES, Options, parse
-from d2v_scale.errors import ConfigError
-from d2v_scale.interop.encoder_source import EncoderSource, open_encoder
+from d2v_scale.errors import CheckpointError, ConfigError
 from d2v_scale.model.config import ModelConfig
 from d2v_scale.recipe import Recipe, differences
 from d2v_scale.run_files.committed import committed_steps
 from d2v_scale.run_files.run_start import RECIPE_FILE, may_begin_anew
 
+if TYPE_CHECKING:
+    from d2v_scale.interop.encoder_source import EncoderSource
 
-def adopt(recipe: Recipe, options: Options) -> EncoderSource | None:
+
+def adopt(recipe: Recipe, options: Options) -> "EncoderSource | None":
     """Give `recipe` the sizes of the encoder that `--init_from` names and the normalisation it was trained with.
 
     Regularisation is the task's (`task.backbone`). A run that began already has all this in its directory: the
@@ -26,6 +29,10 @@ def adopt(recipe: Recipe, options: Options) -> EncoderSource | None:
         if run_dir is not None and (run_dir / RECIPE_FILE).is_file() and _goes_on(run_dir):
             _take_over(recipe, parse(["--recipe", str(run_dir / RECIPE_FILE)])[0])
         else:
+            if not Path(options.init_from).exists():
+                raise CheckpointError(f"{options.init_from} does not exist.")
+            from d2v_scale.interop.encoder_source import open_encoder  # which imports torch
+
             source = open_encoder(options.init_from, recipe.task.weights)
             _take_over(recipe, source.recipe)
     for name, value in dataclasses.asdict(recipe.task.backbone).items():

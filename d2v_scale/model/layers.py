@@ -5,13 +5,14 @@ can be cut from it.
 """
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
-import torch
-from torch import Tensor
-
-from d2v_scale.batch import Batch
 from d2v_scale.model.config import ModelConfig
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from d2v_scale.batch import Batch
 
 LayerKind = Literal["features", "context", "bias", "block", "final_norm", "predictor"]
 
@@ -68,7 +69,7 @@ class Section:
         return self.ends if layer.kind in ("final_norm", "predictor") else self.starts
 
 
-def states_shape(config: ModelConfig, batch: Batch, *, masked: bool) -> tuple[int, int, int]:
+def states_shape(config: ModelConfig, batch: "Batch", *, masked: bool) -> tuple[int, int, int]:
     """(R, S, D) of the states between blocks: of a student (`masked`), which may see visible positions only, or of a
     teacher, which sees every sample whole. Known on the host."""
     rows, length = batch.masked_rt.shape if masked else (batch.inputs.shape[0], batch.masked_rt.shape[1])
@@ -82,40 +83,42 @@ def states_shape(config: ModelConfig, batch: Batch, *, masked: bool) -> tuple[in
 class Carry:
     """What travels from layer to layer of a stack. R rows, S positions in the blocks (extra tokens included)."""
 
-    states_rsd: Tensor
-    attention_bias: Tensor | None = None
+    states_rsd: "Tensor"
+    attention_bias: "Tensor | None" = None
     """Added to the attention logits, broadcast to (R, local heads, S, S); bool (True: attend) where only padding is
     excluded; None: nothing is."""
     extra_tokens: int = 0
     """Leading positions that are not part of the input (CLS)."""
-    position: Tensor | None = None
+    position: "Tensor | None" = None
     """The parameter that the position bias is made from, where a later part of the layers will need it."""
 
 
 class StudentOutput(NamedTuple):
     """What the student's forward gives."""
 
-    predictions_nd: Tensor
+    predictions_nd: "Tensor"
     """At masked positions, row-major over (r, t)."""
-    features_btd: Tensor
+    features_btd: "Tensor"
     """Stem features before masking, detached: what a teacher that shares them is given."""
-    encoder_rsd: Tensor
+    encoder_rsd: "Tensor"
     """Output of the encoder without extra tokens: all positions (1.0) or the visible ones, ascending (2.0)."""
-    cls_rd: Tensor | None
+    cls_rd: "Tensor | None"
     """Output at the last extra token, the CLS token (2.0, where there is one)."""
-    further: tuple[Tensor, ...] = ()
+    further: "tuple[Tensor, ...]" = ()
     """Predictions of further targets, each (N, W)."""
 
     @property
-    def predictions(self) -> tuple[Tensor, ...]:
+    def predictions(self) -> "tuple[Tensor, ...]":
         """Of all targets, the first one's first."""
         return (self.predictions_nd, *self.further)
 
 
-def rows_of(x_btd: Tensor, kept_rs: Tensor | None, clones: int) -> Tensor:
+def rows_of(x_btd: "Tensor", kept_rs: "Tensor | None", clones: int) -> "Tensor":
     """(B, T, D) to (B * clones, S, D): each sample's rows adjacent, only the positions `kept_rs` where given."""
     if kept_rs is None:
         return x_btd if clones == 1 else x_btd.repeat_interleave(clones, dim=0)
+    import torch
+
     length, width = x_btd.shape[1:]
     first_r = torch.arange(kept_rs.shape[0], device=kept_rs.device) // clones * length
     index_n = (first_r[:, None] + kept_rs).flatten()

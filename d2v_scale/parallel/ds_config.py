@@ -7,17 +7,16 @@ the DeepSpeed JSON says `auto` or repeats them. Stage, offload and communication
 import copy
 import json
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
-
-import torch
 
 from d2v_scale import templates
 from d2v_scale.errors import ConfigError
 from d2v_scale.optim import OptimConfig
+from d2v_scale.parallel.config import ParallelConfig, data_parallel_size
 from d2v_scale.parallel.ds_agreement import agree, check_optimizer, template_note
 from d2v_scale.parallel.ds_check import accepted, without_effect
-from d2v_scale.parallel.groups import ParallelConfig, data_parallel_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,6 +126,8 @@ def teacher_config(config: dict[str, Any], precision: Literal["fp32", "bf16"], o
     zero["memory_efficient_linear"] = False
     zero["overlap_comm"] = True
     if offload:
+        import torch
+
         zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     return {
         "train_micro_batch_size_per_gpu": config["train_micro_batch_size_per_gpu"],
@@ -178,7 +179,7 @@ def check_legal(said: dict[str, Any], parallel: ParallelConfig, numbers: RecipeN
     ):
         raise ConfigError(
             "zero_optimization.memory_efficient_linear",
-            f"must be false to compile at stage 3 on torch {torch.__version__}: gradients come out as zero without a "
+            f"must be false to compile at stage 3 on torch {version('torch')}: gradients come out as zero without a "
             "warning",
             "Set it to false, do not compile, or use torch 2.13.",
         )
@@ -213,5 +214,5 @@ def _bf16_stage1(said: dict[str, Any]) -> bool:
 
 
 def _torch_version() -> tuple[int, int]:
-    major, minor = torch.__version__.split(".")[:2]
+    major, minor = version("torch").split(".")[:2]
     return int(major), int(minor)

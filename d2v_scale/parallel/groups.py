@@ -21,24 +21,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from d2v_scale.errors import ConfigError, UserError
+from d2v_scale.errors import UserError
 from d2v_scale.parallel import launchers, open_files, rank_environment, timeouts
+from d2v_scale.parallel.config import ParallelConfig, data_parallel_size
 
 STALE_LOCK_SECONDS = 600
 NOTICE_SECONDS = 30.0
 """After which a rank says that it still waits for the others."""
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(kw_only=True)
-class ParallelConfig:
-    """How the world is divided. World size = tensor * pipeline * data-parallel size."""
-
-    tensor: int = 1
-    """Tensor-parallel size: ranks that share every block's matrices."""
-    pipeline: int = 1
-    """Pipeline stages: ranks that share the list of layers."""
 
 
 class ModelParallelUnit:
@@ -114,20 +105,6 @@ class Topology:
         self.sum_over_replicas(x)
         if self.pipeline_size > 1:
             dist.all_reduce(x, group=self.pipeline_group)
-
-
-def data_parallel_size(config: ParallelConfig, world_size: int) -> int:
-    """World size / (tensor * pipeline). Raises ConfigError when that is not a whole number. Needs no process group."""
-    model_size = config.tensor * config.pipeline
-    if config.tensor < 1 or config.pipeline < 1:
-        raise ConfigError("parallel", f"tensor={config.tensor}, pipeline={config.pipeline}", "Sizes start at 1.")
-    if world_size % model_size:
-        raise ConfigError(
-            "parallel",
-            f"{world_size} processes cannot be divided by tensor={config.tensor} x pipeline={config.pipeline}",
-            f"Start a multiple of {model_size} processes.",
-        )
-    return world_size // model_size
 
 
 def model_group_on_host(topology: Topology) -> dist.ProcessGroup:

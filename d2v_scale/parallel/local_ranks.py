@@ -1,7 +1,7 @@
 """The ranks of one machine as children of this process, which passes signals on and ends as they end.
 
 `deepspeed` and `torchrun` do neither: SIGUSR1 ends their launchers, SIGINT and SIGTERM end the ranks before they have
-saved, and `torchrun` replaces their exit codes by 1. Standard library only.
+saved, and `torchrun` replaces their exit codes by 1. Torch-free.
 """
 
 import os
@@ -14,6 +14,8 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
+
+from d2v_scale.errors import UserError
 
 _PASSED_ON = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2)
 GRACE_S = 60.0
@@ -29,6 +31,17 @@ def count_gpus(environment: Mapping[str, str]) -> int:
     command = [sys.executable, "-c", "import torch; print(torch.cuda.device_count())"]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=False)
     return int(done.stdout.split()[-1]) if done.returncode == 0 else 0
+
+
+def choose_ranks(wanted: int | None, environment: Mapping[str, str]) -> tuple[int, int]:
+    """How many processes train on this machine, and its GPUs. Raises UserError."""
+    gpus = count_gpus(environment)
+    ranks = wanted if wanted is not None else max(1, gpus)
+    if ranks < 1:
+        raise UserError(f"--ranks is {ranks}.", "Give at least 1.")
+    if 0 < gpus < ranks:
+        raise UserError(f"--ranks is {ranks}, and there are {gpus} GPUs.", f"Give at most {gpus}.")
+    return ranks, gpus
 
 
 def become(command: list[str], environment: Mapping[str, str]) -> int:

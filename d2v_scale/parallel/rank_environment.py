@@ -22,6 +22,12 @@ from pathlib import Path
 _DEVICE_FILES = ("/dev/nvidiactl", "/dev/dxg")
 
 
+def may_have_gpu(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether PyTorch may find a GPU, and is to be asked: of NVIDIA or, under the same name, of AMD."""
+    found = any(Path(name).exists() for name in (*_DEVICE_FILES, "/dev/kfd"))
+    return found and environment.get("DS_ACCELERATOR") != "cpu"
+
+
 def prepare(environment: MutableMapping[str, str] = os.environ, *, has_gpu: bool | None = None) -> None:
     """Set what is not set. Before torch is imported, or at least before a GPU is used. `has_gpu`: None looks for one.
 

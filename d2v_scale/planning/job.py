@@ -10,7 +10,7 @@ from d2v_scale.data.config import SAMPLE_RATE, SourceConfig
 from d2v_scale.modalities.costs import Lengths
 from d2v_scale.networks.layers import describe
 from d2v_scale.networks.stack import Student, Teacher
-from d2v_scale.parallel.groups import ParallelConfig, data_parallel_size
+from d2v_scale.parallel.config import ParallelConfig, data_parallel_size
 from d2v_scale.parallel.shards import global_shapes
 from d2v_scale.planning import flops, legal, stages
 from d2v_scale.recipe import Recipe

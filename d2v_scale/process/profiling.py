@@ -6,7 +6,6 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -15,28 +14,11 @@ import torch
 from torch import nn
 from torch.autograd import DeviceType
 
-from d2v_scale.errors import ConfigError
+from d2v_scale.process.config import ProfileConfig
 
 _PREFIX = "d2v_scale::"
 _COMMUNICATION = ("nccl:", "gloo:", "c10d::")
 _COMMUNICATION_KERNELS = "nccl"
-
-
-@dataclass(kw_only=True)
-class ProfileConfig:
-    """Which steps are profiled. Recording slows a step down; others are not touched."""
-
-    steps: str | None = None
-    """First and last step, as `20:24`; null: none."""
-
-    def bounds(self) -> tuple[int, int] | None:
-        """First and last step. Raises ConfigError for anything else than two growing positive numbers."""
-        if self.steps is None:
-            return None
-        first, colon, last = self.steps.partition(":")
-        if not (colon and first.isdigit() and last.isdigit() and 1 <= int(first) <= int(last)):
-            raise ConfigError("profile.steps", f"is {self.steps!r}", "Write FIRST:LAST, for example 20:24.")
-        return int(first), int(last)
 
 
 _clock: dict[str, float] | None = None

@@ -2,15 +2,17 @@
 finds them."""
 
 import dataclasses
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from d2v_scale import templates
+from d2v_scale.conversion import demo
 from d2v_scale.errors import ConfigError, UserError
 from d2v_scale.recipe import Recipe
 from d2v_scale.redaction import REDACTED
-from d2v_scale.shards.shard_set import expand, is_remote
+from d2v_scale.shards.shard_set import expand, find_shards, is_remote
 
 
 def _places(recipe: Recipe) -> Iterator[tuple[Any, str]]:
@@ -47,6 +49,19 @@ def check_complete(recipe: Recipe) -> None:
                 f"Give {given} again, with the secret or with $NAME for an environment variable that holds it, which "
                 "is kept.",
             )
+
+
+def find_data(recipe: Recipe, rank: int) -> None:
+    """Raises DataError where shards are missing: on the first node alone, before anything slow is imported. On the
+    others what is missing there is said when the run directory and its logs exist.
+
+    The demo's shards are written later.
+    """
+    if rank >= int(os.environ.get("LOCAL_WORLD_SIZE", "1")):
+        return
+    for source in recipe.data.sources:
+        if demo.named_set(source.shards) is None:
+            find_shards(source)
 
 
 def _owner(recipe: Recipe, section: Any) -> str:

@@ -16,11 +16,15 @@ def check_kind(key: str, value: Any, kind: Any) -> None:
     """Raises ConfigError where `value` is not of the type `kind`, which is told from plain ones: numbers, texts,
     choices, lists of these, sections, and unions with null. What else a key may be is the parser's to judge."""
     options = typing.get_args(kind) if _is_union(kind) else (kind,)
-    told = [_told(option) for option in options if option is not _NOTHING]
-    if None in told or any(_fits(value, option) for option in options):
-        return
+    if all(map(_is_judged, options)) and not any(_fits(value, option) for option in options):
+        raise ConfigError(key, f"is {value!r}", f"Give {in_words(kind)}.")
+
+
+def in_words(kind: Any) -> str:
+    """What a key of that type takes: `a number or null`."""
+    options = typing.get_args(kind) if _is_union(kind) else (kind,)
     nothing = ["null"] if _NOTHING in options else []
-    raise ConfigError(key, f"is {value!r}", f"Give {' or '.join([*map(str, told), *nothing])}.")
+    return " or ".join([*(_told(option) for option in options if option is not _NOTHING), *nothing])
 
 
 def check_keys_once(text: str) -> None:
@@ -51,16 +55,28 @@ def _is_union(kind: Any) -> bool:
     return isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union
 
 
-def _told(kind: Any) -> str | None:
-    """In words; None for what is not judged here."""
+def _is_judged(kind: Any) -> bool:
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if origin is list:
+        return inner[0] in _WORDS
+    return kind in _WORDS or kind is _NOTHING or origin is typing.Literal or (origin is dict and _is_section(inner[1]))
+
+
+def _told(kind: Any) -> str:
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
     if origin is typing.Literal:
         return f"one of {', '.join(map(str, inner))}"
-    if origin is list and inner[0] in _WORDS:
-        return f"a list, each {_WORDS[inner[0]]}"
-    if origin is dict and isinstance(inner[1], type) and hasattr(inner[1], "__dataclass_fields__"):
-        return "names, each with keys and values"
-    return _WORDS.get(kind)
+    if origin is list:
+        return f"a list, each {in_words(inner[0])}"
+    if origin is tuple:
+        return f"a list of {len(inner)}, each {' or '.join(dict.fromkeys(map(in_words, inner)))}"
+    if origin is dict:
+        return f"names, each with {in_words(inner[1])}"
+    return "keys and values" if _is_section(kind) else _WORDS.get(kind, str(kind))
+
+
+def _is_section(kind: Any) -> bool:
+    return isinstance(kind, type) and hasattr(kind, "__dataclass_fields__")
 
 
 def _fits(value: Any, kind: Any) -> bool:

@@ -115,7 +115,7 @@ def find_shards(source: SourceConfig) -> ShardSet:
     pattern = source.shards
     index_file = Path(source.index) if source.index else None
     if pattern.endswith(INDEX_SUFFIX):
-        index_file, pattern = Path(pattern), ""
+        index_file, pattern = Path(_one_index(pattern)), ""
     if index_file is not None:
         return _from_index(index_file, pattern)
     paths = expand(pattern)
@@ -133,6 +133,21 @@ def find_shards(source: SourceConfig) -> ShardSet:
                 f"Name the set's index, as {indexes[-1]}, or all shards: '{os.path.join(pattern, '*.tar')}'.",
             )
     return ShardSet(paths=paths) if is_remote(paths[0]) else _beside(paths, pattern)
+
+
+def _one_index(pattern: str) -> str:
+    """The index that is named, or the only one that a glob finds. Raises DataError for none, and for several."""
+    if is_remote(pattern) or not _is_glob(pattern):
+        return pattern
+    found = _glob(pattern)
+    if len(found) == 1:
+        return found[0]
+    if not found:
+        raise DataError(f"No index matches {pattern!r}.", "Check the path, or make one with `d2v index`.")
+    raise DataError(
+        f"{pattern!r} matches {len(found)} indexes, the first two are {found[0]} and {found[1]}.",
+        "A source is one set: name one index, all shards (*.tar), or each set in data.sources.",
+    )
 
 
 def expand(pattern: str) -> list[str]:

@@ -3,8 +3,6 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from webdataset.tariterators import base_plus_ext
-
 from d2v_scale.shards.tar_members import PassedOver, Piece, TarMember
 
 
@@ -53,6 +51,8 @@ class TarSample:
 def tar_samples(members: list[TarMember | None], passed_over: PassedOver) -> Iterator[TarSample]:
     """The samples of a tar. None among `members` is a gap that none spans. What belongs to no sample is counted in
     `passed_over`."""
+    from webdataset.tariterators import base_plus_ext  # which imports torch
+
     seen: set[str] = set()
     current: str | None = None
     files: list[tuple[str, TarMember]] = []

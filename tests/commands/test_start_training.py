@@ -6,8 +6,8 @@ from collections.abc import Callable
 import pytest
 
 from d2v_scale.commands import start_training
-from d2v_scale.commands.own_program import TRAINING
 from d2v_scale.parallel import local_ranks
+from d2v_scale.programs.own_program import TRAINING
 
 PROGRAM = [sys.executable, "-u", str(TRAINING)]
 Start = Callable[..., tuple[int, list[str], dict[str, str]]]
@@ -34,7 +34,7 @@ def start(monkeypatch: pytest.MonkeyPatch) -> Start:
     def call(*arguments: str, gpus: int = 0) -> tuple[int, list[str], dict[str, str]]:
         monkeypatch.setattr(local_ranks, "count_gpus", lambda _: gpus)
         code = start_training.main([*arguments])
-        [found] = started
+        found = started.pop()
         assert code == (0 if found[0] == 1 else 13), "the exit code is theirs"
         return found
 
@@ -87,4 +87,13 @@ def test_a_number_that_cannot_be_is_refused(
 
 
 def test_every_key_is_explained_by_the_training_program(start: Start) -> None:
-    assert start("--help_all", gpus=8)[1] == [*PROGRAM, "--help"]
+    for option in ("--help_all", "--list_recipes", "--print_config"):
+        ranks, command, _ = start(option, "--recipe", "x", gpus=8)
+        assert (ranks, {*command}) == (1, {*PROGRAM, option, "--recipe", "x"})
+
+
+def test_help_is_that_of_training_with_the_number_of_processes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert start_training.main(["--recipe", "demo_text", "--help"]) == 0
+    said = capsys.readouterr().out
+    assert "--ranks N" in said
+    assert "what demo_text has" in said

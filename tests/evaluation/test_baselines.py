@@ -10,7 +10,8 @@ from d2v_scale.batch import Batch
 from d2v_scale.command_line import parse
 from d2v_scale.conversion.demo import digits
 from d2v_scale.data.labelled import LabelledSet
-from d2v_scale.evaluation import score, supervised
+from d2v_scale.evaluation import supervised
+from d2v_scale.evaluation.probes import score
 from d2v_scale.evaluation.raw import raw_features
 from d2v_scale.evaluation.supervised import shuffled
 

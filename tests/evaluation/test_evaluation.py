@@ -2,7 +2,9 @@ import pytest
 import torch
 
 from d2v_scale.batch import Batch
-from d2v_scale.evaluation import extract, knn, linear_probe, nearest, weighted_layers_probe, whitened
+from d2v_scale.evaluation.features import extract
+from d2v_scale.evaluation.knn import knn, nearest, whitened
+from d2v_scale.evaluation.probes import linear_probe, weighted_layers_probe
 from d2v_scale.model.pooling import mean_over_positions
 
 

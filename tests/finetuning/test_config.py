@@ -6,7 +6,7 @@ import tiny_models
 
 from d2v_scale.errors import ConfigError
 from d2v_scale.finetuning.config import CtcConfig, ImageConfig, TaskConfig
-from d2v_scale.parallel.groups import ParallelConfig
+from d2v_scale.parallel.config import ParallelConfig
 from d2v_scale.recipe import Recipe
 
 IMAGES: list[tuple[str, Any]] = [

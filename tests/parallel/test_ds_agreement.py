@@ -7,8 +7,8 @@ import pytest
 from d2v_scale.errors import ConfigError
 from d2v_scale.optim import OptimConfig
 from d2v_scale.parallel import ds_config
+from d2v_scale.parallel.config import ParallelConfig
 from d2v_scale.parallel.ds_config import RecipeNumbers
-from d2v_scale.parallel.groups import ParallelConfig
 
 COSINE = OptimConfig(lr=1e-3, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.05, warmup_steps=10, max_steps=100, clip=1.0)
 POLYNOMIAL = OptimConfig(lr=1e-3, schedule="polynomial", warmup_steps=10, max_steps=100)

@@ -15,7 +15,8 @@ from torch.autograd import DeviceType
 from torch.autograd.profiler_util import EventList, FunctionEvent
 
 from d2v_scale.errors import ConfigError
-from d2v_scale.process.profiling import ProfileConfig, StepProfiler, describe, part
+from d2v_scale.process.config import ProfileConfig
+from d2v_scale.process.profiling import StepProfiler, describe, part
 
 
 def run_steps(profiler: StepProfiler, count: int, student: nn.Module, teacher: nn.Module) -> list[Path]:

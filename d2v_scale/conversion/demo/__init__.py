@@ -67,9 +67,13 @@ def is_complete(target: Path) -> bool:
 def ensure(patterns: Iterable[str | None]) -> None:
     """Write the demo sets that `patterns` name (`.../demo_data/MODALITY/...`) and that are not there yet."""
     for pattern in patterns:
-        parts = Path(pattern or "").parts
-        if ROOT in parts[:-1]:
-            at = parts.index(ROOT)
-            for modality in SETS:
-                if parts[at + 1] == modality:
-                    write(modality, Path(*parts[: at + 1]))
+        if (named := named_set(pattern)) is not None:
+            write(named.name, named.parent)
+
+
+def named_set(pattern: str | None) -> Path | None:
+    """The folder of the demo set that a pattern is in; None: it is in none."""
+    parts = Path(pattern or "").parts
+    if ROOT not in parts[:-1] or parts[at := parts.index(ROOT) + 1] not in SETS:
+        return None
+    return Path(*parts[: at + 1])

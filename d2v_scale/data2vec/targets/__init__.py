@@ -5,9 +5,7 @@ A kind is one of the table or `package.module:Class`, a subclass of `Target` tha
 
 import re
 from collections.abc import Callable, Iterable, Sequence
-
-from torch import Tensor
-from torch.nn import Module
+from typing import TYPE_CHECKING
 
 from d2v_scale.data2vec.config import TargetConfig
 from d2v_scale.data2vec.targets.average import AverageTopK, LastLayer
@@ -17,6 +15,9 @@ from d2v_scale.data2vec.targets.foreign import check_contract, imported
 from d2v_scale.data2vec.targets.inputs import Input
 from d2v_scale.data2vec.targets.whitened import Whitened
 from d2v_scale.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = [
     "TARGETS",
@@ -84,7 +85,7 @@ def check_all(configs: Sequence[TargetConfig], place: Place) -> tuple[Target, ..
             raise ConfigError(
                 f"{key}.kind", f"is {config.kind!r}.", f"Choose one of {', '.join(TARGETS)}, or package.module:Class."
             )
-        taken = called in TAKEN or hasattr(Module, called)
+        taken = called in TAKEN or _is_of_modules(called)
         if taken or not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", called):
             what = "is what a part of every predictor is called" if taken else "is no name"
             raise ConfigError(f"{key}.name", f"{called!r} {what}.", "Give another one, of letters, digits and _.")
@@ -93,6 +94,15 @@ def check_all(configs: Sequence[TargetConfig], place: Place) -> tuple[Target, ..
                 f"{key}.name", f"two targets are called {called!r}.", "Give each a name; without one it is the kind."
             )
     return tuple(_named(check, config, place, number) for number, config in enumerate(configs))
+
+
+def _is_of_modules(called: str) -> bool:
+    """Whether every module of torch has something of that name; no kind of the table is called so."""
+    if called in TARGETS:
+        return False
+    from torch.nn import Module
+
+    return hasattr(Module, called)
 
 
 def widths(every: Sequence[Target]) -> dict[str, int]:
@@ -117,7 +127,7 @@ def _key(number: int) -> str:
     return "objective.target" if number == 0 else f"objective.further_targets.{number - 1}"
 
 
-def make_targets(taps: Iterable[Tensor], config: TargetConfig) -> Tensor:
+def make_targets(taps: "Iterable[Tensor]", config: TargetConfig) -> "Tensor":
     """Targets, fp32 (B, T, D), of a kind without state, from the taps (B, T, D) of main blocks, first block first.
 
     The one-call form, for tests and notebooks.

@@ -2,21 +2,23 @@
 
 Taps come block by block, and each adds to a running sum, so that one (B, T, D) is all that is ever held (or sent from
 one pipeline stage to the next). From the sum come the raw targets, and from these, with the state, the targets.
+
+A recipe is checked by building its targets: what needs torch imports it where it computes.
 """
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from d2v_scale.data2vec.config import TargetConfig
 from d2v_scale.data2vec.targets.norms import normalise, split_norms
 from d2v_scale.errors import ConfigError
 
-State = dict[str, Tensor]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+State = dict[str, "Tensor"]
 """A target's state: fp32 tensors by name, whose shapes never change."""
 
 
@@ -35,12 +37,12 @@ class Place:
 class Made(NamedTuple):
     """The targets of a micro-batch, and what is observed of them."""
 
-    targets_btd: Tensor
+    targets_btd: "Tensor"
     """fp32 (B, T, `Target.width`)."""
-    raw_btd: Tensor
+    raw_btd: "Tensor"
     """fp32 (B, T, `Target.raw_width`): before the state entered. Health is judged on it: whitened targets always have
     spread 1."""
-    counted_bt: Tensor | None
+    counted_bt: "Tensor | None"
     """fp32 (B, T): 1 for positions of the input, 0 for padding and samples that are not there. None: there is no state
     that asks."""
 
@@ -88,7 +90,7 @@ class Target:
         """Which main blocks are tapped. Raises `ConfigError` for some that the model lacks."""
         return tapped_layers(config, place.depth)
 
-    def add(self, running_btd: Tensor | None, tap_btd: Tensor) -> Tensor:
+    def add(self, running_btd: "Tensor | None", tap_btd: "Tensor") -> "Tensor":
         """The running sum after one more tap, (B, T, D) of any float type: fp32 (B, T, D). Extra tokens (CLS) are cut
         off before. `running_btd` may be written to; it is None at the first tap."""
         x_btd = tap_btd.float()
@@ -99,14 +101,14 @@ class Target:
             return x_btd.clone() if x_btd is tap_btd else x_btd
         return running_btd.add_(x_btd)
 
-    def raw(self, running_btd: Tensor | None, inputs_btd: Tensor | None) -> Tensor:
+    def raw(self, running_btd: "Tensor | None", inputs_btd: "Tensor | None") -> "Tensor":
         """fp32 (B, T, `raw_width`) of the sum of all taps (None: it reads none) and, with `reads_inputs`, of fp32
         inputs (B, T, `Place.input_width`)."""
         del inputs_btd
         assert running_btd is not None, "no tap was added"
         return self._normalised(running_btd / len(self.layers))
 
-    def targets(self, raw_btd: Tensor, state: State) -> Tensor:
+    def targets(self, raw_btd: "Tensor", state: State) -> "Tensor":
         """fp32 (B, T, `width`)."""
         del state
         return raw_btd
@@ -123,19 +125,19 @@ class Target:
         """The state that a run begins with, fp32, on the CPU; {}: there is none."""
         return {}
 
-    def statistics(self, raw_btd: Tensor, counted_bt: Tensor, state: State) -> dict[str, Tensor]:
+    def statistics(self, raw_btd: "Tensor", counted_bt: "Tensor", state: State) -> "dict[str, Tensor]":
         """What a micro-batch tells the state: tensors that are added up over micro-batches and replicas. `counted_bt`:
         as in `Made`; other positions must not enter."""
         del raw_btd, counted_bt, state
         return {}
 
-    def moved(self, state: State, sums: dict[str, Tensor]) -> State:
+    def moved(self, state: State, sums: "dict[str, Tensor]") -> State:
         """The state after a step whose `statistics` added up to these (float64). Asked if and only if the optimizer
         stepped."""
         del sums
         return state
 
-    def _normalised(self, x_btd: Tensor) -> Tensor:
+    def _normalised(self, x_btd: "Tensor") -> "Tensor":
         for name in self._final_norms:
             x_btd = normalise(x_btd, name)
         return x_btd
@@ -184,10 +186,12 @@ def tapped_layers(config: TargetConfig, depth: int) -> tuple[int, ...]:
     return tuple(range(depth - config.top_k_layers, depth))
 
 
-@torch.no_grad()
 def make(
-    target: Target, running_btd: Tensor | None, inputs_btd: Tensor | None, counted_bt: Tensor | None, state: State
+    target: Target, running_btd: "Tensor | None", inputs_btd: "Tensor | None", counted_bt: "Tensor | None", state: State
 ) -> Made:
     """The targets of a micro-batch, in training and in evaluation alike."""
-    raw_btd = target.raw(running_btd, inputs_btd)
-    return Made(target.targets(raw_btd, state), raw_btd, counted_bt)
+    import torch
+
+    with torch.no_grad():
+        raw_btd = target.raw(running_btd, inputs_btd)
+        return Made(target.targets(raw_btd, state), raw_btd, counted_bt)

@@ -1,13 +1,13 @@
 """Targets from a codebook that follows the taps, and grows."""
 
-from typing import ClassVar
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, ClassVar
 
 from d2v_scale.data2vec.config import TargetConfig
 from d2v_scale.data2vec.targets.base import Place, State, Target
 from d2v_scale.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _FORGOTTEN = 1e-3
 """A code with this part of a mean code's use is given up."""
@@ -39,7 +39,7 @@ class Codes(Target):
                 "objective.target.options", f"codes is {self.options['codes']}.", "Give a whole number above 0."
             )
 
-    def targets(self, raw_btd: Tensor, state: State) -> Tensor:
+    def targets(self, raw_btd: "Tensor", state: State) -> "Tensor":
         """The nearest code."""
         return _centres(state)[self._nearest(raw_btd, state)]
 
@@ -53,12 +53,16 @@ class Codes(Target):
 
     def initial_state(self) -> State:
         """One code, of nothing."""
+        import torch
+
         used_c = torch.zeros(self.codes)
         used_c[0] = 1
         return {"used": used_c, "count": torch.zeros(self.codes), "sum": torch.zeros(self.codes, self.width)}
 
-    def statistics(self, raw_btd: Tensor, counted_bt: Tensor, state: State) -> dict[str, Tensor]:
+    def statistics(self, raw_btd: "Tensor", counted_bt: "Tensor", state: State) -> "dict[str, Tensor]":
         """For each code the count, sum and sum of squares of its vectors."""
+        import torch
+
         raw_nd = raw_btd.flatten(0, 1)
         nearest_n = self._nearest(raw_nd, state)
         # As a product, whose order of summation is fixed: scattered additions on a GPU have none.
@@ -66,22 +70,24 @@ class Codes(Target):
         choice_cn *= counted_bt.flatten()
         return {"count": choice_cn.sum(1), "sum": choice_cn @ raw_nd, "square": choice_cn @ raw_nd.square()}
 
-    def moved(self, state: State, sums: dict[str, Tensor]) -> State:
+    def moved(self, state: State, sums: "dict[str, Tensor]") -> State:
         """Running sums one step on; then codes are given up, then one splits."""
         momentum = self.options["momentum"]
         moved = {name: momentum * state[name].double() + (1 - momentum) * sums[name] for name in ("count", "sum")}
         moved = _without_forgotten({"used": state["used"].double(), **moved})
         return {name: x.float() for name, x in self._with_split(moved, sums).items()}
 
-    def _nearest(self, vectors: Tensor, state: State) -> Tensor:
+    def _nearest(self, vectors: "Tensor", state: State) -> "Tensor":
         """int64 (...): the code nearest to each of (..., D)."""
         centres_cd = _centres(state)
         # Without |x|^2, which is the same for all codes.
         distances = centres_cd.square().sum(1) - 2 * (vectors @ centres_cd.T)
         return distances.masked_fill(state["used"] == 0, float("inf")).argmin(-1)
 
-    def _with_split(self, state: State, sums: dict[str, Tensor]) -> State:
+    def _with_split(self, state: State, sums: "dict[str, Tensor]") -> State:
         """What is unexplained is asked of this step alone: running sums remember it from before the last split."""
+        import torch
+
         count_c1 = sums["count"][:, None].clamp(min=1)
         variance_cd = (sums["square"] / count_c1 - (sums["sum"] / count_c1).square()).clamp(min=0)
         error_c = (variance_cd * sums["count"][:, None]).sum(1) * state["used"]
@@ -104,16 +110,18 @@ class Codes(Target):
         return found
 
 
-def _at(place: Tensor, x: Tensor) -> Tensor:
+def _at(place: "Tensor", x: "Tensor") -> "Tensor":
     """`x[place]`, for which the host would wait to read the place."""
     return x.index_select(0, place[None]).squeeze(0)
 
 
-def _centres(state: State) -> Tensor:
+def _centres(state: State) -> "Tensor":
     return state["sum"] / state["count"][:, None].clamp(min=1e-30)
 
 
 def _without_forgotten(state: State) -> State:
+    import torch
+
     mean = state["count"].sum() / state["used"].sum()
     kept_c = (state["used"] > 0) & (state["count"] >= _FORGOTTEN * mean)
     return {name: torch.where(kept_c if x.dim() == 1 else kept_c[:, None], x, 0.0) for name, x in state.items()}

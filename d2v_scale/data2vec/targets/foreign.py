@@ -1,13 +1,14 @@
 """Targets that users write: imported by name, and held to the contract before anything is allocated."""
 
 import importlib
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from d2v_scale.data2vec.config import TargetConfig
 from d2v_scale.data2vec.targets.base import Place, State, Target, make
 from d2v_scale.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 KEY = "objective.target.kind"
 _CONTRACT = "See d2v_scale.data2vec.targets.base.Target for what a target must do."
@@ -29,13 +30,15 @@ def imported(kind: str) -> type[Target]:
     return found
 
 
-@torch.no_grad()
 def check_contract(config: TargetConfig, place: Place) -> Target:
     """The target, after one pretended step on a few numbers. Raises `ConfigError` for what breaks the contract."""
+    import torch
+
     kind = imported(config.kind)
     try:
-        target = kind(config, place)
-        wrong = _broken(target, place)
+        with torch.no_grad():
+            target = kind(config, place)
+            wrong = _broken(target, place)
     except ConfigError:
         raise
     except (Exception, SystemExit) as error:  # whatever a user's code raises
@@ -52,6 +55,8 @@ def _said(error: BaseException) -> str:
 
 def _broken(target: Target, place: Place) -> str | None:
     """What is wrong, in words."""
+    import torch
+
     layers = tuple(target.layers)
     if list(layers) != sorted(set(layers)) or not all(type(i) is int and 0 <= i < place.depth for i in layers):
         return f"layers are {layers}, no ascending numbers of {place.depth} main blocks"
@@ -79,7 +84,9 @@ def _broken(target: Target, place: Place) -> str | None:
     return wrong or _wrong_move(target, state, target.statistics(made.raw_btd, made.counted_bt, state))
 
 
-def _wrong_move(target: Target, state: State, sums: dict[str, Tensor]) -> str | None:
+def _wrong_move(target: Target, state: State, sums: "dict[str, Tensor]") -> str | None:
+    from torch import Tensor
+
     if bool(sums) != bool(state):
         return "statistics and initial_state must both be empty, or neither"
     if not all(isinstance(x, Tensor) and x.is_floating_point() for x in sums.values()):
@@ -92,16 +99,20 @@ def _wrong_move(target: Target, state: State, sums: dict[str, Tensor]) -> str | 
 
 
 def _not_a_state(state: object, method: str) -> str | None:
+    import torch
+
     if not isinstance(state, dict):
         return f"{method} gives a {type(state).__name__}, not a dict of tensors"
     for name, x in state.items():
-        if not isinstance(name, str) or not name or not isinstance(x, Tensor) or x.dtype != torch.float32:
+        if not isinstance(name, str) or not name or not isinstance(x, torch.Tensor) or x.dtype != torch.float32:
             return f"{method} gives {name!r}, which is no fp32 tensor with a name"
     return None
 
 
 def _not_of(x: object, shape: tuple[int, ...], method: str) -> str | None:
-    if not isinstance(x, Tensor) or tuple(x.shape) != shape or x.dtype != torch.float32:
-        got = f"{tuple(x.shape)} of {x.dtype}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
+    import torch
+
+    if not isinstance(x, torch.Tensor) or tuple(x.shape) != shape or x.dtype != torch.float32:
+        got = f"{tuple(x.shape)} of {x.dtype}" if isinstance(x, torch.Tensor) else f"a {type(x).__name__}"
         return f"{method} gives {got} instead of {shape} in fp32"
     return None if bool(torch.isfinite(x).all()) else f"{method} gives values that are not finite"

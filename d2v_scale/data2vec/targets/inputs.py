@@ -1,12 +1,14 @@
 """Targets that are the input itself."""
 
-import torch.nn.functional as F
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from d2v_scale.data2vec.config import TargetConfig
 from d2v_scale.data2vec.targets.average import refuse_layers
 from d2v_scale.data2vec.targets.base import Place, Target
 from d2v_scale.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _EPS = 1e-6
 
@@ -35,7 +37,9 @@ class Input(Target):
         refuse_layers(config)
         return ()
 
-    def raw(self, running_btd: Tensor | None, inputs_btd: Tensor | None) -> Tensor:
+    def raw(self, running_btd: "Tensor | None", inputs_btd: "Tensor | None") -> "Tensor":
         """Mean 0 and variance 1 over the values of a position; then `final_norm`."""
+        from torch.nn import functional as F
+
         assert inputs_btd is not None
         return self._normalised(F.layer_norm(inputs_btd, inputs_btd.shape[-1:], eps=_EPS))

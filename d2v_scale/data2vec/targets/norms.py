@@ -1,10 +1,11 @@
 """Parameter-free norms of taps and targets (spec 1.2)."""
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from d2v_scale.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _EPS = 1e-5
 
@@ -28,12 +29,14 @@ def split_norms(names: str, key: str) -> list[str]:
     return parts
 
 
-def normalise(x_btd: Tensor, name: str) -> Tensor:
+def normalise(x_btd: "Tensor", name: str) -> "Tensor":
     """fp32 (B, T, D) with this norm. Padded positions take part in its statistics, as in the reference."""
+    from torch.nn import functional as F
+
     if name == "layer":
         return F.layer_norm(x_btd, x_btd.shape[-1:], eps=_EPS)
     axes = _AXES[name]
     centred_btd = x_btd - x_btd.mean(dim=axes, keepdim=True)
     # Two passes: as exact as torch.var_mean and several times faster over strided axes on a CPU.
     variance = centred_btd.square().mean(dim=axes, keepdim=True)
-    return centred_btd.mul_(torch.rsqrt(variance + _EPS))
+    return centred_btd.mul_((variance + _EPS).rsqrt())

@@ -5,13 +5,13 @@ instead of D (at D = 768 2.4 MB in fp32, and 4.7 MB in fp64 that replicas add up
 FLOPs a micro-batch: as much as the linears of an eighth of a block.
 """
 
-from typing import ClassVar
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, ClassVar
 
 from d2v_scale.data2vec.config import TargetConfig
 from d2v_scale.data2vec.targets.base import Place, State, Target
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _EPS = 1e-5
 
@@ -33,11 +33,13 @@ class Whitened(Target):
         super().__init__(config, place)
         self._spread = "covariance" if self.chosen["covariance"] == "full" else "variance"
 
-    def targets(self, raw_btd: Tensor, state: State) -> Tensor:
+    def targets(self, raw_btd: "Tensor", state: State) -> "Tensor":
         """(x - mean) / std, channel by channel; or with the Cholesky factor L of the covariance L^-1 (x - mean)."""
         centred_btd = raw_btd - state["mean"]
         if self._spread == "variance":
-            return centred_btd * torch.rsqrt(state["variance"] + _EPS)
+            return centred_btd * (state["variance"] + _EPS).rsqrt()
+        import torch
+
         factor_dd = _cholesky(state["covariance"])
         whitened_dn = torch.linalg.solve_triangular(factor_dd, centred_btd.flatten(0, 1).T, upper=False)
         return whitened_dn.T.reshape(raw_btd.shape)
@@ -49,10 +51,12 @@ class Whitened(Target):
 
     def initial_state(self) -> State:
         """Mean 0, variance 1, of nothing."""
+        import torch
+
         spread = torch.ones(self.width) if self._spread == "variance" else torch.eye(self.width)
         return {"mean": torch.zeros(self.width), self._spread: spread, "weight": torch.zeros(())}
 
-    def statistics(self, raw_btd: Tensor, counted_bt: Tensor, state: State) -> dict[str, Tensor]:
+    def statistics(self, raw_btd: "Tensor", counted_bt: "Tensor", state: State) -> "dict[str, Tensor]":
         """Count, sum, and sum of squares (D,) or products (D, D), around the running mean: so that small variances
         beside large means last."""
         centred_nd = (raw_btd - state["mean"]).flatten(0, 1)
@@ -60,7 +64,7 @@ class Whitened(Target):
         square = (centred_nd * weighed_nd).sum(0) if self._spread == "variance" else centred_nd.T @ weighed_nd
         return {"count": counted_bt.sum(), "sum": weighed_nd.sum(0), "square": square}
 
-    def moved(self, state: State, sums: dict[str, Tensor]) -> State:
+    def moved(self, state: State, sums: "dict[str, Tensor]") -> State:
         """The moments of what there was and of the step, merged (Chan et al. 1979)."""
         momentum = self.options["momentum"]
         count = sums["count"].clamp(min=1)
@@ -73,7 +77,7 @@ class Whitened(Target):
             between = shift_d.square()
             within = (sums["square"] / count - between).clamp(min=0)
         else:
-            between = torch.outer(shift_d, shift_d)
+            between = shift_d.outer(shift_d)
             within = sums["square"] / count - between
             within = (within + within.T) / 2
         merged = state[self._spread].double() * (1 - part) + part * within + part * (1 - part) * between
@@ -84,9 +88,11 @@ class Whitened(Target):
         }
 
 
-def _cholesky(covariance_dd: Tensor) -> Tensor:
+def _cholesky(covariance_dd: "Tensor") -> "Tensor":
     """The lower factor, fp32, taken in fp64; where even then there is none, that of the channels alone. Unlike square
     roots and eigenvectors it is found without a wait for the device."""
+    import torch
+
     whole_dd = covariance_dd.double()
     variance_d = whole_dd.diagonal()
     # Channels may depend on each other (a layer norm's add up to 0), and fp32 state is exact to a part of its size.

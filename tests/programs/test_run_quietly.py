@@ -2,8 +2,8 @@ import sys
 
 import pytest
 
-from d2v_scale.commands.run_quietly import run_quietly
 from d2v_scale.errors import UserError
+from d2v_scale.programs.run_quietly import run_quietly
 
 
 def test_what_a_program_said_is_told_without_its_noise() -> None:

@@ -1,0 +1,1 @@
+"""How this package's programs are started as processes of their own, from a clone or installed."""
