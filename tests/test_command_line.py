@@ -131,6 +131,32 @@ def test_an_empty_data_argument_is_refused_by_name(given: list[str]):
         command_line.parse(given)
 
 
+@pytest.mark.parametrize(
+    "given", ["vision=v.tar,smell=x.tar", "smell=x.tar", "smell=/a/x-*.tar", "vision={a,b}.tar,smell=x.tar"]
+)
+def test_a_stem_that_the_model_lacks_is_named(given: str) -> None:
+    """`vision=v.tar,smell=x.tar` became one pattern, of shards that do not exist."""
+    with pytest.raises(ConfigError, match="data: names shards for 'smell', which is no stem of the model. It has vis"):
+        command_line.parse(["--data", given])
+
+
+def test_commas_and_equal_signs_in_paths_are_no_stems(tmp_path: Path) -> None:
+    (tmp_path / "year=2024").mkdir()
+    there = tmp_path / "a,b=c.tar"
+    there.touch()
+    for shards in (
+        f"{tmp_path}/year=2024/*.tar",
+        "pipe:curl 'http://x/y?a,b=c'",
+        "s3://bucket/a,b=c.tar",
+        str(there),
+        "{a,b=c}.tar",
+        f"{tmp_path}/{{a,b=c}}-*.tar",
+    ):
+        for given in (shards, f"vision={shards}"):
+            recipe, _ = command_line.parse(["--data", given])
+            assert [source.shards for source in recipe.data.sources] == [shards]
+
+
 def test_an_unknown_key_in_yaml_is_named_with_its_path(tmp_path):
     file = tmp_path / "mine.yaml"
     file.write_text("name: mine\nobjective:\n  masking:\n    lenght: 3\n")

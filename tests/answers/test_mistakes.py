@@ -136,7 +136,7 @@ MISTAKES = [
     ["--objective.target.kind", "codes", "--objective.target.options", "{codes: 0}"],
     ["--objective.target.kind", "input", "--objective.target.layers", "[1]"],
     ["--objective.target.kind", "whitened", "--objective.target.options", "{momentum: 2}"],
-    ["--objective.masking.prob", "0", "--objective.masking.kind", "random"],
+    ["--objective.masking.prob", "2"],
     ["--objective.masking.clones", "4"],
     ["--optim.warmup_steps", "900"],
     ["--profile.steps", "4:2"],

@@ -190,3 +190,13 @@ def test_a_set_of_lost_samples_alone_is_refused(tmp_path: Path) -> None:
     source = SourceConfig(shards=str(tmp_path))
     with pytest.raises(DataError, match=r"None of the 4 samples .* could be read"):
         check_before_start(find_shards(source), source, "image", 1.0)
+
+
+def test_a_glob_of_indexes_is_the_one_that_it_finds_or_refused_with_all(shards: Path) -> None:
+    """`--data 'shards/*.index.json'` was looked for under that very name."""
+    assert len(find_shards(SourceConfig(shards="shards/*.index.json")).paths) == 4
+    with pytest.raises(DataError, match=r"No index matches 'nowhere/\*\.index\.json'\. Check the path"):
+        find_shards(SourceConfig(shards="nowhere/*.index.json"))
+    write_set(shards, "val", "image", image_samples(2), per_shard=2)
+    with pytest.raises(DataError, match=r"matches 2 indexes, .*train\.index\.json and .*val\.index\.json\. A source"):
+        find_shards(SourceConfig(shards=f"{shards}/*.index.json"))
