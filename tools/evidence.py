@@ -33,7 +33,6 @@ from evidence_table import early_warning, table
 
 from d2v_scale.errors import EXIT_BAD_INPUT, UserError
 from d2v_scale.model.stem_config import Kind
-from d2v_scale.programs.run_quietly import run_quietly
 from d2v_scale.shards.content import length_of
 from d2v_scale.shards.shard_index import Members, SetIndex
 from d2v_scale.tracking.environment import git_revision

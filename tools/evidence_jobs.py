@@ -12,8 +12,8 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from d2v_scale.commands.run_quietly import run_quietly
 from d2v_scale.errors import UserError
+from d2v_scale.programs.run_quietly import run_quietly
 from d2v_scale.tracking.record import read_records
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -19,9 +19,10 @@ from d2v_scale.modalities.speech import decoder as speech
 from d2v_scale.modalities.text import decoder as text
 from d2v_scale.modalities.vision import decoder as vision
 from d2v_scale.shards.content import Content, plural
+from d2v_scale.shards.patterns import is_remote
 from d2v_scale.shards.reading import RawSample, SampleFault, read_sample
 from d2v_scale.shards.shard_index import Members, index_tar
-from d2v_scale.shards.shard_set import find_shards, is_remote
+from d2v_scale.shards.shard_set import find_shards
 
 NAMED = 3
 """Of what was left out so many are named."""

@@ -21,9 +21,10 @@ from d2v_scale.modalities.text.decoder import require_special_ids
 from d2v_scale.redaction import same_address
 from d2v_scale.shards.content import WORDS, Content, length_of, plural, word_of
 from d2v_scale.shards.fetching import ShardCache
+from d2v_scale.shards.patterns import expand, is_remote
 from d2v_scale.shards.shard_index import FORMAT, Measure, SetIndex, ShardEntry, index_shard, real_place, relative_path
 from d2v_scale.shards.shard_jobs import Part, run_all
-from d2v_scale.shards.shard_set import INDEX_SUFFIX, expand, is_remote
+from d2v_scale.shards.shard_set import INDEX_SUFFIX
 
 _TIMEOUT_S = 300.0
 _RETRIES = 2

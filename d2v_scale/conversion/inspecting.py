@@ -19,9 +19,10 @@ from d2v_scale.modalities.text.decoder import Tokenizer
 from d2v_scale.plots.samples import plot_masks
 from d2v_scale.shards.content import Content, length_of, plural, word_of
 from d2v_scale.shards.one_content import reading
+from d2v_scale.shards.patterns import is_remote
 from d2v_scale.shards.reading import Fault, SampleFault, SampleStore
 from d2v_scale.shards.shard_index import Measure
-from d2v_scale.shards.shard_set import ShardSet, find_shards, is_remote
+from d2v_scale.shards.shard_set import ShardSet, find_shards
 
 _BARS = 10
 _WIDTH = 40

@@ -10,7 +10,7 @@ from d2v_scale.modalities.speech import decoder as speech
 from d2v_scale.modalities.vision import decoder as vision
 from d2v_scale.shards.array_files import open_npy
 from d2v_scale.shards.content import Content, plural, word_of
-from d2v_scale.shards.shard_set import is_remote
+from d2v_scale.shards.patterns import is_remote
 
 _BEGINNING = 1 << 16
 """Bytes of a `.npy` that hold its header."""

@@ -17,9 +17,10 @@ from d2v_scale.errors import DataError
 from d2v_scale.modalities.text import decoder as text
 from d2v_scale.modalities.text import tokenizer
 from d2v_scale.shards.fetching import ShardCache
+from d2v_scale.shards.patterns import expand, is_remote
 from d2v_scale.shards.reading import SampleFault, read_sample
 from d2v_scale.shards.shard_index import Members, index_tar
-from d2v_scale.shards.shard_set import INDEX_SUFFIX, expand, find_shards, is_remote
+from d2v_scale.shards.shard_set import INDEX_SUFFIX, find_shards
 
 _NAMED = 20
 

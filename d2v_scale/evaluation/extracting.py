@@ -25,8 +25,9 @@ from d2v_scale.interop.exporting import pick_modality
 from d2v_scale.model.pooling import mean_over_positions
 from d2v_scale.parallel import launchers
 from d2v_scale.shards.one_content import reading
+from d2v_scale.shards.patterns import is_remote
 from d2v_scale.shards.shard_index import SetIndex, ShardEntry, index_shard
-from d2v_scale.shards.shard_set import INDEX_SUFFIX, ShardSet, find_shards, is_remote
+from d2v_scale.shards.shard_set import INDEX_SUFFIX, ShardSet, find_shards
 from d2v_scale.shards.writing import is_written, members_file, write_shard
 
 _RECORD = "extract.json"

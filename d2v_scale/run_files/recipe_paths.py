@@ -12,7 +12,8 @@ from d2v_scale.conversion import demo
 from d2v_scale.errors import ConfigError, UserError
 from d2v_scale.recipe import Recipe
 from d2v_scale.redaction import REDACTED
-from d2v_scale.shards.shard_set import expand, find_shards, is_remote
+from d2v_scale.shards.patterns import expand, is_remote
+from d2v_scale.shards.shard_set import find_shards
 
 
 def _places(recipe: Recipe) -> Iterator[tuple[Any, str]]:

@@ -12,8 +12,9 @@ import numpy as np
 
 from d2v_scale.errors import DataError, as_it_was
 from d2v_scale.shards.fetching import ShardCache
+from d2v_scale.shards.patterns import is_remote
 from d2v_scale.shards.shard_index import Members
-from d2v_scale.shards.shard_set import ShardSet, is_remote
+from d2v_scale.shards.shard_set import ShardSet
 
 _BLOCK, _TYPE, _SPARSE = 512, 156, b"S"
 """Of a tar header: its size, where its type stands, and the type of GNU's sparse files."""

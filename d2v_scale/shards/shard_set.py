@@ -4,13 +4,11 @@ import fnmatch
 import glob
 import os
 import tarfile
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
-import braceexpand
 import numpy as np
 from numpy.typing import NDArray
 
@@ -19,6 +17,7 @@ from d2v_scale.data2vec.stateless import key
 from d2v_scale.errors import DataError
 from d2v_scale.shards.class_names import ClassNames
 from d2v_scale.shards.content import Content, plural
+from d2v_scale.shards.patterns import braces, expand, found_by, is_glob, is_remote
 from d2v_scale.shards.shard_index import FORMAT, Members, SetIndex, ShardEntry, real_place
 from d2v_scale.shards.tar_members import shown
 
@@ -27,11 +26,6 @@ MEMBERS_SUFFIX = ".index"
 _REINDEX = "Make the index again with `d2v index`, or restore the shard."
 _CHECKED_AT_START = 2000
 _LOOKED_INTO = 32
-
-
-def is_remote(path: str) -> bool:
-    """True for a `pipe:` command or a URL."""
-    return path.startswith("pipe:") or "://" in path
 
 
 @dataclass
@@ -137,9 +131,9 @@ def find_shards(source: SourceConfig) -> ShardSet:
 
 def _one_index(pattern: str) -> str:
     """The index that is named, or the only one that a glob finds. Raises DataError for none, and for several."""
-    if is_remote(pattern) or not _is_glob(pattern):
+    if is_remote(pattern) or not is_glob(pattern):
         return pattern
-    found = _glob(pattern)
+    found = found_by(pattern)
     if len(found) == 1:
         return found[0]
     if not found:
@@ -148,67 +142,6 @@ def _one_index(pattern: str) -> str:
         f"{pattern!r} matches {len(found)} indexes, the first two are {found[0]} and {found[1]}.",
         "A source is one set: name one index, all shards (*.tar), or each set in data.sources.",
     )
-
-
-def expand(pattern: str) -> list[str]:
-    """The shards that a pattern names: braces, globs or both, or a directory. Raises DataError where one is missing or
-    named twice.
-
-    What is there under the very name is meant by it, whatever brackets or braces it holds; so is a folder in a path.
-    """
-    if is_remote(pattern):
-        return _none_twice(_braces(pattern), pattern)
-    if os.path.isdir(pattern):
-        paths = _glob("*.tar", pattern)
-    else:
-        paths = _none_twice(_braces(pattern), pattern)
-        paths = [path for name in paths for path in (_glob(name) if _is_glob(name) else [name])]
-        # What several globs find is meant once.
-        paths = list({real_place(path): path for path in reversed(paths)}.values())[::-1]
-    if not paths:
-        raise DataError(f"No shard matches {pattern!r}.", "Check the path, or write shards with `d2v shards`.")
-    absent = [path for path in paths if not os.path.isfile(path)]
-    if absent:
-        raise DataError(
-            f"{len(absent)} of {len(paths)} shards of {pattern!r} do not exist, the first is {absent[0]}.",
-            "Correct the range, or restore the shards.",
-        )
-    return paths
-
-
-def _braces(pattern: str) -> list[str]:
-    """What a pattern's braces stand for. Raises DataError for one without its other half."""
-    if not is_remote(pattern) and os.path.lexists(pattern):
-        return [pattern]
-    try:
-        return list(braceexpand.braceexpand(pattern))
-    except ValueError as error:
-        raise DataError(f"The pattern {pattern!r} has a brace too many: {error}.", "Correct it.") from error
-
-
-def _none_twice(names: list[str], pattern: str) -> list[str]:
-    counts = Counter(name if is_remote(name) else real_place(name) for name in names if not glob.has_magic(name))
-    if twice := [name for name, count in counts.items() if count > 1]:
-        raise DataError(f"{pattern!r} names {twice[0]} twice.", "Name every shard once.")
-    return names
-
-
-def _is_glob(name: str) -> bool:
-    return glob.has_magic(name) and not os.path.lexists(name)
-
-
-def _glob(pattern: str, folder: str = "") -> list[str]:
-    """What a glob finds below `folder`, sorted; parts of the path that are there under the very name are no glob."""
-    found = [folder or ("/" if os.path.isabs(pattern) else "")]
-    for part in filter(None, pattern.split("/")):
-        found = [os.path.join(path, name) for path in found for name in _names(path, part)]
-    return sorted(found)
-
-
-def _names(folder: str, part: str) -> list[str]:
-    if not glob.has_magic(part) or os.path.lexists(os.path.join(folder, part)):
-        return [part] if os.path.lexists(os.path.join(folder, part)) else []
-    return glob.glob(part, root_dir=folder or None)
 
 
 def _beside(paths: list[str], pattern: str) -> ShardSet:
@@ -265,14 +198,14 @@ def _chosen(found: dict[str, ShardEntry], pattern: str, index_file: Path) -> dic
     listed = {_absolute(path): path for path in found} | {entry.path: path for path, entry in found.items()}
     wanted: list[str] = []
     if not is_remote(pattern) and os.path.isdir(pattern):
-        wanted = list(filter(_names_of(pattern), listed)) + list(map(_absolute, _glob("*.tar", pattern)))
+        wanted = list(filter(_names_of(pattern), listed)) + list(map(_absolute, found_by("*.tar", pattern)))
     else:
-        for name in _braces(pattern):
-            if is_remote(name) or not _is_glob(name):
+        for name in braces(pattern):
+            if is_remote(name) or not is_glob(name):
                 wanted.append(name if name in listed else _absolute(name))
                 continue
             # A glob names what is in the index and what is there, in the index or not.
-            named = list(filter(_names_of(name), listed)) + list(map(_absolute, _glob(name)))
+            named = list(filter(_names_of(name), listed)) + list(map(_absolute, found_by(name)))
             wanted += named or [name]
     missing = [name for name in wanted if name not in listed]
     if missing:
@@ -298,8 +231,8 @@ def _names_of(pattern: str) -> Callable[[str], bool]:
     """Whether `pattern` would find a local path if it were there, however the two are written."""
     if os.path.isdir(pattern):
         pattern = os.path.join(glob.escape(os.path.realpath(pattern)), "*.tar")
-    globs = [os.path.split(name) for name in _braces(pattern)]
-    folders = [({os.path.realpath(one) for one in _glob(folder)}, folder, name) for folder, name in globs]
+    globs = [os.path.split(name) for name in braces(pattern)]
+    folders = [({os.path.realpath(one) for one in found_by(folder)}, folder, name) for folder, name in globs]
 
     def is_named(path: str) -> bool:
         if is_remote(path):

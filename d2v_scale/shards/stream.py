@@ -11,9 +11,9 @@ from d2v_scale.data2vec.stateless import numpy_generator
 from d2v_scale.errors import DataStarved
 from d2v_scale.shards.fetching import ShardCache
 from d2v_scale.shards.order import KeyedPermutation
+from d2v_scale.shards.patterns import is_remote
 from d2v_scale.shards.reading import Fault, NothingHere, RawSample, SampleFault, read_sample
 from d2v_scale.shards.shard_index import index_tar
-from d2v_scale.shards.shard_set import is_remote
 
 log = logging.getLogger(__name__)
 
