@@ -8,10 +8,10 @@
 - learning: k-NN finds fewer labels than with random weights, by more than two standard errors
 - held out: the student explains no more of held-out targets than their mean does
 - layers: every layer after the first is like all others (CKA above .995)
-- teacher: it does not move, or is farther from the student than half its own norm (an EMA too fast or too slow)
-- waiting: the median share of a step that waits for data is above 10 %
+- teacher: it does not move, is the student itself, or is farther from it than half its own norm (the EMA)
+- waiting: the median share of a step that waits for data is above 15 %
 - lost: more than a thousandth of the planned samples
-- speed: the last fifth is slower than four fifths of the second
+- speed: the last fifth is slower than 70 % of the second
 
 What was not recorded is not judged. A rule that compares parts of a run needs `LEAST` records of the figure.
 """
@@ -27,6 +27,8 @@ from d2v_scale.data2vec.config import HealthConfig
 
 LEAST = 10
 """Records from which parts of a run are compared: with fewer, one of them is one step."""
+_SAME = 1e-6
+"""Distance from the student, in the teacher's norm, below which they are one network."""
 _ERRORS = 2.0
 """Standard errors that an accuracy must have fallen by."""
 
@@ -146,14 +148,17 @@ def _teacher(records: Records) -> Iterator[Sign]:
     moved = [r for r in records if "teacher_update_norm" in r and r.get("lr", 1.0) > 0 and r.get("decay", 0.0) < 1]
     if len(moved) >= LEAST and all(r["teacher_update_norm"] == 0 for r in moved[-3:]):
         yield Sign("the teacher", "it does not move")
+        return
     distances = _values(records, "student_teacher_distance_relative")
     if distances and distances[-1] > 0.5:
         yield Sign("the teacher", f"it is {distances[-1]:.2g} of its own norm away from the student")
+    if len(distances) >= LEAST and max(distances[-3:]) < _SAME:
+        yield Sign("the teacher", "it is the student itself (see objective.ema)")
 
 
 def _waiting(records: Records) -> Iterator[Sign]:
     shares = _values(records, "data_wait_share")
-    if len(shares) >= LEAST and (share := statistics.median(shares[len(shares) // 10 :])) > 0.1:
+    if len(shares) >= LEAST and (share := statistics.median(shares[len(shares) // 10 :])) > 0.15:
         yield Sign("the loader", f"{share:.0%} of a step waits for data (see data.workers)")
 
 
@@ -166,7 +171,7 @@ def _lost(records: Records) -> Iterator[Sign]:
 
 def _speed(records: Records) -> Iterator[Sign]:
     fifths = _fifths(_values(records, "samples_per_second"))
-    if fifths and fifths[-1] < 0.8 * fifths[1]:
+    if fifths and fifths[-1] < 0.7 * fifths[1]:
         yield Sign("the speed", f"{fifths[-1]:.3g} samples a second in the end, {fifths[1]:.3g} after a fifth")
 
 

@@ -9,6 +9,7 @@ from d2v_scale.data2vec.config import HealthConfig
 from d2v_scale.tracking.verdict import signs, verdict
 
 Record = dict[str, Any]
+DISTANCE = "student_teacher_distance_relative"
 
 
 def healthy() -> list[Record]:
@@ -69,10 +70,15 @@ def test_a_healthy_run_is_called_so() -> None:
         ("the held-out targets", changed(21, held_out_explained=-0.01), changed(21, held_out_explained=0.01)),
         ("the layers", changed(21, **{"cka/layer_02": 0.999, "cka/layer_03": 0.998}), changed(21)),
         ("the teacher", changed(teacher_update_norm=0.0), changed(10, teacher_update_norm=1e-9)),
-        ("the teacher", changed(student_teacher_distance_relative=0.7), changed()),
-        ("the loader", changed(2, data_wait_share=0.2), changed(2, data_wait_share=0.08)),
+        ("the teacher", changed(**{DISTANCE: 0.7}), changed()),
+        (
+            "the teacher",
+            changed(student_teacher_distance_relative=0.0),
+            changed(student_teacher_distance_relative=1e-4),
+        ),
+        ("the loader", changed(2, data_wait_share=0.2), changed(2, data_wait_share=0.12)),
         ("lost samples", changed(**{"data/lost": 100.0}), changed(**{"data/lost": 0.5})),
-        ("the speed", changed(12, samples_per_second=60.0), changed(12, samples_per_second=90.0)),
+        ("the speed", changed(12, samples_per_second=60.0), changed(12, samples_per_second=75.0)),
     ],
 )
 def test_every_sign_is_found_alone(name: str, bad: Any, near: Any) -> None:
