@@ -1,6 +1,11 @@
-"""How every verb explains itself: its text as it is written, and the default of every option."""
+"""How every verb explains itself: its text as it is written, every default, and what to do about words too many."""
 
 import argparse
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from d2v_scale.answers.patterns import quoted
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
@@ -14,3 +19,25 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
         if none or not (action.option_strings or action.nargs == "?"):
             return text
         return f"{text} (default: %(default)s)"
+
+
+class VerbParser(argparse.ArgumentParser):
+    """The command line of a verb: `description` is the module's text."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{"formatter_class": HelpFormatter, **options})
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+        """As usual; of words too many, because the shell has resolved a pattern, with the remedy."""
+        found, extra = self.parse_known_args(args, namespace)
+        given = [word for value in vars(found).values() for word in (value if isinstance(value, list) else [value])]
+        files = [str(word) for word in [*given, *extra] if _is_shard(word)]
+        if extra and len(files) > 1:
+            self.error(f"words too many: {' '.join(extra[:3])}. {quoted('', sorted(files))}")
+        if extra:
+            self.error(f"unrecognized arguments: {' '.join(extra)}")
+        return found
+
+
+def _is_shard(word: Any) -> bool:
+    return str(word).endswith((".tar", ".json", ".tar.gz", ".tgz")) or (isinstance(word, str) and os.path.isfile(word))

@@ -1,11 +1,11 @@
 """Words of a command line that belong to no key: most are files, from a pattern that the shell has resolved."""
 
-import itertools
 import os
 import re
 import typing
 from collections.abc import Sequence
 
+from d2v_scale.answers.patterns import quoted
 from d2v_scale.errors import ConfigError
 from d2v_scale.run_files import recipe_file
 
@@ -32,19 +32,6 @@ def refuse(arguments: Sequence[str]) -> None:
             if re.fullmatch(r"[A-Za-z_][\w.]*=.*", word):
                 raise ConfigError("command line", f"{word!r} is no key and value", f"Write --{word}.")
             raise ConfigError("command line", f"{word!r} belongs to no key", "Write --KEY VALUE, or --KEY=VALUE.")
-
-
-def quoted(before: str, words: Sequence[str]) -> str:
-    """The remedy for a pattern that the shell has resolved to these words."""
-    start = _common(words)
-    end = _common([word[len(start) :][::-1] for word in words])[::-1]
-    return f"Quote the pattern, which your shell has resolved: {before}'{start}*{end}'."
-
-
-def _common(words: Sequence[str]) -> str:
-    """What all begin with, character by character."""
-    alike = itertools.takewhile(lambda letters: len({*letters}) == 1, zip(*words, strict=False))
-    return "".join(letters[0] for letters in alike)
 
 
 def _list(words: Sequence[str]) -> str:

@@ -18,13 +18,13 @@ import argparse
 import sys
 from pathlib import Path
 
-from d2v_scale.answers.help_text import HelpFormatter
+from d2v_scale.answers.help_text import VerbParser
 from d2v_scale.errors import EXIT_BAD_INPUT, UserError
 
 
 def make_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = VerbParser(description=__doc__)
     parser.add_argument("runs", metavar="RUN", nargs="+", help="run directories, checkpoints, exported folders")
     parser.add_argument(
         "--data", required=True, help="training shards; a folder with train and test in it; or one set to be split"

@@ -7,14 +7,14 @@ import argparse
 import sys
 from pathlib import Path
 
-from d2v_scale.answers.help_text import HelpFormatter
+from d2v_scale.answers.help_text import VerbParser
 from d2v_scale.errors import EXIT_BAD_INPUT, UserError
 from d2v_scale.tracking.events import append_event
 
 
 def make_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = VerbParser(description=__doc__)
     parser.add_argument("run", metavar="RUN", type=Path, help="a run directory; its newest checkpoint is drawn")
     parser.add_argument("--data", help="labelled shards; default: the recipe's evaluation.test")
     parser.add_argument("--samples", type=int, default=200, help="samples among which neighbours are looked for")

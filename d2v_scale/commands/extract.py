@@ -18,13 +18,13 @@ import argparse
 import sys
 from pathlib import Path
 
-from d2v_scale.answers.help_text import HelpFormatter
+from d2v_scale.answers.help_text import VerbParser
 from d2v_scale.errors import EXIT_BAD_INPUT, UserError
 
 
 def make_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = VerbParser(description=__doc__)
     parser.add_argument("checkpoint", help="a checkpoint, a run directory or an exported folder")
     parser.add_argument("shards", help="indexed shards")
     parser.add_argument("out", type=Path, help="folder of the files")

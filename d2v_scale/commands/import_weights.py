@@ -8,13 +8,13 @@ import sys
 import warnings
 from pathlib import Path
 
-from d2v_scale.answers.help_text import HelpFormatter
+from d2v_scale.answers.help_text import VerbParser
 from d2v_scale.errors import EXIT_BAD_INPUT, UserError
 
 
 def make_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = VerbParser(description=__doc__)
     parser.add_argument("source", type=Path, help=".pt or .pth file, Hugging Face folder, or folder of a recorded run")
     parser.add_argument("out", type=Path, help="directory to write the checkpoint into")
     parser.add_argument("--state", choices=("init", "final"), default="init", help="which state of a recorded run")

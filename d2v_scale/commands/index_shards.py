@@ -17,7 +17,7 @@ import os
 import sys
 from pathlib import Path
 
-from d2v_scale.answers.help_text import HelpFormatter
+from d2v_scale.answers.help_text import VerbParser
 from d2v_scale.data.config import VisionData
 from d2v_scale.errors import EXIT_BAD_INPUT, UserError
 from d2v_scale.shards.content import WORDS
@@ -25,7 +25,7 @@ from d2v_scale.shards.content import WORDS
 
 def make_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = VerbParser(description=__doc__)
     parser.add_argument("shards", help="path with {000000..000099}, glob, directory, `pipe:` command or URL")
     parser.add_argument(
         "--modality",

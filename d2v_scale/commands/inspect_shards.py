@@ -13,14 +13,14 @@ import argparse
 import sys
 from pathlib import Path
 
-from d2v_scale.answers.help_text import HelpFormatter
+from d2v_scale.answers.help_text import VerbParser
 from d2v_scale.data.config import VisionData
 from d2v_scale.errors import EXIT_BAD_INPUT, UserError
 
 
 def make_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = VerbParser(description=__doc__)
     parser.add_argument("shards", help="path with {000000..000099}, glob, directory or index file")
     parser.add_argument("--index", help="index file of shards that are not local")
     parser.add_argument("--check", action="store_true", help="decode every sample and compare its checksum")

@@ -13,13 +13,13 @@ import sys
 from pathlib import Path
 
 from d2v_scale import templates
-from d2v_scale.answers.help_text import HelpFormatter
+from d2v_scale.answers.help_text import VerbParser
 from d2v_scale.errors import EXIT_BAD_INPUT, UserError
 
 
 def make_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = VerbParser(description=__doc__)
     parser.add_argument("folder", type=Path, help="made where it does not exist")
     parser.add_argument("--recipes", action="store_true", help="the recipes, too, to be changed and given as files")
     return parser

@@ -18,7 +18,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from d2v_scale.answers.help_text import HelpFormatter
+from d2v_scale.answers.help_text import HelpFormatter, VerbParser
 from d2v_scale.conversion import demo
 from d2v_scale.data.config import VisionData
 from d2v_scale.errors import EXIT_BAD_INPUT, UserError
@@ -84,7 +84,7 @@ def _add_encoding(parser: argparse.ArgumentParser) -> None:
 
 def make_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = VerbParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("demo", help="real data from installed packages", formatter_class=HelpFormatter)
     command.add_argument("out", type=Path, nargs="?", default=Path(demo.ROOT), metavar="OUT", help="folder")

@@ -12,14 +12,14 @@ bytes held and bytes sent are counted, and agree with measured ones in the tests
 import argparse
 import sys
 
-from d2v_scale.answers.help_text import HelpFormatter
+from d2v_scale.answers.help_text import VerbParser
 from d2v_scale.errors import EXIT_BAD_INPUT, UserError
 from d2v_scale.planning import hardware
 
 
 def make_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
+    parser = VerbParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--recipe", help="recipe of the package or a YAML file")
     parser.add_argument("--nodes", type=int, default=1, help="number of nodes")
     parser.add_argument("--gpus", type=int, default=8, help="devices on each node")

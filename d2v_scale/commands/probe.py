@@ -15,7 +15,7 @@ import json
 import sys
 from pathlib import Path
 
-from d2v_scale.answers.help_text import HelpFormatter
+from d2v_scale.answers.help_text import VerbParser
 from d2v_scale.data.config import LETTERS
 from d2v_scale.errors import EXIT_BAD_INPUT, UserError
 
@@ -24,7 +24,7 @@ TASKS = ("knn", "linear", "attentive", "ctc", "classify")
 
 def make_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = VerbParser(description=__doc__)
     parser.add_argument("checkpoint", help="a checkpoint, a run directory (its newest checkpoint), an exported folder")
     parser.add_argument("--data", help="labelled training shards; default: the recipe's evaluation.train")
     parser.add_argument("--test", help="labelled held-out shards; default: the recipe's evaluation.test")

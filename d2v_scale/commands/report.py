@@ -4,14 +4,14 @@ import argparse
 import sys
 from pathlib import Path
 
-from d2v_scale.answers.help_text import HelpFormatter
+from d2v_scale.answers.help_text import VerbParser
 from d2v_scale.errors import EXIT_BAD_INPUT
 from d2v_scale.plots.report import write_report
 
 
 def make_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = VerbParser(description=__doc__)
     parser.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="run directories")
     parser.add_argument("--out", type=Path, default=Path("report.html"), help="the page")
     return parser

@@ -18,7 +18,7 @@ from pathlib import Path
 
 # A login node may have nothing but Python: what is imported here needs no other package.
 from d2v_scale import templates
-from d2v_scale.answers.help_text import HelpFormatter
+from d2v_scale.answers.help_text import VerbParser
 from d2v_scale.errors import EXIT_BAD_INPUT
 from d2v_scale.programs.own_program import own_program
 
@@ -81,7 +81,7 @@ def planned(options: argparse.Namespace, for_training: list[str], nodes: int, gp
 
 def make_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
+    parser = VerbParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--recipe", required=True, help="recipe of the package or a YAML file")
     parser.add_argument("--nodes", type=int, help="number of nodes; default: the template's")
     parser.add_argument("--gpus", help="GPUs on each node, such as 8 or h100:8; default: the template's")

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from d2v_scale import templates
-from d2v_scale.answers.help_text import HelpFormatter
+from d2v_scale.answers.help_text import VerbParser
 from d2v_scale.errors import EXIT_BAD_INPUT, UserError
 from d2v_scale.plots.curves import series
 from d2v_scale.process.status import read_status
@@ -322,7 +322,7 @@ def plot(groups: dict[str, list[list[dict[str, Any]]]], path: Path) -> None:
 
 def make_parser() -> argparse.ArgumentParser:
     """The command line, up to `--`."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = VerbParser(description=__doc__)
     parser.add_argument("recipe", help="name or YAML file")
     parser.add_argument("--grid", action="append", default=[], metavar="KEY=V,V", help="an axis; may be repeated")
     parser.add_argument("--seeds", type=int, nargs="+", help="seeds of every point; default: 1")

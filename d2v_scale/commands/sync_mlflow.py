@@ -12,7 +12,7 @@ import os
 import sys
 from pathlib import Path
 
-from d2v_scale.answers.help_text import HelpFormatter
+from d2v_scale.answers.help_text import VerbParser
 from d2v_scale.errors import EXIT_BAD_INPUT
 from d2v_scale.redaction import redact
 from d2v_scale.tracking.follow import catch_up
@@ -23,7 +23,7 @@ from d2v_scale.tracking.record import METRICS_FILE
 
 def make_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = VerbParser(description=__doc__)
     parser.add_argument("run_dirs", metavar="RUN_DIR", type=Path, nargs="+", help="directories of runs")
     parser.add_argument(
         "--tracking_uri", help="default: MLFLOW_TRACKING_URI, else where the run is, else mlflow.db beside it"

@@ -12,13 +12,13 @@ import os
 import sys
 from pathlib import Path
 
-from d2v_scale.answers.help_text import HelpFormatter
+from d2v_scale.answers.help_text import VerbParser
 from d2v_scale.errors import EXIT_BAD_INPUT, UserError
 
 
 def make_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = VerbParser(description=__doc__)
     parser.add_argument("source", help="shards of text, a file, or a folder of files")
     parser.add_argument("out", type=Path, help="the model to write, such as tokenizer.model")
     parser.add_argument("--vocab_size", type=int, default=32000, help="pieces, without <mask>")

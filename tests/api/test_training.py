@@ -50,6 +50,7 @@ def started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, codes: list[int]) -
 
 
 def test_keys_are_nested_or_dotted(started: Started) -> None:
+    Path("a b.tar").touch()
     run = d2v_scale.train(
         "demo_vision",
         data=Path("a b.tar"),
@@ -153,3 +154,10 @@ def test_the_notebook_goes_from_pictures_to_neighbours(tmp_path: Path, monkeypat
     assert tuple(names["vectors"].shape) == (12, 96)
     assert tuple(names["neighbours"].shape) == (12, 5)
     assert (tmp_path / "neighbours" / "neighbours.png").is_file()
+
+
+def test_shards_that_are_not_there_are_named_before_anything_is_started(started: Started) -> None:
+    with pytest.raises(UserError, match=r"1 of 1 shards of 'nowhere\.tar' do not exist"):
+        d2v_scale.train("demo_vision", data="nowhere.tar", run_dir="runs/a")
+    assert started == []
+    assert not Path("runs").exists()

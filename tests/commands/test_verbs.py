@@ -95,6 +95,29 @@ def test_help_shows_every_default(name: str) -> None:
                 assert f"default: {action.default}" in shown, (name, action.dest)
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["inspect", "{}", "--out", "p"],
+        ["index", "{}", "--modality", "vision"],
+        ["extract", "runs/vit", "{}", "features/"],
+        ["probe", "runs/vit", "--data", "{}"],
+        ["tokenizer", "{}", "tokenizer.model"],
+    ],
+)
+def test_a_pattern_that_the_shell_has_resolved_is_to_be_quoted(
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = [str(tmp_path / f"train-{number:03}.tar") for number in range(1, 4)]
+    given = [one for word in words for one in (files if word == "{}" else [word])]
+    with pytest.raises(SystemExit) as ended:
+        verbs.main(given)
+    assert ended.value.code == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "words too many: " in said
+    assert f"Quote the pattern, which your shell has resolved: '{tmp_path}/train-00*.tar'" in said
+
+
 def test_the_list_of_verbs_is_a_line_each_and_fast(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         verbs.main(["--help"])
