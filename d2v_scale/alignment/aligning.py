@@ -91,7 +91,7 @@ def align(options: argparse.Namespace) -> Alignment:
     measured, samples = _features(options, seeds, split)
     pairs, too_few = [], []
     for x, y in itertools.combinations(seeds[0].stems, 2):
-        found = _pair(measured, split, x, y)
+        found = measured_pair(measured, split, x, y)
         if isinstance(found, str):
             too_few.append(found)
         else:
@@ -168,7 +168,7 @@ def _samples(
     return both[0], both[1]
 
 
-def _pair(found: Sources, split: Split, x: str, y: str) -> Pair | str:
+def measured_pair(found: Sources, split: Split, x: str, y: str) -> Pair | str:
     """A pair of stems, measured; what to say where there are too few concepts."""
     first = found.runs[0]
     train_n, test_n = ((first[x][side].present_n & first[y][side].present_n).nonzero()[:, 0] for side in (0, 1))

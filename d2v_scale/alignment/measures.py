@@ -14,7 +14,7 @@ NEIGHBOURS = 10
 """k of mutual k-NN."""
 _TIE = 1e-6
 """Similarities that differ by less are equal: samples in batches of other lengths differ by rounding."""
-_PENALTIES = torch.logspace(-4, 4, 17, dtype=torch.float64)
+_PENALTIES = torch.logspace(-4, 4, 9, dtype=torch.float64)
 """Of ridge maps, in mean squared singular values of the features."""
 
 
@@ -92,12 +92,12 @@ class RidgeMap:
 def mutual_neighbours(x_nd: Tensor, y_ne: Tensor, k: int = NEIGHBOURS) -> Tensor:
     """float64 (N,): which share of a concept's k nearest others in one set is among the k nearest in the other (Huh et
     al. 2024). By cosine of centred features; of ties at the k-th place each counts in part, as if drawn."""
+    return shared(neighbours(x_nd, k), neighbours(y_ne, k))
+
+
+def neighbours(x_nd: Tensor, k: int = NEIGHBOURS) -> Tensor:
+    """float64 (N, N): how much each other concept is one of a concept's k nearest; rows sum to k."""
     k = min(k, len(x_nd) - 1)
-    return (_neighbours(x_nd, k) * _neighbours(y_ne, k)).sum(dim=1) / k
-
-
-def _neighbours(x_nd: Tensor, k: int) -> Tensor:
-    """(N, N): how much each other concept is a neighbour; rows sum to k."""
     centred_nd = x_nd.double() - x_nd.double().mean(dim=0)
     similarity_nn = cosines(centred_nd, centred_nd)
     similarity_nn.fill_diagonal_(-torch.inf)
@@ -108,6 +108,11 @@ def _neighbours(x_nd: Tensor, k: int) -> Tensor:
     return nearer_nn + tied_nn * (open_n1 / tied_nn.sum(dim=1, keepdim=True).clamp(min=1))
 
 
+def shared(x_nn: Tensor, y_nn: Tensor) -> Tensor:
+    """float64 (N,): `mutual_neighbours` of what `neighbours` says of both sets."""
+    return (x_nn * y_nn).sum(dim=1) / x_nn.sum(dim=1)
+
+
 def debiased_cka(x_nd: Tensor, y_ne: Tensor) -> Tensor:
     """float64 (N,), its mean the linear CKA with unbiased HSIC (Song et al. 2012; Nguyen et al. 2021): about 0 for
     features that have nothing in common however wide they are, 1 for equal ones. 0 where a set does not vary.
@@ -115,25 +120,42 @@ def debiased_cka(x_nd: Tensor, y_ne: Tensor) -> Tensor:
     The values are jackknife pseudo-values, moved to that mean: their spread is that of the score over concepts. Needs
     5 concepts.
     """
-    k_nn, l_nn = _gram(x_nd), _gram(y_ne)
-    kl, kl_n = _hsic(k_nn, l_nn)
-    kk, kk_n = _hsic(k_nn, k_nn)
-    ll, ll_n = _hsic(l_nn, l_nn)
-    whole, left_out_n = _ratio(kl, kk, ll), _ratio(kl_n, kk_n, ll_n)
-    n = len(x_nd)
-    pseudo_n = n * whole - (n - 1) * left_out_n
-    return pseudo_n - pseudo_n.mean() + whole
+    return Kernel.of(x_nd).cka(Kernel.of(y_ne))
 
 
-def _gram(x_nd: Tensor) -> Tensor:
-    """Of centred features of mean square 1, without its diagonal."""
-    centred_nd = x_nd.double() - x_nd.double().mean(dim=0)
-    size = centred_nd.square().sum(dim=1).mean().sqrt()
-    level = x_nd.double().square().sum(dim=1).mean().sqrt()
-    if size <= 1e-7 * level:  # rounding is no variation
-        centred_nd = torch.zeros_like(centred_nd)
-    gram_nn = (centred_nd / size.clamp(min=1e-30)) @ (centred_nd / size.clamp(min=1e-30)).T
-    return gram_nn.fill_diagonal_(0)
+@dataclass(frozen=True)
+class Kernel:
+    """A set's linear kernel, and its unbiased HSIC with itself."""
+
+    gram_nn: Tensor
+    """Of centred features of mean square 1, without the diagonal."""
+    own: Tensor
+    own_n: Tensor
+    """Without each concept."""
+
+    @classmethod
+    def of(cls, x_nd: Tensor) -> "Kernel":
+        """Of features (N, D)."""
+        centred_nd = x_nd.double() - x_nd.double().mean(dim=0)
+        size = centred_nd.square().sum(dim=1).mean().sqrt()
+        level = x_nd.double().square().sum(dim=1).mean().sqrt()
+        if size <= 1e-7 * level:  # rounding is no variation
+            centred_nd = torch.zeros_like(centred_nd)
+        scaled_nd = centred_nd / size.clamp(min=1e-30)
+        gram_nn = (scaled_nd @ scaled_nd.T).fill_diagonal_(0)
+        return cls(gram_nn, *_hsic(gram_nn, gram_nn))
+
+    def reordered(self, order_n: Tensor) -> "Kernel":
+        """Of the same features in another order."""
+        return Kernel(self.gram_nn[order_n][:, order_n], self.own, self.own_n[order_n])
+
+    def cka(self, other: "Kernel") -> Tensor:
+        """See `debiased_cka`."""
+        both, both_n = _hsic(self.gram_nn, other.gram_nn)
+        whole, left_out_n = _ratio(both, self.own, other.own), _ratio(both_n, self.own_n, other.own_n)
+        n = len(self.gram_nn)
+        pseudo_n = n * whole - (n - 1) * left_out_n
+        return pseudo_n - pseudo_n.mean() + whole
 
 
 def _hsic(k_nn: Tensor, l_nn: Tensor) -> tuple[Tensor, Tensor]:

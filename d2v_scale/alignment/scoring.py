@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from d2v_scale.alignment import measures
-from d2v_scale.alignment.measures import Ridge
+from d2v_scale.alignment.measures import Kernel, Ridge, RidgeMap
 
 AT = (1, 5, 10)
 """Retrieval is reported among so many nearest."""
@@ -76,6 +76,9 @@ class PairOfLayers:
     def __init__(self, features: Features) -> None:
         self.features = features
         self._x, self._y = Ridge(features.train_x_nd), Ridge(features.train_y_ne)
+        test = features.test_x_nd, features.test_y_ne
+        self._neighbours = [measures.neighbours(one) for one in test]
+        self._kernels = [Kernel.of(one) for one in test]
         self.same_space = features.train_x_nd.shape[1] == features.train_y_ne.shape[1]
 
     def mapped(self) -> tuple[Tensor, Tensor]:
@@ -83,45 +86,61 @@ class PairOfLayers:
         forth = self._x.fit(self.features.train_y_ne)
         return forth(self.features.test_x_nd), self.features.test_y_ne.double() - forth.y_mean_e
 
-    def scores(self, order: Order | None = None, *, details: bool = True) -> LayerScores:
-        """Measure them, `order`: as other pairs. `details`: with what a layer is chosen by, and retrieval at all k."""
+    def scores(self) -> LayerScores:
+        """Measure them."""
         given = self.features
         train_x, train_y, test_x, test_y = given.train_x_nd, given.train_y_ne, given.test_x_nd, given.test_y_ne
-        if order is None:
-            forth, back = self._x.fit(train_y), self._y.fit(train_x)
-        else:
-            forth, back = self._x.fit(train_y[order.train_n]), self._y.fit(train_x[order.train_n.argsort()])
-            test_y = test_y[order.test_n]
-        mapped = (
-            measures.ranks(forth(test_x), test_y.double() - forth.y_mean_e),
-            measures.ranks(back(test_y), test_x.double() - back.y_mean_e),
-        )
-        spaces = {"mapped": mapped}
-        values = {MAPPED: _recall(mapped, K)}
+        forth, back = self._x.fit(train_y), self._y.fit(train_x)
+        spaces = {"mapped": _mapped_ranks(forth, back, test_x, test_y)}
         if self.same_space:
             spaces["same"] = measures.ranks(test_x, test_y), measures.ranks(test_y, test_x)
-            values[SAME] = _recall(spaces["same"], K)
-        values[MUTUAL] = measures.mutual_neighbours(test_x, test_y)
-        values[CKA] = measures.debiased_cka(test_x, test_y)
-        found = LayerScores(values)
-        if details:
-            assert order is None
-            if self.same_space:
-                centred = test_x.double() - train_x.double().mean(0), test_y.double() - train_y.double().mean(0)
-                spaces["centred"] = measures.ranks(*centred), measures.ranks(*centred[::-1])
-                found.gap = measures.modality_gap(test_x, test_y)
-            found.retrieval = {name: _at_all(ranks) for name, ranks in spaces.items()}
-            some = slice(None, _LAYER_CHOICE)
-            left_out = (
-                measures.ranks(forth.left_out_ne[some] - forth.y_mean_e, train_y[some].double() - forth.y_mean_e),
-                measures.ranks(back.left_out_ne[some] - back.y_mean_e, train_x[some].double() - back.y_mean_e),
-            )
-            found.on_training = {MAPPED: float(_recall(left_out, K).mean())}
-            if self.same_space:
-                found.on_training[SAME] = float(measures.recall(train_x[some], train_y[some], K).mean())
-            found.on_training[MUTUAL] = float(measures.mutual_neighbours(train_x[some], train_y[some]).mean())
-            found.on_training[CKA] = float(measures.debiased_cka(train_x[some], train_y[some]).mean())
+            centred = test_x.double() - train_x.double().mean(0), test_y.double() - train_y.double().mean(0)
+            spaces["centred"] = measures.ranks(*centred), measures.ranks(*centred[::-1])
+        values = {MAPPED: _recall(spaces["mapped"], K)}
+        values |= {SAME: _recall(spaces["same"], K)} if self.same_space else {}
+        values |= {MUTUAL: measures.shared(*self._neighbours), CKA: self._kernels[0].cka(self._kernels[1])}
+        return LayerScores(
+            values,
+            self._on_training(forth, back),
+            {name: _at_all(ranks) for name, ranks in spaces.items()},
+            measures.modality_gap(test_x, test_y) if self.same_space else None,
+        )
+
+    def _on_training(self, forth: RidgeMap, back: RidgeMap) -> dict[str, float]:
+        """See `LayerScores.on_training`."""
+        some = slice(None, _LAYER_CHOICE)
+        x_nd, y_ne = self.features.train_x_nd[some], self.features.train_y_ne[some]
+        left_out = (
+            measures.ranks(forth.left_out_ne[some] - forth.y_mean_e, y_ne.double() - forth.y_mean_e),
+            measures.ranks(back.left_out_ne[some] - back.y_mean_e, x_nd.double() - back.y_mean_e),
+        )
+        found = {MAPPED: float(_recall(left_out, K).mean())}
+        found |= {SAME: float(measures.recall(x_nd, y_ne, K).mean())} if self.same_space else {}
+        found[MUTUAL] = float(measures.mutual_neighbours(x_nd, y_ne).mean())
+        found[CKA] = float(measures.debiased_cka(x_nd, y_ne).mean())
         return found
+
+    def shuffled(self, measure: str, order: "Order") -> Tensor:
+        """(N,) of one measure, with other pairs on both sides."""
+        given, other = self.features, order.test_n
+        if measure == MUTUAL:
+            return measures.shared(self._neighbours[0], self._neighbours[1][other][:, other])
+        if measure == CKA:
+            return self._kernels[0].cka(self._kernels[1].reordered(other))
+        test_y = given.test_y_ne[other]
+        if measure == SAME:
+            return measures.recall(given.test_x_nd, test_y, K)
+        assert measure == MAPPED
+        forth = self._x.fit(given.train_y_ne[order.train_n])
+        back = self._y.fit(given.train_x_nd[order.train_n.argsort()])
+        return _recall(_mapped_ranks(forth, back, given.test_x_nd, test_y), K)
+
+
+def _mapped_ranks(forth: RidgeMap, back: RidgeMap, test_x: Tensor, test_y: Tensor) -> tuple[Tensor, Tensor]:
+    return (
+        measures.ranks(forth(test_x), test_y.double() - forth.y_mean_e),
+        measures.ranks(back(test_y), test_x.double() - back.y_mean_e),
+    )
 
 
 def _recall(both: tuple[Tensor, Tensor], k: int) -> Tensor:
@@ -161,10 +180,9 @@ def scored(layers: Sequence[PairOfLayers]) -> PairScores:
 
 def shuffled(layers: Sequence[PairOfLayers], chosen: dict[str, int], orders: Sequence[Order]) -> dict[str, Tensor]:
     """By measure (P, N): the layers that were chosen with the true pairs, in P other orders."""
-    found: dict[int, list[LayerScores]] = {
-        number: [layers[number].scores(order, details=False) for order in orders] for number in set(chosen.values())
+    return {
+        name: torch.stack([layers[number].shuffled(name, order) for order in orders]) for name, number in chosen.items()
     }
-    return {name: torch.stack([one.values[name] for one in found[number]]) for name, number in chosen.items()}
 
 
 def matched(depth_x: int, depth_y: int) -> list[tuple[int, int]]:
