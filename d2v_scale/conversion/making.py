@@ -40,7 +40,7 @@ def convert(arguments: argparse.Namespace) -> tuple[SetIndex, int]:
     parts = run_all(_jobs(arguments, items, conversion), arguments.processes)
     index = SetIndex(content=command.content, shards=[ShardEntry(**part.entry) for part in parts], classes=classes)
     skipped = {name: reason for part in parts for name, reason in part.skipped.items()}
-    _judge(index, skipped, arguments.max_bad)
+    judge(index, skipped, arguments.max_bad)
     if conversion.tokenizer is not None:
         index.tokenizer = relative_path(conversion.tokenizer, out)
         index.tokenizer_sha256 = conversion.tokenizer_sha256
@@ -48,7 +48,7 @@ def convert(arguments: argparse.Namespace) -> tuple[SetIndex, int]:
     return index, len(skipped)
 
 
-def _judge(index: SetIndex, skipped: dict[str, str], max_bad: float) -> None:
+def judge(index: SetIndex, skipped: dict[str, str], max_bad: float, what: str = "files or documents") -> None:
     """Say what was skipped, and keep it in the index. Raises DataError where it is too much."""
     index.skipped = dict(itertools.islice(skipped.items(), _KEPT))
     for name, reason in itertools.islice(skipped.items(), _NAMED):
@@ -56,7 +56,7 @@ def _judge(index: SetIndex, skipped: dict[str, str], max_bad: float) -> None:
     if len(skipped) > _NAMED:
         print(f"skipped {len(skipped) - _NAMED} more", file=sys.stderr)
     total = len(skipped) + index.samples
-    could_not = f"{len(skipped)} of {total} files or documents could not be read"
+    could_not = f"{len(skipped)} of {total} {what} could not be read"
     if index.samples == 0:
         raise DataError(f"{could_not}, and nothing is left; no index was written.")
     if len(skipped) > max_bad * total:

@@ -57,46 +57,63 @@ def rows(path: Path, stream: TextIO, columns: Columns | None, quoted: bool) -> I
     """
     if columns is None:
         raise DataError(f"{path} is a table.", "Name its columns with --columns TEXT, TEXT,LABEL or TEXT,TEXT,LABEL.")
+    for line, values, fault in cells(path, stream, columns.names, quoted):
+        if fault is not None:
+            yield TableRow(line, fault=fault)
+            continue
+        second, label = (None if name is None else values[name] for name in (columns.second, columns.label))
+        yield TableRow(line, values[columns.first], second, label)
+
+
+def cells(
+    path: Path, stream: TextIO, names: list[str], quoted: bool
+) -> Iterator[tuple[int, dict[str, str], str | None]]:
+    """Of each row behind the header: the last line of the file that it takes, what it holds in the columns `names`, and
+    why it cannot be used, if so. Raises DataError for a table without the columns."""
     csv.field_size_limit(sys.maxsize)  # of documents, not of cells
     begins = stream.readline()
     if not begins:
         return
-    delimiter = _delimiter(begins, columns.names) if quoted else "\t"
+    delimiter = _delimiter(begins, names) if quoted else "\t"
     lines = itertools.chain([begins], stream)
     if quoted:
         reader = csv.reader(lines, delimiter=delimiter, strict=True)
     else:  # in GLUE's tables a quotation mark is a character like any other
         reader = csv.reader(lines, delimiter=delimiter, quoting=csv.QUOTE_NONE)
-    numbered = all(name.isdecimal() and int(name) > 0 for name in columns.names)
-    if numbered:
-        width, places = None, [int(name) - 1 for name in columns.names]
+    width: int | None = None
+    if all(name.isdecimal() and int(name) > 0 for name in names):
+        places = [int(name) - 1 for name in names]
     else:
         header = next(reader, [])
-        missing = [name for name in columns.names if name not in header]
+        missing = [name for name in names if name not in header]
         if missing:
             raise DataError(
                 f"{path} has no column {missing[0]!r}.", f"It has: {', '.join(header)}; or give numbers from 1."
             )
-        width, places = len(header), [header.index(name) for name in columns.names]
+        width, places = len(header), [header.index(name) for name in names]
     while True:
         try:
             row = next(reader)
         except StopIteration:
             return
         except csv.Error as error:
-            yield TableRow(reader.line_num, fault=f"is no row of a table: {error}")
+            yield reader.line_num, {}, f"is no row of a table: {error}"
             continue
-        if row:
-            yield _read(row, reader.line_num, places, width, columns)
+        if not row:
+            continue
+        if len(row) <= max(places) or (width is not None and any(row[width:])):
+            wanted = max(places) + 1 if width is None else width
+            yield reader.line_num, {}, f"has {len(row)} columns, not {wanted}"
+        else:
+            yield reader.line_num, dict(zip(names, (row[place] for place in places), strict=True)), None
 
 
-def _read(row: list[str], line: int, places: list[int], width: int | None, columns: Columns) -> TableRow:
-    if len(row) <= max(places) or (width is not None and any(row[width:])):
-        wanted = max(places) + 1 if width is None else width
-        return TableRow(line, fault=f"has {len(row)} columns, not {wanted}")
-    values = dict(zip(columns.names, (row[place] for place in places), strict=True))
-    second, label = (None if name is None else values[name] for name in (columns.second, columns.label))
-    return TableRow(line, values[columns.first], second, label)
+def header_of(stream: TextIO, wanted: list[str], quoted: bool) -> list[str]:
+    """The names in a table's first line. `wanted`: what some of them may be, which tells a .csv's delimiter."""
+    begins = stream.readline()
+    if quoted:
+        return next(csv.reader([begins], delimiter=_delimiter(begins, wanted)), [])
+    return next(csv.reader([begins], delimiter="\t", quoting=csv.QUOTE_NONE), [])
 
 
 def _delimiter(header: str, names: list[str]) -> str:

@@ -21,10 +21,10 @@ from d2v_scale.shards.shard_set import INDEX_SUFFIX
 
 _PLAIN = ("txt", "md", "rst")
 _RECORDS = ("jsonl", "ndjson", "json")
-_TABLES = ("tsv", "csv")
+TABLES = ("tsv", "csv")
 _COMPRESSED: dict[str, Callable[..., Any]] = {"gz": gzip.open, "bz2": bz2.open, "xz": lzma.open}
-_UNREADABLE = (OSError, EOFError, UnicodeError, lzma.LZMAError, zlib.error)
-EXTENSIONS = (*_PLAIN, *_RECORDS, *_TABLES)
+UNREADABLE = (OSError, EOFError, UnicodeError, lzma.LZMAError, zlib.error)
+EXTENSIONS = (*_PLAIN, *_RECORDS, *TABLES)
 """Each may be followed by .gz, .bz2 or .xz."""
 _MARKS = {
     codecs.BOM_UTF8: "utf-8-sig",
@@ -97,7 +97,7 @@ def documents(files: list[Path], reading: Reading) -> Iterator[Document]:
             for document in _documents_of(path, reading):
                 found += 1
                 yield _checked(document)
-        except _UNREADABLE as error:
+        except UNREADABLE as error:
             after = f" after {found} documents" if found else ""
             yield Document("", place=str(path), fault=f"cannot be read{after}: {error}")
         else:
@@ -126,8 +126,8 @@ def _checked(document: Document) -> Document:
 
 def _documents_of(path: Path, reading: Reading) -> Iterator[Document]:
     kind = kind_of(path)
-    with _opened(path, reading.encoding, newline="" if kind in _TABLES else None) as stream:
-        if kind in _TABLES:
+    with opened(path, reading.encoding, newline="" if kind in TABLES else None) as stream:
+        if kind in TABLES:
             for row in rows(path, stream, reading.columns, quoted=kind == "csv"):
                 place = f"{path}:{row.line}"
                 yield Document(row.first, (row.label or "").strip() or None, row.second, place, row.fault)
@@ -147,7 +147,7 @@ def _documents_of(path: Path, reading: Reading) -> Iterator[Document]:
                     yield Document("".join(line for _, line in paragraph), place=f"{path}:{paragraph[0][0]}")
 
 
-def _opened(path: Path, encoding: str | None, newline: str | None) -> TextIO:
+def opened(path: Path, encoding: str | None, newline: str | None) -> TextIO:
     """A file as text. Bytes that are not of its encoding are kept as lone surrogates, which `require_text` refuses."""
     open_bytes = _COMPRESSED.get(path.suffix[1:].lower(), open)
     with open_bytes(path, "rb") as stream:
@@ -226,7 +226,7 @@ def transcripts(path: Path, encoding: str | None = None) -> dict[str, str]:
     a tab, paths may have spaces. LibriSpeech's `.trans.txt` files, joined, are of this kind. Raises DataError."""
     texts: dict[str, str] = {}
     try:
-        with _opened(path, encoding, newline=None) as stream:
+        with opened(path, encoding, newline=None) as stream:
             for number, line in enumerate(stream, start=1):
                 if not line.strip():
                     continue
@@ -236,6 +236,6 @@ def transcripts(path: Path, encoding: str | None = None) -> dict[str, str]:
                 if texts.get(name, text) != text:
                     raise ValueError(f"line {number}: {name!r} has another text above")
                 texts[name] = text
-    except (ValueError, *_UNREADABLE) as error:
+    except (ValueError, *UNREADABLE) as error:
         raise DataError(f"The transcripts {path} cannot be read: {error}.", "See --encoding.") from error
     return texts

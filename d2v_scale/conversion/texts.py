@@ -3,7 +3,7 @@
 import argparse
 import itertools
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from d2v_scale.conversion import text_files
@@ -29,7 +29,7 @@ class Texts(Command):
         reading = Reading(split=arguments.documents, encoding=arguments.encoding)
         reading.columns = Columns.parse(arguments.columns) if arguments.columns else None
         found = find_files(arguments.source, text_files.EXTENSIONS, arguments.match, text_files.kind_of)
-        model = _tokenizer(arguments, found.files, reading)
+        model = given_tokenizer(arguments, lambda: _texts(found.files, reading))
         conversion.tokenizer, conversion.tokenizer_sha256 = model, file_sha256(model)
         conversion.ids = arguments.ids
         sound = (document for document in documents(found.files, reading) if document.fault is None)
@@ -55,8 +55,14 @@ def text_items(found: Iterable[Document], classes: list[str], score: bool) -> It
         yield item
 
 
-def _tokenizer(arguments: argparse.Namespace, files: list[Path], reading: Reading) -> Path:
-    """The given tokenizer, the one in OUT, or a new one trained on the documents."""
+def _texts(files: list[Path], reading: Reading) -> Iterator[str]:
+    """Of the first million documents."""
+    sound = (document for document in documents(files, reading) if document.fault is None)
+    return (text for document in itertools.islice(sound, 1_000_000) for text in document.texts)
+
+
+def given_tokenizer(arguments: argparse.Namespace, texts: Callable[[], Iterator[str]]) -> Path:
+    """The given tokenizer, the one in OUT, or a new one trained on the texts."""
     if arguments.tokenizer is not None:
         if arguments.tokenizer.suffix == ".json":
             raise DataError(f"{arguments.tokenizer} is no sentencepiece model, and nothing else is read.", IDS_INSTEAD)
@@ -65,9 +71,7 @@ def _tokenizer(arguments: argparse.Namespace, files: list[Path], reading: Readin
     model: Path = arguments.out / "tokenizer.model"
     if not model.is_file():
         print(f"training a tokenizer of {arguments.vocab_size} pieces: {model}", file=sys.stderr)
-        sound = (document for document in documents(files, reading) if document.fault is None)
-        texts = (text for document in itertools.islice(sound, 1_000_000) for text in document.texts)
         size, fewer = arguments.vocab_size, arguments.fewer_pieces
-        tokenizer.train(texts, model, vocab_size=size, threads=arguments.processes, fewer=fewer)
+        tokenizer.train(texts(), model, vocab_size=size, threads=arguments.processes, fewer=fewer)
     require_special_ids(model)
     return model

@@ -1,0 +1,264 @@
+"""`d2v shards pairs`: rows of a table, each a sample of several parts. A row that lacks one is named and left out."""
+
+import argparse
+import csv
+import hashlib
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from d2v_scale.conversion import tables, text_files
+from d2v_scale.conversion.array_members import EXTENSIONS as ARRAY_EXTENSIONS
+from d2v_scale.conversion.array_members import ArrayReading, array_members
+from d2v_scale.conversion.arrays import usual_layout
+from d2v_scale.conversion.command import classes_of
+from d2v_scale.conversion.converters import image_members, recording_members
+from d2v_scale.conversion.folders import last_extension
+from d2v_scale.conversion.held_out_captions import note, require_apart
+from d2v_scale.conversion.making import judge
+from d2v_scale.conversion.measures import measures_of
+from d2v_scale.conversion.texts import given_tokenizer
+from d2v_scale.errors import DataError
+from d2v_scale.files import file_sha256
+from d2v_scale.modalities.speech import decoder as speech
+from d2v_scale.modalities.text.decoder import require_text
+from d2v_scale.modalities.vision import decoder as vision
+from d2v_scale.shards.content import Content
+from d2v_scale.shards.shard_index import SetIndex, ShardEntry, relative_path
+from d2v_scale.shards.shard_jobs import Part, run_all
+from d2v_scale.shards.shard_set import INDEX_SUFFIX
+from d2v_scale.shards.writing import Sample, is_written, shard_name, write_shard
+
+PARTS: dict[str, Content] = {"image": "image", "audio": "recording", "array": "array", "text": "text"}
+"""Columns, by the names that they have unless others are given, and what they hold."""
+LABEL = "label"
+
+_RULES = 1
+"""Raised where what is stored of the same rows changes: shards that were written before are written again."""
+_EXTENSIONS: dict[str, tuple[str, ...]] = {
+    "image": vision.EXTENSIONS,
+    "audio": speech.EXTENSIONS,
+    "array": ARRAY_EXTENSIONS,
+}
+
+
+@dataclass
+class Pair:
+    """A row of the table."""
+
+    name: str
+    place: str
+    parts: dict[str, str] = field(default_factory=dict)
+    """By column: the path of a file, or the text."""
+    label: str | None = None
+    fault: str | None = None
+    """Why there will be no sample."""
+
+
+@dataclass
+class Pairing:
+    """How samples are made of rows."""
+
+    parts: list[str]
+    """Of `PARTS`: what every sample has."""
+    classes: list[str]
+    tokenizer: Path | None = None
+    resize: int | None = None
+    max_pixels: int = 0
+    arrays: ArrayReading = field(default_factory=ArrayReading)
+
+    @property
+    def contents(self) -> list[Content]:
+        """What every sample holds."""
+        return [PARTS[part] for part in self.parts]
+
+
+@dataclass
+class Job:
+    """One shard to be written, by any process."""
+
+    pairing: Pairing
+    tokenizer_sha256: str | None
+    tar: Path
+    pairs: list[Pair]
+
+    @property
+    def record(self) -> Path:
+        return self.tar.parent / ".make_shards" / f"{self.tar.stem}.json"
+
+    def is_done(self) -> bool:
+        return is_written(self.tar)
+
+    def digest(self) -> str:
+        inputs = asdict(self.pairing) | {"tokenizer": self.tokenizer_sha256, "rules": _RULES}
+        state = hashlib.sha256(repr(inputs).encode())
+        for pair in self.pairs:
+            versions = [_version(pair.parts[part]) for part in self.pairing.parts if part in _EXTENSIONS and pair.parts]
+            state.update(repr((pair, versions)).encode("utf-8", "backslashreplace"))
+        return state.hexdigest()
+
+    def run(self) -> Part:
+        skipped: dict[str, str] = {}
+        measures = measures_of(self.pairing.contents, self.pairing.tokenizer, self.pairing.max_pixels)
+        first, *others = measures.items()
+        entry = write_shard(self.tar, self._samples(dict(measures), skipped), first[1], dict(others))
+        return Part("", asdict(entry), skipped)
+
+    def _samples(self, measures: dict[Content, Any], skipped: dict[str, str]) -> Iterator[Sample]:
+        numbers = {name: number for number, name in enumerate(self.pairing.classes)}
+        for pair in self.pairs:
+            sample: Sample = {"__key__": pair.name}
+            fault = pair.fault
+            for part in self.pairing.parts if fault is None else ():
+                try:
+                    sample |= self._members(part, pair.parts[part])
+                    measures[PARTS[part]]({name: one for name, one in sample.items() if name != "__key__"})
+                except Exception as error:  # whatever a damaged file makes a decoder raise
+                    known = isinstance(error, (ValueError, OSError))
+                    reason = str(error) if known else f"{type(error).__name__}: {error}"
+                    shown = f" {pair.parts[part]}" if part in _EXTENSIONS else ""
+                    fault = f"its {part}{shown}: {reason}"
+                    break
+            if fault is not None:
+                skipped[pair.place] = fault
+                continue
+            if pair.label is not None:
+                sample["cls"] = numbers[pair.label]
+            yield sample
+
+    def _members(self, part: str, value: str) -> dict[str, bytes]:
+        if part == "text":
+            return {"txt": require_text(value).encode()}
+        path = Path(value)
+        extension = last_extension(path)
+        if extension not in _EXTENSIONS[part]:
+            raise ValueError(f"is none of .{', .'.join(_EXTENSIONS[part])}")
+        content = path.read_bytes()
+        match part:
+            case "image":
+                return image_members(content, extension, self.pairing.resize, self.pairing.max_pixels)
+            case "audio":
+                return recording_members(content)
+        return array_members(content, extension, self.pairing.arrays)
+
+
+def convert_pairs(arguments: argparse.Namespace) -> tuple[SetIndex, int]:
+    """Convert the rows of a table to shards and write their index; returns it, and how many rows were left out. Raises
+    DataError."""
+    table, out = arguments.source, arguments.out
+    columns = _columns(arguments)
+    parts = [part for part in PARTS if part in columns]
+    pairs = list(_pairs(table, columns, parts, arguments.encoding))
+    if not pairs:
+        raise DataError(f"{table} has no rows.")
+    out.mkdir(parents=True, exist_ok=True)
+    sound = [pair for pair in pairs if pair.fault is None]
+    known = next(
+        (index.classes for path in sorted(out.glob(f"*{INDEX_SUFFIX}")) if (index := SetIndex.load(path)).classes), []
+    )
+    pairing = Pairing(parts, classes_of((pair.label for pair in sound), known))
+    if "image" in parts:
+        pairing.resize, pairing.max_pixels = arguments.resize, arguments.max_pixels
+    if "array" in parts:
+        pairing.arrays.layout = usual_layout([Path(pair.parts["array"]) for pair in sound], pairing.arrays)
+    checksum = None
+    if "text" in parts:
+        captions = {pair.place: pair.parts["text"] for pair in sound}
+        if not arguments.shared_captions:
+            require_apart(captions, out, arguments.prefix)
+        pairing.tokenizer = given_tokenizer(arguments, lambda: iter(captions.values()))
+        checksum = file_sha256(pairing.tokenizer)
+    elif arguments.tokenizer is not None:
+        raise DataError("--tokenizer is given, but no column is text.", "Leave it out.")
+    done = run_all(_jobs(arguments, pairs, pairing, checksum), arguments.processes)
+    first, *beside = pairing.contents
+    entries = [ShardEntry(**part.entry) for part in done]
+    index = SetIndex(content=first, beside=beside, shards=entries, classes=pairing.classes)
+    skipped = {name: reason for part in done for name, reason in part.skipped.items()}
+    judge(index, skipped, arguments.max_bad, "rows")
+    if pairing.tokenizer is not None:
+        index.tokenizer, index.tokenizer_sha256 = relative_path(pairing.tokenizer, out), checksum
+        note(captions.values(), out, arguments.prefix)
+    index.save(out / f"{arguments.prefix}{INDEX_SUFFIX}")
+    return index, len(skipped)
+
+
+def _jobs(arguments: argparse.Namespace, pairs: list[Pair], pairing: Pairing, checksum: str | None) -> Iterator[Job]:
+    for number, start in enumerate(range(0, len(pairs), arguments.per_shard)):
+        tar = arguments.out / shard_name(arguments.prefix, number)
+        yield Job(pairing, checksum, tar, pairs[start : start + arguments.per_shard])
+
+
+def _columns(arguments: argparse.Namespace) -> dict[str, str]:
+    """The table's columns: those that are named, and of the others those that it has by their usual names. Raises
+    DataError where these are fewer than two parts of a sample."""
+    table: Path = arguments.source
+    kind = text_files.kind_of(table)
+    if kind not in text_files.TABLES:
+        raise DataError(f"{table} is no table.", f"Give a .{' or .'.join(text_files.TABLES)}.")
+    given = {name: getattr(arguments, name) for name in (*PARTS, LABEL)}
+    named = {name: column for name, column in given.items() if column is not None}
+    if len(set(named.values())) < len(named):
+        shown = ", ".join(f"--{name} {column}" for name, column in named.items())
+        raise DataError(f"A column is named twice: {shown}.", "Give each its own.")
+    numbered = bool(named) and all(column.isdecimal() and int(column) > 0 for column in named.values())
+    try:
+        with text_files.opened(table, arguments.encoding, newline="") as stream:
+            header = tables.header_of(stream, [*PARTS, LABEL, *named.values()], kind == "csv")
+    except (*text_files.UNREADABLE, csv.Error) as error:
+        raise DataError(f"{table} cannot be read: {error}.", "See --encoding.") from error
+    taken = set(named.values())
+    usual = {} if numbered else {n: n for n in (*PARTS, LABEL) if n not in named and n in header and n not in taken}
+    columns = named | usual
+    if sum(part in columns for part in PARTS) < 2:
+        found = ", ".join(columns) or "none"
+        raise DataError(
+            f"A pair needs two of image, audio, array and text; of {table} these columns are read: {found}.",
+            f"Name its columns, as --image NAME --text NAME; it has: {', '.join(header)}.",
+        )
+    return columns
+
+
+def _pairs(table: Path, columns: dict[str, str], parts: list[str], encoding: str | None) -> Iterator[Pair]:
+    """The rows in a fixed random order. Paths are relative to the table."""
+    found: list[Pair] = []
+    try:
+        with text_files.opened(table, encoding, newline="") as stream:
+            quoted = text_files.kind_of(table) == "csv"
+            for line, values, fault in tables.cells(table, stream, list(columns.values()), quoted):
+                pair = Pair("", f"{table}:{line}", fault=fault)
+                if fault is None:
+                    _fill(pair, {name: values[column] for name, column in columns.items()}, parts, table.parent)
+                found.append(pair)
+    except text_files.UNREADABLE as error:
+        raise DataError(f"{table} cannot be read: {error}.", "See --encoding.") from error
+    for number, k in enumerate(np.random.default_rng(0).permutation(len(found))):
+        files = [Path(found[k].parts[part]).stem for part in parts if part in _EXTENSIONS and found[k].parts]
+        found[k].name = f"{number:08d}-{re.sub(r'[^0-9A-Za-z_-]+', '_', files[0])[:80] if files else 'row'}"
+        yield found[k]
+
+
+def _fill(pair: Pair, values: dict[str, str], parts: list[str], folder: Path) -> None:
+    missing = [part for part in parts if not values[part].strip()]
+    if missing:
+        pair.fault = f"has no {' and no '.join(missing)}: half a sample is none"
+        return
+    pair.parts = {part: str(folder / values[part].strip()) if part in _EXTENSIONS else values[part] for part in parts}
+    pair.label = values.get(LABEL, "").strip() or None
+    try:
+        require_text(pair.label or "a")
+    except ValueError as error:
+        pair.fault = f"its label {error}"
+
+
+def _version(path: str) -> tuple[int, int] | None:
+    try:
+        stat = os.stat(path)
+    except OSError:  # said when it is read
+        return None
+    return stat.st_size, stat.st_mtime_ns
