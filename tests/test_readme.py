@@ -45,6 +45,7 @@ STAND_INS: dict[str, list[str] | None] = {
         "300",
     ],
     ".venv/bin/python tools/make_shards.py arrays SRC OUT": ["tools/make_shards.py", "arrays", "series", "arrays"],
+    ".venv/bin/python tools/make_shards.py pairs TABLE OUT": ["tools/make_shards.py", "pairs", "table.csv", "paired"],
     ".venv/bin/python tools/index_shards.py 'shards/*.tar' --modality vision": [
         *["tools/index_shards.py", "shards/*.tar", "--modality", "vision"]
     ],
@@ -241,6 +242,7 @@ def workplace(tmp_path_factory):
     (folder / "eeg.yaml").write_text(recipe)
     (folder / "waves").mkdir()
     soundfile.write(folder / "waves" / "tone.wav", np.sin(np.arange(8000) / 5), 8000)
+    (folder / "table.csv").write_text("image,audio,label\nimage.png,waves/tone.wav,tone\n")
     (folder / "transcripts.txt").write_text("tone A LONG NOTE\n")
     (folder / "train.tsv").write_text("sentence1\tsentence2\tlabel\nhello\tgood bye\t0\ngood day\tgood day\t1\n")
     (folder / "prose").mkdir()
