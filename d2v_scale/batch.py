@@ -1,6 +1,7 @@
 """What the data plane hands to the training step. The letters that names of tensors end in: docs/method.md."""
 
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -15,8 +16,11 @@ class Layout:
     """int64 (N,): masked positions, row-major, as r * T + t."""
     visible_rs: Tensor | None = None
     """int64 (R, S): positions t that each row keeps, ascending. None when the rows keep different numbers."""
+    decoded_n: Tensor | None = None
+    """int64: positions that a predictor gives something for, ascending, where they are more than `masked_n`: of rows in
+    which a whole part is hidden, those too that the encoder has queries for. None: `masked_n`."""
     counted_n: Tensor | None = None
-    """int64: which of `masked_n` are predicted. None: all."""
+    """int64: which of `outputs_n` are predicted. None: all."""
 
     @classmethod
     def of(cls, masked_rt: Tensor, real_bt: Tensor | None = None) -> "Layout":
@@ -34,27 +38,32 @@ class Layout:
         return cls(masked_n=masked_n, visible_rs=visible_rs, counted_n=counted_n)
 
     @property
+    def outputs_n(self) -> Tensor:
+        """int64 (N,): positions that a predictor gives something for."""
+        return self.masked_n if self.decoded_n is None else self.decoded_n
+
+    @property
     def predicted_n(self) -> Tensor:
-        """int64 (N,): of `masked_n` what is predicted."""
-        return self.masked_n if self.counted_n is None else self.masked_n.index_select(0, self.counted_n)
+        """int64 (N,): of `outputs_n` what is predicted."""
+        return self.outputs_n if self.counted_n is None else self.outputs_n.index_select(0, self.counted_n)
 
     def predicted(self, x_nd: Tensor) -> Tensor:
-        """Of rows that belong to `masked_n` those of `predicted_n`."""
+        """Of rows that belong to `outputs_n` those of `predicted_n`."""
         return x_nd if self.counted_n is None else x_nd.index_select(0, self.counted_n)
 
     @property
     def predictions(self) -> int:
         """How many positions are predicted, known without waiting for a device."""
-        return (self.masked_n if self.counted_n is None else self.counted_n).numel()
+        return (self.outputs_n if self.counted_n is None else self.counted_n).numel()
 
     @property
     def tensors(self) -> dict[str, Tensor]:
         """Those that there are, by name."""
         return {f.name: value for f in fields(self) if (value := getattr(self, f.name)) is not None}
 
-    def to(self, device: torch.device) -> "Layout":
-        """The same layout on `device` (non-blocking)."""
-        return replace(self, **{name: x.to(device, non_blocking=True) for name, x in self.tensors.items()})
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> "Layout":
+        """The same layout with other tensors."""
+        return replace(self, **{name: change(x) for name, x in self.tensors.items()})
 
 
 @dataclass(kw_only=True)
@@ -96,6 +105,15 @@ class Batch:
     are masked."""
     missing: int = 0
     """Positions that hold no value."""
+    parts: tuple["Batch", ...] = ()
+    """Of paired samples: a batch for each stem, all of the same samples and clones in the same order, whose positions
+    together are those of this one, after all extra tokens. `inputs` is empty then, and so is `real_bt`."""
+    present_b: Tensor | None = None
+    """bool (B,): samples that have this part. None: all have."""
+    absent: int = 0
+    """How many have not, known without waiting for a device."""
+    hidden_r: Tensor | None = None
+    """bool (B*M,): rows in which this part is hidden altogether. None: it is hidden in none."""
     layout: Layout = None  # type: ignore[assignment]
     """Computed from `masked_rt` at construction, which should therefore be on the CPU."""
 
@@ -119,30 +137,44 @@ class Batch:
         """Whether its one row stands for samples that are not there: nothing of it counts."""
         return self.keys == ("",)
 
+    @property
+    def of_stems(self) -> tuple["Batch", ...]:
+        """What single stems read: the parts of paired samples, in the order of their positions, or this batch."""
+        return self.parts or (self,)
+
+    def own_tensors(self) -> dict[str, Tensor]:
+        """The tensors that there are, by field; without the layout's and the parts'."""
+        named = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: value for name, value in named.items() if isinstance(value, Tensor)}
+
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        """The same batch with other tensors."""
+        return replace(
+            self,
+            **{name: change(x) for name, x in self.own_tensors().items()},  # type: ignore[arg-type]
+            layout=self.layout.mapped(change),
+            parts=tuple(part.mapped(change) for part in self.parts),
+        )
+
+    def all_tensors(self) -> Iterator[Tensor]:
+        """Those of the batch, of its layout and of its parts."""
+        yield from self.own_tensors().values()
+        yield from self.layout.tensors.values()
+        for part in self.parts:
+            yield from part.all_tensors()
+
     def to(self, device: torch.device) -> "Batch":
         """The same batch with its tensors on `device` (non-blocking)."""
-        moved: dict[str, Tensor | Layout] = {
-            f.name: value.to(device, non_blocking=True)
-            for f in fields(self)
-            if isinstance(value := getattr(self, f.name), Tensor)
-        }
-        moved["layout"] = self.layout.to(device)
-        return replace(self, **moved)  # type: ignore[arg-type]
+        return self.mapped(lambda x: x.to(device, non_blocking=True))
 
     def pin_memory(self) -> "Batch":
         """The same batch in page-locked memory, from which copies to the device overlap with computation."""
-        pinned: dict[str, Tensor | Layout] = {
-            f.name: value.pin_memory() for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)
-        }
-        pinned["layout"] = Layout(**{name: x.pin_memory() for name, x in self.layout.tensors.items()})
-        return replace(self, **pinned)  # type: ignore[arg-type]
+        return self.mapped(Tensor.pin_memory)
 
     def record_stream(self, stream: torch.cuda.Stream) -> None:
         """Tell the allocator that `stream` uses the tensors, which were made on another."""
-        tensors = [getattr(self, f.name) for f in fields(self)]
-        for tensor in (*tensors, *self.layout.tensors.values()):
-            if isinstance(tensor, Tensor):
-                tensor.record_stream(stream)
+        for tensor in self.all_tensors():
+            tensor.record_stream(stream)
 
 
 def masked_targets(targets_btd: Tensor, batch: Batch) -> Tensor:

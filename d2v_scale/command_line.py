@@ -15,6 +15,7 @@ from d2v_scale.answers import mistakes, stray_words
 from d2v_scale.errors import ConfigError
 from d2v_scale.recipe import Recipe, binding_differences, differences, to_dict
 from d2v_scale.run_files import recipe_file
+from d2v_scale.run_files.paired_sources import join_source_lists
 from d2v_scale.run_files.recipe_file import plain
 from d2v_scale.run_files.recipe_paths import absolute
 from d2v_scale.run_files.run_start import RECIPE_FILE, began_from, may_begin_anew
@@ -63,7 +64,8 @@ def parse(arguments: list[str]) -> tuple[Recipe, Options]:
     arguments, named = recipe_file.take_named(arguments)
     parser = _make_parser()
     try:
-        arguments = recipe_file.mark_arguments(recipe_file.divide_target_lists(arguments), (Recipe, Options))
+        arguments = join_source_lists(recipe_file.divide_target_lists(arguments))
+        arguments = recipe_file.mark_arguments(arguments, (Recipe, Options))
         values = parser.parse_args([f"--recipe={recipe_file.for_parser(base, named)}", *arguments])
         sections = parser.instantiate(values)
     except (argparse.ArgumentError, TypeError) as error:
@@ -78,6 +80,7 @@ def parse(arguments: list[str]) -> tuple[Recipe, Options]:
         # What is fine-tuned from an encoder has the encoder's stems, not those that the recipe would have without.
         brought = recipe.task is not None and options.init_from is not None
         recipe.data.read_from(shards, [] if brought else recipe.model.modalities)
+    recipe.enter_pairs()
     if shown:
         if os.environ.get("RANK", "0") != "0":
             sys.exit(0)

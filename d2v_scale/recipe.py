@@ -20,6 +20,7 @@ from d2v_scale.errors import ConfigError
 from d2v_scale.evaluation.config import EvaluationConfig
 from d2v_scale.finetuning.config import TaskConfig
 from d2v_scale.modalities import published_parts
+from d2v_scale.modalities.paired.config_check import check_pairs
 from d2v_scale.model.config import ModelConfig
 from d2v_scale.model.teacher_parts import TeacherParts
 from d2v_scale.optim import OptimConfig
@@ -153,6 +154,7 @@ class Recipe:
             )
         model.check()
         self.data.check_names(model.modalities)
+        check_pairs(model, self.objective, self.data, tuned=self.task is not None)
         for name in model.modalities if model.visible_only else []:
             model.decoder_dimensions(name, modalities.of(model, name).axes)
         for name in self.optim.lr_scale or {}:
@@ -160,6 +162,19 @@ class Recipe:
                 raise ConfigError(
                     f"optim.lr_scale.{name}", f"is set, but the model has no stem {name}", "Leave it out."
                 )
+
+    def enter_pairs(self) -> None:
+        """Enter in the model which stems read parts of paired samples, where it does not say so itself."""
+        for source in self.data.sources:
+            for name in source.stems if len(source.stems) > 1 else []:
+                if name in self.model.stems and self.model.stems[name].paired is None:
+                    self.model.stems[name].paired = True
+
+    @property
+    def sequences(self) -> list[str]:
+        """What blocks see at once: the stems, then what the sources of paired samples make of several."""
+        paired = [source.modality for source in self.data.sources if len(source.stems) > 1]
+        return [*self.model.modalities, *dict.fromkeys(paired)]
 
     def _check_objective(self) -> None:
         for name in self.objective.own:
@@ -255,7 +270,7 @@ class Recipe:
 
     def _trained_stems(self) -> list[modalities.Modality]:
         """Those that a source is read for; without any, all."""
-        read = {source.modality for source in self.data.sources}
+        read = {stem for source in self.data.sources for stem in source.stems}
         return [stem for stem in modalities.stems(self.model) if stem.name in read or not read]
 
     def _check_sizes(self, world_size: int) -> None:
@@ -270,7 +285,7 @@ class Recipe:
                 f"{self.parallel.tensor} does not divide model.backbone.ffn {self.model.backbone.ffn}",
             )
         self._check_mixing()
-        for name in self.model.modalities:
+        for name in self.sequences:
             self._check_batch(name, replicas)
         if self.task is not None and self.task.image.mixes:
             rows = self.global_batch_size // (replicas * self.accumulation)
@@ -312,7 +327,8 @@ class Recipe:
     def _check_batch(self, name: str, replicas: int) -> None:
         """Raises ConfigError where a step of the stem `name` is too small, or counted in a unit it does not have."""
         sizes = [(f"data.sources.{k}.", s) for k, s in enumerate(self.data.sources) if s.modality == name]
-        for prefix, source in sizes or [("", SourceConfig())]:
+        alone = [("", SourceConfig())] if all(len(s.stems) == 1 for s in self.data.sources) else []
+        for prefix, source in sizes or alone:
             size, unit = source.batch_size or self.global_batch_size, source.batch_unit or self.batch_unit
             if unit == "samples" and size < replicas * self.rounds:
                 of_source = f" of {source.name or name}" if len(self.data.sources) > 1 else ""

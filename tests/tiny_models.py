@@ -110,6 +110,24 @@ def joint(**predictor: object) -> ModelConfig:
     )
 
 
+def paired(version: str, **backbone: object) -> ModelConfig:
+    """Stems of images, recordings and texts whose samples may be parts of paired ones, of 1.0 (`v1`) or 2.0 (`v2`)."""
+    images, recordings, texts = vision("relative" if version == "v1" else "sincos"), speech(), text()
+    for stem in (images, recordings, texts):
+        stem.paired = True
+    if version == "v2":
+        recordings.alibi = True
+        images.predictor = OwnPredictor(kind="conv2d")
+    return ModelConfig(
+        visible_only=version == "v2",
+        vision=images,
+        speech=recordings,
+        text=texts,
+        backbone=Backbone(**{**POST, "prenet_depth": 1, **backbone}),  # type: ignore[arg-type]
+        predictor=decoder("conv1d") if version == "v2" else Predictor(),
+    )
+
+
 NAMES = ("v1_vision", "v1_speech", "v1_text", "v2_vision", "v2_speech", "v2_text")
 WIDE = ("v1_vision_wide", "v2_vision_wide")
 """Of images that are no squares."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
 from d2v_scale.errors import ConfigError
-from d2v_scale.model.stem_config import KINDS
+from d2v_scale.model.stem_config import KINDS, parts_of
 
 SAMPLE_RATE = 16_000
 """Samples of audio a second, of every waveform and every length."""
@@ -27,7 +27,11 @@ class SourceConfig:
     """Path with {000000..000099}, glob, directory, index file (*.index.json), `pipe:` command or object-store URL."""
     modality: str = "vision"
     """Name of the stem that reads the shards: vision, speech, text, or one of model.arrays. They must hold what it
-    reads."""
+    reads. Several, as `[vision, text]` or `vision+text`: every sample is one sequence of its parts, members side by
+    side, each read by its stem; a part that a sample does not have is counted, and the others go on without it."""
+    hide_whole: float | None = None
+    """Of several stems: probability with which each part of a sample is hidden from the student altogether, in each
+    clone by itself, so that it is predicted from the others (never all of them). null: none ever is."""
     name: str = ""
     """Name in logs and checkpoints; empty: the modality, numbered where several sources share it."""
     weight: float = 1.0
@@ -42,6 +46,11 @@ class SourceConfig:
     """Unit of that size; null: the recipe's."""
     index: str | None = None
     """Index file (*.index.json) of shards that are not local; null: looked for beside the shards."""
+
+    @property
+    def stems(self) -> list[str]:
+        """The stems that read it: one, or those of a sample's parts in their order."""
+        return parts_of(self.modality)
 
 
 @dataclass(kw_only=True)
@@ -145,10 +154,12 @@ class DataConfig:
         """Read `shards` instead of the recipe's sources: `PATTERN`, or for several stems
         `vision=PATTERN,speech=PATTERN`. Raises ConfigError."""
         is_known = bool(modalities)  # of a model that a checkpoint brings the stems are not
-        modalities = modalities or [source.modality for source in self.sources]
+        modalities = modalities or [stem for source in self.sources for stem in source.stems]
+        paired = [source.modality for source in self.sources if len(source.stems) > 1]
         # Of a kind that the model has no stem of, too: that is said as such.
-        known = "|".join(map(re.escape, dict.fromkeys([*modalities, *KINDS])))
-        names = known if is_known else r"[A-Za-z]\w*"
+        known = rf"(?:{'|'.join(map(re.escape, dict.fromkeys([*modalities, *KINDS])))})"
+        known = rf"{known}(?:\+{known})*"
+        names = known if is_known else r"[A-Za-z]\w*(?:\+[A-Za-z]\w*)*"
         parts = re.split(rf",(?=(?:{names})=)", shards)
         named = [re.fullmatch(rf"({names})=(.+)", part) for part in parts]
         if is_known:
@@ -156,11 +167,14 @@ class DataConfig:
         if all(named):
             self.sources = [self._source_of(m[1], m[2]) for m in named if m]
             return
-        if len(modalities) != 1:
+        if len(self.sources) == len(paired) == 1:
+            self.sources = [self._source_of(paired[0], shards)]
+            return
+        if len(set(modalities)) != 1:
             raise ConfigError(
                 "data",
                 f"names no modality, but the model has {len(modalities)} stems",
-                f"Write --data '{','.join(f'{name}=PATTERN' for name in modalities or KINDS[:2])}'.",
+                f"Write --data '{','.join(f'{name}=PATTERN' for name in dict.fromkeys(modalities) or KINDS[:2])}'.",
             )
         self.sources = [self._source_of(modalities[0], shards)]
 
@@ -174,10 +188,27 @@ class DataConfig:
         """Raises ConfigError where a source is for a stem that is none of these names."""
         there = list(stems)
         for k, source in enumerate(self.sources):
-            if source.modality not in there:
-                key = f"data.sources.{k}.modality"
-                shown = f"is {source.modality!r}, which the model has no stem for"
-                raise ConfigError(key, shown, f"It has {', '.join(there)}: name shards with --data {there[0]}=PATTERN.")
+            key = f"data.sources.{k}.modality"
+            for name in source.stems:
+                if name not in there:
+                    shown = f"is {source.modality!r}, but the model has no stem {name!r}"
+                    if len(source.stems) == 1:
+                        shown = f"is {source.modality!r}, which the model has no stem for"
+                    remedy = f"It has {', '.join(there)}: name shards with --data {there[0]}=PATTERN."
+                    raise ConfigError(key, shown, remedy)
+            if len(set(source.stems)) < len(source.stems):
+                raise ConfigError(key, f"is {source.modality!r}, which names a stem twice", "Name each once.")
+            self._check_hiding(k)
+
+    def _check_hiding(self, number: int) -> None:
+        source, key = self.sources[number], f"data.sources.{number}.hide_whole"
+        if source.hide_whole is None:
+            return
+        if not 0 <= source.hide_whole <= 1:
+            raise ConfigError(key, f"is {source.hide_whole}", "Give a probability, 0 to 1.")
+        if len(source.stems) == 1:
+            shown = f"is set, but {source.modality} alone has no other part that it could be predicted from"
+            raise ConfigError(key, shown, "Leave it out, or name several stems in modality.")
 
     def check(self, modalities: Iterable[str]) -> None:
         """Raises ConfigError for what contradicts itself or the model's stems. Touches no file."""
@@ -222,6 +253,16 @@ class DataConfig:
         if self.temperature != 1:
             shown = f"is {self.temperature:g}, but with data.mixing together every step reads every source"
             raise ConfigError("data.temperature", shown, remedy)
+
+    def observed(self) -> dict[str, str]:
+        """What is measured by itself, with its stem: every source, of paired samples every part as SOURCE/STEM."""
+        found: dict[str, str] = {}
+        for name, source in zip(self.source_names(), self.sources, strict=True):
+            if len(source.stems) == 1:
+                found[name] = source.modality
+            else:
+                found |= {f"{name}/{stem}": stem for stem in source.stems}
+        return found
 
     def sources_of_step(self) -> int:
         """How many sources a step reads."""

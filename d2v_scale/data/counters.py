@@ -31,6 +31,10 @@ class Tally:
     """Patches of arrays that were neither seen nor predicted, since they miss a value."""
     blank: int = 0
     """Rows that stayed blank because a stream's share of the shards holds nothing; none of them is lost."""
+    missing_parts: Counter[str] = field(default_factory=Counter)
+    """Delivered rows of paired samples without a part, by the part's stem."""
+    named_parts: list[Fault] = field(default_factory=list)
+    """Which ones, and why."""
 
 
 @dataclass
@@ -56,6 +60,7 @@ class SourceCount:
     """Of all ranks: samples of audio that rows lost, each taking its batch's shortest length."""
     uncropped: int = 0
     """Of all ranks: samples of audio that there would be without."""
+    missing_parts: Counter[str] = field(default_factory=Counter)
     epochs: dict[int, EpochCount] = field(default_factory=dict)
 
     def epoch(self, number: int) -> EpochCount:
@@ -84,6 +89,7 @@ class Counters:
         self._samples_per_epoch = max(samples_per_epoch, _SAMPLES_BEFORE_ALARM)
         self._recent: deque[tuple[int, int]] = deque()
         self.lost_by_shard: Counter[str] = Counter()
+        self._parts_by_shard: Counter[str] = Counter()
         self._counts = {name: SourceCount() for name in sources}
         self._untaken = {name: SourceCount() for name in sources}
         self._epochs = dict.fromkeys(sources, 0)
@@ -106,12 +112,15 @@ class Counters:
                 counts.real += tally.real
                 counts.padded += tally.padded
                 counts.missing += tally.missing
+                counts.missing_parts.update(tally.missing_parts)
                 for epoch, rows in tally.delivered.items():
                     counts.epoch(epoch).delivered += rows
                 for epoch, rows in tally.lost.items():
                     counts.epoch(epoch).lost += rows
         for fault in faults:
             self._name(fault)
+        for fault in (one for tally in tallies for one in tally.named_parts):
+            self._name_part(fault)
         self._planned += len(planned)
         blank = sum(tally.blank for tally in tallies)
         self._blank += blank
@@ -128,6 +137,14 @@ class Counters:
             log.warning("lost a sample: %s", fault)
         elif seen & (seen - 1) == 0:
             log.warning("%s: %d samples lost so far", fault.shard, seen)
+
+    def _name_part(self, fault: Fault) -> None:
+        self._parts_by_shard[fault.shard] += 1
+        seen = self._parts_by_shard[fault.shard]
+        if seen <= _NAMED_PER_SHARD:
+            log.warning("a sample goes on without a part: %s", fault)
+        elif seen & (seen - 1) == 0:
+            log.warning("%s: %d samples without a part so far", fault.shard, seen)
 
     def take(self) -> dict[str, SourceCount]:
         """This rank's counts by source since the last call (`RunTotals` adds them up)."""

@@ -1,13 +1,17 @@
 """What of a set of shards a plan deals with: whole samples, or blocks and chunks of them, and how long each is."""
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from d2v_scale.data.config import SAMPLE_RATE, DataConfig
+from d2v_scale.shards.one_content import part_lengths
 from d2v_scale.shards.shard_set import ShardSet
+
+if TYPE_CHECKING:
+    from d2v_scale.modalities.base import Modality
 
 Lengths = Callable[[int], NDArray[np.int64]]
 """Of the samples of a shard, as the index counts them."""
@@ -25,6 +29,10 @@ class Items:
     def per_epoch(self) -> int:
         """Rows of an epoch; at least as many where they are not counted."""
         return int(self.shards.samples_s.sum())
+
+    def total_length(self) -> int:
+        """Of an epoch, as an index counts it."""
+        return int(self.shards.length_s.sum())
 
     def of_shard(self, shard: int) -> int:
         """Items of a shard."""
@@ -109,3 +117,34 @@ class TextChunks(TextBlocks):
 
         _, start_n, stop_n = chunks_of_documents(np.asarray(self.lengths(shard)), self.block - 1)
         return stop_n - start_n + 1
+
+
+class Pairs(Items):
+    """Samples of several parts; each is as long as what is read of all of them."""
+
+    def __init__(self, shards: ShardSet, data: DataConfig, lengths: Lengths, parts: "Sequence[Modality]") -> None:
+        """`parts`: the stems that read them, in the order in which the shards' contents are read together."""
+        super().__init__(shards, data, lengths)
+        self.parts = parts
+
+    def options(self) -> list[int | str]:
+        """The stems, and how much of the longest is read."""
+        return [part.name for part in self.parts] + [
+            extent for part in self.parts for extent in part.extent(self.data)[1]
+        ]
+
+    def plan(self, batch_size: int, unit: str) -> tuple[float, dict[str, Any]]:
+        """By the positions of all parts."""
+        return batch_size, {"length_of": self.positions, "cost_is_length": unit == "tokens"}
+
+    def total_length(self) -> int:
+        """Positions of an epoch."""
+        return sum(int(self.positions(shard).clip(min=0).sum()) for shard in range(len(self.shards.paths)))
+
+    def positions(self, shard: int) -> NDArray[np.int64]:
+        """Of each sample; -1 for one that cannot be read, or has no part for any of these stems."""
+        length_np = part_lengths(self.shards, shard)
+        total_n = np.zeros(len(length_np), dtype=np.int64)
+        for part, length_n in zip(self.parts, length_np.T, strict=True):
+            total_n += np.where(length_n < 0, 0, part.positions_of(length_n.clip(min=0), self.data))
+        return np.where((length_np >= 0).any(axis=1), total_n, -1)

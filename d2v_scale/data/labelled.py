@@ -22,7 +22,6 @@ from d2v_scale.errors import DataError
 from d2v_scale.files import file_sha256
 from d2v_scale.model.config import ModelConfig
 from d2v_scale.shards.class_names import agreed_classes
-from d2v_scale.shards.one_content import reading
 from d2v_scale.shards.plan import PlannedBatch
 from d2v_scale.shards.reading import Fault, SampleFault, SampleStore
 from d2v_scale.shards.rows import Decoder, Row
@@ -89,7 +88,7 @@ class LabelledSet:
     def __post_init__(self) -> None:
         source = SourceConfig(shards=self.shards, modality=self.modality)
         self._stem = modalities.of(self.model, self.modality)
-        self._found = reading(self.found or find_shards(source), self._stem.content)
+        self._found = self._stem.read(self.found or find_shards(source))
         if not self._found.indexed:
             raise DataError(f"The shards of {self.shards!r} have no index.", "Make one with `d2v index`.")
         check_before_start(self._found, source, self._stem.content, self.data.max_bad_ratio)

@@ -17,11 +17,14 @@ from d2v_scale.data.collate import Collator, read_rows
 from d2v_scale.data.config import DataConfig
 from d2v_scale.data.counters import Counters, SourceCount, Tally
 from d2v_scale.data.labels import Labels
+from d2v_scale.data.paired import PairedCollator
 from d2v_scale.data.source import Source, open_source
 from d2v_scale.data.streaming import StreamedSource
 from d2v_scale.data2vec.config import CompatConfig, MaskingConfig
 from d2v_scale.errors import CheckpointError, DataError, DataStarved, UserError, Verdict
 from d2v_scale.files import file_sha256
+from d2v_scale.modalities.paired.decoder import PairedDecoder
+from d2v_scale.modalities.paired.modality import Paired
 from d2v_scale.model.config import ModelConfig
 from d2v_scale.process.signals import worker_signals
 from d2v_scale.shards.forking import forking
@@ -70,7 +73,11 @@ class _StepDataset(Dataset[DecodedStep]):
     """Decodes tasks. A copy lives in every worker; files are opened there."""
 
     def __init__(
-        self, sources: Sequence[Source | StreamedSource], decoders: list[Decoder], collators: list[Collator], seed: int
+        self,
+        sources: Sequence[Source | StreamedSource],
+        decoders: list[Decoder],
+        collators: Sequence[Collator | PairedCollator],
+        seed: int,
     ) -> None:
         self._sources = sources
         self._decoders = decoders
@@ -100,7 +107,13 @@ class _StepDataset(Dataset[DecodedStep]):
             )
             decoded.batches.append(batch)
             decoded.faults.append(faults)
-            decoded.tallies.append(_tally(batch, planned, kept, faults, self._sources[k].stem))
+            tally = _tally(batch, planned, kept, faults, self._sources[k].stem)
+            for number, row in zip(kept, rows, strict=True):
+                for part, why in row.lacking:
+                    tally.missing_parts[part] += 1
+                    shard = int(planned.shard_n[number])
+                    tally.named_parts.append(Fault(self._sources[k].shards.paths[shard], row.key, f"no {part}: {why}"))
+            decoded.tallies.append(tally)
         return decoded
 
 
@@ -168,10 +181,15 @@ class StepLoader:
         self._mixture = Mixture(weights, data.temperature, seed)
         decoders = [self._make_decoder(source, model) for source in self.sources]
         masks = {m: masking if isinstance(masking, MaskingConfig) else masking[m] for m in model.modalities}
-        collators = [
-            Collator(source.modality, decoder, model, masks[source.modality], compat, seed, self.labels)
-            for source, decoder in zip(self.sources, decoders, strict=True)
-        ]
+        collators: list[Collator | PairedCollator] = []
+        for source, one, decoder in zip(data.sources, self.sources, decoders, strict=True):
+            if isinstance(one.stem, Paired):
+                assert isinstance(decoder, PairedDecoder)
+                own = [masks[stem] for stem in source.stems]
+                collators.append(PairedCollator(one.stem, decoder, own, source.hide_whole, seed, self.labels))
+            else:
+                own_masks = masks[source.modality]
+                collators.append(Collator(source.modality, decoder, model, own_masks, compat, seed, self.labels))
         self._dataset = _StepDataset(self.sources, decoders, collators, seed)
         self._step = 0
         self._cursors = [Cursor() for _ in self.sources]

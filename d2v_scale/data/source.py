@@ -15,7 +15,6 @@ from d2v_scale.errors import DataError, DataStarved
 from d2v_scale.files import file_sha256
 from d2v_scale.model.config import ModelConfig
 from d2v_scale.shards.fetching import ShardCache
-from d2v_scale.shards.one_content import reading
 from d2v_scale.shards.order import WindowOrder
 from d2v_scale.shards.plan import SourcePlan
 from d2v_scale.shards.reading import SampleStore
@@ -34,12 +33,12 @@ def open_source(
 ) -> "Source | StreamedSource":
     """Find and check the shards of source `number`. Raises DataError; logs what is survived."""
     source = data.sources[number]
-    reads = modalities.of(model, source.modality).content
-    shards = reading(find_shards(source), reads)
+    stem = modalities.of(model, source.modality)
+    shards = stem.read(find_shards(source))
     name = data.source_names()[number]
     if not shards.indexed:
         return StreamedSource(shards, source, name, data, model, seed, dp_rank, dp_size)
-    for warning in check_before_start(shards, source, reads, data.max_bad_ratio):
+    for warning in check_before_start(shards, source, stem.content, data.max_bad_ratio):
         log.warning("%s", warning)
     return Source(shards, source, name, data, model, seed)
 
@@ -86,7 +85,7 @@ class Source:
         """About how many batches of `batch_size` samples, seconds or tokens an epoch has."""
         if unit == "samples":
             return self.items_per_epoch / batch_size
-        length = float(self.shards.length_s.sum())
+        length = float(self.items.total_length())
         return length / (batch_size * (SAMPLE_RATE if unit == "seconds" else 1))
 
     @property

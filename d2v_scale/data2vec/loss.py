@@ -53,10 +53,16 @@ def masked_loss_sum(predictions_nd: Tensor, targets_nd: Tensor, config: LossConf
 
 
 def cls_loss_sum(
-    predictions_rd: Tensor, targets_btd: Tensor, config: LossConfig, width: int, real_bt: Tensor | None = None
+    predictions_rd: Tensor,
+    targets_btd: Tensor,
+    config: LossConfig,
+    width: int,
+    real_bt: Tensor | None = None,
+    present_b: Tensor | None = None,
 ) -> Tensor:
     """Weighted sum over rows of the CLS term (2.0): each row's output at its last extra token against the mean of its
-    sample's target over the positions `real_bt`; None: over all T, padding included as in the reference.
+    sample's target over the positions `real_bt`; None: over all T, padding included as in the reference. Samples that
+    are not `present_b` count nothing.
 
     Rows are sample-major, R = B*M. Divide by the number of rows over all ranks and micro-batches of the step, so that
     the term's weight does not depend on the batch size. (The reference sums over the rows of one micro-batch:
@@ -66,7 +72,10 @@ def cls_loss_sum(
     clones = predictions_rd.shape[0] // max(1, samples)
     targets_bd = targets_btd.float().mean(dim=1) if real_bt is None else _mean_over(targets_btd.float(), real_bt)
     targets_rd = targets_bd.repeat_interleave(clones, dim=0)
-    total = elementwise(predictions_rd, targets_rd, config.beta).sum()
+    each_rd = elementwise(predictions_rd, targets_rd, config.beta)
+    if present_b is not None:
+        each_rd = each_rd * present_b.repeat_interleave(clones)[:, None]
+    total = each_rd.sum()
     return total * (channel_factor(config, width) * config.cls_weight)
 
 

@@ -110,9 +110,11 @@ class _Sums:
     def entered(self, batch: Batch, features_btd: Tensor) -> None:
         """Not looked at."""
 
-    def share(self, batch: Batch, predictions: Sequence[Tensor], cls_rd: Tensor | None, made: Sequence[Made]) -> Tensor:
+    def share(
+        self, batch: Batch, predictions: Sequence[Tensor], cls: Sequence[Tensor | None], made: Sequence[Made]
+    ) -> Tensor:
         """Add a micro-batch; gives 0, as nothing is trained."""
-        del cls_rd
+        del cls
         if next(self._counted):
             found = []
             for one in compare(batch, self._targets, predictions, made):

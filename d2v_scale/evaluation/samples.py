@@ -74,6 +74,8 @@ def require_same(batches: Sequence[tuple[Batch, Tensor]], shards: str) -> None:
 def _set_of(recipe: Recipe, shards: str | None, limit: int, masked: bool) -> LabelledSet:
     """`shards`: the named ones; None: the first of training alone, as a large set would all be read for its index."""
     first = recipe.data.sources[0]
+    if not shards and len(first.stems) > 1:
+        raise DataError("The first source has paired samples, which are not looked at without being named.")
     modality = recipe.model.modalities[0] if shards else first.modality
     masks = recipe.masking_of(modality)
     clones = masks.clones if masked else 1

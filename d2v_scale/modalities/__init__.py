@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, assert_never
 
 from d2v_scale.modalities.array.modality import Array
 from d2v_scale.modalities.base import Modality
+from d2v_scale.modalities.paired.modality import Paired
 from d2v_scale.modalities.speech.modality import Speech
 from d2v_scale.modalities.text.modality import Text
 from d2v_scale.modalities.vision.modality import Vision
 from d2v_scale.model.config import ModelConfig
-from d2v_scale.model.stem_config import KINDS, Kind
+from d2v_scale.model.stem_config import KINDS, Kind, parts_of
 from d2v_scale.model.teacher_parts import TeacherParts
 
 if TYPE_CHECKING:
@@ -45,7 +46,10 @@ def class_of(kind: Kind) -> type[Modality]:
 
 
 def of(model: ModelConfig, name: str) -> Modality:
-    """What the stem `name` of `model` says of itself. Its `model` has this stem alone (`ModelConfig.of`)."""
+    """What the stem `name` of `model` says of itself; of `vision+text` what its samples' parts say together. The
+    `model` of a stem has this one alone (`ModelConfig.of`)."""
+    if len(names := parts_of(name)) > 1:
+        return Paired(model, [of(model, one) for one in names])
     return class_of(model.kind(name))(model.of(name), name)
 
 

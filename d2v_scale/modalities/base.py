@@ -118,7 +118,23 @@ class Modality(ABC):
         """Whether attention gets a position bias."""
         return False
 
+    def positions_of(self, length_n: "NDArray[np.int64]", data: "DataConfig") -> "NDArray[np.int64]":
+        """Positions of parts of paired samples that are so long as an index counts them (0 or more); 0 for those that
+        are too short to be read. As it stands, of samples of one size."""
+        del data
+        assert self.fixed_grid is not None
+        positions = 1
+        for extent in self.fixed_grid:
+            positions *= extent
+        return length_n * 0 + positions
+
     # From shards to a batch
+
+    def read(self, shards: "ShardSet") -> "ShardSet":
+        """These shards as one sees them who reads of their samples what this stem does. Raises DataError."""
+        from d2v_scale.shards.one_content import reading
+
+        return reading(shards, self.content)
 
     def items(self, shards: "ShardSet", data: "DataConfig", lengths: "SampleLengths") -> "Items":
         """What of these shards a plan deals with."""

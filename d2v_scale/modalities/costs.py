@@ -1,5 +1,6 @@
 """The sizes that costs are counted from: how long a sample is, and how a micro-batch is computed."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -25,6 +26,26 @@ class Lengths:
     """Extra tokens (CLS)."""
     clones: int
     """M: rows of the student per sample."""
+    parts: tuple[tuple[str, "Lengths"], ...] = ()
+    """Of paired samples: each part's, by its stem. All else is of the sequence that they make."""
+
+    @classmethod
+    def together(cls, parts: Mapping[str, "Lengths"]) -> "Lengths":
+        """Of the sequence that these parts make, in their order."""
+        each = list(parts.values())
+        return cls(
+            inputs=sum(one.positions for one in each),
+            grid=(sum(one.positions for one in each),),
+            kept=sum(one.kept for one in each),
+            masked=sum(one.masked for one in each),
+            extra=sum(one.extra for one in each),
+            clones=each[0].clones,
+            parts=tuple(parts.items()),
+        )
+
+    def of(self, stem: str) -> "Lengths":
+        """Of one stem's part; of samples of one stem the same."""
+        return dict(self.parts).get(stem, self)
 
     @property
     def positions(self) -> int:

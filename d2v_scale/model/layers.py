@@ -28,6 +28,8 @@ class LayerSpec:
     """Blocks only: counted over prenet and main blocks; drop path and layer drop are keyed by it."""
     main: int = -1
     """Main blocks only: the number that `top_k_layers` counts."""
+    stem: str = ""
+    """Layers of one stem only: its name, which a sequence of several stems needs."""
 
     @property
     def sliced(self) -> bool:
@@ -89,8 +91,20 @@ class Carry:
     excluded; None: nothing is."""
     extra_tokens: int = 0
     """Leading positions that are not part of the input (CLS)."""
-    position: "Tensor | None" = None
-    """The parameter that the position bias is made from, where a later part of the layers will need it."""
+    positions: "tuple[Tensor, ...]" = ()
+    """The parameters that position biases are made from, of each stem that has one, where a later part of the layers
+    will need them."""
+    parts: "tuple[Carry, ...]" = ()
+    """Of paired samples, before their parts are one sequence: what travels of each. `states_rsd` means nothing then."""
+
+    def become(self, other: "Carry") -> None:
+        """Travel on as `other`."""
+        self.states_rsd, self.attention_bias, self.extra_tokens = (
+            other.states_rsd,
+            other.attention_bias,
+            other.extra_tokens,
+        )
+        self.positions, self.parts = other.positions, other.parts
 
 
 class StudentOutput(NamedTuple):
@@ -102,10 +116,15 @@ class StudentOutput(NamedTuple):
     """Stem features before masking, detached: what a teacher that shares them is given."""
     encoder_rsd: "Tensor"
     """Output of the encoder without extra tokens: all positions (1.0) or the visible ones, ascending (2.0)."""
-    cls_rd: "Tensor | None"
-    """Output at the last extra token, the CLS token (2.0, where there is one)."""
+    cls: "tuple[Tensor | None, ...]"
+    """Of each stem the output (R, D) at its last extra token, the CLS token (2.0, where there is one)."""
     further: "tuple[Tensor, ...]" = ()
-    """Predictions of further targets, each (N, W)."""
+    """Predictions of further targets, each (N, W); of paired samples also all those of further parts."""
+
+    @property
+    def cls_rd(self) -> "Tensor | None":
+        """Of the first stem, which usually is the only one."""
+        return self.cls[0]
 
     @property
     def predictions(self) -> "tuple[Tensor, ...]":

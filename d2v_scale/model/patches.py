@@ -11,7 +11,7 @@ from d2v_scale.model.config import ModelConfig
 from d2v_scale.model.init import BEIT, InitRule, linear_rules, set_rule
 from d2v_scale.model.layers import rows_of
 from d2v_scale.model.position_bias import sincos_positions
-from d2v_scale.model.stem import ExtraTokens
+from d2v_scale.model.stem import ExtraTokens, StemFeatures
 
 _CONVOLUTIONS: dict[int, type[nn.Conv1d] | type[nn.Conv2d] | type[nn.Conv3d]] = {
     1: nn.Conv1d,
@@ -20,7 +20,7 @@ _CONVOLUTIONS: dict[int, type[nn.Conv1d] | type[nn.Conv2d] | type[nn.Conv3d]] = 
 }
 
 
-class PatchFeatures(nn.Module):
+class PatchFeatures(StemFeatures):
     """Patch embedding: one linear, as a convolution whose kernel is its stride. Of four axes, which no convolution has,
     steps within a patch along the first are channels."""
 
@@ -38,16 +38,18 @@ class PatchFeatures(nn.Module):
             # Xavier-uniform on the flattened width x values-of-a-patch matrix; the bias keeps torch's default.
             bound = math.sqrt(6.0 / (channels * math.prod(patch) + width))
             set_rule(self.patch.weight, InitRule("uniform", -bound, bound))
+        self.add_modality(config)
 
     def forward(self, values: Tensor) -> Tensor:
         """(B, C, E_1 ... E_n) to (B, T, D), row-major patches."""
         values = values.to(self.patch.weight.dtype)
         if not self.folds:
-            return self.patch(values).flatten(2).transpose(1, 2)
+            return self.with_modality(self.patch(values).flatten(2).transpose(1, 2))
         samples, channels, extent, *others = values.shape
         split = values.view(samples, channels, extent // self.first_patch, self.first_patch, *others)
         folded = split.transpose(1, 2).reshape(-1, channels * self.first_patch, *others)
-        return self.patch(folded).flatten(2).transpose(1, 2).reshape(samples, -1, self.patch.out_channels)
+        x_btd = self.patch(folded).flatten(2).transpose(1, 2).reshape(samples, -1, self.patch.out_channels)
+        return self.with_modality(x_btd)
 
 
 class PatchContext(ExtraTokens):

@@ -1,6 +1,7 @@
 """Position biases on attention logits, for this rank's heads."""
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -121,6 +122,39 @@ def sincos_positions(width: int, grid: tuple[int, ...]) -> Tensor:
     table = np.concatenate(shares, axis=-1).reshape(math.prod(grid), width).astype(np.float32)
     # On the device that ZeRO-3 builds on.
     return torch.from_numpy(table).to(torch.empty(0).device)
+
+
+def coded_positions(width: int, grid: tuple[int, ...], device: torch.device) -> Tensor:
+    """The values of `sincos_positions`, made on `device` in fp32 without a copy from the host: for grids that change
+    from batch to batch."""
+    frequencies = width // (2 * len(grid))
+    omega = torch.exp(torch.arange(frequencies, device=device) * (-math.log(10000.0) / frequencies))
+    shares = []
+    for axis in reversed(range(len(grid))):
+        place = torch.arange(grid[axis], device=device, dtype=torch.float32)
+        shape = [1] * axis + [-1] + [1] * (len(grid) - axis)
+        angles = place.view(shape) * omega
+        shares += [x.expand(*grid, -1) for x in (angles.sin(), angles.cos())]
+    shares.append(torch.zeros(*grid, width - 2 * len(grid) * frequencies, device=device))
+    return torch.cat(shares, dim=-1).view(math.prod(grid), width)
+
+
+def block_diagonal(biases: Sequence[Tensor | None], sizes: Sequence[int]) -> Tensor | None:
+    """Position biases (1 or R, H, S_p, S_p) of parts that follow each other as one of the whole: 0 between parts, and
+    within those whose bias is None. None: there is no bias. `sizes`: S_p."""
+    known = [bias for bias in biases if bias is not None]
+    if not known:
+        return None
+    rows = max(len(bias) for bias in known)
+    heads, whole, before = known[0].shape[1], sum(sizes), 0
+    strips = []
+    for bias, size in zip(biases, sizes, strict=True):
+        if bias is None:
+            strips.append(known[0].new_zeros(rows, heads, size, whole))
+        else:
+            strips.append(F.pad(bias, (before, whole - before - size)).expand(rows, -1, -1, -1))
+        before += size
+    return torch.cat(strips, dim=2)
 
 
 def add_padding(attention_bias: Tensor | None, valid_rs: Tensor | None, dtype: torch.dtype) -> Tensor | None:

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from d2v_scale.model.config import ModelConfig
-from d2v_scale.model.init import BEIT, InitRule, set_rule
-from d2v_scale.model.position_bias import AlibiBias, RelativeBias
+from d2v_scale.model.init import BEIT, ZEROS, InitRule, set_rule
+from d2v_scale.model.position_bias import AlibiBias, RelativeBias, coded_positions
 
 
 class Stem(nn.Module):
@@ -17,6 +17,7 @@ class Stem(nn.Module):
     features: nn.Module
     context: nn.Module
     bias: RelativeBias | AlibiBias
+    hidden: "HiddenPart"
     prenet: nn.ModuleList
 
     def __init__(self, config: ModelConfig) -> None:
@@ -67,6 +68,46 @@ class ExtraTokens(nn.Module):
         if not hasattr(self, "cls"):
             return x_rsd
         return torch.cat((self.cls.expand(x_rsd.shape[0], -1, -1), x_rsd), dim=1)
+
+
+class StemFeatures(nn.Module):
+    """What features of all kinds have in common: a learned vector (D,) that is added to them, where samples of the stem
+    may be parts of paired ones. It starts from zero."""
+
+    modality: nn.Parameter
+
+    def add_modality(self, config: ModelConfig) -> None:
+        """Build it, if the one stem of `config` asks for it."""
+        [stem] = config.stems.values()
+        if stem.paired:
+            self.modality = nn.Parameter(torch.empty(config.backbone.width))
+            set_rule(self.modality, ZEROS)
+
+    def with_modality(self, x_btd: Tensor) -> Tensor:
+        """Features (B, T, D) with it."""
+        return x_btd + self.modality.to(x_btd.dtype) if hasattr(self, "modality") else x_btd
+
+
+class HiddenPart(nn.Module):
+    """What the student sees of a part that is hidden altogether: where it would see positions, a learned vector with a
+    fixed code of each position. These states ask what the other parts say of them, and hold nothing of the part."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.query = nn.Parameter(torch.empty(width))
+        set_rule(self.query, InitRule("normal", 0.02))
+
+    def forward(
+        self, states_rsd: Tensor, hidden_r: Tensor, visible_rs: Tensor | None, grid: tuple[int, ...], extra: int
+    ) -> Tensor:
+        """(R, n + S, D) of the context with the rows `hidden_r` replaced behind their n extra tokens. `visible_rs`: the
+        positions on `grid` that rows keep; None: all. Without a hidden row it is part of the graph, as on every rank.
+        """
+        places_td = coded_positions(states_rsd.shape[-1], grid, states_rsd.device).to(states_rsd.dtype)
+        places_rsd = places_td[None] if visible_rs is None else F.embedding(visible_rs, places_td)
+        queries_rsd = F.pad(places_rsd + self.query.to(states_rsd.dtype), (0, 0, extra, 0))
+        is_query_s = torch.arange(states_rsd.shape[1], device=states_rsd.device) >= extra
+        return torch.where((hidden_r[:, None] & is_query_s)[..., None], queries_rsd, states_rsd)
 
 
 Exists = Callable[[str], bool]

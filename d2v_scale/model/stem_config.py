@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Literal, TypeVar, get_args
 
@@ -15,6 +16,20 @@ Kind = Literal["vision", "speech", "text", "array"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 Count = TypeVar("Count", int, "Tensor")
 """An int, or an int64 tensor of any shape."""
+
+
+_BETWEEN_PARTS = "+"
+"""In the name of a sequence that several stems make together, which no stem's own name holds."""
+
+
+def parts_of(sequence: str) -> list[str]:
+    """The stems that make a sequence, in the order of their positions: of `vision+text` two, of `vision` one."""
+    return sequence.split(_BETWEEN_PARTS)
+
+
+def sequence_of(stems: Iterable[str]) -> str:
+    """The name of the sequence that these stems make."""
+    return _BETWEEN_PARTS.join(stems)
 
 
 @dataclass(kw_only=True)
@@ -49,6 +64,10 @@ class StemSettings:
     extra_tokens: int | None = None
     """Learned tokens before the positions of the input, which have no position of their own and are never masked. The
     CLS term is of the last of them. null: as published (images 1, all others 0)."""
+
+    paired: bool | None = None
+    """Whether its samples may be parts of paired ones: a learned vector is added to its features, and another one, with
+    the positions, stands for a part that is hidden altogether. null: where a source of several modalities reads it."""
 
     @property
     def extra_token_count(self) -> int:

@@ -24,6 +24,8 @@ class TeacherParts:
         """What becomes of the student's parameter `name` in the teacher."""
         if _under(name, self.shared):
             return "absent"
+        if name.startswith("stems.") and ".hidden." in f"{name}.":
+            return "absent"  # nothing is hidden from a teacher
         if not self.with_predictor and _under(name, ["predictors", "final_norm"]):
             return "absent"
         return "copied" if _under(name, self.copied) else "averaged"

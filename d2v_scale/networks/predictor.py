@@ -133,9 +133,11 @@ class ConvPredictor(_Projection):
         noise_nd: Tensor,
         grid: tuple[int, ...],
         heads: tuple[str, ...],
+        decoded_n: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         """Visible states (R, S, D) at `visible_rs` and noise (N, D) at flat `masked_n` to predictions (N, W): see
-        `_Projection.predict`. `grid`: how the positions lie (`Batch.extents`)."""
+        `_Projection.predict`. `grid`: how the positions lie (`Batch.extents`); `decoded_n`: positions that are
+        predicted, where they are others than `masked_n`."""
         rows, kept, width = visible_rsd.shape
         visible_rsd = cpu_ops.dropout(visible_rsd, self.dropout, self.training)
         length = kept + masked_n.shape[0] // max(1, rows)
@@ -147,7 +149,7 @@ class ConvPredictor(_Projection):
         x = x_nd.view(rows, *(grid if self.dimensions > 1 else (length,)), width)
         for conv in self.convs:
             x = self._layer(conv, x)
-        out_nd = x.reshape(rows * length, -1).index_select(0, masked_n)
+        out_nd = x.reshape(rows * length, -1).index_select(0, masked_n if decoded_n is None else decoded_n)
         if self.final_norm:
             out_nd = self.norm(out_nd)
         return self.predict(out_nd, heads)

@@ -1,9 +1,9 @@
 """Student and teacher: two stacks from one list of layers."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -12,118 +12,18 @@ from d2v_scale.batch import Batch
 from d2v_scale.data2vec import stateless, targets
 from d2v_scale.data2vec.config import TargetConfig
 from d2v_scale.errors import ConfigError
-from d2v_scale.model.block import Block, beit_depth_scale, with_zero_gradient
+from d2v_scale.model.block import with_zero_gradient
 from d2v_scale.model.config import ModelConfig
-from d2v_scale.model.init import BEIT, InitRule
 from d2v_scale.model.layers import Carry, LayerSpec, Section, StudentOutput
-from d2v_scale.model.position_bias import add_padding
-from d2v_scale.model.stem import Stem
+from d2v_scale.model.stem_config import parts_of
 from d2v_scale.model.teacher_parts import TeacherParts
 from d2v_scale.networks.draw import Draw
-from d2v_scale.networks.layers import describe
-from d2v_scale.networks.predictor import ConvPredictor, Widths, build_predictors
+from d2v_scale.networks.layered import Layered, student_inputs, whole_inputs
+from d2v_scale.networks.layers import longest_prenet
+from d2v_scale.networks.predictor import ConvPredictor, Widths
 
 
-class _Stack(nn.Module):
-    """The layers of `describe(config, modality)` that exist here, and how each one moves the carry."""
-
-    def __init__(
-        self,
-        config: ModelConfig,
-        names: list[str],
-        parts: TeacherParts | None,
-        section: Section | None,
-        target_widths: Widths,
-    ) -> None:
-        super().__init__()
-        self.config = config
-        self.modalities = names
-        self.section = section or Section.whole(config)
-        self.configs = {modality: config.of(modality) for modality in names}
-        """What each stem's samples pass (`ModelConfig.of`)."""
-        self.layers = {modality: describe(config, modality) for modality in names}
-        backbone = config.backbone
-
-        def exists(name: str) -> bool:
-            return parts is None or parts.role(name) != "absent"
-
-        self.stems = nn.ModuleDict({m: _build_stem(config, m, exists, self.section) for m in names})
-        # Places of blocks that are elsewhere stay empty, so that every parameter has one name in every section.
-        self.blocks = nn.ModuleList(
-            _build_block(config, backbone.prenet_depth + i)
-            if self.section.first <= i < self.section.last
-            else nn.Identity()
-            for i in range(backbone.depth)
-        )
-        if self.section.ends and backbone.final_norm and exists("final_norm"):
-            self.final_norm = nn.LayerNorm(backbone.width, backbone.norm_eps)
-        if self.section.ends and exists("predictors"):
-            self.predictors = nn.ModuleDict(build_predictors(self.configs, target_widths))
-        if config.compile:
-            for module in self.modules():
-                if isinstance(module, Block):
-                    module.compile_forward()
-
-    def stem_features(self, batch: Batch) -> Tensor:
-        """Features (B, T, D) of the unmasked input, with this stack's own stem, e.g. for evaluation."""
-        return self._features(batch, batch.inputs)
-
-    def valid_positions(self, batch: Batch) -> Tensor | None:
-        """bool (B, T): positions that are not padding. None: none is."""
-        return self._valid(batch, batch.inputs)
-
-    def _valid(self, batch: Batch, inputs: Tensor) -> Tensor | None:
-        return None if batch.valid is None else self._stem(batch.modality).valid_positions(inputs, batch.valid)
-
-    def _stem(self, modality: str) -> Stem:
-        stem = self.stems[modality]
-        assert isinstance(stem, Stem)
-        return stem
-
-    def _features(self, batch: Batch, inputs: Tensor) -> Tensor:
-        return self._stem(batch.modality).represent(inputs, self._valid(batch, inputs))
-
-    def _enter(self, batch: Batch, features_btd: Tensor, valid_bt: Tensor | None, *, masked: bool) -> Carry:
-        """The context layer and the attention bias: what the first block gets."""
-        stem = self._stem(batch.modality)
-        visible_rs = batch.layout.visible_rs if masked and self.config.visible_only else None
-        masked_rt = batch.masked_rt if masked else None
-        states_rsd = stem.context(features_btd, masked_rt, visible_rs, valid_bt, batch.clones if masked else 1)
-        carry = self._carry(batch, states_rsd, valid_bt, None, masked=masked)
-        if not self.section.ends and hasattr(stem, "bias"):
-            carry.position = stem.bias.parameter
-        return carry
-
-    def _carry(
-        self, batch: Batch, states_rsd: Tensor, valid_bt: Tensor | None, position: Tensor | None, *, masked: bool
-    ) -> Carry:
-        """States with the bias that every block adds to its attention. `position`: the first stage's parameter of it,
-        where this stack has none of its own."""
-        visible_rs = batch.layout.visible_rs if masked and self.config.visible_only else None
-        clones = batch.clones if masked else 1
-        stem = self._stem(batch.modality)
-        bias = stem.attention_bias(states_rsd, visible_rs, position) if hasattr(stem, "bias") else None
-        if valid_bt is not None:
-            valid_bt = valid_bt.repeat_interleave(clones, dim=0)
-            if visible_rs is not None:
-                valid_bt = valid_bt.gather(1, visible_rs)
-            if stem.extra_tokens:
-                valid_bt = F.pad(valid_bt, (stem.extra_tokens, 0), value=True)
-            # A row without any real key attends to its padding: what a kernel gives over no key at all is its own
-            # affair, zeros or NaN. Nothing of such a row is counted.
-            valid_bt = valid_bt | ~valid_bt.any(dim=1, keepdim=True)
-        assert bias is None or bias.shape[0] in (1, len(states_rsd))
-        return Carry(states_rsd, add_padding(bias, valid_bt, states_rsd.dtype), stem.extra_tokens, position)
-
-    def _blocks(self, modality: str) -> Iterator[tuple[LayerSpec, nn.Module]]:
-        """The blocks of this section, prenet included, in order."""
-        for layer in self.layers[modality]:
-            if layer.kind == "block" and self.section.holds(layer):
-                main = layer.main >= 0
-                yield layer, self.blocks[layer.main] if main else self._stem(modality).prenet[layer.index]
-
-
-class Student(_Stack):
+class Student(Layered):
     """The network that is trained: it sees a masked sample and predicts the teacher's targets at masked positions."""
 
     def __init__(
@@ -150,8 +50,8 @@ class Student(_Stack):
         """
         carry, features_btd = self.enter(batch)
         self.run_blocks(batch, carry, draw)
-        (predictions_nd, *further), encoder_rsd, cls_rd = self.leave(batch, carry, draw, noise_rtd)
-        return StudentOutput(predictions_nd, features_btd.detach(), encoder_rsd, cls_rd, tuple(further))
+        (predictions_nd, *further), encoder_rsd, cls = self.leave(batch, carry, draw, noise_rtd)
+        return StudentOutput(predictions_nd, features_btd.detach(), encoder_rsd, cls, tuple(further))
 
     def encode(self, batch: Batch, draw: Draw, features_btd: Tensor | None = None, *, masked: bool = False) -> Tensor:
         """Output (B, T, D) of the last block on unmasked inputs, without extra tokens and final norm.
@@ -159,43 +59,56 @@ class Student(_Stack):
         `features_btd`: the stem's; None: made here. `masked`: masked positions are hidden as in pretraining.
         """
         features_btd = self.stem_features(batch) if features_btd is None else features_btd
-        carry = self._enter(batch, features_btd, self.valid_positions(batch), masked=masked)
-        self.run_blocks(batch, carry, draw)
+        carry = self._enter(batch, features_btd, whole_inputs, masked=masked)
+        self._run_blocks(batch, carry, draw, masked=masked)
         return carry.states_rsd[:, carry.extra_tokens :]
 
     def enter(self, batch: Batch) -> tuple[Carry, Tensor]:
         """The stem on the masked input: what the first block gets, and the features (B, T, D) before masking."""
         if self.config.visible_only:
             assert batch.layout.visible_rs is not None, "rows of a 2.0 batch must keep equal numbers of positions"
-        inputs = _student_inputs(batch)
-        features_btd = self._features(batch, inputs)
-        return self._enter(batch, features_btd, self._valid(batch, inputs), masked=True), features_btd
+        features_btd = self._features(batch, student_inputs)
+        return self._enter(batch, features_btd, student_inputs, masked=True), features_btd
 
-    def resume(self, batch: Batch, states_rsd: Tensor, position: Tensor | None) -> Carry:
-        """What the first block of a later section gets: the states and `Carry.position` of the section before."""
-        return self._carry(batch, states_rsd, self._valid(batch, _student_inputs(batch)), position, masked=True)
+    def resume(self, batch: Batch, states_rsd: Tensor, positions: tuple[Tensor, ...]) -> Carry:
+        """What the first block of a later section gets: the states and `Carry.positions` of the section before."""
+        valids = [self._valid(part, student_inputs) for part in batch.of_stems]
+        return self._carry(batch, states_rsd, valids, positions, masked=True)
 
     def run_blocks(self, batch: Batch, carry: Carry, draw: Draw) -> None:
         """Move the carry through the blocks that are here."""
-        scales = self._branch_scales(batch, draw)
-        for layer, block in self._blocks(batch.modality):
+        self._run_blocks(batch, carry, draw, masked=True)
+
+    def _run_blocks(self, batch: Batch, carry: Carry, draw: Draw, *, masked: bool) -> None:
+        scales: dict[str, Tensor | None] = {}
+        for own, its, layer, block in self._each_block(batch, carry, student_inputs, masked=masked):
+            if own.modality not in scales:
+                scales[own.modality] = self._branch_scales(own, draw)
             if self._dropped(layer, draw):
-                carry.states_rsd = with_zero_gradient(block, carry.states_rsd)
+                its.states_rsd = with_zero_gradient(block, its.states_rsd)
                 continue
-            carry.states_rsd = self._run_block(block, carry, None if scales is None else scales[layer.index])
+            scale = scales[own.modality]
+            its.states_rsd = self._run_block(block, its, None if scale is None else scale[layer.index])
 
     def leave(
         self, batch: Batch, carry: Carry, draw: Draw, noise_rtd: Tensor | None = None
-    ) -> tuple[tuple[Tensor, ...], Tensor, Tensor | None]:
-        """Predictions (N, W) of every target, encoder output (R, S, D) and the last extra token's output (R, D): see
-        `StudentOutput`."""
+    ) -> tuple[tuple[Tensor, ...], Tensor, tuple[Tensor | None, ...]]:
+        """Predictions (N, W) of every target, encoder output (R, S, D) and of each stem the last extra token's output
+        (R, D): see `StudentOutput`."""
         x_rsd = carry.states_rsd
         if self.config.backbone.final_norm:
             x_rsd = self.final_norm(x_rsd)
         encoder_rsd = x_rsd[:, carry.extra_tokens :]
-        predictions = self._predict(batch, encoder_rsd, draw, noise_rtd)
-        cls_rd = x_rsd[:, carry.extra_tokens - 1] if self.config.visible_only and carry.extra_tokens else None
-        return predictions, encoder_rsd, cls_rd
+        predictions: list[Tensor] = []
+        cls: list[Tensor | None] = []
+        token, place = 0, 0
+        for part in batch.of_stems:
+            visible_rs = part.layout.visible_rs if self.config.visible_only else None
+            kept = part.masked_rt.shape[1] if visible_rs is None else visible_rs.shape[1]
+            predictions += self._predict(part, encoder_rsd[:, place : place + kept], draw, noise_rtd)
+            place, token = place + kept, token + part.extra_tokens
+            cls.append(x_rsd[:, token - 1] if self.config.visible_only and part.extra_tokens else None)
+        return tuple(predictions), encoder_rsd, tuple(cls)
 
     def _run_block(self, block: nn.Module, carry: Carry, scale_2r11: Tensor | None) -> Tensor:
         arguments = (carry.states_rsd, carry.attention_bias, scale_2r11)
@@ -220,7 +133,8 @@ class Student(_Stack):
             keys_n = self._row_keys(batch, draw).index_select(0, masked_n // length) + masked_n % length
             noise_nd = stateless.normal(stateless.row_keys(keys_n, "decoder noise"), width)
             noise_nd = noise_nd * one.predictor.noise_std
-        return predictor(encoder_rsd, batch.layout.visible_rs, masked_n, noise_nd, batch.extents, heads)
+        layout = batch.layout
+        return predictor(encoder_rsd, layout.visible_rs, masked_n, noise_nd, batch.extents, heads, layout.decoded_n)
 
     def _row_keys(self, batch: Batch, draw: Draw) -> Tensor:
         """int64 (R,): a key for each row from (seed, step, sample id, clone)."""
@@ -231,7 +145,8 @@ class Student(_Stack):
 
     def _branch_scales(self, batch: Batch, draw: Draw) -> Tensor | None:
         """Drop path: fp32 (blocks, 2, R, 1, 1), 0 or 1 / (1 - rate of the block); None where it is off."""
-        rates = self.configs[batch.modality].backbone.drop_path_rates()
+        backbone = self.config.backbone
+        rates = replace(backbone, prenet_depth=longest_prenet(self.config, batch.modality)).drop_path_rates()
         if not self.training or not any(rates):
             return None
         count = len(rates)
@@ -248,7 +163,7 @@ class Student(_Stack):
         return stateless.numpy_generator(draw.seed, draw.step, "layer drop", layer.index).random() < rate
 
 
-class Teacher(_Stack):
+class Teacher(Layered):
     """The teacher's own copies of what it runs: frozen, and in eval mode whatever `train()` is called with."""
 
     def __init__(
@@ -302,53 +217,74 @@ class Teacher(_Stack):
                 if any(each)
             }
 
-    def taps_before(self, modality: str, block: int) -> list[bool]:
-        """For each target whether a main block that it taps comes before this one."""
-        return [any(layer < block for layer in target.layers) for target in self.targets[modality]]
+    def taps_before(self, sequence: str, block: int) -> list[bool]:
+        """For each target, of paired samples of all parts, whether a main block that it taps comes before this one."""
+        every = (target for stem in parts_of(sequence) for target in self.targets[stem])
+        return [any(layer < block for layer in target.layers) for target in every]
 
     def enter(self, batch: Batch, features_btd: Tensor | None) -> Carry:
         """The stem on the unmasked input: what the first block gets."""
-        if self.owns_features(batch.modality):
-            features_btd = self._features(batch, batch.inputs)
-        assert features_btd is not None, f"this teacher shares {batch.modality} features and was given none"
-        # The student's may be of another precision.
-        features_btd = features_btd.to(next(self.blocks.parameters()).dtype)
-        return self._enter(batch, features_btd, self._valid(batch, batch.inputs), masked=False)
+        parts = batch.of_stems
+        if all(self.owns_features(part.modality) for part in parts):
+            features_btd = None
+        cut = None if features_btd is None else features_btd.split([part.masked_rt.shape[1] for part in parts], dim=1)
+        found = []
+        for number, part in enumerate(parts):
+            if self.owns_features(part.modality):
+                found.append(self._features(part, whole_inputs))
+                continue
+            assert cut is not None, f"this teacher shares {part.modality} features and was given none"
+            # The student's may be of another precision.
+            found.append(cut[number].to(next(self.blocks.parameters()).dtype))
+        return self._enter(batch, found[0] if len(found) == 1 else torch.cat(found, dim=1), whole_inputs, masked=False)
 
-    def resume(self, batch: Batch, states_rsd: Tensor, position: Tensor | None) -> Carry:
-        """What the first block of a later section gets: the states and `Carry.position` of the section before."""
-        return self._carry(batch, states_rsd, self._valid(batch, batch.inputs), position, masked=False)
+    def resume(self, batch: Batch, states_rsd: Tensor, positions: tuple[Tensor, ...]) -> Carry:
+        """What the first block of a later section gets: the states and `Carry.positions` of the section before."""
+        valids = [self._valid(part, whole_inputs) for part in batch.of_stems]
+        return self._carry(batch, states_rsd, valids, positions, masked=False)
 
     def run_blocks(
         self, batch: Batch, carry: Carry, running: Sequence[Tensor | None] | None = None
     ) -> list[Tensor | None]:
         """Move the carry through the blocks that are here, and add their taps to the running sum of each target."""
-        made = self.targets[batch.modality]
+        made = list(self._targets_of(batch))
         running = [None] * len(made) if running is None else list(running)
-        for layer, block in self._blocks(batch.modality):
-            carry.states_rsd, ffn_rsd = block(carry.states_rsd, carry.attention_bias, None)
-            for number, target in enumerate(made):
+        for _, its, layer, block in self._each_block(batch, carry, whole_inputs, masked=False):
+            its.states_rsd, ffn_rsd = block(its.states_rsd, its.attention_bias, None)
+            for number, (part, first, target) in enumerate(made):
                 if layer.main in target.layers:
-                    tap_rsd = ffn_rsd if target.config.tap == "ffn" else carry.states_rsd
-                    running[number] = target.add(running[number], tap_rsd[:, carry.extra_tokens :])
+                    tap_rsd = ffn_rsd if target.config.tap == "ffn" else its.states_rsd
+                    start = its.extra_tokens + first
+                    running[number] = target.add(running[number], tap_rsd[:, start : start + part.masked_rt.shape[1]])
         return running
+
+    def _targets_of(self, batch: Batch) -> Iterator[tuple[Batch, int, targets.Target]]:
+        """The targets of every part, with the part and the first of its positions."""
+        first = 0
+        for part in batch.of_stems:
+            yield from ((part, first, target) for target in self.targets[part.modality])
+            first += part.masked_rt.shape[1]
 
     def leave(self, batch: Batch, running: Sequence[Tensor | None]) -> tuple[targets.Made, ...]:
         """The targets of the sums of all taps."""
-        every = self.targets[batch.modality]
-        states = self.state.get(batch.modality) or [{}] * len(every)
-        stem = modalities.of(self.config, batch.modality)
-        inputs_btd = stem.input_values(batch) if any(target.reads_inputs for target in every) else None
-        counted_bt = self._counted(batch) if any(states) else None
-        return tuple(
-            targets.make(target, running_btd, inputs_btd, counted_bt, state)
-            for target, running_btd, state in zip(every, running, states, strict=True)
-        )
+        made: list[targets.Made] = []
+        rest = iter(running)
+        for part in batch.of_stems:
+            every = self.targets[part.modality]
+            states = self.state.get(part.modality) or [{}] * len(every)
+            stem = modalities.of(self.config, part.modality)
+            inputs_btd = stem.input_values(part) if any(target.reads_inputs for target in every) else None
+            counted_bt = self._counted(part) if any(states) else None
+            made += (
+                targets.make(target, next(rest), inputs_btd, counted_bt, state)
+                for target, state in zip(every, states, strict=True)
+            )
+        return tuple(made)
 
     def _counted(self, batch: Batch) -> Tensor:
         """fp32 (B, T): 1 where a position is of the input, 0 in padding and rows that stand for no sample."""
         shape = (len(batch.inputs), batch.masked_rt.shape[1])
-        valid_bt = None if batch.is_blank else self._valid(batch, batch.inputs)
+        valid_bt = None if batch.is_blank else self._valid(batch, whole_inputs)
         whole_bt = torch.full(shape, float(not batch.is_blank), device=batch.inputs.device)
         return whole_bt if valid_bt is None else valid_bt.float()
 
@@ -372,26 +308,8 @@ class Teacher(_Stack):
     def outputs(self, batch: Batch, carry: Carry, wanted: set[int]) -> dict[int, Tensor]:
         """Move the carry through the blocks that are here; outputs (B, T, D), without CLS, of the `wanted` ones."""
         states = {}
-        for layer, block in self._blocks(batch.modality):
-            carry.states_rsd, _ = block(carry.states_rsd, carry.attention_bias, None)
+        for _, its, layer, block in self._each_block(batch, carry, whole_inputs, masked=False):
+            its.states_rsd, _ = block(its.states_rsd, its.attention_bias, None)
             if layer.main in wanted:
-                states[layer.main] = carry.states_rsd[:, carry.extra_tokens :]
+                states[layer.main] = its.states_rsd[:, its.extra_tokens :]
         return states
-
-
-def _student_inputs(batch: Batch) -> Tensor:
-    return batch.inputs if batch.student_inputs is None else batch.student_inputs
-
-
-def _build_stem(config: ModelConfig, modality: str, exists: Callable[[str], bool], section: Section) -> Stem:
-    stem = modalities.of(config, modality).build_stem(lambda name: exists(f"stems.{modality}.{name}"), section)
-    if section.starts:
-        depth = config.of(modality).backbone.prenet_depth
-        stem.prenet = nn.ModuleList(_build_block(config, i) for i in range(depth))
-    return stem
-
-
-def _build_block(config: ModelConfig, index: int) -> Block:
-    if config.init == "beit":
-        return Block(config.backbone, rule=BEIT, depth_scale=beit_depth_scale(index))
-    return Block(config.backbone, rule=InitRule("normal", config.backbone.init_std))

@@ -56,21 +56,24 @@ class SharedFeed:
 
 
 def _tensors(batch: Batch) -> dict[str, Tensor]:
-    """Every tensor of a batch under the name of its field, contiguous."""
-    named = {field.name: getattr(batch, field.name) for field in fields(batch)}
-    named |= {f"layout.{name}": value for name, value in batch.layout.tensors.items()}
-    return {name: value for name, value in named.items() if isinstance(value, Tensor)}
+    """Every tensor of a batch under the name of its field, of its layout and parts with what they are before it;
+    contiguous."""
+    named = batch.own_tensors() | {f"layout.{name}": value for name, value in batch.layout.tensors.items()}
+    for number, part in enumerate(batch.parts):
+        named |= {f"parts.{number}.{name}": value for name, value in _tensors(part).items()}
+    return named
 
 
 def _description(batch: Batch) -> dict[str, Any]:
     """A batch without its tensors' values."""
-    tensors = _tensors(batch)
-    assert all(tensor.is_contiguous() for tensor in tensors.values())
-    described: dict[str, Any] = {name: (tuple(value.shape), value.dtype) for name, value in tensors.items()}
-    plain = {field.name: getattr(batch, field.name) for field in fields(batch)}
+    own = batch.own_tensors()
+    kept = own | {f"layout.{name}": value for name, value in batch.layout.tensors.items()}
+    assert all(tensor.is_contiguous() for tensor in kept.values())
+    plain = {field.name: getattr(batch, field.name) for field in fields(batch) if field.name not in own}
     return {
-        "tensors": described,
-        "plain": {name: v for name, v in plain.items() if name != "layout" and not isinstance(v, Tensor)},
+        "tensors": {name: (tuple(value.shape), value.dtype) for name, value in kept.items()},
+        "plain": {name: value for name, value in plain.items() if name not in ("layout", "parts")},
+        "parts": [_description(part) for part in batch.parts],
     }
 
 
@@ -81,4 +84,5 @@ def _empty(description: dict[str, Any], device: torch.device) -> Batch:
     }
     named = [name for name in tensors if name.startswith("layout.")]
     layout = Layout(**{name.removeprefix("layout."): tensors.pop(name) for name in named})
-    return Batch(**description["plain"], **tensors, layout=layout)
+    parts = tuple(_empty(part, device) for part in description["parts"])
+    return Batch(**description["plain"], **tensors, layout=layout, parts=parts)

@@ -15,6 +15,9 @@ class Objective(Protocol):
     def entered(self, batch: Batch, features_btd: Tensor) -> None:
         """The stem has made these features of a micro-batch; called where the stem is."""
 
-    def share(self, batch: Batch, predictions: Sequence[Tensor], cls_rd: Tensor | None, made: Sequence[Made]) -> Tensor:
+    def share(
+        self, batch: Batch, predictions: Sequence[Tensor], cls: Sequence[Tensor | None], made: Sequence[Made]
+    ) -> Tensor:
         """What a micro-batch adds to the loss, scaled for DeepSpeed's division, a scalar with gradient; called where
-        predictions are made. Of every target its predictions (N, W), and what was made."""
+        predictions are made. Of every target its predictions (N, W), and what was made; `cls`: of every stem, see
+        `StudentOutput`."""

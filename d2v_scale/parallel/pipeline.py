@@ -99,32 +99,30 @@ class Stage(nn.Module):
                 self._objective.entered(batch, features_btd)
             else:
                 arrived = _unpack(cast(tuple[Tensor, ...], received), teacher, batch)
-                states_rsd, position, teacher_states_bsd, teacher_position, running = arrived
-                carry = student.resume(batch, states_rsd, position)
+                states_rsd, positions, teacher_states_bsd, teacher_positions, running = arrived
+                carry = student.resume(batch, states_rsd, positions)
             student.run_blocks(batch, carry, self._draw)
         with part("teacher"), torch.no_grad():
             if section.starts:
                 assert features_btd is not None
                 teacher_carry = teacher.enter(batch, features_btd.detach())
             else:
-                teacher_carry = teacher.resume(batch, teacher_states_bsd, teacher_position)
+                teacher_carry = teacher.resume(batch, teacher_states_bsd, teacher_positions)
             running = teacher.run_blocks(batch, teacher_carry, running)
         if not section.ends:
             return _pack(carry, teacher_carry, running)
         with part("teacher"), torch.no_grad():
             made = teacher.leave(batch, running)
         with part("student"):
-            predictions, _, cls_rd = student.leave(batch, carry, self._draw)
-        return poisoned(self._objective.share(batch, predictions, cls_rd, made))
+            predictions, _, cls = student.leave(batch, carry, self._draw)
+        return poisoned(self._objective.share(batch, predictions, cls, made))
 
 
 def _pack(carry: Carry, teacher_carry: Carry, running: list[Tensor | None]) -> tuple[Tensor, ...]:
     """What the next stage gets, tensors with gradient first."""
-    positions, teacher_positions = [], []
-    if carry.position is not None:
-        assert teacher_carry.position is not None
-        # A copy: a parameter itself would collect the later stages' gradient outside DeepSpeed's bookkeeping.
-        positions, teacher_positions = [carry.position.clone()], [_as_int(teacher_carry.position.float())]
+    # A copy: a parameter itself would collect the later stages' gradient outside DeepSpeed's bookkeeping.
+    positions = [position.clone() for position in carry.positions]
+    teacher_positions = [_as_int(position.float()) for position in teacher_carry.positions]
     totals = [_as_int(total_btd) for total_btd in running if total_btd is not None]
     # What is sent must be contiguous, and the states of a stem whose patches lie along one axis need not be.
     return (carry.states_rsd.contiguous(), *positions, _as_int(teacher_carry.states_rsd), *teacher_positions, *totals)
@@ -132,19 +130,25 @@ def _pack(carry: Carry, teacher_carry: Carry, running: list[Tensor | None]) -> t
 
 def _unpack(
     received: tuple[Tensor, ...], teacher: Teacher, batch: Batch
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, list[Tensor | None]]:
-    """Student states, its position parameter, teacher states, its position parameter, each target's sum of taps."""
+) -> tuple[Tensor, tuple[Tensor, ...], Tensor, tuple[Tensor, ...], list[Tensor | None]]:
+    """Student states, its position parameters, teacher states, its position parameters, each target's sum of taps."""
     parts = iter(received)
-    with_bias = modalities.of(teacher.config, batch.modality).has_bias
+    biased = _biased(teacher, batch)
     dtype = next(teacher.parameters()).dtype
     states_rsd = next(parts)
-    position = next(parts) if with_bias else None
+    positions = tuple(next(parts) for _ in biased)
     teacher_states_bsd = next(parts).view(dtype)
-    teacher_position = next(parts).view(torch.float32).to(dtype) if with_bias else None
+    teacher_positions = tuple(next(parts).view(torch.float32).to(dtype) for _ in biased)
     tapped = teacher.taps_before(batch.modality, teacher.section.first)
     running = [next(parts).view(torch.float32) if some else None for some in tapped]
     assert next(parts, None) is None, "the stages disagree about what travels"
-    return states_rsd, position, teacher_states_bsd, teacher_position, running
+    return states_rsd, positions, teacher_states_bsd, teacher_positions, running
+
+
+def _biased(stack: Student | Teacher, batch: Batch) -> list[str]:
+    """The stems of a batch whose attention has a position bias, in their order."""
+    stems = [own.modality for own in batch.of_stems]
+    return [stem for stem in stems if modalities.of(stack.config, stem).has_bias]
 
 
 def _as_int(x: Tensor) -> Tensor:
@@ -158,17 +162,18 @@ Travelling = list[tuple[tuple[int, ...], torch.dtype]]
 
 def _travelling(student: Student, teacher: Teacher, batch: Batch, block: int) -> Travelling:
     """What `_pack` makes of a micro-batch before this main block. Known on the host, from the batch alone."""
-    config, modality = student.config, batch.modality
+    config = student.config
     dtype, teacher_dtype = next(student.parameters()).dtype, next(teacher.parameters()).dtype
     seen: tuple[int, ...] = states_shape(config, batch, masked=False)
     kept: Travelling = [(states_shape(config, batch, masked=True), dtype)]
     ridden: Travelling = [(seen, teacher_dtype)]
-    if modalities.of(config, modality).has_bias:
-        shape: tuple[int, ...] = cast(Stem, student.stems[modality]).bias.parameter_shape
+    for stem in _biased(student, batch):
+        shape: tuple[int, ...] = cast(Stem, student.stems[stem]).bias.parameter_shape
         kept.append((shape, dtype))
         ridden.append((shape, torch.float32))
-    tapped = sum(teacher.taps_before(modality, block))
-    ridden += [((seen[0], seen[1] - batch.extra_tokens, seen[2]), torch.float32)] * tapped
+    for own in batch.of_stems:
+        tapped = sum(teacher.taps_before(own.modality, block))
+        ridden += [((seen[0], own.masked_rt.shape[1], seen[2]), torch.float32)] * tapped
     # As `_as_int` makes them.
     as_int = [((*shape[:-1], shape[-1] * of.itemsize // 4), torch.int32) for shape, of in ridden]
     return [*kept, *as_int]

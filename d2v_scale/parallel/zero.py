@@ -87,7 +87,7 @@ class StudentEngine:
             objective.entered(batch, output.features_btd)
             with part("teacher"):
                 made = self.make_targets(batch, output.features_btd)
-            share = objective.share(batch, output.predictions, output.cls_rd, made)
+            share = objective.share(batch, output.predictions, output.cls, made)
             with part("backward"):
                 self.backward(share)
         with part("optimizer"):
@@ -102,7 +102,7 @@ class StudentEngine:
             output = self.module(batch, draw)
             objective.entered(batch, output.features_btd)
             made = self.make_targets(batch, output.features_btd)
-            objective.share(batch, output.predictions, output.cls_rd, made)
+            objective.share(batch, output.predictions, output.cls, made)
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of one micro-batch. Collective.

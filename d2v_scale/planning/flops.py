@@ -7,7 +7,7 @@ these numbers (`SampleCost.recomputed`). Layer drop is not subtracted: a dropped
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -19,6 +19,7 @@ from d2v_scale.data2vec.targets import Target
 from d2v_scale.modalities.costs import Lengths
 from d2v_scale.model.config import ModelConfig
 from d2v_scale.model.layers import LayerKind, LayerSpec
+from d2v_scale.model.stem_config import parts_of
 from d2v_scale.model.teacher_parts import TeacherParts
 from d2v_scale.networks.layers import describe
 from d2v_scale.recipe import Recipe
@@ -121,7 +122,10 @@ def mfu(cost: SampleCost, samples_per_second: float, devices: int, peak_flops: f
 
 
 def lengths_of(recipe: Recipe, modality: str, size: float | None = None) -> Lengths:
-    """Lengths of the longest sample the recipe allows; `size`: of one of this size (`Modality.extent`)."""
+    """Lengths of the longest sample the recipe allows; `size`: of one of this size (`Modality.extent`). Of paired
+    samples every part is as long as it may be."""
+    if len(stems := parts_of(modality)) > 1:
+        return Lengths.together({stem: lengths_of(recipe, stem) for stem in stems})
     model, config = recipe.model, recipe.masking_of(modality)
     stem = modalities.of(model, modality)
     inputs, grid = stem.extent(recipe.data, size)
@@ -142,28 +146,31 @@ def lengths_of(recipe: Recipe, modality: str, size: float | None = None) -> Leng
 
 def cost_of(recipe: Recipe, modality: str, size: float | None = None) -> SampleCost:
     """FLOPs of one sample of `modality` as the recipe trains it; `size` as in `lengths_of`."""
-    targets = recipe.built_targets()[modality]
-    return sample_cost(recipe.model, modality, lengths_of(recipe, modality, size), recipe.parts(), targets)
+    return sample_cost(
+        recipe.model, modality, lengths_of(recipe, modality, size), recipe.parts(), recipe.built_targets()
+    )
 
 
 def sample_cost(
-    model: ModelConfig, modality: str, lengths: Lengths, parts: TeacherParts, targets: Sequence[Target] = ()
-) -> SampleCost:
-    """FLOPs of one sample, layer by layer in the order of `describe`, which is what a pipeline is cut from. `targets`:
-    those of the stem; none: one of the model's width that costs nothing."""
-    layers = describe(model, modality)
-    return SampleCost(tuple(_layer(model, modality, lengths, parts, layer, targets) for layer in layers))
-
-
-def _layer(
     model: ModelConfig,
     modality: str,
     lengths: Lengths,
     parts: TeacherParts,
-    layer: LayerSpec,
-    targets: Sequence[Target],
+    targets: Sequence[Target] | Mapping[str, Sequence[Target]] = (),
+) -> SampleCost:
+    """FLOPs of one sample, layer by layer in the order of `describe`, which is what a pipeline is cut from. `targets`:
+    those of the stem, or of all stems by their names; none: one of the model's width that costs nothing."""
+    by_stem = targets if isinstance(targets, Mapping) else {modality: targets}
+    layers = describe(model, modality)
+    return SampleCost(tuple(_layer(model, lengths, parts, layer, by_stem.get(layer.stem, ())) for layer in layers))
+
+
+def _layer(
+    model: ModelConfig, lengths: Lengths, parts: TeacherParts, layer: LayerSpec, targets: Sequence[Target]
 ) -> LayerCost:
-    rows = lengths.clones
+    rows, modality = lengths.clones, layer.stem
+    if modality:
+        lengths = lengths.of(modality)
     match layer.kind:
         case "block":
             student = rows * block_forward(model, lengths.kept + lengths.extra)

@@ -35,8 +35,8 @@ class RunObserver:
             cast(Teacher, teacher.module).targets,
         )
         self._totals = RunTotals(loader.sources)
-        sources = zip(recipe.data.source_names(), recipe.data.sources, strict=True)
-        own = {name: recipe.objective.of(source.modality).health for name, source in sources}
+        observed = recipe.data.observed()
+        own = {name: recipe.objective.of(stem).health for name, stem in observed.items()}
         # What is measured of a single source bears no name.
         of_all = next(iter(own.values())) if len(own) == 1 else recipe.objective.health
         self._monitor = HealthMonitor(of_all, own)
@@ -44,9 +44,9 @@ class RunObserver:
         self.records = 0
         """Logged steps of this process."""
         self._ema_waited = 0.0
-        self._sources = recipe.data.source_names()
+        self._sources = list(observed)
         targets = cast(Teacher, teacher.module).targets
-        pairs = [(targets[s.modality][0].raw_width, targets[s.modality][0].width) for s in recipe.data.sources]
+        pairs = [(targets[stem][0].raw_width, targets[stem][0].width) for stem in observed.values()]
         self._widths = pairs if len(pairs) > 1 else None
         several = [each for each in targets.values() if len(each) > 1]
         self._targets = list(dict.fromkeys(one.config.called for each in several for one in each))
@@ -72,7 +72,7 @@ class RunObserver:
         that is read rarely would wait long for a log point to fall on its step.
         """
         self._flops.count(micro_batches)
-        sources = {batch.source for batch in micro_batches}
+        sources = {own.source for batch in micro_batches for own in batch.of_stems}
         looked_at = logged or (len(self._sources) > 1 and not sources <= self._measured)
         self.breakdown = self._by_source if looked_at else None
         if looked_at:

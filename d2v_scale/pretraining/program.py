@@ -78,8 +78,11 @@ class Run:
         if self.step == 0:
             with self.meter.paused():
                 first = micro_batches[0]
-                kind = self.recipe.model.kind(first.modality)
-                self.tracker.preview(first, kind, self.loader.tokenizer(first.source))
+                for part in first.of_stems:
+                    kind = self.recipe.model.kind(part.modality)
+                    # Of paired samples a picture for each part.
+                    name = f"first_batch_{part.modality}" if first.parts else "first_batch"
+                    self.tracker.preview(part, kind, self.loader.tokenizer(first.source), name)
         recipe, student = self.recipe, self.student
         lr = set_rates(student.optimizer, recipe.optim, student.completed_updates)
         result, seen = train_step(

@@ -1,5 +1,6 @@
 """One optimizer step: student forward, teacher forward, loss, backward, verdict, teacher update."""
 
+import itertools
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import cast
@@ -80,8 +81,9 @@ class Observations:
 
 
 def count_step(batches: list[Batch], topology: Topology) -> Tensor:
-    """Predicted positions and rows of the whole step by source, in the order of their first micro-batches: float64 (S,
-    2) on the device, without waiting for it.
+    """Predicted positions, rows and samples of the whole step by source, in the order of their first micro-batches:
+    float64 (S, 3) on the device, without waiting for it. Every part of paired samples is a source, and the first one
+    has their samples.
 
     The masks of every micro-batch are drawn before the first forward, so that each can be divided by what all ranks
     will mask of its source. One all-reduce. Collective over the data-parallel group: all its ranks must call, with
@@ -89,9 +91,11 @@ def count_step(batches: list[Batch], topology: Topology) -> Tensor:
     """
     counts: dict[str, list[int]] = {}
     for batch in batches:
-        own = counts.setdefault(batch.source, [0, 0])
-        own[0] += batch.layout.predictions
-        own[1] += 0 if batch.is_blank else batch.masked_rt.shape[0]
+        for number, of_stem in enumerate(batch.of_stems):
+            own = counts.setdefault(of_stem.source, [0, 0, 0])
+            own[0] += of_stem.layout.predictions
+            own[1] += 0 if batch.is_blank else (len(of_stem.inputs) - of_stem.absent) * of_stem.clones
+            own[2] += 0 if batch.is_blank or number else len(batch.inputs)
     found = torch.tensor(list(counts.values()), dtype=torch.float64).to(topology.device, non_blocking=True)
     topology.sum_over_replicas(found)
     return found
@@ -102,7 +106,7 @@ class StepLoss:
 
     The loss is a sum over sources; of each it is the sum over masked positions divided by their number over all ranks
     and micro-batches (spec 1.3), times the source's weight. So every micro-batch's sum is scaled by data-parallel size
-    x accumulation / count: DeepSpeed divides by both.
+    x accumulation / count: DeepSpeed divides by both. Every part of paired samples counts as a source by itself.
     """
 
     def __init__(
@@ -119,9 +123,10 @@ class StepLoss:
         observe: bool,
     ) -> None:
         """`width`: channels of the stem's output; `targets`: by stem; `states`: likewise one a target, {} where it has
-        none, and no stem where targets are made elsewhere; `weights`: by source, where it is not 1. Collective over
+        none, and no stem where targets are made elsewhere; `weights`: by source, where it is not 1;
+        of paired samples of all their parts. Collective over
         the data-parallel group: all its ranks must call."""
-        stems = {batch.source: batch.modality for batch in batches}
+        stems = {one.source: one.modality for batch in batches for one in batch.of_stems}
         self._number = {source: number for number, source in enumerate(stems)}
         self._configs = {stem: objective.of(stem).loss for stem in stems.values()}
         self._targets, self._weights = targets, weights
@@ -136,19 +141,34 @@ class StepLoss:
         # The first target stands for all: their raw values come from the same teacher.
         first = [targets[stem][0] for stem in stems.values()]
         widths = [(target.raw_width, target.width, width) for target in first]
-        clones = [objective.of(stem).masking.clones for stem in stems.values()]
-        samples = [rows / each for rows, each in zip(counted[:, 1], clones, strict=True)]
-        aligned = sorted({self._number[batch.source] for batch in batches if _tells(batch)})
-        self.seen = Observations.empty(sum(samples[1:], samples[0]), counted[:, 0], widths, aligned, topology.device)
+        seen = [one for batch in batches for one in batch.of_stems]
+        aligned = sorted({self._number[one.source] for one in seen if _tells(one)})
+        self.seen = Observations.empty(counted[:, 2].sum(), counted[:, 0], widths, aligned, topology.device)
 
     def entered(self, batch: Batch, features_btd: Tensor) -> None:
-        """The stem has made these features of a micro-batch."""
+        """The stems have made these features of a micro-batch."""
         if self._observe and not batch.is_blank:
-            self.seen.count(self._number[batch.source], STEM, features_btd.flatten(0, 1))
+            stems = batch.of_stems
+            cut = features_btd.split([one.masked_rt.shape[1] for one in stems], dim=1)
+            for one, x_btd in zip(stems, cut, strict=True):
+                self.seen.count(self._number[one.source], STEM, x_btd.flatten(0, 1))
 
-    def share(self, batch: Batch, predictions: Sequence[Tensor], cls_rd: Tensor | None, made: Sequence[Made]) -> Tensor:
+    def share(
+        self, batch: Batch, predictions: Sequence[Tensor], cls: Sequence[Tensor | None], made: Sequence[Made]
+    ) -> Tensor:
         """What a micro-batch adds to the loss, scaled for DeepSpeed's division. Of every target its predictions, and
-        what was made."""
+        what was made; of every stem the output at its last extra token."""
+        weight, coming = self._weights.get(batch.source, 1.0), zip(predictions, made, strict=True)
+        shares = []
+        for of_stem, cls_rd in zip(batch.of_stems, cls, strict=True):
+            own = list(itertools.islice(coming, len(self._targets[of_stem.modality])))
+            shares.append(self._share_of(of_stem, [x for x, _ in own], cls_rd, [one for _, one in own], weight))
+        return sum(shares[1:], shares[0]) * self._factor
+
+    def _share_of(
+        self, batch: Batch, predictions: Sequence[Tensor], cls_rd: Tensor | None, made: Sequence[Made], weight: float
+    ) -> Tensor:
+        """What one stem's part of a micro-batch adds to the loss, not scaled. `weight`: of its source."""
         stem, number = batch.modality, self._number[batch.source]
         config, counts = self._configs[stem], self._counts[number]
         self._ask(stem, made)
@@ -159,14 +179,15 @@ class StepLoss:
         # A stem may have no extra token.
         if config.cls_weight > 0 and cls_rd is not None:
             # Of a blank row it is part of the graph, as on every rank, and counts nothing.
-            weight = 0.0 if batch.is_blank else compared[0].weight
-            total = weight * loss.cls_loss_sum(cls_rd, targets_btd, config, targets_btd.shape[-1], batch.real_bt)
+            of_rows = 0.0 if batch.is_blank else compared[0].weight
+            real = (batch.real_bt, batch.present_b)
+            total = of_rows * loss.cls_loss_sum(cls_rd, targets_btd, config, targets_btd.shape[-1], *real)
             share = share + total / counts[1].float()
-        for factor in (config.weight, self._weights.get(batch.source, 1.0)):
+        for factor in (config.weight, weight):
             share = share * factor if factor != 1 else share
         self.seen.loss += share.detach()
         if not self._observe and self._breakdown is None:
-            return share * self._factor
+            return share
         raw_nd = targets_nd if made[0].raw_btd is targets_btd else masked_targets(made[0].raw_btd, batch)
         if self._observe:
             predictions_nd = compared[0].predictions_nd
@@ -176,7 +197,7 @@ class StepLoss:
                 self.seen.look(number, raw_nd, predictions_nd)
         if self._breakdown is not None:
             self._breakdown.add(batch, compared, raw_nd, config)
-        return share * self._factor
+        return share
 
     @torch.no_grad()
     def _ask(self, stem: str, made: Sequence[Made]) -> None:

@@ -37,7 +37,7 @@ class FlopMeter:
 
         @lru_cache(maxsize=1024)
         def cost(modality: str, lengths: Lengths) -> SampleCost:
-            return sample_cost(model, modality, lengths, parts, (targets or {}).get(modality, ()))
+            return sample_cost(model, modality, lengths, parts, targets or {})
 
         self._cost = cost
 
@@ -62,14 +62,17 @@ class FlopMeter:
 
 
 def lengths_of_batch(batch: Batch, visible_only: bool) -> Lengths:
-    """Lengths of a sample of this batch; the masked positions are the mean over its rows."""
+    """Lengths of a sample of this batch; the masked positions are the mean over its rows. Of paired samples those with
+    all parts: what one lacks is padding, which counts as data."""
+    if batch.parts:
+        return Lengths.together({part.modality: lengths_of_batch(part, visible_only) for part in batch.parts})
     rows, positions = batch.masked_rt.shape
     visible_rs = batch.layout.visible_rs
     return Lengths(
         inputs=batch.inputs.shape[-1],
         grid=batch.extents,
         kept=visible_rs.shape[1] if visible_only and visible_rs is not None else positions,
-        masked=round(batch.layout.masked_n.numel() / max(1, rows)),
+        masked=round(batch.layout.outputs_n.numel() / max(1, rows)),
         extra=batch.extra_tokens,
         clones=batch.clones,
     )

@@ -20,6 +20,7 @@ from d2v_scale.data2vec.target_config import TargetConfig
 from d2v_scale.errors import ConfigError
 from d2v_scale.recipe import Recipe, to_dict
 from d2v_scale.redaction import redact_values
+from d2v_scale.run_files.paired_sources import with_joined_names
 from d2v_scale.run_files.value_kinds import check_keys_once, check_kind
 
 _MARK = "\ue000"  # of Unicode's private use area
@@ -183,7 +184,7 @@ def for_parser(path: Path, named: Mapping[str, Any] | None = None) -> str:
         return str(path)
     for key, value in (named or {}).items():
         _enter(values, key, value)
-    values = _without_empty_sections(values, Recipe)
+    values = with_joined_names(_without_empty_sections(values, Recipe))
     _check_named(values, Recipe, "")
     try:
         return _dump(_marked(one_first_target(values), Recipe))

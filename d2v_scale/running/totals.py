@@ -10,6 +10,7 @@ import torch
 from d2v_scale.data.counters import EpochCount, SourceCount
 from d2v_scale.data.source import Source
 from d2v_scale.data.streaming import StreamedSource
+from d2v_scale.modalities.paired.modality import Paired
 from d2v_scale.parallel.groups import Topology
 
 log = logging.getLogger(__name__)
@@ -27,6 +28,8 @@ class _SourceTotals:
     """Tokens, samples of audio, or patches of arrays."""
     missing: int = 0
     """Patches of arrays that miss a value."""
+    missing_parts: dict[str, int] = field(default_factory=dict)
+    """Samples without a part, by the part's stem."""
     epochs: dict[int, EpochCount] = field(default_factory=dict)
     """Those that are not over."""
     closed: EpochCount | None = None
@@ -60,6 +63,7 @@ class RunTotals:
                 "planned": totals.planned,
                 "real": totals.real,
                 "missing": totals.missing,
+                "missing_parts": totals.missing_parts,
                 "unchecked": totals.unchecked,
                 "epochs": {str(number): vars(epoch) for number, epoch in totals.epochs.items()},
             }
@@ -78,6 +82,7 @@ class RunTotals:
                 setattr(totals, key, saved[key])
             totals.left_out = saved.get("left_out", 0)
             totals.missing = saved.get("missing", 0)
+            totals.missing_parts = dict(saved.get("missing_parts", {}))
 
     # -- counting ------------------------------------------------------------------------------------------------
 
@@ -87,6 +92,7 @@ class RunTotals:
         for source in self._sources:
             mine = counts[source.name]
             flat += [mine.real, mine.padded, mine.missing]
+            flat += [mine.missing_parts[part] for part in _parts(source)]
             for number in sorted(mine.epochs):
                 flat += [mine.epochs[number].delivered, mine.epochs[number].lost]
         summed = torch.tensor(flat, dtype=torch.float64, device=topology.device)
@@ -99,6 +105,8 @@ class RunTotals:
     def _add(self, source: Source | StreamedSource, mine: SourceCount, numbers: Any) -> None:
         totals = self._totals[source.name]
         real, padded, missing = next(numbers), next(numbers), next(numbers)
+        for part in _parts(source):
+            totals.missing_parts[part] = totals.missing_parts.get(part, 0) + next(numbers)
         totals.real += real
         totals.missing += missing
         self._recent_real += real
@@ -160,10 +168,11 @@ class RunTotals:
 
     def figures(self, elapsed_s: float) -> dict[str, float]:
         """For the record, of the run so far: `tokens`, `audio_seconds` (and per second, since the last call),
-        `data/delivered`, `data/lost`, `data/left_out` (too short, or with a transcript too long), `data/planned`,
-        `data/padding` (share of the inputs since the last call), `data/missing` (patches of arrays that miss a value,
-        where there are some), `data/cropped` (share of the audio that was lost since then because rows take the length
-        of their batch's shortest), and by source `epoch`, `delivered` and of the last whole epoch `epoch_planned`,
+        `data/delivered`, `data/lost`, `data/left_out` (too short, or with a transcript too long),
+        `data/planned`, `data/padding` (share of the inputs since the last call), `data/missing` (patches of
+        arrays that miss a value, where there are some), `data/missing_parts/PART` (paired samples without this
+        part), `data/cropped` (share of the audio that was lost since then because rows take the length of their
+        batch's shortest), and by source `epoch`, `delivered` and of the last whole epoch `epoch_planned`,
         `epoch_delivered`, `epoch_lost`, `epoch_left_out`."""
         totals = self._totals.values()
         values: dict[str, float] = {}
@@ -178,6 +187,8 @@ class RunTotals:
         self._recent_real, self._recent_padded = 0, 0
         if missing := sum(one.missing for one in totals):
             values["data/missing"] = missing
+        for part in dict.fromkeys(part for one in totals for part in one.missing_parts):
+            values[f"data/missing_parts/{part}"] = sum(one.missing_parts.get(part, 0) for one in totals)
         if any(source.stem.cropped for source in self._sources):
             values["data/cropped"] = self._recent_cropped / max(1, self._recent_uncropped)
             self._recent_cropped, self._recent_uncropped = 0, 0
@@ -188,3 +199,8 @@ class RunTotals:
                 values |= {f"data/{name}/epoch_{key}": count for key, count in vars(one.closed).items()}
                 one.closed = None
         return values
+
+
+def _parts(source: Source | StreamedSource) -> list[str]:
+    """The stems of paired samples' parts; of other samples none."""
+    return [part.name for part in source.stem.parts] if isinstance(source.stem, Paired) else []

@@ -20,6 +20,8 @@ class Row(NamedTuple):
     key: str
     values: NDArray[Any]
     label: Any = None
+    lacking: tuple[tuple[str, str], ...] = ()
+    """Of a paired sample the parts that it does not have, and why."""
 
 
 @dataclass
@@ -61,7 +63,7 @@ class Decoder(Protocol):
     """How the samples of one stem become rows, and rows a batch."""
 
     draws: int
-    """Uniforms that `training_row` takes."""
+    """Uniforms that `training_row` and `part_row` take."""
 
     def training_row(self, store: Store, shard: int, item: int, length: int, draws: NDArray[np.float64]) -> Row:
         """One planned item, cropped and augmented. Raises SampleFault or whatever a decoder raises."""
@@ -74,3 +76,14 @@ class Decoder(Protocol):
 
     def blank(self) -> NDArray[Any]:
         """A row of a batch that has none."""
+
+
+class PartDecoder(Decoder, Protocol):
+    """One whose samples may be parts of paired ones."""
+
+    extensions: tuple[str, ...]
+    """Of the members that it reads."""
+
+    def part_row(self, sample: RawSample, draws: NDArray[np.float64]) -> NDArray[Any]:
+        """This stem's part of a paired sample: cropped and augmented as in training, but not to the length of others.
+        Raises SampleFault or whatever a decoder raises."""

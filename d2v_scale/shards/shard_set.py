@@ -45,6 +45,9 @@ class ShardSet:
     """Of every set that shards come from: its index file and its classes."""
     column: int | None = None
     """Which of `Members.beside_nc` holds the lengths; None: they are `Members.length_n`."""
+    together: tuple[int, ...] | None = None
+    """Columns, -1 for `Members.length_n`, of contents that are read together: a sample is lost where all of them are.
+    None: one content is read."""
     hidden: frozenset[str] = frozenset()
     """Extensions of members that belong to another content, which the one that is read would take for its own."""
 
@@ -67,7 +70,24 @@ class ShardSet:
         return key(*(part for entry in self.entries for part in (entry.sha256, entry.samples))) >> 2
 
     def members(self, shard: int) -> Members:
-        """The samples of a shard, read from its binary index. Raises DataError where the two indexes disagree."""
+        """The samples of a shard, read from its binary index, as one sees them who reads some of their contents. Raises
+        DataError where the two indexes disagree."""
+        members = self.all_members(shard)
+        if self.column is not None:
+            members.length_n = members.beside_nc[:, self.column]
+        if self.together is not None:
+            members.length_n = self.lengths_of(members, self.together).max(axis=1, initial=-1)
+        if self.hidden:
+            members.extensions = ["" if name in self.hidden else name for name in members.extensions]
+        return members
+
+    @staticmethod
+    def lengths_of(members: Members, columns: tuple[int, ...]) -> NDArray[np.int64]:
+        """(N, C): the lengths in these columns, of which -1 is `Members.length_n`."""
+        return np.stack([members.length_n if c < 0 else members.beside_nc[:, c] for c in columns], axis=1)
+
+    def all_members(self, shard: int) -> Members:
+        """The samples of a shard, as its binary index has them. Raises DataError where the two indexes disagree."""
         members = Members.load(self.member_files[shard])
         if len(members) != self.entries[shard].samples:
             raise DataError(
@@ -75,10 +95,6 @@ class ShardSet:
                 f"{self.entries[shard].samples}.",
                 _REINDEX,
             )
-        if self.column is not None:
-            members.length_n = members.beside_nc[:, self.column]
-        if self.hidden:
-            members.extensions = ["" if name in self.hidden else name for name in members.extensions]
         return members
 
     def one(self, shard: int) -> "ShardSet":

@@ -70,18 +70,18 @@ class StageTeacher(EmaTeacher):
         depth = teacher.config.backbone.depth
         wanted = {layer % depth for layer in teacher.check_layers(layers)}
         found: dict[int, Tensor] = {}
-        travelling: list[Tensor | None] = [None, None]
+        travelling: list[Tensor] = []
         for stage in range(self.topology.pipeline_size):
             outputs: dict[int, Tensor] = {}
             if stage == self.topology.pipeline_rank:
-                states_bsd, position = travelling
-                if states_bsd is None:
+                if stage == 0:
                     carry = teacher.enter(batch, features_btd)
                 else:
-                    carry = teacher.resume(batch, states_bsd, position)
+                    states_bsd, *positions = travelling
+                    carry = teacher.resume(batch, states_bsd, tuple(positions))
                 outputs = teacher.outputs(batch, carry, wanted)
-                travelling = [carry.states_rsd, carry.position]
-            travelling = [self._from_stage(stage, x) for x in travelling]
+                travelling = [carry.states_rsd, *carry.positions]
+            travelling = self._all_from_stage(stage, travelling)
             found |= self._outputs_from_stage(stage, outputs)
         return [found[layer % depth] for layer in layers]
 
@@ -90,6 +90,13 @@ class StageTeacher(EmaTeacher):
         dist.broadcast_object_list(names, group=self.topology.pipeline_group, group_src=stage)
         values = {name: self._from_stage(stage, outputs.get(name)) for name in names[0]}
         return {name: value for name, value in values.items() if value is not None}
+
+    def _all_from_stage(self, stage: int, every: list[Tensor]) -> list[Tensor]:
+        counts = [len(every)]
+        dist.broadcast_object_list(counts, group=self.topology.pipeline_group, group_src=stage)
+        own = [*every, *[None] * counts[0]][: counts[0]]
+        found = [self._from_stage(stage, x) for x in own]
+        return [x for x in found if x is not None]
 
     def _from_stage(self, stage: int, x: Tensor | None) -> Tensor | None:
         """A tensor, or None, of that stage, on all stages."""

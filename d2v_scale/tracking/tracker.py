@@ -108,15 +108,15 @@ class RunTracker:
         if self.is_main and self._log is not None:
             self._event("artifact", path=os.path.relpath(path, self.run_dir), folder=folder)
 
-    def preview(self, batch: "Batch", kind: "Kind", tokenizer: Path | None = None) -> None:
-        """Draw the first batch with its masks to plots/first_batch.png; what goes wrong is said and costs nothing.
+    def preview(self, batch: "Batch", kind: "Kind", tokenizer: Path | None = None, name: str = "first_batch") -> None:
+        """Draw the first batch with its masks to plots/`name`.png; what goes wrong is said and costs nothing.
 
         `kind`: of the stem that reads it. `tokenizer`: of a batch of text, so that its words are shown instead of their
         ids.
         """
         if self._log is None:
             return
-        path = self.run_dir / "plots" / "first_batch.png"
+        path = self.run_dir / "plots" / f"{name}.png"
         try:
             import torch  # not above: the mirror imports this package and has no use for it
 

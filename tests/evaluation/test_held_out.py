@@ -43,7 +43,7 @@ class Module(torch.nn.Module):
         del draw
         assert not self.training
         return SimpleNamespace(
-            predictions=(masked_targets(targets_of(batch), batch) + self.error,), features_btd=None, cls_rd=None
+            predictions=(masked_targets(targets_of(batch), batch) + self.error,), features_btd=None, cls=(None,)
         )
 
 

@@ -88,7 +88,7 @@ def test_the_last_token_is_compared_and_none_has_a_distance() -> None:
     student.blocks[0].register_forward_pre_hook(lambda module, args: keys.append(args[1]))
     carry, _ = student.enter(batch)
     student.run_blocks(batch, carry, Draw(1, 0))
-    _, encoder_rsd, cls_rd = student.leave(batch, carry, Draw(1, 0))
+    _, encoder_rsd, (cls_rd,) = student.leave(batch, carry, Draw(1, 0))
     assert cls_rd is not None
     assert torch.equal(cls_rd, carry.states_rsd[:, 1])
     assert encoder_rsd.shape[1] == carry.states_rsd.shape[1] - 2

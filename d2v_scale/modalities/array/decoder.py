@@ -24,6 +24,7 @@ class ArrayDecoder:
 
     def __init__(self, stem: ArrayStem, key: str) -> None:
         """`key`: where the stem's section stands in the recipe."""
+        self.extensions: tuple[str, ...] = EXTENSIONS
         self._stem = stem
         self._key = key
         self._crops = any(axis.longer == "crop" for axis in stem.axes.values())
@@ -46,6 +47,10 @@ class ArrayDecoder:
                     raise SampleFault(fault.shard, fault.key, fault.reason) from error
         sample = store.read(shard, item)
         return Row(sample.key, self._of(sample, draws))
+
+    def part_row(self, sample: RawSample, draws: NDArray[np.float64]) -> Values:
+        """The array, where it is longer than what is read a random part of it."""
+        return self._of(sample, draws)
 
     def evaluation_row(self, sample: RawSample) -> Values:
         """The array, or what is read of it from its middle."""

@@ -123,6 +123,7 @@ class SpeechDecoder:
     """Samples to waveforms, waveforms to a batch."""
 
     draws = 1
+    extensions: tuple[str, ...] = EXTENSIONS
 
     def __init__(self, config: SpeechData, stem: Frames) -> None:
         self._config = config
@@ -155,6 +156,16 @@ class SpeechDecoder:
         start = int(draws[0] * (len(wave) - length + 1))
         # A view of a long recording would keep all of it until the batch is full.
         return Row(sample.key, wave[start : start + length].copy())
+
+    def part_row(self, sample: RawSample, draws: NDArray[np.float64]) -> Wave:
+        """The recording, at most `max_seconds` of it from a random place. Raises SampleFault for one that is shorter
+        than `min_seconds`."""
+        wave = self._whole(sample)
+        if len(wave) < round(self._config.min_seconds * SAMPLE_RATE):
+            raise sample.fault(f"is shorter than data.speech.min_seconds={self._config.min_seconds}")
+        length = min(len(wave), round(self._config.max_seconds * SAMPLE_RATE))
+        start = int(draws[0] * (len(wave) - length + 1))
+        return wave[start : start + length].copy()
 
     def evaluation_row(self, sample: RawSample) -> Wave:
         """The recording from its beginning, at most `max_seconds`. Raises SampleFault where it is no frame long."""

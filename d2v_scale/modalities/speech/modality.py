@@ -16,6 +16,8 @@ from d2v_scale.model.teacher_parts import TeacherParts
 if TYPE_CHECKING:
     from pathlib import Path
 
+    import numpy as np
+    from numpy.typing import NDArray
     from torch import Tensor, nn
 
     from d2v_scale.batch import Batch
@@ -55,6 +57,14 @@ class Speech(RecordingModality):
         if frames < 2:
             raise ConfigError("seconds", f"{inputs / SAMPLE_RATE} s of audio are {frames} frames", "Give more.")
         return inputs, (frames,)
+
+    def positions_of(self, length_n: "NDArray[np.int64]", data: "DataConfig") -> "NDArray[np.int64]":
+        """Frames of what is read."""
+        import torch
+
+        shortest, longest = (round(x * SAMPLE_RATE) for x in (data.speech.min_seconds, data.speech.max_seconds))
+        frames_n: NDArray[np.int64] = self.stem.frames_of(torch.from_numpy(length_n.clip(max=longest))).numpy()
+        return frames_n * (length_n >= shortest)
 
     @property
     def input_width(self) -> int:

@@ -12,11 +12,11 @@ from d2v_scale.model.init import InitRule, set_rule
 from d2v_scale.model.layers import Section, rows_of
 from d2v_scale.model.norm_gelu import NormGelu, norm_gelu
 from d2v_scale.model.position_bias import AlibiBias
-from d2v_scale.model.stem import Exists, ExtraTokens, Stem
+from d2v_scale.model.stem import Exists, ExtraTokens, Stem, StemFeatures
 from d2v_scale.model.stem_config import SpeechStem
 
 
-class SpeechFeatures(nn.Module):
+class SpeechFeatures(StemFeatures):
     """Conv stack, norm, projection to the backbone's width (spec 3.1)."""
 
     def __init__(self, config: ModelConfig) -> None:
@@ -34,12 +34,13 @@ class SpeechFeatures(nn.Module):
         self.proj = cpu_ops.Linear(channels[-1], config.backbone.width)
         self.frozen_convs = False
         """Fine-tuning: no gradient reaches the convolutions."""
+        self.add_modality(config)
 
     def forward(self, wave_bn: Tensor) -> Tensor:
         """(B, samples) at 16 kHz to (B, T, D)."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen_convs):
             x_btc = self._convolve(wave_bn.to(self.proj.weight.dtype))
-        return self.proj(self.norm(x_btc))
+        return self.with_modality(self.proj(self.norm(x_btc)))
 
     def _convolve(self, wave_bn: Tensor) -> Tensor:
         if conv_rows.applies(wave_bn, self.convs):

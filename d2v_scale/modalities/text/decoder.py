@@ -134,6 +134,7 @@ class TextDecoder:
     draws = 0
 
     def __init__(self, data: DataConfig, stem: TextStem, tokenizer: Path | None) -> None:
+        self.extensions: tuple[str, ...] = EXTENSIONS
         self._stem = stem
         self._by_document = data.text.packing == "document"
         self._block = stem.max_positions - 1
@@ -183,6 +184,11 @@ class TextDecoder:
         tokens, self._left = self._left[: self._block], self._left[self._block :]
         return self._left_key, tokens
 
+    def part_row(self, sample: RawSample, draws: NDArray[np.float64]) -> Tokens:
+        """The document's beginning, as in evaluation: what stands beside others is no part of a longer text."""
+        del draws
+        return self.evaluation_row(sample)
+
     def evaluation_row(self, sample: RawSample) -> Tokens:
         """The document's beginning, or a pair of texts: <s> first </s> </s> second </s>, the longer one shortened."""
         first = self._tokens_of(sample)
@@ -194,9 +200,9 @@ class TextDecoder:
         pair = self._shortened(first, kept), self._shortened(second, room - kept)
         return np.concatenate(([self._stem.bos_id], pair[0], [self._stem.eos_id], pair[1]))
 
-    def _tokens_of(self, sample: RawSample, extensions: tuple[str, ...] = EXTENSIONS) -> Tokens:
+    def _tokens_of(self, sample: RawSample, extensions: tuple[str, ...] | None = None) -> Tokens:
         """The ids of a document. Raises SampleFault, which knows the document: an item is a block of several."""
-        extension, content = sample.member(extensions)
+        extension, content = sample.member(self.extensions if extensions is None else extensions)
         try:
             tokens = tokens_of(extension.removesuffix("2"), bytes(content), self._tokenizer)
         except Exception as error:  # numpy raises many for what is no array

@@ -80,6 +80,11 @@ class Text(Modality):
             return float(block + 1)
         return float(1 + length_n.sum() / (-(-length_n // block)).sum())
 
+    def positions_of(self, length_n: "NDArray[np.int64]", data: "DataConfig") -> "NDArray[np.int64]":
+        """Tokens with <s>, as many as the model takes."""
+        del data
+        return 1 + length_n.clip(max=self.stem.max_positions - 1)
+
     def items(self, shards: "ShardSet", data: "DataConfig", lengths: "SampleLengths") -> "TextBlocks":
         """Blocks, or chunks of documents."""
         from d2v_scale.data.items import TextBlocks, TextChunks

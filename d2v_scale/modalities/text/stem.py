@@ -8,11 +8,11 @@ from d2v_scale.model import cpu_ops
 from d2v_scale.model.config import ModelConfig
 from d2v_scale.model.init import InitRule, set_rule
 from d2v_scale.model.layers import Section, rows_of
-from d2v_scale.model.stem import Exists, ExtraTokens, Stem
+from d2v_scale.model.stem import Exists, ExtraTokens, Stem, StemFeatures
 from d2v_scale.model.stem_config import TextStem
 
 
-class TextFeatures(nn.Module):
+class TextFeatures(StemFeatures):
     """Token and learned position embeddings, norm, dropout (spec 3.4)."""
 
     def __init__(self, config: ModelConfig) -> None:
@@ -28,6 +28,7 @@ class TextFeatures(nn.Module):
         for table, std in ((self.tokens, stem.token_std), (self.positions, stem.position_std)):
             set_rule(table.weight, InitRule("normal", std, zero_row=stem.pad_id))
         self.norm = nn.LayerNorm(width)
+        self.add_modality(config)
 
     def forward(self, tokens_bt: Tensor, valid_bt: Tensor | None) -> Tensor:
         """int64 (B, T) to (B, T, D). `valid_bt` None: nothing is padding. Raises `DataError` if T is too long."""
@@ -40,7 +41,7 @@ class TextFeatures(nn.Module):
             positions_bt = torch.arange(1, tokens_bt.shape[1] + 1, device=tokens_bt.device)[None] + self.pad_id
         else:
             positions_bt = valid_bt.cumsum(dim=1) * valid_bt + self.pad_id
-        x_btd = self.norm(self.tokens(tokens_bt) + self.positions(positions_bt))
+        x_btd = self.with_modality(self.norm(self.tokens(tokens_bt) + self.positions(positions_bt)))
         x_btd = cpu_ops.dropout(x_btd, self.dropout, self.training)
         return x_btd if valid_bt is None or not self.zero_pads else x_btd * valid_bt[..., None]
 

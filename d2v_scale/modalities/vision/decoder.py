@@ -152,6 +152,7 @@ class VisionDecoder:
     """Samples to rows of pixels, rows to a normalised batch."""
 
     draws = DRAWS
+    extensions: tuple[str, ...] = EXTENSIONS
 
     def __init__(self, config: VisionData, stem: VisionStem) -> None:
         if min(len(config.mean), len(config.std)) < stem.channels:
@@ -171,7 +172,11 @@ class VisionDecoder:
     def training_row(self, store: Store, shard: int, item: int, length: int, draws: NDArray[np.float64]) -> Row:
         """A view of the image: uint8 (H, W, channels)."""
         sample = store.read(shard, item)
-        return Row(sample.key, np.asarray(self.view(sample, draws)))
+        return Row(sample.key, self.part_row(sample, draws))
+
+    def part_row(self, sample: RawSample, draws: NDArray[np.float64]) -> Pixels:
+        """The same: all views are of one size."""
+        return np.asarray(self.view(sample, draws))
 
     def view(self, sample: RawSample, draws: NDArray[np.float64]) -> Image.Image:
         """Crop, flip and jitter by `draws`, uniforms in [0, 1)."""
