@@ -172,9 +172,10 @@ class Recipe:
 
     @property
     def sequences(self) -> list[str]:
-        """What blocks see at once: the stems, then what the sources of paired samples make of several."""
-        paired = [source.modality for source in self.data.sources if len(source.stems) > 1]
-        return [*self.model.modalities, *dict.fromkeys(paired)]
+        """What steps are of, as far as costs and sizes go: the stems; where sources have paired samples, what each
+        source reads."""
+        read = list(dict.fromkeys(source.modality for source in self.data.sources))
+        return read if any(len(source.stems) > 1 for source in self.data.sources) else self.model.modalities
 
     def _check_objective(self) -> None:
         for name in self.objective.own:
@@ -327,8 +328,7 @@ class Recipe:
     def _check_batch(self, name: str, replicas: int) -> None:
         """Raises ConfigError where a step of the stem `name` is too small, or counted in a unit it does not have."""
         sizes = [(f"data.sources.{k}.", s) for k, s in enumerate(self.data.sources) if s.modality == name]
-        alone = [("", SourceConfig())] if all(len(s.stems) == 1 for s in self.data.sources) else []
-        for prefix, source in sizes or alone:
+        for prefix, source in sizes or [("", SourceConfig())]:
             size, unit = source.batch_size or self.global_batch_size, source.batch_unit or self.batch_unit
             if unit == "samples" and size < replicas * self.rounds:
                 of_source = f" of {source.name or name}" if len(self.data.sources) > 1 else ""

@@ -90,7 +90,7 @@ class Forward:
             objective.entered(batch, output.features_btd)
             with self._counted.within("teacher"):
                 made = self._teacher.make(batch, output.features_btd)
-            objective.share(batch, output.predictions, output.cls_rd, made)
+            objective.share(batch, output.predictions, output.cls, made)
         return StepResult(applied=False, norm=0.0)
 
 

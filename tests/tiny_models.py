@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from d2v_scale import modalities
-from d2v_scale.batch import Batch
+from d2v_scale.batch import Batch, Layout
+from d2v_scale.data.paired import joined, with_queries
 from d2v_scale.data2vec.config import TargetConfig
 from d2v_scale.model.config import Backbone, ModelConfig, Predictor
 from d2v_scale.model.init import InitRule
@@ -72,6 +73,8 @@ def model(name: str, **backbone: object) -> ModelConfig:
     post = Backbone(**{**POST, **backbone})  # type: ignore[arg-type]
     pre = Backbone(**{**PRE, **backbone})  # type: ignore[arg-type]
     match name:
+        case "v1_pair" | "v2_pair":
+            return paired(name.removesuffix("_pair"), **backbone)
         case "v1_vision":
             return ModelConfig(vision=vision("relative"), backbone=pre, init="beit")
         case "v1_speech":
@@ -131,12 +134,14 @@ def paired(version: str, **backbone: object) -> ModelConfig:
 NAMES = ("v1_vision", "v1_speech", "v1_text", "v2_vision", "v2_speech", "v2_text")
 WIDE = ("v1_vision_wide", "v2_vision_wide")
 """Of images that are no squares."""
+PAIRS = ("v1_pair", "v2_pair")
+"""Of samples of three parts."""
 ARRAYS = ("v1_series", "v2_maps", "v2_cubes")
 """Of arrays along one axis, two and three."""
 
 
 def modality_of(name: str) -> str:
-    return name.partition("+")[0].split("_")[1]
+    return "vision+speech+text" if name in PAIRS else name.partition("+")[0].split("_")[1]
 
 
 def target_of(name: str) -> TargetConfig:
@@ -147,6 +152,8 @@ def target_of(name: str) -> TargetConfig:
 
 def batch(name: str, samples: int = 3, clones: int = 1, padded: bool = False, seed: int = 0) -> Batch:
     """Random inputs; every row of a 2.0 batch masks the same number of positions, rows of a 1.0 batch do not."""
+    if name in PAIRS:
+        return paired_batch(name.removesuffix("_pair"), samples, clones, seed)
     generator = torch.Generator().manual_seed(seed)
     modality = modality_of(name)
     valid: Tensor | None = None
@@ -195,4 +202,45 @@ def batch(name: str, samples: int = 3, clones: int = 1, padded: bool = False, se
         grid=stem.fixed_grid if stem.fixed_grid is not None and stem.axes > 1 else (),
         extra_tokens=stem.extra_tokens,
         real_bt=valid if name in ARRAYS else None,
+    )
+
+
+def paired_batch(version: str, samples: int, clones: int, seed: int) -> Batch:
+    """Of every four samples the second has no recording and the third no image; the text of the first's first row is
+    hidden, and the image of the fourth's last."""
+    parts = []
+    for number, stem in enumerate(("vision", "speech", "text")):
+        part = batch(f"{version}_{stem}", samples, clones, padded=stem != "vision", seed=seed + number)
+        present_b = torch.arange(samples) % 4 != {"vision": 2, "speech": 1}.get(stem, -1)
+        hidden_r = torch.zeros(samples * clones, dtype=torch.bool)
+        hidden_r[{"text": 0, "vision": 4 * clones - 1}.get(stem, 0) :: 4 * clones] = stem != "speech"
+        parts.append(part_of_pairs(part, present_b, hidden_r))
+    return joined(tuple(parts), "vision+speech+text", source="pairs")
+
+
+def part_of_pairs(part: Batch, present_b: Tensor, hidden_r: Tensor) -> Batch:
+    """A batch of one stem as a part that these samples have, hidden in these rows."""
+    stem = modalities.of(paired("v2"), part.modality)
+    real_bt = present_b[:, None].expand(-1, part.masked_rt.shape[1]).clone()
+    if part.valid is not None:
+        lengths_b = part.valid.sum(dim=1)
+        frames_b = lengths_b if part.modality == "text" else stem.stem.frames_of(lengths_b)  # type: ignore[attr-defined]
+        real_bt &= torch.arange(real_bt.shape[1]) < frames_b[:, None]
+    real_rt = real_bt.repeat_interleave(part.clones, dim=0)
+    hidden_r = hidden_r & present_b.repeat_interleave(part.clones)
+    if part.layout.visible_rs is None:
+        masked_rt = (part.masked_rt | hidden_r[:, None]) & real_rt
+        layout = Layout.of(masked_rt, real_bt)
+    else:
+        masked_rt = part.masked_rt | (hidden_r[:, None] & real_rt)
+        layout = with_queries(part.masked_rt, hidden_r, real_bt)
+    return dataclasses.replace(
+        part,
+        source=f"pairs/{part.modality}",
+        masked_rt=masked_rt,
+        real_bt=real_bt,
+        present_b=present_b,
+        absent=int((~present_b).sum()),
+        hidden_r=hidden_r,
+        layout=layout,
     )

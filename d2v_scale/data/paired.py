@@ -100,7 +100,7 @@ class PairedCollator:
         masked_rt = torch.from_numpy(drawn.masked_rt)
         layout = Layout.of(masked_rt, real)
         if stem.model.visible_only and hidden_r is not None:
-            layout = _with_queries(torch.from_numpy(policy_rt), torch.from_numpy(hidden_r), real)
+            layout = with_queries(torch.from_numpy(policy_rt), torch.from_numpy(hidden_r), real)
         return Batch(
             modality=stem.name,
             inputs=stacked.inputs,
@@ -163,7 +163,7 @@ def _real(stacked: Stacked, present_b: Bools) -> Bools | None:
     return there_bt if real_bt is None else real_bt & there_bt
 
 
-def _with_queries(policy_rt: torch.Tensor, hidden_r: torch.Tensor, real_bt: torch.Tensor | None) -> Layout:
+def with_queries(policy_rt: torch.Tensor, hidden_r: torch.Tensor, real_bt: torch.Tensor | None) -> Layout:
     """The layout of a 2.0 part: in rows where it is hidden the encoder has queries at the positions that its policy
     would show, and these are predicted, too."""
     layout = Layout.of(policy_rt, real_bt)

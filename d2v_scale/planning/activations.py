@@ -29,11 +29,25 @@ class LayerActivations:
 def activations(model: ModelConfig, modality: str, lengths: Lengths, setting: Setting) -> tuple[LayerActivations, ...]:
     """What each layer of `describe` keeps of a micro-batch of samples of these lengths."""
     found = []
+    joint = _joint_bias(model, modality, lengths, setting)
     for layer in describe(model, modality):
-        saved = _saved(model, modality, lengths, setting, layer)
-        kept = _block_input(model, lengths, setting) if layer.kind == "block" else saved
+        stem = layer.stem or modality
+        own = lengths.of(layer.stem)
+        saved = _saved(model, stem, own, setting, layer)
+        kept = _block_input(model, own, setting) if layer.kind == "block" else saved
+        if layer.main == 0:  # which is the first that needs it
+            saved, kept = saved + joint, kept + joint
         found.append(LayerActivations(layer, saved, kept))
     return tuple(found)
+
+
+def _joint_bias(model: ModelConfig, modality: str, lengths: Lengths, setting: Setting) -> float:
+    """The position biases of all parts of paired samples as one."""
+    if not lengths.parts or not modalities.of(model, modality).has_bias:
+        return 0.0
+    length = lengths.kept + lengths.extra
+    rows = setting.samples * lengths.clones
+    return setting.itemsize * rows * length * length * model.backbone.heads / setting.tensor
 
 
 def loss_bytes(lengths: Lengths, samples: float, targets: Sequence[Target]) -> float:
@@ -52,14 +66,13 @@ def head_bytes(model: ModelConfig, lengths: Lengths, setting: Setting, heads: in
     return heads * two * setting.samples * lengths.clones * lengths.masked * setting.itemsize * 4 * width
 
 
-def teacher_bytes(model: ModelConfig, lengths: Lengths, setting: Setting, targets: Sequence[Target]) -> float:
+def teacher_bytes(model: ModelConfig, lengths: Lengths, setting: Setting, sums: float) -> float:
     """What the teacher's forward pass needs at once: a block's states and each target's fp32 sum of taps, with a
-    temporary."""
+    temporary. `sums`: positions of a sample of which there are such, over all targets."""
     width, ffn = model.backbone.width, model.backbone.ffn
     rows = setting.samples * (lengths.positions + lengths.extra)
     block = setting.itemsize * rows * (4 * width + max(4 * width, 2 * ffn) / setting.tensor)
-    sums = sum(bool(target.layers) for target in targets)
-    return block + (2 + sums) * 4 * setting.samples * lengths.positions * width
+    return block + 4 * setting.samples * (2 * lengths.positions + sums) * width
 
 
 def _saved(model: ModelConfig, modality: str, lengths: Lengths, setting: Setting, layer: LayerSpec) -> float:

@@ -79,8 +79,8 @@ class Job:
         """Check and complete a combination as training does. `raw`: the DeepSpeed JSON. Raises ConfigError."""
         config = legal.deepspeed_config(recipe, raw, world_size, has_gpu=True)
         split = stages.stage_blocks(recipe, recipe.parallel.pipeline, recipe.parallel.tensor)
-        costs = {modality: flops.cost_of(recipe, modality) for modality in recipe.model.modalities}
-        lengths = {modality: flops.lengths_of(recipe, modality) for modality in recipe.model.modalities}
+        costs = {modality: flops.cost_of(recipe, modality) for modality in recipe.sequences}
+        lengths = {modality: flops.lengths_of(recipe, modality) for modality in recipe.sequences}
 
         def in_stage(tensors: tuple[TensorSize, ...], index: int) -> tuple[TensorSize, ...]:
             return tuple(one for one in tensors if split.stage_of(one.name) == index)

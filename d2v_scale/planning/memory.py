@@ -11,6 +11,7 @@ from math import ceil, log2
 import torch
 
 from d2v_scale.modalities.costs import Setting
+from d2v_scale.model.stem_config import parts_of
 from d2v_scale.optim import stem_scale
 from d2v_scale.planning import activations
 from d2v_scale.planning.job import Job, TensorSize
@@ -53,7 +54,7 @@ def budget(job: Job) -> Budget:
 def stage_budget(job: Job, stage: int) -> Budget:
     """What the fullest rank of one pipeline stage holds."""
     states, host = held(job, stage)
-    found = max((stage_activations(job, stage, modality) for modality in job.recipe.model.modalities), default=0.0)
+    found = max((stage_activations(job, stage, modality) for modality in job.recipe.sequences), default=0.0)
     device = {**states, "activations": found, "targets": _target_states(job, stage)}
     device["buffers"] = _buffers(job, stage, states["gradients"], found)
     return Budget(device, {**host, "checkpoint": _snapshot(job, stage)})
@@ -145,7 +146,8 @@ def reduce_bucket(job: Job) -> float:
 def stage_activations(job: Job, stage: int, modality: str) -> float:
     """Bytes of the activations that a stage keeps when it keeps most, with the teacher's and the loss's temporaries."""
     model, lengths = job.recipe.model, job.lengths[modality]
-    samples, targets = job.micro_batch(modality), job.recipe.built_targets()[modality]
+    samples, built = job.micro_batch(modality), job.recipe.built_targets()
+    each = [(stem, lengths.of(stem), built[stem]) for stem in parts_of(modality)]
     setting = Setting(samples=samples, itemsize=job.itemsize, tensor=job.parallel.tensor)
     every = activations.activations(model, modality, lengths, setting)
     layers = [every[position] for position in job.stage_layers[modality][stage]]
@@ -156,10 +158,12 @@ def stage_activations(job: Job, stage: int, modality: str) -> float:
     pipeline = job.parallel.pipeline
     in_flight = min(job.recipe.accumulation, pipeline - stage) if pipeline > 1 else 1
     if stage == pipeline - 1:
-        whole += activations.loss_bytes(lengths, samples, targets)
-        whole += activations.head_bytes(model.of(modality), lengths, setting, len(targets) - 1)
+        for stem, own, targets in each:
+            whole += activations.loss_bytes(own, samples, targets)
+            whole += activations.head_bytes(model.of(stem), own, setting, len(targets) - 1)
     teacher = Setting(samples=samples, itemsize=job.teacher_itemsize, tensor=job.parallel.tensor)
-    return in_flight * whole + activations.teacher_bytes(model, lengths, teacher, targets)
+    sums = sum(own.positions * sum(bool(target.layers) for target in targets) for _, own, targets in each)
+    return in_flight * whole + activations.teacher_bytes(model, lengths, teacher, sums)
 
 
 def _local(tensors: Sequence[TensorSize], tensor: int) -> int:

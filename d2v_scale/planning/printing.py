@@ -34,7 +34,7 @@ TABLE_BATCH = 1024
 def workload(recipe: Recipe) -> list[str]:
     """What a sample and a step are."""
     lines = []
-    for modality in recipe.model.modalities:
+    for modality in recipe.sequences:
         lengths, cost = flops.lengths_of(recipe, modality), flops.cost_of(recipe, modality)
         parts = {"student": cost.student, "teacher": cost.teacher, "decoder": cost.decoder, "stem": cost.stem}
         lines += [

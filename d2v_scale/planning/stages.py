@@ -78,7 +78,7 @@ def stage_blocks(recipe: Recipe, stages: int, tensor: int) -> StageSplit:
             f"Each stage needs at least one: give 1 to {depth}.",
         )
     costs, parameters = [0.0] * depth, [0.0] * depth
-    for modality in recipe.model.modalities:
+    for modality in recipe.sequences:
         layers = flops.cost_of(recipe, modality).layers
         for main, one in zip(_main_blocks([one.layer for one in layers]), layers, strict=True):
             costs[main] += one.on_each(tensor)

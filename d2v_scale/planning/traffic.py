@@ -7,6 +7,7 @@ all-reduce twice that. Where a ring spans nodes, its devices on a node share wha
 
 from dataclasses import dataclass, replace
 
+from d2v_scale.model.stem_config import parts_of
 from d2v_scale.planning import memory
 from d2v_scale.planning.job import Job
 
@@ -136,9 +137,11 @@ def _hops(job: Job, modality: str, devices_per_node: int, stage: int) -> list[Tr
     moved = 0.0
     if stage < pipeline - 1:
         moved += states + job.teacher_itemsize * samples * (lengths.positions + lengths.extra) * width
-        for target in job.recipe.built_targets()[modality]:
-            if any(layer < job.split.blocks[stage].stop for layer in target.layers):
-                moved += 4 * samples * lengths.positions * width
+        built = job.recipe.built_targets()
+        for stem in parts_of(modality):
+            for target in built[stem]:
+                if any(layer < job.split.blocks[stage].stop for layer in target.layers):
+                    moved += 4 * samples * lengths.of(stem).positions * width
     if stage > 0:
         moved += states
     spans = pipeline * job.parallel.tensor * job.data > devices_per_node

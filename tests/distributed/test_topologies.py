@@ -101,7 +101,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def references(root: Path) -> dict[str, Checkpoint]:
     """What one process computes."""
-    models = (*tiny_models.NAMES, *tiny_models.WIDE, *tiny_models.ARRAYS, *TOKENS)
+    models = (*tiny_models.NAMES, *tiny_models.WIDE, *tiny_models.ARRAYS, *TOKENS, *tiny_models.PAIRS)
     cases = [{"name": model, "model": model, "accumulation": 4} for model in models]
     poisoned = {"name": "skipping", "model": "v2_vision", "accumulation": 4, "poisoned_step": 2}
     return train(
@@ -138,6 +138,7 @@ def on_two_ranks(root: Path) -> dict[str, Checkpoint]:
             *cases_of("tp2", ("v2_speech", "v1_vision_wide", "v2_cubes")),
             *cases_of("pp2", TOKENS),
             *cases_of("tp2", TOKENS),
+            *cases_of("pp2", tiny_models.PAIRS),
             {"name": "layers pp2", **LAYERS, **pipeline},
             {"name": "scaled pp2", **SCALED, **pipeline},
             {"name": "bf16", "model": "v1_vision", "precision": "bf16", **pipeline},
@@ -180,8 +181,8 @@ def on_four_ranks(root: Path) -> dict[str, Checkpoint]:
             *cases_of("pp4", ("v2_vision", "v1_speech")),
             *cases_of("pp2 x dp2", ("v1_vision", "v2_text")),
             *cases_of("pp2 x dp2, cpu teacher, offload", ("v2_speech",)),
-            *cases_of("tp2 x pp2", ("v1_vision", "v2_speech", "v2_vision_wide")),
-            *cases_of("tp2 x dp2, ZeRO-3", ("v2_vision_wide", "v2_maps", "v1_series")),
+            *cases_of("tp2 x pp2", ("v1_vision", "v2_speech", "v2_vision_wide", "v1_pair")),
+            *cases_of("tp2 x dp2, ZeRO-3", ("v2_vision_wide", "v2_maps", "v1_series", "v2_pair")),
             {"name": "scaled ZeRO-3", **SCALED, "stage": 3, "accumulation": 1},
             {"name": "skipping in a pipeline", "model": "v2_vision", "poisoned_step": 2, **TOPOLOGIES["pp2 x dp2"][1]},
             {"name": "a", "model": "v1_vision", "steps": [0, 2], **TOPOLOGIES["tp2 x pp2"][1]},

@@ -19,6 +19,7 @@ from d2v_scale.batch import Batch
 from d2v_scale.checkpoint import Checkpoint, training
 from d2v_scale.checkpoint.config import CheckpointConfig
 from d2v_scale.checkpoint.writer import CheckpointWriter
+from d2v_scale.data.paired import joined
 from d2v_scale.data2vec.config import EmaConfig, LossConfig, MaskingConfig, ObjectiveConfig, TargetConfig
 from d2v_scale.evaluation.held_out import HeldOutSet
 from d2v_scale.networks.draw import Draw
@@ -41,8 +42,8 @@ def recipe_of(case: dict) -> Recipe:
     model.activation_checkpointing = case.get("checkpointing", False)
     target = dataclasses.replace(tiny_models.target_of(name), top_k_layers=3, **case.get("target", {}))
     further = [TargetConfig(**one) for one in case.get("further", [])]
-    [stem] = model.stems.values()
-    loss = LossConfig(cls_weight=0.5 if model.visible_only and stem.extra_token_count else 0.0)
+    tokens = max(stem.extra_token_count for stem in model.stems.values())
+    loss = LossConfig(cls_weight=0.5 if model.visible_only and tokens else 0.0)
     return Recipe(
         model=model,
         objective=ObjectiveConfig(
@@ -83,6 +84,9 @@ def held_out_batches(name: str) -> list[Batch]:
 
 def part_of(batch: Batch, index: int) -> Batch:
     share = SAMPLES // SHARES
+    if batch.parts:
+        own = tuple(part_of_one(part, index) for part in batch.parts)
+        return joined(own, batch.modality, source=batch.source)
     rows, samples = share * batch.clones, slice(index * share, (index + 1) * share)
     return dataclasses.replace(
         batch,
@@ -94,6 +98,29 @@ def part_of(batch: Batch, index: int) -> Batch:
         sample_ids=batch.sample_ids[samples],
         layout=None,
     )
+
+
+def part_of_one(part: Batch, index: int) -> Batch:
+    """The same of one stem's part of paired samples, whose layout says what is hidden."""
+    assert part.present_b is not None
+    assert part.hidden_r is not None
+    share = SAMPLES // SHARES
+    samples = slice(index * share, (index + 1) * share)
+    rows = slice(samples.start * part.clones, samples.stop * part.clones)
+    masked_rt = part.masked_rt
+    if part.layout.visible_rs is not None:
+        masked_rt = torch.ones_like(masked_rt).scatter(1, part.layout.visible_rs, False)
+    plain = dataclasses.replace(
+        part,
+        inputs=part.inputs[samples],
+        valid=None if part.valid is None else part.valid[samples],
+        student_inputs=None if part.student_inputs is None else part.student_inputs[samples],
+        masked_rt=masked_rt[rows],
+        real_bt=None,
+        sample_ids=part.sample_ids[samples],
+        layout=None,
+    )
+    return tiny_models.part_of_pairs(plain, part.present_b[samples], part.hidden_r[rows])
 
 
 def run(case: dict, topology: groups.Topology) -> None:
@@ -112,21 +139,18 @@ def run(case: dict, topology: groups.Topology) -> None:
     # Who does not read gets its batches from the rank that does.
     reads = topology.model_size == 1 or dist.get_rank(topology.model_group) == 0
     feed = SharedFeed(steps if reads else iter(()), topology)
-    held_out = HeldOutSet(
-        held_out_batches(case["model"]),
-        student,
-        teacher,
-        recipe.objective.loss,
-        recipe.built_targets()[tiny_models.modality_of(case["model"])],
-    )
+    held_out = None
+    if case["model"] not in tiny_models.PAIRS:
+        targets = recipe.built_targets()[tiny_models.modality_of(case["model"])]
+        held_out = HeldOutSet(held_out_batches(case["model"]), student, teacher, recipe.objective.loss, targets)
     losses, norms, figures, held_out_figures = [], [], {}, {}
     for step in range(first, last):
-        if step == last - 1:  # not after it: training goes on as if nothing had been measured
+        if step == last - 1 and held_out is not None:  # not after it: training goes on as if nothing had been measured
             held_out_figures = held_out.figures()
         set_rates(student.optimizer, recipe.optim, student.completed_updates)
         batches = next(feed)
         if step == case.get("poisoned_step") and topology.data_parallel_rank == 0:
-            batches[-1].inputs.fill_(float("nan"))
+            batches[-1].of_stems[0].inputs.fill_(float("nan"))
         if "sleeps" in case and step == last - 1:
             delay_passes(student.pipeline_stage, case["sleeps"][topology.pipeline_rank])
         result, seen = train_step(student, teacher, batches, recipe.objective, Draw(1, step), observe=True)
@@ -164,7 +188,8 @@ def evaluate(student, teacher, case: dict) -> list[torch.Tensor]:
     """Hidden states of an evaluation batch, as the in-training probe asks for them."""
     batch = tiny_models.batch(case["model"], samples=2, seed=99)
     shared = None
-    if teacher.module.section.starts and not teacher.module.owns_features(batch.modality):
+    owned = all(teacher.module.owns_features(part.modality) for part in batch.of_stems)
+    if teacher.module.section.starts and not owned:
         student.module.eval()
         with torch.no_grad():
             shared = student.module.stem_features(batch)

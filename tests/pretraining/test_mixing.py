@@ -65,7 +65,7 @@ def shares(
     for number, batch in enumerate(batches):
         output = student.module(batch, Draw(1, 0))
         share = step.share(
-            batch, output.predictions, output.cls_rd, student.make_targets(batch, output.features_btd)
+            batch, output.predictions, output.cls, student.make_targets(batch, output.features_btd)
         ) / len(batches)
         gradient = torch.autograd.grad(share, list(named.values()), allow_unused=True)
         whole = {name: x for name, x in zip(named, gradient, strict=True) if x is not None}

@@ -55,6 +55,11 @@ class Paired(Modality):
         return sum(part.extra_tokens for part in self.parts)
 
     @property
+    def has_bias(self) -> bool:
+        """Where a part has one: 0 between parts, and within those that have none."""
+        return any(part.has_bias for part in self.parts)
+
+    @property
     def named_axes(self) -> tuple[Axis, ...]:
         """A line of the positions of all parts, which have no other unit."""
         return (Axis("positions"),)
