@@ -2,7 +2,7 @@
 
 import itertools
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,16 @@ from d2v_scale import modalities
 from d2v_scale.api.given import HeldSample, Members, members_of
 from d2v_scale.batch import Batch
 from d2v_scale.data.labelled import unmasked
+from d2v_scale.data.paired import unmasked_pairs
 from d2v_scale.errors import CheckpointError, DataError, UserError
 from d2v_scale.evaluation.frozen import FrozenEncoder, Weights
 from d2v_scale.files import file_sha256
 from d2v_scale.interop.encoder_source import open_encoder
 from d2v_scale.interop.exporting import find_tokenizer
+from d2v_scale.modalities.paired.decoder import Values
+from d2v_scale.modalities.paired.modality import Paired
 from d2v_scale.model.pooling import mean_over_positions
+from d2v_scale.model.stem_config import sequence_of
 from d2v_scale.recipe import Recipe
 from d2v_scale.shards.content import length_of
 from d2v_scale.shards.reading import SampleFault
@@ -134,6 +138,10 @@ class Encoder:
         speech encoders see padded frames beyond their first layer, as in the reference: where a vector must not
         depend on the recordings beside it, give `batch_size=1`.
 
+        Of an encoder that was trained on paired samples `samples` may name stems, each with as many samples:
+        `{"vision": [...], "text": [...]}`, None where a sample has no such part. Each vector is the mean over all parts
+        that a sample has; stems that are not named no sample has.
+
         `samples` may be any iterable: `batch_size` of them are in memory. `stem`: the name of one of several. Raises
         DataError for a sample that cannot be used, which it names, and where there is none.
         """
@@ -172,6 +180,9 @@ class Encoder:
         return [state.float() for state in self._frozen.model.features(batch, None, list(layers))]
 
     def _batches(self, samples: Iterable[Any], stem: str | None, batch_size: int) -> Iterator[Batch]:
+        if isinstance(samples, Mapping):
+            yield from self._paired_batches(samples, stem, batch_size)
+            return
         if isinstance(samples, str | bytes | PathLike | Image.Image | dict) or not isinstance(samples, Iterable):
             raise DataError(f"samples is of type {type(samples).__name__}.", "Give a list, of one sample as well.")
         if batch_size < 1:
@@ -197,6 +208,46 @@ class Encoder:
                 f"{length_of(kind.content).unit}): their beginnings are embedded.",
                 stacklevel=3,
             )
+
+    def _paired_batches(
+        self, samples: Mapping[str, Sequence[Any]], stem: str | None, batch_size: int
+    ) -> Iterator[Batch]:
+        if stem is not None:
+            raise DataError("stem is given, and samples names stems, too.", "Leave one out.")
+        if batch_size < 1:
+            raise DataError(f"batch_size is {batch_size}.", "Give at least 1.")
+        trained = [source.stems for source in self.recipe.data.sources if len(source.stems) > 1]
+        stems = next((each for each in trained if set(samples) <= set(each)), None)
+        if stems is None or not samples:
+            known = " or ".join("+".join(each) for each in trained) or "no samples of several stems"
+            raise DataError(
+                f"samples names {', '.join(samples) or 'no stem'}; it was trained on {known}.", "See stems."
+            )
+        counts = {name: len(each) for name, each in samples.items()}
+        if len(set(counts.values())) > 1 or not next(iter(counts.values())):
+            said = ", ".join(f"{count} of {name}" for name, count in counts.items())
+            raise DataError(f"There are {said}.", "Give as many of each, at least one; None where there is none.")
+        sequence = modalities.of(self.recipe.model, sequence_of(name for name in stems if name in samples))
+        parts = sequence.parts if isinstance(sequence, Paired) else [sequence]
+        decoders = [self._decoder(part) for part in parts]
+        for first in range(0, next(iter(counts.values())), batch_size):
+            rows: list[Values] = []
+            numbers = range(first, min(first + batch_size, next(iter(counts.values()))))
+            for number in numbers:
+                given = [samples[part.name][number] for part in parts]
+                if all(one is None for one in given):
+                    raise DataError(f"Sample {number} has no part.", "Leave it out.")
+                values: list[NDArray[Any] | None] = [
+                    None if one is None else self._row(part, decoder, number, one)[0]
+                    for part, decoder, one in zip(parts, decoders, given, strict=True)
+                ]
+                rows.append(tuple(values))
+            ids, keys = torch.tensor(list(numbers)), tuple(map(str, numbers))
+            if isinstance(sequence, Paired):
+                yield unmasked_pairs(sequence, decoders, rows, ids, keys).to(self.device)
+            else:
+                alone = [row[0] for row in rows if row[0] is not None]
+                yield unmasked(sequence, decoders[0], alone, ids, keys).to(self.device)
 
     def _row(
         self, kind: modalities.Modality, decoder: Decoder, number: int, given: object

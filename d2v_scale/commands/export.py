@@ -71,6 +71,7 @@ def run(options: argparse.Namespace) -> int:
     from d2v_scale.interop.encoder_source import recipe_of
     from d2v_scale.interop.export_check import LARGEST_DIFFERENCE, largest_difference, largest_logit_difference
     from d2v_scale.interop.model_card import UNKNOWN_LICENSE, write_card
+    from d2v_scale.interop.paired_weights import require_one_stem, without_pairs
     from d2v_scale.interop.reference_export import export_reference
 
     checkpoint = open_any(options.checkpoint)
@@ -89,7 +90,9 @@ def run(options: argparse.Namespace) -> int:
         print("\n".join(lines + write_card(checkpoint, recipe, None, options.out, weights, license_id)))
         print(f"wrote {options.out}")
         return 0
+    require_one_stem(recipe, options.modality)
     modality = exporting.pick_modality(recipe, options.modality)
+    checkpoint, recipe = without_pairs(checkpoint, recipe)
     with_tokenizer = modalities.class_of(recipe.model.kind(modality)).uses_tokenizer
     if options.tokenizer is not None and not with_tokenizer:
         raise UserError(f"An encoder of {modality} has no tokenizer.", "Leave --tokenizer out.")

@@ -2,9 +2,9 @@
 
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -16,10 +16,13 @@ from d2v_scale.batch import Batch
 from d2v_scale.data.collate import Collator
 from d2v_scale.data.config import SAMPLE_RATE, DataConfig, SourceConfig
 from d2v_scale.data.labels import ClassLabels, Labels, Transcripts
+from d2v_scale.data.paired import unmasked_pairs
 from d2v_scale.data.source import open_store
 from d2v_scale.data2vec.config import CompatConfig, MaskingConfig
 from d2v_scale.errors import DataError
 from d2v_scale.files import file_sha256
+from d2v_scale.modalities.paired.decoder import PairedDecoder, Values
+from d2v_scale.modalities.paired.modality import Paired
 from d2v_scale.model.config import ModelConfig
 from d2v_scale.shards.class_names import agreed_classes
 from d2v_scale.shards.plan import PlannedBatch
@@ -42,6 +45,11 @@ def unmasked(
     lost: int = 0,
 ) -> Batch:
     """A batch of decoded rows of which nothing is masked. `sample_ids`: int64 (B,); `lost`: see `Batch.lost`."""
+    if isinstance(stem, Paired):
+        assert isinstance(decoder, PairedDecoder)
+        values = cast(list[Values], rows)
+        batch = unmasked_pairs(stem, [part.decoder for part in decoder.parts], values, sample_ids, keys)
+        return replace(batch, lost=lost)
     stacked = decoder.stack(rows)
     return Batch(
         modality=stem.name,

@@ -1,6 +1,7 @@
 """From decoded rows of paired samples to a `Batch` with a part for each stem."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -149,6 +150,34 @@ def joined(
             visible_rs=torch.cat(visible, dim=1) if len(visible) == len(parts) else None,
         ),
     )
+
+
+def unmasked_pairs(
+    sequence: Paired, decoders: Sequence[Decoder], rows: Sequence[Values], ids: torch.Tensor, keys: tuple[str, ...]
+) -> Batch:
+    """A batch of decoded rows, with a part or None for each stem, of which nothing is masked. `ids`: int64 (B,)."""
+    parts = []
+    for number, (stem, decoder) in enumerate(zip(sequence.parts, decoders, strict=True)):
+        blank = decoder.blank()
+        present_b = np.array([row[number] is not None for row in rows])
+        stacked = decoder.stack([blank if row[number] is None else row[number] for row in rows])  # type: ignore[misc]
+        real_bt = _real(stacked, present_b)
+        parts.append(
+            Batch(
+                modality=stem.name,
+                inputs=stacked.inputs,
+                valid=stacked.valid,
+                masked_rt=torch.zeros(len(rows), stacked.positions, dtype=torch.bool),
+                sample_ids=ids,
+                keys=keys,
+                grid=stacked.grid or (),
+                extra_tokens=stem.extra_tokens,
+                real_bt=None if real_bt is None else torch.from_numpy(real_bt),
+                present_b=None if present_b.all() else torch.from_numpy(present_b),
+                absent=int((~present_b).sum()),
+            )
+        )
+    return joined(tuple(parts), sequence.name)
 
 
 def _real(stacked: Stacked, present_b: Bools) -> Bools | None:

@@ -183,7 +183,7 @@ def find_tokenizer(recipe: Recipe) -> Path | None:
         return path if path is not None and path.exists() else None
     of_ids = [stem.name for stem in modalities.stems(recipe.model) if stem.uses_tokenizer]
     for source in recipe.data.sources:
-        if source.modality in of_ids:
+        if set(source.stems) & set(of_ids):
             try:
                 path = find_shards(source).tokenizer
             except DataError:

@@ -56,6 +56,8 @@ class Modality(ABC):
     """Name of what is counted of its inputs in the record, and how many values of an input are one of it."""
     usual_size: ClassVar[int] = 0
     """`size` of samples of noise (`noise`), unless another is asked for; 0: all are of one size."""
+    feature_bias: ClassVar[str]
+    """The parameter below `stems.NAME` that is added to all features, last of all."""
     raw_name: ClassVar[str]
     """What `raw_features` are called."""
 

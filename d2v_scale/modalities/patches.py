@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 class PatchModality(Modality):
     """A stem whose samples are all of one size, and whose features are `model.patches.PatchFeatures`."""
 
+    feature_bias = "features.patch.bias"
+
     @property
     @abstractmethod
     def fixed_grid(self) -> tuple[int, ...]:

@@ -129,7 +129,7 @@ class ModelConfig:
         single: dict[str, AnyStem | None] = {kind: getattr(self, kind) for kind in _SINGLE}
         return {kind: stem for kind, stem in single.items() if stem is not None} | self.arrays
 
-    def _fields(self, stems: Mapping[str, AnyStem]) -> dict[str, Any]:
+    def fields_of(self, stems: Mapping[str, AnyStem]) -> dict[str, Any]:
         """The fields that hold these stems, and no others."""
         arrays = {name: stem for name, stem in stems.items() if isinstance(stem, ArrayStem)}
         return {kind: stems.get(kind) for kind in _SINGLE} | {"arrays": arrays}
@@ -144,7 +144,7 @@ class ModelConfig:
 
     def alone(self, name: str) -> "ModelConfig":
         """The same model with the stem `name` alone."""
-        return dataclasses.replace(self, **self._fields({name: self.stems[name]}))
+        return dataclasses.replace(self, **self.fields_of({name: self.stems[name]}))
 
     def sole(self, kind: type[OneStem]) -> OneStem:
         """The one stem of a model that has no other, which is of this kind."""
@@ -163,7 +163,7 @@ class ModelConfig:
         if stem.input_dropout is not None:
             backbone = dataclasses.replace(backbone, input_dropout=stem.input_dropout)
         predictor = merged(self.predictor, stem.predictor)
-        return dataclasses.replace(self, **self._fields({name: plain}), predictor=predictor, backbone=backbone)
+        return dataclasses.replace(self, **self.fields_of({name: plain}), predictor=predictor, backbone=backbone)
 
     @property
     def modalities(self) -> list[str]:

@@ -105,7 +105,7 @@ class Layered(nn.Module):
     def _enter(self, batch: Batch, features_btd: Tensor, given: Given, *, masked: bool) -> Carry:
         """The context layers and the attention biases: what the first blocks get, of a prenet or the main ones."""
         parts = batch.of_stems
-        cut = features_btd.split([part.masked_rt.shape[1] for part in parts], dim=1)
+        cut = by_part(batch, features_btd)
         entered = []
         for part, x_btd in zip(parts, cut, strict=True):
             stem, valid_bt = self._stem(part.modality), self._valid(part, given)
@@ -146,7 +146,8 @@ class Layered(nn.Module):
             visible_rs = self._visible(part, masked=masked)
             kept = part.masked_rt.shape[1] if visible_rs is None else visible_rs.shape[1]
             sizes.append((stem.extra_tokens, kept))
-            own_rsd = states_rsd[:, : stem.extra_tokens + kept]  # of which the bias asks the size
+            # Of which the bias asks the size.
+            own_rsd = states_rsd[:, : stem.extra_tokens + kept] if batch.parts else states_rsd
             has_bias = hasattr(stem, "bias")
             biases.append(stem.attention_bias(own_rsd, visible_rs, next(coming, None)) if has_bias else None)
             slots.append(self._valid_slots(part, valid_bt, visible_rs, masked=masked))
@@ -218,6 +219,11 @@ class Layered(nn.Module):
             carry.become(self._joined(batch, carry, given, masked=masked))
         for layer, block in self._main_blocks(batch.modality):
             yield batch, carry, layer, block
+
+
+def by_part(batch: Batch, x_btd: Tensor) -> tuple[Tensor, ...]:
+    """(B, T, D) of a batch cut into those of its parts; of a batch of one stem, which may have no masks, as it is."""
+    return x_btd.split([part.masked_rt.shape[1] for part in batch.parts], dim=1) if batch.parts else (x_btd,)
 
 
 def whole_inputs(part: Batch) -> Tensor:

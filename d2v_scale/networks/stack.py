@@ -18,7 +18,7 @@ from d2v_scale.model.layers import Carry, LayerSpec, Section, StudentOutput
 from d2v_scale.model.stem_config import parts_of
 from d2v_scale.model.teacher_parts import TeacherParts
 from d2v_scale.networks.draw import Draw
-from d2v_scale.networks.layered import Layered, student_inputs, whole_inputs
+from d2v_scale.networks.layered import Layered, by_part, student_inputs, whole_inputs
 from d2v_scale.networks.layers import longest_prenet
 from d2v_scale.networks.predictor import ConvPredictor, Widths
 
@@ -105,7 +105,8 @@ class Student(Layered):
         for part in batch.of_stems:
             visible_rs = part.layout.visible_rs if self.config.visible_only else None
             kept = part.masked_rt.shape[1] if visible_rs is None else visible_rs.shape[1]
-            predictions += self._predict(part, encoder_rsd[:, place : place + kept], draw, noise_rtd)
+            own_rsd = encoder_rsd[:, place : place + kept] if batch.parts else encoder_rsd
+            predictions += self._predict(part, own_rsd, draw, noise_rtd)
             place, token = place + kept, token + part.extra_tokens
             cls.append(x_rsd[:, token - 1] if self.config.visible_only and part.extra_tokens else None)
         return tuple(predictions), encoder_rsd, tuple(cls)
@@ -227,7 +228,7 @@ class Teacher(Layered):
         parts = batch.of_stems
         if all(self.owns_features(part.modality) for part in parts):
             features_btd = None
-        cut = None if features_btd is None else features_btd.split([part.masked_rt.shape[1] for part in parts], dim=1)
+        cut = None if features_btd is None else by_part(batch, features_btd)
         found = []
         for number, part in enumerate(parts):
             if self.owns_features(part.modality):
@@ -254,8 +255,10 @@ class Teacher(Layered):
             for number, (part, first, target) in enumerate(made):
                 if layer.main in target.layers:
                     tap_rsd = ffn_rsd if target.config.tap == "ffn" else its.states_rsd
-                    start = its.extra_tokens + first
-                    running[number] = target.add(running[number], tap_rsd[:, start : start + part.masked_rt.shape[1]])
+                    own_rsd = tap_rsd[:, its.extra_tokens :]
+                    if batch.parts:
+                        own_rsd = own_rsd[:, first : first + part.masked_rt.shape[1]]
+                    running[number] = target.add(running[number], own_rsd)
         return running
 
     def _targets_of(self, batch: Batch) -> Iterator[tuple[Batch, int, targets.Target]]:

@@ -15,6 +15,7 @@ from d2v_scale.data2vec.comparison import compare
 from d2v_scale.data2vec.config import LossConfig, ObjectiveConfig
 from d2v_scale.data2vec.targets import Made, State, Target
 from d2v_scale.networks.draw import Draw
+from d2v_scale.networks.layered import by_part
 from d2v_scale.networks.stack import Student, Teacher
 from d2v_scale.parallel.groups import Topology
 from d2v_scale.parallel.zero import StepResult, StudentEngine
@@ -148,9 +149,7 @@ class StepLoss:
     def entered(self, batch: Batch, features_btd: Tensor) -> None:
         """The stems have made these features of a micro-batch."""
         if self._observe and not batch.is_blank:
-            stems = batch.of_stems
-            cut = features_btd.split([one.masked_rt.shape[1] for one in stems], dim=1)
-            for one, x_btd in zip(stems, cut, strict=True):
+            for one, x_btd in zip(batch.of_stems, by_part(batch, features_btd), strict=True):
                 self.seen.count(self._number[one.source], STEM, x_btd.flatten(0, 1))
 
     def share(

@@ -32,6 +32,7 @@ class Speech(RecordingModality):
     """Waveforms to frames."""
 
     tasks = ("classify", "regress", "ctc")
+    feature_bias = "features.proj.bias"
 
     @property
     def stem(self) -> SpeechStem:

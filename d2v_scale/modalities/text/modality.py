@@ -38,6 +38,7 @@ class Text(Modality):
     uses_tokenizer = True
     throughput = ("tokens", 1)
     usual_size = 512
+    feature_bias = "features.norm.bias"
     raw_name = "bag of tokens"
 
     @property
