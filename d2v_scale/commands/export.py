@@ -1,4 +1,5 @@
-"""Export an encoder, or a fine-tuned model: for Hugging Face, as plain safetensors, or in the reference's names.
+"""Export an encoder, or a fine-tuned model: for Hugging Face, as plain safetensors, as an ONNX graph, or in the
+reference's names.
 
 d2v export runs/vit out/vit --to hf
 """
@@ -15,6 +16,8 @@ from d2v_scale.answers.help_text import VerbParser
 from d2v_scale.errors import EXIT_BAD_INPUT, UserError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from d2v_scale.recipe import Recipe
 
 
@@ -23,13 +26,15 @@ def make_parser() -> argparse.ArgumentParser:
     parser = VerbParser(description=__doc__)
     parser.add_argument("checkpoint", type=Path, help="run directory (its newest valid checkpoint) or checkpoint")
     parser.add_argument("out", type=Path, help="folder to write into")
-    parser.add_argument("--to", choices=("hf", "safetensors", "fairseq"), default="hf", help="what to write")
+    parser.add_argument("--to", choices=("hf", "safetensors", "fairseq", "onnx"), default="hf", help="what to write")
     parser.add_argument(
         "--weights",
         choices=("teacher", "student"),
         help="whose tensors; default: the teacher's, if there is one",
     )
     parser.add_argument("--modality", metavar="STEM", help="which one, where there are several")
+    parser.add_argument("--half", action="store_true", help="store the weights in float16")
+    parser.add_argument("--opset", type=int, metavar="N", help="of --to onnx; default: 18, the lowest there is")
     parser.add_argument("--tokenizer", type=Path, help="sentencepiece model; default: the one of the training data")
     parser.add_argument("--log_model", type=Path, metavar="RUN", help="also log it as a model of this run in MLflow")
     parser.add_argument(
@@ -43,10 +48,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser = make_parser()
     options = parser.parse_args(arguments)
     if options.license is not None and (options.to == "fairseq" or not re.fullmatch(r"[\w.+-]+", options.license)):
-        parser.error("--license needs --to hf or safetensors, and a name such as apache-2.0")
-    for name in ("log_model", "tokenizer"):
-        if getattr(options, name) is not None and options.to != "hf":
-            parser.error(f"--{name} needs --to hf")
+        parser.error("--license needs --to hf, safetensors or onnx, and a name such as apache-2.0")
+    for name, formats in (("log_model", ("hf",)), ("tokenizer", ("hf", "onnx")), ("opset", ("onnx",))):
+        if getattr(options, name) is not None and options.to not in formats:
+            parser.error(f"--{name} needs --to {' or '.join(formats)}")
     if options.to == "safetensors" and options.modality is not None:
         parser.error("--to safetensors writes all modalities: leave --modality out")
     if options.to == "fairseq" and options.weights is not None:
@@ -67,9 +72,8 @@ def run(options: argparse.Namespace) -> int:
     from d2v_scale.checkpoint import open_any
     from d2v_scale.evaluation.frozen import FrozenEncoder
     from d2v_scale.finetuning.predictor import TaskPredictor
-    from d2v_scale.interop import exporting
+    from d2v_scale.interop import export_check, exporting, onnx_export
     from d2v_scale.interop.encoder_source import recipe_of
-    from d2v_scale.interop.export_check import LARGEST_DIFFERENCE, largest_difference, largest_logit_difference
     from d2v_scale.interop.model_card import UNKNOWN_LICENSE, write_card
     from d2v_scale.interop.paired_weights import require_one_stem, without_pairs
     from d2v_scale.interop.reference_export import export_reference
@@ -86,10 +90,12 @@ def run(options: argparse.Namespace) -> int:
     license_id = options.license or UNKNOWN_LICENSE
     if options.to == "safetensors":
         print(f"{checkpoint.path}: {recipe.name}, weights of {whose}")
-        lines = exporting.export_safetensors(checkpoint, recipe, options.out, weights)
-        print("\n".join(lines + write_card(checkpoint, recipe, None, options.out, weights, license_id)))
-        print(f"wrote {options.out}")
-        return 0
+        lines = exporting.export_safetensors(checkpoint, recipe, options.out, weights, options.half)
+        lines += write_card(checkpoint, recipe, None, options.out, weights, license_id, options.half)
+        print("\n".join([*lines, f"wrote {options.out}"]))
+        if not options.half:
+            return 0
+        return 0 if _passes(export_check.pairs_of_ours(checkpoint.path, options.out, weights), half=True) else 1
     require_one_stem(recipe, options.modality)
     modality = exporting.pick_modality(recipe, options.modality)
     checkpoint, recipe = without_pairs(checkpoint, recipe)
@@ -98,26 +104,45 @@ def run(options: argparse.Namespace) -> int:
         raise UserError(f"An encoder of {modality} has no tokenizer.", "Leave --tokenizer out.")
     print(f"{checkpoint.path}: {recipe.name}, {modality}, weights of {whose}")
     if options.to == "fairseq":
-        lines = export_reference(checkpoint, recipe, modality, options.out)
+        lines = export_reference(checkpoint, recipe, modality, options.out, options.half)
     else:
         tokenizer = options.tokenizer or (exporting.find_tokenizer(recipe) if with_tokenizer else None)
-        lines = exporting.export_huggingface(checkpoint, recipe, modality, options.out, weights, tokenizer)
-        lines += write_card(checkpoint, recipe, modality, options.out, weights, license_id)
+        given = (checkpoint, recipe, modality, options.out, weights, tokenizer)
+        if options.to == "onnx":
+            opset = onnx_export.FIRST_OPSET if options.opset is None else options.opset
+            lines = onnx_export.export_onnx(*given, opset=opset, half=options.half)
+        else:
+            lines = exporting.export_huggingface(*given, half=options.half)
+        lines += write_card(checkpoint, recipe, modality, options.out, weights, license_id, options.half)
     for line in lines:
         print(line)
     print(f"wrote {options.out}")
-    if options.to != "hf":
+    if options.to == "onnx" or (options.to == "fairseq" and not options.half):
         return 0
-    if recipe.task is not None:
-        difference = largest_logit_difference(TaskPredictor.load(checkpoint.path), options.out, modality)
+    if options.to == "fairseq":
+        pairs = export_check.reference_pairs(checkpoint.path, options.out, modality)
+    elif recipe.task is not None:
+        pairs = [export_check.logit_pair(TaskPredictor.load(checkpoint.path), options.out, modality)]
     else:
         encoder = FrozenEncoder.load(checkpoint.path, weights)
-        difference = largest_difference(encoder, options.out, modality, checkpoint)
-    passed = difference <= LARGEST_DIFFERENCE
-    print(f"largest difference to our model on the same input: {difference:.3g} {'PASS' if passed else 'FAIL'}")
+        pairs = export_check.output_pairs(encoder, options.out, modality, checkpoint)
+    passed = _passes(pairs, options.half)
     if passed and options.log_model is not None:
         print(f"logged as {log_model(options, recipe, modality, checkpoint.step)}")
     return 0 if passed else 1
+
+
+def _passes(pairs: "list[tuple[Tensor, Tensor]]", half: bool) -> bool:
+    """Print how far the outputs of each pair differ, and whether that is little enough."""
+    from d2v_scale.interop import export_check
+
+    difference = export_check.largest(pairs, relative=half)
+    limit = export_check.LARGEST_RELATIVE_DIFFERENCE if half else export_check.LARGEST_DIFFERENCE
+    passed = difference <= limit
+    what = f"relative difference to our model on the same input (float16 may have {limit:g})" if half else ""
+    what = what or "difference to our model on the same input"
+    print(f"largest {what}: {difference:.3g} {'PASS' if passed else 'FAIL'}")
+    return passed
 
 
 def log_model(options: argparse.Namespace, recipe: "Recipe", modality: str, step: int) -> str:

@@ -15,6 +15,7 @@ from d2v_scale.checkpoint import Checkpoint
 from d2v_scale.errors import CheckpointError, DataError
 from d2v_scale.files import open_as_usual
 from d2v_scale.interop.encoder_source import EXPORT_FILE, export_note
+from d2v_scale.interop.half import halved, require_half
 from d2v_scale.interop.huggingface import REMEDY, huggingface_keys, huggingface_settings, is_native, row_of
 from d2v_scale.interop.keymap import export_tensors
 from d2v_scale.interop.remote_code import modelling_files, remote_code_keys, remote_code_settings
@@ -81,9 +82,16 @@ def pick_modality(recipe: Recipe, wanted: str | None) -> str:
 
 
 def export_huggingface(
-    checkpoint: Checkpoint, recipe: Recipe, modality: str, out: Path, weights: Weights, tokenizer: Path | None
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    modality: str,
+    out: Path,
+    weights: Weights,
+    tokenizer: Path | None,
+    half: bool = False,
 ) -> list[str]:
     """Write a folder that `AutoModel` loads: a native class where one computes this model, else our modelling file.
+    `half`: weights in float16.
 
     Returns lines that say what was written. Raises `CheckpointError`.
     """
@@ -99,7 +107,11 @@ def export_huggingface(
     if task is not None:
         add_head(keymap, task, recipe.model, modality)
         settings |= head_settings(task, recipe.model, modality, checkpoint.extra.get("classes"))
-    keymap.require_all(_of_encoder(checkpoint, modality), "a Hugging Face folder", REMEDY)
+    held = _of_encoder(checkpoint, modality)
+    keymap.require_all(held, "a Hugging Face folder", REMEDY)
+    if half:
+        require_half(_all_of(ChosenWeights(checkpoint, weights), held))
+        settings["dtype"] = "float16"
     out.mkdir(parents=True, exist_ok=True)
     # First what can be refused, a tokenizer of another size; then the weights.
     row, model = row_of(recipe.model, modality), recipe.model.of(modality)
@@ -107,7 +119,7 @@ def export_huggingface(
     tensors = export_tensors(keymap, chosen)
     if task is not None:
         tensors = ((prefixed(name, recipe.model, modality), tensor) for name, tensor in tensors)
-    write_tensors(tensors, out)
+    write_tensors(halved(tensors) if half else tensors, out)
     lines = chosen.lines()
     if not native:
         files = modelling_files(recipe.model, modality)
@@ -125,20 +137,26 @@ def _of_encoder(checkpoint: Checkpoint, modality: str) -> list[str]:
     return [n for n in checkpoint.names("student") if n.startswith(its_own) or not n.startswith(others)]
 
 
-def export_safetensors(checkpoint: Checkpoint, recipe: Recipe, out: Path, weights: Weights) -> list[str]:
-    """Write all chosen tensors under our own names, and the recipe."""
+def export_safetensors(
+    checkpoint: Checkpoint, recipe: Recipe, out: Path, weights: Weights, half: bool = False
+) -> list[str]:
+    """Write all chosen tensors under our own names, and the recipe. `half`: in float16."""
+    names = checkpoint.names("student")
+    if half:
+        require_half(_all_of(ChosenWeights(checkpoint, weights), names))
     chosen = ChosenWeights(checkpoint, weights)
-
-    def everything() -> Iterator[tuple[str, Tensor]]:
-        for name in checkpoint.names("student"):
-            tensor = chosen(name)
-            assert tensor is not None
-            yield name, tensor
-
     out.mkdir(parents=True, exist_ok=True)
-    write_tensors(everything(), out)
+    tensors = _all_of(chosen, names)
+    write_tensors(halved(tensors) if half else tensors, out)
     write_json(out / EXPORT_FILE, export_note(recipe, checkpoint, weights))
     return chosen.lines()
+
+
+def _all_of(chosen: ChosenWeights, names: list[str]) -> Iterator[tuple[str, Tensor]]:
+    for name in names:
+        tensor = chosen(name)
+        assert tensor is not None
+        yield name, tensor
 
 
 def write_tensors(tensors: Iterator[tuple[str, Tensor]], out: Path) -> None:

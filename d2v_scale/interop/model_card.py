@@ -6,42 +6,66 @@ from typing import Any
 
 from d2v_scale.checkpoint import Checkpoint
 from d2v_scale.interop.huggingface import is_native, row_of
+from d2v_scale.interop.huggingface_row import Example
 from d2v_scale.interop.task_heads import auto_class, head_of
 from d2v_scale.model.config import ModelConfig
 from d2v_scale.recipe import Recipe
 from d2v_scale.tracking.record import AXES, METRICS_FILE, read_records
 
 CARD_FILE = "README.md"
+ONNX_FILE = "model.onnx"
+"""What an ONNX export holds in place of weights."""
 UNKNOWN_LICENSE = "unknown"
 # A card that people have rewritten lacks it, and is theirs.
 _MARK = "<!-- Written by tools/export.py. Without this line, a later export leaves the file alone. -->"
 
 
 def write_card(
-    checkpoint: Checkpoint, recipe: Recipe, modality: str | None, out: Path, weights: str, license_id: str
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    modality: str | None,
+    out: Path,
+    weights: str,
+    license_id: str,
+    half: bool = False,
 ) -> list[str]:
     """Write README.md beside what was exported; `modality` None: a folder under our own names. Returns lines for the
     user. A README.md that people wrote stays."""
     path = out / CARD_FILE
     if path.exists() and _MARK not in path.read_text(encoding="utf-8", errors="replace"):
         return [f"{path} is not ours, and stays as it is"]
-    path.write_text(_card(checkpoint, recipe, modality, out, weights, license_id), encoding="utf-8")
+    path.write_text(_card(checkpoint, recipe, modality, out, weights, license_id, half), encoding="utf-8")
     return []
 
 
 def _card(
-    checkpoint: Checkpoint, recipe: Recipe, modality: str | None, out: Path, weights: str, license_id: str
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    modality: str | None,
+    out: Path,
+    weights: str,
+    license_id: str,
+    half: bool,
 ) -> str:
     version = "2.0" if recipe.model.visible_only else "1.0"
     modalities = ", ".join(recipe.model.modalities if modality is None else [modality])
     what = "encoder" if recipe.task is None else "fine-tuned model"
-    head = ["library_name: transformers"] if modality is not None else []
+    graph = (out / ONNX_FILE).is_file()
+    library = "onnx" if graph else "transformers"
+    head = [f"library_name: {library}"] if modality is not None else []
     if modality is not None:
         head.append(f"pipeline_tag: {_pipeline(recipe, modality)}")
     tags = [f"- {tag}" for tag in ("data2vec", *modalities.split(", "))]
-    rows = [("recipe", recipe.name), ("steps", f"{checkpoint.step}"), ("weights", f"the {weights}'s")]
+    rows = [
+        ("recipe", recipe.name),
+        ("steps", f"{checkpoint.step}"),
+        ("weights", f"the {weights}'s{', stored in float16' if half else ''}"),
+    ]
     rows += [("parameters", _sizes(recipe.model)), ("data", _data(recipe)), ("license", license_id)]
-    loading = _own_lines() if modality is None else _lines(recipe, modality, out)
+    if modality is None:
+        loading = _own_lines()
+    else:
+        loading = _graph_lines(recipe, modality, out) if graph else _lines(recipe, modality, out, half)
     return "\n".join(
         [
             *["---", f"license: {license_id}", *head, "tags:", *tags, "---", _MARK],
@@ -105,18 +129,44 @@ def _own_lines() -> list[str]:
     ]
 
 
-def _lines(recipe: Recipe, modality: str, out: Path) -> list[str]:
+def _lines(recipe: Recipe, modality: str, out: Path, half: bool) -> list[str]:
     """A program that loads the folder and runs it on a stand-in for the user's input."""
     model = recipe.model
     auto = auto_class(recipe.task, model, modality)
-    remote = "" if is_native(model, modality) else ", trust_remote_code=True"
+    options = "" if is_native(model, modality) else ", trust_remote_code=True"
+    options += ", dtype=torch.float32" if half else ""
     result = "last_hidden_state" if auto == "AutoModel" else "logits"
     example = row_of(model, modality).example(model.of(modality), out)
-    imports = f"from transformers import {', '.join(sorted({auto, *example.processors}))}"
-    lines = ["import numpy as np"] if "np." in example.given else []
-    lines += ["import torch", *(["from PIL import Image"] if "Image." in example.given else []), imports, ""]
-    lines.append(f'model = {auto}.from_pretrained("."{remote}).eval()')
-    own = ", trust_remote_code=True" if example.remote_processor else ""
-    lines += [f'processor = {name}.from_pretrained("."{own})' for name in example.processors]
+    lines = _imports(example, [auto])
+    lines.append(f'model = {auto}.from_pretrained("."{options}).eval()')
     run = f"    output = model({example.call}).{result}"
-    return [*lines, example.given, "with torch.no_grad():", run, "print(output.shape)"]
+    return [*lines, *_prepared(example), "with torch.no_grad():", run, "print(output.shape)"]
+
+
+def _graph_lines(recipe: Recipe, modality: str, out: Path) -> list[str]:
+    """Likewise, of an ONNX graph."""
+    row, model = row_of(recipe.model, modality), recipe.model.of(modality)
+    example = row.example(model, out)
+    lines = ["import numpy as np", "import onnxruntime", *_imports(example, [])]
+    lines = [*dict.fromkeys(lines[:-1]), ""]
+    lines += [f'session = onnxruntime.InferenceSession("{ONNX_FILE}")', *_prepared(example)]
+    lines.append(f"inputs = dict({example.call})")
+    _, arguments = row.sample(model, modality)
+    mask = "attention_mask"
+    if mask in arguments and arguments[mask].shape == arguments[row.input_name].shape:
+        lines.append(f'inputs.setdefault("{mask}", torch.ones_like(inputs["{row.input_name}"]))  # all is real')
+    types = "np.int64 if node.type == 'tensor(int64)' else np.float32"
+    feed = f"{{node.name: np.asarray(inputs[node.name], {types}) for node in session.get_inputs()}}"
+    return [*lines, f"output = session.run(None, {feed})[0]", "print(output.shape)"]
+
+
+def _imports(example: Example, classes: list[str]) -> list[str]:
+    lines = ["import numpy as np"] if "np." in example.given else []
+    lines += ["import torch", *(["from PIL import Image"] if "Image." in example.given else [])]
+    named = sorted({*classes, *example.processors})
+    return [*lines, *([f"from transformers import {', '.join(named)}"] if named else []), ""]
+
+
+def _prepared(example: Example) -> list[str]:
+    own = ", trust_remote_code=True" if example.remote_processor else ""
+    return [*(f'processor = {name}.from_pretrained("."{own})' for name in example.processors), example.given]

@@ -11,6 +11,7 @@ from d2v_scale import modalities
 from d2v_scale.checkpoint import Checkpoint
 from d2v_scale.data2vec.config import ObjectiveConfig
 from d2v_scale.errors import CheckpointError
+from d2v_scale.interop.half import halved, require_half
 from d2v_scale.interop.keymap import export_tensors
 from d2v_scale.interop.reference_names import reference_keys
 from d2v_scale.interop.reference_options import REMEDY, common_settings, require_post_norm
@@ -21,8 +22,9 @@ from d2v_scale.model.teacher_parts import TeacherParts
 from d2v_scale.recipe import Recipe
 
 
-def export_reference(checkpoint: Checkpoint, recipe: Recipe, modality: str, out: Path) -> list[str]:
+def export_reference(checkpoint: Checkpoint, recipe: Recipe, modality: str, out: Path, half: bool = False) -> list[str]:
     """Write `checkpoint.pt` (fairseq) or `checkpoint.pth` (1.0 vision, data2vec_vision) with student and teacher.
+    `half`: in float16.
 
     Raises `CheckpointError` where the reference has no such model, and then writes nothing.
     """
@@ -46,6 +48,10 @@ def export_reference(checkpoint: Checkpoint, recipe: Recipe, modality: str, out:
     teacher_names = set(checkpoint.names("teacher"))
     owned = [key for entry in keymap.entries if entry.ours in teacher_names for key in entry.theirs]
     teacher = dict(export_tensors(keymap, _reader(checkpoint, "teacher"), only=owned))
+    if half:
+        for tensors in (student, teacher):
+            require_half(tensors.items())
+            tensors |= dict(halved(tensors.items()))
     out.mkdir(parents=True, exist_ok=True)
     path = out / ("checkpoint.pt" if model.visible_only else row.first_file)
     torch.save(make(row, student, teacher, model, objective, parts), path)
