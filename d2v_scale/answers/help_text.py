@@ -2,7 +2,7 @@
 
 import argparse
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 from d2v_scale.answers.patterns import quoted
@@ -27,9 +27,9 @@ class VerbParser(argparse.ArgumentParser):
     def __init__(self, **options: Any) -> None:
         super().__init__(**{"formatter_class": HelpFormatter, **options})
 
-    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+    def parse_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
         """As usual; of words too many, because the shell has resolved a pattern, with the remedy."""
-        found, extra = self.parse_known_args(args, namespace)
+        found, extra = self.parse_known_args(None if args is None else list(args), namespace)
         given = [word for value in vars(found).values() for word in (value if isinstance(value, list) else [value])]
         files = [str(word) for word in [*given, *extra] if _is_shard(word)]
         if extra and len(files) > 1:
