@@ -2,8 +2,10 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from d2v_scale import modalities
@@ -101,14 +103,26 @@ class StemSamples:
 
     def one(self, concept: str) -> Batch | None:
         """The first readable sample of a concept, by itself."""
-        for place in self.places:
-            if place.concept == concept:
-                try:
-                    row = self._decoder.evaluation_row(self._part(place))
-                except Exception:
-                    continue
-                return unmasked(self.kind, self._decoder, [row], torch.tensor([0]), (place.key,))
-        return None
+        return self._first([place for place in self.places if place.concept == concept], 1)
+
+    def first(self, count: int) -> Batch | None:
+        """The first readable samples, at most so many."""
+        return self._first(self.places, count)
+
+    def _first(self, places: list[Place], count: int) -> Batch | None:
+        rows: list[NDArray[Any]] = []
+        keys: list[str] = []
+        for place in places:
+            if len(rows) == count:
+                break
+            try:
+                rows.append(self._decoder.evaluation_row(self._part(place)))
+                keys.append(place.key)
+            except Exception:
+                continue
+        if not rows:
+            return None
+        return unmasked(self.kind, self._decoder, rows, torch.arange(len(rows)), tuple(keys))
 
     def caption(self, concept: str) -> str | None:
         """The text of the concept's first sample, where it is no ids."""

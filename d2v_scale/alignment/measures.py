@@ -185,6 +185,16 @@ def modality_gap(x_nd: Tensor, y_nd: Tensor) -> float:
     return float((means[0] - means[1]).norm())
 
 
+def own_neighbours(x_nd: Tensor, y_qd: Tensor, k: int = NEIGHBOURS) -> float:
+    """Which share of the k nearest others of a vector, among both sets, is of its own: 1 where they lie apart, about
+    the set's share of all where they are mixed. The mean of both sets."""
+    both_md = torch.cat([x_nd, y_qd])
+    own_m = torch.arange(len(both_md)) < len(x_nd)
+    near_mm = neighbours(both_md, k)
+    share_m = (near_mm * (own_m[:, None] == own_m)).sum(dim=1) / near_mm.sum(dim=1)
+    return float((share_m[own_m].mean() + share_m[~own_m].mean()) / 2)
+
+
 def without(given_nc: Tensor, train_nd: Tensor, given_qc: Tensor, test_qd: Tensor) -> tuple[Tensor, Tensor]:
     """Training and held-out features from which what is linear in `given` is subtracted, by least squares on the
     training rows. Where `given` does not vary nothing is."""

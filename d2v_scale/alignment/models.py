@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 
 from d2v_scale.alignment.concepts import ConceptSet
-from d2v_scale.data.config import DataConfig
 from d2v_scale.errors import DataError, UserError
 from d2v_scale.evaluation.frozen import FrozenEncoder, Weights
 from d2v_scale.files import file_sha256
@@ -120,17 +119,22 @@ def built(source: EncoderSource, weights: Weights) -> FrozenEncoder:
 def decoder_of(source: EncoderSource, kind: Modality, samples: ConceptSet, tokenizer: Path | None) -> Decoder:
     """How samples of the set become rows of an encoder: with its own tokenizer. Raises DataError where that is not at
     hand."""
-    data: DataConfig = source.recipe.data
+    return kind.build_decoder(source.recipe.data, tokenizer_of(source, kind, samples, tokenizer))
+
+
+def tokenizer_of(source: EncoderSource, kind: Modality, samples: ConceptSet, wanted: Path | None) -> Path | None:
+    """The tokenizer of a stem; None where it needs none. Raises DataError for another than the encoder's, and where
+    that is not at hand."""
     of_text = any("text" in place.digests and place.caption for place in samples.places)
     if not kind.uses_tokenizer or not of_text:  # ids need none
-        return kind.build_decoder(data, None)
-    known = [path for path in (tokenizer, find_tokenizer(source.recipe), samples.tokenizer) if path is not None]
+        return None
+    known = [path for path in (wanted, find_tokenizer(source.recipe), samples.tokenizer) if path is not None]
     for path in known:
         if not path.is_file():
             raise DataError(f"The tokenizer {path} is not there.", "Give the encoder's with --tokenizer.")
         if source.tokenizer_sha256 in (None, file_sha256(path)):
-            return kind.build_decoder(data, path)
-        if path is tokenizer:
+            return path
+        if path is wanted:
             break
     if known:
         raise DataError(

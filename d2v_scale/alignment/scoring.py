@@ -34,15 +34,15 @@ class Features:
 
     def without(self, lengths: "Features") -> "Features":
         """What is left when each modality's own length is regressed out."""
-        train_x, test_x = measures.without(lengths.train_x_nd, self.train_x_nd, lengths.test_x_nd, self.test_x_nd)
-        train_y, test_y = measures.without(lengths.train_y_ne, self.train_y_ne, lengths.test_y_ne, self.test_y_ne)
-        return Features(train_x_nd=train_x, train_y_ne=train_y, test_x_nd=test_x, test_y_ne=test_y)
+        train_x_nd, test_x_nd = measures.without(lengths.train_x_nd, self.train_x_nd, lengths.test_x_nd, self.test_x_nd)
+        train_y_ne, test_y_ne = measures.without(lengths.train_y_ne, self.train_y_ne, lengths.test_y_ne, self.test_y_ne)
+        return Features(train_x_nd=train_x_nd, train_y_ne=train_y_ne, test_x_nd=test_x_nd, test_y_ne=test_y_ne)
 
     def principal(self, most: int) -> "Features":
         """Wide ones as their first principal components."""
-        train_x, test_x = measures.principal(self.train_x_nd, self.test_x_nd, most)
-        train_y, test_y = measures.principal(self.train_y_ne, self.test_y_ne, most)
-        return Features(train_x_nd=train_x, train_y_ne=train_y, test_x_nd=test_x, test_y_ne=test_y)
+        train_x_nd, test_x_nd = measures.principal(self.train_x_nd, self.test_x_nd, most)
+        train_y_ne, test_y_ne = measures.principal(self.train_y_ne, self.test_y_ne, most)
+        return Features(train_x_nd=train_x_nd, train_y_ne=train_y_ne, test_x_nd=test_x_nd, test_y_ne=test_y_ne)
 
 
 @dataclass
@@ -89,12 +89,17 @@ class PairOfLayers:
     def scores(self) -> LayerScores:
         """Measure them."""
         given = self.features
-        train_x, train_y, test_x, test_y = given.train_x_nd, given.train_y_ne, given.test_x_nd, given.test_y_ne
-        forth, back = self._x.fit(train_y), self._y.fit(train_x)
-        spaces = {"mapped": _mapped_ranks(forth, back, test_x, test_y)}
+        train_x_nd, train_y_ne, test_x_nd, test_y_ne = (
+            given.train_x_nd,
+            given.train_y_ne,
+            given.test_x_nd,
+            given.test_y_ne,
+        )
+        forth, back = self._x.fit(train_y_ne), self._y.fit(train_x_nd)
+        spaces = {"mapped": _mapped_ranks(forth, back, test_x_nd, test_y_ne)}
         if self.same_space:
-            spaces["same"] = measures.ranks(test_x, test_y), measures.ranks(test_y, test_x)
-            centred = test_x.double() - train_x.double().mean(0), test_y.double() - train_y.double().mean(0)
+            spaces["same"] = measures.ranks(test_x_nd, test_y_ne), measures.ranks(test_y_ne, test_x_nd)
+            centred = test_x_nd.double() - train_x_nd.double().mean(0), test_y_ne.double() - train_y_ne.double().mean(0)
             spaces["centred"] = measures.ranks(*centred), measures.ranks(*centred[::-1])
         values = {MAPPED: _recall(spaces["mapped"], K)}
         values |= {SAME: _recall(spaces["same"], K)} if self.same_space else {}
@@ -103,7 +108,7 @@ class PairOfLayers:
             values,
             self._on_training(forth, back),
             {name: _at_all(ranks) for name, ranks in spaces.items()},
-            measures.modality_gap(test_x, test_y) if self.same_space else None,
+            measures.modality_gap(test_x_nd, test_y_ne) if self.same_space else None,
         )
 
     def _on_training(self, forth: RidgeMap, back: RidgeMap) -> dict[str, float]:
@@ -127,19 +132,19 @@ class PairOfLayers:
             return measures.shared(self._neighbours[0], self._neighbours[1][other][:, other])
         if measure == CKA:
             return self._kernels[0].cka(self._kernels[1].reordered(other))
-        test_y = given.test_y_ne[other]
+        test_y_ne = given.test_y_ne[other]
         if measure == SAME:
-            return measures.recall(given.test_x_nd, test_y, K)
+            return measures.recall(given.test_x_nd, test_y_ne, K)
         assert measure == MAPPED
         forth = self._x.fit(given.train_y_ne[order.train_n])
         back = self._y.fit(given.train_x_nd[order.train_n.argsort()])
-        return _recall(_mapped_ranks(forth, back, given.test_x_nd, test_y), K)
+        return _recall(_mapped_ranks(forth, back, given.test_x_nd, test_y_ne), K)
 
 
-def _mapped_ranks(forth: RidgeMap, back: RidgeMap, test_x: Tensor, test_y: Tensor) -> tuple[Tensor, Tensor]:
+def _mapped_ranks(forth: RidgeMap, back: RidgeMap, test_x_nd: Tensor, test_y_ne: Tensor) -> tuple[Tensor, Tensor]:
     return (
-        measures.ranks(forth(test_x), test_y.double() - forth.y_mean_e),
-        measures.ranks(back(test_y), test_x.double() - back.y_mean_e),
+        measures.ranks(forth(test_x_nd), test_y_ne.double() - forth.y_mean_e),
+        measures.ranks(back(test_y_ne), test_x_nd.double() - back.y_mean_e),
     )
 
 

@@ -300,6 +300,17 @@ class Teacher(Layered):
         states = self.outputs(batch, self.enter(batch, features_btd), wanted)
         return [states[layer % depth] for layer in layers]
 
+    @torch.no_grad()
+    def features_of_visible(self, batch: Batch) -> Tensor:
+        """Output (B, S, D) of the last main block on the visible positions alone, without CLS (2.0): the masked ones
+        are not there. Of a batch of one stem."""
+        assert self.config.visible_only
+        assert batch.clones == 1
+        assert not batch.parts
+        carry = self._enter(batch, self.stem_features(batch), whole_inputs, masked=True)
+        last = self.config.backbone.depth - 1
+        return self.outputs(batch, carry, {last})[last]
+
     def check_layers(self, layers: list[int]) -> list[int]:
         """The same list. Raises ConfigError unless all are numbers of main blocks."""
         depth = self.config.backbone.depth
