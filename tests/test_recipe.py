@@ -42,6 +42,56 @@ def test_a_contradiction_names_its_key(arguments, world_size, key):
     assert error.value.key == key
 
 
+JOINT = [
+    "--recipe=tests/distributed/joint.yaml",
+    "--data.mixing=together",
+    "--accumulation=3",
+]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "world_size", "key", "said"),
+    [
+        (["--accumulation=4"], 1, "accumulation", "is 4, which 3 sources (vision, speech, text) cannot share"),
+        (["--accumulation=1"], 2, "accumulation", "Give a multiple of 3, such as 3"),
+        (["--global_batch_size=4"], 8, "global_batch_size", "4 samples of vision are fewer than 8 data-parallel ranks"),
+        (["--accumulation=6", "--global_batch_size=15"], 8, "global_batch_size", "8 data-parallel ranks x 2 micro"),
+        (["--data.temperature=2"], 1, "data.temperature", "every step reads every source"),
+        (["--objective.speech.loss.cls_weight=0.5"], 1, "objective.speech.loss.cls_weight", "extra token"),
+        (["--data.sources=[{shards: a, modality: sound}]"], 1, "data.sources.0.modality", "no stem for"),
+    ],
+)
+def test_sources_that_cannot_be_read_together_are_refused(arguments, world_size, key, said):
+    with pytest.raises(ConfigError) as error:
+        command_line.parse([*JOINT, *arguments])[0].check(world_size)
+    assert error.value.key == key
+    assert said in str(error.value)
+
+
+@pytest.mark.parametrize("weight", ["0", "-1", ".nan", ".inf"])
+def test_a_weight_that_is_no_positive_number_is_refused(weight):
+    source = f"{{shards: a, modality: text, weight: {weight}}}"
+    with pytest.raises(ConfigError, match=r"data\.sources\.0\.weight"):
+        command_line.parse([*JOINT, "--accumulation=1", f"--data.sources=[{source}]"])[0].check(1)
+
+
+def test_how_often_a_source_comes_is_refused_where_every_step_reads_all():
+    source = "{shards: a, modality: text, repeat: 2}"
+    with pytest.raises(ConfigError, match=r"data\.sources\.0\.repeat"):
+        command_line.parse([*JOINT, "--accumulation=1", f"--data.sources=[{source}]"])[0].check(1)
+
+
+def test_the_batch_that_deepspeed_may_name_is_that_of_all_sources_together():
+    recipe, _ = command_line.parse([*JOINT, "--accumulation=6", "--global_batch_size=16"])
+    recipe.check(2)
+    assert recipe.rounds == 2
+    assert recipe.samples_of_step == 48
+    recipe.data.sources[1].batch_unit = "seconds"
+    assert recipe.samples_of_step is None
+    recipe.data.mixing = "alternate"
+    assert (recipe.rounds, recipe.samples_of_step) == (6, 16)
+
+
 OUT_OF_RANGE: list[tuple[str, object]] = [
     ("optim.lr", -1.0),
     ("optim.eps", -1.0),

@@ -31,6 +31,7 @@ TOPOLOGIES: dict[str, tuple[int, dict[str, Any]]] = {
     "zero2 overlap": (2, {"stage": 2, "zero": OVERLAP}),
     "zero2 offload overlap": (2, {"stage": 2, "zero": {**OFFLOAD, **OVERLAP}}),
     "zero3 overlap": (2, {"stage": 3, "zero": OVERLAP}),
+    "pp2 overlap": (2, {"pipeline": 2, "zero": OVERLAP}),
     "tp2": (2, {"tensor": 2}),
     "pp2": (2, {"pipeline": 2}),
     "tp2 x pp2": (4, {"tensor": 2, "pipeline": 2}),
