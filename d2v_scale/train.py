@@ -121,7 +121,7 @@ def configure(recipe: Recipe) -> dict[str, Any]:
     recipe.check(world_size)
     recipe.data.check(recipe.model.modalities)
     raw = ds_config.read(recipe.deepspeed_config) if recipe.deepspeed_config else DEFAULT_DEEPSPEED
-    remarks = ds_config.remarks(raw, recipe.optim)
+    remarks = ds_config.remarks(raw, recipe.optim, len(recipe.model.modalities), recipe.accumulation)
     config = legal.deepspeed_config(recipe, raw, world_size, has_gpu=_has_gpu())
     for line in remarks:
         log.info("%s", line)

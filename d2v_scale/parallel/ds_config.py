@@ -30,6 +30,8 @@ class RecipeNumbers:
     """Samples of one optimizer step over all ranks; None where the recipe counts seconds or tokens."""
     compile: bool = False
     """The student's blocks are compiled."""
+    stems: int = 1
+    """Of the model. Where there are several, the last micro-batch of a step may leave out what an earlier one used."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     """For the sections `optimizer` and `scheduler`, which must agree with it. Clipping is `clip`."""
 
@@ -95,6 +97,8 @@ def resolve(raw: dict[str, Any], numbers: RecipeNumbers, parallel: ParallelConfi
     if zero["stage"] < 3 and replicas > 1 and not zero.setdefault("reduce_scatter", False):
         # With it DeepSpeed sends the same, but loops over ranks and copies the bucket. It divides before the sum.
         config["prescale_gradients"] = True
+    if _leaves_out(zero, numbers.stems, numbers.accumulation):
+        zero["overlap_comm"] = False
     if parallel.pipeline > 1:
         config["pipeline"] = {**said.get("pipeline", {}), "pipe_partitioned": False, "grad_partitioned": False}
         config["pipeline"].pop("stages", None)
@@ -106,10 +110,23 @@ def resolve(raw: dict[str, Any], numbers: RecipeNumbers, parallel: ParallelConfi
     return config
 
 
-def remarks(raw: dict[str, Any], optim: OptimConfig) -> list[str]:
-    """What to tell whoever wrote a DeepSpeed JSON that `resolve` accepts: what of it is not done as it says."""
+def _leaves_out(zero: dict[str, Any], stems: int, accumulation: int) -> bool:
+    """Whether gradients would be reduced wrongly: with `overlap_comm` stage 1 reduces those alone that the last
+    micro-batch has made anew, so what only an earlier one used would stay a rank's own."""
+    return bool(zero.get("overlap_comm")) and zero.get("stage") == 1 and stems > 1 and accumulation > 1
+
+
+def remarks(raw: dict[str, Any], optim: OptimConfig, stems: int = 1, accumulation: int = 1) -> list[str]:
+    """What to tell whoever wrote a DeepSpeed JSON that `resolve` accepts: what of it is not done as it says. `stems`,
+    `accumulation`: as in `RecipeNumbers`."""
     said = accepted(raw)
-    return [line for line in (template_note(said, optim), without_effect(said)) if line is not None]
+    overlap = None
+    if _leaves_out(said.get("zero_optimization") or {}, stems, accumulation):
+        overlap = (
+            "zero_optimization.overlap_comm is taken as false: at stage 1 it would not reduce the gradients of a stem "
+            "that the last micro-batch of a step does not read"
+        )
+    return [line for line in (template_note(said, optim), without_effect(said), overlap) if line is not None]
 
 
 def teacher_config(config: dict[str, Any], precision: Literal["fp32", "bf16"], offload: bool) -> dict[str, Any]:

@@ -19,6 +19,7 @@ def deepspeed_config(recipe: Recipe, raw: dict[str, Any], world_size: int, *, ha
         accumulation=recipe.accumulation,
         clip=recipe.optim.clip,
         compile=recipe.model.compile,
+        stems=len(recipe.model.modalities),
         optim=recipe.optim,
         global_batch_size=recipe.samples_of_step,
     )

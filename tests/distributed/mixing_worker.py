@@ -61,7 +61,12 @@ def micro_batches(case: dict, step: int, topology: groups.Topology) -> list[Batc
 
 def run(case: dict, topology: groups.Topology) -> None:
     recipe = recipe_of(case, topology.data_parallel_size)
-    numbers = ds_config.RecipeNumbers(precision="fp32", accumulation=recipe.accumulation, clip=recipe.optim.clip)
+    numbers = ds_config.RecipeNumbers(
+        precision="fp32",
+        accumulation=recipe.accumulation,
+        clip=recipe.optim.clip,
+        stems=len(recipe.model.modalities),
+    )
     raw = {"zero_optimization": {"stage": case.get("stage", 1), **case.get("zero", {})}}
     config = ds_config.resolve(raw, numbers, recipe.parallel, topology.world_size)
     student, teacher = build_engines(recipe, config, topology)

@@ -99,6 +99,7 @@ def test_two_topologies_of_either_mixing_compute_what_one_process_does(tmp_path:
         tmp_path,
         [
             ("v2_triple", "together", "zero3 offload"),
+            ("v1_pair", "together", "zero1 overlap"),
             ("v2_pair", "together", "tp2 x pp2"),
             ("v1_triple", "alternate", "zero2 offload"),
             ("v1_triple", "alternate", "pp2"),
