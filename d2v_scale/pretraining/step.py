@@ -144,7 +144,8 @@ class StepLoss:
         widths = [(target.raw_width, target.width, width) for target in first]
         seen = [one for batch in batches for one in batch.of_stems]
         aligned = sorted({self._number[one.source] for one in seen if _tells(one)})
-        self.seen = Observations.empty(counted[:, 2].sum(), counted[:, 0], widths, aligned, topology.device)
+        samples = counted[:, 2].sum() if len(stems) > 1 else counted[0, 2]
+        self.seen = Observations.empty(samples, counted[:, 0], widths, aligned, topology.device)
 
     def entered(self, batch: Batch, features_btd: Tensor) -> None:
         """The stems have made these features of a micro-batch."""
