@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Encoder", "Recipe", "__version__", "load_encoder", "train"]
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _FROM = {
     "Encoder": "d2v_scale.api.encoder",

@@ -1,4 +1,4 @@
-"""Every command of the README is run, on small data, in the order a user would."""
+"""Every command of the README and of the pages that go on from it is run, on small data, in the order a user would."""
 
 import os
 import shlex
@@ -15,7 +15,10 @@ from PIL import Image
 ROOT = Path(__file__).parent.parent
 TINY = ["--recipe", "demo_vision", "--stop_at", "2", "--tracking.enabled", "false", "--data.workers", "0"]
 
-PATH_LINE = "export PATH=$PWD/.venv/bin:$PATH"
+ACTIVATE = "source .venv/bin/activate"
+
+FURTHER = ("own_data", "training", "encoders")
+"""Pages of docs/ that are read here."""
 
 # Options that stand-ins have to be small, or because the README's recipe has them.
 SMALL = {
@@ -33,10 +36,10 @@ STAND_INS: dict[str, list[str] | None] = {
     "bash tools/quickstart.sh": None,
     "bash tools/test.sh": None,
     "python3 -m venv .venv && .venv/bin/pip install -e .": None,
-    PATH_LINE: None,
-    ".venv/bin/python tools/make_shards.py images SRC OUT": ["tools/make_shards.py", "images", "src", "shards"],
-    ".venv/bin/python tools/make_shards.py audio SRC OUT": ["tools/make_shards.py", "audio", "waves", "speech"],
-    ".venv/bin/python tools/make_shards.py text SRC OUT": [
+    ACTIVATE: None,
+    "d2v shards images SRC OUT": ["tools/make_shards.py", "images", "src", "shards"],
+    "d2v shards audio SRC OUT": ["tools/make_shards.py", "audio", "waves", "speech"],
+    "d2v shards text SRC OUT": [
         "tools/make_shards.py",
         "text",
         "prose",
@@ -44,16 +47,23 @@ STAND_INS: dict[str, list[str] | None] = {
         "--vocab_size",
         "300",
     ],
-    ".venv/bin/python tools/make_shards.py arrays SRC OUT": ["tools/make_shards.py", "arrays", "series", "arrays"],
-    ".venv/bin/python tools/make_shards.py pairs TABLE OUT": ["tools/make_shards.py", "pairs", "table.csv", "paired"],
-    ".venv/bin/python tools/index_shards.py 'shards/*.tar' --modality vision": [
-        *["tools/index_shards.py", "shards/*.tar", "--modality", "vision"]
-    ],
-    ".venv/bin/python tools/inspect_shards.py 'shards/*.tar' --out preview": [
-        *["tools/inspect_shards.py", "shards/*.tar", "--out", "preview"]
-    ],
-    ".venv/bin/python tools/train_tokenizer.py 'text/*.tar' tokenizer.model": [
+    "d2v shards arrays SRC OUT": ["tools/make_shards.py", "arrays", "series", "arrays"],
+    "d2v shards pairs TABLE OUT": ["tools/make_shards.py", "pairs", "table.csv", "paired"],
+    "d2v index 'shards/*.tar' --modality vision": [*["tools/index_shards.py", "shards/*.tar", "--modality", "vision"]],
+    "d2v inspect 'shards/*.tar' --out preview": [*["tools/inspect_shards.py", "shards/*.tar", "--out", "preview"]],
+    "d2v tokenizer 'text/*.tar' tokenizer.model": [
         *["tools/train_tokenizer.py", "text/*.tar", "own.model", "--vocab_size", "300"]
+    ],
+    "d2v train --recipe d2v2_vision_base --data 'OUT/train-*.tar' --run_dir runs/mine": [
+        *["d2v_scale/__main__.py", "train", *TINY, "--data", "shards/*.tar", "--run_dir", "runs/mine"],
+        *["--global_batch_size", "4", "--evaluation.train", "null"],
+    ],
+    "d2v probe runs/mine --data 'OUT/train-*.tar' --test 'OUT/train-*.tar' --task knn": [
+        *["tools/probe.py", "runs/mine", "--data", "shards/*.tar", "--test", "shards/*.tar", "--task", "knn"]
+    ],
+    "d2v export runs/mine out/mine --to hf": ["tools/export.py", "runs/mine", "out/mine", "--to", "hf"],
+    "d2v extract runs/mine 'OUT/train-*.tar' vectors/": [
+        *["tools/extract.py", "runs/mine", "shards/*.tar", "vectors/"]
     ],
     "deepspeed d2v_scale/train.py": None,
     "deepspeed d2v_scale/train.py --recipe d2v2_vision_base --data '/shards/in1k-{000000..001281}.tar' "
@@ -80,10 +90,10 @@ STAND_INS: dict[str, list[str] | None] = {
     "deepspeed d2v_scale/train.py --resume runs/vit --stop_at 100000": [
         *["d2v_scale/train.py", "--resume", "runs/vit", "--stop_at", "3"]
     ],
-    ".venv/bin/python tools/make_shards.py arrays eeg/train eeg/shards --prefix train": [
+    "d2v shards arrays eeg/train eeg/shards --prefix train": [
         *["tools/make_shards.py", "arrays", "eeg/train", "eeg/shards", "--prefix", "train"]
     ],
-    ".venv/bin/python tools/make_shards.py arrays eeg/val eeg/shards --prefix val": [
+    "d2v shards arrays eeg/val eeg/shards --prefix val": [
         *["tools/make_shards.py", "arrays", "eeg/val", "eeg/shards", "--prefix", "val"]
     ],
     "deepspeed d2v_scale/train.py --recipe eeg.yaml --data eeg/shards/train.index.json --run_dir runs/eeg": [
@@ -91,8 +101,7 @@ STAND_INS: dict[str, list[str] | None] = {
         *["--run_dir", "runs/eeg", "--stop_at", "2", "--global_batch_size", "4"],
         *["--tracking.enabled", "false", "--data.workers", "0"],
     ],
-    ".venv/bin/python tools/probe.py runs/eeg --data eeg/shards/train.index.json --test eeg/shards/val.index.json "
-    "--task knn": [
+    "d2v probe runs/eeg --data eeg/shards/train.index.json --test eeg/shards/val.index.json --task knn": [
         *["tools/probe.py", "runs/eeg", "--data", "eeg/shards/train.index.json"],
         *["--test", "eeg/shards/val.index.json", "--task", "knn"],
     ],
@@ -100,22 +109,18 @@ STAND_INS: dict[str, list[str] | None] = {
     "--deepspeed_config ds_configs/pipeline.json": None,
     "deepspeed d2v_scale/train.py --help": ["d2v_scale/train.py", "--help"],
     "sbatch slurm/pretrain_large.sh --data '/shards/in1k-{000000..001281}.tar'": None,
-    ".venv/bin/python tools/plan.py --recipe d2v2_vision_7b --nodes 32 --gpus 8 --device h100": None,
-    ".venv/bin/python tools/plan.py --table --device h100": None,
-    ".venv/bin/mlflow ui --backend-store-uri sqlite:///runs/mlflow.db": None,
-    ".venv/bin/python tools/report.py runs/a runs/b --out report.html": [
+    "d2v plan --recipe d2v2_vision_7b --nodes 32 --gpus 8 --device h100": None,
+    "d2v plan --table --device h100": None,
+    "mlflow ui --backend-store-uri sqlite:///runs/mlflow.db": None,
+    "d2v report runs/a runs/b --out report.html": [
         *["tools/report.py", "runs/vit", "runs/vit", "--out", "report.html"]
     ],
-    ".venv/bin/python tools/draw.py runs/a --data 'shards/val-*.tar'": [
-        *["tools/draw.py", "runs/vit", "--data", "shards/*.tar"]
-    ],
-    ".venv/bin/python tools/extract.py runs/vit 'shards/*.tar' features/": [
-        *["tools/extract.py", "runs/vit", "shards/*.tar", "features/"]
-    ],
-    ".venv/bin/python tools/check_golden.py tests/golden/recorded/v2_image": [
+    "d2v draw runs/a --data 'shards/val-*.tar'": [*["tools/draw.py", "runs/vit", "--data", "shards/*.tar"]],
+    "d2v extract runs/vit 'shards/*.tar' features/": [*["tools/extract.py", "runs/vit", "shards/*.tar", "features/"]],
+    "python tools/check_golden.py tests/golden/recorded/v2_image": [
         *["tools/check_golden.py", str(ROOT / "tests/golden/recorded/v2_image")]
     ],
-    ".venv/bin/python tools/export.py runs/vit out/vit --to hf": [
+    "d2v export runs/vit out/vit --to hf": [
         "tools/export.py",
         "runs/vit",
         "out/vit",
@@ -128,34 +133,29 @@ STAND_INS: dict[str, list[str] | None] = {
         *["--data", "shards/*.tar", "--evaluation.test", "shards/*.tar", "--run_dir", "runs/tuned"],
         *["--global_batch_size", "4", "--tracking.enabled", "false", "--data.workers", "0"],
     ],
-    ".venv/bin/python tools/probe.py runs/tuned --test '/shards/val-*.tar' --task classify": [
+    "d2v probe runs/tuned --test '/shards/val-*.tar' --task classify": [
         *["tools/probe.py", "runs/tuned", "--test", "shards/*.tar", "--task", "classify"]
     ],
-    ".venv/bin/python tools/export.py runs/tuned out/tuned --to hf": [
-        *["tools/export.py", "runs/tuned", "out/tuned", "--to", "hf"]
-    ],
-    ".venv/bin/python tools/make_shards.py text train.tsv OUT --columns sentence1,sentence2,label --tokenizer "
-    "tokenizer.model": [
+    "d2v export runs/tuned out/tuned --to hf": [*["tools/export.py", "runs/tuned", "out/tuned", "--to", "hf"]],
+    "d2v shards text train.tsv OUT --columns sentence1,sentence2,label --tokenizer tokenizer.model": [
         *["tools/make_shards.py", "text", "train.tsv", "pairs", "--columns", "sentence1,sentence2,label"],
         *["--tokenizer", "text/tokenizer.model"],
     ],
-    ".venv/bin/python tools/make_shards.py audio SRC OUT --transcripts transcripts.txt": [
+    "d2v shards audio SRC OUT --transcripts transcripts.txt": [
         *["tools/make_shards.py", "audio", "waves", "spoken", "--transcripts", "transcripts.txt"]
     ],
-    ".venv/bin/python tools/import_weights.py checkpoint.pt out/checkpoint": [
-        *["tools/import_weights.py", "out/vit", "out/checkpoint"]
-    ],
+    "d2v import checkpoint.pt out/checkpoint": [*["tools/import_weights.py", "out/vit", "out/checkpoint"]],
     "deepspeed d2v_scale/train.py --recipe d2v1_speech_base --init_from out/checkpoint --data '/shards/*.tar' "
     "--run_dir runs/continued": [
         *["d2v_scale/train.py", *TINY, "--data", "shards/*.tar", "--init_from", "out/checkpoint"],
         *["--global_batch_size", "4"],
         *["--run_dir", "runs/continued", "--evaluation.train", "null"],
     ],
-    ".venv/bin/python tools/probe.py runs/vit --data 'shards/train-*.tar' --test 'shards/val-*.tar' --task knn": [
+    "d2v probe runs/vit --data 'shards/train-*.tar' --test 'shards/val-*.tar' --task knn": [
         *["tools/probe.py", "runs/vit", "--data", "shards/*.tar", "--test", "shards/*.tar", "--task", "knn"]
     ],
     "bash tools/bench_gpu.sh": None,
-    ".venv/bin/python tools/bench.py step --peer hf --all": [
+    "python tools/bench.py step --peer hf --all": [
         *[
             "tools/bench.py",
             "step",
@@ -172,11 +172,11 @@ STAND_INS: dict[str, list[str] | None] = {
         ],
         *["--warmup", "0", "--model.backbone.width=32", "--model.backbone.heads=4", "--model.backbone.ffn=64"],
     ],
-    ".venv/bin/python tools/bench.py growth --out growth.png": [
+    "python tools/bench.py growth --out growth.png": [
         *["tools/bench.py", "growth", "--out", "growth.png", "--rounds", "1", "--sweeps", "clones", "--worlds"]
     ],
     "bash tools/evidence.sh --data DIR": None,
-    ".venv/bin/python tools/sweep.py tiny2_vision --grid objective.masking.clones=1,4 --equal_compute --seeds 1 2 "
+    "d2v sweep tiny2_vision --grid objective.masking.clones=1,4 --equal_compute --seeds 1 2 "
     "--out out/masks -- --data 'shards/train-*.tar' --evaluation.train 'shards/train-*.tar' "
     "--evaluation.test 'shards/val-*.tar' --evaluation.every 100": [
         *["tools/sweep.py", "tiny2_vision", "--grid", "objective.masking.clones=1,4", "--equal_compute"],
@@ -188,11 +188,11 @@ STAND_INS: dict[str, list[str] | None] = {
 }
 
 
-README = (ROOT / "README.md").read_text()
+PAGES = {name: (ROOT / name).read_text() for name in ("README.md", *(f"docs/{n}.md" for n in FURTHER))}
 
 
-def test_every_readme_command_has_a_stand_in_and_every_file_in_it_exists():
-    found = papers.commands(README)
+def test_every_command_has_a_stand_in_and_every_file_in_it_exists():
+    found = [command for page in PAGES.values() for command in papers.commands(page)]
     assert set(found) == set(STAND_INS)
     for command in found:
         assert papers.missing_files(command) == []
@@ -211,14 +211,17 @@ def test_a_stand_in_has_the_options_that_the_readme_has() -> None:
             assert stated - ours <= LONG, command
 
 
-def test_deepspeed_is_on_the_path_before_it_is_called() -> None:
-    commands = papers.commands(README)
-    assert commands.index(PATH_LINE) < next(k for k, line in enumerate(commands) if line.startswith("deepspeed"))
+def test_the_environment_is_active_before_it_is_needed() -> None:
+    commands = papers.commands(PAGES["README.md"])
+    needs = [line.startswith(("deepspeed", "d2v", "python ", "mlflow")) for line in commands]
+    assert commands.index(ACTIVATE) < needs.index(True)
+    assert all(f"`{ACTIVATE}`" in PAGES[f"docs/{name}.md"] for name in FURTHER)
+    assert not [name for name, page in PAGES.items() if ".venv/bin/python" in page]
 
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory):
-    """A folder with a few labelled images, one recording, one text, one array, and the README's recordings of a brain
+    """A folder with a few labelled images, one recording, one text, one array, and the recordings of docs/own_data.md
     with its recipe of them."""
     import soundfile
 
@@ -238,7 +241,7 @@ def workplace(tmp_path_factory):
                 values = volts * rng.standard_normal((19, 900 * (n + 1)))
                 values[3, 50 * n : 80 * n] = np.nan
                 np.save(folder / "eeg" / split / label / f"{n}.npy", values)
-    (recipe,) = papers.blocks(README, "yaml")
+    (recipe,) = papers.blocks(PAGES["docs/own_data.md"], "yaml")
     (folder / "eeg.yaml").write_text(recipe)
     (folder / "waves").mkdir()
     soundfile.write(folder / "waves" / "tone.wav", np.sin(np.arange(8000) / 5), 8000)
@@ -277,7 +280,7 @@ def test_the_readmes_commands_run_in_order(workplace):
         code, output = run(environment, workplace, *stand_in, again=stand_in[0] in started)
         started.add(stand_in[0])
         assert code == 0, f"{command}\n{output[-5000:]}"
-    for program in papers.blocks(README, "python"):
+    for program in (program for page in PAGES.values() for program in papers.blocks(page, "python")):
         # What it trains is no small model; tests/api/test_training.py calls the same.
         short = "\n".join(line for line in program.splitlines() if "d2v_scale.train(" not in line)
         subprocess.run([sys.executable, "-c", short], cwd=workplace, env=environment, check=True, timeout=120)

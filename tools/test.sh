@@ -14,7 +14,7 @@ for argument in "$@"; do
     esac
 done
 
-bash tools/install.sh demo,test
+bash tools/install.sh demo,docs,test
 export PATH="$PWD/.venv/bin:$PATH" OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 python -c 'import sys, torch; sys.exit(torch.cuda.is_available())' && export DS_ACCELERATOR=cpu
 if [ "$with_slurm" -eq 1 ]; then

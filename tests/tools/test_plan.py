@@ -56,4 +56,4 @@ def test_bad_input_is_refused() -> None:
 def test_the_table_of_the_readme_is_what_the_command_prints() -> None:
     done = plan("--table", "--device", "h100")
     assert done.returncode == 0, done.stderr
-    assert done.stdout in (PROGRAM.parents[1] / "README.md").read_text()
+    assert done.stdout in (PROGRAM.parents[1] / "docs/training.md").read_text()

@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 EXTENSIONS = ("npy", "txt")
 SECOND_EXTENSIONS = ("npy2", "txt2")
 
-IDS_INSTEAD = 'The ids of another one can be stored as .npy: see "Weights from elsewhere" in README.md.'
+IDS_INSTEAD = 'The ids of another one can be stored as .npy: see "Weights from elsewhere" in docs/encoders.md.'
 
 Tokens = NDArray[np.int64]
 
