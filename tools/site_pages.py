@@ -1,4 +1,4 @@
-"""A hook of mkdocs (mkdocs.yml): the pages of the repository in one folder, where their links lead on as they do in it."""
+"""A hook of mkdocs (mkdocs.yml): the pages of the repository in one folder, where links lead on as in the tree."""
 
 import shutil
 import tempfile
