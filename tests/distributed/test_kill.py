@@ -12,6 +12,7 @@ import random
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ import torch
 from launch import ROOT, Rank, start_ranks, stop
 
 from d2v_scale.checkpoint import Checkpoint, find_newest_valid
+from d2v_scale.conversion import demo
 
 STEPS = 24
 EVERY = 2
@@ -45,7 +47,21 @@ STATE = (
 """Targets with state beside the first: a codebook that grows at every step, and running moments."""
 
 
-def arguments(run_dir: Path, stage: int) -> list[str]:
+Changes = Sequence[tuple[str, str]]
+"""Further arguments of the program."""
+TOGETHER: Changes = (
+    ("--recipe", str(Path(__file__).with_name("joint.yaml"))),
+    ("--data.mixing", "together"),
+    ("--accumulation", "3"),
+    ("--model.backbone.width", "48"),
+    ("--model.backbone.ffn", "96"),
+    ("--model.predictor.width", "48"),
+    ("--evaluation.max_masked", "8"),
+)
+"""Every step reads three sources, each with targets that have a state."""
+
+
+def arguments(run_dir: Path, stage: int, more: Changes) -> list[str]:
     changes = {
         "--objective.target": STATE,
         "--recipe": "demo_vision",
@@ -60,12 +76,14 @@ def arguments(run_dir: Path, stage: int) -> list[str]:
         "--tracking.enabled": "false",
         "--tracking.plot_every": "null",
         "--evaluation.test": "null",
+        **dict(more),
     }
     return [text for pair in changes.items() for text in pair]
 
 
-def start(run_dir: Path, stage: int, fault: str = "") -> list[Rank]:
-    return start_ranks(2, ROOT / "d2v_scale" / "train.py", *arguments(run_dir, stage), env={"D2V_FAULT": fault})
+def start(run_dir: Path, stage: int, fault: str = "", more: Changes = ()) -> list[Rank]:
+    given = arguments(run_dir, stage, more)
+    return start_ranks(2, ROOT / "d2v_scale" / "train.py", *given, env={"D2V_FAULT": fault})
 
 
 def finish(processes: list[Rank], timeout: float) -> list[int]:
@@ -88,20 +106,20 @@ def latest(run_dir: Path) -> Checkpoint | None:
     return find_newest_valid(run_dir / "checkpoints")[0]
 
 
-def train_to_the_end(run_dir: Path, stage: int) -> None:
-    codes = finish(start(run_dir, stage), 300)
+def train_to_the_end(run_dir: Path, stage: int, more: Changes = ()) -> None:
+    codes = finish(start(run_dir, stage, more=more), 300)
     assert codes == [0, 0], (run_dir / "logs" / "rank-00000.log").read_text()[-2000:]
 
 
-def kill_once(run_dir: Path, stage: int, strike: str | float) -> str:
+def kill_once(run_dir: Path, stage: int, strike: str | float, more: Changes = ()) -> str:
     """Start (or resume) the run and kill it: at a named point, or after some seconds of work. What happened."""
     before = latest(run_dir)
     first = before.step if before else 0
     if isinstance(strike, str):
         rank = int(strike.split(":")[1])
-        codes = finish(start(run_dir, stage, strike), 120)
+        codes = finish(start(run_dir, stage, strike, more), 120)
     else:
-        processes = start(run_dir, stage)
+        processes = start(run_dir, stage, more=more)
         rank = random.randrange(2)
         wait_for_work(run_dir, processes, first)
         time.sleep(strike)
@@ -154,21 +172,21 @@ def strikes(kills: int, seed: int) -> list[str | float]:
     return chosen + [chooser.uniform(0.0, 1.5) for _ in range(kills - len(chosen))]
 
 
-def harness(folder: Path, stage: int, kills: list[str | float]) -> list[str]:
+def harness(folder: Path, stage: int, kills: list[str | float], more: Changes = ()) -> list[str]:
     """A run that is never killed and one that is killed again and again; both must end the same."""
     reference, survivor = folder / f"reference-z{stage}", folder / f"survivor-z{stage}"
-    train_to_the_end(reference, stage)
+    train_to_the_end(reference, stage, more)
     lines = []
     for number, strike in enumerate(kills):
         done = latest(survivor)
         if done is not None and done.step >= STEPS - 3:
             # Nothing left to kill: compare, and begin another run.
-            train_to_the_end(survivor, stage)
+            train_to_the_end(survivor, stage, more)
             check_same(reference, survivor)
             survivor = folder / f"survivor-z{stage}-{number}"
-        lines.append(f"ZeRO-{stage} {kill_once(survivor, stage, strike)}")
+        lines.append(f"ZeRO-{stage} {kill_once(survivor, stage, strike, more)}")
         print(lines[-1], flush=True)
-    train_to_the_end(survivor, stage)
+    train_to_the_end(survivor, stage, more)
     check_same(reference, survivor)
     return lines
 
@@ -182,6 +200,14 @@ def test_killed_three_times_the_run_ends_the_same(tmp_path: Path, stage: int, ki
 @pytest.mark.slow
 def test_killed_in_a_pipeline_the_run_ends_the_same(tmp_path: Path) -> None:
     lines = harness(tmp_path, 0, ["ema:1:4", "marker:0:1", "shard_write:1:3"])
+    assert all("killed" in line for line in lines)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+def test_killed_while_all_sources_are_read_together_the_run_ends_the_same(tmp_path: Path, stage: int) -> None:
+    demo.ensure(f"demo_data/{modality}/train.index.json" for modality in ("vision", "speech", "text"))
+    lines = harness(tmp_path, stage, ["ema:1:4", "marker:0:1", "backward:1:4"], TOGETHER)
     assert all("killed" in line for line in lines)
 
 

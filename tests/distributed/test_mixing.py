@@ -40,9 +40,9 @@ LIMITS = {"loss": 1e-6, "norm": 1e-5}
 WEIGHTS = 2e-5
 
 
-def case_of(model: str, mixing: str, topology: str | None) -> dict[str, Any]:
+def case_of(model: str, mixing: str, topology: str | None, steps: int) -> dict[str, Any]:
     settings = {} if topology is None else TOPOLOGIES[topology][1]
-    return {"name": f"{model} {mixing} {topology}", "model": model, "mixing": mixing, "steps": [0, STEPS], **settings}
+    return {"name": f"{model} {mixing} {topology}", "model": model, "mixing": mixing, "steps": [0, steps], **settings}
 
 
 def train(root: Path, world_size: int, cases: list[dict[str, Any]], timeout: float = 600) -> dict[str, Checkpoint]:
@@ -79,14 +79,14 @@ def same_training(ours: Checkpoint, reference: Checkpoint, what: str) -> dict[st
     return found
 
 
-def compare(root: Path, cases: list[tuple[str, str, str]]) -> list[tuple[str, dict[str, float]]]:
+def compare(root: Path, cases: list[tuple[str, str, str]], steps: int = STEPS) -> list[tuple[str, dict[str, float]]]:
     """Model, mixing and topology of each, against one process."""
     needed = list(dict.fromkeys((model, mixing) for model, mixing, _ in cases))
-    references = train(root, 1, [case_of(*each, None) for each in needed], timeout=3000)
+    references = train(root, 1, [case_of(*each, None, steps) for each in needed], timeout=3000)
     rows = []
     for world_size in (2, 4):
         chosen = [case for case in cases if TOPOLOGIES[case[2]][0] == world_size]
-        found = train(root, world_size, [case_of(*case) for case in chosen], timeout=6000) if chosen else {}
+        found = train(root, world_size, [case_of(*case, steps) for case in chosen], timeout=6000) if chosen else {}
         rows += [
             (name, same_training(checkpoint, references[f"{model} {mixing} None"], name))
             for (name, checkpoint), (model, mixing, _) in zip(found.items(), chosen, strict=True)
@@ -95,16 +95,14 @@ def compare(root: Path, cases: list[tuple[str, str, str]]) -> list[tuple[str, di
 
 
 def test_two_topologies_of_either_mixing_compute_what_one_process_does(tmp_path: Path) -> None:
-    compare(
-        tmp_path,
-        [
-            ("v2_triple", "together", "zero3 offload"),
-            ("v1_pair", "together", "zero1 overlap"),
-            ("v2_pair", "together", "tp2 x pp2"),
-            ("v1_triple", "alternate", "zero2 offload"),
-            ("v1_triple", "alternate", "pp2"),
-        ],
-    )
+    cases = [
+        ("v2_triple", "together", "zero3 offload"),
+        ("v1_pair", "together", "zero1 overlap"),
+        ("v2_pair", "together", "tp2 x pp2"),
+        ("v1_triple", "alternate", "zero2 offload"),
+        ("v1_triple", "alternate", "pp2"),
+    ]
+    compare(tmp_path, cases, steps=3)
 
 
 @pytest.mark.slow
@@ -122,6 +120,7 @@ def test_every_topology_computes_what_one_process_does(
             print(f"| {topology} | {worst} |")
 
 
+@pytest.mark.slow
 def test_a_run_of_steps_together_goes_on_bitwise(tmp_path: Path) -> None:
     """The buffers of a new engine hold nothing, those of the old one held the last gradients."""
     kind = {"model": "v2_states", "mixing": "together", "stage": 2, "zero": OFFLOAD}

@@ -65,3 +65,33 @@ def test_a_recipe_that_every_topology_refuses_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"99 of 16 patches cannot be masked.*topologies are refused") as error:
         printing.report(recipe, cluster, 8)
     assert error.value.key == "objective.masking.target_count"
+
+
+def test_a_step_of_all_sources_together_is_planned_as_one_step() -> None:
+    """Of three sources: as many micro-batches of each, the work and the samples of all, and one update."""
+    given = ["--recipe=tests/distributed/joint.yaml", "--data.mixing=together", "--accumulation=3"]
+    cluster = Cluster(nodes=1, devices_per_node=2, device=hardware.H100, utilisation=0.4)
+    together, apart = command_line.parse(given)[0], command_line.parse(given[:1])[0]
+    sizes = ModelSizes.of(together)
+    found = {
+        option.job.recipe.data.mixing: option
+        for one in (together, apart)
+        for option in [
+            next(
+                o
+                for o in search(one, cluster, sizes, CONFIGS).fitting
+                if o.deepspeed_config == "zero1.json" and o.job.parallel.tensor == 1 and o.job.recipe.rounds == 1
+            )
+        ]
+    }
+    whole, single = found["together"], found["alternate"]
+    [time] = whole.times.values()
+    assert list(whole.times) == ["vision + speech + text"]
+    assert time.compute == pytest.approx(sum(one.compute for one in single.times.values()))
+    assert time.update == pytest.approx(single.times["vision"].update)
+    assert whole.job.recipe.accumulation == 3 * single.job.recipe.accumulation
+    assert whole.job.micro_batch("speech") == single.job.micro_batch("speech")
+    assert whole.budget.device["activations"] == single.budget.device["activations"]
+    assert any("samples/s of speech" in line for line in printing.details(whole, cluster))
+    together.data.sources[1].batch_size, together.data.sources[1].batch_unit = 64, "seconds"
+    assert "  samples of a step    64" in printing.workload(together)
