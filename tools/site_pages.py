@@ -8,7 +8,7 @@ from mkdocs.config.defaults import MkDocsConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ("*.md", "docs/*.md", "slurm/README.md", "ds_configs/README.md", "d2v_scale/recipes/README.md")
-LINKED = (".assets/*", "docs/notebooks/*.ipynb", "docs/evidence/**/*", "LICENSE")
+LINKED = (".assets/*", "constraints/*.txt", "Dockerfile", "docs/notebooks/*.ipynb", "docs/evidence/**/*", "LICENSE")
 """What pages show or lead to."""
 
 
