@@ -202,11 +202,15 @@ class Encoder:
             yield unmasked(kind, decoder, rows, ids, keys).to(self.device)
         if not made:
             raise DataError("There are no samples.", "Give at least one.")
+        self._warn_of_cut(kind, cut, made, stacklevel=4)
+
+    def _warn_of_cut(self, kind: modalities.Modality, cut: int, made: int, stacklevel: int) -> None:
+        """`stacklevel`: of the line that called `embed` or `layers`."""
         if cut:
             warnings.warn(
                 f"{cut} of {made} samples are longer than the encoder reads ({kind.longest_read(self.recipe.data)} "
                 f"{length_of(kind.content).unit}): their beginnings are embedded.",
-                stacklevel=3,
+                stacklevel=stacklevel,
             )
 
     def _paired_batches(
@@ -230,6 +234,7 @@ class Encoder:
         sequence = modalities.of(self.recipe.model, sequence_of(name for name in stems if name in samples))
         parts = sequence.parts if isinstance(sequence, Paired) else [sequence]
         decoders = [self._decoder(part) for part in parts]
+        cut = [0] * len(parts)
         for first in range(0, next(iter(counts.values())), batch_size):
             rows: list[Values] = []
             numbers = range(first, min(first + batch_size, next(iter(counts.values()))))
@@ -237,10 +242,11 @@ class Encoder:
                 given = [samples[part.name][number] for part in parts]
                 if all(one is None for one in given):
                     raise DataError(f"Sample {number} has no part.", "Leave it out.")
-                values: list[NDArray[Any] | None] = [
-                    None if one is None else self._row(part, decoder, number, one)[0]
-                    for part, decoder, one in zip(parts, decoders, given, strict=True)
-                ]
+                values: list[NDArray[Any] | None] = []
+                for k, one in enumerate(given):
+                    row, was_cut = (None, False) if one is None else self._row(parts[k], decoders[k], number, one)
+                    values.append(row)
+                    cut[k] += was_cut
                 rows.append(tuple(values))
             ids, keys = torch.tensor(list(numbers)), tuple(map(str, numbers))
             if isinstance(sequence, Paired):
@@ -248,6 +254,8 @@ class Encoder:
             else:
                 alone = [row[0] for row in rows if row[0] is not None]
                 yield unmasked(sequence, decoders[0], alone, ids, keys).to(self.device)
+        for part, count in zip(parts, cut, strict=True):
+            self._warn_of_cut(part, count, sum(one is not None for one in samples[part.name]), stacklevel=5)
 
     def _row(
         self, kind: modalities.Modality, decoder: Decoder, number: int, given: object

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from d2v_scale.shards.plan import Cursor, PlannedBatch
 from d2v_scale.shards.reading import Fault
+from d2v_scale.shards.rows import Row
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +36,14 @@ class Tally:
     """Delivered rows of paired samples without a part, by the part's stem."""
     named_parts: list[Fault] = field(default_factory=list)
     """Which ones, and why."""
+    cropped_parts: Counter[str] = field(default_factory=Counter)
+    """Delivered rows of paired samples with a part that is longer than what is read of it, by the part's stem."""
+
+    def count_parts(self, row: Row, shard: str) -> None:
+        """What a delivered row does not have, or not all of."""
+        self.missing_parts.update(part for part, _ in row.lacking)
+        self.named_parts += [Fault(shard, row.key, f"no {part}: {why}") for part, why in row.lacking]
+        self.cropped_parts.update(row.cropped)
 
 
 @dataclass
@@ -61,6 +70,7 @@ class SourceCount:
     uncropped: int = 0
     """Of all ranks: samples of audio that there would be without."""
     missing_parts: Counter[str] = field(default_factory=Counter)
+    cropped_parts: Counter[str] = field(default_factory=Counter)
     epochs: dict[int, EpochCount] = field(default_factory=dict)
 
     def epoch(self, number: int) -> EpochCount:
@@ -113,6 +123,7 @@ class Counters:
                 counts.padded += tally.padded
                 counts.missing += tally.missing
                 counts.missing_parts.update(tally.missing_parts)
+                counts.cropped_parts.update(tally.cropped_parts)
                 for epoch, rows in tally.delivered.items():
                     counts.epoch(epoch).delivered += rows
                 for epoch, rows in tally.lost.items():

@@ -109,10 +109,7 @@ class _StepDataset(Dataset[DecodedStep]):
             decoded.faults.append(faults)
             tally = _tally(batch, planned, kept, faults, self._sources[k].stem)
             for number, row in zip(kept, rows, strict=True):
-                for part, why in row.lacking:
-                    tally.missing_parts[part] += 1
-                    shard = int(planned.shard_n[number])
-                    tally.named_parts.append(Fault(self._sources[k].shards.paths[shard], row.key, f"no {part}: {why}"))
+                tally.count_parts(row, self._sources[k].shards.paths[int(planned.shard_n[number])])
             decoded.tallies.append(tally)
         return decoded
 

@@ -7,6 +7,7 @@ import torch.distributed as dist
 
 from d2v_scale.data.source import Source
 from d2v_scale.data.streaming import StreamedSource
+from d2v_scale.modalities.paired.modality import Paired
 from d2v_scale.parallel.groups import Topology
 from d2v_scale.recipe import Recipe
 from d2v_scale.redaction import redact
@@ -70,9 +71,11 @@ def _data(recipe: Recipe, source: Source | StreamedSource, number: int) -> str:
     size = given.batch_size or recipe.global_batch_size
     unit = given.batch_unit or recipe.batch_unit
     samples = int(source.shards.samples_s.sum())
-    parts = [f"{samples:,} {plural(source.stem.content)} in {count:,} shard{'s' if count > 1 else ''}"]
+    paired = isinstance(source.stem, Paired)
+    what = f"samples of {' + '.join(given.stems)}" if paired else plural(source.stem.content)
+    parts = [f"{samples:,} {what} in {count:,} shard{'s' if count > 1 else ''}"]
     length = length_of(source.stem.content)
-    if length.shown is not None and (total := int(source.shards.length_s.sum())) > 0:
+    if not paired and length.shown is not None and (total := int(source.shards.length_s.sum())) > 0:
         parts.append(_amount(total / length.shown[2], length.shown[1]))
     text = f"{shards}: {', '.join(parts)}"
     if recipe.data.sources_of_step() == len(recipe.data.sources):  # else the share of steps is drawn

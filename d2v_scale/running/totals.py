@@ -30,6 +30,8 @@ class _SourceTotals:
     """Patches of arrays that miss a value."""
     missing_parts: dict[str, int] = field(default_factory=dict)
     """Samples without a part, by the part's stem."""
+    cropped_parts: dict[str, int] = field(default_factory=dict)
+    """Samples of which a part is longer than what is read of it, by the part's stem."""
     epochs: dict[int, EpochCount] = field(default_factory=dict)
     """Those that are not over."""
     closed: EpochCount | None = None
@@ -64,6 +66,7 @@ class RunTotals:
                 "real": totals.real,
                 "missing": totals.missing,
                 "missing_parts": totals.missing_parts,
+                "cropped_parts": totals.cropped_parts,
                 "unchecked": totals.unchecked,
                 "epochs": {str(number): vars(epoch) for number, epoch in totals.epochs.items()},
             }
@@ -83,6 +86,7 @@ class RunTotals:
             totals.left_out = saved.get("left_out", 0)
             totals.missing = saved.get("missing", 0)
             totals.missing_parts = dict(saved.get("missing_parts", {}))
+            totals.cropped_parts = dict(saved.get("cropped_parts", {}))
 
     # -- counting ------------------------------------------------------------------------------------------------
 
@@ -92,7 +96,8 @@ class RunTotals:
         for source in self._sources:
             mine = counts[source.name]
             flat += [mine.real, mine.padded, mine.missing]
-            flat += [mine.missing_parts[part] for part in _parts(source)]
+            for part in _parts(source):
+                flat += [mine.missing_parts[part], mine.cropped_parts[part]]
             for number in sorted(mine.epochs):
                 flat += [mine.epochs[number].delivered, mine.epochs[number].lost]
         summed = torch.tensor(flat, dtype=torch.float64, device=topology.device)
@@ -107,6 +112,7 @@ class RunTotals:
         real, padded, missing = next(numbers), next(numbers), next(numbers)
         for part in _parts(source):
             totals.missing_parts[part] = totals.missing_parts.get(part, 0) + next(numbers)
+            totals.cropped_parts[part] = totals.cropped_parts.get(part, 0) + next(numbers)
         totals.real += real
         totals.missing += missing
         self._recent_real += real
@@ -171,8 +177,9 @@ class RunTotals:
         `data/delivered`, `data/lost`, `data/left_out` (too short, or with a transcript too long),
         `data/planned`, `data/padding` (share of the inputs since the last call), `data/missing` (patches of
         arrays that miss a value, where there are some), `data/missing_parts/PART` (paired samples without this
-        part), `data/cropped` (share of the audio that was lost since then because rows take the length of their
-        batch's shortest), and by source `epoch`, `delivered` and of the last whole epoch `epoch_planned`,
+        part), `data/cropped_parts/PART` (paired samples with more of this part than is read), `data/cropped` (share of
+        the audio that was lost since then because rows take the length of their batch's shortest), and by source
+        `epoch`, `delivered` and of the last whole epoch `epoch_planned`,
         `epoch_delivered`, `epoch_lost`, `epoch_left_out`."""
         totals = self._totals.values()
         values: dict[str, float] = {}
@@ -189,6 +196,7 @@ class RunTotals:
             values["data/missing"] = missing
         for part in dict.fromkeys(part for one in totals for part in one.missing_parts):
             values[f"data/missing_parts/{part}"] = sum(one.missing_parts.get(part, 0) for one in totals)
+            values[f"data/cropped_parts/{part}"] = sum(one.cropped_parts.get(part, 0) for one in totals)
         if any(source.stem.cropped for source in self._sources):
             values["data/cropped"] = self._recent_cropped / max(1, self._recent_uncropped)
             self._recent_cropped, self._recent_uncropped = 0, 0

@@ -22,6 +22,8 @@ class Row(NamedTuple):
     label: Any = None
     lacking: tuple[tuple[str, str], ...] = ()
     """Of a paired sample the parts that it does not have, and why."""
+    cropped: tuple[str, ...] = ()
+    """Of a paired sample the parts that are longer than what is read of them."""
 
 
 @dataclass
@@ -84,6 +86,7 @@ class PartDecoder(Decoder, Protocol):
     extensions: tuple[str, ...]
     """Of the members that it reads."""
 
-    def part_row(self, sample: RawSample, draws: NDArray[np.float64]) -> NDArray[Any]:
-        """This stem's part of a paired sample: cropped and augmented as in training, but not to the length of others.
+    def part_row(self, sample: RawSample, draws: NDArray[np.float64]) -> tuple[NDArray[Any], bool]:
+        """This stem's part of a paired sample: cropped and augmented as in training, but not to the length of others;
+        and whether it is longer than the stem reads (`longest_read`).
         Raises SampleFault or whatever a decoder raises."""

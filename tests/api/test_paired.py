@@ -45,6 +45,14 @@ def test_an_encoder_of_pairs_embeds_any_subset_of_parts(run: Path) -> None:
     torch.testing.assert_close(mixed[0], encoder.embed({"text": texts[:1]})[0], rtol=1e-4, atol=1e-5)
 
 
+def test_parts_that_are_longer_than_what_is_read_were_cut_without_a_word(run: Path) -> None:
+    encoder = d2v_scale.load_encoder(run)
+    texts = ["the quick fox", "a lazy dog jumps " * 30, None]
+    with pytest.warns(UserWarning, match=r"1 of 2 samples are longer .* \(31 tokens\)") as warned:
+        encoder.embed({"vision": [IMAGE] * 3, "text": texts})
+    assert warned[0].filename == __file__
+
+
 @pytest.mark.parametrize(
     ("samples", "said"),
     [

@@ -1,5 +1,6 @@
 """Samples of several modalities, from shards to batches."""
 
+import io
 import logging
 import subprocess
 import sys
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 from paired_shards import paired_samples, write_pairs, write_recipe
 
@@ -133,6 +135,21 @@ def test_a_part_that_is_damaged_is_left_out_and_a_sample_without_any_is_lost(tmp
     assert taken.epochs[0].planned == taken.epochs[0].delivered + 2
 
 
+def test_texts_and_recordings_that_are_cut_are_counted_by_part(tmp_path: Path) -> None:
+    samples = paired_samples(16, lacking=False)
+    for k, sample in enumerate(samples):
+        sample["txt"] = "the quick fox " * 40 if k < 5 else "a fox"
+    index = write_pairs(tmp_path / "shards", samples)
+    loader = loader_of(recipe_of(index, tmp_path, "--data.speech.max_seconds", "0.6"))
+    for _ in range(2):  # an epoch
+        [batch] = next(loader)
+        assert batch.parts[1].inputs.shape[1] <= 9600
+    taken = loader.take_counts()["pairs"]
+    longer = sum(len(soundfile.read(io.BytesIO(sample["flac"]))[0]) > 9600 for sample in samples)
+    assert 0 < longer < 16
+    assert taken.cropped_parts == {"text": 5, "speech": longer}
+
+
 def test_batches_are_planned_by_the_positions_of_all_parts(index: Path, tmp_path: Path) -> None:
     recipe = recipe_of(index, tmp_path, "--batch_unit", "tokens", "--global_batch_size", "300")
     loader = loader_of(recipe)
@@ -166,6 +183,13 @@ def test_a_run_on_pairs_records_each_part_and_what_was_missing(index: Path, tmp_
     done = subprocess.run([*run, "--stop_at", "2"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     record = (tmp_path / "run" / "metrics.jsonl").read_text()
-    for name in ("data/missing_parts/speech", "loss/pairs/vision", "target_std/pairs/text", "tflops_per_device"):
+    assert "60 samples of vision + speech + text in 3 shards" in done.stdout + done.stderr
+    for name in (
+        "data/missing_parts/speech",
+        "data/cropped_parts/text",
+        "loss/pairs/vision",
+        "target_std/pairs/text",
+        "tflops_per_device",
+    ):
         assert f'"{name}"' in record, name
     assert (tmp_path / "run" / "plots" / "first_batch_speech.png").is_file()

@@ -48,9 +48,9 @@ class ArrayDecoder:
         sample = store.read(shard, item)
         return Row(sample.key, self._of(sample, draws))
 
-    def part_row(self, sample: RawSample, draws: NDArray[np.float64]) -> Values:
-        """The array, where it is longer than what is read a random part of it."""
-        return self._of(sample, draws)
+    def part_row(self, sample: RawSample, draws: NDArray[np.float64]) -> tuple[Values, bool]:
+        """The array, where it is longer than what is read a random part of it, as `longer: crop` asks."""
+        return self._of(sample, draws), False
 
     def evaluation_row(self, sample: RawSample) -> Values:
         """The array, or what is read of it from its middle."""

@@ -47,14 +47,16 @@ class PairedDecoder:
         return (None,) * len(self.parts)
 
     def _row(self, sample: RawSample, draws: NDArray[np.float64]) -> Row:
-        values, lacking = self._values(sample, draws)
-        return Row(sample.key, values, lacking=lacking)  # type: ignore[arg-type]
+        values, lacking, cropped = self._values(sample, draws)
+        return Row(sample.key, values, lacking=lacking, cropped=cropped)  # type: ignore[arg-type]
 
     def _values(
         self, sample: RawSample, draws: NDArray[np.float64] | None
-    ) -> tuple[Values, tuple[tuple[str, str], ...]]:
+    ) -> tuple[Values, tuple[tuple[str, str], ...], tuple[str, ...]]:
+        """What there is, what there is not and why, and what is longer than what is read of it."""
         values: list[NDArray[Any] | None] = []
         lacking: list[tuple[str, str]] = []
+        cropped: list[str] = []
         first = 0
         for part in self.parts:
             own = None if draws is None else draws[first : first + part.decoder.draws]
@@ -65,7 +67,11 @@ class PairedDecoder:
                 lacking.append((part.name, "no such member"))
                 continue
             try:
-                values.append(decoder.evaluation_row(sample) if own is None else decoder.part_row(sample, own))
+                value, is_longer = (
+                    (decoder.evaluation_row(sample), False) if own is None else decoder.part_row(sample, own)
+                )
+                values.append(value)
+                cropped += [part.name] * is_longer
             except SampleFault as error:
                 values.append(None)
                 lacking.append((part.name, error.fault.reason))
@@ -74,4 +80,4 @@ class PairedDecoder:
                 lacking.append((part.name, f"cannot be decoded: {type(error).__name__}: {error}"))
         if all(value is None for value in values):
             raise sample.fault("; ".join(f"no {name}: {why}" for name, why in lacking))
-        return tuple(values), tuple(lacking)
+        return tuple(values), tuple(lacking), tuple(cropped)

@@ -157,15 +157,15 @@ class SpeechDecoder:
         # A view of a long recording would keep all of it until the batch is full.
         return Row(sample.key, wave[start : start + length].copy())
 
-    def part_row(self, sample: RawSample, draws: NDArray[np.float64]) -> Wave:
-        """The recording, at most `max_seconds` of it from a random place. Raises SampleFault for one that is shorter
-        than `min_seconds`."""
+    def part_row(self, sample: RawSample, draws: NDArray[np.float64]) -> tuple[Wave, bool]:
+        """The recording, at most `max_seconds` of it from a random place; whether it is longer. Raises SampleFault for
+        one that is shorter than `min_seconds`."""
         wave = self._whole(sample)
         if len(wave) < round(self._config.min_seconds * SAMPLE_RATE):
             raise sample.fault(f"is shorter than data.speech.min_seconds={self._config.min_seconds}")
         length = min(len(wave), round(self._config.max_seconds * SAMPLE_RATE))
         start = int(draws[0] * (len(wave) - length + 1))
-        return wave[start : start + length].copy()
+        return wave[start : start + length].copy(), len(wave) > length
 
     def evaluation_row(self, sample: RawSample) -> Wave:
         """The recording from its beginning, at most `max_seconds`. Raises SampleFault where it is no frame long."""

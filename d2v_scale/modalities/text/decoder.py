@@ -184,21 +184,27 @@ class TextDecoder:
         tokens, self._left = self._left[: self._block], self._left[self._block :]
         return self._left_key, tokens
 
-    def part_row(self, sample: RawSample, draws: NDArray[np.float64]) -> Tokens:
-        """The document's beginning, as in evaluation: what stands beside others is no part of a longer text."""
+    def part_row(self, sample: RawSample, draws: NDArray[np.float64]) -> tuple[Tokens, bool]:
+        """The document's beginning, as in evaluation: what stands beside others is no part of a longer text; whether
+        there is more of it."""
         del draws
-        return self.evaluation_row(sample)
+        return self._beginning(sample)
 
     def evaluation_row(self, sample: RawSample) -> Tokens:
         """The document's beginning, or a pair of texts: <s> first </s> </s> second </s>, the longer one shortened."""
+        return self._beginning(sample)[0]
+
+    def _beginning(self, sample: RawSample) -> tuple[Tokens, bool]:
         first = self._tokens_of(sample)
         if not any(sample.has(extension) for extension in SECOND_EXTENSIONS):
-            return np.concatenate(([self._stem.bos_id], self._shortened(first, self._block)))
+            row = np.concatenate(([self._stem.bos_id], self._shortened(first, self._block)))
+            return row, len(first) > self._block
         second = self._tokens_of(sample, SECOND_EXTENSIONS)
         room = self._block - 1
         kept = min(len(first), max(room - len(second), room - room // 2))
         pair = self._shortened(first, kept), self._shortened(second, room - kept)
-        return np.concatenate(([self._stem.bos_id], pair[0], [self._stem.eos_id], pair[1]))
+        row = np.concatenate(([self._stem.bos_id], pair[0], [self._stem.eos_id], pair[1]))
+        return row, len(first) + len(second) > room
 
     def _tokens_of(self, sample: RawSample, extensions: tuple[str, ...] | None = None) -> Tokens:
         """The ids of a document. Raises SampleFault, which knows the document: an item is a block of several."""

@@ -172,11 +172,11 @@ class VisionDecoder:
     def training_row(self, store: Store, shard: int, item: int, length: int, draws: NDArray[np.float64]) -> Row:
         """A view of the image: uint8 (H, W, channels)."""
         sample = store.read(shard, item)
-        return Row(sample.key, self.part_row(sample, draws))
+        return Row(sample.key, np.asarray(self.view(sample, draws)))
 
-    def part_row(self, sample: RawSample, draws: NDArray[np.float64]) -> Pixels:
+    def part_row(self, sample: RawSample, draws: NDArray[np.float64]) -> tuple[Pixels, bool]:
         """The same: all views are of one size."""
-        return np.asarray(self.view(sample, draws))
+        return np.asarray(self.view(sample, draws)), False
 
     def view(self, sample: RawSample, draws: NDArray[np.float64]) -> Image.Image:
         """Crop, flip and jitter by `draws`, uniforms in [0, 1)."""
