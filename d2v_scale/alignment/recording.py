@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from d2v_scale.alignment.aligning import scores_of
 from d2v_scale.alignment.models import Model
+from d2v_scale.alignment.result import scores_of
 from d2v_scale.files import write_whole
 from d2v_scale.tracking.events import append_event, log_evaluation
 from d2v_scale.tracking.record import METRICS_FILE

@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from d2v_scale.alignment import scoring, verdict
-from d2v_scale.alignment.aligning import RANDOM, Alignment, Pair
+from d2v_scale.alignment.aligning import Alignment
 from d2v_scale.alignment.features import StemSamples
 from d2v_scale.alignment.measures import cosines
+from d2v_scale.alignment.pairs import RANDOM, Pair
 from d2v_scale.alignment.scoring import PairOfLayers
 from d2v_scale.data.config import SAMPLE_RATE
 from d2v_scale.plots.page import document, section, svg_of, table

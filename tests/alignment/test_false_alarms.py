@@ -7,9 +7,10 @@ import pytest
 import torch
 from concept_shards import aligned, joint_model, write_concepts, write_run
 
-from d2v_scale.alignment.aligning import Pair, Sources, compared, measured_pair
 from d2v_scale.alignment.concepts import ConceptSet, Place, Split
 from d2v_scale.alignment.features import Means
+from d2v_scale.alignment.pairs import Pair, Sources, measured_pair
+from d2v_scale.alignment.result import compared
 from d2v_scale.commands.align import main
 
 TRAIN, TEST, WIDTH, LAYERS = 80, 80, 12, 2
