@@ -25,7 +25,7 @@ SMALL = {
     *("--stop_at", "--tracking.enabled", "--data.workers", "--global_batch_size", "--vocab_size", "--recipe"),
     *("--samples", "--length", "--rounds", "--warmup", "--sweeps", "--worlds", "--optim.max_steps"),
     *("--optim.warmup_steps", "--evaluation.train", "--model.backbone.width", "--model.backbone.heads"),
-    *("--model.backbone.ffn",),
+    *("--model.backbone.ffn", "--fewer_pieces", "--evaluation.held_out"),
 }
 # Options of the README that take too long here.
 LONG = {"--all"}
@@ -48,7 +48,16 @@ STAND_INS: dict[str, list[str] | None] = {
         "300",
     ],
     "d2v shards arrays SRC OUT": ["tools/make_shards.py", "arrays", "series", "arrays"],
-    "d2v shards pairs TABLE OUT": ["tools/make_shards.py", "pairs", "table.csv", "paired"],
+    "d2v shards pairs TABLE OUT": [
+        *["tools/make_shards.py", "pairs", "table.csv", "pairs", "--vocab_size", "300", "--fewer_pieces"]
+    ],
+    "d2v shards demo --modality joint demo_data": None,
+    "d2v train --recipe tiny2_joint --run_dir runs/joint": None,
+    "d2v train --recipe tiny2_joint --data pairs/train.index.json --run_dir runs/pairs": [
+        *["d2v_scale/__main__.py", "train", *TINY[2:], "--recipe", "tiny2_joint", "--data", "pairs/train.index.json"],
+        *["--global_batch_size", "2", "--evaluation.held_out", "null", "--run_dir", "runs/pairs"],
+    ],
+    "d2v align runs/joint --data demo_data/joint": None,
     "d2v index 'shards/*.tar' --modality vision": [*["tools/index_shards.py", "shards/*.tar", "--modality", "vision"]],
     "d2v inspect 'shards/*.tar' --out preview": [*["tools/inspect_shards.py", "shards/*.tar", "--out", "preview"]],
     "d2v tokenizer 'text/*.tar' tokenizer.model": [
@@ -138,7 +147,7 @@ STAND_INS: dict[str, list[str] | None] = {
     ],
     "d2v export runs/tuned out/tuned --to hf": [*["tools/export.py", "runs/tuned", "out/tuned", "--to", "hf"]],
     "d2v shards text train.tsv OUT --columns sentence1,sentence2,label --tokenizer tokenizer.model": [
-        *["tools/make_shards.py", "text", "train.tsv", "pairs", "--columns", "sentence1,sentence2,label"],
+        *["tools/make_shards.py", "text", "train.tsv", "two_texts", "--columns", "sentence1,sentence2,label"],
         *["--tokenizer", "text/tokenizer.model"],
     ],
     "d2v shards audio SRC OUT --transcripts transcripts.txt": [
@@ -245,7 +254,7 @@ def workplace(tmp_path_factory):
     (folder / "eeg.yaml").write_text(recipe)
     (folder / "waves").mkdir()
     soundfile.write(folder / "waves" / "tone.wav", np.sin(np.arange(8000) / 5), 8000)
-    (folder / "table.csv").write_text("image,audio,label\nimage.png,waves/tone.wav,tone\n")
+    (folder / "table.csv").write_text("image,audio,text\nimage.png,waves/tone.wav,a long tone\n")
     (folder / "transcripts.txt").write_text("tone A LONG NOTE\n")
     (folder / "train.tsv").write_text("sentence1\tsentence2\tlabel\nhello\tgood bye\t0\ngood day\tgood day\t1\n")
     (folder / "prose").mkdir()
