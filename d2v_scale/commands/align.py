@@ -19,6 +19,7 @@ import sys
 from pathlib import Path
 
 from d2v_scale.answers.help_text import VerbParser
+from d2v_scale.answers.outputs import out_file
 from d2v_scale.errors import EXIT_BAD_INPUT, UserError
 
 
@@ -41,7 +42,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--random_seeds", type=int, default=5, help="encoders that are not trained, to compare with")
     parser.add_argument("--batch_size", type=int, default=64, help="samples at once")
     parser.add_argument(
-        "--out", type=Path, help="write the result here as JSON, and the page beside it; default: align.json in the run"
+        "--out",
+        type=out_file,
+        help="write the result here as JSON, the page beside it; default: align.json in the run",
     )
     return parser
 

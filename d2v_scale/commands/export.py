@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from d2v_scale.answers.help_text import VerbParser
+from d2v_scale.answers.outputs import out_folder
 from d2v_scale.errors import EXIT_BAD_INPUT, UserError
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ def make_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = VerbParser(description=__doc__)
     parser.add_argument("checkpoint", type=Path, help="run directory (its newest valid checkpoint) or checkpoint")
-    parser.add_argument("out", type=Path, help="folder to write into")
+    parser.add_argument("out", type=out_folder, help="folder to write into")
     parser.add_argument("--to", choices=("hf", "safetensors", "fairseq", "onnx"), default="hf", help="what to write")
     parser.add_argument(
         "--weights",

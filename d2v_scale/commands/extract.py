@@ -16,9 +16,9 @@ the mean over the layers and the valid positions, or with `--pool none` fp16 (T,
 
 import argparse
 import sys
-from pathlib import Path
 
 from d2v_scale.answers.help_text import VerbParser
+from d2v_scale.answers.outputs import out_folder
 from d2v_scale.errors import EXIT_BAD_INPUT, UserError
 
 
@@ -27,7 +27,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = VerbParser(description=__doc__)
     parser.add_argument("checkpoint", help="a checkpoint, a run directory or an exported folder")
     parser.add_argument("shards", help="indexed shards")
-    parser.add_argument("out", type=Path, help="folder of the files")
+    parser.add_argument("out", type=out_folder, help="folder of the files")
     parser.add_argument("--format", choices=["parquet", "shards"], default="parquet", help="of the files")
     parser.add_argument("--pool", choices=["mean", "none"], default="mean", help="over the positions of a sample")
     parser.add_argument("--layers", type=int, nargs="+", default=[-1], help="main blocks that are averaged, from 0")

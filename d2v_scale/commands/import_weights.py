@@ -9,6 +9,7 @@ import warnings
 from pathlib import Path
 
 from d2v_scale.answers.help_text import VerbParser
+from d2v_scale.answers.outputs import out_folder
 from d2v_scale.errors import EXIT_BAD_INPUT, UserError
 
 
@@ -16,7 +17,7 @@ def make_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = VerbParser(description=__doc__)
     parser.add_argument("source", type=Path, help=".pt or .pth file, Hugging Face folder, or folder of a recorded run")
-    parser.add_argument("out", type=Path, help="directory to write the checkpoint into")
+    parser.add_argument("out", type=out_folder, help="directory to write the checkpoint into")
     parser.add_argument("--state", choices=("init", "final"), default="init", help="which state of a recorded run")
     return parser
 

@@ -18,6 +18,7 @@ import sys
 from pathlib import Path
 
 from d2v_scale.answers.help_text import VerbParser
+from d2v_scale.answers.outputs import out_folder
 from d2v_scale.data.config import VisionData
 from d2v_scale.errors import EXIT_BAD_INPUT, UserError
 from d2v_scale.shards.content import WORDS
@@ -32,7 +33,7 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="|".join(WORDS),
         help="what the shards hold, several separated by commas; default: as the first sample looks",
     )
-    parser.add_argument("--out", type=Path, help="directory of the index; default: beside the shards")
+    parser.add_argument("--out", type=out_folder, help="directory of the index; default: beside the shards")
     parser.add_argument("--name", help="the index is NAME.index.json; default: what the shards are called")
     parser.add_argument("--tokenizer", type=Path, help="sentencepiece model, to count the tokens of text")
     parser.add_argument("--key", help="of the array in each .npz; default: the only one")

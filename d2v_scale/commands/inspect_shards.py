@@ -11,9 +11,9 @@ Without `--recipe` the masks of the preview are random with probability 0.5, and
 
 import argparse
 import sys
-from pathlib import Path
 
 from d2v_scale.answers.help_text import VerbParser
+from d2v_scale.answers.outputs import out_folder
 from d2v_scale.data.config import VisionData
 from d2v_scale.errors import EXIT_BAD_INPUT, UserError
 
@@ -27,7 +27,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--max_pixels", type=int, default=VisionData.max_pixels, help="as data.vision.max_pixels of the recipe"
     )
-    parser.add_argument("--out", type=Path, help="directory for pictures; default: none are drawn")
+    parser.add_argument("--out", type=out_folder, help="directory for pictures; default: none are drawn")
     parser.add_argument("--recipe", help="recipe whose crops and masks the pictures show")
     parser.add_argument("--steps", type=int, default=2, help="pictures")
     parser.add_argument("--key", help="of the array in each .npz; default: the only one")

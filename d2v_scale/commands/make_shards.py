@@ -20,6 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from d2v_scale.answers.help_text import HelpFormatter, VerbParser
+from d2v_scale.answers.outputs import out_folder
 from d2v_scale.conversion import demo
 from d2v_scale.data.config import VisionData
 from d2v_scale.errors import EXIT_BAD_INPUT, UserError
@@ -107,14 +108,14 @@ def make_parser() -> argparse.ArgumentParser:
     parser = VerbParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("demo", help="real data from installed packages", formatter_class=HelpFormatter)
-    command.add_argument("out", type=Path, nargs="?", default=Path(demo.ROOT), metavar="OUT", help="folder")
+    command.add_argument("out", type=out_folder, nargs="?", default=Path(demo.ROOT), metavar="OUT", help="folder")
     command.add_argument("--modality", choices=[*demo.SETS, "all"], default="all", help="which sets")
     for name, add_its_own in OPTIONS.items():
         command = commands.add_parser(name, help=f"shards from {name}", formatter_class=HelpFormatter)
         of_table = name == "pairs"
         what = "a .csv or .tsv" if of_table else "a folder, or files of text"
         command.add_argument("source", type=Path, metavar="TABLE" if of_table else "SRC", help=what)
-        command.add_argument("out", type=Path, metavar="OUT", help="folder of the shards")
+        command.add_argument("out", type=out_folder, metavar="OUT", help="folder of the shards")
         command.add_argument("--prefix", default="train", help="shards are PREFIX-000000.tar and so on")
         command.add_argument("--per_shard", type=int, default=1000, help="samples per shard")
         command.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="at once")

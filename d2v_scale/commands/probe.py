@@ -13,9 +13,9 @@ answers. A fine-tuned ctc model's own head is measured, too; on another encoder 
 import argparse
 import json
 import sys
-from pathlib import Path
 
 from d2v_scale.answers.help_text import VerbParser
+from d2v_scale.answers.outputs import out_file
 from d2v_scale.data.config import LETTERS
 from d2v_scale.errors import EXIT_BAD_INPUT, UserError
 
@@ -36,7 +36,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--limit", type=int, help="at most this many samples of each set; default: all")
     parser.add_argument("--batch_size", type=int, default=64, help="samples at once")
     parser.add_argument("--k", type=int, default=20, help="neighbours (knn)")
-    parser.add_argument("--out", type=Path, help="write the result here as JSON")
+    parser.add_argument("--out", type=out_file, help="write the result here as JSON")
     return parser
 
 

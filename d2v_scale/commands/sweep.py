@@ -29,6 +29,7 @@ from typing import Any
 
 from d2v_scale import templates
 from d2v_scale.answers.help_text import VerbParser
+from d2v_scale.answers.outputs import out_folder
 from d2v_scale.errors import EXIT_BAD_INPUT, UserError
 from d2v_scale.plots.curves import series
 from d2v_scale.process.status import read_status
@@ -326,7 +327,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("recipe", help="name or YAML file")
     parser.add_argument("--grid", action="append", default=[], metavar="KEY=V,V", help="an axis; may be repeated")
     parser.add_argument("--seeds", type=int, nargs="+", help="seeds of every point; default: 1")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the runs, the table and the plot")
+    parser.add_argument("--out", type=out_folder, required=True, help="folder of the runs, the table and the plot")
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
     parser.add_argument("--equal_compute", action="store_true", help="same FLOPs at every point instead of same steps")
     parser.add_argument("--collect", action="store_true", help="only compare what was recorded")

@@ -10,9 +10,9 @@ The texts are WebDataset shards (`.txt` members), or files or a folder of them a
 import argparse
 import os
 import sys
-from pathlib import Path
 
 from d2v_scale.answers.help_text import VerbParser
+from d2v_scale.answers.outputs import out_file
 from d2v_scale.errors import EXIT_BAD_INPUT, UserError
 
 
@@ -20,7 +20,7 @@ def make_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = VerbParser(description=__doc__)
     parser.add_argument("source", help="shards of text, a file, or a folder of files")
-    parser.add_argument("out", type=Path, help="the model to write, such as tokenizer.model")
+    parser.add_argument("out", type=out_file, help="the model to write, such as tokenizer.model")
     parser.add_argument("--vocab_size", type=int, default=32000, help="pieces, without <mask>")
     parser.add_argument("--kind", choices=["bpe", "unigram"], default="bpe", help="how pieces are found")
     parser.add_argument("--character_coverage", type=float, default=0.9999, help="share of characters with a piece")

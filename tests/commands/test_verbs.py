@@ -118,6 +118,37 @@ def test_a_pattern_that_the_shell_has_resolved_is_to_be_quoted(
     assert f"Quote the pattern, which your shell has resolved: '{tmp_path}/train-00*.tar'" in said
 
 
+@pytest.mark.parametrize(
+    ("words", "there"),
+    [
+        (["shards", "images", "src", "{}"], "file"),
+        (["shards", "demo", "{}"], "file"),
+        (["export", "runs/a", "{}", "--to", "hf"], "file"),
+        (["export", "runs/a", "{}/below/it"], "file"),
+        (["import", "x.pt", "{}"], "file"),
+        (["extract", "runs/a", "a.tar", "{}"], "file"),
+        (["index", "a.tar", "--modality", "vision", "--out", "{}"], "file"),
+        (["inspect", "a.tar", "--out", "{}"], "file"),
+        (["sweep", "demo_vision", "--grid", "seed=1,2", "--out", "{}"], "file"),
+        (["probe", "runs/a", "--out", "{}"], "folder"),
+        (["report", "runs/a", "--out", "{}"], "folder"),
+        (["tokenizer", "a.tar", "{}"], "folder"),
+    ],
+)
+def test_an_output_that_is_there_as_something_else_is_refused_before_anything_is_read(
+    words: list[str], there: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A file where a folder is to be made ended in a traceback, after the work."""
+    place = tmp_path / "there"
+    place.touch() if there == "file" else place.mkdir()
+    with pytest.raises(SystemExit) as ended:
+        verbs.main([word.format(place) for word in words])
+    assert ended.value.code == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert f"{place} {'exists already, and is a file. Name' if there == 'file' else 'is a folder. Name a file'}" in said
+    assert [*tmp_path.iterdir()] == [place]
+
+
 def test_the_list_of_verbs_is_a_line_each_and_fast(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         verbs.main(["--help"])

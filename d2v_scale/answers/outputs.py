@@ -1,0 +1,26 @@
+"""Where a verb may write, found out before it computes anything: types of arguments."""
+
+import argparse
+from pathlib import Path
+
+
+def out_folder(text: str) -> Path:
+    """A folder, perhaps one that is not there yet."""
+    path = Path(text)
+    _refuse_file(path)
+    return path
+
+
+def out_file(text: str) -> Path:
+    """A file, perhaps one that is not there yet, in a folder that may be made."""
+    path = Path(text)
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is a folder. Name a file in it.")
+    _refuse_file(path.parent)
+    return path
+
+
+def _refuse_file(folder: Path) -> None:
+    for one in (folder, *folder.parents):
+        if one.exists() and not one.is_dir():
+            raise argparse.ArgumentTypeError(f"{one} exists already, and is a file. Name a folder, or another one.")
