@@ -32,7 +32,8 @@ class VerbParser(argparse.ArgumentParser):
         found, extra = self.parse_known_args(None if args is None else list(args), namespace)
         given = [word for value in vars(found).values() for word in (value if isinstance(value, list) else [value])]
         files = [str(word) for word in [*given, *extra] if _is_shard(word)]
-        if extra and len(files) > 1:
+        options = [word for word in extra if word.startswith("-")]
+        if extra and not options and len(files) > 1:
             self.error(f"words too many: {' '.join(extra[:3])}. {quoted('', sorted(files))}")
         if extra:
             self.error(f"unrecognized arguments: {' '.join(extra)}")

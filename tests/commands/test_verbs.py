@@ -149,6 +149,13 @@ def test_an_output_that_is_there_as_something_else_is_refused_before_anything_is
     assert [*tmp_path.iterdir()] == [place]
 
 
+def test_an_option_that_is_not_there_is_no_pattern(capsys: pytest.CaptureFixture[str]) -> None:
+    """Two indexes behind unknown options were answered with a pattern of both."""
+    with pytest.raises(SystemExit):
+        verbs.main(["probe", "runs/vit", "--train", "a.index.json", "--test", "b.index.json"])
+    assert "unrecognized arguments: --train a.index.json" in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_the_list_of_verbs_is_a_line_each_and_fast(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         verbs.main(["--help"])
