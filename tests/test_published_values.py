@@ -42,6 +42,7 @@ OPTIMISATION: dict[str, Row] = {
     "d2v2_vision_large": (128, "samples", 4e-4, "cosine", 50_040, 375_300, (0.9, 0.95), 1e-8, 0.05, 4),
     "d2v2_vision_huge16": (128, "samples", 4e-4, "cosine", 50_040, 375_300, (0.9, 0.95), 1e-8, 0.05, 4),
     "d2v2_vision_huge14": (256, "samples", 4e-4, "cosine", 50_040, 500_000, (0.9, 0.95), 1e-8, 0.05, 4),
+    "d2v2_audio_eat_base": (4 * 12, "samples", 5e-4, "cosine", 53_333, 400_000, (0.9, 0.95), 1e-8, 0.05, 4),
 }
 # K, norms before and after the mean over layers, beta (0: squared error); tau from, to, over how many updates.
 TARGETS: dict[str, Row] = {
@@ -60,6 +61,7 @@ TARGETS: dict[str, Row] = {
     "d2v2_vision_large": (18, "instance", "layer", 0, 0.9998, 0.99999, 150_000),
     "d2v2_vision_huge16": (24, "instance", "layer", 0, 0.9998, 0.99995, 150_000),
     "d2v2_vision_huge14": (24, "instance", "layer", 0, 0.9998, 1, 300_000),
+    "d2v2_audio_eat_base": (12, "instance", "layer", 0, 0.9998, 0.99999, 100_000),
 }
 # Probability or R, length or b, A, inverse, M.
 MASKS: dict[str, Row] = {
@@ -75,6 +77,7 @@ MASKS: dict[str, Row] = {
     "d2v2_vision_large": ("block2d", 0.75, 3, 0.1, True, 16),
     "d2v2_vision_huge16": ("block2d", 0.75, 3, 0.1, True, 16),
     "d2v2_vision_huge14": ("block2d", 0.75, 3, 0.1, True, 16),
+    "d2v2_audio_eat_base": ("block2d", 0.8, 5, 0.07, True, 16),
 }
 # Hidden dropout, attention dropout, drop path, layer drop, layer scale (0: none).
 REGULARISATION: dict[str, Row] = {
@@ -92,6 +95,7 @@ REGULARISATION: dict[str, Row] = {
     "d2v2_vision_large": (0, 0, 0, 0, 0),
     "d2v2_vision_huge16": (0, 0, 0, 0, 0),
     "d2v2_vision_huge14": (0, 0, 0, 0, 0),
+    "d2v2_audio_eat_base": (0, 0, 0, 0, 0),
 }
 
 
@@ -114,6 +118,29 @@ def test_pretraining_is_as_published(name: str) -> None:
         # 0.01, there of the mean over a GPU's rows (images x M), here of a row.
         images = 16 if name == "d2v2_vision_base" else 8
         assert recipe.objective.loss.cls_weight == pytest.approx(0.01 * images * 16)
+
+
+def test_spectrograms_are_as_eat_publishes_them() -> None:
+    """Kaldi's fbank of 128 bands, 10 s in 64 x 8 patches of 16 x 16; (x - mean) / (2 std); the CLS term weighs 1, there
+    of the mean over a GPU's rows (12 clips x M)."""
+    recipe = load("d2v2_audio_eat_base")
+    [stem] = recipe.model.arrays.values()
+    assert (stem.channels, stem.extents, stem.patch, stem.grid) == (1, (128, 1024), (16, 16), (8, 64))
+    assert (stem.transform, stem.normalise, stem.mean, stem.std) == ("log_mel", "moments", [-4.268], [2 * 4.569])
+    keys = "sample_rate hop length window low_hz highest_hz"
+    assert tuple(getattr(stem.log_mel, key) for key in keys.split()) == (16_000, 160, 400, "hanning", 20, 8000)
+    assert (stem.positions, stem.extra_tokens) == ("sincos", 1)
+    assert recipe.objective.loss.cls_weight == 1 * 12 * 16
+    decoder = values(recipe, "model.predictor", "kind width kernel groups layers")
+    assert decoder == ("conv2d", 768, 3, 16, 6)
+    assert values(recipe, "model.backbone", "width heads ffn depth prenet_depth norm_eps") == (
+        768,
+        12,
+        3072,
+        12,
+        0,
+        1e-6,
+    )
 
 
 # 7.1: updates, peak, batch in seconds, share and length of the time masks, channel masks, layer drop, frozen updates.

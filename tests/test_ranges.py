@@ -16,6 +16,7 @@ from d2v_scale.data2vec.own import OwnHealth, OwnLoss, OwnMasking, OwnObjective,
 from d2v_scale.data2vec.target_config import TargetConfig
 from d2v_scale.errors import ConfigError
 from d2v_scale.finetuning.config import TaskConfig
+from d2v_scale.model.log_mel_config import LogMel
 from d2v_scale.model.stem_config import ArrayAxis, ArrayStem, OwnPredictor, SpeechStem, TextStem
 from d2v_scale.recipe import Recipe
 
@@ -51,6 +52,8 @@ def recipes() -> list[Recipe]:
     everything.model.arrays["heart"] = ArrayStem(
         axes={"time": ArrayAxis(patch=2, extent=8, rate=100.0)}, normalise="moments", mean=[0.0], std=[1.0]
     )
+    mel = {"band": ArrayAxis(patch=4, extent=8), "time": ArrayAxis(patch=2, extent=8)}
+    everything.model.arrays["mel"] = ArrayStem(axes=mel, transform="log_mel", log_mel=LogMel(high_hz=4000.0))
     everything.check(1)
     tuned = copy.deepcopy(everything)
     tuned.objective.vision = None

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from d2v_scale import modalities
 from d2v_scale.command_line import RECIPES, parse
 from d2v_scale.data2vec.masking import collate
 from d2v_scale.networks.stack import Student, Teacher
@@ -31,6 +32,7 @@ PUBLISHED_PARAMETERS = {
     "d2v2_vision_large": (303_099_904, 5_967_872),
     "d2v2_vision_huge16": (630_666_240, 6_639_872),
     "d2v2_vision_huge14": (630_435_840, 6_639_872),
+    "d2v2_audio_eat_base": (85_254_144, 2_585_856),
     "d2v2_text_base": (124_054_272, 28_907_520),
     "d2v2_text_large_a": (354_309_120, 31_070_464),
     "d2v2_text_large_b": (354_309_120, 31_070_464),
@@ -47,6 +49,7 @@ FIXED_MASKS = {
     "d2v2_vision_large": (196, 147),
     "d2v2_vision_huge16": (196, 147),
     "d2v2_vision_huge14": (256, 192),
+    "d2v2_audio_eat_base": (512, 410),
     "d2v2_text_base": (512, 246),
     "d2v2_text_large_a": (512, 256),
     "d2v2_text_large_b": (512, 256),
@@ -87,8 +90,8 @@ def test_acceptance_1_parameter_counts_are_the_published_ones(name: str) -> None
 def test_acceptance_3_masked_positions_are_the_published_number(name: str) -> None:
     recipe = load(name)
     length, count = FIXED_MASKS[name]
-    vision = recipe.model.vision
-    place = {"grid": (vision.image_size // vision.patch_size,) * 2} if vision is not None else {"length": length}
+    [stem] = modalities.stems(recipe.model)
+    place = {"length": length} if stem.fixed_grid is None else {"grid": stem.fixed_grid}
     masks = collate(recipe.objective.masking, sample_ids=[0, 1], seed=0, step=0, **place)  # type: ignore[arg-type]
     assert masks.masked_rt.shape == (2 * recipe.objective.masking.clones, length)
     assert set(masks.masked_rt.sum(1).tolist()) == {count}

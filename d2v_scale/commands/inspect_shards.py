@@ -5,6 +5,7 @@
     d2v inspect PATTERN --recipe d2v2_vision_base --out out/preview
 
     d2v inspect PATTERN --moments              # of arrays: mean and deviation of each channel, for model.arrays.NAME
+    d2v inspect PATTERN --moments --recipe tiny2_mel             # of recordings, as the log-mel that its stem makes
 
 Without `--recipe` the masks of the preview are random with probability 0.5, and arrays are drawn as they are stored.
 """
@@ -28,10 +29,10 @@ def make_parser() -> argparse.ArgumentParser:
         "--max_pixels", type=int, default=VisionData.max_pixels, help="as data.vision.max_pixels of the recipe"
     )
     parser.add_argument("--out", type=out_folder, help="directory for pictures; default: none are drawn")
-    parser.add_argument("--recipe", help="recipe whose crops and masks the pictures show")
+    parser.add_argument("--recipe", help="recipe whose crops, masks and log-mel are shown")
     parser.add_argument("--steps", type=int, default=2, help="pictures")
     parser.add_argument("--key", help="of the array in each .npz; default: the only one")
-    parser.add_argument("--moments", action="store_true", help="measure mean and deviation of arrays, by channel")
+    parser.add_argument("--moments", action="store_true", help="measure mean and deviation of arrays, or of log-mel")
     parser.add_argument("--transform", choices=["none", "log"], default="none", help="before --moments, as of the stem")
     parser.add_argument("--log_floor", type=float, default=1e-6, help="as model.arrays.NAME.log_floor")
     return parser

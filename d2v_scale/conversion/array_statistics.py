@@ -13,6 +13,8 @@ from d2v_scale.conversion.array_members import Layout
 from d2v_scale.data.config import DataConfig
 from d2v_scale.data.source import open_store
 from d2v_scale.errors import DataError
+from d2v_scale.modalities.array.log_mel import spectrum_of
+from d2v_scale.model.stem_config import ArrayStem
 from d2v_scale.shards.array_files import ArrayHeader
 from d2v_scale.shards.reading import SampleFault, SampleStore
 from d2v_scale.shards.shard_set import ShardSet
@@ -136,24 +138,54 @@ def moments(shards: ShardSet, transform: str, log_floor: float, key: str | None 
         here = Moments.of(array)
         total = here if total is None else total.merged(here)
     if total is None:
-        raise DataError("No sample has values whose moments could be measured.")
+        raise _nothing_measured()
     return total
+
+
+def moments_of_spectra(shards: ShardSet, stem: ArrayStem) -> Moments:
+    """Of the log-mel energies of all recordings, each as a whole, as `stem` makes them. Raises DataError where there is
+    none. What cannot be read is named and left out."""
+    total: Moments | None = None
+    store = open_store(shards, DataConfig())
+    try:
+        for place in places(shards):
+            try:
+                here = Moments.of(spectrum_of(store.read(*place), stem).whole())
+            except (SampleFault, ValueError) as error:
+                print(f"left out: {_named(shards, place)}: {error}", file=sys.stderr)
+                continue
+            total = here if total is None else total.merged(here)
+    finally:
+        store.close()
+    if total is None:
+        raise _nothing_measured()
+    return total
+
+
+def _nothing_measured() -> DataError:
+    return DataError("No sample has values whose moments could be measured.")
 
 
 def print_moments(shards: ShardSet, transform: str, log_floor: float, key: str | None = None) -> None:
     """Print what a recipe has of them. Raises DataError."""
     if log_floor <= 0:
         raise DataError(f"--log_floor {log_floor:g} has no logarithm.", "Give a number above 0.")
-    found = moments(shards, transform, log_floor, key)
+    before = "" if transform == "none" else f"transform: {transform}\nlog_floor: {log_floor!r}\n"
+    _print(moments(shards, transform, log_floor, key), before)
+
+
+def print_moments_of_spectra(shards: ShardSet, stem: ArrayStem) -> None:
+    """Print what a recipe with the stem `stem` has of recordings. Raises DataError."""
+    _print(moments_of_spectra(shards, stem), "transform: log_mel\n")
+
+
+def _print(found: Moments, before: str) -> None:
     constant = found.squares_c == 0
     if constant.any():
         named = ", ".join(str(channel + 1) for channel in np.flatnonzero(constant))
         print(f"channels {named} (from 1) do not vary: their deviation is written as 1", file=sys.stderr)
     std_c = np.where(constant, 1.0, found.std_c)
-    print("# model.arrays.NAME:")
-    if transform != "none":
-        print(f"transform: {transform}\nlog_floor: {log_floor!r}")
-    print("normalise: moments")
+    print(f"# model.arrays.NAME:\n{before}normalise: moments")
     for name, values in (("mean", found.mean_c), ("std", std_c)):
         print(f"{name}: [{', '.join(_number(value) for value in values)}]")
 

@@ -16,6 +16,7 @@ from d2v_scale.data2vec.config import CompatConfig, MaskingConfig
 from d2v_scale.errors import DataError
 from d2v_scale.files import file_sha256
 from d2v_scale.modalities.text.decoder import Tokenizer
+from d2v_scale.model.stem_config import ArrayStem
 from d2v_scale.plots.samples import plot_masks
 from d2v_scale.shards.content import Content, length_of, plural, word_of
 from d2v_scale.shards.one_content import reading
@@ -169,6 +170,24 @@ def array_pictures(shards: ShardSet, out: Path, count: int, key: str | None) -> 
             print(plot_arrays([array for _, array in drawn], names, out / f"array-{number}.png"))
 
 
+def _stem_of_spectra(contents: list[Content], recipe_name: str | None) -> ArrayStem:
+    """The stem of a recipe that makes arrays of recordings. Raises DataError."""
+    if "recording" not in contents:
+        held = " with ".join(map(plural, contents))
+        raise DataError(f"The shards hold {held}.", "--moments are of arrays, and of recordings as log-mel.")
+    stems: list[ArrayStem] = []
+    if recipe_name is not None:
+        from d2v_scale.command_line import parse
+
+        recipe, _ = parse(["--recipe", recipe_name])
+        recipe.model.check()
+        stems = [stem for stem in recipe.model.arrays.values() if stem.reads_recordings]
+    if len(stems) != 1:
+        remedy = "Give --recipe with one stem whose transform is log_mel: moments are of what it makes of them."
+        raise DataError(f"The shards hold recordings, and {len(stems)} stems are known that read them.", remedy)
+    return stems[0]
+
+
 def inspect(arguments: argparse.Namespace) -> int:
     """Print statistics, and check and draw where that is asked for; the number of lost samples. Raises DataError."""
     shards = find_shards(SourceConfig(shards=arguments.shards, index=arguments.index))
@@ -176,13 +195,14 @@ def inspect(arguments: argparse.Namespace) -> int:
         raise DataError(f"The shards of {arguments.shards!r} have no index.", "Run `d2v index` first.")
     contents, key = shards.index.contents, arguments.key
     parts = {content: reading(shards, content) for content in contents}
-    if arguments.moments and "array" not in parts:
-        raise DataError(f"The shards hold {' with '.join(map(plural, contents))}.", "--moments are of arrays.")
+    spectra = _stem_of_spectra(contents, arguments.recipe) if arguments.moments and "array" not in parts else None
     statistics(shards)
     if "array" in parts:
         array_statistics.tell(parts["array"], key)
     lost = sum(check(part, arguments.max_pixels, key) for part in parts.values()) if arguments.check else 0
-    if arguments.moments:
+    if spectra is not None:
+        array_statistics.print_moments_of_spectra(parts["recording"], spectra)
+    elif arguments.moments:
         array_statistics.print_moments(parts["array"], arguments.transform, arguments.log_floor, key)
     for content, part in parts.items() if arguments.out is not None else ():
         if content == "array" and arguments.recipe is None:

@@ -45,8 +45,7 @@ class ArrayRow(HuggingFaceRow):
         return False
 
     def beyond_remote(self, model: ModelConfig) -> list[str]:
-        del model
-        return []
+        return ["transform log_mel"] if _stem(model).reads_recordings else []
 
     def add_keys(self, keys: KeyMap, model: ModelConfig, name: str) -> None:
         raise AssertionError("transformers has no class for arrays")

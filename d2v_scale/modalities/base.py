@@ -40,8 +40,8 @@ if TYPE_CHECKING:
 class Modality(ABC):
     """A stem of a model, and everything that differs between kinds of stems."""
 
-    content: ClassVar[Content]
-    """What it reads."""
+    content: Content
+    """What it reads. Of a class: what is usual."""
     axes: int = 1
     """Axes along which its positions lie."""
     unit: ClassVar[str | None] = None

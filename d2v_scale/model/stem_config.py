@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Literal, TypeVar, get_args
 
 from d2v_scale.errors import ConfigError
+from d2v_scale.model.log_mel_config import LogMel
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -224,7 +225,8 @@ class ArrayAxis:
 
 @dataclass(kw_only=True)
 class ArrayStem(StemSettings):
-    """Arrays (channels, axis_1 ... axis_n) of 1 to 4 axes to patches: `.npy` members, or arrays in `.npz`."""
+    """Arrays (channels, axis_1 ... axis_n) of 1 to 4 axes to patches: `.npy` members, arrays in `.npz`, or what a
+    `transform` makes of recordings."""
 
     kind: ClassVar[Kind] = "array"
 
@@ -236,10 +238,13 @@ class ArrayStem(StemSettings):
     width: {patch: 16, extent: 224}}."""
     positions: Literal["sincos", "learned"] = "sincos"
     """`sincos`: fixed sine-cosine over all axes, as of 2.0 images; `learned`: a vector for each position."""
-    transform: Literal["none", "log"] = "none"
-    """`log`: the natural logarithm of what is at least `log_floor`; below 0 there is none, and the sample is lost."""
+    transform: Literal["none", "log", "log_mel"] = "none"
+    """`log`: the natural logarithm of what is at least `log_floor`; below 0 there is none, and the sample is lost.
+    `log_mel`: the shards hold recordings, which become arrays (1, bands, frames)."""
     log_floor: float = 1e-6
     """What smaller values count as under `log`."""
+    log_mel: LogMel = field(default_factory=LogMel)
+    """How, under `log_mel`."""
     normalise: Literal["none", "sample", "channel", "moments"] = "none"
     """After the transform. To mean 0 and variance 1 over what is read of a `sample`, or over each `channel` of it (what
     does not vary becomes 0); `moments`: by the fixed `mean` and `std`."""
@@ -270,6 +275,19 @@ class ArrayStem(StemSettings):
     def patch_values(self) -> int:
         """Values of a patch, all channels."""
         return self.channels * math.prod(self.patch)
+
+    @property
+    def reads_recordings(self) -> bool:
+        """Whether the shards hold recordings, of which `transform` makes the arrays."""
+        return self.transform == "log_mel"
+
+    @property
+    def rates(self) -> list[float | None]:
+        """Steps along each axis in one of its units; None where that is not known."""
+        known = [axis.rate for axis in self.axes.values()]
+        if self.reads_recordings and known[-1] is None and list(self.axes.values())[-1].unit == "s":
+            known[-1] = self.log_mel.frames_a_second
+        return known
 
     def check(self, width: int, key: str) -> None:
         """Raises `ConfigError` for sizes that do not fit together. `key`: where this section stands."""
@@ -307,6 +325,29 @@ class ArrayStem(StemSettings):
             shown = f"is {self.log_floor}, which 32-bit numbers take for 0"
             raise ConfigError(f"{key}.log_floor", shown, f"Give at least {1 / _LARGEST:g}.")
         self._check_moments(key)
+        self._check_log_mel(key)
+
+    def _check_log_mel(self, key: str) -> None:
+        if not self.reads_recordings:
+            if self.log_mel != LogMel():
+                remedy = "Leave it out, or set transform to log_mel."
+                raise ConfigError(f"{key}.log_mel", f"is set, but transform is {self.transform!r}", remedy)
+            return
+        if len(self.axes) != 2:
+            there = ", ".join(self.axes)
+            shown = f"has {len(self.axes)} axes ({there}), and log_mel makes two of a recording"
+            raise ConfigError(f"{key}.axes", shown, "Name the one of its bands, then the one of time.")
+        if self.channels != 1:
+            shown = f"is {self.channels}, but log_mel makes one of a recording, its channels mixed"
+            raise ConfigError(f"{key}.channels", shown, "Leave it out.")
+        if self.key is not None:
+            raise ConfigError(f"{key}.key", f"is {self.key!r}, but recordings are no .npz", "Leave it out.")
+        (_, bands), (called, time) = self.axes.items()
+        self.log_mel.check(f"{key}.log_mel", bands.extent)
+        frames = self.log_mel.frames_a_second
+        if time.unit == "s" and time.rate is not None and abs(time.rate - frames) > 1e-6 * frames:
+            shown = f"is {time.rate:g}, but hop_ms {self.log_mel.hop_ms:g} makes {frames:g} steps of a second"
+            raise ConfigError(f"{key}.axes.{called}.rate", shown, "Leave it out, or correct one of them.")
 
     def _check_moments(self, key: str) -> None:
         for name in ("mean", "std"):

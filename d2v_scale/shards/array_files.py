@@ -50,6 +50,11 @@ class ArrayFile:
     header: ArrayHeader
     read_at: ReadAt
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Extents of all axes."""
+        return self.header.shape
+
     def whole(self) -> NDArray[Any]:
         """All of it, in native byte order, row-major."""
         header = self.header

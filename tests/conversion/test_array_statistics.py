@@ -10,10 +10,13 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_shards import image_samples, npy, npz
+from small_shards import image_samples, npy, npz, sound_samples
 
+from d2v_scale.command_line import parse
 from d2v_scale.commands import index_shards, inspect_shards
 from d2v_scale.conversion.array_statistics import Moments
+from d2v_scale.modalities.array.log_mel import Spectrum
+from d2v_scale.modalities.speech import decoder as speech
 from d2v_scale.shards.shard_index import SetIndex
 from d2v_scale.shards.writing import Sample, write_shard
 
@@ -188,3 +191,23 @@ def test_moments_of_no_arrays_are_refused(run: Callable[..., tuple[str, str]], t
     folder = foreign(tmp_path / "a", image_samples(2))
     index(run, folder)
     assert "--moments are of arrays" in run(inspect_shards.main, folder, "--moments", status=2)[1]
+
+
+def test_moments_of_recordings_are_those_of_the_log_mel_that_a_recipe_makes(
+    run: Callable[..., tuple[str, str]], tmp_path: Path
+) -> None:
+    """With them values have mean 0 and deviation 1."""
+    held = sound_samples(5)
+    folder = foreign(tmp_path / "a", held)
+    index(run, folder)
+    told, _ = run(inspect_shards.main, folder, "--moments", "--recipe", "tiny2_mel")
+    said = yaml.safe_load(told[told.index("transform: ") :])
+    [stem] = parse(["--recipe", "tiny2_mel"])[0].model.arrays.values()
+    waves = [speech.decode(one["flac"]) for one in held]
+    values = np.concatenate([Spectrum(wave, stem.log_mel, stem.extents[0]).whole().ravel() for wave in waves])
+    assert said["transform"] == "log_mel"
+    assert (said["mean"], said["std"]) == (pytest.approx([values.mean()], rel=1e-5), pytest.approx([values.std()]))
+    told = run(inspect_shards.main, folder, "--moments", status=2)[1]
+    assert "The shards hold recordings, and 0 stems are known that read them. Give --recipe" in told
+    told = run(inspect_shards.main, folder, "--moments", "--recipe", "tiny2_speech", status=2)[1]
+    assert "and 0 stems are known that read them" in told

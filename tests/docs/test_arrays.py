@@ -19,6 +19,7 @@ from d2v_scale.command_line import parse
 from d2v_scale.commands.verbs import VERBS
 from d2v_scale.conversion.array_members import npy_bytes
 from d2v_scale.modalities.array.members import measure
+from d2v_scale.model.log_mel_config import LogMel
 from d2v_scale.model.stem_config import ArrayAxis, ArrayStem
 from d2v_scale.recipe import Recipe
 from d2v_scale.shards.writing import write_set
@@ -124,8 +125,8 @@ def test_its_commands_are_verbs_and_name_their_content() -> None:
 def test_its_table_has_the_keys_of_the_section() -> None:
     rows = re.findall(r"^\| (`.*?) \|", TEXT, re.MULTILINE)
     told = {key for row in rows for key in re.findall(r"`(\w+)`", row)}
-    assert told <= {field.name for one in (ArrayStem, ArrayAxis) for field in fields(one)}
-    for one in (ArrayStem, ArrayAxis):
+    assert told <= {field.name for one in (ArrayStem, ArrayAxis, LogMel) for field in fields(one)}
+    for one in (ArrayStem, ArrayAxis, LogMel):
         for field in fields(one):
-            own = field.name not in {"prenet_depth", "input_dropout", "predictor"}
+            own = field.name not in {"prenet_depth", "input_dropout", "predictor", "paired"}
             assert not own or re.search(rf"`[^`\n]*\b{field.name}\b[^`\n]*`", TEXT), field.name

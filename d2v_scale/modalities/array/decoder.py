@@ -1,12 +1,14 @@
 """Members to rows of values, and rows to a batch: crop, transform, normalise, pad."""
 
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from d2v_scale.modalities.array.log_mel import spectrum_of
 from d2v_scale.modalities.array.members import EXTENSIONS, array_of, check_values
+from d2v_scale.modalities.speech.decoder import EXTENSIONS as RECORDINGS
 from d2v_scale.model.stem_config import ArrayStem
 from d2v_scale.shards.array_files import ArrayFile, open_npy
 from d2v_scale.shards.reading import RawSample, SampleFault, SampleStore, Store
@@ -19,12 +21,26 @@ that are stored in volts have a variance of 1e-10."""
 Values = NDArray[np.float32]
 
 
+class Readable(Protocol):
+    """An array that is read in part."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(C, e_1 ... e_n)."""
+
+    def whole(self) -> NDArray[Any]:
+        """All of it, row-major."""
+
+    def slice(self, axis: int, start: int, stop: int) -> NDArray[Any]:
+        """Positions [start, stop) along one axis, row-major."""
+
+
 class ArrayDecoder:
     """Samples to float32 (C, e_1 ... e_n), NaN where a value is missing; these to a batch."""
 
     def __init__(self, stem: ArrayStem, key: str) -> None:
         """`key`: where the stem's section stands in the recipe."""
-        self.extensions: tuple[str, ...] = EXTENSIONS
+        self.extensions: tuple[str, ...] = RECORDINGS if stem.reads_recordings else EXTENSIONS
         self._stem = stem
         self._key = key
         self._crops = any(axis.longer == "crop" for axis in stem.axes.values())
@@ -34,7 +50,7 @@ class ArrayDecoder:
         """The array, where it is longer than what is read a random part of it. Of a `.npy` that lies uncompressed in
         its tar no more than that part is read, unchecked: the index has one checksum for a whole sample."""
         del length
-        if self._crops and isinstance(store, SampleStore):
+        if self._crops and not self._stem.reads_recordings and isinstance(store, SampleStore):
             extension, read_at, size = store.member(shard, item, EXTENSIONS)
             if extension == "npy":
                 key = store.members(shard).key(item)
@@ -57,19 +73,24 @@ class ArrayDecoder:
         return self._of(sample, np.full(self.draws, 0.5))
 
     def _of(self, sample: RawSample, draws: NDArray[np.float64]) -> Values:
-        extension, content = sample.member(EXTENSIONS)
         try:
-            return self._read(array_of(extension, content, self._stem.key), draws)
+            return self._read(self._array_of(sample), draws)
         except ValueError as error:
             raise sample.fault(str(error)) from error
 
+    def _array_of(self, sample: RawSample) -> Readable:
+        if self._stem.reads_recordings:
+            return spectrum_of(sample, self._stem)
+        extension, content = sample.member(EXTENSIONS)
+        return array_of(extension, content, self._stem.key)
+
     def _is_longer(self, array: ArrayFile) -> bool:
-        shape, extents = array.header.shape, self._stem.extents
+        shape, extents = array.shape, self._stem.extents
         return len(shape) == len(extents) + 1 and any(a > b for a, b in zip(shape[1:], extents, strict=True))
 
-    def _read(self, array: ArrayFile, draws: NDArray[np.float64]) -> Values:
+    def _read(self, array: Readable, draws: NDArray[np.float64]) -> Values:
         """Raises ValueError for what this stem does not read."""
-        shape = array.header.shape
+        shape = array.shape
         starts = self._starts(shape, draws)
         # Along one axis the file is read in part: where that leaves most of it unread.
         shares = [min(1.0, extent / held) for extent, held in zip(self._stem.extents, shape[1:], strict=True)]
@@ -117,7 +138,7 @@ class ArrayDecoder:
 
     def _transformed(self, values: Values) -> Values:
         match self._stem.transform:
-            case "none":
+            case "none" | "log_mel":  # a spectrum is one as it is read
                 return values
             case "log":
                 if (lowest := np.nanmin(values)) < 0:

@@ -9,6 +9,7 @@ from d2v_scale.errors import ConfigError
 from d2v_scale.modalities.patches import PatchModality
 from d2v_scale.model.config import ModelConfig
 from d2v_scale.model.stem_config import ArrayAxis, ArrayStem
+from d2v_scale.shards.content import Content
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -27,13 +28,14 @@ if TYPE_CHECKING:
 class Array(PatchModality):
     """Arrays along one to four axes to a grid of patches."""
 
-    content = "array"
+    content: Content = "array"
     raw_name = "values"
 
     def __init__(self, model: ModelConfig, name: str) -> None:
         """`name`: of the stem in `model`."""
         super().__init__(model, name)
         self.axes = len(self.stem.axes)
+        self.content = "recording" if self.stem.reads_recordings else "array"
 
     @property
     def stem(self) -> ArrayStem:
@@ -49,7 +51,8 @@ class Array(PatchModality):
     @property
     def named_axes(self) -> tuple[Axis, ...]:
         """Of patches; sizes along one with a rate may be given in its unit."""
-        return tuple(Axis(name, _units(axis)) for name, axis in self.stem.axes.items())
+        axes = zip(self.stem.axes.items(), self.stem.rates, strict=True)
+        return tuple(Axis(name, _units(axis, rate)) for (name, axis), rate in axes)
 
     def extent(self, data: "DataConfig", size: float | None = None) -> tuple[int, tuple[int, ...]]:
         """All arrays are padded to, or cropped to, one size."""
@@ -112,8 +115,8 @@ class Array(PatchModality):
         return ArrayDrawing()
 
 
-def _units(axis: ArrayAxis) -> dict[str, float]:
-    if axis.rate is None:
+def _units(axis: ArrayAxis, rate: float | None) -> dict[str, float]:
+    if rate is None:
         return {}
-    patches = axis.rate / axis.patch
+    patches = rate / axis.patch
     return {axis.unit: patches} | ({"ms": patches / 1000} if axis.unit == "s" else {})

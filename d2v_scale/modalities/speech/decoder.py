@@ -39,15 +39,15 @@ class _Sequential(soundfile.SoundFile):
         return False
 
 
-def decode(content: bytes | memoryview) -> Wave:
-    """A file of any format that libsndfile reads, as mono float32 at 16 kHz (n,). n is what is really there, whatever
-    the header says. A long recording is never in memory at its own rate.
+def decode(content: bytes | memoryview, at: int = SAMPLE_RATE) -> Wave:
+    """A file of any format that libsndfile reads, as mono float32 (n,) at 16 kHz, or `at` so many Hz. n is what is
+    really there, whatever the header says. A long recording is never in memory at its own rate.
 
     Raises ValueError where it cannot be decoded, where there is nothing, and where a value is NaN, infinite or beyond
     all sound: one would cost a whole step.
     """
     rate, blocks = _blocks(content)
-    return np.concatenate(list(resampled(blocks, rate)))
+    return np.concatenate(list(resampled(blocks, rate, at)))
 
 
 def _blocks(content: bytes | memoryview) -> tuple[int, Iterator[Wave]]:

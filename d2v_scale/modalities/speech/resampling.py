@@ -1,4 +1,4 @@
-"""Waveforms of any rate to 16 kHz: torchaudio's windowed sinc (Hann, 6 zero crossings, cut-off at 0.99)."""
+"""Waveforms of any rate to 16 kHz, or another: torchaudio's windowed sinc (Hann, 6 zero crossings, cut-off at 0.99)."""
 
 import math
 from collections.abc import Iterable, Iterator
@@ -20,48 +20,48 @@ Wave = NDArray[np.float32]
 
 
 def length_at_16_khz(samples: int, rate: int) -> int:
-    """Samples that `resample` makes of `samples` at `rate`: ceil(samples * 16000 / rate)."""
+    """Samples that `resample` makes of `samples` at `rate` by default: ceil(samples * 16000 / rate)."""
     return -(-samples * SAMPLE_RATE // rate)
 
 
-def resample(wave_n: Wave, rate: int) -> Wave:
-    """From `rate` (Hz) to 16 kHz, `length_at_16_khz` samples."""
-    if rate == SAMPLE_RATE:
+def resample(wave_n: Wave, rate: int, to: int = SAMPLE_RATE) -> Wave:
+    """From `rate` (Hz) to `to`, ceil(n * to / rate) samples."""
+    if rate == to:
         return wave_n
-    divisor = math.gcd(rate, SAMPLE_RATE)
-    before, after = rate // divisor, SAMPLE_RATE // divisor
+    divisor = math.gcd(rate, to)
+    before, after = rate // divisor, to // divisor
     # The kernel has a row for every phase, each as long as a period of phases: at 8001 Hz gigabytes.
     if after * (2 * _half_width(before, after) + before) <= _LARGEST_KERNEL:
-        return _by_kernel(rate)(torch.from_numpy(wave_n)).numpy()
+        return _by_kernel(rate, to)(torch.from_numpy(wave_n)).numpy()
     return _by_output(wave_n, before, after)
 
 
-def resampled(blocks: Iterable[Wave], rate: int) -> Iterator[Wave]:
-    """Consecutive pieces of a recording from `rate` (Hz) to 16 kHz: together what `resample` makes of the whole (of a
+def resampled(blocks: Iterable[Wave], rate: int, to: int = SAMPLE_RATE) -> Iterator[Wave]:
+    """Consecutive pieces of a recording from `rate` (Hz) to `to`: together what `resample` makes of the whole (of a
     single piece the same bits), with two pieces in memory."""
-    if rate == SAMPLE_RATE:
+    if rate == to:
         yield from blocks
         return
-    divisor = math.gcd(rate, SAMPLE_RATE)
-    before, after = rate // divisor, SAMPLE_RATE // divisor
+    divisor = math.gcd(rate, to)
+    before, after = rate // divisor, to // divisor
     # In periods of `before` samples, which become `after`: what an output is made of on each side, what is held of the
     # recording and was made already.
     context, held_n, made = math.ceil(_half_width(before, after) / before) + 1, np.zeros(0, np.float32), 0
     for block in blocks:
         ready = len(held_n) // before - context
         if ready > made:
-            yield resample(held_n[: (ready + context) * before], rate)[made * after : ready * after]
+            yield resample(held_n[: (ready + context) * before], rate, to)[made * after : ready * after]
             kept = max(0, ready - context)
             held_n, made = held_n[kept * before :], ready - kept
         held_n = np.concatenate((held_n, block))
-    yield resample(held_n, rate)[made * after :]
+    yield resample(held_n, rate, to)[made * after :]
 
 
 @lru_cache(maxsize=8)
-def _by_kernel(rate: int) -> Any:
+def _by_kernel(rate: int, to: int) -> Any:
     from torchaudio.transforms import Resample
 
-    return Resample(rate, SAMPLE_RATE, lowpass_filter_width=_ZERO_CROSSINGS, rolloff=_ROLLOFF)
+    return Resample(rate, to, lowpass_filter_width=_ZERO_CROSSINGS, rolloff=_ROLLOFF)
 
 
 def _half_width(before: int, after: int) -> int:
