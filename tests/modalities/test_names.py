@@ -39,9 +39,9 @@ class NamedModel(ModelConfig):
     def stems(self) -> dict[str, AnyStem]:
         return {**super().stems, **self.named}
 
-    def _fields(self, stems: Mapping[str, AnyStem]) -> dict[str, Any]:
+    def fields_of(self, stems: Mapping[str, AnyStem]) -> dict[str, Any]:
         named = {name: stem for name, stem in stems.items() if name not in KINDS}
-        return super()._fields(stems) | {"named": named}
+        return super().fields_of(stems) | {"named": named}
 
 
 @dataclass(kw_only=True)
