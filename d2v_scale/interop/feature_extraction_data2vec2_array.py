@@ -3,15 +3,24 @@ needs NumPy, torch and transformers only."""
 
 # mypy: allow-untyped-defs, allow-untyped-calls
 
+import math
+
 import numpy as np
+import torch
 from transformers import BatchFeature, FeatureExtractionMixin
 
 _LEAST_STD = 1e-30  # What varies less is constant.
+_VALUES_AT_ONCE = 1 << 21  # Of windows, as in training: sums over other numbers of windows differ in their last bits.
+_PREEMPHASIS = 0.97
 
 
 class Data2Vec2ArrayProcessor(FeatureExtractionMixin):
     """Crop from the middle, transform, normalise, pad; masks of patches. `axes`, `patch`, `extents`, `longer`: names,
-    steps of a patch, steps of every array, and what becomes of longer ones (`refuse` or `crop`), an axis each."""
+    steps of a patch, steps of every array, and what becomes of longer ones (`refuse` or `crop`), an axis each.
+
+    `transform: log_mel` takes waveforms, of which it makes log-mel energies as Kaldi does. `log_mel`: their
+    `sample_rate`, the samples from a window to the next (`hop`) and in one (`length`), its shape (`window`), and where
+    the bands begin and end (`low_hz`, `high_hz`)."""
 
     model_input_names = ["values", "attention_mask"]  # noqa: RUF012  (as in every class of transformers)
 
@@ -24,6 +33,7 @@ class Data2Vec2ArrayProcessor(FeatureExtractionMixin):
         longer=("refuse",),
         transform="none",
         log_floor=1e-6,
+        log_mel=None,
         normalise="none",
         mean=(),
         std=(),
@@ -44,20 +54,26 @@ class Data2Vec2ArrayProcessor(FeatureExtractionMixin):
         self.longer = list(longer)
         self.transform = transform
         self.log_floor = log_floor
+        self.log_mel = log_mel
         self.normalise = normalise
         self.mean = list(mean)
         self.std = list(std)
         self.missing = missing
         super().__init__(**kwargs)
 
-    def __call__(self, arrays, return_tensors=None):
+    def __call__(self, arrays, return_tensors=None, sampling_rate=None):
         """`values` float32 (B, C, E_1 ... E_n), zero in padding and patches that miss a value, and `attention_mask`
         int64 (B, T), 1 at all other patches.
 
         `arrays`: one (C, e_1 ... e_n), an array of several, or a list of them, whose extents may differ; numbers of any
-        real type, NaN where a value is missing. `return_tensors`: `pt` or `np`. Raises ValueError, which names the
-        array by its place.
+        real type, NaN where a value is missing. Under `log_mel` waveforms (samples,) in -1 ... 1 instead, which have to
+        be at `sampling_rate` samples a second. `return_tensors`: `pt` or `np`. Raises ValueError, which names the array
+        by its place.
         """
+        expected = self.log_mel["sample_rate"] if self.transform == "log_mel" else None
+        if sampling_rate is not None and sampling_rate != expected:
+            taken = "no waveforms" if expected is None else f"waveforms of {expected} samples a second: resample them"
+            raise ValueError(f"sampling_rate is {sampling_rate}, but this encoder takes {taken}.")
         if len(arrays) == 0:
             raise ValueError("There are no arrays: give at least one.")
         rows = [self._row(number, given) for number, given in enumerate(self._listed(arrays))]
@@ -80,13 +96,16 @@ class Data2Vec2ArrayProcessor(FeatureExtractionMixin):
         if isinstance(arrays, list | tuple) and not isinstance(arrays[0], list | tuple | int | float):
             return list(arrays)
         array = _numbers(arrays, "What is given")
-        if array.ndim == len(self.axes) + 1:
+        of_one = 1 if self.transform == "log_mel" else len(self.axes) + 1
+        if array.ndim == of_one:
             return [array]
-        if array.ndim == len(self.axes) + 2:
+        if array.ndim == of_one + 1:
             return list(array)
         raise ValueError(f"What is given has the shape {array.shape}; give {self._wanted()}, or a list of such arrays.")
 
     def _wanted(self):
+        if self.transform == "log_mel":
+            return "waveforms (samples,)"
         return f"({self.num_channels} channels, {', '.join(self.axes)})"
 
     def _grid(self, extents):
@@ -96,6 +115,8 @@ class Data2Vec2ArrayProcessor(FeatureExtractionMixin):
         """float32 (C, e_1 ... e_n), NaN where a value is missing."""
         name = f"Array {number}"
         array = _numbers(given, name)
+        if self.transform == "log_mel":
+            array = self._spectrum(array, name)
         if array.ndim != len(self.axes) + 1 or array.shape[0] != self.num_channels or 0 in array.shape:
             raise ValueError(f"{name} has the shape {array.shape}; this encoder takes {self._wanted()}.")
         cuts = [slice(None)]
@@ -117,6 +138,25 @@ class Data2Vec2ArrayProcessor(FeatureExtractionMixin):
             return self._normalised(TRANSFORMS[self.transform](self, values))
         except ValueError as error:
             raise ValueError(f"{name} {error}") from None
+
+    def _spectrum(self, wave, name):
+        """float32 (1, bands, frames), in the pieces that training makes it in."""
+        if wave.ndim != 1 or wave.dtype.kind != "f":
+            shown = f"is of type {wave.dtype} and shape {wave.shape}"
+            raise ValueError(f"{name} {shown}; this encoder takes waveforms (samples,) of floating point in -1 ... 1.")
+        wave = np.ascontiguousarray(wave, dtype=np.float32)
+        if not np.isfinite(wave).all():
+            raise ValueError(f"{name} holds values that are not finite.")
+        hop, length = self.log_mel["hop"], self.log_mel["length"]
+        if len(wave) < length:
+            raise ValueError(f"{name} has {len(wave)} samples, less than a window of {length}.")
+        frames = 1 + (len(wave) - length) // hop
+        at_once = max(1, _VALUES_AT_ONCE // (1 << (length - 1).bit_length()))
+        parts = []
+        for begin in range(0, frames, at_once):
+            last = min(begin + at_once, frames) - 1
+            parts.append(_log_mel(torch.tensor(wave[begin * hop : last * hop + length]), self.log_mel, self.extents[0]))
+        return torch.cat(parts).numpy().T[None]
 
     def _normalised(self, values):
         axes = tuple(range(1, values.ndim))
@@ -173,5 +213,41 @@ def _log(processor, values):
     return np.log(np.maximum(values, np.float32(processor.log_floor)))
 
 
-TRANSFORMS = {"none": _unchanged, "log": _log}
+def _log_mel(wave, settings, bands):
+    """(frames, bands) of a waveform: Kaldi's fbank without dither, as torchaudio computes it."""
+    length = settings["length"]
+    windows = wave.unfold(0, length, settings["hop"])
+    windows = windows - windows.mean(dim=1, keepdim=True)
+    before = torch.cat([windows[:, :1], windows[:, :-1]], dim=1)
+    windows = (windows - _PREEMPHASIS * before) * _WINDOWS[settings["window"]](length)
+    padded = 1 << (length - 1).bit_length()
+    power = torch.fft.rfft(torch.nn.functional.pad(windows, (0, padded - length))).abs().pow(2.0)
+    filters = torch.nn.functional.pad(_mel_filters(settings, bands, padded), (0, 1))
+    return torch.mm(power, filters.T).clamp(min=torch.finfo(torch.float32).eps).log()
+
+
+def _mel_filters(settings, bands, padded):
+    """(bands, padded / 2): triangles of equal width in mel."""
+    low, high = (1127.0 * math.log(1.0 + settings[key] / 700.0) for key in ("low_hz", "high_hz"))
+    step = (high - low) / (bands + 1)
+    band = torch.arange(bands).unsqueeze(1)
+    left, middle, right = (low + (band + k) * step for k in (0.0, 1.0, 2.0))
+    mel = (1127.0 * (1.0 + settings["sample_rate"] / padded * torch.arange(padded / 2) / 700.0).log()).unsqueeze(0)
+    return torch.min((mel - left) / (middle - left), (right - mel) / (right - middle)).clamp(min=0)
+
+
+def _blackman(length):
+    turn = 2 * math.pi / (length - 1) * torch.arange(length)
+    return 0.42 - 0.5 * torch.cos(turn) + 0.08 * torch.cos(2 * turn)
+
+
+_WINDOWS = {
+    "hanning": lambda length: torch.hann_window(length, periodic=False),
+    "hamming": lambda length: torch.hamming_window(length, periodic=False, alpha=0.54, beta=0.46),
+    "povey": lambda length: torch.hann_window(length, periodic=False).pow(0.85),
+    "blackman": _blackman,
+    "rectangular": torch.ones,
+}
+
+TRANSFORMS = {"none": _unchanged, "log": _log, "log_mel": _unchanged}
 """By name: a function of the processor and the values (C, e_1 ... e_n) that are read. Raises ValueError."""

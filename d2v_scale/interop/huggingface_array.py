@@ -17,6 +17,7 @@ from d2v_scale.interop.keymap import KeyMap
 from d2v_scale.interop.reference_options import Shapes
 from d2v_scale.interop.weight_files import write_json
 from d2v_scale.model.config import Backbone, ModelConfig
+from d2v_scale.model.log_mel_config import LogMel
 from d2v_scale.model.stem_config import ArrayStem
 from d2v_scale.recipe import Recipe
 
@@ -45,7 +46,8 @@ class ArrayRow(HuggingFaceRow):
         return False
 
     def beyond_remote(self, model: ModelConfig) -> list[str]:
-        return ["transform log_mel"] if _stem(model).reads_recordings else []
+        del model
+        return []
 
     def add_keys(self, keys: KeyMap, model: ModelConfig, name: str) -> None:
         raise AssertionError("transformers has no class for arrays")
@@ -95,6 +97,8 @@ class ArrayRow(HuggingFaceRow):
             "std": stem.std,
             "missing": stem.missing,
         }
+        if stem.reads_recordings:
+            settings["log_mel"] = _log_mel(stem.log_mel)
         shutil.copyfile(PROCESSOR_FILE, out / PROCESSOR_FILE.name)
         write_json(out / "preprocessor_config.json", settings)
         return []
@@ -104,6 +108,9 @@ class ArrayRow(HuggingFaceRow):
         stem = _stem(model)
         shape = ", ".join(str(size) for size in (stem.channels, *stem.extents))
         given = f"array = np.ones(({shape}), dtype=np.float32)  # {', '.join(('channels', *stem.axes))}"
+        if stem.reads_recordings:
+            rate = stem.log_mel.sample_rate
+            given = f"array = np.ones({rate}, dtype=np.float32)  # a waveform in -1 ... 1, {rate} samples a second"
         call = '**processor([array], return_tensors="pt")'
         return Example(("AutoFeatureExtractor",), given, call, remote_processor=True)
 
@@ -124,6 +131,17 @@ class ArrayRow(HuggingFaceRow):
     def input_shape(self, model: ModelConfig) -> tuple[int, ...]:
         stem = _stem(model)
         return -1, stem.channels, *stem.extents
+
+
+def _log_mel(config: LogMel) -> dict[str, Any]:
+    return {
+        "sample_rate": config.sample_rate,
+        "hop": config.hop,
+        "length": config.length,
+        "window": config.window,
+        "low_hz": config.low_hz,
+        "high_hz": config.highest_hz,
+    }
 
 
 def _axes(stem: ArrayStem) -> dict[str, Any]:

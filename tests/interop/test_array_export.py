@@ -19,7 +19,10 @@ import d2v_scale
 from d2v_scale.data2vec.config import ObjectiveConfig
 from d2v_scale.finetuning.config import TaskConfig
 from d2v_scale.finetuning.predictor import TaskPredictor
+from d2v_scale.interop import feature_extraction_data2vec2_array, huggingface_array
+from d2v_scale.modalities.array import log_mel
 from d2v_scale.model.config import Backbone, ModelConfig
+from d2v_scale.model.log_mel_config import LogMel
 from d2v_scale.model.stem_config import ArrayAxis, ArrayStem
 from d2v_scale.recipe import Recipe
 
@@ -109,6 +112,21 @@ CASES: dict[str, tuple[Recipe, list[tuple[int, ...]], np.dtype[Any] | type, floa
         [(2, 4, 4, 3, 6), (2, 3, 2, 1, 5)],
         np.float32,
         0.02,
+    ),
+    "2.0 of waveforms as log-mel": (
+        recipe_of(
+            ArrayStem(
+                axes=axes(band=(4, 16)) | {"time": ArrayAxis(patch=4, extent=64, longer="crop")},
+                transform="log_mel",
+                log_mel=LogMel(hop_ms=5.0, window="povey", high_hz=7000.0),
+                normalise="sample",
+                extra_tokens=1,
+            ),
+            version=2,
+        ),
+        [(9000,), (400,), (16_000,)],
+        np.float32,
+        0.0,
     ),
     "2.0 bytes in a width that axes cannot share": (
         recipe_of(ArrayStem(axes=axes(x=(2, 8), y=(2, 6), c=(1, 3))), version=2, width=40),
@@ -247,6 +265,42 @@ def test_what_a_processor_cannot_use_is_refused_by_its_place(tmp_path: Path) -> 
         model(torch.zeros(1, 2, 40))
     with pytest.raises(ValueError, match="of patches"):
         model(torch.zeros(1, 2, 80), torch.ones(1, 80))
+
+
+@pytest.mark.parametrize("window", ["hanning", "hamming", "povey", "blackman", "rectangular"])
+def test_a_processors_log_mel_is_that_of_training_bit_by_bit(window: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the settings, and in as many pieces."""
+    for rate, low, high, bands in ((16_000, 20.0, None, 128), (44_100, 50.0, 20_000.0, 16)):
+        config = LogMel(sample_rate=rate, window=window, low_hz=low, high_hz=high)
+        time = ArrayAxis(patch=4, extent=2000)
+        stem = ArrayStem(axes={"band": ArrayAxis(patch=4, extent=bands), "time": time}, transform="log_mel")
+        stem.log_mel = config
+        processor = feature_extraction_data2vec2_array.Data2Vec2ArrayProcessor(
+            axes=list(stem.axes),
+            patch=stem.patch,
+            extents=stem.extents,
+            longer=("refuse", "refuse"),
+            transform="log_mel",
+            log_mel=huggingface_array._log_mel(config),
+        )
+        wave = np.random.default_rng(0).normal(size=2 * rate).astype(np.float32)
+        for at_once in (1 << 21, 1 << 15):
+            monkeypatch.setattr(feature_extraction_data2vec2_array, "_VALUES_AT_ONCE", at_once)
+            monkeypatch.setattr(log_mel, "_VALUES_AT_ONCE", at_once)
+            ours = log_mel.Spectrum(wave, config, bands).whole()
+            np.testing.assert_array_equal(processor._spectrum(wave, "Array 0"), ours)
+        given = processor(wave, sampling_rate=rate)
+        assert given["values"].shape == (1, 1, bands, 2000)
+        for held, told in (
+            (wave[: config.length - 1], "less than a window"),
+            ((wave * 1000).astype(np.int16), "of floating point in -1"),
+            (np.stack([wave, wave * np.nan]), "Array 1 holds values that are not finite"),
+            (wave[None, None], "give waveforms"),
+        ):
+            with pytest.raises(ValueError, match=told):
+                processor(held)
+        with pytest.raises(ValueError, match=f"takes waveforms of {rate} samples a second: resample them"):
+            processor(wave, sampling_rate=rate + 1)
 
 
 def test_hidden_patches_of_2_0_are_refused(tmp_path: Path) -> None:
