@@ -245,8 +245,8 @@ _WINDOWS = {
     "hanning": lambda length: torch.hann_window(length, periodic=False),
     "hamming": lambda length: torch.hamming_window(length, periodic=False, alpha=0.54, beta=0.46),
     "povey": lambda length: torch.hann_window(length, periodic=False).pow(0.85),
-    "blackman": _blackman,
-    "rectangular": torch.ones,
+    "blackman": lambda length: _blackman(length),
+    "rectangular": lambda length: torch.ones(length),
 }
 
 TRANSFORMS = {"none": _unchanged, "log": _log, "log_mel": _unchanged}
