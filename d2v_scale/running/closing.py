@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from d2v_scale.errors import EXIT_DONE, EXIT_LOST_PEER, EXIT_REQUEUE
-from d2v_scale.finetuning.metric_names import METRICS
 from d2v_scale.redaction import redact
 
 _SHARES = ("accuracy", "wer", "knn_accuracy", "held_out_explained")
@@ -37,7 +36,8 @@ def closing(
 
 def worth(records: Records, *, is_task: bool) -> list[str]:
     """The last figures that say what a run is worth, and what it began with where that was measured."""
-    names = [f"test/{metric}" for kind in METRICS.values() for metric in kind] if is_task else list(_NAMES)
+    measured = [name for record in records for name in record if name.startswith("test/") and name != "test/samples"]
+    names = measured if is_task else list(_NAMES)
     found = []
     for name in dict.fromkeys(["loss", *names]):
         values = [record[name] for record in records if name in record]
