@@ -232,7 +232,7 @@ class Encoder:
             said = ", ".join(f"{count} of {name}" for name, count in counts.items())
             raise DataError(f"There are {said}.", "Give as many of each, at least one; None where there is none.")
         sequence = modalities.of(self.recipe.model, sequence_of(name for name in stems if name in samples))
-        parts = sequence.parts if isinstance(sequence, Paired) else [sequence]
+        parts = sequence.parts
         decoders = [self._decoder(part) for part in parts]
         cut = [0] * len(parts)
         for first in range(0, next(iter(counts.values())), batch_size):

@@ -7,6 +7,7 @@ stems.
 Nothing here imports torch: the planner and the command line ask, too. What needs it is imported where it is built.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import TYPE_CHECKING, ClassVar
@@ -111,6 +112,11 @@ class Modality(ABC):
         """Inputs of a batch of so many samples of this `size` that mean nothing, for benchmarks. On the CPU."""
 
     @property
+    def parts(self) -> "list[Modality]":
+        """The stems that a sample is read by: this one, or those of a sequence of several."""
+        return [self]
+
+    @property
     def fixed_grid(self) -> tuple[int, ...] | None:
         """The grid of every sample; None where it depends on the sample."""
         return None
@@ -125,10 +131,7 @@ class Modality(ABC):
         are too short to be read. As it stands, of samples of one size."""
         del data
         assert self.fixed_grid is not None
-        positions = 1
-        for extent in self.fixed_grid:
-            positions *= extent
-        return length_n * 0 + positions
+        return length_n * 0 + math.prod(self.fixed_grid)
 
     # From shards to a batch
 

@@ -1,5 +1,6 @@
 """The sizes that costs are counted from: how long a sample is, and how a micro-batch is computed."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -50,10 +51,7 @@ class Lengths:
     @property
     def positions(self) -> int:
         """T: patches, frames or tokens of the full sample."""
-        count = 1
-        for extent in self.grid:
-            count *= extent
-        return count
+        return math.prod(self.grid)
 
 
 @dataclass(frozen=True, kw_only=True)

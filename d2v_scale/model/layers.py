@@ -94,6 +94,8 @@ class Carry:
     positions: "tuple[Tensor, ...]" = ()
     """The parameters that position biases are made from, of each stem that has one, where a later part of the layers
     will need them."""
+    valid_bt: "Tensor | None" = None
+    """Of one stem's batch: bool (B, T), positions that are there, and no padding. None: all are."""
     parts: "tuple[Carry, ...]" = ()
     """Of paired samples, before their parts are one sequence: what travels of each. `states_rsd` means nothing then."""
 

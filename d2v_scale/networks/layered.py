@@ -75,17 +75,20 @@ class Layered(nn.Module):
 
     def stem_features(self, batch: Batch) -> Tensor:
         """Features (B, T, D) of the unmasked input, with this stack's own stems, e.g. for evaluation."""
-        return self._features(batch, whole_inputs)
+        return self._features(batch, whole_inputs, self._valids(batch, whole_inputs))
 
     def valid_positions(self, batch: Batch) -> Tensor | None:
         """bool (B, T): positions that are there, and no padding. None: all are."""
-        valids = [self._valid(part, whole_inputs) for part in batch.of_stems]
+        valids = self._valids(batch, whole_inputs)
         if all(valid is None for valid in valids):
             return None
         return torch.cat([_all_valid(p) if v is None else v for p, v in zip(batch.of_stems, valids, strict=True)], 1)
 
+    def _valids(self, batch: Batch, given: Given) -> list[Tensor | None]:
+        """The same of every part by itself."""
+        return [self._valid(part, given) for part in batch.of_stems]
+
     def _valid(self, part: Batch, given: Given) -> Tensor | None:
-        """The same of one stem's batch."""
         stem = self._stem(part.modality)
         valid_bt = None if part.valid is None else stem.valid_positions(given(part), part.valid)
         if part.present_b is None:
@@ -98,18 +101,21 @@ class Layered(nn.Module):
         assert isinstance(stem, Stem)
         return stem
 
-    def _features(self, batch: Batch, given: Given) -> Tensor:
-        found = [self._stem(part.modality).represent(given(part), self._valid(part, given)) for part in batch.of_stems]
+    def _features(self, batch: Batch, given: Given, valids: list[Tensor | None]) -> Tensor:
+        found = [
+            self._stem(part.modality).represent(given(part), valid_bt)
+            for part, valid_bt in zip(batch.of_stems, valids, strict=True)
+        ]
         return found[0] if len(found) == 1 else torch.cat(found, dim=1)
 
-    def _enter(self, batch: Batch, features_btd: Tensor, given: Given, *, masked: bool) -> Carry:
-        """The context layers and the attention biases: what the first blocks get, of a prenet or the main ones."""
-        parts = batch.of_stems
-        cut = by_part(batch, features_btd)
+    def _enter(self, batch: Batch, features_btd: Tensor, valids: list[Tensor | None], *, masked: bool) -> Carry:
+        """The context layers and the attention biases: what the first blocks get, of a prenet or the main ones.
+        `valids`: `_valids` of the batch."""
         entered = []
-        for part, x_btd in zip(parts, cut, strict=True):
-            stem, valid_bt = self._stem(part.modality), self._valid(part, given)
+        for part, x_btd, valid_bt in zip(batch.of_stems, by_part(batch, features_btd), valids, strict=True):
+            stem = self._stem(part.modality)
             carry = self._carry(part, self._states(part, x_btd, valid_bt, masked=masked), [valid_bt], masked=masked)
+            carry.valid_bt = valid_bt
             if not self.section.ends:
                 carry.positions = (stem.bias.parameter,) if hasattr(stem, "bias") else ()
             entered.append(carry)
@@ -137,7 +143,7 @@ class Layered(nn.Module):
         *,
         masked: bool,
     ) -> Carry:
-        """States with the bias that every block adds to its attention. `valids`: `_valid` of every part; `positions`:
+        """States with the bias that every block adds to its attention. `valids`: `_valids` of the batch; `positions`:
         the first stage's parameters of the bias, where this stack has none of its own."""
         parts, coming = batch.of_stems, iter(positions)
         sizes, biases, slots = [], [], []
@@ -186,12 +192,11 @@ class Layered(nn.Module):
         present_r = part.present_b.repeat_interleave(clones, dim=0)
         return torch.cat((present_r[:, None].expand(-1, extra), valid_rs), dim=1)
 
-    def _joined(self, batch: Batch, carry: Carry, given: Given, *, masked: bool) -> Carry:
+    def _joined(self, batch: Batch, carry: Carry, *, masked: bool) -> Carry:
         """What the main blocks get of parts that have passed their prenets."""
         own = [(part.states_rsd, part.extra_tokens) for part in carry.parts]
         pieces = [x_rsd[:, :extra] for x_rsd, extra in own] + [x_rsd[:, extra:] for x_rsd, extra in own]
-        valids = [self._valid(part, given) for part in batch.parts]
-        joined = self._carry(batch, torch.cat(pieces, dim=1), valids, masked=masked)
+        joined = self._carry(batch, torch.cat(pieces, dim=1), [part.valid_bt for part in carry.parts], masked=masked)
         joined.positions = tuple(position for part in carry.parts for position in part.positions)
         return joined
 
@@ -208,7 +213,7 @@ class Layered(nn.Module):
                 yield layer, self.blocks[layer.main]
 
     def _each_block(
-        self, batch: Batch, carry: Carry, given: Given, *, masked: bool
+        self, batch: Batch, carry: Carry, *, masked: bool
     ) -> Iterator[tuple[Batch, Carry, LayerSpec, nn.Module]]:
         """Every block of this section in order with the carry that it moves, and the batch that this is of: parts
         become one sequence, and `carry` what travels of it, once they have passed their prenets."""
@@ -216,7 +221,7 @@ class Layered(nn.Module):
             for layer, block in self._prenet(part.modality):
                 yield part, own, layer, block
         if carry.parts:
-            carry.become(self._joined(batch, carry, given, masked=masked))
+            carry.become(self._joined(batch, carry, masked=masked))
         for layer, block in self._main_blocks(batch.modality):
             yield batch, carry, layer, block
 

@@ -58,8 +58,9 @@ class Student(Layered):
 
         `features_btd`: the stem's; None: made here. `masked`: masked positions are hidden as in pretraining.
         """
-        features_btd = self.stem_features(batch) if features_btd is None else features_btd
-        carry = self._enter(batch, features_btd, whole_inputs, masked=masked)
+        valids = self._valids(batch, whole_inputs)
+        features_btd = self._features(batch, whole_inputs, valids) if features_btd is None else features_btd
+        carry = self._enter(batch, features_btd, valids, masked=masked)
         self._run_blocks(batch, carry, draw, masked=masked)
         return carry.states_rsd[:, carry.extra_tokens :]
 
@@ -67,13 +68,13 @@ class Student(Layered):
         """The stem on the masked input: what the first block gets, and the features (B, T, D) before masking."""
         if self.config.visible_only:
             assert batch.layout.visible_rs is not None, "rows of a 2.0 batch must keep equal numbers of positions"
-        features_btd = self._features(batch, student_inputs)
-        return self._enter(batch, features_btd, student_inputs, masked=True), features_btd
+        valids = self._valids(batch, student_inputs)
+        features_btd = self._features(batch, student_inputs, valids)
+        return self._enter(batch, features_btd, valids, masked=True), features_btd
 
     def resume(self, batch: Batch, states_rsd: Tensor, positions: tuple[Tensor, ...]) -> Carry:
         """What the first block of a later section gets: the states and `Carry.positions` of the section before."""
-        valids = [self._valid(part, student_inputs) for part in batch.of_stems]
-        return self._carry(batch, states_rsd, valids, positions, masked=True)
+        return self._carry(batch, states_rsd, self._valids(batch, student_inputs), positions, masked=True)
 
     def run_blocks(self, batch: Batch, carry: Carry, draw: Draw) -> None:
         """Move the carry through the blocks that are here."""
@@ -81,7 +82,7 @@ class Student(Layered):
 
     def _run_blocks(self, batch: Batch, carry: Carry, draw: Draw, *, masked: bool) -> None:
         scales: dict[str, Tensor | None] = {}
-        for own, its, layer, block in self._each_block(batch, carry, student_inputs, masked=masked):
+        for own, its, layer, block in self._each_block(batch, carry, masked=masked):
             if own.modality not in scales:
                 scales[own.modality] = self._branch_scales(own, draw)
             if self._dropped(layer, draw):
@@ -229,20 +230,20 @@ class Teacher(Layered):
         if all(self.owns_features(part.modality) for part in parts):
             features_btd = None
         cut = None if features_btd is None else by_part(batch, features_btd)
+        valids = self._valids(batch, whole_inputs)
         found = []
         for number, part in enumerate(parts):
             if self.owns_features(part.modality):
-                found.append(self._features(part, whole_inputs))
+                found.append(self._features(part, whole_inputs, valids[number : number + 1]))
                 continue
             assert cut is not None, f"this teacher shares {part.modality} features and was given none"
             # The student's may be of another precision.
             found.append(cut[number].to(next(self.blocks.parameters()).dtype))
-        return self._enter(batch, found[0] if len(found) == 1 else torch.cat(found, dim=1), whole_inputs, masked=False)
+        return self._enter(batch, found[0] if len(found) == 1 else torch.cat(found, dim=1), valids, masked=False)
 
     def resume(self, batch: Batch, states_rsd: Tensor, positions: tuple[Tensor, ...]) -> Carry:
         """What the first block of a later section gets: the states and `Carry.positions` of the section before."""
-        valids = [self._valid(part, whole_inputs) for part in batch.of_stems]
-        return self._carry(batch, states_rsd, valids, positions, masked=False)
+        return self._carry(batch, states_rsd, self._valids(batch, whole_inputs), positions, masked=False)
 
     def run_blocks(
         self, batch: Batch, carry: Carry, running: Sequence[Tensor | None] | None = None
@@ -250,7 +251,7 @@ class Teacher(Layered):
         """Move the carry through the blocks that are here, and add their taps to the running sum of each target."""
         made = list(self._targets_of(batch))
         running = [None] * len(made) if running is None else list(running)
-        for _, its, layer, block in self._each_block(batch, carry, whole_inputs, masked=False):
+        for _, its, layer, block in self._each_block(batch, carry, masked=False):
             its.states_rsd, ffn_rsd = block(its.states_rsd, its.attention_bias, None)
             for number, (part, first, target) in enumerate(made):
                 if layer.main in target.layers:
@@ -307,7 +308,8 @@ class Teacher(Layered):
         assert self.config.visible_only
         assert batch.clones == 1
         assert not batch.parts
-        carry = self._enter(batch, self.stem_features(batch), whole_inputs, masked=True)
+        valids = self._valids(batch, whole_inputs)
+        carry = self._enter(batch, self._features(batch, whole_inputs, valids), valids, masked=True)
         last = self.config.backbone.depth - 1
         return self.outputs(batch, carry, {last})[last]
 
@@ -322,7 +324,7 @@ class Teacher(Layered):
     def outputs(self, batch: Batch, carry: Carry, wanted: set[int]) -> dict[int, Tensor]:
         """Move the carry through the blocks that are here; outputs (B, T, D), without CLS, of the `wanted` ones."""
         states = {}
-        for _, its, layer, block in self._each_block(batch, carry, whole_inputs, masked=False):
+        for _, its, layer, block in self._each_block(batch, carry, masked=False):
             its.states_rsd, _ = block(its.states_rsd, its.attention_bias, None)
             if layer.main in wanted:
                 states[layer.main] = its.states_rsd[:, its.extra_tokens :]

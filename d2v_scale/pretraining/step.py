@@ -124,9 +124,8 @@ class StepLoss:
         observe: bool,
     ) -> None:
         """`width`: channels of the stem's output; `targets`: by stem; `states`: likewise one a target, {} where it has
-        none, and no stem where targets are made elsewhere; `weights`: by source, where it is not 1;
-        of paired samples of all their parts. Collective over
-        the data-parallel group: all its ranks must call."""
+        none, and no stem where targets are made elsewhere; `weights`: by source, where it is not 1; of paired samples
+        of all their parts. Collective over the data-parallel group: all its ranks must call."""
         stems = {one.source: one.modality for batch in batches for one in batch.of_stems}
         self._number = {source: number for number, source in enumerate(stems)}
         self._configs = {stem: objective.of(stem).loss for stem in stems.values()}

@@ -7,7 +7,6 @@ import torch.distributed as dist
 
 from d2v_scale.data.source import Source
 from d2v_scale.data.streaming import StreamedSource
-from d2v_scale.modalities.paired.modality import Paired
 from d2v_scale.parallel.groups import Topology
 from d2v_scale.recipe import Recipe
 from d2v_scale.redaction import redact
@@ -71,7 +70,7 @@ def _data(recipe: Recipe, source: Source | StreamedSource, number: int) -> str:
     size = given.batch_size or recipe.global_batch_size
     unit = given.batch_unit or recipe.batch_unit
     samples = int(source.shards.samples_s.sum())
-    paired = isinstance(source.stem, Paired)
+    paired = len(given.stems) > 1
     what = f"samples of {' + '.join(given.stems)}" if paired else plural(source.stem.content)
     parts = [f"{samples:,} {what} in {count:,} shard{'s' if count > 1 else ''}"]
     length = length_of(source.stem.content)

@@ -10,7 +10,6 @@ import torch
 from d2v_scale.data.counters import EpochCount, SourceCount
 from d2v_scale.data.source import Source
 from d2v_scale.data.streaming import StreamedSource
-from d2v_scale.modalities.paired.modality import Paired
 from d2v_scale.parallel.groups import Topology
 
 log = logging.getLogger(__name__)
@@ -174,13 +173,12 @@ class RunTotals:
 
     def figures(self, elapsed_s: float) -> dict[str, float]:
         """For the record, of the run so far: `tokens`, `audio_seconds` (and per second, since the last call),
-        `data/delivered`, `data/lost`, `data/left_out` (too short, or with a transcript too long),
-        `data/planned`, `data/padding` (share of the inputs since the last call), `data/missing` (patches of
-        arrays that miss a value, where there are some), `data/missing_parts/PART` (paired samples without this
-        part), `data/cropped_parts/PART` (paired samples with more of this part than is read), `data/cropped` (share of
-        the audio that was lost since then because rows take the length of their batch's shortest), and by source
-        `epoch`, `delivered` and of the last whole epoch `epoch_planned`,
-        `epoch_delivered`, `epoch_lost`, `epoch_left_out`."""
+        `data/delivered`, `data/lost`, `data/left_out` (too short, or with a transcript too long), `data/planned`,
+        `data/padding` (share of the inputs since the last call), `data/missing` (patches of arrays that miss a value,
+        where there are some), `data/missing_parts/PART` (paired samples without this part), `data/cropped_parts/PART`
+        (paired samples with more of this part than is read), `data/cropped` (share of the audio that was lost since
+        then because rows take the length of their batch's shortest), and by source `epoch`, `delivered` and of the last
+        whole epoch `epoch_planned`, `epoch_delivered`, `epoch_lost`, `epoch_left_out`."""
         totals = self._totals.values()
         values: dict[str, float] = {}
         counted = {unit for source in self._sources if (unit := source.stem.throughput) is not None}
@@ -211,4 +209,5 @@ class RunTotals:
 
 def _parts(source: Source | StreamedSource) -> list[str]:
     """The stems of paired samples' parts; of other samples none."""
-    return [part.name for part in source.stem.parts] if isinstance(source.stem, Paired) else []
+    parts = source.stem.parts
+    return [part.name for part in parts] if len(parts) > 1 else []

@@ -1,5 +1,6 @@
 """What samples of several modalities say of themselves: what their parts say, put together."""
 
+import math
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 from d2v_scale.data2vec.block_sizes import Axis
@@ -34,9 +35,14 @@ class Paired(Modality):
 
     def __init__(self, model: ModelConfig, parts: list[Modality]) -> None:
         super().__init__(model, sequence_of(part.name for part in parts))
-        self.parts = parts
+        self._parts = parts
         self.content = parts[0].content  # type: ignore[misc]
         self.uses_tokenizer = any(part.uses_tokenizer for part in parts)  # type: ignore[misc]
+
+    @property
+    def parts(self) -> list[Modality]:
+        """Of the sequence, in its order."""
+        return self._parts
 
     @property
     def contents(self) -> "list[Content]":
@@ -66,7 +72,7 @@ class Paired(Modality):
 
     def extent(self, data: "DataConfig", size: float | None = None) -> tuple[int, tuple[int, ...]]:
         """Every part's longest sample, or a part of `size` positions of it."""
-        whole = sum(_count(part.extent(data)[1]) for part in self.parts)
+        whole = sum(math.prod(part.extent(data)[1]) for part in self.parts)
         length = whole if size is None else max(2, round(size))
         return length, (length,)
 
@@ -143,13 +149,6 @@ class Paired(Modality):
             x_bf = part.raw_features(own)
             found.append(x_bf if own.present_b is None else x_bf * own.present_b[:, None])
         return torch.cat(found, dim=1)
-
-
-def _count(grid: tuple[int, ...]) -> int:
-    count = 1
-    for extent in grid:
-        count *= extent
-    return count
 
 
 def _only_of_parts(*_: Any) -> NoReturn:
