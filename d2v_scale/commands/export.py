@@ -71,8 +71,6 @@ def run(options: argparse.Namespace) -> int:
     """Write the folder, say what is in it, and for Hugging Face prove that it computes the same."""
     from d2v_scale import modalities
     from d2v_scale.checkpoint import open_any
-    from d2v_scale.evaluation.frozen import FrozenEncoder
-    from d2v_scale.finetuning.predictor import TaskPredictor
     from d2v_scale.interop import export_check, exporting, onnx_export
     from d2v_scale.interop.encoder_source import recipe_of
     from d2v_scale.interop.model_card import UNKNOWN_LICENSE, write_card
@@ -114,7 +112,8 @@ def run(options: argparse.Namespace) -> int:
             lines = onnx_export.export_onnx(*given, opset=opset, half=options.half)
         else:
             lines = exporting.export_huggingface(*given, half=options.half)
-        lines += write_card(checkpoint, recipe, modality, options.out, weights, license_id, options.half)
+        graph = options.to == "onnx"
+        lines += write_card(checkpoint, recipe, modality, options.out, weights, license_id, options.half, graph)
     for line in lines:
         print(line)
     print(f"wrote {options.out}")
@@ -122,11 +121,8 @@ def run(options: argparse.Namespace) -> int:
         return 0
     if options.to == "fairseq":
         pairs = export_check.reference_pairs(checkpoint.path, options.out, modality)
-    elif recipe.task is not None:
-        pairs = [export_check.logit_pair(TaskPredictor.load(checkpoint.path), options.out, modality)]
     else:
-        encoder = FrozenEncoder.load(checkpoint.path, weights)
-        pairs = export_check.output_pairs(encoder, options.out, modality, checkpoint)
+        pairs = export_check.exported_pairs(checkpoint, recipe.task, options.out, modality, weights)
     passed = _passes(pairs, options.half)
     if passed and options.log_model is not None:
         print(f"logged as {log_model(options, recipe, modality, checkpoint.step)}")
@@ -138,7 +134,7 @@ def _passes(pairs: "list[tuple[Tensor, Tensor]]", half: bool) -> bool:
     from d2v_scale.interop import export_check
 
     difference = export_check.largest(pairs, relative=half)
-    limit = export_check.LARGEST_RELATIVE_DIFFERENCE if half else export_check.LARGEST_DIFFERENCE
+    limit = export_check.limit_of(half)
     passed = difference <= limit
     what = f"relative difference to our model on the same input (float16 may have {limit:g})" if half else ""
     what = what or "difference to our model on the same input"

@@ -11,6 +11,7 @@ from torch import Tensor
 from d2v_scale import modalities
 from d2v_scale.checkpoint import Checkpoint, open_any
 from d2v_scale.evaluation.frozen import FrozenEncoder
+from d2v_scale.finetuning.config import TaskConfig
 from d2v_scale.finetuning.predictor import TaskPredictor
 from d2v_scale.interop.encoder_source import EncoderSource, recipe_of
 from d2v_scale.interop.exporting import ChosenWeights
@@ -21,12 +22,15 @@ from d2v_scale.interop.task_heads import auto_class
 from d2v_scale.recipe import Recipe
 
 LARGEST_DIFFERENCE = 1e-4
-
-
 LARGEST_RELATIVE_DIFFERENCE = 0.02
 """With weights in float16, which have 11 bits: an error of 1 / 2048 in each at most."""
 Pairs = list[tuple[Tensor, Tensor]]
 """Outputs of our model, and of what was exported."""
+
+
+def limit_of(half: bool) -> float:
+    """What outputs may differ by: absolutely, or relative with weights in float16."""
+    return LARGEST_RELATIVE_DIFFERENCE if half else LARGEST_DIFFERENCE
 
 
 def largest(pairs: Pairs, *, relative: bool) -> float:
@@ -34,6 +38,15 @@ def largest(pairs: Pairs, *, relative: bool) -> float:
     # torch's max, which passes a NaN on wherever it stands.
     found = [(a - b).norm() / a.norm() if relative else (a - b).abs().max() for a, b in pairs]
     return float(torch.stack(found).max())
+
+
+def exported_pairs(
+    checkpoint: Checkpoint, task: TaskConfig | None, folder: Path, modality: str, weights: Literal["teacher", "student"]
+) -> Pairs:
+    """Outputs of a checkpoint and of a Hugging Face folder made of it: of all blocks, or logits."""
+    if task is not None:
+        return [logit_pair(TaskPredictor.load(checkpoint.path), folder, modality)]
+    return output_pairs(FrozenEncoder.load(checkpoint.path, weights), folder, modality, checkpoint)
 
 
 @torch.no_grad()

@@ -74,8 +74,6 @@ class Data2Vec2ArrayProcessor(FeatureExtractionMixin):
         if sampling_rate is not None and sampling_rate != expected:
             taken = "no waveforms" if expected is None else f"waveforms of {expected} samples a second: resample them"
             raise ValueError(f"sampling_rate is {sampling_rate}, but this encoder takes {taken}.")
-        if len(arrays) == 0:
-            raise ValueError("There are no arrays: give at least one.")
         rows = [self._row(number, given) for number, given in enumerate(self._listed(arrays))]
         values = np.zeros((len(rows), self.num_channels, *self.extents), dtype=np.float32)
         real = np.zeros((len(rows), *self._grid(self.extents)), dtype=bool)
@@ -93,6 +91,8 @@ class Data2Vec2ArrayProcessor(FeatureExtractionMixin):
 
     def _listed(self, arrays):
         """Each array by itself."""
+        if isinstance(arrays, list | tuple) and not arrays:
+            raise ValueError("There are no arrays: give at least one.")
         if isinstance(arrays, list | tuple) and not isinstance(arrays[0], list | tuple | int | float):
             return list(arrays)
         array = _numbers(arrays, "What is given")
@@ -100,6 +100,8 @@ class Data2Vec2ArrayProcessor(FeatureExtractionMixin):
         if array.ndim == of_one:
             return [array]
         if array.ndim == of_one + 1:
+            if not len(array):
+                raise ValueError("There are no arrays: give at least one.")
             return list(array)
         raise ValueError(f"What is given has the shape {array.shape}; give {self._wanted()}, or a list of such arrays.")
 
@@ -181,6 +183,8 @@ def _numbers(given, name):
     if hasattr(given, "detach"):
         given = given.detach().cpu()
         given = (given.float() if str(given.dtype) == "torch.bfloat16" else given).numpy()
+    if np.ma.isMaskedArray(given):
+        raise ValueError(f"{name} is a masked array: write NaN where it is masked (`array.filled(np.nan)`).")
     try:
         array = np.asarray(given)
     except ValueError:

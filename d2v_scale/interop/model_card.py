@@ -28,13 +28,14 @@ def write_card(
     weights: str,
     license_id: str,
     half: bool = False,
+    graph: bool = False,
 ) -> list[str]:
-    """Write README.md beside what was exported; `modality` None: a folder under our own names. Returns lines for the
-    user. A README.md that people wrote stays."""
+    """Write README.md beside what was exported; `modality` None: a folder under our own names; `half`: in float16;
+    `graph`: of ONNX. Returns lines for the user. A README.md that people wrote stays."""
     path = out / CARD_FILE
     if path.exists() and _MARK not in path.read_text(encoding="utf-8", errors="replace"):
         return [f"{path} is not ours, and stays as it is"]
-    path.write_text(_card(checkpoint, recipe, modality, out, weights, license_id, half), encoding="utf-8")
+    path.write_text(_card(checkpoint, recipe, modality, out, weights, license_id, half, graph), encoding="utf-8")
     return []
 
 
@@ -46,11 +47,11 @@ def _card(
     weights: str,
     license_id: str,
     half: bool,
+    graph: bool,
 ) -> str:
     version = "2.0" if recipe.model.visible_only else "1.0"
     modalities = ", ".join(recipe.model.modalities if modality is None else [modality])
     what = "encoder" if recipe.task is None else "fine-tuned model"
-    graph = (out / ONNX_FILE).is_file()
     library = "onnx" if graph else "transformers"
     head = [f"library_name: {library}"] if modality is not None else []
     if modality is not None:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from d2v_scale.checkpoint import Checkpoint
 from d2v_scale.errors import UserError
 from d2v_scale.files import open_as_usual
+from d2v_scale.interop import export_check
 from d2v_scale.interop.encoder_source import EXPORT_FILE
 from d2v_scale.interop.exporting import Weights, export_huggingface
 from d2v_scale.interop.huggingface import row_of
@@ -34,7 +35,6 @@ DATA_FILE = "model.onnx.data"
 PACKAGES = ("onnx", "onnxruntime", "onnxscript")
 FIRST_OPSET = 18
 """The lowest that torch.onnx writes."""
-LARGEST_DIFFERENCE = 1e-4
 _FEWEST_HALVED = 128
 _FILE_BYTES = 2_000_000_000
 """A protobuf message holds less than 2^31 bytes; what is left is the graph's."""
@@ -80,10 +80,16 @@ def export_onnx(
     opset lacks one, and where the two differ; nothing is written then.
     """
     require_packages()
+    if next(out.glob("*.safetensors"), None) is not None:
+        raise UserError(f"{out} holds weights of another export.", "Give a folder of its own.")
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as staged:
         folder = Path(staged) / "model"
         lines = export_huggingface(checkpoint, recipe, modality, folder, weights, tokenizer, half)
+        pairs = export_check.exported_pairs(checkpoint, recipe.task, folder, modality, weights)
+        ours, limit = export_check.largest(pairs, relative=half), export_check.limit_of(half)
+        if not ours <= limit:
+            raise UserError(f"The exported model differs from ours by {ours:.3g} on the same input ({limit:g} may be).")
         called, inputs, free = _loaded(folder, recipe, modality)
         unused = [*folder.glob("*.safetensors*"), *modelling_files(recipe.model, modality), folder / EXPORT_FILE]
         for file in unused:
@@ -94,7 +100,7 @@ def export_onnx(
         note = {"recipe": recipe.name, "step": str(checkpoint.step), "weights": weights}
         _write_graph(called, inputs, free, folder / ONNX_FILE, opset, note, half)
         difference = largest_difference(called, _other_sizes(inputs, free), folder / ONNX_FILE)
-        if not difference <= LARGEST_DIFFERENCE:
+        if not difference <= export_check.LARGEST_DIFFERENCE:
             raise UserError(f"ONNX Runtime differs from torch by {difference:.3g} on the same input.")
         out.mkdir(exist_ok=True)
         for old in (ONNX_FILE, DATA_FILE):
@@ -104,6 +110,8 @@ def export_onnx(
             file.rename(out / file.name)
     lines = [line for line in lines if "trust_remote_code" not in line and "AutoTokenizer" not in line]
     lines.append(f"{ONNX_FILE}, opset {opset}: {', '.join(called.names)} to {called.output}")
+    relative = "relative " if half else ""
+    lines.append(f"largest {relative}difference of torch's model to ours on the same input: {ours:.3g}")
     return [*lines, f"largest difference of ONNX Runtime to torch on the same input: {difference:.3g}"]
 
 

@@ -188,8 +188,7 @@ def test_processor_and_model_give_what_the_encoder_gives_alone_and_in_a_batch(
     assert torch.equal(d2v_scale.load_encoder(out, device="cpu").embed(arrays), pooled)
 
 
-@pytest.mark.parametrize("kind", ["classify", "regress"])
-@pytest.mark.parametrize("name", tiny_models.ARRAYS)
+@pytest.mark.parametrize(("name", "kind"), zip(tiny_models.ARRAYS, ("classify", "classify", "regress"), strict=True))
 def test_a_fine_tuned_model_of_arrays_gives_our_logits(name: str, kind: str, tmp_path: Path) -> None:
     task = TaskConfig(classes=3) if kind == "classify" else TaskConfig(kind="regress")
     run, out = tuned(name, task, tmp_path), tmp_path / "hf"
@@ -242,6 +241,10 @@ REFUSED: list[tuple[Any, str]] = [
     ([np.array([["a", "b"]] * 2)], "no real numbers"),
     ([[0.0, 1.0], [1.0]], "rows differ"),
     ("file.npy", "no real numbers"),
+    (3.0, "has the shape"),
+    (None, "no real numbers"),
+    (np.zeros((0, 2, 8)), "no arrays"),
+    ([np.ma.masked_array(np.zeros((2, 8)), mask=True)], "masked array"),
 ]
 
 

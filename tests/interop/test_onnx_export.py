@@ -101,6 +101,7 @@ def test_every_kind_has_a_graph_whose_card_runs(
     assert run_card(out, monkeypatch, capsys).endswith(printed)
 
 
+@pytest.mark.slow
 def test_half_and_large_weights_have_their_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -118,6 +119,23 @@ def test_half_and_large_weights_have_their_files(
     assert (out / "model.onnx.data").stat().st_size < 3 * parameters
     assert "float16" in (out / "README.md").read_text()
     assert run_card(out, monkeypatch, capsys).endswith("(1, 82, 32)")
+
+
+@pytest.mark.slow
+def test_a_wrong_exported_weight_is_noticed_and_nothing_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from d2v_scale.interop import exporting
+
+    write = exporting.write_tensors
+
+    def spoil(tensors: Any, out: Path) -> None:
+        write(((n, 1.1 * t if n == "blocks.1.ffn.fc2.weight" else t) for n, t in tensors), out)
+
+    monkeypatch.setattr(exporting, "write_tensors", spoil)
+    assert export(checkpoint_of("v2_maps", tmp_path), tmp_path / "out") == 2
+    assert "The exported model differs from ours" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_is_not_installed_is_named_before_anything_is_written(
@@ -164,6 +182,20 @@ def test_an_operator_that_an_opset_lacks_is_named_and_nothing_is_left(
     assert {path.name for path in tmp_path.iterdir()} == {"run"}
 
 
+def test_a_folder_of_weights_is_left_alone_and_a_later_export_has_its_own_card(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, out = checkpoint_of("v2_maps", tmp_path), tmp_path / "hf"
+    out.mkdir()
+    (out / "model.onnx").write_bytes(b"")
+    assert tool("export").main([str(run), str(out)]) == 0
+    assert "onnx" not in (out / "README.md").read_text()
+    held = sorted(path.name for path in out.iterdir())
+    assert export(run, out) == 2
+    assert "holds weights of another export" in capsys.readouterr().err
+    assert sorted(path.name for path in out.iterdir()) == held
+
+
 def test_options_that_a_format_has_not_are_refused(tmp_path: Path) -> None:
     for more in (["--to", "hf", "--opset", "18"], ["--to", "onnx", "--log_model", "x"]):
         with pytest.raises(SystemExit):
@@ -173,8 +205,8 @@ def test_options_that_a_format_has_not_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "to"),
     [
-        *[(name, "hf") for name in ("v1_vision", "v2_speech", "v2_maps")],
-        *[(name, "safetensors") for name in ("v2_text", "v1_series")],
+        *[(name, "hf") for name in ("v1_vision", "v2_maps")],
+        ("v2_text", "safetensors"),
         *[(name, "fairseq") for name in ("v1_speech", "v2_vision", "v1_vision")],
     ],
 )
