@@ -65,6 +65,9 @@ def members_of(content: Content, given: object) -> Members:
     if isinstance(given, torch.Tensor):
         given = given.detach().cpu()
         given = (given.float() if given.dtype == torch.bfloat16 else given).numpy()
+    for one in given if isinstance(given, tuple) else (given,):
+        if np.ma.isMaskedArray(one):  # what is masked would be read as data
+            raise ValueError("is a masked array: fill it (`array.filled(value)`; of an array stem with NaN)")
     match content:
         case "image":
             return _image(given)

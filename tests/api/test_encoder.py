@@ -296,6 +296,16 @@ def test_an_array_of_objects_is_refused_as_one() -> None:
         members_of("array", np.array([[1, None]]))
 
 
+@pytest.mark.parametrize("content", ["image", "recording", "text", "array"])
+def test_what_a_mask_hides_is_not_read_as_data(content: Any) -> None:
+    from d2v_scale.api.given import members_of
+
+    hidden = np.ma.masked_array(np.ones(4, dtype=np.float32), mask=[0, 1, 0, 0])
+    given = (hidden, 16000) if content == "recording" else hidden
+    with pytest.raises(ValueError, match="masked array: fill it"):
+        members_of(content, given)
+
+
 def test_imported_weights_and_folders_of_others_are_encoders(runs: dict[str, Path], tmp_path: Path) -> None:
     """A Hugging Face folder without our note of its origin, and the checkpoint that `d2v import` makes of it."""
     folder = tmp_path / "vit"
