@@ -7,10 +7,10 @@ Each ends in a checkpoint that also holds the loss and gradient norm of every st
 
 import json
 import sys
-import traceback
 from pathlib import Path
 
 from megatron.core import parallel_state
+from rank_cases import ending_together
 
 from d2v_scale import command_line
 from d2v_scale.batch import Batch
@@ -86,7 +86,7 @@ def main() -> None:
     topology = groups.initialize(groups.ParallelConfig())
     held = groups.ParallelConfig()
     for case in cases:
-        try:
+        with ending_together(case, topology):
             recipe, _ = command_line.parse(case["recipe"])
             if recipe.parallel != held:
                 # Other groups in the same processes: a launch costs more than a case.
@@ -95,12 +95,6 @@ def main() -> None:
                 held = recipe.parallel
                 LOADED.clear()
             run(case, topology, recipe)
-        except BaseException:
-            print(f"case {case['name']} failed on rank {topology.rank}", flush=True)
-            traceback.print_exc()
-            sys.stdout.flush()
-            # The other ranks wait in a collective; the launcher ends them.
-            sys.exit(1)
     groups.shutdown()
 
 

@@ -5,13 +5,13 @@ With `save_at` it also saves after that step, and goes on with the same engines.
 
 import json
 import sys
-import traceback
 from pathlib import Path
 
 import tiny_model
 import torch
 import torch.distributed as dist
 import toy_model as toy
+from rank_cases import ending_together
 from torch import Tensor
 
 from d2v_scale.checkpoint import Checkpoint, training
@@ -164,14 +164,8 @@ def main() -> None:
     cases = json.loads(Path(sys.argv[1]).read_text())
     topology = groups.initialize(groups.ParallelConfig(tensor=cases[0].get("tensor", 1)))
     for case in cases:
-        try:
+        with ending_together(case, topology):
             run(case, topology)
-        except BaseException:
-            print(f"case {case['name']} failed on rank {topology.rank}", flush=True)
-            traceback.print_exc()
-            sys.stdout.flush()
-            # The other ranks wait in a collective; the launcher ends them.
-            sys.exit(1)
     groups.shutdown()
 
 

@@ -4,16 +4,14 @@ A case: name, model, mixing, steps, out, and maybe tensor, pipeline, stage, zero
 `zero_optimization`), load. Each ends in a checkpoint that also holds loss and gradient norm of every step.
 """
 
-import json
 import sys
-import traceback
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import tiny_mixtures
 import torch.distributed as dist
-from megatron.core import parallel_state
+from rank_cases import run_cases
 
 from d2v_scale.batch import Batch
 from d2v_scale.checkpoint import Checkpoint, training
@@ -103,27 +101,5 @@ def run(case: dict, topology: groups.Topology) -> None:
     student.destroy()
 
 
-def main() -> None:
-    cases = json.loads(Path(sys.argv[1]).read_text())
-    topology = groups.initialize(groups.ParallelConfig())
-    held = (1, 1)
-    for case in cases:
-        wanted = (case.get("tensor", 1), case.get("pipeline", 1))
-        if wanted != held:
-            # Other groups in the same processes: a launch costs more than a case.
-            parallel_state.destroy_model_parallel()
-            topology = groups._divide(groups.ParallelConfig(tensor=wanted[0], pipeline=wanted[1]), topology.device)
-            held = wanted
-        try:
-            run(case, topology)
-        except BaseException:
-            print(f"case {case['name']} failed on rank {topology.rank}", flush=True)
-            traceback.print_exc()
-            sys.stdout.flush()
-            # The other ranks wait in a collective; the launcher ends them.
-            sys.exit(1)
-    groups.shutdown()
-
-
 if __name__ == "__main__":
-    main()
+    run_cases(run)

@@ -4,7 +4,6 @@ Each case ends in a checkpoint that also holds the loss and gradient norm of eve
 """
 
 import dataclasses
-import json
 import sys
 import time
 from pathlib import Path
@@ -14,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import tiny_models
 import torch
 import torch.distributed as dist
+from rank_cases import run_cases
 
 from d2v_scale.batch import Batch
 from d2v_scale.checkpoint import Checkpoint, training
@@ -208,31 +208,5 @@ def replicated_parameters_agree(case: dict, student, topology: groups.Topology) 
             assert all(torch.equal(copies[0], other) for other in copies), f"{case['name']}: {name} drifts apart"
 
 
-def main() -> None:
-    from megatron.core import parallel_state
-
-    cases = json.loads(Path(sys.argv[1]).read_text())
-    topology = groups.initialize(groups.ParallelConfig())
-    held = (1, 1)
-    for case in cases:
-        wanted = (case.get("tensor", 1), case.get("pipeline", 1))
-        if wanted != held:
-            # Other groups in the same processes: a launch costs more than a case.
-            parallel_state.destroy_model_parallel()
-            topology = groups._divide(groups.ParallelConfig(tensor=wanted[0], pipeline=wanted[1]), topology.device)
-            held = wanted
-        try:
-            run(case, topology)
-        except BaseException:
-            import traceback
-
-            print(f"case {case['name']} failed on rank {topology.rank}", flush=True)
-            traceback.print_exc()
-            sys.stdout.flush()
-            # The other ranks wait in a collective; the launcher ends them.
-            sys.exit(1)
-    groups.shutdown()
-
-
 if __name__ == "__main__":
-    main()
+    run_cases(run)
