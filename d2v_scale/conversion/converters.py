@@ -65,19 +65,27 @@ class Conversion:
 
 
 @dataclass
-class Job:
-    """One shard to be written, by any process."""
+class NewShard:
+    """One shard to be written, by any process: where it and what is known of it lie."""
 
-    conversion: Conversion
     tar: Path
-    items: list[Item]
 
     @property
     def record(self) -> Path:
+        """Where its `Part` is kept."""
         return self.tar.parent / ".make_shards" / f"{self.tar.stem}.json"
 
     def is_done(self) -> bool:
+        """Whether it is there and complete."""
         return is_written(self.tar)
+
+
+@dataclass
+class Job(NewShard):
+    """A shard of files or documents."""
+
+    conversion: Conversion
+    items: list[Item]
 
     def run(self) -> Part:
         skipped: dict[str, str] = {}
@@ -93,7 +101,7 @@ class Job:
         inputs = how | {"modality": word_of(self.conversion.content), "tokenizer": None, "rules": _RULES}
         state = hashlib.sha256(repr(inputs).encode())
         for item in self.items:
-            state.update(repr((item, item.path and _version(item.path))).encode("utf-8", "backslashreplace"))
+            state.update(repr((item, item.path and file_version(item.path))).encode("utf-8", "backslashreplace"))
         return state.hexdigest()
 
     def _samples(self, measure: Measure, skipped: dict[str, str]) -> Iterator[Sample]:
@@ -137,7 +145,8 @@ class Job:
         assert_never(self.conversion.content)
 
 
-def _version(path: str) -> tuple[int, int] | None:
+def file_version(path: str) -> tuple[int, int] | None:
+    """Size and time of change: where they differ, it is not the file that was read before. None: it is not there."""
     try:
         stat = os.stat(path)
     except OSError:  # said when it is read

@@ -48,8 +48,14 @@ def convert(arguments: argparse.Namespace) -> tuple[SetIndex, int]:
     return index, len(skipped)
 
 
-def judge(index: SetIndex, skipped: dict[str, str], max_bad: float, what: str = "files or documents") -> None:
-    """Say what was skipped, and keep it in the index. Raises DataError where it is too much."""
+def judge(
+    index: SetIndex,
+    skipped: dict[str, str],
+    max_bad: float,
+    what: str = "files or documents",
+    cure: str = "Remove what is named above, leave it out with --match",
+) -> None:
+    """Say what was skipped, and keep it in the index. Raises DataError where it is too much, with the `cure`."""
     index.skipped = dict(itertools.islice(skipped.items(), _KEPT))
     for name, reason in itertools.islice(skipped.items(), _NAMED):
         print(f"skipped {name}: {reason}", file=sys.stderr)
@@ -62,7 +68,7 @@ def judge(index: SetIndex, skipped: dict[str, str], max_bad: float, what: str = 
     if len(skipped) > max_bad * total:
         raise DataError(
             f"{could_not}, more than --max_bad {max_bad}; no index was written.",
-            "Remove what is named above, leave it out with --match, or raise --max_bad.",
+            f"{cure}, or raise --max_bad.",
         )
 
 
@@ -72,7 +78,7 @@ def _jobs(arguments: argparse.Namespace, items: Iterable[Item], conversion: Conv
         chosen = list(itertools.islice(iterator, arguments.per_shard))
         if not chosen:
             return
-        yield Job(conversion, arguments.out / shard_name(arguments.prefix, number), chosen)
+        yield Job(arguments.out / shard_name(arguments.prefix, number), conversion, chosen)
 
 
 def make_demo(arguments: argparse.Namespace) -> None:

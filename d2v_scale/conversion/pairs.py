@@ -3,7 +3,6 @@
 import argparse
 import csv
 import hashlib
-import os
 import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -17,7 +16,7 @@ from d2v_scale.conversion.array_members import EXTENSIONS as ARRAY_EXTENSIONS
 from d2v_scale.conversion.array_members import ArrayReading, array_members
 from d2v_scale.conversion.arrays import usual_layout
 from d2v_scale.conversion.command import classes_of
-from d2v_scale.conversion.converters import image_members, recording_members
+from d2v_scale.conversion.converters import NewShard, file_version, image_members, recording_members
 from d2v_scale.conversion.folders import last_extension
 from d2v_scale.conversion.held_out_captions import note, require_apart
 from d2v_scale.conversion.making import judge
@@ -32,7 +31,7 @@ from d2v_scale.shards.content import Content
 from d2v_scale.shards.shard_index import SetIndex, ShardEntry, relative_path
 from d2v_scale.shards.shard_jobs import Part, run_all
 from d2v_scale.shards.shard_set import INDEX_SUFFIX
-from d2v_scale.shards.writing import Sample, is_written, shard_name, write_shard
+from d2v_scale.shards.writing import Sample, shard_name, write_shard
 
 PARTS: dict[str, Content] = {"image": "image", "audio": "recording", "array": "array", "text": "text"}
 """Columns, by the names that they have unless others are given, and what they hold."""
@@ -79,26 +78,19 @@ class Pairing:
 
 
 @dataclass
-class Job:
-    """One shard to be written, by any process."""
+class Job(NewShard):
+    """A shard of rows."""
 
     pairing: Pairing
     tokenizer_sha256: str | None
-    tar: Path
     pairs: list[Pair]
-
-    @property
-    def record(self) -> Path:
-        return self.tar.parent / ".make_shards" / f"{self.tar.stem}.json"
-
-    def is_done(self) -> bool:
-        return is_written(self.tar)
 
     def digest(self) -> str:
         inputs = asdict(self.pairing) | {"tokenizer": self.tokenizer_sha256, "rules": _RULES}
         state = hashlib.sha256(repr(inputs).encode())
         for pair in self.pairs:
-            versions = [_version(pair.parts[part]) for part in self.pairing.parts if part in _EXTENSIONS and pair.parts]
+            files = [pair.parts[part] for part in self.pairing.parts if part in _EXTENSIONS and pair.parts]
+            versions = [file_version(path) for path in files]
             state.update(repr((pair, versions)).encode("utf-8", "backslashreplace"))
         return state.hexdigest()
 
@@ -180,7 +172,7 @@ def convert_pairs(arguments: argparse.Namespace) -> tuple[SetIndex, int]:
     entries = [ShardEntry(**part.entry) for part in done]
     index = SetIndex(content=first, beside=beside, shards=entries, classes=pairing.classes)
     skipped = {name: reason for part in done for name, reason in part.skipped.items()}
-    judge(index, skipped, arguments.max_bad, "rows")
+    judge(index, skipped, arguments.max_bad, "rows", "Mend or remove the rows named above")
     if pairing.tokenizer is not None:
         index.tokenizer, index.tokenizer_sha256 = relative_path(pairing.tokenizer, out), checksum
         note(captions.values(), out, arguments.prefix)
@@ -191,7 +183,7 @@ def convert_pairs(arguments: argparse.Namespace) -> tuple[SetIndex, int]:
 def _jobs(arguments: argparse.Namespace, pairs: list[Pair], pairing: Pairing, checksum: str | None) -> Iterator[Job]:
     for number, start in enumerate(range(0, len(pairs), arguments.per_shard)):
         tar = arguments.out / shard_name(arguments.prefix, number)
-        yield Job(pairing, checksum, tar, pairs[start : start + arguments.per_shard])
+        yield Job(tar, pairing, checksum, pairs[start : start + arguments.per_shard])
 
 
 def _columns(arguments: argparse.Namespace) -> dict[str, str]:
@@ -254,11 +246,3 @@ def _fill(pair: Pair, values: dict[str, str], parts: list[str], folder: Path) ->
         require_text(pair.label or "a")
     except ValueError as error:
         pair.fault = f"its label {error}"
-
-
-def _version(path: str) -> tuple[int, int] | None:
-    try:
-        stat = os.stat(path)
-    except OSError:  # said when it is read
-        return None
-    return stat.st_size, stat.st_mtime_ns

@@ -86,6 +86,7 @@ def test_half_a_sample_is_named_and_never_stored(folder: Path, capsys: pytest.Ca
     assert pairs(source, folder / "out") == 2
     told = capsys.readouterr().err
     assert "5 of 8 rows could not be read" in told
+    assert "--match" not in told  # which this command does not have
     assert "no index was written" in told
     assert not (folder / "out" / "train.index.json").exists()
     assert pairs(source, folder / "out", "--max_bad", "0.7") == 0

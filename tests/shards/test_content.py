@@ -94,7 +94,7 @@ def test_what_an_earlier_version_converted_is_not_converted_again(tmp_path: Path
     image = tmp_path / "a.png"
     image.write_bytes(b"image")
     item = Item("a", path=str(image))
-    job = Job(Conversion("image", resize=64), tmp_path / "train-000000.tar", [item])
+    job = Job(tmp_path / "train-000000.tar", Conversion("image", resize=64), [item])
     inputs: dict[str, object] = {"modality": "vision", "resize": 64, "tokenizer": None, "tokenizer_sha256": None}
     inputs |= {"ids": False, "max_pixels": 100_000_000, "rules": 3}
     state = hashlib.sha256(repr(inputs).encode())
