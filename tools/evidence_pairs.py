@@ -48,12 +48,13 @@ class Arm:
 
 ARMS = {
     "digits_waveform": Arm("spoken digits, waveform", "fsdd", "speech", "tiny2_speech"),
+    "digits_log_mel": Arm("spoken digits, log-mel", "fsdd", "mel", "tiny2_mel"),
     "japanese_vowels": Arm("JapaneseVowels", "JapaneseVowels", "vowels"),
     "osu_leaf": Arm("OSULeaf", "OSULeaf", "outline"),
     "cifar_arrays": Arm("CIFAR-10 as arrays", "cifar10", "image"),
     "moving_digits": Arm("moving digits, direction", "video", "video", "demo_video", frames=True),
 }
-AGAINST: tuple[tuple[str, str], ...] = ()
+AGAINST = (("digits_log_mel", "digits_waveform"),)
 """Arms of one set that are compared, seed by seed."""
 
 
@@ -104,11 +105,10 @@ class PairJob:
 
     def arguments(self) -> list[str]:
         """Of train.py. Nothing is evaluated on the way."""
-        data = self.train if self.arm.stem in ("vision", "speech", "text") else f"{self.arm.stem}={self.train}"
         seed = () if self.seed is None else (f"--seed={self.seed}",)
         off = ("--evaluation.train=null", "--evaluation.test=null", "--tracking.enabled=false", "--data.workers=0")
         off += ("--tracking.plot_every=null",)
-        return [f"--recipe={self.recipe}", f"--data={data}", *seed, *off]
+        return [f"--recipe={self.recipe}", f"--data={self.arm.stem}={self.train}", *seed, *off]
 
 
 def measure(job: PairJob) -> dict[str, Any]:
