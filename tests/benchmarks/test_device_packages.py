@@ -12,7 +12,7 @@ def test_here_nothing_is_wrong() -> None:
 def test_the_old_deepspeed_that_a_download_of_wheels_finds_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     real = metadata.version
     monkeypatch.setattr(metadata, "version", lambda name: "0.3.1.dev5" if name == "deepspeed" else real(name))
-    assert list(device_packages.problems()) == ["deepspeed is 0.3.1.dev5 (wanted: deepspeed>=0.19,<0.20)"]
+    assert list(device_packages.problems()) == ["deepspeed is 0.3.1.dev5 (wanted: deepspeed>=0.19.8,<0.20)"]
 
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
