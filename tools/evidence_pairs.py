@@ -115,8 +115,9 @@ def measure(job: PairJob) -> dict[str, Any]:
     """Do one job and write its row. Runs in a process of its own."""
     from d2v_scale.command_line import parse
     from d2v_scale.data.labelled import LabelledSet
-    from d2v_scale.evaluation import extract, score
+    from d2v_scale.evaluation.features import extract
     from d2v_scale.evaluation.frozen import FrozenEncoder
+    from d2v_scale.evaluation.probes import score
     from d2v_scale.evaluation.raw import raw_features
     from d2v_scale.parallel.groups import single_process
 
