@@ -13,8 +13,10 @@ from typing import Any
 
 from d2v_scale.answers import mistakes, stray_words
 from d2v_scale.errors import ConfigError
+from d2v_scale.optim import END_OF_DECAY, check_end_is_open
 from d2v_scale.recipe import Recipe, binding_differences, differences, to_dict
 from d2v_scale.run_files import recipe_file
+from d2v_scale.run_files.committed import committed_steps
 from d2v_scale.run_files.paired_sources import join_source_lists
 from d2v_scale.run_files.recipe_file import plain
 from d2v_scale.run_files.recipe_paths import absolute
@@ -134,13 +136,17 @@ def _make_parser() -> Any:
 
 
 def _take_shards(arguments: list[str]) -> tuple[list[str], str | None]:
-    """Remove `--data SHARDS`, which the parser would take for the whole `data` section, and what launchers add."""
+    """Remove `--data SHARDS`, which the parser would take for the whole `data` section, and what launchers add; write
+    out `--decay_from`."""
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--data")
+    finder.add_argument("--decay_from")
     finder.add_argument("--local_rank", "--local-rank")  # the environment says the same
     known, rest = finder.parse_known_args(arguments)
     if known.data is not None and not known.data.strip():  # of a shell's variable that is not set
         raise ConfigError("data", "is empty", "Name shards, or leave --data out.")
+    if known.decay_from is not None:
+        rest.append(f"--optim.decay_from={known.decay_from}")
     return rest, known.data
 
 
@@ -189,6 +195,10 @@ def check_same_recipe(recipe: Recipe, run_dir: Path, allow_change: bool) -> None
     changed = binding_differences(recipe_file.load(existing), plain(to_dict(recipe)))
     # A run directory of an earlier version has its paths as they were given.
     changed = {name: (old, new) for name, (old, new) in changed.items() if not _same_file(old, new)}
+    if changed.keys() & {*END_OF_DECAY}:
+        step = max(committed_steps(run_dir / "checkpoints"), default=0)
+        if check_end_is_open(recipe_file.load(existing)["optim"], plain(to_dict(recipe))["optim"], step):
+            changed = {name: values for name, values in changed.items() if name not in END_OF_DECAY}
     if changed:
         shown = "; ".join(f"{name}: {old!r} there, {new!r} here" for name, (old, new) in list(changed.items())[:5])
         raise ConfigError(

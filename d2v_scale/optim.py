@@ -1,7 +1,7 @@
 """The optimizer and its schedules. Learning rate and epsilon are pure functions of the completed updates."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,11 +19,15 @@ class OptimConfig:
     """Peak learning rate."""
     min_lr: float = 0.0
     """Where the cosine ends."""
-    schedule: Literal["cosine", "tri_stage", "constant", "polynomial"] = "cosine"
+    schedule: Literal["cosine", "tri_stage", "constant", "polynomial", "wsd"] = "cosine"
     """`cosine`: linear warm-up, half cosine to min_lr. `tri_stage`: warm-up, hold, exponential decay. `constant`:
-    warm-up, then flat. `polynomial`: warm-up, then linear to min_lr."""
+    warm-up, then flat. `polynomial`: warm-up, then linear to min_lr. `wsd`: warm-up, flat until `decay_from`, then down
+    to min_lr; where it ends is decided while it runs."""
     warmup_steps: int = 0
-    """Updates of linear warm-up (cosine, constant, polynomial). The first update then has learning rate 0."""
+    """Updates of linear warm-up (all but tri_stage). The first update then has learning rate 0."""
+    decay_from: int | None = None
+    """`wsd`: the step from which the rate falls, as 1 - sqrt, to reach min_lr at max_steps. null: flat to max_steps. A
+    resumed run may still choose both, `--decay_from N --optim.max_steps M`, until its decay has begun."""
     phase_ratio: list[float] = field(default_factory=lambda: [0.03, 0.90, 0.07])
     """Shares of max_steps for warm-up, hold and decay (tri_stage)."""
     phase_scale: list[float] = field(default_factory=lambda: [0.01, 0.01])
@@ -35,6 +39,9 @@ class OptimConfig:
     eps_placement: Literal["torch", "fairseq"] = "torch"
     """`torch`: added to the bias-corrected root; `fairseq`: to the uncorrected one (differs in early updates only)."""
     weight_decay: float = 0.01
+    """Decoupled: times the learning rate."""
+    weight_decay_end: float | None = None
+    """Where a half cosine over max_steps takes the weight decay. null: it stays."""
     decay_on: Literal["all", "matrices"] = "all"
     """`all`: every parameter (fairseq runs); `matrices`: not biases, norms, layer scales, CLS token (BEiT)."""
     clip: float = 0.0
@@ -45,7 +52,7 @@ class OptimConfig:
 
     def check(self) -> None:
         """Raises ConfigError for values that contradict each other."""
-        if self.schedule in ("cosine", "polynomial") and self.min_lr > self.lr:
+        if self.schedule in ("cosine", "polynomial", "wsd") and self.min_lr > self.lr:
             raise ConfigError("optim.min_lr", f"is {self.min_lr}, above optim.lr {self.lr}", "Give at most optim.lr.")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ConfigError("optim.betas", f"is {list(self.betas)}", "Both must be in [0, 1).")
@@ -66,15 +73,35 @@ class OptimConfig:
                 f"is {self.phase_scale}",
                 "Give two shares of the peak; the last one above 0, as an exponential decay never reaches 0.",
             )
+        self._check_decay()
         if self.clip < 0:
             raise ConfigError("optim.clip", f"is {self.clip}", "Give 0 for no clipping, or a positive norm.")
         for name, scale in (self.lr_scale or {}).items():
             if not 0 <= scale < math.inf:
                 raise ConfigError(f"optim.lr_scale.{name}", f"is {scale}", "Give a finite number that is not below 0.")
 
+    def _check_decay(self) -> None:
+        if self.decay_from is not None and self.schedule != "wsd":
+            raise ConfigError(
+                "optim.decay_from",
+                f"is {self.decay_from}, while optim.schedule is {self.schedule}, which has no such step",
+                "Set optim.schedule to wsd, or leave optim.decay_from out.",
+            )
+        if self.decay_from is not None and not self.warmup_steps <= self.decay_from < self.max_steps:
+            raise ConfigError(
+                "optim.decay_from",
+                f"is {self.decay_from}; warm-up ends at step {self.warmup_steps} and the run at {self.max_steps}",
+                "Give a step between the two; optim.max_steps is where the decay ends.",
+            )
+        if self.weight_decay_end is not None and not 0 <= self.weight_decay_end < math.inf:
+            raise ConfigError("optim.weight_decay_end", f"is {self.weight_decay_end}", "Give 0 or more, or null.")
+
 
 def learning_rate(config: OptimConfig, completed_updates: int) -> float:
-    """The learning rate of the next update (spec 1.7). fairseq's first cosine update therefore has rate 0."""
+    """The learning rate of the next update (spec 1.7). fairseq's first cosine update therefore has rate 0.
+
+    The decay of `wsd` is the 1 - sqrt of Hägele et al. 2024 (arXiv 2405.18392).
+    """
     n, peak, horizon = completed_updates, config.lr, config.max_steps
     if config.schedule == "tri_stage":
         warmup, hold, decay = (int(share * horizon) for share in config.phase_ratio)
@@ -87,12 +114,37 @@ def learning_rate(config: OptimConfig, completed_updates: int) -> float:
         return peak * math.exp(math.log(last_scale) * progress)
     if n < config.warmup_steps:
         return peak * n / config.warmup_steps
+    if config.schedule == "wsd":
+        begin = horizon if config.decay_from is None else config.decay_from
+        progress = min(1.0, max(0, n - begin) / max(1, horizon - begin))
+        return config.min_lr + (peak - config.min_lr) * (1 - math.sqrt(progress))
     progress = min(1.0, (n - config.warmup_steps) / max(1, horizon - config.warmup_steps))
     if config.schedule == "cosine":
         return config.min_lr + 0.5 * (peak - config.min_lr) * (1 + math.cos(math.pi * progress))
     if config.schedule == "polynomial":
         return config.min_lr + (peak - config.min_lr) * (1 - progress)
     return peak
+
+
+END_OF_DECAY = ("optim.decay_from", "optim.max_steps")
+"""What a run of schedule `wsd` may change until its decay has begun."""
+
+
+def check_end_is_open(old: Mapping[str, Any], new: Mapping[str, Any], step: int) -> bool:
+    """Whether a run at `step` may take `END_OF_DECAY` of the section `new` in place of `old`: no rate up to there
+    depends on them. Raises ConfigError where one did."""
+    sections = (old, new)
+    if any(s.get("schedule") != "wsd" or s.get("weight_decay_end") is not None for s in sections):
+        return False
+    for section in sections:
+        if (begin := section.get("decay_from")) is not None and begin < step:
+            raise ConfigError(
+                "optim.decay_from",
+                f"{'was' if section is old else 'is'} {begin}, and the run is at step {step}: those from {begin} on "
+                f"{'decayed towards another end' if section is old else 'were taken without decay'}",
+                f"Leave its end as it is, or begin the decay at step {step} or later of a run that has none yet.",
+            )
+    return True
 
 
 def epsilon(config: OptimConfig, completed_updates: int) -> float:
@@ -106,18 +158,32 @@ def epsilon(config: OptimConfig, completed_updates: int) -> float:
     return config.eps / math.sqrt(1 - config.betas[1] ** (completed_updates + 1))
 
 
+def weight_decay(config: OptimConfig, completed_updates: int) -> float:
+    """The weight decay of the next update: a half cosine as DINO's (Caron et al. 2021) where it has an end."""
+    if config.weight_decay_end is None:
+        return config.weight_decay
+    progress = min(1.0, completed_updates / config.max_steps)
+    first, last = config.weight_decay, config.weight_decay_end
+    return last + 0.5 * (first - last) * (1 + math.cos(math.pi * progress))
+
+
 def set_rates(optimizer: "torch.optim.Optimizer", config: OptimConfig, completed_updates: int) -> float:
     """Prepare `optimizer` for the next update; returns its learning rate. Local; call before every step."""
     lr = learning_rate(config, completed_updates)
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)
         group["eps"] = epsilon(config, completed_updates)
+        if config.weight_decay_end is not None and group["is_decayed"]:
+            group["weight_decay"] = weight_decay(config, completed_updates)
     return lr
 
 
-def stem_rates(config: OptimConfig, lr: float) -> dict[str, float]:
-    """For the record: the rate of each stem that has a factor of its own, where that of all others is `lr`."""
-    return {f"lr/{name}": lr * scale for name, scale in (config.lr_scale or {}).items()}
+def scheduled(config: OptimConfig, lr: float, completed_updates: int) -> dict[str, float]:
+    """For the record: the rates of an update, `lr` that of all stems that have no factor of their own, and the weight
+    decay where it has a schedule."""
+    of_stems = {f"lr/{name}": lr * scale for name, scale in (config.lr_scale or {}).items()}
+    decay = {} if config.weight_decay_end is None else {"weight_decay": weight_decay(config, completed_updates)}
+    return {"lr": lr, **of_stems, **decay}
 
 
 def _is_decayed(name: str, shape: "torch.Size", config: OptimConfig) -> bool:
@@ -156,7 +222,12 @@ def parameter_groups(
             plain = not _is_decayed(name, shape, config)
             groups.setdefault((plain, tuple(traits(name).items())), []).append(parameter)
     return [
-        {"params": params, "weight_decay": 0.0 if plain else config.weight_decay, **dict(items)}
+        {
+            "params": params,
+            "weight_decay": 0.0 if plain else config.weight_decay,
+            "is_decayed": not plain,
+            **dict(items),
+        }
         for (plain, items), params in sorted(groups.items(), key=lambda group: group[0])
     ]
 

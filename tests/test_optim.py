@@ -6,7 +6,16 @@ import pytest
 import torch
 
 from d2v_scale.errors import ConfigError
-from d2v_scale.optim import OptimConfig, epsilon, learning_rate, make_optimizer, parameter_groups, set_rates, stem_rates
+from d2v_scale.optim import (
+    OptimConfig,
+    check_end_is_open,
+    epsilon,
+    learning_rate,
+    make_optimizer,
+    parameter_groups,
+    scheduled,
+    set_rates,
+)
 
 
 def test_cosine_starts_at_zero_peaks_after_warmup_and_ends_at_min_lr():
@@ -91,8 +100,8 @@ def test_a_stems_own_parameters_learn_at_its_rate_and_shared_ones_at_that_of_all
     optimizer = make_optimizer([plain, scaled], config)
     assert set_rates(optimizer, config, 5) == 1e-2
     assert [group["lr"] for group in optimizer.param_groups] == [1e-2, 0.25e-2]
-    assert stem_rates(config, 1e-2) == {"lr/vision": 0.25e-2}
-    assert stem_rates(OptimConfig(), 1e-2) == {}
+    assert scheduled(config, 1e-2, 0) == {"lr": 1e-2, "lr/vision": 0.25e-2}
+    assert scheduled(OptimConfig(), 1e-2, 0) == {"lr": 1e-2}
 
 
 @pytest.mark.parametrize("scale", [-1.0, float("nan"), float("inf")])
@@ -116,3 +125,53 @@ def test_tri_stage_with_a_learning_rate_of_zero_stays_at_zero():
     config = OptimConfig(lr=0.0, schedule="tri_stage", max_steps=100)
     config.check()
     assert {learning_rate(config, step) for step in range(101)} == {0.0}
+
+
+def test_wsd_is_flat_until_its_decay_which_falls_as_one_minus_the_root() -> None:
+    config = OptimConfig(lr=1.0, min_lr=0.1, schedule="wsd", warmup_steps=4, decay_from=10, max_steps=26)
+    assert [learning_rate(config, n) for n in (0, 2, 4, 10)] == [0, 0.5, 1.0, 1.0]
+    assert learning_rate(config, 14) == pytest.approx(0.1 + 0.9 * 0.5)
+    assert learning_rate(config, 26) == pytest.approx(0.1)
+    undecided = OptimConfig(lr=1.0, schedule="wsd", warmup_steps=4, max_steps=26)
+    assert learning_rate(undecided, 25) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        (OptimConfig(decay_from=10), "which has no such step"),
+        (OptimConfig(schedule="wsd", decay_from=10, max_steps=10), "the run at 10"),
+        (OptimConfig(schedule="wsd", decay_from=3, warmup_steps=5, max_steps=10), "warm-up ends at step 5"),
+        (OptimConfig(weight_decay_end=-0.1), "weight_decay_end"),
+    ],
+)
+def test_a_decay_that_cannot_be_is_refused(config: OptimConfig, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        config.check()
+
+
+def test_the_end_of_a_run_is_open_until_its_decay_has_begun() -> None:
+    flat, decays = ({"schedule": "wsd", "decay_from": begin} for begin in (None, 10))
+    assert check_end_is_open(flat, decays, 10)
+    assert check_end_is_open(decays, {**decays, "decay_from": 20}, 10)
+    assert not check_end_is_open({"schedule": "cosine"}, decays, 0)
+    assert not check_end_is_open({**flat, "weight_decay_end": 0.4}, decays, 0)
+    with pytest.raises(ConfigError, match="is 10, and the run is at step 11"):
+        check_end_is_open(flat, decays, 11)
+    with pytest.raises(ConfigError, match="was 10, and the run is at step 11"):
+        check_end_is_open(decays, flat, 11)
+
+
+def test_weight_decay_follows_a_cosine_in_the_groups_that_have_one() -> None:
+    config = OptimConfig(weight_decay=0.04, weight_decay_end=0.4, decay_on="matrices", max_steps=100)
+    named = [
+        ("blocks.0.fc.weight", torch.nn.Parameter(torch.ones(2, 2))),
+        ("b.bias", torch.nn.Parameter(torch.ones(2))),
+    ]
+    optimizer = make_optimizer(parameter_groups(named, config), config)
+    found = []
+    for completed in (0, 50, 100):
+        set_rates(optimizer, config, completed)
+        found.append([group["weight_decay"] for group in optimizer.param_groups])
+    assert found == [[pytest.approx(0.04), 0.0], [pytest.approx(0.22), 0.0], [pytest.approx(0.4), 0.0]]
+    assert scheduled(config, 1e-3, 100) == {"lr": 1e-3, "weight_decay": pytest.approx(0.4)}

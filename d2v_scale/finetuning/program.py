@@ -22,7 +22,7 @@ from d2v_scale.finetuning.step import TaskObservations, task_step
 from d2v_scale.interop.encoder_source import EncoderSource, check_tokenizer, write_encoder
 from d2v_scale.model.init import initialize
 from d2v_scale.networks.draw import Draw
-from d2v_scale.optim import make_optimizer, parameter_groups, stem_rates, stem_scale
+from d2v_scale.optim import make_optimizer, parameter_groups, scheduled, stem_scale
 from d2v_scale.parallel.groups import Topology
 from d2v_scale.parallel.zero import StudentEngine, build_student
 from d2v_scale.process.signals import StopReason
@@ -81,9 +81,10 @@ class TaskRun:
         recipe, student = self.recipe, self.student
         assert recipe.task is not None
         lr = set_task_rates(student.optimizer, recipe.optim, student.completed_updates)
+        rates = scheduled(recipe.optim, lr, student.completed_updates)
         result, seen = task_step(student, micro_batches, recipe.task, Draw(recipe.seed, self.step))
         self.rows += seen.rows
-        return Taken(result, seen, lr)
+        return Taken(result, seen, rates)
 
     def record(self, taken: Taken[TaskObservations]) -> list[tuple[StopReason, str]]:
         """Record the figures of the step just taken; no figure ends fine-tuning. Waits for the device. Collective."""
@@ -95,8 +96,7 @@ class TaskRun:
         speed["samples_per_second"] = (samples - self.recorded_samples) / seconds
         self.recorded_samples = samples
         values = {
-            "lr": taken.lr,
-            **stem_rates(self.recipe.optim, taken.lr),
+            **taken.rates,
             "grad_norm": taken.result.grad_norm,
             "loss": float(loss),
             **speed,

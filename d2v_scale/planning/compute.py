@@ -46,9 +46,12 @@ def steps_for(recipe: Recipe, shards: str, flops: float) -> int:
 
 
 def stretched(recipe: Recipe, steps: int) -> tuple[str, ...]:
-    """Arguments of train.py for a run of `steps`: warm-up and the teacher's annealing keep their share of the run."""
+    """Arguments of train.py for a run of `steps`: warm-up, decay and the teacher's annealing keep their
+    share of the run."""
     share = steps / recipe.optim.max_steps
+    decay = recipe.optim.decay_from
     return (
         f"--optim.warmup_steps={int(recipe.optim.warmup_steps * share)}",
         f"--objective.ema.anneal_steps={max(1, round(recipe.objective.ema.anneal_steps * share))}",
+        *(() if decay is None else (f"--optim.decay_from={int(decay * share)}",)),
     )

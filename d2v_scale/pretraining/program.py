@@ -18,7 +18,7 @@ from d2v_scale.data.loader import StepLoader
 from d2v_scale.evaluation.held_out import HeldOutSet
 from d2v_scale.evaluation.online import OnlineEvaluation
 from d2v_scale.networks.draw import Draw
-from d2v_scale.optim import set_rates, stem_rates
+from d2v_scale.optim import scheduled, set_rates
 from d2v_scale.parallel.groups import Topology
 from d2v_scale.parallel.zero import StudentEngine
 from d2v_scale.pretraining.engines import build_engines, describe_idle
@@ -85,6 +85,7 @@ class Run:
                     self.tracker.preview(part, kind, self.loader.tokenizer(first.source), name)
         recipe, student = self.recipe, self.student
         lr = set_rates(student.optimizer, recipe.optim, student.completed_updates)
+        rates = scheduled(recipe.optim, lr, student.completed_updates)
         result, seen = train_step(
             student,
             self.teacher,
@@ -96,7 +97,7 @@ class Run:
             breakdown=self.observer.breakdown,
         )
         self.seen_samples += seen.samples
-        return Taken(result, seen, lr)
+        return Taken(result, seen, rates)
 
     def record(self, taken: Taken[Observations]) -> list[tuple[StopReason, str]]:
         """Record the figures of the step just taken; why the run should stop for them. Waits for the device.
@@ -104,8 +105,7 @@ class Run:
         samples, observer = self.samples, self.observer
         values = {
             **observer.figures(taken.result, taken.seen, samples, self.meter),
-            "lr": taken.lr,
-            **stem_rates(self.recipe.optim, taken.lr),
+            **taken.rates,
         }
         self.tracker.log(self.step, samples, values)
         if self.student.idle_shares and observer.records == 2:

@@ -35,8 +35,8 @@ class Taken(Generic[Seen]):
     result: StepResult
     seen: Seen
     """What it leaves for the record."""
-    lr: float
-    """Learning rate that it was taken with."""
+    rates: dict[str, float]
+    """What it was taken with, for the record (`optim.scheduled`)."""
 
 
 class AnyRun(Protocol[Seen]):
