@@ -48,9 +48,22 @@ def main(arguments: list[str] | None = None) -> int:
             value = getattr(options, name)
             if value is not None and value < 1:
                 raise UserError(f"--{name} is {value}.", "Give at least 1.")
-        from d2v_scale.evaluation.probing import print_table, probe
+        from d2v_scale.evaluation.probing import ProbeOptions, print_table, probe
 
-        result = probe(options)
+        asked = ProbeOptions(
+            checkpoint=options.checkpoint,
+            task=options.task,
+            data=options.data,
+            test=options.test,
+            weights=options.weights,
+            modality=options.modality,
+            limit=options.limit,
+            batch_size=options.batch_size,
+            k=options.k,
+            letters=options.letters,
+            beam=options.beam,
+        )
+        result = probe(asked)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT

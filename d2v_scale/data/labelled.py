@@ -1,10 +1,10 @@
 """Labelled samples in their stored order, without augmentation: for k-NN and probes."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -34,6 +34,17 @@ from d2v_scale.shards.shard_set import ShardSet, check_before_start, find_shards
 log = logging.getLogger(__name__)
 
 _NAMED = 3
+
+
+class Read(NamedTuple):
+    """What a labelled set made of the samples of a batch."""
+
+    batch: Batch | None
+    """None: none of them can be read."""
+    labels: Any
+    """As `Labels.stack` makes them of those that were read."""
+    faults: list[Fault]
+    """Of the others."""
 
 
 def unmasked(
@@ -90,8 +101,13 @@ class LabelledSet:
     """Quirks of the reference that masks are drawn with."""
     min_seconds: float = 0.0
     """Recordings that are shorter are left out."""
+    by_length: int = 1
+    """Samples of so many batches are sorted by length before they are cut into batches, the longest first, so that
+    little is padded. Where all samples are of one size, and with 1, batches are in the stored order."""
     found: ShardSet | None = None
     """The shards, where the caller has found them; null: those of the pattern."""
+    cut: int = field(init=False, default=0)
+    """Samples that are longer than what is read of them."""
 
     def __post_init__(self) -> None:
         source = SourceConfig(shards=self.shards, modality=self.modality)
@@ -105,11 +121,13 @@ class LabelledSet:
         if self._stem.uses_tokenizer:
             self._found.require_tokenizer(self.shards, self.tokenizer)
         self._faults: list[Fault] = []
-        labelled, longest = [], 0
+        labelled, lengths = [], []
         for k in range(len(self._found.paths)):
             members = self._found.members(k)
             labelled.append(np.flatnonzero(self._wanted(members)))
-            longest = max(longest, int(members.length_n[labelled[-1]].max(initial=0)))
+            lengths.append(np.asarray(members.length_n[labelled[-1]]))
+        length_n = np.concatenate(lengths)
+        longest = int(length_n.max(initial=0))
         self._decoder = self._stem.build_decoder(self._decoded(longest), self.tokenizer)
         shard_n = np.repeat(np.arange(len(labelled)), [len(items) for items in labelled])
         item_n = np.concatenate(labelled)
@@ -119,8 +137,11 @@ class LabelledSet:
             )
         if self.limit is not None and self.limit < len(shard_n):
             chosen = np.linspace(0, len(shard_n) - 1, self.limit).astype(int)
-            shard_n, item_n = shard_n[chosen], item_n[chosen]
-        self._shard_n, self._item_n = shard_n, item_n
+            shard_n, item_n, length_n = shard_n[chosen], item_n[chosen], length_n[chosen]
+        order_n = self._order(length_n)
+        self._shard_n, self._item_n = shard_n[order_n], item_n[order_n]
+        longest_read = self._stem.longest_read(self._decoded(longest))
+        self.cut = 0 if longest_read is None else int((length_n > longest_read).sum())
 
     def __len__(self) -> int:
         """Samples, readable or not."""
@@ -149,6 +170,13 @@ class LabelledSet:
 
     def share(self, part: int, parts: int) -> Iterator[tuple[Batch, Tensor] | None]:
         """Batch number `part` and every `parts`-th after it; None for one of which nothing can be read."""
+        for read in self.reads(part, parts):
+            for fault in read.faults:
+                self._lose(fault)
+            yield None if read.batch is None else (read.batch, read.labels)
+
+    def reads(self, part: int, parts: int) -> Iterator[Read]:
+        """Likewise, with the faults of what cannot be read, which are not logged."""
         store = open_store(self._found, self.data)
         try:
             for number in range(part, self.batches, parts):
@@ -167,9 +195,9 @@ class LabelledSet:
         assert self._found.index is not None
         return self._found.index.tokenizer_sha256
 
-    def nothing_readable(self) -> DataError:
-        """What to raise where every sample was lost."""
-        first = f", the first: {self._faults[0]}" if self._faults else ""
+    def nothing_readable(self, faults: Sequence[Fault] = ()) -> DataError:
+        """What to raise where every sample was lost. `faults`: of `reads`."""
+        first = f", the first: {known[0]}" if (known := [*self._faults, *faults]) else ""
         return DataError(f"No sample of {self.shards!r} can be read{first}.", "See `d2v inspect`.")
 
     def _decoded(self, longest: int) -> DataConfig:
@@ -185,8 +213,18 @@ class LabelledSet:
             self._faults.append(fault)
             log.warning("lost a labelled sample: %s", fault)
 
-    def _batch(self, store: SampleStore, shards: list[int], items: list[int]) -> tuple[Batch, Tensor] | None:
+    def _order(self, length_n: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The order in which samples of these lengths, as the index counts them, are cut into batches."""
+        numbers_n = np.arange(len(length_n))
+        if self.by_length == 1 or self._stem.unit is None:
+            return numbers_n
+        longest = self._stem.longest_read(self.data)
+        read_n = length_n if longest is None else length_n.clip(max=longest)
+        return np.lexsort((-read_n, numbers_n // (self.by_length * self.batch_size)))
+
+    def _batch(self, store: SampleStore, shards: list[int], items: list[int]) -> Read:
         rows, labels, keys, ids = [], [], [], []
+        faults: list[Fault] = []
         for shard, item in zip(shards, items, strict=True):
             try:
                 sample = store.read(shard, item)
@@ -194,21 +232,22 @@ class LabelledSet:
                 known = sample.has(self.labels.extension) or self.require_labels
                 label = self.labels.read(sample) if known else None
             except SampleFault as error:
-                self._lose(error.fault)
+                faults.append(error.fault)
                 continue
             except Exception as error:  # a decoder raises anything for damaged content
-                self._lose(store.describe(shard, item, f"cannot be decoded: {type(error).__name__}: {error}"))
+                faults.append(store.describe(shard, item, f"cannot be decoded: {type(error).__name__}: {error}"))
                 continue
             rows.append(row)
             labels.append(label)
             keys.append(sample.key)
             ids.append(shard << 32 | item)
         if not rows:
-            return None
+            return Read(None, None, faults)
         if self.masking is not None:
-            return self._masked(rows, keys, np.array(ids), lost=len(shards) - len(rows)), self.labels.stack(labels)
-        batch = unmasked(self._stem, self._decoder, rows, torch.tensor(ids), tuple(keys), len(shards) - len(rows))
-        return batch, self.labels.stack(labels)
+            batch = self._masked(rows, keys, np.array(ids), lost=len(faults))
+        else:
+            batch = unmasked(self._stem, self._decoder, rows, torch.tensor(ids), tuple(keys), len(faults))
+        return Read(batch, self.labels.stack(labels), faults)
 
     def _wanted(self, members: Members) -> NDArray[np.bool_]:
         wanted = np.ones(len(members), dtype=bool)

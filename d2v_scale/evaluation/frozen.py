@@ -68,9 +68,12 @@ class FrozenEncoder:
         device = groups.single_process().device
         return cls(_built(recipe).to(device), recipe, device, Path(), 0, "random")
 
-    def hidden_states(self, batch: Batch) -> list[Tensor]:
-        """The output (B, T, D) of every main block on a batch on this encoder's device, nothing masked, no CLS."""
-        return self.model.features(batch, None, list(range(self.recipe.model.backbone.depth)))
+    def hidden_states(self, batch: Batch, layers: list[int] | None = None) -> list[Tensor]:
+        """The outputs (B, T, D) of these main blocks (None: of every one; negative numbers count from the end) on a
+        batch on this encoder's device, nothing masked, no CLS."""
+        return self.model.features(
+            batch, None, list(range(self.recipe.model.backbone.depth)) if layers is None else layers
+        )
 
     def valid_positions(self, batch: Batch) -> Tensor | None:
         """bool (B, T), True where a position is real; None: all are."""

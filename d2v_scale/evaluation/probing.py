@@ -1,16 +1,17 @@
 """What an encoder is worth on labelled shards: `d2v probe`."""
 
-import argparse
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from d2v_scale.data.config import LETTERS
 from d2v_scale.data.labelled import LabelledSet
 from d2v_scale.data.labels import ClassLabels, Labels
 from d2v_scale.errors import UserError
 from d2v_scale.evaluation.features import extract
-from d2v_scale.evaluation.frozen import FrozenEncoder
+from d2v_scale.evaluation.frozen import FrozenEncoder, Weights
 from d2v_scale.evaluation.knn import knn, whitened
 from d2v_scale.evaluation.position_probes import (
     PositionLinear,
@@ -37,31 +38,56 @@ from d2v_scale.tracking.record import METRICS_FILE
 LAST_LAYERS = 4
 
 
-def probe(arguments: argparse.Namespace) -> dict[str, object]:
+@dataclass(frozen=True, kw_only=True)
+class ProbeOptions:
+    """What is measured, of what, and on what."""
+
+    checkpoint: str
+    task: str = "knn"
+    """One of `knn`, `linear`, `attentive`, `ctc`, `classify`."""
+    data: str | None = None
+    """Labelled training shards; None: the recipe's `evaluation.train`."""
+    test: str | None = None
+    """Labelled held-out shards; None: the recipe's `evaluation.test`."""
+    weights: Weights = "teacher"
+    modality: str | None = None
+    """Of the stem; None: there is one."""
+    limit: int | None = None
+    """At most this many samples of each set."""
+    batch_size: int = 64
+    k: int = 20
+    """Neighbours."""
+    letters: str = LETTERS
+    """Characters that a new ctc head predicts."""
+    beam: int | None = None
+    """Width of the beam that ctc decodes with; None: the model's, or 1."""
+
+
+def probe(asked: ProbeOptions) -> dict[str, object]:
     """The result: scores, and what they are of."""
-    if arguments.task in ("classify", "ctc"):
-        task = open_encoder(arguments.checkpoint).recipe.task
-        if task is not None and (task.kind == "ctc") == (arguments.task == "ctc"):
-            return own_head(arguments)
-        if arguments.task == "classify":
+    if asked.task in ("classify", "ctc"):
+        task = open_encoder(asked.checkpoint).recipe.task
+        if task is not None and (task.kind == "ctc") == (asked.task == "ctc"):
+            return own_head(asked)
+        if asked.task == "classify":
             raise UserError(
-                f"{arguments.checkpoint} has no classifier of its own.",
+                f"{asked.checkpoint} has no classifier of its own.",
                 "Use --task linear or attentive, or fine-tune it.",
             )
-    encoder = FrozenEncoder.load(arguments.checkpoint, arguments.weights)
-    of_positions = arguments.task in ("attentive", "ctc")
-    scores, sizes, chance = (position_scores if of_positions else pooled_scores)(encoder, arguments)
+    encoder = FrozenEncoder.load(asked.checkpoint, asked.weights)
+    of_positions = asked.task in ("attentive", "ctc")
+    scores, sizes, chance = (position_scores if of_positions else pooled_scores)(encoder, asked)
     result: dict[str, object] = {
         "checkpoint": str(encoder.source),
         "step": encoder.step,
         "weights": encoder.weights,
-        "task": arguments.task,
+        "task": asked.task,
         **sizes,
-        "error" if arguments.task == "ctc" else "accuracy": scores,
+        "error" if asked.task == "ctc" else "accuracy": scores,
     }
     if chance is not None:
         result["chance"] = chance
-    tell_mlflow(encoder.run_dir, encoder.step, encoder.weights, arguments.task, scores)
+    tell_mlflow(encoder.run_dir, encoder.step, encoder.weights, asked.task, scores)
     return result
 
 
@@ -69,42 +95,42 @@ Scores = tuple[dict[str, float], dict[str, int], float | None]
 """Scores by name, samples that were read or lost by set, share of the most frequent class."""
 
 
-def pooled_scores(encoder: FrozenEncoder, arguments: argparse.Namespace) -> Scores:
+def pooled_scores(encoder: FrozenEncoder, asked: ProbeOptions) -> Scores:
     """k-NN or linear probe of mean-pooled layers."""
-    sets = sets_of(encoder, arguments, ClassLabels(), ClassLabels())
+    sets = sets_of(encoder, asked, ClassLabels(), ClassLabels())
     train, test = (extract(encoder.hidden_states, one, encoder.valid_positions, encoder.device) for one in sets)
     samples, classes = len(train.labels_n), len(train.labels_n.unique())
-    if arguments.task == "linear" and (samples < 10 or classes < 2):
+    if asked.task == "linear" and (samples < 10 or classes < 2):
         raise UserError(
             f"A linear probe cannot be fitted to {samples} samples of {classes} classes.",
             "It takes 10 samples and 2 classes: give --data with more, or a higher --limit.",
         )
 
     def score(x_nd: Tensor, y_n: Tensor, x_qd: Tensor, y_q: Tensor) -> float:
-        if arguments.task == "knn":
+        if asked.task == "knn":
             x_nd, x_qd = whitened(x_nd, x_qd)
-            return knn(x_nd, y_n, x_qd, y_q, arguments.k)
+            return knn(x_nd, y_n, x_qd, y_q, asked.k)
         return linear_probe(x_nd, y_n, x_qd, y_q).accuracy
 
     pairs = zip(train.layers_lnd, test.layers_lnd, strict=True)
     accuracies = {f"layer {i + 1}": score(x, train.labels_n, q, test.labels_n) for i, (x, q) in enumerate(pairs)}
     last = score(train.last(LAST_LAYERS), train.labels_n, test.last(LAST_LAYERS), test.labels_n)
     accuracies[f"mean of the last {LAST_LAYERS}"] = last
-    if arguments.task == "linear":
+    if asked.task == "linear":
         weighted = weighted_layers_probe(train.layers_lnd, train.labels_n, test.layers_lnd, test.labels_n)
         accuracies["learned combination"] = weighted.accuracy
     sizes = counts(sets, len(train.labels_n), len(test.labels_n))
     return accuracies, sizes, most_frequent(test.labels_n)
 
 
-def position_scores(encoder: FrozenEncoder, arguments: argparse.Namespace) -> Scores:
+def position_scores(encoder: FrozenEncoder, asked: ProbeOptions) -> Scores:
     """Attentive pooling, or a new CTC head, on the last layer."""
-    task = TaskConfig(kind="ctc", ctc=CtcConfig(letters=arguments.letters, beam=arguments.beam or 1))
-    kinds = (labels_of(task), held_out_labels(task)) if arguments.task == "ctc" else (ClassLabels(), ClassLabels())
-    sets = sets_of(encoder, arguments, *kinds)
+    task = TaskConfig(kind="ctc", ctc=CtcConfig(letters=asked.letters, beam=asked.beam or 1))
+    kinds = (labels_of(task), held_out_labels(task)) if asked.task == "ctc" else (ClassLabels(), ClassLabels())
+    sets = sets_of(encoder, asked, *kinds)
     train, test = (extract_states(encoder.hidden_states, one, encoder.valid_positions, encoder.device) for one in sets)
     sizes = counts(sets, *(sum(len(batch.labels) for batch in batches) for batches in (train, test)))
-    if arguments.task == "attentive":
+    if asked.task == "attentive":
         accuracy = attentive_accuracy(train, test, encoder.device)
         return {"attentive pooling": accuracy}, sizes, most_frequent(torch.cat([batch.labels for batch in test]))
     width, outputs = train[0].states_btd.shape[-1], outputs_of(task)
@@ -120,31 +146,31 @@ def position_scores(encoder: FrozenEncoder, arguments: argparse.Namespace) -> Sc
     return measure(task, found), sizes | outside_vocabulary(task, found), None
 
 
-def own_head(arguments: argparse.Namespace) -> dict[str, object]:
+def own_head(asked: ProbeOptions) -> dict[str, object]:
     """What a fine-tuned model says of the held-out samples."""
-    predictor = TaskPredictor.load(arguments.checkpoint)
-    if arguments.beam is not None:
-        predictor.task.ctc.beam = arguments.beam
-    shards = shards_of(predictor.recipe, "--test", arguments)
+    predictor = TaskPredictor.load(asked.checkpoint)
+    if asked.beam is not None:
+        predictor.task.ctc.beam = asked.beam
+    shards = shards_of(predictor.recipe, "--test", asked)
     labels = held_out_labels(predictor.task)
     source = predictor.source
-    samples = labelled(predictor.recipe, shards, arguments, labels)
+    samples = labelled(predictor.recipe, shards, asked, labels)
     check_tokenizer(source.path, source.tokenizer_sha256, shards, samples.tokenizer_sha256)
     agreed_classes([(str(source.path), source.classes or []), (shards, samples.classes)])
     found = []
     for batch, labels_b in samples:
         found += predictor.answers(batch, labels_b)
     scores = measure(predictor.task, found)
-    tell_mlflow(source.run_dir, source.step, "student", arguments.task, scores)
+    tell_mlflow(source.run_dir, source.step, "student", asked.task, scores)
     return {
         "checkpoint": str(source.path),
         "step": source.step,
         "weights": "fine-tuned",
-        "task": arguments.task,
+        "task": asked.task,
         "test_samples": len(found),
         "test_lost": len(samples) - len(found),
         **outside_vocabulary(predictor.task, found),
-        "error" if arguments.task == "ctc" else "accuracy": scores,
+        "error" if asked.task == "ctc" else "accuracy": scores,
     }
 
 
@@ -153,35 +179,31 @@ def most_frequent(labels_n: Tensor) -> float:
     return torch.bincount(labels_n).max().item() / len(labels_n)
 
 
-def shards_of(recipe: Recipe, option: str, arguments: argparse.Namespace) -> str:
+def shards_of(recipe: Recipe, option: str, asked: ProbeOptions) -> str:
     """The shards of an option, or of the recipe. Raises UserError."""
-    given, of_recipe = arguments.test, recipe.evaluation.test
+    given, of_recipe = asked.test, recipe.evaluation.test
     if option == "--data":
-        given, of_recipe = arguments.data, recipe.evaluation.train
+        given, of_recipe = asked.data, recipe.evaluation.train
     shards: str | None = given or of_recipe
     if shards is None:
         raise UserError("The recipe names no labelled shards.", f"Give them with {option}.")
     return shards
 
 
-def labelled(recipe: Recipe, shards: str, arguments: argparse.Namespace, labels: Labels) -> LabelledSet:
+def labelled(recipe: Recipe, shards: str, asked: ProbeOptions, labels: Labels) -> LabelledSet:
     """One labelled set, read for the recipe's model. Raises DataError where nothing of it can be read."""
-    modality = pick_modality(recipe, arguments.modality)
-    found = LabelledSet(
-        shards, modality, recipe.data, recipe.model, arguments.batch_size, arguments.limit, labels=labels
-    )
+    modality = pick_modality(recipe, asked.modality)
+    found = LabelledSet(shards, modality, recipe.data, recipe.model, asked.batch_size, asked.limit, labels=labels)
     if next(iter(found), None) is None:
         raise found.nothing_readable()
     return found
 
 
-def sets_of(
-    encoder: FrozenEncoder, arguments: argparse.Namespace, learned: Labels, held_out: Labels
-) -> list[LabelledSet]:
+def sets_of(encoder: FrozenEncoder, asked: ProbeOptions, learned: Labels, held_out: Labels) -> list[LabelledSet]:
     """The training and the held-out set. Raises DataError where they do not fit each other or the encoder."""
     sets = []
     for option, labels in (("--data", learned), ("--test", held_out)):
-        sets.append(labelled(encoder.recipe, shards_of(encoder.recipe, option, arguments), arguments, labels))
+        sets.append(labelled(encoder.recipe, shards_of(encoder.recipe, option, asked), asked, labels))
         shards, checksum = sets[-1].shards, sets[-1].tokenizer_sha256
         check_tokenizer(encoder.source, encoder.tokenizer_sha256, shards, checksum)
     agreed_classes([(one.shards, one.classes) for one in sets])

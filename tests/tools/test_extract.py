@@ -2,22 +2,25 @@
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pyarrow.parquet
 import pytest
 import torch
-from small_shards import image_samples
+from small_shards import image_samples, sound_samples
 from torch import Tensor
 
 from d2v_scale.batch import Batch
 from d2v_scale.commands import extract as extract_command
 from d2v_scale.data.config import SourceConfig
 from d2v_scale.errors import EXIT_PARTIAL
-from d2v_scale.evaluation import extracting
+from d2v_scale.evaluation import extracted, extracting
 from d2v_scale.evaluation.frozen import FrozenEncoder
+from d2v_scale.modalities.speech.decoder import decode, normalize
+from d2v_scale.modalities.speech.decoder import measure as measure_speech
 from d2v_scale.model.config import ModelConfig
 from d2v_scale.model.stem_config import SpeechStem, VisionStem
 from d2v_scale.recipe import Recipe
@@ -34,9 +37,9 @@ class Colours:
     source, step, weights = Path("checkpoint"), 7, "teacher"
     recipe = Recipe(model=ModelConfig(vision=VisionStem(image_size=8, patch_size=4)))
 
-    def hidden_states(self, batch: Batch) -> list[Tensor]:
+    def hidden_states(self, batch: Batch, layers: list[int]) -> list[Tensor]:
         patches_btd = torch.nn.functional.avg_pool2d(batch.inputs, 4).flatten(2).transpose(1, 2)
-        return [patches_btd, -patches_btd]
+        return [[patches_btd, -patches_btd][layer] for layer in layers]
 
     def valid_positions(self, batch: Batch) -> None:
         return None
@@ -110,12 +113,12 @@ def test_shards_that_hold_nothing_or_are_cut_off_end_no_extraction(
         assert ("2 of 5 files were there already" in printed.out) == bool(times)
     if form == "shards":
         assert find_shards(SourceConfig(shards=str(out))).samples_s.tolist() == [9, 5]
-    assert len(json.loads((out / "extract.json").read_text())["without"]) == 3
+    assert len(json.loads((out / "_extract.json").read_text())["without"]) == 3
     # What is restored is extracted by a later call.
     (folder / "test-000001.tar").write_bytes(whole)
     assert extract(out, "--format", form, shards=folder / "test.index.json") == EXIT_PARTIAL
     assert (out / f"test-000001{suffix}").exists()
-    assert len(json.loads((out / "extract.json").read_text())["without"]) == 2
+    assert len(json.loads((out / "_extract.json").read_text())["without"]) == 2
 
 
 def test_nothing_to_extract_is_bad_input(extract: Callable[..., int], tmp_path: Path) -> None:
@@ -169,8 +172,66 @@ def test_features_of_another_encoder_or_shard_are_refused_not_kept(
     assert extract(out) == 0
     write_set(tmp_path / "shards", "test", "image", image_samples(25, side=16), per_shard=10)
     assert "test-000000.parquet is of another shard" in refused()
-    (out / "extract.json").unlink()
+    (out / "_extract.json").unlink()
     assert "does not say what it is of" in refused()
+
+
+class Places:
+    """An encoder whose features are at each sample of the wave its number, and how long the batch's rows are."""
+
+    device = torch.device("cpu")
+    source, step, weights = Path("checkpoint"), 7, "teacher"
+    recipe = Recipe(model=ModelConfig(speech=SpeechStem()))
+    lengths: ClassVar[list[list[int]]] = []
+
+    def hidden_states(self, batch: Batch, layers: list[int]) -> list[Tensor]:
+        del layers
+        self.lengths.append([len(wave) if valid is None else int(valid.sum()) for wave, valid in self.rows(batch)])
+        return [batch.inputs[:, ::1000, None]]
+
+    def valid_positions(self, batch: Batch) -> Tensor | None:
+        return None if batch.valid is None else batch.valid[:, ::1000]
+
+    def rows(self, batch: Batch) -> Iterator[tuple[Tensor, Tensor | None]]:
+        return zip(batch.inputs, [None] * len(batch.inputs) if batch.valid is None else batch.valid, strict=True)
+
+
+def test_recordings_are_computed_by_length_and_written_in_their_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    samples = sound_samples(21, seconds=(0.2, 2.0))
+    samples[4]["flac"] = b"no sound"
+    index = write_set(tmp_path, "test", "recording", samples, per_shard=21, measure=measure_speech)
+    monkeypatch.setattr(FrozenEncoder, "load", lambda *_: Places())
+    monkeypatch.setattr(extracting, "BATCHES_BY_LENGTH", 2)
+    monkeypatch.setattr(Places.recipe.data.speech, "max_seconds", 1.9)
+    arguments = ["checkpoint", str(tmp_path / "test-*.tar"), str(tmp_path / "out"), "--pool", "none"]
+    assert extract_command.main([*arguments, "--batch_size", "5"]) == 0
+    for first in range(0, len(Places.lengths), 2):
+        window = [length for batch in Places.lengths[first : first + 2] for length in batch]
+        assert window == sorted(window, reverse=True)
+    assert max(map(max, Places.lengths)) == 1.9 * 16000
+    table = pyarrow.parquet.read_table(tmp_path / "out")
+    assert table["key"].to_pylist() == [sample["__key__"] for k, sample in enumerate(samples) if k != 4]
+    assert index.shards[0].samples == 21
+    for k, states in zip([k for k in range(21) if k != 4], table["features"].to_pylist(), strict=True):
+        wave = normalize(decode(samples[k]["flac"]))[: round(1.9 * 16000) : 1000]
+        np.testing.assert_allclose(np.array(states)[:, 0], wave.astype(np.float16))
+    printed = capsys.readouterr()
+    assert "20 samples, 1 lost, of" in printed.out
+    assert "the beginning alone" in printed.out
+    assert f"{samples[4]['__key__']}: " in printed.err
+    lost = json.loads((tmp_path / "out" / "_extract.json").read_text())["lost"]
+    assert [line.split(":")[0] for line in lost["test-000000.parquet"]] == [samples[4]["__key__"]]
+
+
+def test_blocks_that_there_are_none_of_are_refused(
+    extract: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It ended with an IndexError."""
+    assert extract(tmp_path / "out", "--layers", 99) == 2
+    assert "no main block 99" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("lengths", [[5, 0, 3, 4], None])
@@ -178,11 +239,11 @@ def test_parquet_is_written_in_row_groups(
     extract: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lengths: list[int] | None
 ) -> None:
     """A whole shard of (T, D) features was held as Python numbers."""
-    monkeypatch.setattr(extracting, "_ROW_GROUP_BYTES", 24)
+    monkeypatch.setattr(extracted, "_ROW_GROUP_BYTES", 24)
     rng = np.random.default_rng(0)
     made = [rng.random((n, 3)).astype(np.float16) for n in lengths] if lengths else list(rng.random((4, 3), np.float32))
-    rows = (extracting.Extracted(f"k{k}", k, features) for k, features in enumerate(made))
-    assert extracting.write_parquet(tmp_path / "a.parquet", rows) == 4
+    rows = (extracted.Extracted(f"k{k}", k, features) for k, features in enumerate(made))
+    assert extracted.write_parquet(tmp_path / "a.parquet", rows) == 4
     assert pyarrow.parquet.ParquetFile(tmp_path / "a.parquet").num_row_groups == 2
     table = pyarrow.parquet.read_table(tmp_path / "a.parquet")
     assert table["features"].to_pylist() == [features.tolist() for features in made]
