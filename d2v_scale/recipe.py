@@ -157,11 +157,12 @@ class Recipe:
         check_pairs(model, self.objective, self.data, tuned=self.task is not None)
         for name in model.modalities if model.visible_only else []:
             model.decoder_dimensions(name, modalities.of(model, name).axes)
-        for name in self.optim.lr_scale or {}:
+        of_stems = [("optim.lr_scale", self.optim.lr_scale or {}), ("evaluation.sets", self.evaluation.sets)]
+        for key, name in [(key, name) for key, named in of_stems for name in named]:
             if name not in model.modalities:
-                raise ConfigError(
-                    f"optim.lr_scale.{name}", f"is set, but the model has no stem {name}", "Leave it out."
-                )
+                there = ", ".join(model.modalities)
+                shown = f"is set, but the model has no stem {name}"
+                raise ConfigError(f"{key}.{name}", shown, f"Leave it out; the model has {there}.")
 
     def enter_pairs(self) -> None:
         """Enter in the model which stems read parts of paired samples, where it does not say so itself."""

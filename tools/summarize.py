@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from d2v_scale.errors import EXIT_BAD_INPUT
+from d2v_scale.tracking.names import by_stem
 from d2v_scale.tracking.record import METRICS_FILE, read_records
 
 
@@ -21,13 +22,16 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {record} does not exist. Give the directory of a run.", file=sys.stderr)
         return EXIT_BAD_INPUT
     lines = read_records(options.run_dir)
-    losses = [line["loss"] for line in lines if "loss" in line]
-    accuracies = [line["knn_accuracy"] for line in lines if "knn_accuracy" in line]
+    recorded = dict.fromkeys(name for line in lines for name in line)
     print(f"\n{options.run_dir}")
-    if losses:
-        print(f"  loss           first {losses[0]:.4f}, last {losses[-1]:.4f}")
-    if accuracies:
-        print(f"  k-NN accuracy  before {accuracies[0]:.3f}, after {accuracies[-1]:.3f}")
+    shown = (
+        ("loss", "loss           first {:.4f}, last {:.4f}"),
+        ("knn_accuracy", "k-NN accuracy  before {:.3f}, after {:.3f}"),
+    )
+    for figure, text in shown:
+        for whose, name in by_stem(recorded, figure).items():
+            values = [line[name] for line in lines if name in line]
+            print(f"  {text.format(values[0], values[-1])}{f' ({whose})' if whose else ''}")
     print(f"  checkpoints    {options.run_dir / 'checkpoints'}")
     if options.exported is not None:
         print(f"  exported       {options.exported}")

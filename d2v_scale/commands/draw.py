@@ -20,9 +20,9 @@ def make_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = VerbParser(description=__doc__)
     parser.add_argument("run", metavar="RUN", type=Path, help="a run directory; its newest checkpoint is drawn")
-    parser.add_argument("--data", help="labelled shards; default: the recipe's evaluation.test")
+    parser.add_argument("--data", help="shards; default: those of the recipe's evaluation")
     parser.add_argument("--samples", type=int, default=200, help="samples among which neighbours are looked for")
-    parser.add_argument("--modality", metavar="STEM", help="which one, where the run has several")
+    parser.add_argument("--modality", metavar="STEM", help="this one alone, where the run has several")
     parser.add_argument("--views", action="store_true", help="what representations rest on, how modalities lie apart")
     return parser
 
@@ -41,7 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
         else:
             from d2v_scale.plots.of_run import draw
 
-            paths, without = draw(*wanted), []
+            paths, without = draw(*wanted)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT

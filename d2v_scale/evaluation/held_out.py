@@ -13,6 +13,7 @@ from d2v_scale.batch import Batch
 from d2v_scale.data2vec.comparison import compare
 from d2v_scale.data2vec.config import LossConfig
 from d2v_scale.data2vec.targets import Made, Target
+from d2v_scale.evaluation.config import EvaluationSet
 from d2v_scale.evaluation.layer_probe import LayerProbe
 from d2v_scale.evaluation.samples import samples_without_labels
 from d2v_scale.networks.draw import Draw
@@ -46,15 +47,16 @@ class HeldOutSet:
         self._layers = LayerProbe(student.module, teacher.module, student.topology)
 
     @classmethod
-    def of(cls, recipe: Recipe, student: StudentEngine, teacher: EmaTeacher) -> "HeldOutSet | None":
-        """Of the samples that the recipe has for it, which are decoded once; None where there are none. Collective: all
-        ranks must call; all read the same, or raise the same DataError."""
-        found = samples_without_labels(recipe, recipe.evaluation.max_masked, masked=True)
+    def of(
+        cls, recipe: Recipe, stem: str, named: EvaluationSet, student: StudentEngine, teacher: EmaTeacher
+    ) -> "HeldOutSet | None":
+        """Of a stem's samples, which are decoded once, in the shards that are `named` for it (`named_for`); None where
+        there are none. Collective: all ranks must call; all read the same, or raise the same DataError."""
+        found = samples_without_labels(recipe, stem, named, recipe.evaluation.max_masked, masked=True)
         if found is None:
             return None
         batches = [batch for batch, _ in found.batches]
-        name = batches[0].modality
-        loss_config, targets = recipe.objective.of(name).loss, recipe.built_targets()[name]
+        loss_config, targets = recipe.objective.of(stem).loss, recipe.built_targets()[stem]
         return cls(batches, student, teacher, loss_config, targets, trained_on=found.trained_on)
 
     @torch.no_grad()

@@ -1,4 +1,4 @@
-"""What the teacher's representations are worth while it trains: k-NN accuracy, and pictures."""
+"""What the teacher's representations of one stem's samples are worth while it trains: k-NN accuracy, and pictures."""
 
 import math
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from d2v_scale.batch import Batch
 from d2v_scale.data.labelled import LabelledSet
-from d2v_scale.evaluation.config import EvaluationConfig
+from d2v_scale.evaluation.config import EvaluationConfig, EvaluationSet
 from d2v_scale.evaluation.features import mean_over_layers
 from d2v_scale.evaluation.knn import knn, whitened
 from d2v_scale.evaluation.samples import require_same, samples_without_labels
@@ -67,26 +67,27 @@ class OnlineEvaluation:
         self._student, self._teacher = student, teacher
 
     @classmethod
-    def of(cls, recipe: Recipe, student: StudentEngine, teacher: EmaTeacher) -> "OnlineEvaluation | None":
-        """On the recipe's labelled shards, which are decoded once. Where it names none there are only pictures of other
-        samples; None where there is nothing to draw. Collective: all ranks must call; all read the same, or raise the
-        same DataError."""
+    def of(
+        cls, recipe: Recipe, stem: str, named: EvaluationSet, student: StudentEngine, teacher: EmaTeacher
+    ) -> "OnlineEvaluation | None":
+        """On the labelled shards that are `named` for a stem (`named_for`), which are decoded once. Where there are
+        none there are only pictures of other samples; None where there is nothing to draw. Collective: all ranks must
+        call; all read the same, or raise the same DataError."""
         config = recipe.evaluation
-        if config.train is None or config.test is None:
-            samples = samples_without_labels(recipe, _PICTURED, masked=False)
+        if named.train is None or named.test is None:
+            samples = samples_without_labels(recipe, stem, named, _PICTURED, masked=False)
             if samples is None:
                 return None
             return cls(config, [], samples.batches, student, teacher, LabelNames([], samples.tokenizer))
 
         def labelled(shards: str, limit: int) -> LabelledSet:
-            modality, batch_size = recipe.model.modalities[0], config.batch_size
-            return LabelledSet(shards, modality, recipe.data, recipe.model, batch_size=batch_size, limit=limit)
+            return LabelledSet(shards, stem, recipe.data, recipe.model, batch_size=config.batch_size, limit=limit)
 
-        train, test = labelled(config.train, config.max_train), labelled(config.test, config.max_test)
-        classes = agreed_classes([(config.train, train.classes), (config.test, test.classes)])
+        train, test = labelled(named.train, config.max_train), labelled(named.test, config.max_test)
+        classes = agreed_classes([(named.train, train.classes), (named.test, test.classes)])
         names = LabelNames(classes, str(test.tokenizer) if test.tokenizer else None)
         read_train, read_test = train.read(), test.read()
-        require_same([*read_train, *read_test], f"{config.train} and {config.test}")
+        require_same([*read_train, *read_test], f"{named.train} and {named.test}")
         return cls(config, read_train, read_test, student, teacher, names)
 
     def figures(self) -> dict[str, float]:
@@ -152,6 +153,7 @@ class OnlineEvaluation:
             seed=recipe.seed,
             step=step,
             tokenizer=self._names.tokenizer,
+            suffix=f"_{batch.modality}" if len(recipe.model.modalities) > 1 else "",
         )
 
     @property

@@ -181,9 +181,10 @@ def most_frequent(labels_n: Tensor) -> float:
 
 def shards_of(recipe: Recipe, option: str, asked: ProbeOptions) -> str:
     """The shards of an option, or of the recipe. Raises UserError."""
-    given, of_recipe = asked.test, recipe.evaluation.test
+    named = recipe.evaluation.of(pick_modality(recipe, asked.modality))
+    given, of_recipe = asked.test, named.test
     if option == "--data":
-        given, of_recipe = asked.data, recipe.evaluation.train
+        given, of_recipe = asked.data, named.train
     shards: str | None = given or of_recipe
     if shards is None:
         raise UserError("The recipe names no labelled shards.", f"Give them with {option}.")

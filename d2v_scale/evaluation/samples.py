@@ -1,16 +1,18 @@
-"""Which samples are looked at while training, where the recipe names none with labels."""
+"""Which samples of a stem are looked at while training."""
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import torch.distributed as dist
 from torch import Tensor
 
 from d2v_scale import modalities
 from d2v_scale.batch import Batch
+from d2v_scale.data.config import SourceConfig
 from d2v_scale.data.labelled import LabelledSet
 from d2v_scale.errors import DataError
+from d2v_scale.evaluation.config import EvaluationSet
 from d2v_scale.recipe import Recipe
 from d2v_scale.shards.shard_set import find_shards
 
@@ -29,29 +31,62 @@ class Samples:
     trained_on: bool
 
 
-def samples_without_labels(recipe: Recipe, limit: int, *, masked: bool) -> Samples | None:
-    """Up to `limit` samples of the recipe's held-out shards, or else a few of the first training shard.
+def named_for(recipe: Recipe, stem: str) -> EvaluationSet:
+    """What the recipe names for a stem, without shards that are named for all stems and hold what others read alone:
+    these are said."""
+    named = recipe.evaluation.of(stem)
+    if stem in recipe.evaluation.sets:
+        return named
+    of_others = [field.name for field in fields(named) if _is_of_others(recipe, stem, getattr(named, field.name))]
+    for key in of_others:
+        log.info(
+            "evaluation.%s holds nothing that %s reads: evaluation.sets.%s.%s may name some.", key, stem, stem, key
+        )
+    return replace(named, **dict.fromkeys(of_others))
+
+
+def _is_of_others(recipe: Recipe, stem: str, shards: str | None) -> bool:
+    """Whether shards hold nothing that the stem reads, but what another one does. What cannot be found is not judged:
+    whoever reads it says so."""
+    try:
+        index = find_shards(SourceConfig(shards=shards)).index if shards else None
+    except DataError:
+        return False
+    held = index.contents if index is not None else []
+    read = [modalities.of(recipe.model, name).content for name in recipe.model.modalities]
+    return bool(set(held) & set(read)) and modalities.of(recipe.model, stem).content not in held
+
+
+def samples_without_labels(
+    recipe: Recipe, stem: str, named: EvaluationSet, limit: int, *, masked: bool
+) -> Samples | None:
+    """Up to `limit` samples of the held-out shards that are `named` for a stem, or else a few of the first training
+    shard that it reads.
 
     `masked`: as a training step would mask them, always alike. None, and a message why, where training shards cannot be
     read like this on every rank (no index, say). Raises DataError where named shards cannot. Collective: all ranks must
     call; all get the same.
     """
-    shards = recipe.evaluation.held_out or recipe.evaluation.test
+    shards = named.held_out or named.test
+    source = next((one for one in recipe.data.sources if stem in one.stems), None)
+    if shards is None and source is None:
+        return None
     found, problem = None, None
     try:
-        read = _set_of(recipe, shards, limit, masked)
+        read = _set_of(recipe, stem, shards, source, limit, masked)
         found = Samples(read.read(), str(read.tokenizer) if read.tokenizer else None, shards is None)
     except DataError as error:
         problem = error
     batches = [] if found is None else found.batches
     try:
-        require_same(batches, shards or recipe.data.sources[0].shards)
+        require_same(batches, shards or (source.shards if source else ""))
     except DataError as error:
         problem = problem or error
     if problem is not None and shards is not None:
         raise problem
     if problem is not None:
-        log.info("No samples to look at while training: %s Or name some with evaluation.held_out.", problem)
+        whose = f" of {stem}" if len(recipe.model.modalities) > 1 else ""
+        log.info("No samples%s to look at while training: %s Or name some with evaluation.held_out.", whose, problem)
         return None
     return found
 
@@ -71,24 +106,28 @@ def require_same(batches: Sequence[tuple[Batch, Tensor]], shards: str) -> None:
         )
 
 
-def _set_of(recipe: Recipe, shards: str | None, limit: int, masked: bool) -> LabelledSet:
-    """`shards`: the named ones; None: the first of training alone, as a large set would all be read for its index."""
-    first = recipe.data.sources[0]
-    if not shards and len(first.stems) > 1:
-        raise DataError("The first source has paired samples, which are not looked at without being named.")
-    modality = recipe.model.modalities[0] if shards else first.modality
-    masks = recipe.masking_of(modality)
+def _set_of(
+    recipe: Recipe, stem: str, shards: str | None, source: SourceConfig | None, limit: int, masked: bool
+) -> LabelledSet:
+    """`shards`: the named ones; None: the first of the training `source` alone, as a large set would all be read for
+    its index."""
+    found = None
+    if not shards:
+        assert source is not None
+        found = find_shards(replace(source, modality=stem)).one(0)
+        shards, limit = source.shards, min(limit, _OF_TRAINING)
+    masks = recipe.masking_of(stem)
     clones = masks.clones if masked else 1
     return LabelledSet(
-        shards or first.shards,
-        modality,
+        shards,
+        stem,
         recipe.data,
         recipe.model,
         batch_size=max(1, recipe.evaluation.batch_size // clones),
-        limit=limit if shards else min(limit, _OF_TRAINING),
+        limit=limit,
         require_labels=False,
         masking=masks if masked else None,
         compat=recipe.objective.compat,
-        min_seconds=modalities.of(recipe.model, modality).shortest_seconds(recipe.data),
-        found=None if shards else find_shards(first).one(0),
+        min_seconds=modalities.of(recipe.model, stem).shortest_seconds(recipe.data),
+        found=found,
     )

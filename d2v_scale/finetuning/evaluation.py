@@ -73,17 +73,16 @@ class TaskEvaluation:
 
     @classmethod
     def of(cls, recipe: Recipe, student: StudentEngine, classes: list[str]) -> "TaskEvaluation | None":
-        """The set that `evaluation.test` names; None where it names none. `classes`: names of those that are learned.
-        Raises DataError and ConfigError, also where the set has others."""
-        config, task = recipe.evaluation, recipe.task
+        """The set that `evaluation.test`, or the stem's own, names; None where it names none. `classes`: names of those
+        that are learned. Raises DataError and ConfigError, also where the set has others."""
+        task = recipe.task
         assert task is not None
-        if config.test is None:
-            return None
         [modality] = recipe.model.modalities
-        labelled = LabelledSet(
-            config.test, modality, recipe.data, recipe.model, limit=config.max_test, labels=held_out_labels(task)
-        )
-        names = agreed_classes([("the training shards", classes), (config.test, labelled.classes)])
+        shards, limit = recipe.evaluation.of(modality).test, recipe.evaluation.max_test
+        if shards is None:
+            return None
+        labelled = LabelledSet(shards, modality, recipe.data, recipe.model, limit=limit, labels=held_out_labels(task))
+        names = agreed_classes([("the training shards", classes), (shards, labelled.classes)])
         if task.kind == "classify":
             class_count(task, names)
         return cls(task, labelled, student)

@@ -140,7 +140,7 @@ def build(
     task = recipe.task
     assert task is not None
     if options.resume is None:  # its data exist, elsewhere if not here
-        demo.ensure([*(source.shards for source in recipe.data.sources), recipe.evaluation.test])
+        demo.ensure([*(source.shards for source in recipe.data.sources), *recipe.evaluation.shards])
     loader = LabelledLoader(
         task,
         recipe.data,

@@ -111,7 +111,7 @@ def _scores(checkpoint: Checkpoint) -> list[str]:
 
 
 def _is_score(name: str, value: Any) -> bool:
-    known = name in ("loss", "knn_accuracy") or name.startswith("test/")
+    known = name == "loss" or name.startswith(("knn_accuracy", "test/"))
     return known and name not in AXES and isinstance(value, (int, float)) and math.isfinite(value)
 
 

@@ -27,12 +27,13 @@ class Group(NamedTuple):
 
 
 GROUPS = (
-    Group("loss", ("loss", "held_out_loss", "loss/*")),
-    Group("k-NN and probe accuracy", ("knn_accuracy", "probe*")),
+    Group("loss", ("loss", "held_out_loss", "loss/*", "held_out_loss/*")),
+    Group("share of held-out targets explained", ("held_out_explained*",)),
+    Group("k-NN and probe accuracy", ("knn_accuracy*", "probe*")),
     Group("fine-tuned, on held-out samples", tuple(f"test/{metric}" for kind in METRICS.values() for metric in kind)),
-    Group("spread (mean std over channels)", ("target_std*", "prediction_std*", "stem_std")),
-    Group("effective rank", ("target_rank", "prediction_rank")),
-    Group("mean cosine", ("target_cosine", "prediction_cosine")),
+    Group("spread (mean std over channels)", ("target_std*", "prediction_std*", "stem_std*")),
+    Group("effective rank", ("target_rank*", "prediction_rank*")),
+    Group("mean cosine", ("target_cosine*", "prediction_cosine*")),
     Group("teacher", ("student_teacher_*", "teacher_update_norm", "teacher_norm"), log=True),
     Group("gradient norm", ("grad_norm", "grad_norm/*"), log=True),
     Group("update-to-weight ratio", ("update_ratio/*",), log=True),

@@ -29,9 +29,9 @@ class Drawing(ABC):
         """One sample, without padding. `decode`: token ids to text."""
 
     def features(
-        self, batch: Batch, states_btd: Tensor, valid_bt: Tensor | None, labels: list[str], folder: Path
+        self, batch: Batch, states_btd: Tensor, valid_bt: Tensor | None, labels: list[str], place: Callable[[str], Path]
     ) -> list[Path]:
-        """Pictures of the teacher's states of the first samples (B, T, D) of a batch, where there are such; the files
-        in `folder`."""
-        del batch, states_btd, valid_bt, labels, folder
+        """Pictures of the teacher's states of the first samples (B, T, D) of a batch, where there are such; the
+        files. `place`: where the file of a name belongs."""
+        del batch, states_btd, valid_bt, labels, place
         return []

@@ -54,6 +54,8 @@ class Gallery:
     """Sentencepiece model, for text."""
     student_lnd: Tensor | None = None
     """As `teacher_lnd`; None: the teacher is compared with itself."""
+    suffix: str = ""
+    """Of the names of files: of a run with several stems, which each have their pictures."""
 
     def save(self, path: Path) -> None:
         """Write it, for another process to draw."""
@@ -76,16 +78,20 @@ def draw_gallery(folder: Path, gallery: Gallery) -> list[Path]:
     decode = _decoder(gallery.tokenizer)
     word = Tokenizer(Path(gallery.tokenizer)).piece if gallery.tokenizer else None
     shown = masked(batch, valid_bt, gallery.masks, gallery.seed, gallery.step, gallery.equal_counts)
-    paths = [plot_masks(shown, gallery.kind, folder / "masks.png", decode=word)]
+
+    def place(name: str) -> Path:
+        return folder / f"{name}{gallery.suffix}.png"
+
+    paths = [plot_masks(shown, gallery.kind, place("masks"), decode=word)]
     features = mean_over_layers(gallery.teacher_lnd[-_LAST_LAYERS:])
     features, _ = whitened(features, features)  # as for the k-NN accuracy
     drawing = modalities.class_of(gallery.kind).build_drawing()
     samples = [drawing.sample(batch, row, decode) for row in range(len(labels))]
-    paths.append(plot_neighbours(features, samples, labels, folder / "neighbours.png"))
+    paths.append(plot_neighbours(features, samples, labels, place("neighbours")))
     first_btd = gallery.first_btd
-    paths += drawing.features(batch, first_btd, valid_bt, labels, folder)
+    paths += drawing.features(batch, first_btd, valid_bt, labels, place)
     other, name = (gallery.teacher_lnd, "teacher") if gallery.student_lnd is None else (gallery.student_lnd, "student")
-    paths.append(plot_cka(gallery.teacher_lnd, other, folder / "cka.png", row_name="teacher", column_name=name))
+    paths.append(plot_cka(gallery.teacher_lnd, other, place("cka"), row_name="teacher", column_name=name))
     return paths
 
 

@@ -49,17 +49,19 @@ def draw_views(run: Path, data: str | None, samples: int, modality: str | None =
     """
     source = open_encoder(run)
     recipe = source.recipe
-    shards = data or recipe.evaluation.test or recipe.evaluation.held_out
-    if shards is None:
-        raise UserError("The recipe names no held-out shards.", "Give some with --data.")
     stems = recipe.model.modalities if modality is None else [modality]
     if unknown := [stem for stem in stems if stem not in recipe.model.modalities]:
         raise UserError(f"{run} has no stem {unknown[0]!r}.", f"Give one of {', '.join(recipe.model.modalities)}.")
+    own = {stem: recipe.evaluation.of(stem) for stem in stems}
+    shards = {stem: named for stem, one in own.items() if (named := data or one.test or one.held_out)}
+    if not shards:
+        raise UserError("The recipe names no held-out shards.", "Give some with --data.")
     other = replace(source, recipe=replace(recipe, seed=recipe.seed + _SEED_OF_RANDOM))
     encoders = {"trained": models.built(source, "teacher"), "random": models.built(other, "random")}
-    read = _read(source, encoders["trained"], shards, stems, samples)
+    read = _read(source, encoders["trained"], shards, samples)
     paths: list[Path] = []
-    without = [f"{shards} holds no sample for the stem {stem!r}." for stem in stems if stem not in read]
+    without = [f"{shards[stem]} holds no sample for the stem {stem!r}." for stem in shards if stem not in read]
+    without += [f"The recipe names no held-out shards for the stem {stem!r}." for stem in stems if stem not in shards]
     try:
         require_subsets(encoders["trained"])
         for stem, found in read.items():
@@ -75,14 +77,15 @@ def draw_views(run: Path, data: str | None, samples: int, modality: str | None =
     return paths, without
 
 
-def _read(
-    source: EncoderSource, encoder: FrozenEncoder, shards: str, stems: Sequence[str], most: int
-) -> dict[str, _Stem]:
-    """Of every stem that the shards have samples for, at most so many, evenly spaced."""
-    kinds = {stem: kind_of(encoder, stem) for stem in stems}
-    whole = read_set(shards, [kind.content for kind in kinds.values()], "key", None)
+def _read(source: EncoderSource, encoder: FrozenEncoder, shards: Mapping[str, str], most: int) -> dict[str, _Stem]:
+    """Of every stem that its shards have samples for, at most so many, evenly spaced."""
+    kinds = {stem: kind_of(encoder, stem) for stem in shards}
+    # Shards of several stems are read once.
+    contents = {one: [kinds[stem].content for stem in shards if shards[stem] == one] for one in shards.values()}
+    sets = {one: read_set(one, held, "key", None) for one, held in contents.items()}
     found = {}
     for stem, kind in kinds.items():
+        whole = sets[shards[stem]]
         there = [place for place in whole.places if kind.content in place.digests]
         chosen = np.unique(np.linspace(0, len(there) - 1, min(most, len(there))).round().astype(int)).tolist()
         if there:

@@ -15,8 +15,7 @@ from d2v_scale.checkpoint.writer import CheckpointWriter
 from d2v_scale.command_line import Options
 from d2v_scale.conversion import demo
 from d2v_scale.data.loader import StepLoader
-from d2v_scale.evaluation.held_out import HeldOutSet
-from d2v_scale.evaluation.online import OnlineEvaluation
+from d2v_scale.evaluation.of_stems import Evaluation
 from d2v_scale.networks.draw import Draw
 from d2v_scale.optim import scheduled, set_rates
 from d2v_scale.parallel.groups import Topology
@@ -48,8 +47,7 @@ class Run:
     loader: StepLoader
     writer: CheckpointWriter
     tracker: RunTracker
-    evaluation: OnlineEvaluation | None
-    held_out: HeldOutSet | None
+    evaluation: Evaluation
     observer: RunObserver
     seen_samples: Tensor
     """float64 scalar on the device: samples seen by all ranks since the run began."""
@@ -117,17 +115,15 @@ class Run:
         return verdicts if observer.starved is None else [*verdicts, (StopReason.DATA_STARVED, observer.starved)]
 
     def evaluate(self) -> None:
-        """To the record: k-NN and held-out loss where the recipe names shards for them, what the layers do.
-        Collective."""
-        sets = (self.evaluation, self.held_out)
-        values = {name: value for one in sets if one is not None for name, value in one.figures().items()}
-        if values:
+        """To the record: k-NN and held-out loss where the recipe names shards for them, what the layers do, of every
+        stem. Collective."""
+        if values := self.evaluation.figures():
             self.tracker.log(self.step, self.samples, values)
 
     def draw_pictures(self) -> None:
         """Have pictures drawn of what the teacher makes of some samples. Collective."""
-        if self.evaluation is not None:
-            self.tracker.gallery(self.evaluation.gallery(self.recipe, self.step))
+        for gallery in self.evaluation.galleries(self.step):
+            self.tracker.gallery(gallery)
 
     def save(self) -> None:
         """Begin a checkpoint of this step; the loop waits for the snapshot only. Collective."""
@@ -141,9 +137,8 @@ class Run:
 
 def build(recipe: Recipe, options: Options, config: dict[str, Any], topology: Topology, directory: Path) -> Run:
     """All parts of the run, restored from the newest checkpoint if there is one. Collective: all ranks must call."""
-    shown = recipe.evaluation
     if options.resume is None:  # its data exist, elsewhere if not here
-        demo.ensure([*(source.shards for source in recipe.data.sources), shown.train, shown.test, shown.held_out])
+        demo.ensure([*(source.shards for source in recipe.data.sources), *recipe.evaluation.shards])
     loader = StepLoader(
         recipe.data,
         recipe.model,
@@ -170,8 +165,7 @@ def build(recipe: Recipe, options: Options, config: dict[str, Any], topology: To
         loader=loader,
         writer=writer,
         tracker=tracker,
-        evaluation=OnlineEvaluation.of(recipe, student, teacher),
-        held_out=HeldOutSet.of(recipe, student, teacher),
+        evaluation=Evaluation(recipe, student, teacher),
         observer=RunObserver(recipe, student, teacher, loader),
         seen_samples=torch.zeros((), dtype=torch.float64, device=topology.device),
     )

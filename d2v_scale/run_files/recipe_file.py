@@ -21,8 +21,9 @@ from d2v_scale.errors import ConfigError
 from d2v_scale.recipe import Recipe, to_dict
 from d2v_scale.redaction import redact_values
 from d2v_scale.run_files.paired_sources import with_joined_names
-from d2v_scale.run_files.value_kinds import check_keys_once, check_kind
+from d2v_scale.run_files.value_kinds import check_keys_once, check_kind, named_section, section_of
 
+_NAMED = r"(model\.arrays|objective\.arrays|evaluation\.sets)"  # sections by names of the user's own
 _MARK = "\ue000"  # of Unicode's private use area
 _PLAIN = re.compile(r"[A-Za-z_/][A-Za-z0-9_./-]*")
 _WORDS = {"y", "n", "yes", "no", "on", "off", "true", "false", "null", "none", "nan", "inf", "infinity"}
@@ -78,8 +79,8 @@ def completed(values: dict[str, Any], owner: type) -> dict[str, Any]:
     found = dict(values)
     kinds = typing.get_type_hints(owner)
     for field in dataclasses.fields(owner):
-        section, value = _section(kinds[field.name]), found.get(field.name)
-        if field.name in found and _named(kinds[field.name]) is not None and isinstance(value, dict):
+        section, value = section_of(kinds[field.name]), found.get(field.name)
+        if field.name in found and named_section(kinds[field.name]) is not None and isinstance(value, dict):
             assert section is not None
             found[field.name] = {k: completed(v, section) if isinstance(v, dict) else v for k, v in value.items()}
         elif field.name not in found:
@@ -92,18 +93,6 @@ def completed(values: dict[str, Any], owner: type) -> dict[str, Any]:
         elif section is not None and isinstance(value, list):
             found[field.name] = [completed(item, section) if isinstance(item, dict) else item for item in value]
     return found
-
-
-def _section(kind: Any) -> type | None:
-    """The configuration class of a key that holds one, none, or a list of them."""
-    options = [kind, *typing.get_args(kind)]
-    options += [inner for option in options for inner in typing.get_args(option)]
-    return next((one for one in options if isinstance(one, type) and dataclasses.is_dataclass(one)), None)
-
-
-def _named(kind: Any) -> type | None:
-    """The configuration class of a key that holds sections by names of the user's own."""
-    return _section(kind) if typing.get_origin(kind) is dict else None
 
 
 def _as_values(value: Any) -> Any:
@@ -201,7 +190,7 @@ def take_named(arguments: list[str]) -> tuple[list[str], dict[str, Any]]:
     coming = iter(arguments)
     for argument in coming:
         key, equals, value = argument.partition("=")
-        if not re.fullmatch(r"--(model|objective)\.arrays(?!\.help$)(\.\w+)*", key):
+        if not re.fullmatch(rf"--{_NAMED}(?!\.help$)(\.\w+)*", key):
             rest.append(argument)
             continue
         key = key.removeprefix("--")
@@ -222,7 +211,7 @@ def _take_nulls(arguments: list[str]) -> tuple[list[str], dict[str, Any]]:
     for argument, after in coming:
         option, equals, value = argument.partition("=")
         key = option.removeprefix("--")
-        is_ours = re.fullmatch(r"--(?!(model|objective)\.arrays\.)\w+(\.\w+)+", option)
+        is_ours = re.fullmatch(rf"--(?!{_NAMED}\.)\w+(\.\w+)+", option)
         if not is_ours or (value if equals else after) != "null":
             rest.append(argument)
             continue
@@ -250,7 +239,7 @@ def kind_at(key: str) -> Any:
         if typing.get_origin(kind) is dict:
             kind = typing.get_args(kind)[1]
         else:
-            owner = _section(kind)
+            owner = section_of(kind)
             kind = typing.get_type_hints(owner).get(part) if owner is not None else None
     return kind
 
@@ -269,14 +258,14 @@ def _without_empty_sections(
     found = {}
     for name, value in values.items():
         kind = kinds.get(name)
-        section, key = _section(kind), f"{prefix}{name}"
+        section, key = section_of(kind), f"{prefix}{name}"
         if value is None and dataclasses.is_dataclass(kind):
             continue
         if value is None and kind is not None and not _may_be_null(kind) and not below:
             raise ConfigError(key, "is null", "Give a value, or leave it out.")
         if section is None or not isinstance(value, dict):
             found[name] = value
-        elif _named(kind) is None:
+        elif named_section(kind) is None:
             found[name] = _without_empty_sections(value, section, f"{key}.", below=below)
         else:
             found[name] = {
@@ -311,13 +300,13 @@ def _check_named(values: Any, owner: type, prefix: str, *, below: bool = False) 
             raise ConfigError(f"{prefix}{name}", "is not a key of a recipe", remedy)
         if below:
             check_kind(f"{prefix}{name}", value, kinds[name])
-        section = _section(kinds[name])
+        section = section_of(kinds[name])
         is_word = below and section is not None and isinstance(value, (str, int, float))
         if is_word and typing.get_origin(kinds[name]) not in (list, dict):
             raise ConfigError(f"{prefix}{name}", f"is {value!r}, no section", "Give its keys and values.")
         if section is None or not isinstance(value, dict):
             continue
-        if _named(kinds[name]) is None:
+        if named_section(kinds[name]) is None:
             _check_named(value, section, f"{prefix}{name}.", below=below)
             continue
         for called, inner in value.items():

@@ -21,7 +21,8 @@ def _places(recipe: Recipe) -> Iterator[tuple[Any, str]]:
     for source in recipe.data.sources:
         yield from ((source, "shards"), (source, "index"))
     yield from ((recipe.data.text, "tokenizer"), (recipe.data, "cache_dir"), (recipe, "deepspeed_config"))
-    yield from ((recipe.evaluation, name) for name in ("train", "test", "held_out"))
+    for section in (recipe.evaluation, *recipe.evaluation.sets.values()):
+        yield from ((section, name) for name in ("train", "test", "held_out"))
 
 
 def make_absolute(recipe: Recipe, *, only_found: bool) -> None:
@@ -67,6 +68,7 @@ def find_data(recipe: Recipe, rank: int) -> None:
 
 def _owner(recipe: Recipe, section: Any) -> str:
     named = {"data.text.": recipe.data.text, "data.": recipe.data, "evaluation.": recipe.evaluation}
+    named |= {f"evaluation.sets.{stem}.": one for stem, one in recipe.evaluation.sets.items()}
     return next((name for name, one in named.items() if one is section), "")
 
 
@@ -74,7 +76,8 @@ def absolute(recipe: Recipe) -> Recipe:
     """A copy of `recipe` with `make_absolute`'s paths."""
     data = dataclasses.replace(recipe.data, text=dataclasses.replace(recipe.data.text))
     data.sources = [dataclasses.replace(source) for source in data.sources]
-    copy = dataclasses.replace(recipe, data=data, evaluation=dataclasses.replace(recipe.evaluation))
+    sets = {stem: dataclasses.replace(one) for stem, one in recipe.evaluation.sets.items()}
+    copy = dataclasses.replace(recipe, data=data, evaluation=dataclasses.replace(recipe.evaluation, sets=sets))
     make_absolute(copy, only_found=False)
     return copy
 

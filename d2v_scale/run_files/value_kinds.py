@@ -1,5 +1,6 @@
 """What the parser would not say of a YAML file: which key has a value of another type, and which one stands twice."""
 
+import dataclasses
 import types
 import typing
 from typing import Any
@@ -25,6 +26,18 @@ def in_words(kind: Any) -> str:
     options = typing.get_args(kind) if _is_union(kind) else (kind,)
     nothing = ["null"] if _NOTHING in options else []
     return " or ".join([*(_told(option) for option in options if option is not _NOTHING), *nothing])
+
+
+def section_of(kind: Any) -> type | None:
+    """The configuration class of a key that holds one, none, or a list of them."""
+    options = [kind, *typing.get_args(kind)]
+    options += [inner for option in options for inner in typing.get_args(option)]
+    return next((one for one in options if isinstance(one, type) and dataclasses.is_dataclass(one)), None)
+
+
+def named_section(kind: Any) -> type | None:
+    """The configuration class of a key that holds sections by names of the user's own."""
+    return section_of(kind) if typing.get_origin(kind) is dict else None
 
 
 def check_keys_once(text: str) -> None:

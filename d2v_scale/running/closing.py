@@ -7,6 +7,7 @@ from typing import Any
 
 from d2v_scale.errors import EXIT_DONE, EXIT_LOST_PEER, EXIT_REQUEUE
 from d2v_scale.redaction import redact
+from d2v_scale.tracking.names import by_stem
 
 _SHARES = ("accuracy", "wer", "knn_accuracy", "held_out_explained")
 """Figures that are said in percent."""
@@ -27,29 +28,34 @@ def closing(
     `verdict`: on its health; `ends`: its last step is done."""
     verb = {EXIT_DONE: "Done", EXIT_REQUEUE: "Stopped", EXIT_LOST_PEER: "Stopped"}.get(code, "Failed")
     lines = [redact(f"{verb}: {reason}")]
-    if found := worth(records, is_task=is_task):
-        lines.append(f"Result: {', '.join(found)}")
+    for whose, found in worth(records, is_task=is_task).items():
+        lines.append(f"Result{f' of {whose}' if whose else ''}: {', '.join(found)}")
     if verdict:
         lines.append(f"Verdict: {verdict}")
     return lines + [f"Next: {redact(command)}" for command in next_commands(directory, code, ends=ends)]
 
 
-def worth(records: Records, *, is_task: bool) -> list[str]:
-    """The last figures that say what a run is worth, and what it began with where that was measured."""
-    measured = [name for record in records for name in record if name.startswith("test/") and name != "test/samples"]
-    names = measured if is_task else list(_NAMES)
-    found = []
-    for name in dict.fromkeys(["loss", *names]):
-        values = [record[name] for record in records if name in record]
-        if not values:
-            continue
-        metric = name.removeprefix("test/")
-        text = f"{_NAMES.get(name, f'held-out {metric}')} {_value(metric, values[-1])}"
-        # The loss of the first step is that of any random start; the others tell what was learned.
-        if name != "loss" and len(values) > 1:
-            text += f" ({_value(metric, values[0])} at first)"
-        found.append(text)
+def worth(records: Records, *, is_task: bool) -> dict[str, list[str]]:
+    """The last figures that say what a run is worth, and what it began with where that was measured: of all, and by
+    stem or source where these have their own."""
+    recorded = list(dict.fromkeys(name for record in records for name in record))
+    if is_task:
+        measured = [name for name in recorded if name.startswith("test/") and name != "test/samples"]
+        said = [_said(records, name, name.removeprefix("test/")) for name in ["loss", *measured] if name in recorded]
+        return {"": said} if said else {}
+    found: dict[str, list[str]] = {}
+    for figure in _NAMES:
+        for whose, name in by_stem(recorded, figure).items():
+            found.setdefault(whose, []).append(_said(records, name, figure))
     return found
+
+
+def _said(records: Records, name: str, figure: str) -> str:
+    """The last and the first value of a name, which is of this figure."""
+    values = [record[name] for record in records if name in record]
+    text = f"{_NAMES.get(figure, f'held-out {figure}')} {_value(figure, values[-1])}"
+    # The loss of the first step is that of any random start; the others tell what was learned.
+    return text if figure == "loss" or len(values) == 1 else f"{text} ({_value(figure, values[0])} at first)"
 
 
 def next_commands(directory: Path, code: int, *, ends: bool) -> list[str]:

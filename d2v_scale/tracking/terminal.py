@@ -7,7 +7,11 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from d2v_scale.tracking.names import by_stem
+
 _SHOWN = ("loss", "knn_accuracy", "samples_per_second", "mfu", "data_wait_share", "decay", "lr")
+_OF_STEMS = ("loss", "knn_accuracy")
+"""Of these, what stems and sources have of their own, too."""
 _LABELS = {"samples_per_second": "samples/s", "data_wait_share": "data wait", "knn_accuracy": "k-NN"}
 
 
@@ -37,19 +41,20 @@ class Terminal:
         """Show one record of metrics.jsonl. Values not in it keep their last reading at a terminal."""
         step = record["step"]
         self._started = self._started or (time.monotonic(), step)
-        fresh = {name: record[name] for name in _SHOWN if name in record}
+        of_stems = [name for figure in _OF_STEMS for name in by_stem(record, figure).values()]
+        fresh = {name: record[name] for name in (*_SHOWN, *of_stems) if name in record}
         self._shown |= fresh
         if self._live is not None:
             from rich.console import Group
             from rich.text import Text
 
-            values = [_format(name, value) for name, value in self._shown.items()]
+            values = _formatted(self._shown)
             self._progress.update(self._task, completed=step, eta=self._eta(step))
             # A text of its own goes on in the next line of a narrow terminal.
             self._live.update(Group(self._progress, Text("  ".join(filter(None, [*values, self._checkpoint])))))
         elif fresh:  # other lines say nothing that a log needs
             of = f"/{self._total}" if self._total else ""
-            parts = [f"step {step}{of}", *(_format(name, value) for name, value in fresh.items()), self._eta(step)]
+            parts = [f"step {step}{of}", *_formatted(fresh), self._eta(step)]
             _print("  ".join(part for part in parts if part))
 
     def message(self, text: str) -> None:
@@ -97,6 +102,19 @@ def _print(text: str) -> None:
     """A line on stdout. Where that is a file on a full disk, the line is kept for later and the run goes on."""
     with contextlib.suppress(OSError):
         print(text, flush=True)
+
+
+def _formatted(values: Mapping[str, float]) -> list[str]:
+    """Every figure with its label, and beside it what stems and sources have: `loss 0.5 (vision 0.4, text 0.6)`."""
+    found = []
+    for figure in _SHOWN:
+        own = by_stem(values, figure) if figure in _OF_STEMS else {}
+        beside = ", ".join(f"{stem} {values[name]:.4g}" for stem, name in own.items() if stem)
+        if figure in values:
+            found.append(_format(figure, values[figure]) + (f" ({beside})" if beside else ""))
+        elif beside:
+            found.append(f"{_LABELS.get(figure, figure)} {beside}")
+    return found
 
 
 def _format(name: str, value: float) -> str:

@@ -134,7 +134,7 @@ class RunTracker:
         """Have pictures drawn of some samples and what the teacher makes of them, by a process of its own."""
         if self._log is None:
             return
-        saved = self.run_dir / "plots" / f".gallery-{gallery.step}.pt"
+        saved = self.run_dir / "plots" / f".gallery-{gallery.step}{gallery.suffix}.pt"
         try:
             saved.parent.mkdir(exist_ok=True)
             gallery.save(saved)

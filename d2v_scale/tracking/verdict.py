@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from d2v_scale.data2vec.config import HealthConfig
+from d2v_scale.tracking.names import by_stem
 
 LEAST = 10
 """Records from which parts of a run are compared: with fewer, one of them is one step."""
@@ -120,27 +121,32 @@ def _loss(records: Records) -> Iterator[Sign]:
 
 
 def _learning(records: Records) -> Iterator[Sign]:
-    found = [r for r in records if "knn_accuracy" in r]
-    if len(found) < 2:
-        return
-    first, last = float(found[0]["knn_accuracy"]), float(found[-1]["knn_accuracy"])
-    error = math.sqrt(max(first * (1 - first), 1e-9) / max(1.0, float(found[-1].get("knn_samples", 1.0))))
-    if found[0]["step"] == 0 and last < first - _ERRORS * error:
-        yield Sign("what was learned", f"k-NN finds {last:.1%} of the labels, {first:.1%} with random weights")
+    for whose, name in _by_stem(records, "knn_accuracy").items():
+        found = [r for r in records if name in r]
+        samples = float(found[-1].get(name.replace("accuracy", "samples", 1), 1.0))
+        first, last = float(found[0][name]), float(found[-1][name])
+        error = math.sqrt(max(first * (1 - first), 1e-9) / max(1.0, samples))
+        if len(found) > 1 and found[0]["step"] == 0 and last < first - _ERRORS * error:
+            said = f"k-NN finds {last:.1%} of the labels{_of(whose)}, {first:.1%} with random weights"
+            yield Sign("what was learned", said)
 
 
 def _held_out(records: Records) -> Iterator[Sign]:
-    found = [r for r in records if "held_out_explained" in r]
-    if len(found) > 1 and found[-1]["held_out_explained"] <= 0 and len(_values(records, "loss")) >= LEAST:
-        share = float(found[-1]["held_out_explained"])
-        yield Sign("the held-out targets", f"the student explains {share:.1%} of them, no more than their mean does")
+    for whose, name in _by_stem(records, "held_out_explained").items():
+        found = [float(r[name]) for r in records if name in r]
+        if len(found) > 1 and found[-1] <= 0 and len(_values(records, "loss")) >= LEAST:
+            said = f"the student explains {found[-1]:.1%} of them{_of(whose)}, no more than their mean does"
+            yield Sign("the held-out targets", said)
 
 
 def _layers(records: Records) -> Iterator[Sign]:
-    last = next((r for r in reversed(records) if any(name.startswith("cka/layer_") for name in r)), {})
-    likeness = [float(value) for name, value in sorted(last.items()) if name.startswith("cka/layer_")]
-    if len(likeness) > 1 and min(likeness[1:]) > 0.995:
-        yield Sign("the layers", f"each is like all others (CKA {min(likeness[1:]):.3f} and above)")
+    layers = [name for record in records for name in record if name.startswith("cka/") and "/layer_" in name]
+    for figure in dict.fromkeys(name.rpartition("/")[0] for name in layers):
+        last = next(r for r in reversed(records) if f"{figure}/layer_01" in r)
+        likeness = [float(value) for name, value in sorted(last.items()) if name.startswith(f"{figure}/layer_")]
+        whose = figure.partition("/")[2]
+        if len(likeness) > 1 and min(likeness[1:]) > 0.995:
+            yield Sign("the layers", f"each{_of(whose)} is like all others (CKA {min(likeness[1:]):.3f} and above)")
 
 
 def _teacher(records: Records) -> Iterator[Sign]:
@@ -173,6 +179,14 @@ def _speed(records: Records) -> Iterator[Sign]:
     fifths = _fifths(_values(records, "samples_per_second"))
     if fifths and fifths[-1] < 0.7 * fifths[1]:
         yield Sign("the speed", f"{fifths[-1]:.3g} samples a second in the end, {fifths[1]:.3g} after a fifth")
+
+
+def _by_stem(records: Records, figure: str) -> dict[str, str]:
+    return by_stem(dict.fromkeys(name for record in records for name in record), figure)
+
+
+def _of(whose: str) -> str:
+    return f" of {whose}" if whose else ""
 
 
 def _joined(words: Sequence[str]) -> str:

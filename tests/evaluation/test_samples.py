@@ -9,7 +9,7 @@ from small_shards import image_samples, sound_samples
 
 from d2v_scale import command_line
 from d2v_scale.errors import DataError
-from d2v_scale.evaluation.samples import Samples, samples_without_labels
+from d2v_scale.evaluation.samples import Samples, named_for, samples_without_labels
 from d2v_scale.modalities.speech.decoder import measure
 from d2v_scale.recipe import Recipe
 from d2v_scale.shards.writing import Sample, write_set
@@ -33,10 +33,15 @@ def recipe_of(shards: Path, *options: str) -> Recipe:
     return recipe
 
 
+def look_at(recipe: Recipe, limit: int, *, masked: bool) -> Samples | None:
+    [stem] = recipe.model.modalities
+    return samples_without_labels(recipe, stem, named_for(recipe, stem), limit, masked=masked)
+
+
 def test_without_any_named_a_few_of_the_first_shard_are_looked_at_always_masked_alike(shards: Path) -> None:
     (shards / "train-000001.tar").unlink()
     (shards / "train-000001.tar").write_bytes(b"")  # is not read
-    found, again = (samples_without_labels(recipe_of(shards), 256, masked=True) for _ in range(2))
+    found, again = (look_at(recipe_of(shards), 256, masked=True) for _ in range(2))
     assert found is not None
     assert again is not None
     assert found.trained_on
@@ -45,7 +50,7 @@ def test_without_any_named_a_few_of_the_first_shard_are_looked_at_always_masked_
     assert [batch.masked_rt.shape[0] for batch in batches] == [8] * 5  # rows of a pass: two samples, four clones
     for batch, (other, _) in zip(batches, again.batches, strict=True):
         assert torch.equal(batch.masked_rt, other.masked_rt)
-    pictures = samples_without_labels(recipe_of(shards), 4, masked=False)
+    pictures = look_at(recipe_of(shards), 4, masked=False)
     assert pictures is not None
     assert [labels.tolist() for _, labels in pictures.batches] == [[-1] * 4]
     assert not any(batch.masked_rt.any() for batch, _ in pictures.batches)
@@ -53,19 +58,19 @@ def test_without_any_named_a_few_of_the_first_shard_are_looked_at_always_masked_
 
 def test_named_shards_come_first_and_must_be_readable(shards: Path) -> None:
     write_set(shards, "other", "image", image_samples(6), per_shard=6, classes=["a", "b", "c"])
-    found = samples_without_labels(recipe_of(shards, "--evaluation.held_out", f"{shards}/other-*.tar"), 5, masked=True)
+    found = look_at(recipe_of(shards, "--evaluation.held_out", f"{shards}/other-*.tar"), 5, masked=True)
     assert found is not None
     assert not found.trained_on
     assert sum(len(batch.keys) for batch, _ in found.batches) == 5
     with pytest.raises(DataError, match="No shard matches"):
-        samples_without_labels(recipe_of(shards, "--evaluation.held_out", f"{shards}/none-*.tar"), 5, masked=True)
+        look_at(recipe_of(shards, "--evaluation.held_out", f"{shards}/none-*.tar"), 5, masked=True)
 
 
 def test_training_shards_without_an_index_are_left_alone(shards: Path, caplog: pytest.LogCaptureFixture) -> None:
     for path in [*shards.glob("*.index"), *shards.glob("*.index.json")]:
         path.unlink()
     with caplog.at_level(logging.INFO):
-        assert samples_without_labels(recipe_of(shards), 256, masked=True) is None
+        assert look_at(recipe_of(shards), 256, masked=True) is None
     assert "evaluation.held_out" in caplog.text
 
 
@@ -73,7 +78,7 @@ def test_held_out_masks_are_trimmed_as_those_of_training_are(shards: Path) -> No
     options = ("--objective.masking.kind", "spans", "--objective.masking.length", "2")
     for trimmed in (True, False):
         recipe = recipe_of(shards, *options, "--objective.compat.equalize_masks", str(trimmed).lower())
-        found = samples_without_labels(recipe, 256, masked=True)
+        found = look_at(recipe, 256, masked=True)
         assert found is not None
         assert all(batch.layout.visible_rs is not None for batch, _ in found.batches) == trimmed
 
@@ -85,7 +90,7 @@ def test_recordings_too_short_for_training_are_not_looked_at(tmp_path: Path) -> 
     def look(name: str) -> Samples | None:
         options = ["--recipe", "demo_speech", "--data", f"{tmp_path}/{name}-*.tar"]
         none = ["--data.speech.min_seconds", "0.1", "--evaluation.train", "null", "--evaluation.test", "null"]
-        return samples_without_labels(command_line.parse([*options, *none])[0], 256, masked=True)
+        return look_at(command_line.parse([*options, *none])[0], 256, masked=True)
 
     assert look("train") is None
     found = look("mixed")

@@ -36,8 +36,8 @@ def labelled(modality: str) -> tuple[Batch, torch.Tensor | None]:
 @pytest.mark.parametrize(
     ("modality", "masks", "own"),
     [
-        ("vision", MaskingConfig(kind="block2d", prob=0.8, length=2, inverse=True, clones=3), "pca.png"),
-        ("speech", MaskingConfig(kind="spans", prob=0.5, length=3), "similarity.png"),
+        ("vision", MaskingConfig(kind="block2d", prob=0.8, length=2, inverse=True, clones=3), "pca"),
+        ("speech", MaskingConfig(kind="spans", prob=0.5, length=3), "similarity"),
         ("text", MaskingConfig(kind="bert", prob=0.3), None),
     ],
 )
@@ -55,10 +55,12 @@ def test_every_modality_has_its_pictures(tmp_path: Path, modality: Kind, masks: 
         seed=1,
         step=5,
         student_lnd=states + 1 if modality == "vision" else None,
+        suffix="_text" if modality == "text" else "",
     )
     gallery.save(tmp_path / "saved.pt")
     paths = draw_gallery(tmp_path, Gallery.load(tmp_path / "saved.pt"))
-    assert {path.name for path in paths} == {"masks.png", "neighbours.png", "cka.png"} | ({own} if own else set())
+    wanted = {"masks", "neighbours", "cka"} | ({own} if own else set())
+    assert {path.name for path in paths} == {f"{name}{gallery.suffix}.png" for name in wanted}
     assert all(path.stat().st_size > 5000 for path in paths)
 
 

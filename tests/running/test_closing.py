@@ -28,8 +28,22 @@ def test_it_ends_with_what_happened_what_it_is_worth_and_the_next_command() -> N
 
 def test_fine_tuning_says_its_own_figures() -> None:
     records = [{"step": 5, "loss": 1.5}, {"step": 5, "test/accuracy": 0.5, "test/samples": 40.0}]
-    assert worth(records, is_task=True) == ["loss 1.5", "held-out accuracy 50.0%"]
-    assert worth([{"step": 5, "loss": 1.5}, {"step": 5, "test/wer": 0.104}], is_task=True)[1] == "held-out wer 10.4%"
+    assert worth(records, is_task=True) == {"": ["loss 1.5", "held-out accuracy 50.0%"]}
+    said = worth([{"step": 5, "loss": 1.5}, {"step": 5, "test/wer": 0.104}], is_task=True)
+    assert said[""][1] == "held-out wer 10.4%"
+
+
+def test_stems_are_said_side_by_side() -> None:
+    records: list[dict[str, float]] = [
+        {"step": 0, "knn_accuracy/vision": 0.1, "held_out_loss/vision": 0.9, "held_out_loss/speech/target_codes": 2.0},
+        {"step": 9, "loss": 0.5, "loss/vision": 0.25, "loss/speech": 0.75, "loss/masked_50_75": 0.6},
+        {"step": 9, "knn_accuracy/vision": 0.4, "held_out_loss/vision": 0.3},
+    ]
+    assert worth(records, is_task=False) == {
+        "": ["loss 0.5"],
+        "vision": ["loss 0.25", "held-out loss 0.3 (0.9 at first)", "k-NN accuracy 40.0% (10.0% at first)"],
+        "speech": ["loss 0.75"],
+    }
 
 
 def test_a_run_that_is_not_at_its_end_is_resumed(monkeypatch: pytest.MonkeyPatch) -> None:

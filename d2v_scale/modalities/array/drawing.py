@@ -50,14 +50,14 @@ class ArrayDrawing(Drawing):
         return as_image(batch.inputs[row])
 
     def features(
-        self, batch: Batch, states_btd: Tensor, valid_bt: Tensor | None, labels: list[str], folder: Path
+        self, batch: Batch, states_btd: Tensor, valid_bt: Tensor | None, labels: list[str], place: Callable[[str], Path]
     ) -> list[Path]:
         """Of two axes, principal components as colours."""
         del valid_bt, labels
         if len(batch.grid) != 2:
             return []
         images = torch.stack([as_image(array) for array in batch.inputs[: len(states_btd)]])
-        return [plot_pca(images, states_btd, folder / "pca.png", grid=batch.grid)]
+        return [plot_pca(images, states_btd, place("pca"), grid=batch.grid)]
 
 
 def as_image(array: Tensor) -> Tensor:

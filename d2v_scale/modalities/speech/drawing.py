@@ -42,10 +42,10 @@ class RecordingDrawing(Drawing):
         return batch.inputs[row] if batch.valid is None else batch.inputs[row, batch.valid[row]]
 
     def features(
-        self, batch: Batch, states_btd: Tensor, valid_bt: Tensor | None, labels: list[str], folder: Path
+        self, batch: Batch, states_btd: Tensor, valid_bt: Tensor | None, labels: list[str], place: Callable[[str], Path]
     ) -> list[Path]:
         """How alike the frames of the first recording are."""
         frames = states_btd.shape[1] if valid_bt is None else int(valid_bt[0].sum())
         wave = batch.inputs[0] if batch.valid is None else batch.inputs[0, : int(batch.valid[0].sum())]
         title = f"teacher's frames: {labels[0]}, {wave.shape[0] / SAMPLE_RATE:.2f} s"
-        return [plot_similarity(wave, states_btd[0, :frames], folder / "similarity.png", title=title)]
+        return [plot_similarity(wave, states_btd[0, :frames], place("similarity"), title=title)]

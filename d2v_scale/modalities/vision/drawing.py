@@ -39,11 +39,11 @@ class ImageDrawing(Drawing):
         return batch.inputs[row]
 
     def features(
-        self, batch: Batch, states_btd: Tensor, valid_bt: Tensor | None, labels: list[str], folder: Path
+        self, batch: Batch, states_btd: Tensor, valid_bt: Tensor | None, labels: list[str], place: Callable[[str], Path]
     ) -> list[Path]:
         """Principal components as colours."""
         del valid_bt, labels
-        return [plot_pca(batch.inputs[: len(states_btd)], states_btd, folder / "pca.png", grid=batch.grid)]
+        return [plot_pca(batch.inputs[: len(states_btd)], states_btd, place("pca"), grid=batch.grid)]
 
 
 def _hide(image: np.ndarray, masked_hw: np.ndarray) -> np.ndarray:
