@@ -157,12 +157,13 @@ class Recipe:
         check_pairs(model, self.objective, self.data, tuned=self.task is not None)
         for name in model.modalities if model.visible_only else []:
             model.decoder_dimensions(name, modalities.of(model, name).axes)
-        of_stems = [("optim.lr_scale", self.optim.lr_scale or {}), ("evaluation.sets", self.evaluation.sets)]
-        for key, name in [(key, name) for key, named in of_stems for name in named]:
-            if name not in model.modalities:
+        keys = [f"optim.lr_scale.{name}" for name in self.optim.lr_scale or {}]
+        for key in [*keys, *(f"evaluation.sets.{name}" for name in self.evaluation.sets)]:
+            if (name := key.split(".", 2)[2]) not in model.modalities:
                 there = ", ".join(model.modalities)
-                shown = f"is set, but the model has no stem {name}"
-                raise ConfigError(f"{key}.{name}", shown, f"Leave it out; the model has {there}.")
+                raise ConfigError(
+                    key, f"is set, but the model has no stem {name}", f"Leave it out; the model has {there}."
+                )
 
     def enter_pairs(self) -> None:
         """Enter in the model which stems read parts of paired samples, where it does not say so itself."""

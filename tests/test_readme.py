@@ -55,7 +55,8 @@ STAND_INS: dict[str, list[str] | None] = {
     "d2v train --recipe tiny2_joint --run_dir runs/joint": None,
     "d2v train --recipe tiny2_joint --data pairs/train.index.json --run_dir runs/pairs": [
         *["d2v_scale/__main__.py", "train", *TINY[2:], "--recipe", "tiny2_joint", "--data", "pairs/train.index.json"],
-        *["--global_batch_size", "2", "--evaluation.held_out", "null", "--run_dir", "runs/pairs"],
+        *["--global_batch_size", "2", "--evaluation.test", "null", "--evaluation.held_out", "null"],
+        *["--run_dir", "runs/pairs"],
     ],
     "d2v align runs/joint --data demo_data/joint": None,
     "d2v index 'shards/*.tar' --modality vision": [*["tools/index_shards.py", "shards/*.tar", "--modality", "vision"]],

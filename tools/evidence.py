@@ -170,16 +170,16 @@ def plan(sets: dict[Kind, RealSet], seeds: int, compute: float, out: Path) -> tu
     """All jobs, seed by seed and the longest first, and each modality's FLOPs of one run."""
     from d2v_scale.command_line import parse
     from d2v_scale.evaluation.supervised import BATCH_SIZE
-    from d2v_scale.planning.compute import sample_cost_on, step_flops, steps_for, stretched
+    from d2v_scale.planning.compute import mean_sample, step_flops, steps_for, stretched
 
     jobs, budgets = [], {}
     for modality, real in sets.items():
         recipes = {v: parse([f"--recipe=tiny{v[0]}_{modality}", f"--data={real.train}"])[0] for v in VERSIONS}
         first = recipes["1.0"]
-        budgets[modality] = compute * first.optim.max_steps * step_flops(first, real.train)
-        steps = {version: steps_for(recipe, real.train, budgets[modality]) for version, recipe in recipes.items()}
+        budgets[modality] = compute * first.optim.max_steps * step_flops(first)
+        steps = {version: steps_for(recipe, budgets[modality]) for version, recipe in recipes.items()}
         # A supervised step is the student's forward and backward over unmasked samples: three forwards.
-        forward = sample_cost_on(first, real.train)
+        forward, _ = mean_sample(first, first.data.sources[0])
         step = BATCH_SIZE * 3 * (forward.teacher + forward.student_stem / 3)
         steps["supervised"] = max(1, round(budgets[modality] / step))
         for row in ("2.0", "1.0", "supervised", "random 1.0", "random 2.0", "raw"):

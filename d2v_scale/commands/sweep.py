@@ -179,13 +179,11 @@ def _folder(settings: tuple[tuple[str, str], ...], seed: int, given: list[str]) 
 
 
 def equal_compute(base: Any, recipe: Any) -> list[str]:
-    """Arguments that give `recipe` the FLOPs of `base`, its warm-up and annealing stretched alike."""
+    """Arguments that give `recipe` the FLOPs of `base`, its warm-up and annealing stretched alike. Each is counted on
+    its own sources."""
     from d2v_scale.planning.compute import step_flops, steps_for, stretched
 
-    if len(base.data.sources) != 1:
-        raise UserError("--equal_compute needs one source of data.", "Name shards with --data.")
-    shards = base.data.sources[0].shards
-    steps = steps_for(recipe, shards, base.optim.max_steps * step_flops(base, shards))
+    steps = steps_for(recipe, base.optim.max_steps * step_flops(base))
     return [f"--optim.max_steps={steps}", *stretched(recipe, steps)]
 
 

@@ -1,24 +1,27 @@
-"""How long recipes run on the same set for the same compute: FLOPs of a step, and steps for a number of FLOPs."""
+"""How long recipes run on the same sets for the same compute: FLOPs of a step, and steps for a number of FLOPs."""
+
+from dataclasses import replace
 
 import numpy as np
 
 from d2v_scale import modalities
 from d2v_scale.data.config import SAMPLE_RATE, SourceConfig
-from d2v_scale.errors import DataError
-from d2v_scale.planning.flops import SampleCost, cost_of
+from d2v_scale.errors import ConfigError, DataError
+from d2v_scale.modalities.costs import Lengths
+from d2v_scale.planning.flops import SampleCost, lengths_of, sample_cost
 from d2v_scale.recipe import Recipe
 from d2v_scale.shards.one_content import reading
 from d2v_scale.shards.shard_set import find_shards
 
 
-def mean_size(recipe: Recipe, shards: str) -> float | None:
-    """Mean size of a training sample of `shards`: samples of audio, tokens of a row (with <s>); None where all are of
-    one size. Raises DataError for shards without an index."""
-    name = recipe.model.modalities[0]
+def mean_size(recipe: Recipe, source: SourceConfig, name: str) -> float | None:
+    """Mean size of a training sample that the stem `name` reads from a source: samples of audio, tokens of a row (with
+    <s>); None where all are of one size. Raises DataError for shards without an index."""
     stem = modalities.of(recipe.model, name)
     if stem.fixed_grid is not None:
         return None
-    found = reading(find_shards(SourceConfig(shards=shards, modality=name)), stem.content)
+    shards = source.shards
+    found = reading(find_shards(replace(source, modality=name)), stem.content)
     if not found.indexed:
         raise DataError(f"The shards of {shards!r} have no index.", "Make one with `d2v index`.")
     length_n = np.concatenate([found.members(k).length_n for k in range(len(found.paths))])
@@ -28,21 +31,37 @@ def mean_size(recipe: Recipe, shards: str) -> float | None:
     return stem.mean_size(recipe.data, length_n)
 
 
-def sample_cost_on(recipe: Recipe, shards: str) -> SampleCost:
-    """FLOPs of a sample of mean size of `shards`; see planning/flops.py for what is counted."""
-    return cost_of(recipe, recipe.model.modalities[0], mean_size(recipe, shards))
-
-
-def step_flops(recipe: Recipe, shards: str) -> float:
-    """FLOPs of one optimizer step of the recipe on `shards`, student and teacher."""
-    size = mean_size(recipe, shards) or 1.0
+def mean_sample(recipe: Recipe, source: SourceConfig) -> tuple[SampleCost, float]:
+    """FLOPs of a sample of mean size of a source (of paired samples with all parts), see planning/flops.py for what is
+    counted; and its size in the unit that the source's batches are counted in."""
+    sizes = {stem: mean_size(recipe, source, stem) for stem in source.stems}
+    each = {stem: lengths_of(recipe, stem, size) for stem, size in sizes.items()}
+    lengths = Lengths.together(each) if len(each) > 1 else each[source.modality]
+    cost = sample_cost(recipe.model, source.modality, lengths, recipe.parts(), recipe.built_targets())
+    size = float(lengths.positions) if len(each) > 1 else sizes[source.modality] or 1.0
     units = {"samples": 1.0, "tokens": size, "seconds": size / SAMPLE_RATE}
-    return recipe.global_batch_size / units[recipe.batch_unit] * sample_cost_on(recipe, shards).total
+    return cost, units[source.batch_unit or recipe.batch_unit]
 
 
-def steps_for(recipe: Recipe, shards: str, flops: float) -> int:
-    """Optimizer steps of the recipe on `shards` that come nearest to this many FLOPs; at least 1."""
-    return max(1, round(flops / step_flops(recipe, shards)))
+def step_flops(recipe: Recipe) -> float:
+    """FLOPs of an optimizer step of the recipe, student and teacher: where each reads one of several sources, of the
+    mean of many. Raises ConfigError for sources whose share of the steps only their batches tell."""
+    data = recipe.data
+    if any(source.repeat is not None for source in data.sources) and len(data.sources) > 1:
+        raise ConfigError("data.sources.0.repeat", "does not say how many steps read each source", "Give weights.")
+    flops = []
+    for source in data.sources:
+        cost, size = mean_sample(recipe, source)
+        flops.append((source.batch_size or recipe.global_batch_size) / size * cost.total)
+    if data.mixing == "together":
+        return sum(flops)
+    shares = [source.weight ** (1 / data.temperature) for source in data.sources]
+    return sum(share * one for share, one in zip(shares, flops, strict=True)) / sum(shares)
+
+
+def steps_for(recipe: Recipe, flops: float) -> int:
+    """Optimizer steps of the recipe that come nearest to this many FLOPs; at least 1."""
+    return max(1, round(flops / step_flops(recipe)))
 
 
 def stretched(recipe: Recipe, steps: int) -> tuple[str, ...]:

@@ -1,7 +1,7 @@
 """The loss of single steps by data source, by how much of a row was hidden and by target; the spread of each source's
 states."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -25,21 +25,22 @@ class LossBreakdown:
         self,
         sources: list[str],
         device: torch.device,
-        widths: list[tuple[int, int]] | None = None,
+        widths: Mapping[str, tuple[int, int]] | None = None,
         targets: Sequence[str] = (),
     ) -> None:
-        """`sources`: the names of all data sources, in an order that all ranks share. `widths`: channels of the raw
-        targets and of the predictions of each, to see how far these spread; None: not looked at. `targets`: names of
+        """`sources`: the names of all data sources, in an order that all ranks share. `widths`: by what `spread_name`
+        says, channels of the raw targets and of the predictions of which the spread is looked at. `targets`: names of
         those that are told apart."""
         self._sources, self._targets = sources, list(targets)
-        # Of a source's raw targets, then of its predictions: count, sum and sum of squares over the channels.
-        self._sizes = [1 + 2 * width for pair in widths or [] for width in pair]
+        self._spread = list(widths or {})
+        # Of each its raw targets, then its predictions: count, sum and sum of squares over the channels.
+        self._sizes = [1 + 2 * width for pair in (widths or {}).values() for width in pair]
         self._moments = torch.zeros(sum(self._sizes), dtype=torch.float64, device=device)
         self._sums = torch.zeros(2, len(sources) + BUCKETS + len(self._targets), dtype=torch.float64, device=device)
 
     @torch.no_grad()
-    def add(self, batch: Batch, compared: Sequence[Compared], raw_nd: Tensor, config: LossConfig) -> None:
-        """Count one micro-batch. `raw_nd`: the first targets before any state entered. Nothing waits for the device."""
+    def add(self, batch: Batch, compared: Sequence[Compared], raw: Sequence[Tensor], config: LossConfig) -> None:
+        """Count one micro-batch. `raw`: each target (N, D) before any state entered. Nothing waits for the device."""
         each = [one.losses(config) for one in compared]
         loss_n = sum(
             (one.weight * x_n for one, x_n in zip(compared[1:], each[1:], strict=True)), each[0] * compared[0].weight
@@ -59,16 +60,19 @@ class LossBreakdown:
             own = self._sources.index(batch.source)
             self._sums[0, own] += loss_n.sum()
             self._sums[1, own] += loss_n.numel()
-            if self._sizes:
-                rows = self._moments.split(self._sizes)
-                for row, x_nd in zip(rows[2 * own : 2 * own + 2], (raw_nd, compared[0].predictions_nd), strict=True):
+        rows = self._moments.split(self._sizes)
+        for number, (raw_nd, one) in enumerate(zip(raw, compared, strict=True)):
+            name = spread_name(batch.source, one.name, number, several=len(self._sources) > 1)
+            if name in self._spread:
+                place = 2 * self._spread.index(name)
+                for row, x_nd in zip(rows[place : place + 2], (raw_nd, one.predictions_nd), strict=True):
                     count, total_d, square_d = statistics.moments(x_nd)
                     row += torch.cat((count[None], total_d, square_d))
 
     def figures(self, topology: Topology) -> dict[str, Tensor]:
         """`loss/<source>` (where there are several), `loss/masked_<from>_<to>` in percent and `loss/target_<name>` (of
         those that are told apart, without their weight), for those that occurred; with `widths` also
-        `target_std/<source>` and `prediction_std/<source>`.
+        `target_std/<name>` and `prediction_std/<name>` of each.
 
         Waits for the device. Collective: all ranks must call.
         """
@@ -86,7 +90,7 @@ class LossBreakdown:
         if not self._sizes:
             return {}
         topology.sum_over_model(self._moments)
-        names = [f"{figure}/{source}" for source in self._sources for figure in ("target_std", "prediction_std")]
+        names = [f"{figure}/{name}" for name in self._spread for figure in ("target_std", "prediction_std")]
         figures = {}
         for name, row in zip(names, self._moments.cpu().split(self._sizes), strict=True):
             # One vector has no spread.
@@ -94,3 +98,10 @@ class LossBreakdown:
                 sum_d, square_d = row[1:].chunk(2)
                 figures[name] = statistics.std_from_moments(row[0], sum_d, square_d)
         return figures
+
+
+def spread_name(source: str, target: str, number: int, *, several: bool) -> str:
+    """What the spread of a source's target of this number is recorded under: of `several` sources their names, of
+    targets after the first `target_<name>`; empty: it is that of all."""
+    words = [source] if several else []
+    return "/".join([*words, f"target_{target}"] if number else words)

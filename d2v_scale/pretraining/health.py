@@ -4,6 +4,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from d2v_scale.data2vec.config import HealthConfig
+from d2v_scale.tracking.names import by_stem
 
 
 @dataclass
@@ -49,8 +50,9 @@ class HealthMonitor:
     def _judged(self, values: Mapping[str, float], measured: Collection[str]) -> Iterator[tuple[str, str, float]]:
         """Name, source ("": all of them) and limit of the figures that are looked at."""
         for figure in ("target_std", "prediction_std"):
-            own = [name for name in values if name.startswith(f"{figure}/")]
-            for name in own or ([figure] if figure in values else []):
+            names = by_stem(values, figure)
+            own = [name for source, name in names.items() if source]
+            for name in own or names.values():
                 if not own or _source(name) in measured:
                     yield name, _source(name), getattr(self._limits(_source(name)), f"min_{figure}")
 

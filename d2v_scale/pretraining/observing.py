@@ -1,5 +1,6 @@
 """All that is measured of a step that is logged, put together: what `train` records and judges."""
 
+from collections.abc import Collection
 from typing import Any, cast
 
 from torch import Tensor
@@ -9,10 +10,10 @@ from d2v_scale.data.loader import StepLoader
 from d2v_scale.data2vec import ema
 from d2v_scale.networks.stack import Teacher
 from d2v_scale.parallel.zero import StepResult, StudentEngine
-from d2v_scale.pretraining.breakdown import OF_A_SOURCE, LossBreakdown
+from d2v_scale.pretraining.breakdown import OF_A_SOURCE, LossBreakdown, spread_name
 from d2v_scale.pretraining.diagnostics import StepDiagnostics
 from d2v_scale.pretraining.health import HealthMonitor
-from d2v_scale.pretraining.step import Observations, collapse_statistics, read
+from d2v_scale.pretraining.step import OF_A_STEP, Observations, collapse_statistics, read
 from d2v_scale.pretraining.utilisation import FlopMeter
 from d2v_scale.recipe import Recipe
 from d2v_scale.running.totals import RunTotals
@@ -46,8 +47,14 @@ class RunObserver:
         self._ema_waited = 0.0
         self._sources = list(observed)
         targets = cast(Teacher, teacher.module).targets
-        pairs = [(targets[stem][0].raw_width, targets[stem][0].width) for stem in observed.values()]
-        self._widths = pairs if len(pairs) > 1 else None
+        self._told_apart = self._sources if len(self._sources) > 1 else []
+        self._widths = {
+            name: (target.raw_width, target.width)
+            for source, stem in observed.items()
+            for number, target in enumerate(targets[stem])
+            if (name := spread_name(source, target.config.called, number, several=len(observed) > 1))
+        }
+        """Of every source, and of every target but the first, whose spread is that of all."""
         several = [each for each in targets.values() if len(each) > 1]
         self._targets = list(dict.fromkeys(one.config.called for each in several for one in each))
         """What more than one target is regressed of is told apart."""
@@ -92,7 +99,7 @@ class RunObserver:
         """
         assert self.breakdown is not None
         measured: dict[str, Tensor] = {
-            **collapse_statistics(seen, self._topology),
+            **collapse_statistics(seen, self._topology, self._told_apart),
             **self._teacher.health(),
             **(self._diagnostics.figures(result.grad_norm) if result.applied else {}),
             **self.breakdown.figures(self._topology),
@@ -100,9 +107,8 @@ class RunObserver:
         values = read(measured, seen)
         self._judged = {source for source in self._sources if f"target_std/{source}" in values}
         # Of a source that was looked at and lost all its samples nothing is known: its last figures are not new ones.
-        new = [f"{figure}/{source}" for figure in OF_A_SOURCE for source in self._sources if source in self._measured]
-        self._latest = {name: value for name, value in self._latest.items() if name not in new}
-        self._latest |= {name: values[name] for name in new if name in values}
+        kept = {name: value for name, value in self._latest.items() if not self._is_new(name, seen.sources)}
+        self._latest = kept | {name: value for name, value in values.items() if self._is_new(name, seen.sources)}
         values |= self._latest
         self._by_source, self._measured = self._new_breakdown(), set()
         steps, speed = meter.steps, meter.read()
@@ -128,6 +134,15 @@ class RunObserver:
         self._recorded_samples = samples
         self.records += 1
         return values
+
+    def _is_new(self, name: str, of_step: Collection[str]) -> bool:
+        """Whether a figure is one that a source has by itself, and what was looked at since the last call, or in the
+        step just done (`of_step`), tells it anew."""
+        figure, _, rest = name.partition("/")
+        looked_at = self._measured if figure in OF_A_SOURCE else of_step if figure in OF_A_STEP else ()
+        return any(
+            rest == source or rest.startswith(f"{source}/") for source in self._told_apart if source in looked_at
+        )
 
     def signs(self, values: dict[str, float]) -> list[str]:
         """What is unhealthy about these `figures` and the learning rate `lr`, in words."""

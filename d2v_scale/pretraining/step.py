@@ -1,7 +1,7 @@
 """One optimizer step: student forward, teacher forward, loss, backward, verdict, teacher update."""
 
 import itertools
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -30,6 +30,8 @@ TARGETS, PREDICTIONS, STEM = range(3)
 _PER_SOURCE = 3
 _SPREADS = ("target_std", "prediction_std", "stem_std")
 _LOOKS = ("target_rank", "target_cosine", "prediction_rank", "prediction_cosine")
+OF_A_STEP = ("stem_std", *_LOOKS)
+"""Figures of a logged step that are recorded as `<figure>/<source>`, too, where there are several."""
 
 
 @dataclass
@@ -51,6 +53,8 @@ class Observations:
     alignment: dict[int, Tensor]
     """By source, if this rank has a micro-batch that tells them: float32 (4,), effective rank and mean cosine of its
     last targets, and of its last predictions."""
+    sources: tuple[str, ...]
+    """Their names."""
     ema_time: Stopwatch = field(default_factory=Stopwatch)
 
     @classmethod
@@ -60,14 +64,15 @@ class Observations:
         predicted: Tensor,
         widths: Sequence[tuple[int, int, int]],
         aligned: Collection[int],
+        sources: Iterable[str],
         device: torch.device,
     ) -> "Observations":
-        """Nothing seen yet. `widths`: by source, of raw targets, predictions and stem output; `aligned`: sources of
-        which there will be an alignment."""
+        """Nothing seen yet. `widths`: of each, of raw targets, predictions and stem output; `aligned`: those
+        of which there will be an alignment."""
         zero = torch.zeros((), dtype=torch.float64, device=device)
         moments = [torch.zeros(1 + 2 * width, dtype=torch.float64, device=device) for each in widths for width in each]
         alignment = {source: torch.zeros(len(_LOOKS), device=device) for source in aligned}
-        return cls(zero, samples, predicted, moments, alignment)
+        return cls(zero, samples, predicted, moments, alignment, tuple(sources))
 
     def count(self, source: int, what: int, x_nd: Tensor) -> None:
         """Add the moments of these vectors (N, D) of a source."""
@@ -144,7 +149,7 @@ class StepLoss:
         seen = [one for batch in batches for one in batch.of_stems]
         aligned = sorted({self._number[one.source] for one in seen if _tells(one)})
         samples = counted[:, 2].sum() if len(stems) > 1 else counted[0, 2]
-        self.seen = Observations.empty(samples, counted[:, 0], widths, aligned, topology.device)
+        self.seen = Observations.empty(samples, counted[:, 0], widths, aligned, stems, topology.device)
 
     def entered(self, batch: Batch, features_btd: Tensor) -> None:
         """The stems have made these features of a micro-batch."""
@@ -172,7 +177,7 @@ class StepLoss:
         config, counts = self._configs[stem], self._counts[number]
         self._ask(stem, made)
         compared = compare(batch, self._targets[stem], predictions, made)
-        targets_btd, targets_nd = made[0].targets_btd, compared[0].targets_nd
+        targets_btd = made[0].targets_btd
         total = weighted_sum(compared, config)
         share = total / counts[0].float()
         # A stem may have no extra token.
@@ -187,15 +192,19 @@ class StepLoss:
         self.seen.loss += share.detach()
         if not self._observe and self._breakdown is None:
             return share
-        raw_nd = targets_nd if made[0].raw_btd is targets_btd else masked_targets(made[0].raw_btd, batch)
+        raw = [
+            pair.targets_nd if one.raw_btd is one.targets_btd else masked_targets(one.raw_btd, batch)
+            for pair, one in zip(compared, made, strict=True)
+        ]
         if self._observe:
+            raw_nd = raw[0]
             predictions_nd = compared[0].predictions_nd
             self.seen.count(number, TARGETS, raw_nd)
             self.seen.count(number, PREDICTIONS, predictions_nd)
             if _tells(batch):
                 self.seen.look(number, raw_nd, predictions_nd)
         if self._breakdown is not None:
-            self._breakdown.add(batch, compared, raw_nd, config)
+            self._breakdown.add(batch, compared, raw, config)
         return share
 
     @torch.no_grad()
@@ -254,12 +263,15 @@ def weighted_sum(compared: Sequence[loss.Compared], config: LossConfig) -> Tenso
     return sum(parts[1:], parts[0])
 
 
-def collapse_statistics(observations: Observations, topology: Topology) -> dict[str, Tensor]:
+def collapse_statistics(
+    observations: Observations, topology: Topology, told_apart: Collection[str] = ()
+) -> dict[str, Tensor]:
     """loss, spread of targets, predictions and stem output over all ranks (spec 1.5), of several sources the mean of
     their spreads; tensors, nothing is waited for. `read` says which of them were there to be measured.
 
     Effective rank and mean cosine are of one rank's last micro-batch that predicts something (of each source), and
-    missing where there is none. Collective: all ranks must call.
+    missing where there is none. Of sources that are `told_apart`, each has `OF_A_STEP` by itself, too, as
+    FIGURE/SOURCE. Collective: all ranks must call.
     """
     sums = torch.cat((observations.loss[None], *observations.moments))
     topology.sum_over_model(sums)
@@ -267,12 +279,19 @@ def collapse_statistics(observations: Observations, topology: Topology) -> dict[
     found = {"loss": sums[0]}
     for what, name in enumerate(_SPREADS):
         found[name] = _mean_spread(rows[what::_PER_SOURCE], observations.predicted)
-    if observations.alignment:
-        seen = list(observations.alignment.values())
-        alignment = torch.stack(seen).mean(0) if len(seen) > 1 else seen[0].clone()
+    looks_sf = torch.stack([*observations.alignment.values()]) if observations.alignment else None
+    if looks_sf is not None:
         if topology.pipeline_size > 1:
-            dist.all_reduce(alignment, group=topology.pipeline_group)
-        found |= zip(_LOOKS, alignment, strict=True)
+            dist.all_reduce(looks_sf, group=topology.pipeline_group)
+        found |= zip(_LOOKS, looks_sf.mean(0), strict=True)
+    aligned = list(observations.alignment)
+    for number, source in enumerate(observations.sources):
+        if source not in told_apart:
+            continue
+        found[f"stem_std/{source}"] = _mean_spread(rows[_PER_SOURCE * number + STEM :][:1], observations.predicted)
+        if looks_sf is not None and number in aligned:
+            own_f = looks_sf[aligned.index(number)]
+            found |= {f"{name}/{source}": value for name, value in zip(_LOOKS, own_f, strict=True)}
     return found
 
 
@@ -297,4 +316,6 @@ def read(figures: Mapping[str, Tensor], observations: Observations) -> dict[str,
     predicted, values = read_out[:sources], read_out[sources:]
     # One vector has no spread.
     missing = ["loss"] * (max(predicted) == 0) + [*_SPREADS] * (max(predicted) <= 1)
+    lost = [source for source, count in zip(observations.sources, predicted, strict=True) if count <= 1]
+    missing += [f"{name}/{source}" for source in lost for name in OF_A_STEP]
     return {name: value for name, value in zip(figures, values, strict=True) if name not in missing}

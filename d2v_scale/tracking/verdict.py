@@ -76,10 +76,10 @@ def _fifths(values: Sequence[float]) -> list[float]:
 
 
 def _spread(records: Records, limits: HealthConfig) -> Iterator[Sign]:
-    names = dict.fromkeys(name for record in records for name in record)
     for figure, limit in (("target_std", limits.min_target_std), ("prediction_std", limits.min_prediction_std)):
-        own = [name for name in names if name.startswith(f"{figure}/")]
-        for name in own or [figure]:
+        names = _by_stem(records, figure)
+        own = [name for source, name in names.items() if source]
+        for name in own or names.values():
             last = next((float(r[name]) for r in reversed(records) if name in r), None)
             if last is not None and not last >= limit:  # so that a NaN counts
                 whose = f" of {name.partition('/')[2]}" if "/" in name else ""

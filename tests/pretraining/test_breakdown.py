@@ -29,7 +29,7 @@ def test_the_loss_by_source_and_by_masked_share_adds_up() -> None:
             source=source,
         )
         predictions_nd, targets_nd = torch.randn(2, sum(hidden), 4, generator=generator)
-        breakdown.add(batch, [loss.Compared("one", 1.0, predictions_nd, targets_nd)], targets_nd, config)
+        breakdown.add(batch, [loss.Compared("one", 1.0, predictions_nd, targets_nd)], [targets_nd], config)
         total[source] = float(loss.masked_loss_sum(predictions_nd, targets_nd, config, 4))
         first = loss.masked_loss_sum(predictions_nd[: hidden[0]], targets_nd[: hidden[0]], config, 4)
         total[f"{source}0"], total[f"{source}1"] = float(first), total[source] - float(first)
@@ -48,7 +48,7 @@ def test_the_loss_by_source_and_by_masked_share_adds_up() -> None:
 
 def test_the_spread_of_each_source_is_that_of_its_own_states() -> None:
     generator = torch.Generator().manual_seed(0)
-    breakdown = LossBreakdown(["a", "b", "c"], torch.device("cpu"), widths=[(4, 4)] * 3)
+    breakdown = LossBreakdown(["a", "b", "c"], torch.device("cpu"), widths=dict.fromkeys("abc", (4, 4)))
     scales = {"a": 1.0, "b": 0.01}
     for _ in range(2):
         for source, scale in scales.items():
@@ -61,7 +61,7 @@ def test_the_spread_of_each_source_is_that_of_its_own_states() -> None:
                 source=source,
             )
             targets_nd = torch.randn(600, 4, generator=generator) * scale
-            breakdown.add(batch, [loss.Compared("one", 1.0, 2 * targets_nd, targets_nd)], targets_nd, LossConfig())
+            breakdown.add(batch, [loss.Compared("one", 1.0, 2 * targets_nd, targets_nd)], [targets_nd], LossConfig())
     values = breakdown.figures(OneProcess())  # type: ignore[arg-type]
     assert not any(name.endswith("/c") for name in values)
     for source, scale in scales.items():

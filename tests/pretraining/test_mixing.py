@@ -14,7 +14,7 @@ from d2v_scale.networks.draw import Draw
 from d2v_scale.parallel import ds_config, groups
 from d2v_scale.pretraining.breakdown import LossBreakdown
 from d2v_scale.pretraining.engines import build_engines
-from d2v_scale.pretraining.step import StepLoss, collapse_statistics, read, train_step
+from d2v_scale.pretraining.step import OF_A_STEP, StepLoss, collapse_statistics, read, train_step
 from d2v_scale.recipe import Recipe
 
 pytestmark = pytest.mark.usefixtures("world_of_one")
@@ -105,13 +105,17 @@ def test_twice_the_weight_is_twice_the_gradient_of_that_source_and_of_no_other(n
 def figures(recipe: Recipe, batches: list[Batch]) -> dict[str, float]:
     student, teacher = engines(recipe, len(batches))
     sources = list(dict.fromkeys(batch.source for batch in batches))
-    widths = [(recipe.model.backbone.width,) * 2] * len(sources) if len(sources) > 1 else None
+    told_apart = sources if len(sources) > 1 else []
+    widths = dict.fromkeys(told_apart, (recipe.model.backbone.width,) * 2)
     breakdown = LossBreakdown(sources, torch.device("cpu"), widths)
     result, seen = train_step(
         student, teacher, batches, recipe.objective, Draw(1, 0), observe=True, breakdown=breakdown
     )
     assert result.applied
-    found = {**collapse_statistics(seen, student.topology), **breakdown.figures(student.topology)}
+    found = {
+        **collapse_statistics(seen, student.topology, told_apart),
+        **breakdown.figures(student.topology),
+    }
     assert all(torch.isfinite(p).all() for p in student.module.parameters())
     teacher.destroy()
     student.destroy()
@@ -127,7 +131,11 @@ def test_a_source_that_lost_all_its_samples_has_no_loss_and_no_spread() -> None:
     assert there["loss"] == pytest.approx(there["loss/vision"] + there["loss/speech"] + 0.5 * there["loss/text"])
     lost = figures(recipe, [whole[0], blank(whole[1]), whole[2]])
     assert lost["samples"] == 8
-    assert set(there) - set(lost) == {"loss/speech", "target_std/speech", "prediction_std/speech"}
+    stems = ("vision", "speech", "text")
+    own = ("loss", "target_std", "prediction_std", *OF_A_STEP)
+    assert set(there) - set(lost) == {f"{figure}/speech" for figure in own}
+    assert there["target_rank"] == pytest.approx(sum(there[f"target_rank/{one}"] for one in stems) / 3)
+    assert there["stem_std"] == pytest.approx(sum(there[f"stem_std/{one}"] for one in stems) / 3)
     assert lost["loss"] == pytest.approx(lost["loss/vision"] + 0.5 * lost["loss/text"])
     assert lost["target_std"] == pytest.approx((lost["target_std/vision"] + lost["target_std/text"]) / 2)
     # Nothing is left of a step of which everything was lost.

@@ -17,7 +17,7 @@ from d2v_scale.files import open_as_usual
 log = logging.getLogger(__name__)
 
 ROOT = "demo_data"
-VERSION = "2"
+VERSION = "3"
 
 
 def write(modality: str, root: Path) -> Path:

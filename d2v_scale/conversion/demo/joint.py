@@ -73,7 +73,8 @@ def write(out: Path) -> None:
 
 
 def write_concepts(out: Path, concepts: list[Concept], synthesizer: Synthesizer, each: int) -> None:
-    """Write `each` samples of every concept; the label is the concept's number."""
+    """Write `each` samples of every concept; the label is the concept's number. Of those held out some are once more in
+    `neighbours`, and others in `queries`, of the same concepts in another style and voice: for k-NN."""
     names = [concept.name for concept in concepts]
     trained, held_out = known.split(concepts, _HELD_OUT)
     known.require_apart(trained, held_out)
@@ -81,8 +82,16 @@ def write_concepts(out: Path, concepts: list[Concept], synthesizer: Synthesizer,
     texts = [caption for concept in trained for caption in concept.captions]
     train(texts, tokenizer, vocab_size=VOCAB_SIZE, fewer=True)
     measures = measures_of(("image", "recording", "text"), tokenizer)
-    for prefix, chosen in (("train", trained), ("test", held_out)):
-        samples = [sample for concept in chosen for sample in _samples(concept, names, synthesizer, each)]
+    sets: dict[str, list[Sample]] = {"train": [], "test": [], "neighbours": [], "queries": []}
+    for split, chosen in (("train", trained), ("test", held_out)):
+        for concept in chosen:
+            found = list(_samples(concept, names, synthesizer, each))
+            sets[split] += found
+            if split == "test":
+                # Of even numbers pictures are of one style, of odd ones of another; the captions differ, too.
+                sets["neighbours"] += found[: each // 2 : 2]
+                sets["queries"] += found[each // 2 + 1 :: 2]
+    for prefix, samples in sets.items():
         order = np.random.default_rng(0).permutation(len(samples))
         write_set(
             out,
