@@ -46,6 +46,8 @@ class Options:
     """Start a new run from the weights of this checkpoint or run directory; fine-tuning also of an exported folder."""
     reset_teacher: bool = False
     """With init_from: start the teacher as a copy of the student instead of from the checkpoint's teacher."""
+    prepare: bool = False
+    """Where --data names a folder of raw files: make shards of it beside the run, as `d2v shards` does, and go on."""
     allow_recipe_change: bool = False
     """Resume although keys that matter were changed; the change is recorded in the run directory."""
 
@@ -59,6 +61,7 @@ OPTIONS = {"recipe": str, **dict.fromkeys(ANSWERED), **typing.get_type_hints(Opt
 def parse(arguments: list[str]) -> tuple[Recipe, Options]:
     """The recipe and options that `arguments` describe. Raises ConfigError; what is `ANSWERED` exits."""
     _answer(arguments)
+    arguments = _say_true(arguments)
     stray_words.refuse(arguments)
     shown = "--print_config" in arguments
     arguments, shards = _take_shards([a for a in arguments if a != "--print_config"])
@@ -95,6 +98,15 @@ def parse(arguments: list[str]) -> tuple[Recipe, Options]:
     if options.resume is not None and options.init_from is None:
         options.init_from, options.reset_teacher = began_from(Path(options.resume))
     return recipe, options
+
+
+def _say_true(arguments: list[str]) -> list[str]:
+    """`--prepare` without a value is `--prepare=true`."""
+    following = [*arguments[1:], "--"]
+    return [
+        "--prepare=true" if word == "--prepare" and after.startswith("--") else word
+        for word, after in zip(arguments, following, strict=True)
+    ]
 
 
 def _answer(arguments: list[str]) -> None:

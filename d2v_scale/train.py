@@ -41,7 +41,7 @@ from d2v_scale.process.status import write_status
 from d2v_scale.process.watchdog import collective_timeout_s
 from d2v_scale.recipe import Recipe
 from d2v_scale.redaction import RedactingFormatter
-from d2v_scale.run_files import run_lock
+from d2v_scale.run_files import raw_data, run_lock
 from d2v_scale.run_files.recipe_paths import check_complete, find_data
 
 
@@ -75,6 +75,8 @@ def main(arguments: list[str], stop_flag: StopFlag) -> int:
         recipe, options = command_line.parse(arguments)
         encoder = None if recipe.task is None else adopt(recipe, options)
         config = configure(recipe)
+        if options.prepare:
+            raw_data.prepare(recipe, options.run_dir or options.resume, lambda: stop_flag.raised() is not None)
         find_data(recipe, rank)
 
         import torch

@@ -335,13 +335,14 @@ train() { # the whole job: train RECIPE DEEPSPEED_CONFIG [arguments of train.py,
     finish $?
 }
 
-run_once() { # one process on the first node, for evaluation: run_once SCRIPT_OF_TOOLS [its arguments]
+run_once() { # one process on the first node, for evaluation and shards: run_once SCRIPT_OF_TOOLS [its arguments]
     activate
     export PYTHONPATH=$repository${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
     code=$repository
     set_container "$repository" "$SLURM_SUBMIT_DIR" -- "${@:2}"
-    local program=("$repository/tools/$1")
-    [[ -f ${program[0]} ]] || program=(-m d2v_scale "${1%.py}") # the installed package's
+    local program=("$repository/tools/$1") verb=${1%.py}
+    [[ $verb != make_shards ]] || verb=shards
+    [[ -f ${program[0]} ]] || program=(-m d2v_scale "$verb") # the installed package's
     in_container python "${program[@]}" "${@:2}"
     # shellcheck disable=SC2086  # options are separated by spaces
     exec srun --export=ALL --nodes=1 --ntasks=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-$SLURM_CPUS_ON_NODE}" \

@@ -1,5 +1,6 @@
 """Every command of the README and of the pages that go on from it is run, on small data, in the order a user would."""
 
+import io
 import os
 import shlex
 import subprocess
@@ -8,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import papers
+import pyarrow
+import pyarrow.parquet
 import pytest
 from launch import PROCESS, run_program
 from PIL import Image
@@ -37,6 +40,13 @@ STAND_INS: dict[str, list[str] | None] = {
     "bash tools/test.sh": None,
     "python3 -m venv .venv && .venv/bin/pip install -e .": None,
     ACTIVATE: None,
+    "d2v shards SRC OUT": ["tools/make_shards.py", "src", "shards"],
+    "d2v shards dataset SRC OUT": ["tools/make_shards.py", "dataset", "rows", "row_shards"],
+    "sbatch --array=0-31 slurm/make_shards.sh SRC OUT": None,
+    "d2v train --recipe d2v2_vision_base --data SRC --prepare --run_dir runs/raw": [
+        *["d2v_scale/__main__.py", "train", *TINY, "--data", "src", "--prepare", "--run_dir", "runs/raw"],
+        *["--global_batch_size", "4", "--evaluation.train", "null"],
+    ],
     "d2v shards images SRC OUT": ["tools/make_shards.py", "images", "src", "shards"],
     "d2v shards audio SRC OUT": ["tools/make_shards.py", "audio", "waves", "speech"],
     "d2v shards text SRC OUT": [
@@ -242,6 +252,11 @@ def workplace(tmp_path_factory):
         for n in range(8):
             pixels = rng.integers(0, 255, (20, 20, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(folder / "src" / label / f"{n}.png")
+    (folder / "rows").mkdir()
+    content = io.BytesIO()
+    Image.fromarray(pixels).save(content, "PNG")
+    table = pyarrow.table({"image": [{"bytes": content.getvalue(), "path": None}] * 3, "label": [0, 1, 0]})
+    pyarrow.parquet.write_table(table, folder / "rows" / "train.parquet")
     (folder / "series").mkdir()
     np.save(folder / "series" / "one.npy", rng.standard_normal((2, 50)))
     for split in ("train", "val"):

@@ -46,7 +46,8 @@ def train(recipe: Recipe | str | PathLike[str] | None = None, *, ranks: int | No
     with tempfile.TemporaryDirectory(prefix="d2v-recipe-") as folder:
         arguments = _arguments(recipe, overrides, Path(folder))
         found, options = command_line.parse(arguments)
-        find_data(found, rank=0)
+        if not options.prepare:
+            find_data(found, rank=0)
         run_dir = options.run_dir or options.resume
         if run_dir is None:
             utc = time.strftime("%Y%m%d-%H%M%S", time.gmtime())

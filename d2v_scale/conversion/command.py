@@ -13,6 +13,8 @@ from d2v_scale.conversion.folders import FoundFiles
 from d2v_scale.errors import DataError
 from d2v_scale.shards.content import Content
 
+NO_LABEL = "none"
+
 
 class Command(ABC):
     """What one of the commands does: how files become items. Its options are in `d2v_scale.commands.make_shards`."""
@@ -28,16 +30,19 @@ class Command(ABC):
 
 
 def file_items(found: FoundFiles, label: str | None, known: list[str]) -> tuple[list[Item], list[str]]:
-    """Files in a fixed random order, and the classes. `label`: pattern whose group is the label; null: the folder."""
+    """Files in a fixed random order, and the classes. `label`: pattern whose group is the label; `none`: there is none;
+    null: the folder."""
     labels: list[str | None] = []
     try:
-        pattern = re.compile(label or "()")
+        pattern = re.compile("()" if label in (None, NO_LABEL) else label)
     except re.error as error:
         raise DataError(f"--label {label!r} is no pattern: {error}.") from None
     if pattern.groups < 1:
         raise DataError(f"--label {label!r} has no group.", "Put parentheses around what is the label.")
     for path in found.files:
-        if label is not None:
+        if label == NO_LABEL:
+            labels.append(None)
+        elif label is not None:
             matched = pattern.search(found.relative(path))
             labels.append(matched.group(1) if matched else None)
         else:

@@ -79,6 +79,14 @@ class NewShard:
         """Whether it is there and complete."""
         return is_written(self.tar)
 
+    def digest(self) -> str:
+        """Of everything that it is made of."""
+        raise NotImplementedError
+
+    def run(self) -> Part:
+        """Write it."""
+        raise NotImplementedError
+
 
 @dataclass
 class Job(NewShard):

@@ -65,7 +65,7 @@ def find_files(
     wanted = set(extensions)
     found = FoundFiles(source, [])
     others: Counter[str] = Counter()
-    for path, hidden in [(source, False)] if source.is_file() else _walk(source, False, ()):
+    for path, hidden in [(source, False)] if source.is_file() else walk(source, False, ()):
         if not wanted_path.search(found.relative(path)):
             continue
         if hidden:
@@ -84,8 +84,9 @@ def find_files(
     return found
 
 
-def _walk(folder: Path, hidden: bool, above: tuple[tuple[int, int], ...]) -> Iterable[tuple[Path, bool]]:
-    """Files, and whether they are hidden. `above`: the folders that this one lies in, however it was reached."""
+def walk(folder: Path, hidden: bool, above: tuple[tuple[int, int], ...]) -> Iterable[tuple[Path, bool]]:
+    """Files, and whether they are hidden. `above`: the folders that this one lies in, however it was reached. Raises
+    DataError for a folder that cannot be read, and for a link that leads back to one it lies in."""
     try:
         status = folder.stat()
         entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
@@ -98,6 +99,6 @@ def _walk(folder: Path, hidden: bool, above: tuple[tuple[int, int], ...]) -> Ite
         path = folder / entry.name
         is_hidden = hidden or entry.name.startswith(".") or entry.name in _NO_CONTENT
         if path.is_dir():
-            yield from _walk(path, is_hidden, (*above, identity))
+            yield from walk(path, is_hidden, (*above, identity))
         elif path.is_file() or not path.exists():  # a link to nothing is named when it is read
             yield path, is_hidden

@@ -1,6 +1,7 @@
 """What shards hold: statistics, integrity, and pictures of batches with the masks drawn on: `d2v inspect`."""
 
 import argparse
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from d2v_scale import modalities
 from d2v_scale.conversion import array_layouts, array_statistics
 from d2v_scale.conversion.measures import measure_of
 from d2v_scale.data.config import DataConfig, SourceConfig
+from d2v_scale.data.labels import class_number
 from d2v_scale.data.loader import StepLoader
 from d2v_scale.data.source import open_store
 from d2v_scale.data2vec.config import CompatConfig, MaskingConfig
@@ -28,6 +30,7 @@ from d2v_scale.shards.shard_set import ShardSet, find_shards
 _BARS = 10
 _WIDTH = 40
 _NAMED = 20
+_COUNTED = 1_000_000
 _CUT_OFF = "cut off or undecodable when the index was made"
 _DRAWN = 8
 """Arrays in a picture."""
@@ -55,6 +58,7 @@ def statistics(shards: ShardSet) -> None:
     lost = [_lengths(shards, content) for content in contents]
     if shards.index.classes:
         print(f"{len(shards.index.classes)} classes: {', '.join(shards.index.classes[:20])}")
+        _samples_of_classes(shards)
     for content, count in zip(contents, lost, strict=True):
         if count:
             what = "samples" if len(contents) == 1 else plural(content)
@@ -73,7 +77,46 @@ def _lengths(shards: ShardSet, content: Content) -> int:
         what, unit, of_one = length
         what = what if read is shards else f"{what} of {plural(content)}"
         _histogram(what, length_n[length_n >= 0] / of_one, unit)
+        print(f"  in all {_in_all(float(length_n[length_n >= 0].sum() / of_one), unit)}")
     return int((length_n < 0).sum())
+
+
+def _in_all(total: float, unit: str) -> str:
+    """A sum of lengths as people say it: hours of seconds."""
+    return f"{total / 3600:,.2f} hours" if unit == "s" else f"{total:,.0f} {unit}"
+
+
+def _samples_of_classes(shards: ShardSet) -> None:
+    """Print how many samples there are of each class, the commonest first. Reads a small piece of each sample: not of
+    more than a million, and not of shards elsewhere."""
+    assert shards.index is not None
+    if any(map(is_remote, shards.paths)) or int(shards.samples_s.sum()) > _COUNTED:
+        return
+    names = shards.index.classes
+    store = open_store(shards, DataConfig())
+    counts: Counter[int] = Counter()
+    try:
+        for shard in range(len(shards.paths)):
+            for number in range(shards.entries[shard].samples):
+                counts[_class_of(store, shard, number)] += 1
+    finally:
+        store.close()
+    labelled = {number: count for number, count in counts.items() if 0 <= number < len(names)}
+    for number, count in sorted(labelled.items(), key=lambda one: (-one[1], one[0]))[:_NAMED]:
+        print(f"  {names[number]}: {count}")
+    if len(labelled) > _NAMED:
+        print(f"  {len(labelled) - _NAMED} more, of {min(labelled.values())} samples and more")
+    if rest := sum(counts.values()) - sum(labelled.values()):
+        print(f"  without a label of these: {rest}")
+
+
+def _class_of(store: SampleStore, shard: int, number: int) -> int:
+    """The number of a sample's class; -1: it has none that can be read."""
+    try:
+        _, read_at, size = store.member(shard, number, ("cls",))
+        return class_number(read_at(0, size))
+    except (SampleFault, ValueError):
+        return -1
 
 
 def _histogram(what: str, values: NDArray[np.floating], unit: str) -> None:

@@ -4,6 +4,7 @@ import argparse
 import csv
 import hashlib
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,8 +20,8 @@ from d2v_scale.conversion.command import classes_of
 from d2v_scale.conversion.converters import NewShard, file_version, image_members, recording_members
 from d2v_scale.conversion.folders import last_extension
 from d2v_scale.conversion.held_out_captions import note, require_apart
-from d2v_scale.conversion.making import judge
 from d2v_scale.conversion.measures import measures_of
+from d2v_scale.conversion.new_sets import NewSet
 from d2v_scale.conversion.texts import given_tokenizer
 from d2v_scale.errors import DataError
 from d2v_scale.files import file_sha256
@@ -28,10 +29,9 @@ from d2v_scale.modalities.speech import decoder as speech
 from d2v_scale.modalities.text.decoder import require_text
 from d2v_scale.modalities.vision import decoder as vision
 from d2v_scale.shards.content import Content
-from d2v_scale.shards.shard_index import SetIndex, ShardEntry, relative_path
-from d2v_scale.shards.shard_jobs import Part, run_all
-from d2v_scale.shards.shard_set import INDEX_SUFFIX
-from d2v_scale.shards.writing import Sample, shard_name, write_shard
+from d2v_scale.shards.shard_index import SetIndex
+from d2v_scale.shards.shard_jobs import Part
+from d2v_scale.shards.writing import Sample, write_shard
 
 PARTS: dict[str, Content] = {"image": "image", "audio": "recording", "array": "array", "text": "text"}
 """Columns, by the names that they have unless others are given, and what they hold."""
@@ -139,51 +139,45 @@ class Job(NewShard):
         return array_members(content, extension, self.pairing.arrays)
 
 
-def convert_pairs(arguments: argparse.Namespace) -> tuple[SetIndex, int]:
-    """Convert the rows of a table to shards and write their index; returns it, and how many rows were left out. Raises
-    DataError."""
-    table, out = arguments.source, arguments.out
+def convert_pairs(arguments: argparse.Namespace, new: NewSet) -> tuple[SetIndex, int] | None:
+    """Convert the rows of a table to shards and write their index; returns it, and how many rows were left out; None
+    where other parts of the work are to be done yet. Raises DataError."""
+    table = arguments.source
     columns = _columns(arguments)
     parts = [part for part in PARTS if part in columns]
     pairs = list(_pairs(table, columns, parts, arguments.encoding))
     if not pairs:
         raise DataError(f"{table} has no rows.")
-    out.mkdir(parents=True, exist_ok=True)
     sound = [pair for pair in pairs if pair.fault is None]
-    known = next(
-        (index.classes for path in sorted(out.glob(f"*{INDEX_SUFFIX}")) if (index := SetIndex.load(path)).classes), []
-    )
-    pairing = Pairing(parts, classes_of((pair.label for pair in sound), known))
+    pairing = Pairing(parts, classes_of((pair.label for pair in sound), new.known_classes()))
     if "image" in parts:
         pairing.resize, pairing.max_pixels = arguments.resize, arguments.max_pixels
     if "array" in parts:
         pairing.arrays.layout = usual_layout([Path(pair.parts["array"]) for pair in sound], pairing.arrays)
     checksum = None
+    captions = {pair.place: pair.parts["text"] for pair in sound} if "text" in parts else {}
     if "text" in parts:
-        captions = {pair.place: pair.parts["text"] for pair in sound}
         if not arguments.shared_captions:
-            require_apart(captions, out, arguments.prefix)
+            require_apart(captions, new.out, new.prefix)
         pairing.tokenizer = given_tokenizer(arguments, lambda: iter(captions.values()))
         checksum = file_sha256(pairing.tokenizer)
     elif arguments.tokenizer is not None:
         raise DataError("--tokenizer is given, but no column is text.", "Leave it out.")
-    done = run_all(_jobs(arguments, pairs, pairing, checksum), arguments.processes)
+    print(f"{len(pairs):,} rows of {', '.join(columns)}", file=sys.stderr)
+    done = new.run(_jobs(new, pairs, pairing, checksum), len(pairs))
+    if done is None:
+        return None
     first, *beside = pairing.contents
-    entries = [ShardEntry(**part.entry) for part in done]
-    index = SetIndex(content=first, beside=beside, shards=entries, classes=pairing.classes)
-    skipped = {name: reason for part in done for name, reason in part.skipped.items()}
-    judge(index, skipped, arguments.max_bad, "rows", "Mend or remove the rows named above")
-    if pairing.tokenizer is not None:
-        index.tokenizer, index.tokenizer_sha256 = relative_path(pairing.tokenizer, out), checksum
-        note(captions.values(), out, arguments.prefix)
-    index.save(out / f"{arguments.prefix}{INDEX_SUFFIX}")
-    return index, len(skipped)
+    index = SetIndex(content=first, beside=beside, shards=[], classes=pairing.classes)
+    skipped = new.save(index, done, pairing.tokenizer, what="rows", cure="Mend or remove the rows named above")
+    if captions:
+        note(captions.values(), new.out, new.prefix)
+    return index, skipped
 
 
-def _jobs(arguments: argparse.Namespace, pairs: list[Pair], pairing: Pairing, checksum: str | None) -> Iterator[Job]:
-    for number, start in enumerate(range(0, len(pairs), arguments.per_shard)):
-        tar = arguments.out / shard_name(arguments.prefix, number)
-        yield Job(tar, pairing, checksum, pairs[start : start + arguments.per_shard])
+def _jobs(new: NewSet, pairs: list[Pair], pairing: Pairing, checksum: str | None) -> Iterator[Job]:
+    for number, start in enumerate(range(0, len(pairs), new.per_shard)):
+        yield Job(new.tar(number), pairing, checksum, pairs[start : start + new.per_shard])
 
 
 def _columns(arguments: argparse.Namespace) -> dict[str, str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from d2v_scale.conversion.command import Command, file_items
 from d2v_scale.conversion.converters import Conversion, Item
 from d2v_scale.conversion.folders import FoundFiles, find_files
-from d2v_scale.conversion.text_files import transcripts
+from d2v_scale.conversion.text_files import transcripts_below
 from d2v_scale.errors import DataError
 from d2v_scale.modalities.speech import decoder as speech
 
@@ -25,7 +25,7 @@ class Recordings(Command):
         found = find_files(arguments.source, speech.EXTENSIONS, arguments.match)
         items, classes = file_items(found, arguments.label, known)
         if arguments.transcripts is not None:
-            items = transcribed(items, found, transcripts(arguments.transcripts, arguments.encoding))
+            items = transcribed(items, found, transcripts_below(arguments.transcripts, arguments.encoding))
         return found, items, classes
 
 

@@ -20,11 +20,11 @@ from d2v_scale.modalities.text.decoder import require_text
 from d2v_scale.shards.shard_set import INDEX_SUFFIX
 
 _PLAIN = ("txt", "md", "rst")
-_RECORDS = ("jsonl", "ndjson", "json")
+RECORDS = ("jsonl", "ndjson", "json")
 TABLES = ("tsv", "csv")
 _COMPRESSED: dict[str, Callable[..., Any]] = {"gz": gzip.open, "bz2": bz2.open, "xz": lzma.open}
 UNREADABLE = (OSError, EOFError, UnicodeError, lzma.LZMAError, zlib.error)
-EXTENSIONS = (*_PLAIN, *_RECORDS, *TABLES)
+EXTENSIONS = (*_PLAIN, *RECORDS, *TABLES)
 """Each may be followed by .gz, .bz2 or .xz."""
 _MARKS = {
     codecs.BOM_UTF8: "utf-8-sig",
@@ -131,7 +131,7 @@ def _documents_of(path: Path, reading: Reading) -> Iterator[Document]:
             for row in rows(path, stream, reading.columns, quoted=kind == "csv"):
                 place = f"{path}:{row.line}"
                 yield Document(row.first, (row.label or "").strip() or None, row.second, place, row.fault)
-        elif kind in _RECORDS:
+        elif kind in RECORDS:
             yield from _records(path, stream, reading.columns)
         elif reading.split == "file":
             yield Document(stream.read(), place=str(path))
@@ -239,3 +239,19 @@ def transcripts(path: Path, encoding: str | None = None) -> dict[str, str]:
     except (ValueError, *UNREADABLE) as error:
         raise DataError(f"The transcripts {path} cannot be read: {error}.", "See --encoding.") from error
     return texts
+
+
+def transcripts_below(path: Path, encoding: str | None = None) -> dict[str, str]:
+    """As `transcripts`, of a file; or of a folder whose `*.trans.txt` lie beside the recordings, as LibriSpeech's do.
+    Raises DataError."""
+    if not path.is_dir():
+        return transcripts(path, encoding)
+    by_path: dict[str, str] = {}
+    by_name: dict[str, set[str]] = {}
+    for file in sorted(path.rglob("*.trans.txt")):
+        for name, text in transcripts(file, encoding).items():
+            by_path[(file.parent / name).relative_to(path).as_posix()] = text
+            by_name.setdefault(name, set()).add(text)
+    if not by_path:
+        raise DataError(f"No file below {path} ends in .trans.txt, or all are empty.", "Name the file of transcripts.")
+    return {name: texts.pop() for name, texts in by_name.items() if len(texts) == 1} | by_path

@@ -4,6 +4,7 @@ import argparse
 import itertools
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from d2v_scale.conversion import text_files
@@ -32,9 +33,28 @@ class Texts(Command):
         model = given_tokenizer(arguments, lambda: _texts(found.files, reading))
         conversion.tokenizer, conversion.tokenizer_sha256 = model, file_sha256(model)
         conversion.ids = arguments.ids
-        sound = (document for document in documents(found.files, reading) if document.fault is None)
-        classes = [] if arguments.score else classes_of((document.label for document in sound), known)
-        return found, text_items(documents(found.files, reading), classes, arguments.score), classes
+        labels: set[str | None] = set()
+        total = 0
+        for document in documents(found.files, reading):
+            total += 1
+            labels |= {document.label} if document.fault is None else set()
+        classes = [] if arguments.score else classes_of(labels, known)
+        items = text_items(documents(found.files, reading), classes, arguments.score)
+        return found, CountedItems(items, total), classes
+
+
+@dataclass
+class CountedItems(Iterable[Item]):
+    """Items that are made one after the other, once, and their number."""
+
+    items: Iterator[Item]
+    total: int
+
+    def __iter__(self) -> Iterator[Item]:
+        return self.items
+
+    def __len__(self) -> int:
+        return self.total
 
 
 def text_items(found: Iterable[Document], classes: list[str], score: bool) -> Iterator[Item]:
@@ -70,6 +90,11 @@ def given_tokenizer(arguments: argparse.Namespace, texts: Callable[[], Iterator[
         return arguments.tokenizer
     model: Path = arguments.out / "tokenizer.model"
     if not model.is_file():
+        if arguments.part[1] > 1:
+            raise DataError(
+                f"There is no {model}, and each part of the work would train a tokenizer of its own.",
+                f"Train it first: d2v tokenizer {arguments.source} {model} --vocab_size {arguments.vocab_size}.",
+            )
         print(f"training a tokenizer of {arguments.vocab_size} pieces: {model}", file=sys.stderr)
         size, fewer = arguments.vocab_size, arguments.fewer_pieces
         tokenizer.train(texts(), model, vocab_size=size, threads=arguments.processes, fewer=fewer)

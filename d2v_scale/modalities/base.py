@@ -112,6 +112,11 @@ class Modality(ABC):
         """Inputs of a batch of so many samples of this `size` that mean nothing, for benchmarks. On the CPU."""
 
     @property
+    def most_pieces(self) -> int | None:
+        """How many pieces a tokenizer may have; None: it reads no ids."""
+        return None
+
+    @property
     def parts(self) -> "list[Modality]":
         """The stems that a sample is read by: this one, or those of a sequence of several."""
         return [self]

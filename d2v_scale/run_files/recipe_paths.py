@@ -12,8 +12,8 @@ from d2v_scale.conversion import demo
 from d2v_scale.errors import ConfigError, UserError
 from d2v_scale.recipe import Recipe
 from d2v_scale.redaction import REDACTED
+from d2v_scale.run_files.raw_data import shards_or_command
 from d2v_scale.shards.patterns import expand, is_remote
-from d2v_scale.shards.shard_set import find_shards
 
 
 def _places(recipe: Recipe) -> Iterator[tuple[Any, str]]:
@@ -54,8 +54,9 @@ def check_complete(recipe: Recipe) -> None:
 
 
 def find_data(recipe: Recipe, rank: int) -> None:
-    """Raises DataError where shards are missing: on the first node alone, before anything slow is imported. On the
-    others what is missing there is said when the run directory and its logs exist.
+    """Raises DataError where shards are missing, and for raw files, with the command that makes shards of them: on the
+    first node alone, before anything slow is imported. On the others what is missing there is said when the run
+    directory and its logs exist.
 
     The demo's shards are written later.
     """
@@ -63,7 +64,7 @@ def find_data(recipe: Recipe, rank: int) -> None:
         return
     for source in recipe.data.sources:
         if demo.named_set(source.shards) is None:
-            find_shards(source)
+            shards_or_command(source)
 
 
 def _owner(recipe: Recipe, section: Any) -> str:

@@ -122,14 +122,14 @@ def shard_problems(shards: list[str], rank: int, world_size: int) -> list[str]:
 def local_shards(data: str) -> tuple[list[str], str]:
     """(files, problem) of train.py's `--data`: one pattern, or one for each of several stems. URLs are left out."""
     from d2v_scale.data.config import SourceConfig
+    from d2v_scale.run_files.raw_data import shards_or_command
     from d2v_scale.shards.patterns import is_remote
-    from d2v_scale.shards.shard_set import find_shards
 
     files: list[str] = []
     for part in re.split(r",(?=(?:vision|speech|text)=)", data):
         pattern = re.sub(r"^(vision|speech|text)=", "", part)
         try:
-            found = find_shards(SourceConfig(modality="vision", shards=pattern)).paths
+            found = shards_or_command(SourceConfig(modality="vision", shards=pattern)).paths
         except (DataError, OSError) as error:
             return [], str(error)
         files += [path for path in found if not is_remote(path)]

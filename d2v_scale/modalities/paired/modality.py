@@ -45,6 +45,11 @@ class Paired(Modality):
         return self._parts
 
     @property
+    def most_pieces(self) -> int | None:
+        """Of the part that reads ids."""
+        return next((part.most_pieces for part in self.parts if part.most_pieces is not None), None)
+
+    @property
     def contents(self) -> "list[Content]":
         """What the parts read."""
         return [part.content for part in self.parts]

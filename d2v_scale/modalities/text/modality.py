@@ -53,6 +53,11 @@ class Text(Modality):
         return ModelConfig(text=TextStem(vocab_size=mask_id + 1, mask_id=mask_id))
 
     @property
+    def most_pieces(self) -> int:
+        """As many as there are ids before <mask>."""
+        return self.stem.mask_id
+
+    @property
     def named_axes(self) -> tuple[Axis, ...]:
         """Of tokens, which have no other unit."""
         return (Axis("tokens"),)
