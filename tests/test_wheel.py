@@ -30,8 +30,9 @@ for build in (build_meta.build_sdist, build_meta.build_wheel):
 
 def tracked(name: str) -> dict[str, bytes]:
     """The files of a folder of the tree that belong to it, by path."""
-    ours = {".py", ".yaml", ".json", ".md", ".sh", ".example", ".typed"}
-    files = (path for path in (ROOT / name).rglob("*") if path.suffix in ours or path.name == "py.typed")
+    ours = {".py", ".yaml", ".json", ".md", ".sh", ".example", ".js", ".css"}
+    bare = {"py.typed", "LICENSE", "sha256sums"}
+    files = (path for path in (ROOT / name).rglob("*") if path.suffix in ours or path.name in bare)
     return {str(path.relative_to(ROOT)): path.read_bytes() for path in files if "__pycache__" not in path.parts}
 
 
@@ -58,6 +59,8 @@ def test_wheel_and_sdist_hold_what_the_tree_holds_and_once(built: Path) -> None:
         in_wheel = {name: archive.read(name) for name in names}
         points = next(name for name in archive.namelist() if name.endswith("entry_points.txt"))
         assert "d2v = d2v_scale.commands.verbs:main" in archive.read(points).decode()
+        licences = [name for name in archive.namelist() if "/licenses/" in name and name.endswith("LICENSE")]
+        assert len(licences) == 2, licences  # the project's, uPlot's
     assert len(names) == len(in_wheel)
     package = tracked("d2v_scale")
     expected = dict(package)

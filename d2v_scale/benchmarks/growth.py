@@ -35,6 +35,15 @@ _WIDE = 0.15
 _SLOW = 1.5
 """How many times the theoretical time a step over several ranks may take: launches and collectives of a small model."""
 _WORLDS = (1, 2, 4)
+_SIZES = {
+    "depth": "blocks",
+    "width": "channels",
+    "length": "tokens of a sample",
+    "clones": "masked clones of a sample",
+    "weak": "ranks, each with as much work",
+    "strong": "ranks, together with as much work",
+}
+"""What the horizontal axis of each panel counts."""
 
 
 @dataclass(frozen=True)
@@ -233,8 +242,10 @@ def draw(curves: dict[str, list[Point]], path: Path) -> None:
         axes.set_xscale("log", base=2)
         axes.set_yscale("log", base=2)
         axes.set_xticks(sizes, [str(size) for size in sizes])
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.set_title("ranks, " + name if name in ("weak", "strong") else name)
-        axes.set_ylabel("over the smallest")
+        axes.set_xlabel(_SIZES[name])
+        axes.set_ylabel(f"ratio to that at {sizes[0]}")
         axes.legend()
     figure.savefig(path, dpi=120)
 

@@ -4,50 +4,15 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-from d2v_scale.finetuning.metric_names import METRICS
+from d2v_scale.plots.groups import GROUPS, LAYER, Group, line_labels, names_of
 from d2v_scale.tracking.record import read_records
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-LAYER = "/layer_"
-"""In the name of a value that there is one of for every layer."""
-
-
-class Group(NamedTuple):
-    """Values that are drawn on one pair of axes."""
-
-    title: str
-    names: tuple[str, ...]
-    """Names, or beginnings of names that end in `*`."""
-    log: bool = False
-
-
-GROUPS = (
-    Group("loss", ("loss", "held_out_loss", "loss/*", "held_out_loss/*")),
-    Group("share of held-out targets explained", ("held_out_explained*",)),
-    Group("k-NN and probe accuracy", ("knn_accuracy*", "probe*")),
-    Group("fine-tuned, on held-out samples", tuple(f"test/{metric}" for kind in METRICS.values() for metric in kind)),
-    Group("spread (mean std over channels)", ("target_std*", "prediction_std*", "stem_std*")),
-    Group("effective rank", ("target_rank*", "prediction_rank*")),
-    Group("mean cosine", ("target_cosine*", "prediction_cosine*")),
-    Group("teacher", ("student_teacher_*", "teacher_update_norm", "teacher_norm"), log=True),
-    Group("gradient norm", ("grad_norm", "grad_norm/*"), log=True),
-    Group("update-to-weight ratio", ("update_ratio/*",), log=True),
-    Group("attention entropy, share of the widest", ("attention_entropy*",)),
-    Group("likeness (CKA) of student and teacher", ("cka*",)),
-    Group("learning rate", ("lr", "lr/*")),
-    Group("EMA decay", ("decay",)),
-    Group("per second", ("samples_per_second", "tokens_per_second", "audio_seconds_per_second"), log=True),
-    Group("model FLOPs utilisation", ("mfu*",)),
-    Group("share of time or memory", ("*_wait_share", "host_cpu_share", "host_memory_used_share", "data/padding")),
-    Group("memory, GiB", ("host_memory_gib", "device_memory_gib", "device_memory_peak_gib")),
-    Group("seconds", ("ema_seconds", "ema_wait_seconds", "checkpoint_stall_seconds", "step_seconds"), log=True),
-    Group("skipped and lost", ("skipped*", "data/lost")),
-)
 _LINES_IN_LEGEND_INSIDE = 3
 """A legend of more lines stands below its panel, where it covers nothing."""
 
@@ -56,20 +21,6 @@ def series(records: Sequence[dict[str, Any]], name: str, axis: str = "step") -> 
     """Positions on `axis` (step, samples or hours) and values of one name, for the records that have it."""
     chosen = [(float(r[axis]), float(r[name])) for r in records if name in r and axis in r]
     return [x for x, _ in chosen], [y for _, y in chosen]
-
-
-def names_of(records: Sequence[dict[str, Any]], group: Group) -> list[str]:
-    """The recorded names that belong to a group: in the group's order, then in order of first appearance."""
-    seen = {name: None for record in records for name in record}
-
-    def belongs(name: str, wanted: str) -> bool:
-        return (
-            name == wanted
-            or (wanted.endswith("*") and name.startswith(wanted[:-1]))
-            or (wanted.startswith("*") and name.endswith(wanted[1:]))
-        )
-
-    return list(dict.fromkeys(name for wanted in group.names for name in seen if belongs(name, wanted)))
 
 
 def finish_axes(axes: "Axes", group: Group, values: Sequence[float], lines: int) -> None:
@@ -95,7 +46,7 @@ def plot_health(run_dir: Path, path: Path | None = None) -> Path | None:
     from matplotlib.figure import Figure
 
     records = read_records(run_dir)
-    panels = [(group, names) for group in GROUPS if (names := names_of(records, group))]
+    panels = [(group, names) for group in GROUPS if len(names := names_of(records, group)) >= group.least]
     if not panels:
         return None
     columns = min(4, len(panels))
@@ -120,6 +71,7 @@ def _draw(axes: "Axes", records: Sequence[dict[str, Any]], group: Group, names: 
 
     drawn: list[float] = []
     layers = [name for name in names if LAYER in name]
+    labels = line_labels(names)
     for name in names:
         x, y = series(records, name)
         finite = [(a, b) for a, b in zip(x, y, strict=True) if math.isfinite(b)]
@@ -130,7 +82,7 @@ def _draw(axes: "Axes", records: Sequence[dict[str, Any]], group: Group, names: 
             marker=marker,
             markersize=3,
             linewidth=1.2,
-            label=name if name not in layers[1:-1] else None,
+            label=labels[name] if name not in layers[1:-1] else None,
             color=_colour_of_depth(layers.index(name), len(layers)) if name in layers else "black" if layers else None,
         )
         broken = [a for a, b in zip(x, y, strict=True) if not math.isfinite(b)]
@@ -138,7 +90,7 @@ def _draw(axes: "Axes", records: Sequence[dict[str, Any]], group: Group, names: 
             axes.plot(broken, [0.02] * len(broken), "x", color="red", transform=axes.get_xaxis_transform())
         drawn += [b for _, b in finite]
     shown = [name for name in names if name not in layers[1:-1]]
-    finish_axes(axes, group, drawn, 0 if names == [group.title] else len(shown))
+    finish_axes(axes, group, drawn, len(shown) if len(names) > 1 else 0)
 
 
 def _colour_of_depth(index: int, depth: int) -> tuple[float, float, float, float]:

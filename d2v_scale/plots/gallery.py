@@ -53,7 +53,7 @@ class Gallery:
     tokenizer: str | None = None
     """Sentencepiece model, for text."""
     student_lnd: Tensor | None = None
-    """As `teacher_lnd`; None: the teacher is compared with itself."""
+    """As `teacher_lnd`; None: the teacher's layers are compared with one another only."""
     suffix: str = ""
     """Of the names of files: of a run with several stems, which each have their pictures."""
 
@@ -90,8 +90,12 @@ def draw_gallery(folder: Path, gallery: Gallery) -> list[Path]:
     paths.append(plot_neighbours(features, samples, labels, place("neighbours")))
     first_btd = gallery.first_btd
     paths += drawing.features(batch, first_btd, valid_bt, labels, place)
-    other, name = (gallery.teacher_lnd, "teacher") if gallery.student_lnd is None else (gallery.student_lnd, "student")
-    paths.append(plot_cka(gallery.teacher_lnd, other, place("cka"), row_name="teacher", column_name=name))
+    layers = gallery.teacher_lnd
+    pairs = [("teacher", layers)] + ([] if gallery.student_lnd is None else [("student", gallery.student_lnd)])
+    for name, other in pairs:  # how alike layers are, and how near two networks are, are two questions
+        path = place(f"layers_teacher_{name}")
+        paths.append(plot_cka(layers, other, path, row_name="teacher", column_name=name))
+    return paths
     return paths
 
 

@@ -56,10 +56,38 @@ def plot_neighbours(
                 spine.set_color(colour)
                 spine.set_linewidth(2.0)
     title = f"left: a sample; then its nearest of {len(samples) - 1} others (green: same label) and their cosine"
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(f"{title}{_agreement(features_nd, labels, neighbours)}", fontsize=10)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     return path
+
+
+def _agreement(features_nd: Tensor, labels: Sequence[str], neighbours: int) -> str:
+    """How many of all samples' nearest neighbours have their label, and how many would by chance; empty: no labels."""
+    agreed = same_labels(features_nd, labels, neighbours)
+    if agreed is None:
+        return ""
+    return f"\nof all samples' {neighbours} nearest: same label {agreed[0]:.0%}, chance {agreed[1]:.0%}".replace(
+        "%", " %"
+    )
+
+
+def same_labels(features_nd: Tensor, labels: Sequence[str], neighbours: int) -> tuple[float, float] | None:
+    """Of the nearest neighbours of all samples that have a label, among each other: the share that has the same one,
+    and the share of all others that have it. None: fewer than two samples have one."""
+    known = [place for place, label in enumerate(labels) if label]
+    if len(known) < 2:
+        return None
+    features_nd = features_nd[known]
+    _, numbers = np.unique(np.array([labels[place] for place in known]), return_inverse=True)
+    label_n = torch.from_numpy(numbers)
+    _, index_nk = nearest(features_nd, features_nd, min(neighbours, len(known) - 1) + 1)
+    # A sample is its own nearest, but for equal ones, where another may stand first.
+    others_nk = index_nk != torch.arange(len(known))[:, None]
+    alike_nk = (label_n[index_nk] == label_n[:, None]) & others_nk
+    pairs_nn = label_n[:, None] == label_n
+    chance = (pairs_nn.sum().item() - len(known)) / (len(known) * (len(known) - 1))
+    return alike_nk.sum().item() / others_nk.sum().item(), chance
 
 
 def _draw_sample(axes: "Axes", sample: Sample) -> None:

@@ -3,16 +3,18 @@
 import json
 import math
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from d2v_scale.data2vec.config import HealthConfig
 from d2v_scale.process.status import Status, read_status
 from d2v_scale.redaction import redact_values
 from d2v_scale.tracking.mirror_state import EVENTS_FILE
 from d2v_scale.tracking.record import METRICS_FILE, SUPERSEDED_FILE, parse_lines, read_records
 from d2v_scale.tracking.tracker import flatten
+from d2v_scale.tracking.verdict import verdict
 
 
 @dataclass(kw_only=True)
@@ -37,6 +39,10 @@ class RunSummary:
     tags: dict[str, str]
     outcome: str
     """From status.json; `in progress or lost` when there is none."""
+    ended: str
+    """The same as a sentence."""
+    verdict: str
+    """On its health: what it said itself when it ended, else what its record says now."""
     incidents: list[Incident]
 
     @classmethod
@@ -46,7 +52,7 @@ class RunSummary:
             raise FileNotFoundError(f"{run_dir} holds no {METRICS_FILE}; give the directory of a run.")
         records = read_records(run_dir)
         events = list(_lines(run_dir / EVENTS_FILE))
-        status = read_status(run_dir)
+        status, recipe = read_status(run_dir), _recipe(run_dir)
         tags = {
             key: value for event in events if event.get("event") == "tags" for key, value in event["values"].items()
         }
@@ -54,9 +60,11 @@ class RunSummary:
             run_dir=run_dir,
             name=run_dir.resolve().name,
             records=records,
-            recipe=_recipe(run_dir),
+            recipe=recipe,
             tags=tags,
             outcome="in progress or lost" if status is None else f"{status.outcome}: {status.reason}",
+            ended=_sentence(status),
+            verdict=(status.verdict if status else "") or verdict(records, _limits(recipe)),
             incidents=sorted(_incidents(run_dir, records, events, status), key=lambda incident: incident.time),
         )
 
@@ -91,6 +99,21 @@ def _recipe(run_dir: Path) -> dict[str, str]:
     path = run_dir / "recipe.yaml"
     content = yaml.safe_load(path.read_text()) if path.exists() else None
     return flatten(redact_values(content)) if isinstance(content, dict) else {}
+
+
+def _sentence(status: Status | None) -> str:
+    if status is None:
+        return "In progress, or lost: it has not said how it ended."
+    words = status.reason[:1].upper() + status.reason[1:]
+    return words if status.outcome == "done" else f"{'Stopped' if status.outcome == 'requeue' else 'Failed'}: {words}"
+
+
+def _limits(recipe: Mapping[str, str]) -> HealthConfig:
+    """What the recipe says of a collapse."""
+    limits = HealthConfig()
+    for name in ("min_target_std", "min_prediction_std"):
+        setattr(limits, name, float(recipe.get(f"objective.health.{name}", getattr(limits, name))))
+    return limits
 
 
 def _incidents(

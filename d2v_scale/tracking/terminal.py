@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from d2v_scale.tracking.figure_names import figure_name
 from d2v_scale.tracking.names import by_stem
 
 _SHOWN = ("loss", "knn_accuracy", "samples_per_second", "mfu", "data_wait_share", "decay", "lr")
@@ -42,7 +43,7 @@ class Terminal:
         step = record["step"]
         self._started = self._started or (time.monotonic(), step)
         of_stems = [name for figure in _OF_STEMS for name in by_stem(record, figure).values()]
-        fresh = {name: record[name] for name in (*_SHOWN, *of_stems) if name in record}
+        fresh = {name: record[name] for name in (*_SHOWN, *of_stems, *_scores(record)) if name in record}
         self._shown |= fresh
         if self._live is not None:
             from rich.console import Group
@@ -114,11 +115,16 @@ def _formatted(values: Mapping[str, float]) -> list[str]:
             found.append(_format(figure, values[figure]) + (f" ({beside})" if beside else ""))
         elif beside:
             found.append(f"{_LABELS.get(figure, figure)} {beside}")
-    return found
+    return found + [_format(name, values[name]) for name in _scores(values)]
+
+
+def _scores(values: Mapping[str, float]) -> list[str]:
+    """Names of what a fine-tuned model was measured by."""
+    return [name for name in values if name.startswith("test/") and name != "test/samples"]
 
 
 def _format(name: str, value: float) -> str:
-    label = _LABELS.get(name, name)
-    if name.endswith("_share") or name == "mfu":
+    label = _LABELS.get(name, name.replace("test/", "held-out "))
+    if figure_name(name).unit == "share" and name != "knn_accuracy":
         return f"{label} {value:.1%}"
     return f"{label} {value:.4g}"

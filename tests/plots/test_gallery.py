@@ -59,7 +59,8 @@ def test_every_modality_has_its_pictures(tmp_path: Path, modality: Kind, masks: 
     )
     gallery.save(tmp_path / "saved.pt")
     paths = draw_gallery(tmp_path, Gallery.load(tmp_path / "saved.pt"))
-    wanted = {"masks", "neighbours", "cka"} | ({own} if own else set())
+    layers = {"layers_teacher_teacher"} | ({"layers_teacher_student"} if modality == "vision" else set())
+    wanted = {"masks", "neighbours", *layers} | ({own} if own else set())
     assert {path.name for path in paths} == {f"{name}{gallery.suffix}.png" for name in wanted}
     assert all(path.stat().st_size > 5000 for path in paths)
 

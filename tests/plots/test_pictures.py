@@ -8,8 +8,9 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from d2v_scale.batch import Batch
-from d2v_scale.plots.curves import GROUPS, finish_axes, names_of, plot_health, series
-from d2v_scale.plots.relations import plot_cka, plot_neighbours
+from d2v_scale.plots.curves import finish_axes, plot_health, series
+from d2v_scale.plots.groups import GROUPS, line_labels, names_of
+from d2v_scale.plots.relations import plot_cka, plot_neighbours, same_labels
 from d2v_scale.plots.samples import plot_masks, plot_pca, plot_similarity, principal_colours, to_image
 from d2v_scale.tracking.record import MetricsLog
 
@@ -103,7 +104,7 @@ def test_a_long_legend_covers_no_curve() -> None:
 def test_counters_of_nothing_lie_on_the_lower_edge() -> None:
     axes = Figure().add_subplot()
     axes.plot([0, 1], [0, 0], label="skipped")
-    finish_axes(axes, GROUPS[-1], [0.0, 0.0], lines=1)
+    finish_axes(axes, next(group for group in GROUPS if "skipped*" in group.names), [0.0, 0.0], lines=1)
     assert axes.get_ylim()[0] == 0
 
 
@@ -120,8 +121,26 @@ def test_series_and_groups() -> None:
     ]
     assert series(records, "knn_accuracy", "samples") == ([16.0], [0.5])
     found = {group.title: names_of(records, group) for group in GROUPS}
-    assert found["loss"] == ["loss"]
-    later = [{"step": 0, "held_out_loss": 1.0}, {"step": 1, "loss": 2.0, "loss/a": 1.0}]
+    assert found["Loss"] == ["loss"]
+    later = [{"step": 0, "held_out_loss": 1.0}, {"step": 1, "loss": 2.0, "loss/a": 1.0, "loss/masked_50_75": 2.0}]
     assert names_of(later, GROUPS[0]) == ["loss", "held_out_loss", "loss/a"]
-    assert found["k-NN and probe accuracy"] == ["knn_accuracy"]
-    assert found["share of time or memory"] == ["data_wait_share"]
+    assert names_of(later, GROUPS[1]) == ["loss/masked_50_75"]
+    assert found["Accuracy of k nearest neighbours and probes"] == ["knn_accuracy"]
+    assert found["Share of time"] == ["data_wait_share"]
+
+
+def test_lines_are_called_by_words_that_tell_them_apart() -> None:
+    assert line_labels(["grad_norm", "grad_norm/blocks_first"]) == {
+        "grad_norm": "all",
+        "grad_norm/blocks_first": "first third of the blocks",
+    }
+    spreads = line_labels(["target_std/pairs/text", "prediction_std/pairs/text"])
+    assert list(spreads.values()) == ["targets, pairs, text", "predictions, pairs, text"]
+    assert list(line_labels(["test/wer", "test/cer"]).values()) == ["word error rate", "character error rate"]
+
+
+def test_neighbours_of_all_samples_are_compared_with_chance() -> None:
+    features = torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0], [0.1, 1.0], [1.0, 1.0]])
+    assert same_labels(features, ["a", "a", "b", "b", ""], 1) == (1.0, 1 / 3)
+    assert same_labels(features, ["a", "b", "a", "b", ""], 1) == (0.0, 1 / 3)
+    assert same_labels(features, [""] * 5, 1) is None

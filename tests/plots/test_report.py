@@ -1,3 +1,4 @@
+import hashlib
 import json
 import math
 import re
@@ -5,15 +6,20 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
-from d2v_scale.plots.curves import plot_health
-from d2v_scale.plots.report import _panels, write_report
+from d2v_scale.plots.curve_data import curve_data, thinned
+from d2v_scale.plots.report import UPLOT, write_report
+from d2v_scale.plots.results import results
 from d2v_scale.tracking import RunTracker, TrackingConfig
 from d2v_scale.tracking.summary import RunSummary, recipe_differences
 
 ROOT = Path(__file__).resolve().parents[2]
+PLOTS = ROOT / "d2v_scale" / "plots"
 
 
 def make_run(run_dir: Path, lr: float) -> Path:
@@ -34,51 +40,153 @@ def make_run(run_dir: Path, lr: float) -> Path:
 
 
 class Links(HTMLParser):
-    """What a page loads from elsewhere, and whether its tags close."""
+    """What a page loads from elsewhere, its tables, its scripts."""
 
     def __init__(self) -> None:
         super().__init__()
         self.outside: list[str] = []
-        self.tables = 0
+        self.tags: list[str] = []
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tables += tag == "table"
+        self.tags.append(tag)
         self.outside += [
             f"{tag} {v}"
             for k, v in attrs
             if k in ("src", "href", "xlink:href") and v and not v.startswith(("data:", "#"))
         ]
-        assert tag not in ("script", "link", "iframe")
+        assert tag not in ("link", "iframe")
+
+
+def numbers_of(page: str) -> dict[str, Any]:
+    """What the page's script draws."""
+    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', page)
+    assert found is not None
+    return json.loads(found[1])
 
 
 def test_a_comparison_is_one_page_without_outside_links(tmp_path: Path) -> None:
     runs = [make_run(tmp_path / "a", 1e-3), make_run(tmp_path / "b", 2e-3)]
-    plot_health(runs[0])
     page = write_report(runs, tmp_path / "out" / "report.html").read_text()
     links = Links()
     links.feed(page)
     assert links.outside == []
-    assert links.tables == 4
-    assert page.count("<svg") == 3
+    assert links.tags.count("script") == 3
     assert "optim.lr" in page
     assert "abc&lt;1&gt;" in page
-    assert "data:image/png;base64," in page
+    assert "The MIT License" in page
     identifiers = re.findall(r'\bid="([^"]+)"', page)
     assert len(identifiers) == len(set(identifiers))
-    assert set(re.findall(r'xlink:href="#([^"]+)"', page)) | set(re.findall(r"url\(#([^)]+)\)", page)) <= set(
-        identifiers
-    )
+    read = set(re.findall(r'(?:getElementById|on)\("([a-z]+)"', (PLOTS / "browser" / "report.js").read_text()))
+    assert read <= set(identifiers)
 
 
-def test_every_name_of_a_panel_has_a_line_style_of_its_own(tmp_path: Path) -> None:
+def test_verdict_result_and_differences_come_before_the_curves(tmp_path: Path) -> None:
     runs = [make_run(tmp_path / "a", 1e-3), make_run(tmp_path / "b", 2e-3)]
-    summary = RunSummary.load(runs[0])
+    page = write_report(runs, tmp_path / "report.html").read_text()
+    page = page[page.index("<body>") :]
+    places = [
+        page.index(word) for word in ('class="card"', "Result", "What differs", 'id="curves"', "Incidents", "Pictures")
+    ]
+    assert places == sorted(places)
+    assert "Failed: Too many skips" in page
+    parts = [part["title"] for part in numbers_of(page)["parts"]]
+    assert parts == ["Loss", "Quality", "Health"]  # in the order of PARTS; of speed nothing is recorded
+
+
+def test_lines_of_a_run_differ_in_style_and_runs_in_colour(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / "a", 1e-3), make_run(tmp_path / "b", 2e-3)]
+    summaries = [RunSummary.load(run) for run in runs]
     parts = [f"grad_norm/{part}" for part in ("stem", "blocks_first", "blocks_middle", "blocks_last", "predictor")]
-    for record in summary.records:
-        record |= dict.fromkeys(parts, 1.0)
-    panel = _panels([summary], ["#112233"], "step", "step")
-    styles = {style for style in re.findall(r'style="([^"]*)"', panel) if "#112233" in style and "fill: none" in style}
-    assert len(styles) == 1 + len(parts)  # the total's is solid
+    for summary in summaries:
+        for record in summary.records:
+            record |= dict.fromkeys(parts, 1.0)
+    [lines] = [panel["lines"] for panel in panels_of(curve_data(summaries)) if panel["title"] == "Gradient norm"]
+    assert len({(line["colour"], line["style"]) for line in lines}) == len(lines) == 2 * (1 + len(parts))
+    alone = next(panel["lines"] for panel in panels_of(curve_data(summaries[:1])) if panel["title"] == "Gradient norm")
+    assert len({line["colour"] for line in alone}) == 1 + len(parts)
+
+
+def panels_of(data: dict[str, Any]) -> list[dict[str, Any]]:
+    return [panel for part in data["parts"] for row in part["rows"] for panel in row["panels"]]
+
+
+def test_points_that_are_not_finite_are_marked(tmp_path: Path) -> None:
+    data = curve_data([RunSummary.load(make_run(tmp_path / "a", 1e-3))])
+    [line] = next(panel["lines"] for panel in panels_of(data) if panel["title"] == "Gradient norm")
+    assert data["positions"][line["x"]["step"]][line["bad"][0]] == 5
+    assert line["y"][line["bad"][0]] is None
+
+
+def test_no_peak_is_lost_among_many_points() -> None:
+    values = [float(i % 7) for i in range(100_000)]
+    values[12_345], values[54_321], values[77_777] = 1e6, -1e6, math.nan
+    kept = thinned(values, 500)
+    assert len(kept) <= 520
+    assert {0, 12_345, 54_321, 77_777, 99_999} <= set(kept)
+    assert thinned(values[:400], 500) == list(range(400))
+
+
+def test_modalities_stand_side_by_side(tmp_path: Path) -> None:
+    tracker = RunTracker(tmp_path / "joint", TrackingConfig(enabled=False), is_main=True)
+    tracker.start({}, {})
+    sources = {"vision": 1.0, "pairs/text": 2.0}
+    for step in range(1, 4):
+        figures = {f"{name}/{source}": v for source, v in sources.items() for name in ("loss", "target_std")}
+        tracker.log(step, step, {"loss": 1.5, "loss/masked_0_25": 1.0, "cka/vision/layer_01": 0.5, **figures})
+    summary = RunSummary.load(tmp_path / "joint")
+    titles = [[panel["title"] for panel in row["panels"]] for row in curve_data([summary])["parts"][0]["rows"]]
+    assert titles == [["Loss", "Loss: vision", "Loss: pairs/text"]]
+    labels = [line["label"] for panel in panels_of(curve_data([summary])) for line in panel["lines"]]
+    assert labels == ["loss", "loss", "loss", "targets", "targets", "layer 1"]
+    page = write_report([tmp_path / "joint"], tmp_path / "report.html").read_text()
+    assert "<th>vision</th><th>pairs/text</th>" in page
+    assert "<td>loss</td><td>1</td><td>2</td>" in page
+
+
+def test_fine_tuning_and_baselines_stand_beside_the_result(tmp_path: Path) -> None:
+    tracker = RunTracker(tmp_path / "a", TrackingConfig(enabled=False), is_main=True)
+    tracker.start({}, {})
+    tracker.log(0, 0, {"knn_accuracy": 0.4, "knn_chance": 0.1, "test/wer": 1.0})
+    tracker.log(9, 9, {"knn_accuracy": 0.9, "knn_chance": 0.1, "test/wer": 0.25})
+    tracker.log(10, 10, {"knn_accuracy": 0.75, "knn_chance": 0.1, "test/wer": 0.5})
+    shown = results([RunSummary.load(tmp_path / "a")])
+    rows = re.findall(r"<td>(.*?)</td><td>(.*?)</td>", shown)
+    assert ("k-NN accuracy", "75.0 % <small>best 90.0 % at step 9</small>") in rows
+    assert ("with random weights", "40.0 %") in rows
+    assert ("by chance (the commonest label)", "10.0 %") in rows
+    assert ("fine-tuned: word error rate", "50.0 % <small>best 25.0 % at step 9</small>") in rows
+    assert ("before fine-tuning", "100.0 %") in rows
+
+
+def test_a_picture_is_shown_once_and_the_page_stays_small(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / name, 1e-3) for name in "ab"]
+    noise = np.random.default_rng(0).integers(0, 256, (1500, 1500, 3), dtype=np.uint8)
+    for number, run in enumerate(runs):
+        (run / "plots").mkdir()
+        Image.fromarray(noise[:100, :100]).save(run / "plots" / "first_batch.png")
+        Image.fromarray(np.roll(noise, number, 0)).save(run / "plots" / "masks.png")  # 6.7 MB each
+        Image.fromarray(noise[:50]).save(run / "plots" / "health.png")  # what the curves draw
+    path = write_report(runs, tmp_path / "report.html")
+    page = path.read_text()
+    assert path.stat().st_size < 5e6
+    assert page.count("<img ") == 3
+    assert "a, b: the same picture" in page
+
+
+def test_no_text_of_a_run_ends_the_script(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "x<!--<script>", 1e-3)
+    (tmp_path / "y").mkdir()
+    page = write_report([run, make_run(tmp_path / "y" / "b", 1e-3)], tmp_path / "report.html").read_text()
+    assert numbers_of(page)["runs"][0]["name"] == "x<!--<script>"
+    assert "x<!--" not in page
+
+
+def test_uplot_is_whole_and_unchanged() -> None:
+    """What is vendored is what its makers published; the sums are those of version 1.6.32."""
+    sums = dict(reversed(line.split()) for line in (UPLOT / "sha256sums").read_text().splitlines())
+    assert {path.name for path in UPLOT.iterdir()} == {*sums, "sha256sums"}
+    assert {name: hashlib.sha256((UPLOT / name).read_bytes()).hexdigest() for name in sums} == sums
+    assert sums["uPlot.iife.min.js"].startswith("19c8d4c6ad88929a")
 
 
 def test_summary_finds_what_happened(tmp_path: Path) -> None:
@@ -104,7 +212,7 @@ def test_a_run_that_has_hardly_begun_is_reported(tmp_path: Path, records: int) -
     tracker.start({}, {})
     for step in range(records):
         tracker.log(step + 1, 8, {"loss": 1.0})
-    assert "in progress" in write_report([tmp_path / "a"], tmp_path / "report.html").read_text()
+    assert "In progress" in write_report([tmp_path / "a"], tmp_path / "report.html").read_text()
 
 
 def test_a_directory_without_a_run_is_named(tmp_path: Path) -> None:

@@ -125,9 +125,11 @@ def test_plain_lines_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> N
     terminal = Terminal(100)
     terminal.record({"step": 10, "loss": 0.51234, "data_wait_share": 0.02, "host_memory_gib": 3.0})
     terminal.record({"step": 20, "knn_accuracy": 0.8})
+    terminal.record({"step": 30, "test/accuracy": 0.97, "test/samples": 360})
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "step 10/100  loss 0.5123  data wait 2.0%"
     assert lines[1].startswith("step 20/100  k-NN 0.8  eta 0:00:00")
+    assert lines[2].startswith("step 30/100  held-out accuracy 97.0%  eta")
 
 
 def test_a_log_file_on_a_full_disk_does_not_end_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
