@@ -89,7 +89,7 @@ def test_a_run_shows_its_health_and_goes_on_counting_after_a_restart(tmp_path: P
     assert 0 < first[-1]["mfu_student"] < first[-1]["mfu"] < 1
     assert first[-1]["data/delivered"] == 4 * 64
 
-    pictures = {"health.png", "first_batch.png", "masks.png", "neighbours.png", "pca.png", "cka.png"}
+    pictures = {"health.png", "first_batch.png", "masks.png", "neighbours.png", "pca.png", "layers_teacher_teacher.png"}
     assert {path.name for path in (run_dir / "plots").iterdir()} == pictures
     events = [json.loads(line) for line in (run_dir / "mlflow_events.jsonl").read_text().splitlines()]
     sent = {Path(event["path"]).name for event in events if event["event"] == "artifact"}
