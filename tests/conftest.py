@@ -63,7 +63,7 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from small_shards import documents
 
     from d2v_scale.modalities.text.decoder import TokenCounter
-    from d2v_scale.modalities.text.tokenizer import train
+    from d2v_scale.modalities.text.tokenizer_training import train
     from d2v_scale.shards.writing import Sample, write_set
 
     out = tmp_path_factory.mktemp("texts")

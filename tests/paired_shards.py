@@ -5,7 +5,7 @@ from pathlib import Path
 from small_shards import documents, image_samples, sound_samples
 
 from d2v_scale.conversion.measures import measures_of
-from d2v_scale.modalities.text.tokenizer import train
+from d2v_scale.modalities.text.tokenizer_training import train
 from d2v_scale.shards.content import Content
 from d2v_scale.shards.shard_set import INDEX_SUFFIX
 from d2v_scale.shards.writing import Sample, write_set

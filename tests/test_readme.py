@@ -171,6 +171,10 @@ STAND_INS: dict[str, list[str] | None] = {
         *["--global_batch_size", "4"],
         *["--run_dir", "runs/continued", "--evaluation.train", "null"],
     ],
+    # tests/interop/test_published_text.py does these three.
+    "d2v import FOLDER out/text": None,
+    "d2v shards text train.tsv glue --tokenizer out/text --columns sentence,label": None,
+    "d2v train --recipe finetune_glue_sst2 --init_from out/text --data glue --run_dir runs/sst2": None,
     "d2v probe runs/vit --data 'shards/train-*.tar' --test 'shards/val-*.tar' --task knn": [
         *["tools/probe.py", "runs/vit", "--data", "shards/*.tar", "--test", "shards/*.tar", "--task", "knn"]
     ],

@@ -10,10 +10,10 @@ import torch
 from d2v_scale.alignment.concepts import ConceptSet
 from d2v_scale.errors import DataError, UserError
 from d2v_scale.evaluation.frozen import FrozenEncoder, Weights
-from d2v_scale.files import file_sha256
 from d2v_scale.interop.encoder_source import EncoderSource, open_encoder
 from d2v_scale.interop.exporting import find_tokenizer
 from d2v_scale.modalities.base import Modality
+from d2v_scale.modalities.text.tokenizer import tokenizer_file, tokenizer_sha256
 from d2v_scale.shards.content import Content
 from d2v_scale.shards.rows import Decoder
 
@@ -128,11 +128,13 @@ def tokenizer_of(source: EncoderSource, kind: Modality, samples: ConceptSet, wan
     of_text = any("text" in place.digests and place.caption for place in samples.places)
     if not kind.uses_tokenizer or not of_text:  # ids need none
         return None
-    known = [path for path in (wanted, find_tokenizer(source.recipe), samples.tokenizer) if path is not None]
+    wanted = None if wanted is None else tokenizer_file(wanted)
+    own = find_tokenizer(source.recipe, source.path, source.tokenizer_sha256)
+    known = [path for path in (wanted, own, samples.tokenizer) if path is not None]
     for path in known:
         if not path.is_file():
             raise DataError(f"The tokenizer {path} is not there.", "Give the encoder's with --tokenizer.")
-        if source.tokenizer_sha256 in (None, file_sha256(path)):
+        if source.tokenizer_sha256 in (None, tokenizer_sha256(path)):
             return path
         if path is wanted:
             break

@@ -19,11 +19,11 @@ from d2v_scale.data.labelled import unmasked
 from d2v_scale.data.paired import unmasked_pairs
 from d2v_scale.errors import CheckpointError, DataError, UserError
 from d2v_scale.evaluation.frozen import FrozenEncoder, Weights
-from d2v_scale.files import file_sha256
 from d2v_scale.interop.encoder_source import open_encoder
 from d2v_scale.interop.exporting import find_tokenizer
 from d2v_scale.modalities.paired.decoder import Values
 from d2v_scale.modalities.paired.modality import Paired
+from d2v_scale.modalities.text.tokenizer import tokenizer_file, tokenizer_sha256
 from d2v_scale.model.pooling import mean_over_positions
 from d2v_scale.model.stem_config import sequence_of
 from d2v_scale.recipe import Recipe
@@ -43,8 +43,8 @@ def load_encoder(
     weights, or a Hugging Face folder whose model is known.
 
     `weights`: the teacher's (where it has none of a tensor, the student's, with which it shares it), the student's, or
-    those a run began with. `device`: default is the current GPU, or the CPU where there is none. `tokenizer`: the
-    sentencepiece model of a text encoder; default is that of its training data, where it is still there. Nothing of the
+    those a run began with. `device`: default is the current GPU, or the CPU where there is none. `tokenizer`: of a
+    text encoder; default is the one beside it, or that of its training data, where it is still there. Nothing of the
     process is changed. Raises CheckpointError where there is no such encoder, or a newer version made it, and DataError
     for a tokenizer that is not the encoder's.
     """
@@ -60,7 +60,7 @@ def load_encoder(
     if not source.recipe.model.modalities:
         raise CheckpointError(f"{path} has no stem.")
     frozen = FrozenEncoder.of(source, weights, _device(device))
-    return Encoder(frozen, None if tokenizer is None else Path(tokenizer))
+    return Encoder(frozen, None if tokenizer is None else tokenizer_file(Path(tokenizer)))
 
 
 def _device(wanted: str | torch.device | None) -> torch.device:
@@ -267,7 +267,7 @@ class Encoder:
             if kind.uses_tokenizer and "txt" in members and self._tokenizer is None:
                 raise DataError(
                     "The tokenizer of this encoder is not known, or not there any more.",
-                    "Give load_encoder tokenizer=FILE.model, or embed arrays of token ids.",
+                    "Give load_encoder tokenizer=PATH, or embed arrays of token ids.",
                 )
             row = decoder.evaluation_row(HeldSample(str(number), members))
             return row, self._was_cut(kind, row, members)
@@ -307,11 +307,11 @@ class Encoder:
 
     def _checked_tokenizer(self) -> Path | None:
         """The one that was given, or that of the training data. Raises DataError for another than the encoder's."""
-        tokenizer, expected = self._tokenizer or find_tokenizer(self.recipe), self._frozen.tokenizer_sha256
-        if tokenizer is None or expected is None or not tokenizer.is_file() or file_sha256(tokenizer) == expected:
+        expected, tokenizer = self._frozen.tokenizer_sha256, self._tokenizer
+        if tokenizer is None:
+            return find_tokenizer(self.recipe, self._frozen.source, expected)
+        if expected is None or not tokenizer.is_file() or tokenizer_sha256(tokenizer) == expected:
             return tokenizer
-        if self._tokenizer is None:
-            return None  # another one lies where it was
         raise DataError(
             f"{tokenizer} is another tokenizer than the encoder was trained with (sha256 {expected[:12]}).",
             "Give that one: ids would mean other pieces.",

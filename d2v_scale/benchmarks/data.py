@@ -45,7 +45,7 @@ def make_case(modality: Kind, root: Path) -> Case:
     samples = SAMPLES[modality]
     folder = samples.write(root / modality, samples.count, samples.per_shard, samples.size)
     index = SetIndex.load(folder / TRAIN_INDEX)
-    model = modalities.class_of(modality).plain_model(samples.pieces(folder))
+    model = modalities.class_of(modality).plain_model(samples.tokenizer(folder))
     data = DataConfig(workers=0, window_shards=4)
     data.sources = [SourceConfig(shards=str(folder / "train-*.tar"), modality=modality)]
     data = samples.settings(data, samples.size)

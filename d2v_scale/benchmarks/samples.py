@@ -16,7 +16,7 @@ from d2v_scale import modalities
 from d2v_scale.conversion import demo
 from d2v_scale.data.config import SAMPLE_RATE, DataConfig
 from d2v_scale.modalities.speech import decoder as speech
-from d2v_scale.modalities.text.decoder import Tokenizer
+from d2v_scale.modalities.text.tokenizer import PIECES, open_tokenizer
 from d2v_scale.model.config import ModelConfig
 from d2v_scale.shards.shard_index import SetIndex
 from d2v_scale.shards.writing import Sample, write_set
@@ -53,8 +53,8 @@ class Samples(ABC):
         """Rows of an epoch."""
         return index.samples
 
-    def pieces(self, folder: Path) -> int | None:
-        """Of the shards' tokenizer, where they have one."""
+    def tokenizer(self, folder: Path) -> Path | None:
+        """The shards' one, where they have one."""
         del folder
         return None
 
@@ -118,11 +118,11 @@ class Documents(Samples):
     def rows(self, index: SetIndex) -> int:
         return sum(-(-shard.length // _BLOCK) for shard in index.shards)
 
-    def pieces(self, folder: Path) -> int | None:
-        return Tokenizer(folder / "tokenizer.model").size
+    def tokenizer(self, folder: Path) -> Path | None:
+        return folder / PIECES
 
     def read_plainly(self, paths: list[str], folder: Path, model: ModelConfig, data: DataConfig) -> int:
-        tokenizer = Tokenizer(folder / "tokenizer.model")
+        tokenizer = open_tokenizer(folder / PIECES)
         stream = (tokenizer(sample["txt"].decode()) for sample in _plain(paths))
         return sum(len(torch.from_numpy(np.stack(batch))) for batch in _batches(_blocks(stream)))
 

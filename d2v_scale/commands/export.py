@@ -36,7 +36,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--modality", metavar="STEM", help="which one, where there are several")
     parser.add_argument("--half", action="store_true", help="store the weights in float16")
     parser.add_argument("--opset", type=int, metavar="N", help="of --to onnx; default: 18, the lowest there is")
-    parser.add_argument("--tokenizer", type=Path, help="sentencepiece model; default: the one of the training data")
+    parser.add_argument("--tokenizer", type=Path, help="of texts; default: the one of the training data")
     parser.add_argument("--log_model", type=Path, metavar="RUN", help="also log it as a model of this run in MLflow")
     parser.add_argument(
         "--license", default=None, metavar="ID", help="of the weights, for the card, such as apache-2.0"
@@ -105,7 +105,7 @@ def run(options: argparse.Namespace) -> int:
     if options.to == "fairseq":
         lines = export_reference(checkpoint, recipe, modality, options.out, options.half)
     else:
-        tokenizer = options.tokenizer or (exporting.find_tokenizer(recipe) if with_tokenizer else None)
+        tokenizer = exporting.chosen_tokenizer(checkpoint, recipe, options.tokenizer) if with_tokenizer else None
         given = (checkpoint, recipe, modality, options.out, weights, tokenizer)
         if options.to == "onnx":
             opset = onnx_export.FIRST_OPSET if options.opset is None else options.opset

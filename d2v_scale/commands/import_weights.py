@@ -28,6 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
     warnings.filterwarnings("ignore", module="megatron")
     from d2v_scale.checkpoint import write_single
     from d2v_scale.interop.importing import convert, extra_of, open_source
+    from d2v_scale.modalities.text.tokenizer import copy_tokenizer
     from d2v_scale.parallel.groups import single_process
 
     try:
@@ -44,4 +45,6 @@ def main(arguments: list[str] | None = None) -> int:
         print(line)
     written = write_single(options.out, imported.student, imported.teacher, extra_of(imported, options.source))
     print(f"wrote {written}")
+    if imported.tokenizer is not None:
+        print(f"wrote {copy_tokenizer(imported.tokenizer, options.out)}: what `d2v shards text` --tokenizer takes")
     return 0

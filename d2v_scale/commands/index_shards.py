@@ -35,7 +35,11 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--out", type=out_folder, help="directory of the index; default: beside the shards")
     parser.add_argument("--name", help="the index is NAME.index.json; default: what the shards are called")
-    parser.add_argument("--tokenizer", type=Path, help="sentencepiece model, to count the tokens of text")
+    parser.add_argument(
+        "--tokenizer",
+        type=Path,
+        help="of text: .model, .json, or its folder",
+    )
     parser.add_argument("--key", help="of the array in each .npz; default: the only one")
     parser.add_argument("--classes", help="names of the labels, separated by commas; default: their numbers")
     parser.add_argument(

@@ -121,7 +121,11 @@ def _add_label(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_tokenizer(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--tokenizer", type=Path, help="sentencepiece model; without it one is trained")
+    parser.add_argument(
+        "--tokenizer",
+        type=Path,
+        help=".model, .json, or its folder; without it one is trained",
+    )
     parser.add_argument("--vocab_size", type=int, default=16000, help="pieces of the trained tokenizer")
     parser.add_argument("--fewer_pieces", action="store_true", help="be content with fewer where the texts are too few")
 

@@ -17,6 +17,7 @@ from d2v_scale.conversion.measures import measure_of
 from d2v_scale.data.config import SAMPLE_RATE, VisionData
 from d2v_scale.modalities.speech import decoder as speech
 from d2v_scale.modalities.text import decoder as text
+from d2v_scale.modalities.text.tokenizer import Tokenizer, open_tokenizer
 from d2v_scale.modalities.vision import decoder as vision
 from d2v_scale.shards.content import Content, word_of
 from d2v_scale.shards.shard_index import Measure
@@ -114,7 +115,7 @@ class Job(NewShard):
 
     def _samples(self, measure: Measure, skipped: dict[str, str]) -> Iterator[Sample]:
         ids = self.conversion.ids and self.conversion.tokenizer
-        pieces = text.Tokenizer(self.conversion.tokenizer) if ids and self.conversion.tokenizer else None
+        pieces = open_tokenizer(self.conversion.tokenizer) if ids and self.conversion.tokenizer else None
         for item in self.items:
             try:
                 members = self._members(item, pieces)
@@ -134,7 +135,7 @@ class Job(NewShard):
                 sample["txt"] = item.transcript
             yield sample
 
-    def _members(self, item: Item, pieces: text.Tokenizer | None) -> dict[str, bytes]:
+    def _members(self, item: Item, pieces: Tokenizer | None) -> dict[str, bytes]:
         if item.fault is not None:
             raise ValueError(item.fault)
         if item.path is None:
@@ -162,7 +163,7 @@ def file_version(path: str) -> tuple[int, int] | None:
     return stat.st_size, stat.st_mtime_ns
 
 
-def _document(item: Item, pieces: text.Tokenizer | None) -> dict[str, bytes]:
+def _document(item: Item, pieces: Tokenizer | None) -> dict[str, bytes]:
     parts = {"": item.content} | ({"2": item.second} if item.second is not None else {})
     for part in parts.values():
         text.require_text(part)

@@ -16,8 +16,7 @@ from d2v_scale.conversion.measures import measures_of
 from d2v_scale.conversion.recognising import describe, recognised
 from d2v_scale.data.labels import class_number
 from d2v_scale.errors import DataError
-from d2v_scale.files import file_sha256
-from d2v_scale.modalities.text.decoder import require_special_ids
+from d2v_scale.modalities.text.tokenizer import tokenizer_sha256, usable_tokenizer
 from d2v_scale.redaction import same_address
 from d2v_scale.shards.content import WORDS, Content, length_of, plural, word_of
 from d2v_scale.shards.fetching import ShardCache
@@ -150,7 +149,7 @@ def make_index(arguments: argparse.Namespace) -> tuple[SetIndex, Path]:
         if all(length_of(content).unit != "tokens" for content in contents):
             held = " with ".join(map(plural, contents))
             raise DataError(f"--tokenizer is given, but the shards hold {held}, which have no tokens.", "Leave it out.")
-        require_special_ids(arguments.tokenizer)
+        arguments.tokenizer = usable_tokenizer(arguments.tokenizer)
     cache = out / ".fetched"
     target = out / f"{name}{INDEX_SUFFIX}"
     _refuse_overwriting(list(_jobs(paths, out, name, contents, arguments, cache)), target)
@@ -169,7 +168,7 @@ def make_index(arguments: argparse.Namespace) -> tuple[SetIndex, Path]:
     if arguments.tokenizer is not None:
         index.tokenizer, index.tokenizer_sha256 = (
             relative_path(arguments.tokenizer, out),
-            file_sha256(arguments.tokenizer),
+            tokenizer_sha256(arguments.tokenizer),
         )
     _require_samples(index, arguments.shards)
     index.save(target)
@@ -223,7 +222,7 @@ def _jobs(
     paths: list[str], out: Path, name: str, contents: list[Content], arguments: argparse.Namespace, cache: Path
 ) -> Iterator[Job]:
     model = arguments.tokenizer
-    checksum = None if model is None else file_sha256(model)
+    checksum = None if model is None else tokenizer_sha256(model)
     for path, stem in zip(paths, _stems(paths, name), strict=True):
         target = out / f"{stem}.index"
         pixels, key, beside = arguments.max_pixels, arguments.key, tuple(contents[1:])

@@ -17,7 +17,7 @@ from d2v_scale.data.source import open_store
 from d2v_scale.data2vec.config import CompatConfig, MaskingConfig
 from d2v_scale.errors import DataError
 from d2v_scale.files import file_sha256
-from d2v_scale.modalities.text.decoder import Tokenizer
+from d2v_scale.modalities.text.tokenizer import open_tokenizer
 from d2v_scale.model.stem_config import ArrayStem
 from d2v_scale.plots.samples import plot_masks
 from d2v_scale.shards.content import Content, length_of, plural, word_of
@@ -169,7 +169,6 @@ def pictures(shards: ShardSet, pattern: str, recipe_name: str | None, out: Path,
     """Write a PNG per step of what training would see of one content."""
     assert shards.index is not None
     content = shards.index.content
-    tokenizer = Tokenizer(shards.tokenizer) if shards.tokenizer is not None else None
     if recipe_name is not None:
         from d2v_scale.command_line import parse
 
@@ -185,7 +184,7 @@ def pictures(shards: ShardSet, pattern: str, recipe_name: str | None, out: Path,
         compat, seed = recipe.objective.compat, recipe.seed
     else:
         reader = next(one for kind in modalities.KINDS if (one := modalities.class_of(kind)).content == content)
-        model = reader.plain_model(None if tokenizer is None else tokenizer.size)
+        model = reader.plain_model(shards.tokenizer)
         data, compat, seed = DataConfig(), CompatConfig(), 1
         [name] = model.modalities
         masking = {name: MaskingConfig(kind="random", prob=0.5)}
@@ -193,8 +192,8 @@ def pictures(shards: ShardSet, pattern: str, recipe_name: str | None, out: Path,
     data.workers = 0
     loader = StepLoader(data, model, masking, compat, seed=seed, global_batch_size=8)
 
+    decode = open_tokenizer(shards.tokenizer).piece if shards.tokenizer is not None else None
     for step in range(steps):
-        decode = tokenizer.piece if tokenizer is not None else None
         [batch] = next(loader)
         path = out / f"{batch.modality}-step-{step}.png"
         print(plot_masks(batch, model.kind(batch.modality), path, decode=decode))

@@ -21,7 +21,7 @@ def measure_of(
     steps along an array's first axis after its channels. It decodes what training decodes, and raises for what training
     would lose.
 
-    `tokenizer`: the sentencepiece model of text, None where the shards hold ids. `max_pixels`: as
+    `tokenizer`: that of text, None where the shards hold ids. `max_pixels`: as
     data.vision.max_pixels of the recipe. `key`: of the array in a `.npz`, None where each holds one.
     """
     match content:

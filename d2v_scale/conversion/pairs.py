@@ -24,9 +24,9 @@ from d2v_scale.conversion.measures import measures_of
 from d2v_scale.conversion.new_sets import NewSet
 from d2v_scale.conversion.texts import given_tokenizer
 from d2v_scale.errors import DataError
-from d2v_scale.files import file_sha256
 from d2v_scale.modalities.speech import decoder as speech
 from d2v_scale.modalities.text.decoder import require_text
+from d2v_scale.modalities.text.tokenizer import tokenizer_sha256
 from d2v_scale.modalities.vision import decoder as vision
 from d2v_scale.shards.content import Content
 from d2v_scale.shards.shard_index import SetIndex
@@ -160,7 +160,7 @@ def convert_pairs(arguments: argparse.Namespace, new: NewSet) -> tuple[SetIndex,
         if not arguments.shared_captions:
             require_apart(captions, new.out, new.prefix)
         pairing.tokenizer = given_tokenizer(arguments, lambda: iter(captions.values()))
-        checksum = file_sha256(pairing.tokenizer)
+        checksum = tokenizer_sha256(pairing.tokenizer)
     elif arguments.tokenizer is not None:
         raise DataError("--tokenizer is given, but no column is text.", "Leave it out.")
     print(f"{len(pairs):,} rows of {', '.join(columns)}", file=sys.stderr)

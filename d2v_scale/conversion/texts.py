@@ -13,10 +13,8 @@ from d2v_scale.conversion.converters import Conversion, Item, finite_number
 from d2v_scale.conversion.folders import FoundFiles, find_files
 from d2v_scale.conversion.tables import Columns
 from d2v_scale.conversion.text_files import Document, Reading, documents
-from d2v_scale.errors import DataError
-from d2v_scale.files import file_sha256
-from d2v_scale.modalities.text import tokenizer
-from d2v_scale.modalities.text.decoder import IDS_INSTEAD, require_special_ids
+from d2v_scale.modalities.text import tokenizer_training
+from d2v_scale.modalities.text.tokenizer import PIECES, tokenizer_sha256, usable_tokenizer
 
 
 class Texts(Command):
@@ -31,7 +29,7 @@ class Texts(Command):
         reading.columns = Columns.parse(arguments.columns) if arguments.columns else None
         found = find_files(arguments.source, text_files.EXTENSIONS, arguments.match, text_files.kind_of)
         model = given_tokenizer(arguments, lambda: _texts(found.files, reading))
-        conversion.tokenizer, conversion.tokenizer_sha256 = model, file_sha256(model)
+        conversion.tokenizer, conversion.tokenizer_sha256 = model, tokenizer_sha256(model)
         conversion.ids = arguments.ids
         labels: set[str | None] = set()
         total = 0
@@ -84,11 +82,8 @@ def _texts(files: list[Path], reading: Reading) -> Iterator[str]:
 def given_tokenizer(arguments: argparse.Namespace, texts: Callable[[], Iterator[str]]) -> Path:
     """The given tokenizer, the one in OUT, or a new one trained on the texts."""
     if arguments.tokenizer is not None:
-        if arguments.tokenizer.suffix == ".json":
-            raise DataError(f"{arguments.tokenizer} is no sentencepiece model, and nothing else is read.", IDS_INSTEAD)
-        require_special_ids(arguments.tokenizer)
-        return arguments.tokenizer
-    model: Path = arguments.out / "tokenizer.model"
+        return usable_tokenizer(arguments.tokenizer)
+    model: Path = arguments.out / PIECES
     if not model.is_file():
         if arguments.part[1] > 1:
             raise DataError(
@@ -97,6 +92,5 @@ def given_tokenizer(arguments: argparse.Namespace, texts: Callable[[], Iterator[
             )
         print(f"training a tokenizer of {arguments.vocab_size} pieces: {model}", file=sys.stderr)
         size, fewer = arguments.vocab_size, arguments.fewer_pieces
-        tokenizer.train(texts(), model, vocab_size=size, threads=arguments.processes, fewer=fewer)
-    require_special_ids(model)
-    return model
+        tokenizer_training.train(texts(), model, vocab_size=size, threads=arguments.processes, fewer=fewer)
+    return usable_tokenizer(model)

@@ -14,8 +14,8 @@ from d2v_scale.conversion.tables import Columns
 from d2v_scale.conversion.text_files import Document, Reading
 from d2v_scale.data.config import DataConfig, SourceConfig
 from d2v_scale.errors import DataError
-from d2v_scale.modalities.text import decoder as text
-from d2v_scale.modalities.text import tokenizer
+from d2v_scale.modalities.text import tokenizer_training
+from d2v_scale.modalities.text.tokenizer import open_tokenizer
 from d2v_scale.shards.fetching import ShardCache
 from d2v_scale.shards.patterns import expand, is_remote
 from d2v_scale.shards.reading import SampleFault, read_sample
@@ -104,7 +104,7 @@ def train_on(arguments: argparse.Namespace) -> tuple[Texts, int]:
     reading = Reading(split="line", columns=columns, encoding=arguments.encoding)
     with tempfile.TemporaryDirectory() as fetched:
         texts = Texts(arguments.source, reading, ShardCache.of(DataConfig(cache_dir=fetched)))
-        tokenizer.train(
+        tokenizer_training.train(
             islice(texts, arguments.limit),
             arguments.out,
             vocab_size=arguments.vocab_size,
@@ -112,4 +112,4 @@ def train_on(arguments: argparse.Namespace) -> tuple[Texts, int]:
             character_coverage=arguments.character_coverage,
             threads=arguments.threads,
         )
-    return texts, text.Tokenizer(arguments.out).size
+    return texts, open_tokenizer(arguments.out).size

@@ -92,7 +92,8 @@ class TextData:
     """Documents to blocks of token ids that start with <s>."""
 
     tokenizer: str | None = None
-    """Sentencepiece model; null: the one named in the shards' index."""
+    """Sentencepiece model, tokenizer.json, vocab.json (merges.txt beside it), or a folder that holds one; null: the one
+    named in the shards' index."""
     packing: Literal["continuous", "document"] = "continuous"
     """`continuous`: blocks run across documents (2.0); `document`: a block holds tokens of one document (1.0)."""
 

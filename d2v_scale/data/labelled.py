@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -20,9 +19,9 @@ from d2v_scale.data.paired import unmasked_pairs
 from d2v_scale.data.source import open_store
 from d2v_scale.data2vec.config import CompatConfig, MaskingConfig
 from d2v_scale.errors import DataError
-from d2v_scale.files import file_sha256
 from d2v_scale.modalities.paired.decoder import PairedDecoder, Values
 from d2v_scale.modalities.paired.modality import Paired
+from d2v_scale.modalities.text.tokenizer import tokenizer_sha256, wanted_tokenizer
 from d2v_scale.model.config import ModelConfig
 from d2v_scale.shards.class_names import agreed_classes
 from d2v_scale.shards.plan import PlannedBatch
@@ -117,7 +116,7 @@ class LabelledSet:
             raise DataError(f"The shards of {self.shards!r} have no index.", "Make one with `d2v index`.")
         check_before_start(self._found, source, self._stem.content, self.data.max_bad_ratio)
         self.classes = agreed_classes(self._found.class_names)
-        self.tokenizer = Path(self.data.text.tokenizer) if self.data.text.tokenizer else self._found.tokenizer
+        self.tokenizer = wanted_tokenizer(self.data.text.tokenizer, self._found.tokenizer)
         if self._stem.uses_tokenizer:
             self._found.require_tokenizer(self.shards, self.tokenizer)
         self._faults: list[Fault] = []
@@ -191,7 +190,7 @@ class LabelledSet:
         if not self._stem.uses_tokenizer:
             return None
         if self.tokenizer is not None and "npy" not in self._found.members(0).extensions:
-            return file_sha256(self.tokenizer)
+            return tokenizer_sha256(self.tokenizer)
         assert self._found.index is not None
         return self._found.index.tokenizer_sha256
 

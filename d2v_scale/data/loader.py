@@ -22,9 +22,9 @@ from d2v_scale.data.source import Source, open_source
 from d2v_scale.data.streaming import StreamedSource
 from d2v_scale.data2vec.config import CompatConfig, MaskingConfig
 from d2v_scale.errors import CheckpointError, DataError, DataStarved, UserError, Verdict
-from d2v_scale.files import file_sha256
 from d2v_scale.modalities.paired.decoder import PairedDecoder
 from d2v_scale.modalities.paired.modality import Paired
+from d2v_scale.modalities.text.tokenizer import tokenizer_sha256
 from d2v_scale.model.config import ModelConfig
 from d2v_scale.process.signals import worker_signals
 from d2v_scale.shards.forking import forking
@@ -219,7 +219,7 @@ class StepLoader:
         return source.stem.build_decoder(self._data, source.tokenizer)
 
     def tokenizer(self, source: str) -> Path | None:
-        """The sentencepiece model of a source's text, by the source's name; None where there is none."""
+        """The tokenizer of a source's text, by the source's name; None where there is none."""
         return next((one.tokenizer for one in self.sources if one.name == source), None)
 
     def tokenizer_sha256(self) -> str | None:
@@ -230,7 +230,7 @@ class StepLoader:
             if source.shards.index is not None:
                 return source.shards.index.tokenizer_sha256
             if source.tokenizer is not None:
-                return file_sha256(source.tokenizer)
+                return tokenizer_sha256(source.tokenizer)
         return None
 
     # -- state ---------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from d2v_scale.data.config import SAMPLE_RATE, DataConfig, SourceConfig
 from d2v_scale.data.streaming import StreamedSource
 from d2v_scale.data2vec.stateless import key
 from d2v_scale.errors import DataError, DataStarved
-from d2v_scale.files import file_sha256
+from d2v_scale.modalities.text.tokenizer import tokenizer_sha256, wanted_tokenizer
 from d2v_scale.model.config import ModelConfig
 from d2v_scale.shards.fetching import ShardCache
 from d2v_scale.shards.order import WindowOrder
@@ -60,7 +60,7 @@ class Source:
         self.stem = modalities.of(model, source.modality)
         self.items = self.stem.items(shards, data, self._lengths)
         if self.stem.uses_tokenizer:
-            self.tokenizer = Path(data.text.tokenizer) if data.text.tokenizer else shards.tokenizer
+            self.tokenizer = wanted_tokenizer(data.text.tokenizer, shards.tokenizer)
             self._check_tokenizer(source)
 
     def _check_tokenizer(self, source: SourceConfig) -> None:
@@ -70,7 +70,7 @@ class Source:
         self.shards.require_tokenizer(source.shards, self.tokenizer)
         if self.tokenizer is not None and not self.tokenizer.is_file():
             raise DataError(f"The tokenizer {self.tokenizer} does not exist.", "Correct data.text.tokenizer.")
-        if self.tokenizer is not None and index.tokenizer_sha256 != file_sha256(self.tokenizer):
+        if self.tokenizer is not None and index.tokenizer_sha256 != tokenizer_sha256(self.tokenizer):
             raise DataError(
                 f"The token counts in {self.shards.index_file} are of another tokenizer than {self.tokenizer}.",
                 "Index the shards again with `d2v index` --tokenizer.",

@@ -7,7 +7,6 @@ What cannot be had without an index: planned batches, text packing that is the s
 import logging
 import time
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 from torch.utils.data import get_worker_info
@@ -16,6 +15,7 @@ from d2v_scale import modalities
 from d2v_scale.data.config import DataConfig, SourceConfig
 from d2v_scale.data2vec.stateless import key
 from d2v_scale.errors import ConfigError
+from d2v_scale.modalities.text.tokenizer import wanted_tokenizer
 from d2v_scale.model.config import ModelConfig
 from d2v_scale.redaction import same_address
 from d2v_scale.shards.fetching import ShardCache
@@ -57,7 +57,7 @@ class StreamedSource:
         self.shards = shards
         self.name = name
         self.modality = source.modality
-        self.tokenizer = Path(data.text.tokenizer) if data.text.tokenizer else None
+        self.tokenizer = wanted_tokenizer(data.text.tokenizer, None)
         self.fingerprint = key(*(same_address(path) for path in shards.paths)) >> 2
         self._data = data
         self._seed = seed

@@ -27,7 +27,7 @@ class Samples:
 
     batches: list[tuple[Batch, Tensor]]
     tokenizer: str | None
-    """Sentencepiece model, for text."""
+    """Of text."""
     trained_on: bool
 
 

@@ -20,6 +20,7 @@ from d2v_scale.interop.keymap import KeyMap, import_tensors
 from d2v_scale.interop.remote_code import remote_code_keys
 from d2v_scale.interop.task_heads import add_head
 from d2v_scale.interop.weight_files import Folder
+from d2v_scale.modalities.text.tokenizer import tokenizer_sha256
 from d2v_scale.model.init import full_shape_of, write_local
 from d2v_scale.model.parallel_linear import undivided
 from d2v_scale.networks.stack import Student
@@ -151,7 +152,8 @@ def _exported(path: Path) -> EncoderSource:
         report.require_complete(str(path))
         _name_unread(path, source.notes)
         recipe = Recipe(name=path.name, model=reference.model, objective=reference.objective, data=source.data)
-        return EncoderSource(path, recipe, ours.get)
+        known = None if source.tokenizer is None else tokenizer_sha256(source.tokenizer)
+        return EncoderSource(path, recipe, ours.get, tokenizer_sha256=known)
     try:
         note = json.loads((path / EXPORT_FILE).read_text())
         recipe = parse_recipe(note["recipe"], path / EXPORT_FILE)

@@ -3,6 +3,7 @@
 import shutil
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from d2v_scale import modalities
 from d2v_scale.checkpoint import Checkpoint
+from d2v_scale.checkpoint.format import MANIFEST
 from d2v_scale.errors import CheckpointError, DataError
 from d2v_scale.files import open_as_usual
 from d2v_scale.interop.encoder_source import EXPORT_FILE, export_note
@@ -21,6 +23,7 @@ from d2v_scale.interop.keymap import export_tensors
 from d2v_scale.interop.remote_code import modelling_files, remote_code_keys, remote_code_settings
 from d2v_scale.interop.task_heads import add_head, head_settings, prefixed
 from d2v_scale.interop.weight_files import write_json
+from d2v_scale.modalities.text.tokenizer import tokenizer_file, tokenizer_in, tokenizer_sha256
 from d2v_scale.recipe import Recipe
 from d2v_scale.shards.shard_set import find_shards
 
@@ -194,18 +197,40 @@ def write_tensors(tensors: Iterator[tuple[str, Tensor]], out: Path) -> None:
     write_json(out / "model.safetensors.index.json", index)
 
 
-def find_tokenizer(recipe: Recipe) -> Path | None:
-    """The sentencepiece model that the training data was made of; None where it is not there any more."""
-    if recipe.data.text.tokenizer is not None:
-        path: Path | None = Path(recipe.data.text.tokenizer)
-        return path if path is not None and path.exists() else None
-    of_ids = [stem.name for stem in modalities.stems(recipe.model) if stem.uses_tokenizer]
+def chosen_tokenizer(checkpoint: Checkpoint, recipe: Recipe, given: Path | None) -> Path | None:
+    """The tokenizer to export: the given one, or what `find_tokenizer` finds. Raises DataError for another than that of
+    the training data."""
+    sha256 = checkpoint.extra.get("tokenizer_sha256")
+    if given is None:
+        return find_tokenizer(recipe, checkpoint.path, sha256)
+    path = tokenizer_file(given)
+    if sha256 is not None and path.is_file() and tokenizer_sha256(path) != sha256:
+        raise DataError(
+            f"{path} is another tokenizer than {checkpoint.path} was trained with (sha256 {sha256[:12]}).",
+            "Give that one with --tokenizer: ids would mean other pieces.",
+        )
+    return path
+
+
+def find_tokenizer(recipe: Recipe, holder: Path, sha256: str | None) -> Path | None:
+    """The tokenizer of an encoder: in its own folder, `holder`, where it came with the weights, or that of the training
+    data; None where it is not there any more. `sha256`: its checksum, where that is known."""
+    found = (path for path in _tokenizers(recipe, holder) if path.is_file())
+    return next((path for path in found if sha256 in (None, tokenizer_sha256(path))), None)
+
+
+def _tokenizers(recipe: Recipe, holder: Path) -> Iterator[Path]:
+    # Imported weights are a folder with one checkpoint.
+    own = tokenizer_in(holder) or (tokenizer_in(holder.parent) if (holder / MANIFEST).is_file() else None)
+    if own is not None:
+        yield own
+    named = recipe.data.text.tokenizer
+    of_ids = {stem.name for stem in modalities.stems(recipe.model) if stem.uses_tokenizer}
+    if named is not None:
+        with suppress(DataError):  # it is not there any more
+            yield tokenizer_file(Path(named))
+        return
     for source in recipe.data.sources:
-        if set(source.stems) & set(of_ids):
-            try:
-                path = find_shards(source).tokenizer
-            except DataError:
-                continue
-            if path is not None and path.exists():
-                return path
-    return None
+        with suppress(DataError):  # likewise the shards
+            if set(source.stems) & of_ids and (path := find_shards(source).tokenizer) is not None:
+                yield path

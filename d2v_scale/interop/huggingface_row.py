@@ -113,6 +113,12 @@ class HuggingFaceRow(ABC):
         del settings
         return []
 
+    def fold(self, tensors: dict[str, Tensor]) -> list[str]:
+        """Add constants of a native folder's model that our stem has no parameter for to one that it has, in place;
+        what is lost by it, for the user."""
+        del tensors
+        return []
+
     @abstractmethod
     def add_head(self, keys: KeyMap, task: TaskConfig, native: bool) -> None:
         """Names of a fine-tuned model's head, without the encoder's prefix."""

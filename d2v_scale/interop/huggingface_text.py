@@ -13,6 +13,7 @@ from d2v_scale.interop.huggingface_row import Example, Head, HuggingFaceRow, blo
 from d2v_scale.interop.keymap import KeyMap
 from d2v_scale.interop.reference_options import Shapes
 from d2v_scale.interop.tokenizer_files import write_tokenizer
+from d2v_scale.modalities.text.tokenizer import open_tokenizer
 from d2v_scale.model.config import Backbone, ModelConfig, Predictor
 from d2v_scale.model.stem_config import TextStem
 from d2v_scale.recipe import Recipe
@@ -70,6 +71,18 @@ class TextRow(HuggingFaceRow):
         )
         return ModelConfig(text=stem, backbone=backbone, predictor=Predictor(kind="mlp"))
 
+    def fold(self, tensors: dict[str, Tensor]) -> list[str]:
+        """The first token type is added to every token, as its position is. Published weights have zeros there, and no
+        other type."""
+        types, positions = "embeddings.token_type_embeddings.weight", "embeddings.position_embeddings.weight"
+        if types not in tensors or positions not in tensors:
+            return []
+        types_kd = tensors[types].float()
+        tensors[positions] = tensors[positions].float() + types_kd[:1]
+        tensors[types] = torch.zeros_like(types_kd[:1])
+        lost = len(types_kd) - 1
+        return [f"{lost} further token types are left out: texts are read as the first"] if lost else []
+
     def add_head(self, keys: KeyMap, task: TaskConfig, native: bool) -> None:
         keys.layer("head.dense", "classifier.dense")
         keys.layer("head.out", "classifier.out_proj")
@@ -79,8 +92,8 @@ class TextRow(HuggingFaceRow):
 
     def write_processor(self, recipe: Recipe, model: ModelConfig, out: Path, tokenizer: Path | None) -> list[str]:
         if tokenizer is None:
-            return ["no tokenizer was found: AutoTokenizer will not load. Give it with --tokenizer FILE.model"]
-        write_tokenizer(tokenizer, _stem(model), out)
+            return ["no tokenizer was found: AutoTokenizer will not load. Give it with --tokenizer"]
+        write_tokenizer(open_tokenizer(tokenizer), _stem(model), out)
         return [f"tokenizer: {tokenizer}"]
 
     def example(self, model: ModelConfig, folder: Path) -> Example:

@@ -2,17 +2,18 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from d2v_scale import modalities
 from d2v_scale.data.config import DataConfig
-from d2v_scale.errors import CheckpointError
+from d2v_scale.errors import CheckpointError, UserError
 from d2v_scale.interop.golden import Fixture
-from d2v_scale.interop.huggingface import PREFIXES, TIED, WRAPPERS, from_huggingface
+from d2v_scale.interop.huggingface import PREFIXES, TIED, WRAPPERS, from_huggingface, row_of
 from d2v_scale.interop.keymap import KeyMap, KeyReport, import_tensors
 from d2v_scale.interop.reference_config import from_fairseq
 from d2v_scale.interop.reference_names import reference_keys, teacher_prefix
@@ -21,8 +22,10 @@ from d2v_scale.interop.reference_table import recognised
 from d2v_scale.interop.reference_vision import from_data2vec_vision
 from d2v_scale.interop.unpickling import load_pickle, plain
 from d2v_scale.interop.weight_files import Folder, read_json
+from d2v_scale.modalities.text.tokenizer import open_tokenizer, tokenizer_in, tokenizer_sha256
 from d2v_scale.model.init import initial_values
 from d2v_scale.model.parallel_linear import undivided
+from d2v_scale.model.stem_config import TextStem
 from d2v_scale.networks.stack import Student, Teacher
 from d2v_scale.recipe import Recipe, to_dict
 
@@ -41,6 +44,8 @@ class Source:
     """How its inputs were normalised, as far as it says so; the rest has its default."""
     notes: list[str] = field(default_factory=list)
     """What of it was not read, for the user."""
+    tokenizer: Path | None = None
+    """The one that lies beside the weights, and fits them."""
 
 
 @dataclass
@@ -52,6 +57,8 @@ class Imported:
     teacher: dict[str, Tensor]
     lines: list[str] = field(default_factory=list)
     """What happened, for the user."""
+    tokenizer: Path | None = None
+    """The one that lay beside the weights."""
 
 
 def open_source(path: Path, state: str = "init") -> Source:
@@ -101,7 +108,9 @@ def convert(source: Source, name: str) -> Imported:
     else:
         teacher_tensors, teacher_report = _teacher(source, wanted)
         lines.append(f"teacher: {teacher_report.line()}")
-    return Imported(recipe, imported, teacher_tensors, lines)
+    if source.tokenizer is not None:
+        lines.append(f"tokenizer: {source.tokenizer}")
+    return Imported(recipe, imported, teacher_tensors, lines, source.tokenizer)
 
 
 def _teacher(source: Source, wanted: dict[str, tuple[int, ...]]) -> tuple[dict[str, Tensor], KeyReport]:
@@ -120,7 +129,8 @@ def _require_known_absence(keymap: KeyMap, absent: list[str]) -> None:
 
 def extra_of(imported: Imported, path: Path) -> dict[str, Any]:
     """What the checkpoint stores beside the tensors."""
-    return {"recipe": json.loads(json.dumps(to_dict(imported.recipe))), "imported_from": path.name}
+    known = {} if imported.tokenizer is None else {"tokenizer_sha256": tokenizer_sha256(imported.tokenizer)}
+    return {"recipe": json.loads(json.dumps(to_dict(imported.recipe))), "imported_from": path.name, **known}
 
 
 def _fixture(path: Path, state: str) -> Source:
@@ -199,9 +209,29 @@ def _huggingface(path: Path) -> Source:
     if TIED[0] not in tensors and TIED[1] in tensors:
         tensors[TIED[0]] = tensors[TIED[1]]
     reference, keymap = from_huggingface(settings, _shapes(tensors))
-    source = Source(reference, keymap, tensors, None, "Hugging Face folder", notes=folder.notes)
+    notes = [*folder.notes, *row_of(reference.model, reference.modality).fold(tensors)]
+    source = Source(reference, keymap, tensors, None, "Hugging Face folder", notes=notes)
+    if modalities.class_of(reference.model.kind(reference.modality)).uses_tokenizer:
+        _read_tokenizer(path, source)
     _read_preprocessor(path / "preprocessor_config.json", source.data)
     return source
+
+
+def _read_tokenizer(path: Path, source: Source) -> None:
+    """The ids that config.json is silent about, <unk> and <mask>, are the tokenizer's."""
+    if (file := tokenizer_in(path)) is None:
+        return
+    stem = source.reference.model.sole(TextStem)
+    try:
+        tokenizer = open_tokenizer(file)
+        tokenizer.require_special_ids()
+        theirs = replace(stem, unk_id=tokenizer.special_ids.unk, mask_id=tokenizer.special_ids.mask)
+        tokenizer.check(theirs)
+    except UserError as error:
+        source.notes.append(f"tokenizer: left behind, since it does not fit the weights: {error}")
+        return
+    stem.unk_id, stem.mask_id = theirs.unk_id, theirs.mask_id
+    source.tokenizer = file
 
 
 def _read_preprocessor(path: Path, data: DataConfig) -> None:

@@ -1,28 +1,45 @@
-"""A sentencepiece model as the files that `AutoTokenizer` loads."""
+"""A tokenizer as the files that `AutoTokenizer` loads."""
 
 import json
+from functools import singledispatch
 from pathlib import Path
 from typing import Any
 
 from d2v_scale.errors import DataError
+from d2v_scale.modalities.text.pieces import PieceTokenizer
+from d2v_scale.modalities.text.published import PublishedTokenizer
+from d2v_scale.modalities.text.tokenizer import PUBLISHED, SETTINGS, Tokenizer, copy_tokenizer, settings_beside
 from d2v_scale.model.stem_config import TextStem
 
 _SPACE = "\u2581"
 
 
-def write_tokenizer(model_file: Path, stem: TextStem, out: Path) -> None:
-    """Write tokenizer.json and tokenizer_config.json; the same ids as sentencepiece, <s> and </s> added around a text.
+@singledispatch
+def write_tokenizer(tokenizer: Tokenizer, stem: TextStem, out: Path) -> None:
+    """Write what `AutoTokenizer` makes the same ids with, <s> and </s> added around a text; and the tokenizer's own
+    files, by which it is known again. Raises `DataError` or `ConfigError` where it does not fit the stem."""
+    raise AssertionError(f"{type(tokenizer).__name__} is no kind of tokenizer that is exported")
 
-    Raises `DataError` when the model cannot be read or does not have as many pieces as the stem's <mask> id says.
-    """
-    import sentencepiece
+
+@write_tokenizer.register
+def _published(tokenizer: PublishedTokenizer, stem: TextStem, out: Path) -> None:
+    """The files as they are."""
+    tokenizer.check(stem)
+    copied = copy_tokenizer(tokenizer.path, out)
+    # What the file holds is what made the ids, whatever class others would read it with.
+    loader = "PreTrainedTokenizerFast" if copied.name == PUBLISHED else "RobertaTokenizer"
+    decided = {"tokenizer_class": loader, "model_max_length": stem.max_positions}
+    settings = tokenizer.words | settings_beside(copied) | decided
+    (out / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")
+
+
+@write_tokenizer.register
+def _pieces(pieces_of: PieceTokenizer, stem: TextStem, out: Path) -> None:
+    """tokenizer.json, which does what sentencepiece does."""
     from sentencepiece import sentencepiece_model_pb2 as schema
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-    try:
-        processor: Any = sentencepiece.SentencePieceProcessor(model_file=str(model_file))
-    except (OSError, RuntimeError) as error:
-        raise DataError(f"The tokenizer {model_file} cannot be read: {error}.") from error
+    model_file, processor = pieces_of.path, pieces_of.model
     proto: Any = schema.ModelProto()
     proto.ParseFromString(model_file.read_bytes())
     pieces = [(piece.piece, piece.score) for piece in proto.pieces]
@@ -66,7 +83,8 @@ def write_tokenizer(model_file: Path, stem: TextStem, out: Path) -> None:
     _fill_up(tokenizer, stem.mask_id)
     tokenizer.add_special_tokens([AddedToken("<mask>", special=True, lstrip=True)])
     assert tokenizer.token_to_id("<mask>") == stem.mask_id
-    tokenizer.save(str(out / "tokenizer.json"))
+    copy_tokenizer(model_file, out)
+    tokenizer.save(str(out / PUBLISHED))
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": bos,
@@ -79,7 +97,7 @@ def write_tokenizer(model_file: Path, stem: TextStem, out: Path) -> None:
         "model_max_length": stem.max_positions,
         "clean_up_tokenization_spaces": False,
     }
-    (out / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    (out / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")
 
 
 def _merges(proto: Any) -> list[tuple[str, str]]:

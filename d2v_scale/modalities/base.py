@@ -69,9 +69,9 @@ class Modality(ABC):
 
     @classmethod
     @abstractmethod
-    def plain_model(cls, pieces: int | None) -> ModelConfig:
-        """A model with a stem of this kind and nothing but defaults, for whoever has shards and no recipe. `pieces`: of
-        the shards' tokenizer, where they have one."""
+    def plain_model(cls, tokenizer: "Path | None") -> ModelConfig:
+        """A model with a stem of this kind and nothing but defaults, for whoever has shards and no recipe.
+        `tokenizer`: of the shards, where they have one."""
 
     @property
     def width(self) -> int:

@@ -5,7 +5,6 @@ A run collects a `Gallery` in its ranks and has it drawn by a process of its own
 
 import os
 import sys
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from d2v_scale.data2vec import masking
 from d2v_scale.data2vec.config import MaskingConfig
 from d2v_scale.evaluation.features import mean_over_layers
 from d2v_scale.evaluation.knn import whitened
-from d2v_scale.modalities.text.decoder import Tokenizer
+from d2v_scale.modalities.text.tokenizer import open_tokenizer
 from d2v_scale.model.stem_config import Kind
 from d2v_scale.plots.relations import plot_cka, plot_neighbours
 from d2v_scale.plots.samples import plot_masks
@@ -51,7 +50,7 @@ class Gallery:
     seed: int
     step: int
     tokenizer: str | None = None
-    """Sentencepiece model, for text."""
+    """Of text."""
     student_lnd: Tensor | None = None
     """As `teacher_lnd`; None: the teacher's layers are compared with one another only."""
     suffix: str = ""
@@ -75,8 +74,8 @@ class Gallery:
 def draw_gallery(folder: Path, gallery: Gallery) -> list[Path]:
     """Draw what fits the modality into `folder`; returns the files."""
     batch, labels, valid_bt = gallery.batch, gallery.labels, gallery.valid_bt
-    decode = _decoder(gallery.tokenizer)
-    word = Tokenizer(Path(gallery.tokenizer)).piece if gallery.tokenizer else None
+    tokenizer = open_tokenizer(Path(gallery.tokenizer)) if gallery.tokenizer else None
+    decode, word = (tokenizer.decode, tokenizer.piece) if tokenizer else (None, None)
     shown = masked(batch, valid_bt, gallery.masks, gallery.seed, gallery.step, gallery.equal_counts)
 
     def place(name: str) -> Path:
@@ -134,17 +133,6 @@ def _reach(batch: Batch, valid_bt: Tensor, config: MaskingConfig) -> Tensor:
 def _last(real_bn: Tensor) -> Tensor:
     """(B,): the number of the last true one, from 1; 0 where there is none."""
     return (real_bn * torch.arange(1, real_bn.shape[1] + 1)).amax(dim=1)
-
-
-def _decoder(tokenizer: str | None) -> Callable[[list[int]], str] | None:
-    """Token ids to text."""
-    if tokenizer is None:
-        return None
-    import sentencepiece
-
-    processor = sentencepiece.SentencePieceProcessor(model_file=tokenizer)
-    size = processor.get_piece_size()
-    return lambda ids: processor.decode([token for token in ids if token < size])
 
 
 def main() -> int:

@@ -21,7 +21,7 @@ from d2v_scale.errors import UserError
 from d2v_scale.evaluation.frozen import FrozenEncoder
 from d2v_scale.evaluation.occlusion import importance, require_subsets
 from d2v_scale.interop.encoder_source import EncoderSource, open_encoder
-from d2v_scale.modalities.text.decoder import Tokenizer
+from d2v_scale.modalities.text.tokenizer import open_tokenizer
 from d2v_scale.plots.drawing import Sample
 from d2v_scale.plots.samples import grid_figure, log_spectrogram, save, show, to_image
 
@@ -92,7 +92,7 @@ def _read(source: EncoderSource, encoder: FrozenEncoder, shards: Mapping[str, st
             some = replace(whole, places=[there[number] for number in chosen])
             tokenizer = models.tokenizer_of(source, kind, some, None)
             decoder = kind.build_decoder(source.recipe.data, tokenizer)
-            piece = None if tokenizer is None else Tokenizer(tokenizer).piece
+            piece = None if tokenizer is None else open_tokenizer(tokenizer).piece
             found[stem] = _Stem(StemSamples(some, kind, decoder, None, 32), piece)
     return found
 

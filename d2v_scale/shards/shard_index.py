@@ -139,7 +139,7 @@ class SetIndex:
     classes: list[str] = field(default_factory=list)
     """Names of the labels in `.cls`; empty: no labels."""
     tokenizer: str | None = None
-    """Sentencepiece model that the token counts are of, relative to the index file."""
+    """Tokenizer that the token counts are of, relative to the index file."""
     tokenizer_sha256: str | None = None
     skipped: dict[str, str] = field(default_factory=dict)
     """Files that were left out when the shards were written, with the reason (the first thousand)."""

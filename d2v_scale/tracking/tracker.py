@@ -120,10 +120,10 @@ class RunTracker:
         try:
             import torch  # not above: the mirror imports this package and has no use for it
 
-            from d2v_scale.modalities.text.decoder import Tokenizer
+            from d2v_scale.modalities.text.tokenizer import open_tokenizer
             from d2v_scale.plots.samples import plot_masks
 
-            decode = Tokenizer(tokenizer).piece if tokenizer else None
+            decode = open_tokenizer(tokenizer).piece if tokenizer else None
             plot_masks(batch.to(torch.device("cpu")), kind, path, decode=decode)
         except Exception as error:  # a picture may not end a run
             self.message(f"The first batch was not drawn ({error}).")

@@ -20,7 +20,8 @@ from d2v_scale.data2vec.config import MaskingConfig
 from d2v_scale.errors import DataError
 from d2v_scale.modalities.speech import decoder as speech
 from d2v_scale.modalities.speech import resampling
-from d2v_scale.modalities.text.decoder import Tokenizer, require_special_ids, require_text
+from d2v_scale.modalities.text.decoder import require_text
+from d2v_scale.modalities.text.tokenizer import open_tokenizer, usable_tokenizer
 from d2v_scale.modalities.vision import decoder as vision
 from d2v_scale.model.config import ModelConfig
 from d2v_scale.model.stem_config import SpeechStem, TextStem, VisionStem
@@ -162,7 +163,9 @@ def test_a_text_is_refused_where_it_would_be_mangled(texts: Path) -> None:
     measure = measure_of("text", texts / "tokenizer.model")
     for name, (content, reason) in TEXTS.items():
         if reason is None:
-            assert measure({"txt": content}) == len(Tokenizer(texts / "tokenizer.model")("the quick brown fox")), name
+            assert measure({"txt": content}) == len(open_tokenizer(texts / "tokenizer.model")("the quick brown fox")), (
+                name
+            )
             continue
         with pytest.raises(ValueError, match=reason):
             measure({"txt": content})
@@ -208,8 +211,8 @@ def test_a_foreign_tokenizer_is_refused_before_shards_are_made(tmp_path: Path, s
             minloglevel=2,
             **special,
         )
-    with pytest.raises(DataError, match=r"foreign.model has the ids \(.*models need \(0, 1, 2, 3\)"):
-        require_special_ids(model)
+    with pytest.raises(DataError, match=r"foreign.model lacks (<s>|<pad>).*has the ids \("):
+        usable_tokenizer(model)
 
 
 @pytest.mark.parametrize("label", [b"dog", b"5000000", b"-1", b"1.5", b"", b"\xff"])

@@ -11,7 +11,7 @@ from d2v_scale.data.labelled import LabelledSet
 from d2v_scale.data.labels import ClassLabels, Transcripts, Vocabulary
 from d2v_scale.errors import DataError
 from d2v_scale.modalities.speech.decoder import measure
-from d2v_scale.modalities.text import tokenizer
+from d2v_scale.modalities.text import tokenizer_training
 from d2v_scale.modalities.text.decoder import TokenCounter
 from d2v_scale.model.config import ModelConfig
 from d2v_scale.model.stem_config import TextStem, VisionStem
@@ -59,7 +59,7 @@ def test_lost_labelled_samples_are_named_and_counted(tmp_path: Path, caplog: pyt
 def test_text_without_a_tokenizer_is_refused_by_that_name(tmp_path: Path) -> None:
     texts = documents(12)
     model_file = tmp_path / "tokenizer.model"
-    tokenizer.train(texts * 5, model_file, vocab_size=300)
+    tokenizer_training.train(texts * 5, model_file, vocab_size=300)
     samples = [{"__key__": f"{k}", "txt": text, "cls": k % 2} for k, text in enumerate(texts)]
     write_set(tmp_path, "test", "text", samples, per_shard=20, measure=TokenCounter(model_file), tokenizer=model_file)
     stem = ModelConfig(text=TextStem(vocab_size=301, max_positions=24, mask_id=300))

@@ -15,7 +15,7 @@ from d2v_scale.data2vec.config import LossConfig, MaskingConfig, TargetConfig
 from d2v_scale.data2vec.targets import Made, Place, build_all
 from d2v_scale.evaluation.held_out import HeldOutSet
 from d2v_scale.modalities.text.decoder import TokenCounter
-from d2v_scale.modalities.text.tokenizer import train
+from d2v_scale.modalities.text.tokenizer_training import train
 from d2v_scale.model.config import ModelConfig
 from d2v_scale.model.stem_config import TextStem
 from d2v_scale.parallel import groups

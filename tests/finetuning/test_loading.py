@@ -13,7 +13,7 @@ from d2v_scale.errors import ConfigError, DataError
 from d2v_scale.finetuning.config import CtcConfig, ImageConfig, TaskConfig
 from d2v_scale.finetuning.loading import LabelledLoader
 from d2v_scale.modalities.speech.decoder import measure
-from d2v_scale.modalities.text import tokenizer
+from d2v_scale.modalities.text import tokenizer_training
 from d2v_scale.modalities.text.decoder import TokenCounter
 from d2v_scale.model.config import ModelConfig
 from d2v_scale.model.stem_config import TextStem, VisionStem
@@ -88,7 +88,7 @@ def test_images_are_augmented_by_draws_of_their_own(tmp_path: Path) -> None:
 def test_pairs_of_texts_are_joined_and_the_longer_one_is_shortened(tmp_path: Path) -> None:
     texts = documents(12)
     model_file = tmp_path / "tokenizer.model"
-    tokenizer.train(texts * 5, model_file, vocab_size=300)
+    tokenizer_training.train(texts * 5, model_file, vocab_size=300)
     long = " ".join(texts)
     samples = [
         {"__key__": f"{k}", "txt": long if k == 0 else "a fox", "txt2": "a dog", "score": f"{k / 2}"} for k in range(4)

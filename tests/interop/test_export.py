@@ -15,7 +15,7 @@ from exported_models import checkpoint_of, tool
 from safetensors.torch import load_file
 
 from d2v_scale.checkpoint import open_any
-from d2v_scale.modalities.text import tokenizer
+from d2v_scale.modalities.text import tokenizer_training
 
 warnings.filterwarnings("ignore")
 
@@ -122,7 +122,7 @@ def test_a_tokenizer_of_another_size_is_refused_before_weights_are_written(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model, out = tmp_path / "tokenizer.model", tmp_path / "hf"
-    tokenizer.train(["some words to count, and some more of them"] * 20, model, vocab_size=290)
+    tokenizer_training.train(["some words to count, and some more of them"] * 20, model, vocab_size=290)
     run = checkpoint_of("v1_text", tmp_path)
     assert tool("export").main([str(run), str(out), "--tokenizer", str(model)]) == 2
     assert "<mask>" in capsys.readouterr().err

@@ -13,7 +13,7 @@ from exported_models import checkpoint_of, tool, tuned
 from d2v_scale.data.config import SourceConfig
 from d2v_scale.finetuning.config import CtcConfig, TaskConfig
 from d2v_scale.interop import model_card
-from d2v_scale.modalities.text import tokenizer
+from d2v_scale.modalities.text import tokenizer_training
 from d2v_scale.model.stem_config import TextStem
 from d2v_scale.recipe import Recipe
 
@@ -71,7 +71,7 @@ def test_the_lines_of_a_text_with_its_tokenizer_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = tmp_path / "tokenizer.model"
-    tokenizer.train(["some words to count, and some more of them"] * 20, model, vocab_size=290)
+    tokenizer_training.train(["some words to count, and some more of them"] * 20, model, vocab_size=290)
     monkeypatch.setattr(tiny_models, "text", lambda: TextStem(vocab_size=291, max_positions=24, mask_id=290))
     out = tmp_path / "hf"
     assert tool("export").main([str(checkpoint_of("v1_text", tmp_path)), str(out), "--tokenizer", str(model)]) == 0

@@ -6,7 +6,8 @@ import sentencepiece
 
 from d2v_scale.errors import DataError
 from d2v_scale.interop.tokenizer_files import write_tokenizer
-from d2v_scale.modalities.text import tokenizer
+from d2v_scale.modalities.text import tokenizer_training
+from d2v_scale.modalities.text.tokenizer import open_tokenizer
 from d2v_scale.model.stem_config import TextStem
 
 TEXTS = [paragraph for topic in list(pydoc_data.topics.topics.values())[:20] for paragraph in topic.split("\n\n")]
@@ -18,11 +19,11 @@ def test_auto_tokenizer_gives_the_ids_of_sentencepiece(kind: str, tmp_path: Path
     from transformers import AutoTokenizer
 
     model = tmp_path / "tokenizer.model"
-    tokenizer.train(TEXTS, model, vocab_size=600, kind=kind)
+    tokenizer_training.train(TEXTS, model, vocab_size=600, kind=kind)
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(model))
     # Two ids between the last piece and <mask> stay unused.
     stem = TextStem(vocab_size=603, mask_id=602, max_positions=64)
-    write_tokenizer(model, stem, tmp_path)
+    write_tokenizer(open_tokenizer(model), stem, tmp_path)
     loaded = AutoTokenizer.from_pretrained(tmp_path)
     # Unigram cuts of equal score ("**" "*" and "*" "**") are broken differently: the same pieces in another order.
     as_compared = sorted if kind == "unigram" else list
@@ -39,8 +40,8 @@ def test_ten_thousand_sentences_get_the_same_ids(tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
     model = tmp_path / "tokenizer.model"
-    tokenizer.train(TEXTS, model, vocab_size=600, kind="bpe")
-    write_tokenizer(model, TextStem(vocab_size=601, mask_id=600, max_positions=64), tmp_path)
+    tokenizer_training.train(TEXTS, model, vocab_size=600, kind="bpe")
+    write_tokenizer(open_tokenizer(model), TextStem(vocab_size=601, mask_id=600, max_positions=64), tmp_path)
     loaded = AutoTokenizer.from_pretrained(tmp_path)
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(model))
     words = " ".join(pydoc_data.topics.topics.values()).split()
@@ -52,6 +53,6 @@ def test_ten_thousand_sentences_get_the_same_ids(tmp_path: Path) -> None:
 
 def test_a_tokenizer_with_more_pieces_than_the_model_has_is_refused(tmp_path: Path) -> None:
     model = tmp_path / "tokenizer.model"
-    tokenizer.train(TEXTS, model, vocab_size=600)
+    tokenizer_training.train(TEXTS, model, vocab_size=600)
     with pytest.raises(DataError, match="<mask>"):
-        write_tokenizer(model, TextStem(vocab_size=500, mask_id=499), tmp_path)
+        write_tokenizer(open_tokenizer(model), TextStem(vocab_size=500, mask_id=499), tmp_path)

@@ -19,7 +19,8 @@ from d2v_scale.data.loader import StepLoader
 from d2v_scale.data2vec.config import MaskingConfig
 from d2v_scale.errors import ConfigError, DataError
 from d2v_scale.modalities.speech import decoder as speech
-from d2v_scale.modalities.text.decoder import TextDecoder, Tokenizer, chunks_of_documents
+from d2v_scale.modalities.text.decoder import TextDecoder, chunks_of_documents
+from d2v_scale.modalities.text.tokenizer import open_tokenizer
 from d2v_scale.modalities.vision import decoder as vision
 from d2v_scale.model.config import ModelConfig
 from d2v_scale.model.stem_config import SpeechStem, TextStem, VisionStem
@@ -246,7 +247,7 @@ def test_blocks_hold_every_token_once_and_begin_with_bos(texts: Path, tmp_path: 
     data = DataConfig(sources=[SourceConfig(shards=str(texts), modality="text")], workers=0)
     data.text.packing = packing  # type: ignore[assignment]
     data.cache_dir = str(tmp_path)
-    tokenizer = Tokenizer(texts / "tokenizer.model")
+    tokenizer = open_tokenizer(texts / "tokenizer.model")
     expected = sorted(token for text in documents(110) for token in tokenizer(text))
     for _ in range(2):  # the second pass reads the cache
         loader = StepLoader(data, model, MaskingConfig(kind="spans", length=3, prob=0.3), seed=1, global_batch_size=1)
@@ -297,7 +298,7 @@ def test_a_students_tokens_are_masked_and_the_teachers_are_not(texts: Path) -> N
 
 
 def test_another_tokenizer_than_the_indexs_is_refused(texts: Path, tmp_path: Path) -> None:
-    from d2v_scale.modalities.text.tokenizer import train
+    from d2v_scale.modalities.text.tokenizer_training import train
 
     train(documents(200), tmp_path / "other.model", vocab_size=320)
     data = DataConfig(sources=[SourceConfig(shards=str(texts), modality="text")], workers=0)

@@ -81,8 +81,10 @@ def test_the_type_checker_names_every_place_that_forgets_a_kind_or_a_content(tmp
 
 
 @pytest.mark.parametrize("kind", [kind for kind in modalities.KINDS if kind != "array"])
-def test_shards_without_a_recipe_have_a_model_and_what_is_read_of_the_longest_sample(kind: modalities.Kind) -> None:
-    model = modalities.class_of(kind).plain_model(pieces=300)
+def test_shards_without_a_recipe_have_a_model_and_what_is_read_of_the_longest_sample(
+    kind: modalities.Kind, texts: Path
+) -> None:
+    model = modalities.class_of(kind).plain_model(texts / "tokenizer.model")
     [stem] = modalities.stems(model)
     assert stem.name == kind
     longest = stem.longest_read(DataConfig())
@@ -92,5 +94,5 @@ def test_shards_without_a_recipe_have_a_model_and_what_is_read_of_the_longest_sa
         assert positions > stem.extent(DataConfig(), longest // 2)[1][0]
     if stem.uses_tokenizer:
         assert model.text is not None
-        assert (model.text.vocab_size, model.text.mask_id) == (301, 300)
+        assert (model.text.vocab_size, model.text.mask_id) == (331, 330)
         assert longest == model.text.max_positions - 1

@@ -13,7 +13,7 @@ from d2v_scale.commands import index_shards, inspect_shards
 from d2v_scale.data.config import DataConfig, SourceConfig
 from d2v_scale.data.labelled import LabelledSet
 from d2v_scale.data.source import open_source, open_store
-from d2v_scale.modalities.text.tokenizer import train
+from d2v_scale.modalities.text.tokenizer_training import train
 from d2v_scale.model.config import ModelConfig
 from d2v_scale.model.stem_config import SpeechStem, TextStem, VisionStem
 from d2v_scale.shards.one_content import reading

@@ -184,10 +184,10 @@ def test_a_foreign_tokenizer_makes_no_shards(run: Callable[..., str], tmp_path: 
     source = _written(tmp_path / "a.txt", documents(20))
     for ids in ([], ["--ids"]):
         call = ["text", source, tmp_path / "out", "--tokenizer", tmp_path / "f.model", *ids]
-        assert "models need (0, 1, 2, 3)" in run("make_shards", *call, status=2)
+        assert "f.model lacks <pad>" in run("make_shards", *call, status=2)
     write_set(tmp_path / "set", "a", "text", [{"__key__": "a", "txt": "a fox"}], per_shard=9)
     call = [tmp_path / "set" / "*.tar", "--modality", "text", "--tokenizer", tmp_path / "f.model"]
-    assert "models need (0, 1, 2, 3)" in run("index_shards", *call, status=2)
+    assert "f.model lacks <pad>" in run("index_shards", *call, status=2)
     call[call.index("text")] = "vision"
     assert "hold images, which have no tokens. Leave it out." in run("index_shards", *call, status=2)
 

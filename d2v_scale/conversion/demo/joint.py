@@ -18,7 +18,7 @@ from d2v_scale.conversion.demo.concepts import Concept
 from d2v_scale.conversion.demo.spoken_words import HELD_OUT_VOICES, TRAINING_VOICES, Synthesizer
 from d2v_scale.conversion.measures import measures_of
 from d2v_scale.data.config import SAMPLE_RATE
-from d2v_scale.modalities.text.tokenizer import train
+from d2v_scale.modalities.text.tokenizer_training import train
 from d2v_scale.shards.writing import Sample, write_set
 
 log = logging.getLogger(__name__)

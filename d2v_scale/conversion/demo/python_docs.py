@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from d2v_scale.modalities.text.decoder import TokenCounter
-from d2v_scale.modalities.text.tokenizer import train
+from d2v_scale.modalities.text.tokenizer_training import train
 from d2v_scale.shards.writing import Sample, write_set
 
 VOCAB_SIZE = 4095

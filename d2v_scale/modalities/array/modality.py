@@ -43,9 +43,9 @@ class Array(PatchModality):
         return self.model.sole(ArrayStem)
 
     @classmethod
-    def plain_model(cls, pieces: int | None) -> ModelConfig:
+    def plain_model(cls, tokenizer: "Path | None") -> ModelConfig:
         """There is none: what arrays are, a recipe says. Raises ConfigError."""
-        del pieces
+        del tokenizer
         raise ConfigError("recipe", "is not given, and only model.arrays says what arrays are", "Give a recipe.")
 
     @property

@@ -55,9 +55,9 @@ class Paired(Modality):
         return [part.content for part in self.parts]
 
     @classmethod
-    def plain_model(cls, pieces: int | None) -> ModelConfig:
+    def plain_model(cls, tokenizer: "Path | None") -> ModelConfig:
         """There is none: which stems there are, a recipe says. Raises ConfigError."""
-        del pieces
+        del tokenizer
         raise ConfigError("recipe", "is not given, and only it says which parts samples have", "Give a recipe.")
 
     @property

@@ -40,9 +40,9 @@ class Speech(RecordingModality):
         return self.model.sole(SpeechStem)
 
     @classmethod
-    def plain_model(cls, pieces: int | None) -> ModelConfig:
+    def plain_model(cls, tokenizer: "Path | None") -> ModelConfig:
         """The published convolutions."""
-        del pieces
+        del tokenizer
         return ModelConfig(speech=SpeechStem())
 
     @property

@@ -5,16 +5,14 @@ import logging
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from d2v_scale.data.config import DataConfig
-from d2v_scale.errors import ConfigError, DataError
-from d2v_scale.files import file_sha256
 from d2v_scale.modalities.text.token_cache import TokenCache
+from d2v_scale.modalities.text.tokenizer import Tokenizer, Tokens, open_tokenizer, tokenizer_sha256
 from d2v_scale.model.stem_config import TextStem
 from d2v_scale.shards.reading import RawSample, SampleStore, Store
 from d2v_scale.shards.rows import Row, Stacked
@@ -23,10 +21,6 @@ log = logging.getLogger(__name__)
 
 EXTENSIONS = ("npy", "txt")
 SECOND_EXTENSIONS = ("npy2", "txt2")
-
-IDS_INSTEAD = 'The ids of another one can be stored as .npy: see "Weights from elsewhere" in docs/encoders.md.'
-
-Tokens = NDArray[np.int64]
 
 
 def chunks_of_documents(length_n: Tokens, block: int) -> tuple[Tokens, Tokens, Tokens]:
@@ -37,65 +31,6 @@ def chunks_of_documents(length_n: Tokens, block: int) -> tuple[Tokens, Tokens, T
     first_chunk_n = np.cumsum(chunks_n) - chunks_n
     start_c = (np.arange(len(document_c)) - first_chunk_n[document_c]) * block
     return document_c, start_c, np.minimum(start_c + block, length_n[document_c])
-
-
-class Tokenizer:
-    """A sentencepiece model with </s> after every document."""
-
-    def __init__(self, path: Path) -> None:
-        import sentencepiece
-
-        try:
-            self._model: Any = sentencepiece.SentencePieceProcessor(model_file=str(path))
-        except (OSError, RuntimeError) as error:
-            raise DataError(
-                f"The tokenizer {path} cannot be read: {error}.", "Train one with `d2v tokenizer`."
-            ) from error
-
-    def __call__(self, text: str) -> Tokens:
-        """Ids of one document, </s> at its end."""
-        return np.array([*self._model.encode(text), self._model.eos_id()], dtype=np.int64)
-
-    def piece(self, number: int) -> str:
-        """The text of one id, for previews."""
-        return self._model.id_to_piece(number) if number < self.size else "<mask>"
-
-    @property
-    def size(self) -> int:
-        """Ids it gives are below this; <mask> comes after them."""
-        return self._model.vocab_size()
-
-    @property
-    def special_ids(self) -> tuple[int, int, int, int]:
-        """<s>, <pad>, </s>, <unk>; -1: it has none."""
-        return self._model.bos_id(), self._model.pad_id(), self._model.eos_id(), self._model.unk_id()
-
-    def check(self, stem: TextStem) -> None:
-        """Raises ConfigError where it does not fit the model."""
-        theirs = (stem.bos_id, stem.pad_id, stem.eos_id, stem.unk_id)
-        if self.special_ids != theirs:
-            raise ConfigError("model.text", f"has special ids {theirs}, the tokenizer has {self.special_ids}")
-        if not self.size <= stem.mask_id < stem.vocab_size:
-            raise ConfigError(
-                "model.text.vocab_size",
-                f"is {stem.vocab_size} with <mask> at {stem.mask_id}, the tokenizer has {self.size} pieces",
-                f"Set model.text.vocab_size to {self.size + 1} and model.text.mask_id to {self.size}.",
-            )
-
-
-def require_special_ids(tokenizer: Path) -> Tokenizer:
-    """The sentencepiece model, to make shards or an index with. Raises DataError where no model could be trained on
-    its ids, so that this is found out before anything is made."""
-    read = Tokenizer(tokenizer)
-    stem = TextStem()
-    expected = (stem.bos_id, stem.pad_id, stem.eos_id, stem.unk_id)
-    if read.special_ids != expected:
-        raise DataError(
-            f"{tokenizer} has the ids {read.special_ids} for <s>, <pad>, </s>, <unk> (-1: none), "
-            f"models need {expected}.",
-            f"Train one with `d2v tokenizer`. {IDS_INSTEAD}",
-        )
-    return read
 
 
 def require_text(text: str) -> str:
@@ -141,9 +76,10 @@ class TextDecoder:
         self._tokenizer: Tokenizer | None = None
         self._cache: TokenCache | None = None
         if tokenizer is not None:
-            self._tokenizer = Tokenizer(tokenizer)
+            self._tokenizer = open_tokenizer(tokenizer)
             self._tokenizer.check(stem)
-            self._cache = TokenCache(data.cache_dir, data.cache_gib * 2**30, file_sha256(tokenizer), data.shards_kept)
+            checksum = tokenizer_sha256(tokenizer)
+            self._cache = TokenCache(data.cache_dir, data.cache_gib * 2**30, checksum, data.shards_kept)
         self._cache_failed = False
         self._left = np.zeros(0, dtype=np.int64)
         self._left_key = ""
@@ -286,7 +222,7 @@ class TokenCounter:
     """A `Measure` for text shards: tokens of a document, </s> included. Of a pair both texts have to be readable."""
 
     def __init__(self, tokenizer: Path | None) -> None:
-        self._tokenizer = Tokenizer(tokenizer) if tokenizer is not None else None
+        self._tokenizer = open_tokenizer(tokenizer) if tokenizer is not None else None
 
     def __call__(self, members: Mapping[str, bytes | memoryview]) -> int:
         first = self._tokens(members, EXTENSIONS)

@@ -47,10 +47,11 @@ class Text(Modality):
         return self.model.sole(TextStem)
 
     @classmethod
-    def plain_model(cls, pieces: int | None) -> ModelConfig:
-        """The tokenizer's pieces and <mask>."""
-        mask_id = TextStem().mask_id if pieces is None else pieces
-        return ModelConfig(text=TextStem(vocab_size=mask_id + 1, mask_id=mask_id))
+    def plain_model(cls, tokenizer: "Path | None") -> ModelConfig:
+        """The tokenizer's ids."""
+        from d2v_scale.modalities.text.tokenizer import open_tokenizer
+
+        return ModelConfig(text=TextStem() if tokenizer is None else open_tokenizer(tokenizer).stem)
 
     @property
     def most_pieces(self) -> int:
@@ -77,7 +78,10 @@ class Text(Modality):
         """Any ordinary token."""
         import torch
 
-        return torch.randint(4, self.stem.mask_id, (samples, size), generator=generator)
+        stem = self.stem
+        special = [stem.bos_id, stem.pad_id, stem.eos_id, stem.unk_id, stem.mask_id]
+        ordinary = torch.tensor([number for number in range(stem.vocab_size) if number not in special])
+        return ordinary[torch.randint(len(ordinary), (samples, size), generator=generator)]
 
     def mean_size(self, data: "DataConfig", length_n: "NDArray[np.int64]") -> float:
         """Tokens of a row, with <s>."""

@@ -36,9 +36,9 @@ class Vision(PatchModality):
         return self.model.sole(VisionStem)
 
     @classmethod
-    def plain_model(cls, pieces: int | None) -> ModelConfig:
+    def plain_model(cls, tokenizer: "Path | None") -> ModelConfig:
         """224 x 224 pixels in colour."""
-        del pieces
+        del tokenizer
         return ModelConfig(vision=VisionStem())
 
     @property
