@@ -48,8 +48,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the export that the command line asks for."""
     parser = make_parser()
     options = parser.parse_args(arguments)
-    if options.license is not None and (options.to == "fairseq" or not re.fullmatch(r"[\w.+-]+", options.license)):
-        parser.error("--license needs --to hf, safetensors or onnx, and a name such as apache-2.0")
+    if options.license is not None and not re.fullmatch(r"[\w.+-]+", options.license):
+        parser.error("--license needs a name such as apache-2.0")
     for name, formats in (("log_model", ("hf",)), ("tokenizer", ("hf", "onnx")), ("opset", ("onnx",))):
         if getattr(options, name) is not None and options.to not in formats:
             parser.error(f"--{name} needs --to {' or '.join(formats)}")
@@ -90,7 +90,7 @@ def run(options: argparse.Namespace) -> int:
     if options.to == "safetensors":
         print(f"{checkpoint.path}: {recipe.name}, weights of {whose}")
         lines = exporting.export_safetensors(checkpoint, recipe, options.out, weights, options.half)
-        lines += write_card(checkpoint, recipe, None, options.out, weights, license_id, options.half)
+        lines += write_card(checkpoint, recipe, None, options.out, weights, license_id, options.half, options.to)
         print("\n".join([*lines, f"wrote {options.out}"]))
         if not options.half:
             return 0
@@ -112,8 +112,7 @@ def run(options: argparse.Namespace) -> int:
             lines = onnx_export.export_onnx(*given, opset=opset, half=options.half)
         else:
             lines = exporting.export_huggingface(*given, half=options.half)
-        graph = options.to == "onnx"
-        lines += write_card(checkpoint, recipe, modality, options.out, weights, license_id, options.half, graph)
+    lines += write_card(checkpoint, recipe, modality, options.out, weights, license_id, options.half, options.to)
     for line in lines:
         print(line)
     print(f"wrote {options.out}")

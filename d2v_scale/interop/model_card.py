@@ -2,7 +2,7 @@
 
 import math
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Literal
 
 from d2v_scale.checkpoint import Checkpoint
 from d2v_scale.interop.huggingface import is_native, row_of
@@ -16,6 +16,9 @@ CARD_FILE = "README.md"
 ONNX_FILE = "model.onnx"
 """What an ONNX export holds in place of weights."""
 UNKNOWN_LICENSE = "unknown"
+Target = Literal["hf", "safetensors", "fairseq", "onnx"]
+LIBRARIES: dict[Target, str | None] = {"hf": "transformers", "safetensors": None, "fairseq": None, "onnx": "onnx"}
+"""What the hub calls the library that loads it; None: of no kind that it knows."""
 # A card that people have rewritten lacks it, and is theirs.
 _MARK = "<!-- Written by tools/export.py. Without this line, a later export leaves the file alone. -->"
 
@@ -28,14 +31,14 @@ def write_card(
     weights: str,
     license_id: str,
     half: bool = False,
-    graph: bool = False,
+    to: Target = "hf",
 ) -> list[str]:
-    """Write README.md beside what was exported; `modality` None: a folder under our own names; `half`: in float16;
-    `graph`: of ONNX. Returns lines for the user. A README.md that people wrote stays."""
+    """Write README.md beside what was exported; `modality`: None of a folder under our own names, which holds all;
+    `half`: in float16; `to`: what for. Returns lines for the user. A README.md that people wrote stays."""
     path = out / CARD_FILE
     if path.exists() and _MARK not in path.read_text(encoding="utf-8", errors="replace"):
         return [f"{path} is not ours, and stays as it is"]
-    path.write_text(_card(checkpoint, recipe, modality, out, weights, license_id, half, graph), encoding="utf-8")
+    path.write_text(_card(checkpoint, recipe, modality, out, weights, license_id, half, to), encoding="utf-8")
     return []
 
 
@@ -47,26 +50,29 @@ def _card(
     weights: str,
     license_id: str,
     half: bool,
-    graph: bool,
+    to: Target,
 ) -> str:
     version = "2.0" if recipe.model.visible_only else "1.0"
     modalities = ", ".join(recipe.model.modalities if modality is None else [modality])
     what = "encoder" if recipe.task is None else "fine-tuned model"
-    library = "onnx" if graph else "transformers"
-    head = [f"library_name: {library}"] if modality is not None else []
+    library = LIBRARIES[to]
+    head = [f"library_name: {library}"] if library else []
     if modality is not None:
         head.append(f"pipeline_tag: {_pipeline(recipe, modality)}")
     tags = [f"- {tag}" for tag in ("data2vec", *modalities.split(", "))]
     rows = [
         ("recipe", recipe.name),
         ("steps", f"{checkpoint.step}"),
-        ("weights", f"the {weights}'s{', stored in float16' if half else ''}"),
+        ("weights", f"{_whose(weights, to)}{', stored in float16' if half else ''}"),
     ]
+    rows += [("samples seen", f"{samples:,}")] if (samples := checkpoint.extra.get("samples")) else []
     rows += [("parameters", _sizes(recipe.model)), ("data", _data(recipe)), ("license", license_id)]
-    if modality is None:
-        loading = _own_lines()
+    if to == "fairseq":
+        loading = _reference_lines(out)
+    elif modality is None:
+        loading = _own_lines(recipe)
     else:
-        loading = _graph_lines(recipe, modality, out) if graph else _lines(recipe, modality, out, half)
+        loading = _graph_lines(recipe, modality, out) if to == "onnx" else _lines(recipe, modality, out, half)
     return "\n".join(
         [
             *["---", f"license: {license_id}", *head, "tags:", *tags, "---", _MARK],
@@ -121,12 +127,24 @@ def _pipeline(recipe: Recipe, modality: str) -> str:
     return head_of(recipe.task, recipe.model, modality).pipeline
 
 
-def _own_lines() -> list[str]:
+def _whose(weights: str, to: Target) -> str:
+    return "the student's and the teacher's" if to == "fairseq" else f"the {weights}'s"
+
+
+def _own_lines(recipe: Recipe) -> list[str]:
+    """Of a folder under our own names."""
+    further = "encoder.embed(...) takes what they read" if recipe.task is None else "`d2v probe` asks its head, too"
+    lines = ["import d2v_scale", "", 'encoder = d2v_scale.load_encoder(".")']
+    return [*lines, f"print(encoder.stems, encoder.depth, encoder.width)  # {further}"]
+
+
+def _reference_lines(out: Path) -> list[str]:
+    """Of one file in the reference's names, the newest."""
+    file = max(out.glob("checkpoint.pt*"), key=lambda path: path.stat().st_mtime)
     return [
-        "from d2v_scale.interop.encoder_source import open_encoder",
-        "",
-        'source = open_encoder(".")',
-        "print(source.recipe.name, source.step)",
+        *["from pathlib import Path", "", "from d2v_scale.interop.importing import open_source", ""],
+        f'source = open_source(Path("{file.name}"))  # the reference\'s own program reads it as one of its own',
+        'print(source.kind, len(source.student), "tensors of the student")',
     ]
 
 

@@ -29,7 +29,7 @@ def _published(tokenizer: PublishedTokenizer, stem: TextStem, out: Path) -> None
     # What the file holds is what made the ids, whatever class others would read it with.
     loader = "PreTrainedTokenizerFast" if copied.name == PUBLISHED else "RobertaTokenizer"
     decided = {"tokenizer_class": loader, "model_max_length": stem.max_positions}
-    settings = tokenizer.words | settings_beside(copied) | decided
+    settings = tokenizer.words | settings_beside(tokenizer.path) | decided
     (out / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")
 
 

@@ -97,7 +97,35 @@ def test_scores_are_those_of_the_run_up_to_the_checkpoint(tmp_path: Path) -> Non
     for row in ("| loss | 2.5 | 0 |", "| knn_accuracy | 0.625 | 0 |", "| test/accuracy | 0.75 | 0 |"):
         assert row in card
     assert "lr" not in card.split("## Scores")[1].split("## Loading")[0]
-    assert "open_encoder" in program_of(out)
+    assert "load_encoder" in program_of(out)
+
+
+@pytest.mark.parametrize(
+    ("name", "to", "printed"),
+    [
+        ("v1_vision", "safetensors", "['vision'] 2 32"),
+        ("v1_vision", "fairseq", "data2vec_vision checkpoint"),
+        ("v2_speech", "fairseq", "fairseq checkpoint"),
+    ],
+)
+def test_the_lines_of_other_targets_run(
+    name: str,
+    to: str,
+    printed: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run, out = checkpoint_of(name, tmp_path), tmp_path / "out"
+    assert tool("export").main([str(run), str(out), "--to", to, "--license", "mit", "--half"]) == 0
+    card = (out / "README.md").read_text()
+    assert yaml.safe_load(card.split("---")[1])["license"] == "mit"
+    whose = "the student's and the teacher's" if to == "fairseq" else "the teacher's"
+    assert f"| weights | {whose}, stored in float16 |" in card
+    monkeypatch.chdir(out)
+    capsys.readouterr()
+    exec(program_of(out), {})
+    assert capsys.readouterr().out.startswith(printed)
 
 
 def test_a_card_that_people_wrote_stays(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -122,6 +150,6 @@ def test_a_card_names_data_without_where_it_lies() -> None:
 
 def test_a_license_that_no_card_would_hold_is_refused(tmp_path: Path) -> None:
     run = checkpoint_of("v1_vision", tmp_path)
-    for more in (["--to", "fairseq", "--license", "mit"], ["--license", " "], ["--license", "a: b"]):
+    for more in (["--license", " "], ["--license", "a: b"]):
         with pytest.raises(SystemExit):
             tool("export").main([str(run), str(tmp_path / "out"), *more])

@@ -27,6 +27,8 @@ PUBLISHED = "tokenizer.json"
 VOCABULARY, MERGES = "vocab.json", "merges.txt"
 PIECES = "tokenizer.model"
 SETTINGS = "tokenizer_config.json"
+_ORDER = (PIECES, PUBLISHED, VOCABULARY)
+"""Of several in a folder the first one stands for it."""
 _BESIDE = (SETTINGS, "special_tokens_map.json", "added_tokens.json")
 _WORDS = {"bos": "<s>", "pad": "<pad>", "eos": "</s>", "unk": "<unk>", "mask": "<mask>"}
 
@@ -118,8 +120,7 @@ class Tokenizer(ABC):
 
 def tokenizer_in(folder: Path) -> Path | None:
     """The file that names the tokenizer in a folder; None where there is none."""
-    held = (folder / name for name in (PIECES, PUBLISHED, VOCABULARY))
-    return next((path for path in held if path.is_file()), None)
+    return next((path for name in _ORDER if (path := folder / name).is_file()), None)
 
 
 def tokenizer_file(path: Path) -> Path:
@@ -183,6 +184,8 @@ def copy_tokenizer(path: Path, out: Path) -> Path:
     """Copy a tokenizer into a folder, under the names by which it is found there; the file that names it."""
     files = tokenizer_files(path)
     names = (VOCABULARY, MERGES) if len(files) > 1 else (PUBLISHED if path.suffix == ".json" else PIECES,)
+    for name in _ORDER[: _ORDER.index(names[0])] if out.resolve() != path.parent.resolve() else ():
+        (out / name).unlink(missing_ok=True)  # of an earlier tokenizer: it would be found in place of this one
     beside = [file for file in map(path.with_name, _BESIDE) if path.suffix == ".json" and file.is_file()]
     for file, name in zip([*files, *beside], [*names, *(file.name for file in beside)], strict=True):
         with suppress(shutil.SameFileError):
