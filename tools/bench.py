@@ -11,7 +11,7 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 
-BENCHMARKS = ("step", "growth", "bias", "data", "teacher", "startup", "device")
+BENCHMARKS = ("step", "growth", "bias", "data", "teacher", "startup", "device", "extract")
 
 
 def main(arguments: list[str]) -> int:

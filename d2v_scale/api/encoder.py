@@ -82,6 +82,11 @@ class Encoder:
         self._decoders: dict[str, Decoder] = {}
 
     @property
+    def frozen(self) -> FrozenEncoder:
+        """Its network and device, for programs that make batches of their own."""
+        return self._frozen
+
+    @property
     def recipe(self) -> Recipe:
         """What it was trained with."""
         return self._frozen.recipe
