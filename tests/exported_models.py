@@ -13,6 +13,7 @@ from d2v_scale.data.config import DataConfig, VisionData
 from d2v_scale.data2vec.config import LossConfig, ObjectiveConfig
 from d2v_scale.finetuning.config import TaskConfig
 from d2v_scale.finetuning.model import TaskModel
+from d2v_scale.model.parallel_linear import undivided
 from d2v_scale.networks.stack import Student
 from d2v_scale.recipe import Recipe, to_dict
 
@@ -33,7 +34,8 @@ def checkpoint_of_recipe(recipe: Recipe, tmp_path: Path) -> Path:
     """Likewise, of any recipe."""
     torch.manual_seed(0)
     parts = recipe.parts()
-    shapes = {n: p.shape for n, p in Student(recipe.model).named_parameters()}
+    with undivided():
+        shapes = {n: p.shape for n, p in Student(recipe.model).named_parameters()}
     student = {n: 0.3 * torch.randn(shape) + (n.endswith("norm1.weight")) for n, shape in shapes.items()}
     teacher = {n: t + 0.1 * torch.randn_like(t) for n, t in student.items() if parts.role(n) == "averaged"}
     teacher |= {n: t for n, t in student.items() if parts.role(n) == "copied"}

@@ -232,6 +232,10 @@ class Encoder:
             raise DataError(
                 f"samples names {', '.join(samples) or 'no stem'}; it was trained on {known}.", "See stems."
             )
+        for name, each in samples.items():
+            if isinstance(each, str | bytes | PathLike | Image.Image):
+                shown = f"samples has a {type(each).__name__} for {name}."
+                raise DataError(shown, "Give a list, of one sample as well.")
         counts = {name: len(each) for name, each in samples.items()}
         if len(set(counts.values())) > 1 or not next(iter(counts.values())):
             said = ", ".join(f"{count} of {name}" for name, count in counts.items())

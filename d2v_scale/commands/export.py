@@ -33,7 +33,7 @@ def make_parser() -> argparse.ArgumentParser:
         choices=("teacher", "student"),
         help="whose tensors; default: the teacher's, if there is one",
     )
-    parser.add_argument("--modality", metavar="STEM", help="which one, where there are several")
+    parser.add_argument("--modality", metavar="NAME", help="stem, or source of paired samples, where there are several")
     parser.add_argument("--half", action="store_true", help="store the weights in float16")
     parser.add_argument("--opset", type=int, metavar="N", help="of --to onnx; default: 18, the lowest there is")
     parser.add_argument("--tokenizer", type=Path, help="of texts; default: the one of the training data")
@@ -74,7 +74,7 @@ def run(options: argparse.Namespace) -> int:
     from d2v_scale.interop import export_check, exporting, onnx_export
     from d2v_scale.interop.encoder_source import recipe_of
     from d2v_scale.interop.model_card import UNKNOWN_LICENSE, write_card
-    from d2v_scale.interop.paired_weights import require_one_stem, without_pairs
+    from d2v_scale.interop.paired_weights import require_one_input, without_pairs
     from d2v_scale.interop.reference_export import export_reference
 
     checkpoint = open_any(options.checkpoint)
@@ -95,10 +95,11 @@ def run(options: argparse.Namespace) -> int:
         if not options.half:
             return 0
         return 0 if _passes(export_check.pairs_of_ours(checkpoint.path, options.out, weights), half=True) else 1
-    require_one_stem(recipe, options.modality)
-    modality = exporting.pick_modality(recipe, options.modality)
+    modality = exporting.pick_sequence(recipe, options.modality)
+    if options.to != "hf":
+        require_one_input(recipe.model, modality, options.to)
     checkpoint, recipe = without_pairs(checkpoint, recipe)
-    with_tokenizer = modalities.class_of(recipe.model.kind(modality)).uses_tokenizer
+    with_tokenizer = modalities.of(recipe.model, modality).uses_tokenizer
     if options.tokenizer is not None and not with_tokenizer:
         raise UserError(f"An encoder of {modality} has no tokenizer.", "Leave --tokenizer out.")
     print(f"{checkpoint.path}: {recipe.name}, {modality}, weights of {whose}")

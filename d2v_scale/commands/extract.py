@@ -37,7 +37,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--pool", choices=["mean", "none"], default="mean", help="over the positions of a sample")
     parser.add_argument("--layers", type=int, nargs="+", default=[-1], help="main blocks that are averaged, from 0")
     parser.add_argument("--weights", choices=["teacher", "student", "random"], default="teacher", help="whose")
-    parser.add_argument("--modality", metavar="STEM", help="where the model has several stems")
+    parser.add_argument("--modality", metavar="NAME", help="stem, or source of paired samples, where there are several")
     parser.add_argument("--batch_size", type=int, default=32, help="samples at once")
     return parser
 

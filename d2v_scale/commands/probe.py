@@ -32,7 +32,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--letters", default=LETTERS, help="characters that a new ctc head predicts")
     parser.add_argument("--beam", type=int, help="width of the beam that ctc decodes with; default: the model's, or 1")
     parser.add_argument("--weights", choices=["teacher", "student", "random"], default="teacher", help="whose")
-    parser.add_argument("--modality", metavar="STEM", help="which one, where the encoder has several")
+    parser.add_argument("--modality", metavar="NAME", help="stem, or source of paired samples, where there are several")
     parser.add_argument("--limit", type=int, help="at most this many samples of each set; default: all")
     parser.add_argument("--batch_size", type=int, default=64, help="samples at once")
     parser.add_argument("--k", type=int, default=20, help="neighbours (knn)")

@@ -1,4 +1,8 @@
-"""`d2v shards pairs`: rows of a table, each a sample of several parts. A row that lacks one is named and left out."""
+"""`d2v shards pairs`: rows of a table, each a sample of the parts that it has.
+
+An empty cell is a part that the sample does not have, and is counted. A row with a part that cannot be read is named
+and left out whole: half of it would look as if the other half had never been there.
+"""
 
 import argparse
 import csv
@@ -53,7 +57,7 @@ class Pair:
     name: str
     place: str
     parts: dict[str, str] = field(default_factory=dict)
-    """By column: the path of a file, or the text."""
+    """By column: the path of a file, or the text; without those that it does not have."""
     label: str | None = None
     fault: str | None = None
     """Why there will be no sample."""
@@ -64,7 +68,7 @@ class Pairing:
     """How samples are made of rows."""
 
     parts: list[str]
-    """Of `PARTS`: what every sample has."""
+    """Of `PARTS`: what samples may have."""
     classes: list[str]
     tokenizer: Path | None = None
     resize: int | None = None
@@ -89,7 +93,7 @@ class Job(NewShard):
         inputs = asdict(self.pairing) | {"tokenizer": self.tokenizer_sha256, "rules": _RULES}
         state = hashlib.sha256(repr(inputs).encode())
         for pair in self.pairs:
-            files = [pair.parts[part] for part in self.pairing.parts if part in _EXTENSIONS and pair.parts]
+            files = [pair.parts[part] for part in pair.parts if part in _EXTENSIONS]
             versions = [file_version(path) for path in files]
             state.update(repr((pair, versions)).encode("utf-8", "backslashreplace"))
         return state.hexdigest()
@@ -106,7 +110,7 @@ class Job(NewShard):
         for pair in self.pairs:
             sample: Sample = {"__key__": pair.name}
             fault = pair.fault
-            for part in self.pairing.parts if fault is None else ():
+            for part in pair.parts if fault is None else ():
                 try:
                     sample |= self._members(part, pair.parts[part])
                     measures[PARTS[part]]({name: one for name, one in sample.items() if name != "__key__"})
@@ -145,17 +149,20 @@ def convert_pairs(arguments: argparse.Namespace, new: NewSet) -> tuple[SetIndex,
     table = arguments.source
     columns = _columns(arguments)
     parts = [part for part in PARTS if part in columns]
-    pairs = list(_pairs(table, columns, parts, arguments.encoding))
+    pairs = list(_pairs(table, columns, parts, arguments.encoding, complete=arguments.complete))
     if not pairs:
         raise DataError(f"{table} has no rows.")
+    _tell_of_missing(table, parts, pairs)
     sound = [pair for pair in pairs if pair.fault is None]
     pairing = Pairing(parts, classes_of((pair.label for pair in sound), new.known_classes()))
     if "image" in parts:
         pairing.resize, pairing.max_pixels = arguments.resize, arguments.max_pixels
     if "array" in parts:
-        pairing.arrays.layout = usual_layout([Path(pair.parts["array"]) for pair in sound], pairing.arrays)
+        pairing.arrays.layout = usual_layout(
+            [Path(pair.parts["array"]) for pair in sound if "array" in pair.parts], pairing.arrays
+        )
     checksum = None
-    captions = {pair.place: pair.parts["text"] for pair in sound} if "text" in parts else {}
+    captions = {pair.place: pair.parts["text"] for pair in sound if "text" in pair.parts}
     if "text" in parts:
         if not arguments.shared_captions:
             require_apart(captions, new.out, new.prefix)
@@ -210,8 +217,10 @@ def _columns(arguments: argparse.Namespace) -> dict[str, str]:
     return columns
 
 
-def _pairs(table: Path, columns: dict[str, str], parts: list[str], encoding: str | None) -> Iterator[Pair]:
-    """The rows in a fixed random order. Paths are relative to the table."""
+def _pairs(
+    table: Path, columns: dict[str, str], parts: list[str], encoding: str | None, *, complete: bool
+) -> Iterator[Pair]:
+    """The rows in a fixed random order. Paths are relative to the table. `complete`: a row has to have all parts."""
     found: list[Pair] = []
     try:
         with text_files.opened(table, encoding, newline="") as stream:
@@ -219,24 +228,44 @@ def _pairs(table: Path, columns: dict[str, str], parts: list[str], encoding: str
             for line, values, fault in tables.cells(table, stream, list(columns.values()), quoted):
                 pair = Pair("", f"{table}:{line}", fault=fault)
                 if fault is None:
-                    _fill(pair, {name: values[column] for name, column in columns.items()}, parts, table.parent)
+                    _fill(
+                        pair, {name: values[column] for name, column in columns.items()}, parts, table.parent, complete
+                    )
                 found.append(pair)
     except text_files.UNREADABLE as error:
         raise DataError(f"{table} cannot be read: {error}.", "See --encoding.") from error
     for number, k in enumerate(np.random.default_rng(0).permutation(len(found))):
-        files = [Path(found[k].parts[part]).stem for part in parts if part in _EXTENSIONS and found[k].parts]
+        files = [Path(value).stem for part, value in found[k].parts.items() if part in _EXTENSIONS]
         found[k].name = f"{number:08d}-{re.sub(r'[^0-9A-Za-z_-]+', '_', files[0])[:80] if files else 'row'}"
         yield found[k]
 
 
-def _fill(pair: Pair, values: dict[str, str], parts: list[str], folder: Path) -> None:
-    missing = [part for part in parts if not values[part].strip()]
-    if missing:
-        pair.fault = f"has no {' and no '.join(missing)}: half a sample is none"
+def _fill(pair: Pair, values: dict[str, str], parts: list[str], folder: Path, complete: bool) -> None:
+    there = [part for part in parts if values[part].strip()]
+    missing = [part for part in parts if part not in there]
+    if not there or (complete and missing):
+        pair.fault = f"has no {' and no '.join(missing)}"
         return
-    pair.parts = {part: str(folder / values[part].strip()) if part in _EXTENSIONS else values[part] for part in parts}
+    pair.parts = {part: str(folder / values[part].strip()) if part in _EXTENSIONS else values[part] for part in there}
     pair.label = values.get(LABEL, "").strip() or None
     try:
         require_text(pair.label or "a")
     except ValueError as error:
         pair.fault = f"its label {error}"
+
+
+def _tell_of_missing(table: Path, parts: list[str], pairs: list[Pair]) -> None:
+    """Say how many rows go on without which part. Raises DataError for a part that no row has."""
+    sound = [pair for pair in pairs if pair.fault is None]
+    lacking = {part: sum(part not in pair.parts for pair in sound) for part in parts}
+    if empty := [part for part, count in lacking.items() if count == len(sound) and sound]:
+        raise DataError(
+            f"No row of {table} has {' or '.join(empty)}.",
+            f"Fill the column, or name another one with --{empty[0]} COLUMN.",
+        )
+    if any(lacking.values()):
+        said = ", ".join(f"{count} have no {part}" for part, count in lacking.items() if count)
+        print(
+            f"of {len(sound)} rows {said}: they become samples of what they have, and where {' or '.join(lacking)} is "
+            "read alone, count as lost (--complete leaves such rows out)"
+        )

@@ -42,6 +42,11 @@ class Items:
         """Settings that a plan depends on, for its fingerprint."""
         return []
 
+    def cropped_shares(self, shards: Sequence[int]) -> dict[str, float]:
+        """By part of these shards' samples, how much of its length is never read, since they are longer than a row."""
+        del shards
+        return {}
+
     def plan(self, batch_size: int, unit: str) -> tuple[float, dict[str, Any]]:
         """Size of a batch and further arguments of `SourcePlan`, for batches of so many samples, seconds or tokens."""
         del unit
@@ -148,3 +153,12 @@ class Pairs(Items):
         for part, length_n in zip(self.parts, length_np.T, strict=True):
             total_n += np.where(length_n < 0, 0, part.positions_of(length_n.clip(min=0), self.data))
         return np.where((length_np >= 0).any(axis=1), total_n, -1)
+
+    def cropped_shares(self, shards: Sequence[int]) -> dict[str, float]:
+        """Of parts that have a longest row."""
+        length_np = np.concatenate([part_lengths(self.shards, shard) for shard in shards]).clip(min=0)
+        found = {}
+        for part, length_n in zip(self.parts, length_np.T, strict=True):
+            if (longest := part.longest_read(self.data)) is not None:
+                found[part.name] = float((length_n - longest).clip(min=0).sum() / max(1, length_n.sum()))
+        return found

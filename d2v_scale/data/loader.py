@@ -16,6 +16,7 @@ from d2v_scale.batch import Batch
 from d2v_scale.data.collate import Collator, read_rows
 from d2v_scale.data.config import DataConfig
 from d2v_scale.data.counters import Counters, SourceCount, Tally
+from d2v_scale.data.cropping import warn_of_cropping
 from d2v_scale.data.labels import Labels
 from d2v_scale.data.paired import PairedCollator
 from d2v_scale.data.source import Source, open_source
@@ -28,7 +29,7 @@ from d2v_scale.modalities.text.tokenizer import tokenizer_sha256
 from d2v_scale.model.config import ModelConfig
 from d2v_scale.process.signals import worker_signals
 from d2v_scale.shards.forking import forking
-from d2v_scale.shards.plan import Cursor, Mixture, PlannedBatch, SourcePlan
+from d2v_scale.shards.plan import Cursor, Mixture, PlannedBatch
 from d2v_scale.shards.reading import Fault, SampleStore
 from d2v_scale.shards.rows import Decoder
 from d2v_scale.shards.stream import StreamStore
@@ -38,7 +39,6 @@ log = logging.getLogger(__name__)
 # What the DataLoader itself raises for a time-out or a dead worker; other errors mean what they say.
 _NOT_ARRIVED = ("DataLoader timed out", "DataLoader worker (pid")
 
-_MUCH_CROPPED = 0.1
 _LEAST_IN_A_SHARD = 1000
 _MOST_SLACK = 50
 
@@ -317,7 +317,8 @@ class StepLoader:
         self._pending.clear()
 
     def _start(self) -> Iterator[DecodedStep]:
-        self._warn_of_cropping()
+        for source, plan, cursor in zip(self.sources, self._plans, self._cursors, strict=True):
+            warn_of_cropping(source, plan, cursor, self._data)
         workers = self._data.workers
         loader: DataLoader[Any] = DataLoader(
             self._dataset,
@@ -333,20 +334,6 @@ class StepLoader:
         with forking():
             steps = _raising(iter(loader))
         return on_device(steps, self._device) if self._device.type == "cuda" else steps
-
-    def _warn_of_cropping(self) -> None:
-        for source, plan, cursor in zip(self.sources, self._plans, self._cursors, strict=True):
-            crops = source.stem.cropped
-            if not isinstance(plan, SourcePlan) or not crops:
-                continue
-            if (share := plan.cropped_share(cursor)) > _MUCH_CROPPED:
-                log.warning(
-                    "%.0f %% of the audio of %s is cropped away: rows take the length of their batch's shortest, and a "
-                    "window holds few batches. Raise data.window_shards (%d).",
-                    100 * share,
-                    source.name,
-                    self._data.window_shards,
-                )
 
     def _tasks(self) -> Iterator[StepTask]:
         step, cursors = self._step, list(self._cursors)

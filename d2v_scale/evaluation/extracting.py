@@ -18,10 +18,9 @@ from d2v_scale.errors import EXIT_PARTIAL, DataError
 from d2v_scale.evaluation.extract_record import RECORD, ExtractRecord
 from d2v_scale.evaluation.extracted import Extracted, write_parquet, write_tar
 from d2v_scale.evaluation.frozen import FrozenEncoder, Weights
-from d2v_scale.interop.exporting import pick_modality
+from d2v_scale.interop.exporting import pick_sequence
 from d2v_scale.model.pooling import mean_over_positions
 from d2v_scale.parallel import launchers
-from d2v_scale.shards.one_content import reading
 from d2v_scale.shards.patterns import is_remote
 from d2v_scale.shards.reading import Fault
 from d2v_scale.shards.shard_index import SetIndex, ShardEntry, index_shard
@@ -44,7 +43,7 @@ class Extraction:
     layers: list[int] = field(default_factory=lambda: [-1])
     """Main blocks that are averaged."""
     modality: str | None = None
-    """Of the stem; None: there is one."""
+    """Of the stem, or of a source of paired samples; None: there is one."""
     batch_size: int = 32
 
     @property
@@ -88,9 +87,9 @@ def extract(checkpoint: str | Path, weights: Weights, wanted: Extraction) -> int
     depth = encoder.recipe.model.backbone.depth
     if unknown := [layer for layer in wanted.layers if not -depth <= layer < depth]:
         raise DataError(f"The encoder has no main block {unknown[0]}.", f"It has {depth}: give 0 to {depth - 1}.")
-    modality = pick_modality(encoder.recipe, wanted.modality)
+    modality = pick_sequence(encoder.recipe, wanted.modality)
     source = SourceConfig(shards=wanted.shards, modality=modality)
-    found = reading(find_shards(source), modalities.of(encoder.recipe.model, modality).content)
+    found = find_shards(source)
     targets = targets_of(found, wanted)
     wanted.out.mkdir(parents=True, exist_ok=True)
     record = ExtractRecord(wanted.out)
@@ -120,7 +119,8 @@ def extract(checkpoint: str | Path, weights: Weights, wanted: Extraction) -> int
     there = [target for target in targets if target.name not in failed]
     if wanted.form == "shards" and found.index is not None and there and all(is_written(target) for target in there):
         entries: list[ShardEntry] = [index_shard(t, members_file(t), t.parent) for t in there]
-        index = SetIndex(content=found.index.content, shards=entries, classes=found.index.classes)
+        content = modalities.of(encoder.recipe.model, modality).content
+        index = SetIndex(content=content, shards=entries, classes=found.index.classes)
         index.save(wanted.out / f"features{INDEX_SUFFIX}")
     if len(without) == len(targets):
         raise DataError(f"No shard of {wanted.shards!r} could be extracted.", "They are named above.")

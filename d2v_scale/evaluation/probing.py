@@ -8,7 +8,7 @@ from torch import Tensor
 
 from d2v_scale.data.config import LETTERS
 from d2v_scale.data.labelled import LabelledSet
-from d2v_scale.data.labels import ClassLabels, Labels
+from d2v_scale.data.labels import ClassLabels, Labels, Transcripts
 from d2v_scale.errors import UserError
 from d2v_scale.evaluation.features import extract
 from d2v_scale.evaluation.frozen import FrozenEncoder, Weights
@@ -29,7 +29,7 @@ from d2v_scale.finetuning.model import outputs_of
 from d2v_scale.finetuning.predictor import TaskPredictor
 from d2v_scale.finetuning.step import ctc_loss_sum
 from d2v_scale.interop.encoder_source import check_tokenizer, open_encoder
-from d2v_scale.interop.exporting import pick_modality
+from d2v_scale.interop.exporting import pick_modality, pick_sequence
 from d2v_scale.recipe import Recipe
 from d2v_scale.shards.class_names import agreed_classes
 from d2v_scale.tracking import log_evaluation
@@ -193,7 +193,9 @@ def shards_of(recipe: Recipe, option: str, asked: ProbeOptions) -> str:
 
 def labelled(recipe: Recipe, shards: str, asked: ProbeOptions, labels: Labels) -> LabelledSet:
     """One labelled set, read for the recipe's model. Raises DataError where nothing of it can be read."""
-    modality = pick_modality(recipe, asked.modality)
+    # A transcript is beside one recording: it says nothing of positions of other parts.
+    pick = pick_modality if isinstance(labels, Transcripts) else pick_sequence
+    modality = pick(recipe, asked.modality)
     found = LabelledSet(shards, modality, recipe.data, recipe.model, asked.batch_size, asked.limit, labels=labels)
     if next(iter(found), None) is None:
         raise found.nothing_readable()

@@ -1,4 +1,5 @@
-"""Configuration of data2vec encoders whose classes travel with exported weights: 2.0 speech and vision, arrays."""
+"""Configuration of data2vec encoders whose classes travel with exported weights: 2.0 speech and vision, arrays,
+and samples of several parts."""
 
 # mypy: allow-untyped-defs, allow-untyped-calls
 
@@ -215,3 +216,25 @@ class Data2Vec2ArrayConfig(Data2Vec2Config):
     def grid(self):
         """Patches along each axis."""
         return tuple(extent // patch for extent, patch in zip(self.extents, self.patch, strict=True))
+
+
+class Data2Vec2JointConfig(Data2Vec2Config):
+    """Of samples of several parts, in 1.0 and 2.0. `parts`: of each its `name`, how it is read (`kind`: patches, waves
+    or tokens) and the sizes of its stem, in the order of the sequence. `depth` counts the blocks after the stems'."""
+
+    def __init__(
+        self,
+        modality="joint",
+        parts=(),
+        norm_first=False,
+        key_bias=True,
+        layer_scale=False,
+        final_norm=False,
+        **kwargs,
+    ):
+        self.parts = [dict(part) for part in parts]
+        self.norm_first = norm_first
+        self.key_bias = key_bias
+        self.layer_scale = layer_scale
+        self.final_norm = final_norm
+        super().__init__(modality=modality, **kwargs)

@@ -14,15 +14,16 @@ from torch import Tensor, nn
 
 from d2v_scale.checkpoint import Checkpoint, open_any
 from d2v_scale.errors import CheckpointError, DataError
-from d2v_scale.interop.huggingface import huggingface_keys, is_native
+from d2v_scale.interop.huggingface import huggingface_keys, is_native, model_of
 from d2v_scale.interop.importing import open_source, without_prefixes
 from d2v_scale.interop.keymap import KeyMap, import_tensors
-from d2v_scale.interop.remote_code import remote_code_keys
+from d2v_scale.interop.remote_code import MASKING, remote_code_keys
 from d2v_scale.interop.task_heads import add_head
 from d2v_scale.interop.weight_files import Folder
 from d2v_scale.modalities.text.tokenizer import tokenizer_sha256
 from d2v_scale.model.init import full_shape_of, write_local
 from d2v_scale.model.parallel_linear import undivided
+from d2v_scale.model.stem_config import parts_of
 from d2v_scale.networks.stack import Student
 from d2v_scale.recipe import Recipe, to_dict
 
@@ -160,11 +161,11 @@ def _exported(path: Path) -> EncoderSource:
     except (ValueError, KeyError, OSError) as error:
         raise CheckpointError(f"{path / EXPORT_FILE} is damaged ({error}).", "Export it again.") from error
     if (stem := note.get("stem")) is not None:
-        recipe = dataclasses.replace(recipe, model=recipe.model.of(stem), objective=recipe.objective.of(stem))
+        recipe = _of_stems(recipe, stem)
     tensors = Folder(path)
     _name_unread(path, tensors.notes)
     if (path / "config.json").is_file():
-        ours, report = import_tensors(_keymap(recipe), without_prefixes(tensors))
+        ours, report = import_tensors(_keymap(recipe, stem), without_prefixes(tensors))
         if report.wrong:
             raise CheckpointError(f"{path} is damaged: {report.wrong[0]}.", "Export it again.")
     else:
@@ -180,13 +181,23 @@ def _exported(path: Path) -> EncoderSource:
     )
 
 
+def _of_stems(recipe: Recipe, sequence: str) -> Recipe:
+    """The recipe with this stem alone, or with those of samples of several parts, which its sources then read."""
+    if len(parts_of(sequence)) == 1:
+        return dataclasses.replace(recipe, model=recipe.model.of(sequence), objective=recipe.objective.of(sequence))
+    its = [source for source in recipe.data.sources if set(parts_of(sequence)) <= set(source.stems)]
+    sources = [dataclasses.replace(source, modality=sequence) for source in its]
+    data = dataclasses.replace(recipe.data, sources=sources)
+    return dataclasses.replace(recipe, model=model_of(recipe.model, sequence), data=data)
+
+
 def _name_unread(path: Path, notes: list[str]) -> None:
     for note in notes:
         log.warning("%s: %s", path, note)
 
 
-def _keymap(recipe: Recipe) -> KeyMap:
-    model, [modality, *_] = recipe.model, recipe.model.modalities
+def _keymap(recipe: Recipe, stem: str | None) -> KeyMap:
+    model, modality = recipe.model, stem or recipe.model.modalities[0]
     if is_native(model, modality):
         keys = huggingface_keys(model, modality)
     else:
@@ -196,10 +207,6 @@ def _keymap(recipe: Recipe) -> KeyMap:
     if recipe.task is not None:
         add_head(keys, recipe.task, model, modality)
     return keys
-
-
-# Parameters that only masking needs: an encoder that was exported for fine-tuning may lack them.
-_OPTIONAL = ("mask_embedding", "mask_token")
 
 
 def write_encoder(module: nn.Module, source: EncoderSource) -> None:
@@ -218,7 +225,7 @@ def write_tensors(module: nn.Module, source: EncoderSource, but: str) -> None:
     for name, parameter in named.items():
         tensor = source.read(name)
         if tensor is None:
-            if not name.endswith(_OPTIONAL):
+            if not name.endswith(MASKING):  # an encoder that was exported for fine-tuning may lack these
                 missing.append(name)
             continue
         if tuple(tensor.shape) != full_shape_of(parameter):

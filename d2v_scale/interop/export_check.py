@@ -15,7 +15,7 @@ from d2v_scale.finetuning.config import TaskConfig
 from d2v_scale.finetuning.predictor import TaskPredictor
 from d2v_scale.interop.encoder_source import EncoderSource, recipe_of
 from d2v_scale.interop.exporting import ChosenWeights
-from d2v_scale.interop.huggingface import row_of
+from d2v_scale.interop.huggingface import model_of, row_of
 from d2v_scale.interop.importing import open_source
 from d2v_scale.interop.keymap import import_tensors
 from d2v_scale.interop.task_heads import auto_class
@@ -59,7 +59,7 @@ def output_pairs(encoder: FrozenEncoder, folder: Path, modality: str, checkpoint
 
     config = encoder.recipe.model
     exported: Any = AutoModel.from_pretrained(folder, trust_remote_code=True).eval().float()
-    batch, arguments = row_of(config, modality).sample(config.of(modality), modality)
+    batch, arguments = row_of(config, modality).sample(model_of(config, modality), modality)
     ours = [states.cpu() for states in encoder.hidden_states(batch.to(encoder.device))]
     theirs = exported(**arguments, output_hidden_states=True)
     extra = modalities.of(config, modality).extra_tokens

@@ -18,12 +18,13 @@ from d2v_scale.errors import CheckpointError, DataError
 from d2v_scale.files import open_as_usual
 from d2v_scale.interop.encoder_source import EXPORT_FILE, export_note
 from d2v_scale.interop.half import halved, require_half
-from d2v_scale.interop.huggingface import REMEDY, huggingface_keys, huggingface_settings, is_native, row_of
+from d2v_scale.interop.huggingface import REMEDY, huggingface_keys, huggingface_settings, is_native, model_of, row_of
 from d2v_scale.interop.keymap import export_tensors
-from d2v_scale.interop.remote_code import modelling_files, remote_code_keys, remote_code_settings
+from d2v_scale.interop.remote_code import MASKING, modelling_files, remote_code_keys, remote_code_settings
 from d2v_scale.interop.task_heads import add_head, head_settings, prefixed
 from d2v_scale.interop.weight_files import write_json
 from d2v_scale.modalities.text.tokenizer import tokenizer_file, tokenizer_in, tokenizer_sha256
+from d2v_scale.model.stem_config import parts_of, sequence_of
 from d2v_scale.recipe import Recipe
 from d2v_scale.shards.shard_set import find_shards
 
@@ -84,6 +85,29 @@ def pick_modality(recipe: Recipe, wanted: str | None) -> str:
     return wanted
 
 
+def pick_sequence(recipe: Recipe, wanted: str | None) -> str:
+    """Likewise, where it may be the sequence that the parts of paired samples make: by the name of the source that it
+    was trained on, or by its stems, as `vision+text`, in any order; some of them alone, too."""
+    trained = {
+        name: source.stems
+        for name, source in zip(recipe.data.source_names(), recipe.data.sources, strict=True)
+        if len(source.stems) > 1
+    }
+    if wanted is not None and wanted not in recipe.model.modalities:
+        named = trained.get(wanted, parts_of(wanted))
+        for stems in trained.values():
+            if len(named) > 1 and set(named) <= set(stems):
+                return sequence_of(stem for stem in stems if stem in named)
+    if trained and wanted not in recipe.model.modalities:
+        joint = ", ".join(f"{name!r} ({' with '.join(stems)})" for name, stems in trained.items())
+        there = ", ".join(recipe.model.modalities)
+        raise CheckpointError(
+            f"the checkpoint has stems for {there}, and was trained on samples of {joint}.",
+            "Choose one of these names with --modality.",
+        )
+    return pick_modality(recipe, wanted)
+
+
 def export_huggingface(
     checkpoint: Checkpoint,
     recipe: Recipe,
@@ -110,14 +134,14 @@ def export_huggingface(
     if task is not None:
         add_head(keymap, task, recipe.model, modality)
         settings |= head_settings(task, recipe.model, modality, checkpoint.extra.get("classes"))
-    held = _of_encoder(checkpoint, modality)
+    held = _of_encoder(checkpoint, recipe, modality)
     keymap.require_all(held, "a Hugging Face folder", REMEDY)
     if half:
         require_half(_all_of(ChosenWeights(checkpoint, weights), held))
         settings["dtype"] = "float16"
     out.mkdir(parents=True, exist_ok=True)
     # First what can be refused, a tokenizer of another size; then the weights.
-    row, model = row_of(recipe.model, modality), recipe.model.of(modality)
+    row, model = row_of(recipe.model, modality), model_of(recipe.model, modality)
     processor_lines = row.write_processor(recipe, model, out, tokenizer)
     tensors = export_tensors(keymap, chosen)
     if task is not None:
@@ -134,10 +158,12 @@ def export_huggingface(
     return lines + processor_lines
 
 
-def _of_encoder(checkpoint: Checkpoint, modality: str) -> list[str]:
+def _of_encoder(checkpoint: Checkpoint, recipe: Recipe, modality: str) -> list[str]:
     """Names of the student's tensors that are this encoder's, or its head's."""
-    its_own, others = f"stems.{modality}.", ("stems.", "predictors.")
-    return [n for n in checkpoint.names("student") if n.startswith(its_own) or not n.startswith(others)]
+    own, others = tuple(f"stems.{stem}." for stem in parts_of(modality)), ("stems.", "predictors.")
+    held = [n for n in checkpoint.names("student") if n.startswith(own) or not n.startswith(others)]
+    unmasked = row_of(recipe.model, modality).names_are_ours
+    return [n for n in held if not (unmasked and n.endswith(MASKING))]
 
 
 def export_safetensors(

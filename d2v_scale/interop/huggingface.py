@@ -5,12 +5,14 @@ speech (ALiBi) and vision (post-norm) are not, nor are arrays: see `remote_code`
 `TABLE`; until it has one, it is refused by name.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 from d2v_scale.data2vec.config import ObjectiveConfig
 from d2v_scale.errors import CheckpointError
 from d2v_scale.interop.huggingface_array import ArrayRow
+from d2v_scale.interop.huggingface_joint import JointRow
 from d2v_scale.interop.huggingface_row import HuggingFaceRow
 from d2v_scale.interop.huggingface_speech import SpeechRow
 from d2v_scale.interop.huggingface_text import TextRow
@@ -19,6 +21,7 @@ from d2v_scale.interop.keymap import KeyMap
 from d2v_scale.interop.reference_options import Reference, Shapes
 from d2v_scale.modalities import published_parts
 from d2v_scale.model.config import Backbone, ModelConfig
+from d2v_scale.model.stem_config import parts_of
 
 TABLE: tuple[HuggingFaceRow, ...] = (SpeechRow(), TextRow(), VisionRow(), ArrayRow())
 """One row a kind of stem that transformers, or our modelling files, have classes for."""
@@ -47,7 +50,15 @@ _COMPUTED: dict[str, tuple[Any, ...]] = {
 
 
 def row_of(config: ModelConfig, modality: str) -> HuggingFaceRow:
-    """What is said of the kind of this stem. Raises CheckpointError where there is no row."""
+    """What is said of this stem, or of samples of several parts, of which there may be a single one. Raises
+    CheckpointError where there is no row."""
+    if len(parts_of(modality)) > 1:
+        return JointRow(_row_of_kind)
+    row = _row_of_kind(config, modality)
+    return JointRow(_row_of_kind) if row.joint_unless_native and not row.is_native(config.of(modality)) else row
+
+
+def _row_of_kind(config: ModelConfig, modality: str) -> HuggingFaceRow:
     kind = config.kind(modality)
     row = next((row for row in TABLE if row.kind == kind), None)
     if row is None:
@@ -55,11 +66,19 @@ def row_of(config: ModelConfig, modality: str) -> HuggingFaceRow:
     return row
 
 
+def model_of(config: ModelConfig, sequence: str) -> ModelConfig:
+    """The same model with this stem alone (`ModelConfig.of`), or with those of samples of several parts."""
+    names = parts_of(sequence)
+    if len(names) == 1:
+        return config.of(sequence)
+    return dataclasses.replace(config, **config.fields_of({name: config.stems[name] for name in names}))
+
+
 def is_native(config: ModelConfig, modality: str) -> bool:
     """Whether a Hugging Face class computes exactly this encoder; else our modelling files do. Raises CheckpointError
     where neither does."""
-    row, model = row_of(config, modality), config.of(modality)
-    stem = model.stems[modality]
+    row, model = row_of(config, modality), model_of(config, modality)
+    stem = next(iter(model.stems.values()))
     if not row.any_extra_tokens and stem.extra_token_count != stem.usual_extra_tokens:
         raise CheckpointError(
             f"classes of transformers, and our modelling file, have {stem.usual_extra_tokens} extra tokens before the "

@@ -73,6 +73,19 @@ class ArrayRow(HuggingFaceRow):
             "final_norm": backbone.final_norm,
         }
 
+    def joint_settings(self, model: ModelConfig) -> dict[str, Any]:
+        stem = _stem(model)
+        sizes = {"num_channels": stem.channels, "patch": list(stem.patch), "extents": list(stem.extents)}
+        normed = model.visible_only and not model.backbone.norm_first
+        return {"kind": "patches", "positions": stem.positions, "context_norm": normed, **sizes}
+
+    def joint_reading(self, recipe: Recipe, model: ModelConfig) -> dict[str, Any]:
+        rate = {"sample_rate": _stem(model).log_mel.sample_rate} if _stem(model).reads_recordings else {}
+        return {"kind": "array", "reading": _reading(_stem(model)), **rate}
+
+    def joint_example(self, model: ModelConfig, name: str, folder: Path) -> str:
+        return self.example(model, folder).given.replace("array =", f"{name} =", 1)
+
     def add_head(self, keys: KeyMap, task: TaskConfig, native: bool) -> None:
         del task, native
         keys.layer("head.norm", "head_norm")
@@ -83,22 +96,11 @@ class ArrayRow(HuggingFaceRow):
 
     def write_processor(self, recipe: Recipe, model: ModelConfig, out: Path, tokenizer: Path | None) -> list[str]:
         del recipe, tokenizer
-        stem = _stem(model)
         settings: dict[str, Any] = {
             "feature_extractor_type": "Data2Vec2ArrayProcessor",
             "auto_map": {"AutoFeatureExtractor": _PROCESSOR, "AutoProcessor": _PROCESSOR},
-            "num_channels": stem.channels,
-            **_axes(stem),
-            "longer": [axis.longer for axis in stem.axes.values()],
-            "transform": stem.transform,
-            "log_floor": stem.log_floor,
-            "normalise": stem.normalise,
-            "mean": stem.mean,
-            "std": stem.std,
-            "missing": stem.missing,
+            **_reading(_stem(model)),
         }
-        if stem.reads_recordings:
-            settings["log_mel"] = _log_mel(stem.log_mel)
         shutil.copyfile(PROCESSOR_FILE, out / PROCESSOR_FILE.name)
         write_json(out / "preprocessor_config.json", settings)
         return []
@@ -131,6 +133,22 @@ class ArrayRow(HuggingFaceRow):
     def input_shape(self, model: ModelConfig) -> tuple[int, ...]:
         stem = _stem(model)
         return -1, stem.channels, *stem.extents
+
+
+def _reading(stem: ArrayStem) -> dict[str, Any]:
+    """What `Data2Vec2ArrayProcessor` is told."""
+    settings = {
+        "num_channels": stem.channels,
+        **_axes(stem),
+        "longer": [axis.longer for axis in stem.axes.values()],
+        "transform": stem.transform,
+        "log_floor": stem.log_floor,
+        "normalise": stem.normalise,
+        "mean": stem.mean,
+        "std": stem.std,
+        "missing": stem.missing,
+    }
+    return settings | ({"log_mel": _log_mel(stem.log_mel)} if stem.reads_recordings else {})
 
 
 def _log_mel(config: LogMel) -> dict[str, Any]:

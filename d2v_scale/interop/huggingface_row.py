@@ -17,6 +17,9 @@ from d2v_scale.modalities import Kind
 from d2v_scale.model.config import Backbone, ModelConfig
 from d2v_scale.recipe import Recipe
 
+STEM_EPS = 1e-5
+"""Of the norms of features of speech and text, whatever `model.backbone.norm_eps` is."""
+
 
 @dataclass(frozen=True)
 class Head:
@@ -57,8 +60,14 @@ class HuggingFaceRow(ABC):
     stem."""
     remote_module: ClassVar[str] = "modeling_data2vec2"
     """Modelling file that has these classes."""
+    remote_imports: ClassVar[tuple[str, ...]] = ()
+    """What that file imports beside what all do."""
+    names_are_ours: ClassVar[bool] = False
+    """Whether tensors are called in that file as they are here."""
     remote_classes: ClassVar[dict[str, str]] = {}
     """By the automatic class that loads them."""
+    joint_unless_native: ClassVar[bool] = False
+    """Whether the modelling file of samples of several parts computes what no native class does of this stem alone."""
     any_extra_tokens: ClassVar[bool] = False
     """Whether there may be others than is usual."""
     encoder_task: ClassVar[str] = "feature-extraction"
@@ -73,6 +82,11 @@ class HuggingFaceRow(ABC):
     """Whether inputs of the same shape may be filled with the id of the padding."""
     dropout_names: ClassVar[tuple[str, str]] = ("hidden_dropout_prob", "attention_probs_dropout_prob")
     """Of `backbone.dropout` and `backbone.attention_dropout`."""
+
+    @property
+    def remote_modality(self) -> str:
+        """What the modelling files' config.json calls it."""
+        return self.kind
 
     @abstractmethod
     def is_native(self, model: ModelConfig) -> bool:
@@ -102,6 +116,20 @@ class HuggingFaceRow(ABC):
     def remote_settings(self, model: ModelConfig) -> dict[str, Any]:
         """What the modelling files' config.json says beside the sizes of blocks."""
         raise AssertionError(f"there is no modelling file for {model.modalities}")
+
+    # As a part of samples that have several
+
+    def joint_settings(self, model: ModelConfig) -> dict[str, Any]:
+        """Sizes of the stem, as `stems_data2vec2_joint.py` reads them: `kind` is how it is cut into positions."""
+        raise AssertionError(f"{model.modalities} are no part of others")
+
+    def joint_reading(self, recipe: Recipe, model: ModelConfig) -> dict[str, Any]:
+        """What `feature_extraction_data2vec2_joint.py` is told: `kind` is what it makes inputs of."""
+        raise AssertionError(f"{model.modalities} are no part of others")
+
+    def joint_example(self, model: ModelConfig, name: str, folder: Path) -> str:
+        """A line that makes a stand-in for the user's input, called `name`."""
+        raise AssertionError(f"{model.modalities} are no part of others")
 
     @abstractmethod
     def read_settings(self, settings: Mapping[str, Any], shapes: Shapes, backbone: Backbone) -> ModelConfig:
@@ -160,5 +188,7 @@ def blocks_of(model: ModelConfig, name: str) -> list[str]:
 
 
 def has_plain_blocks(backbone: Backbone) -> bool:
-    """Post-norm blocks with all biases and no norm behind the last: what transformers' speech and text classes have."""
-    return not backbone.norm_first and backbone.key_bias and not backbone.final_norm
+    """Post-norm blocks with all biases and no norm behind the last: what transformers' speech and text classes have.
+    They take the epsilon of the blocks in the stem, too, where ours has its own."""
+    plain = not backbone.norm_first and backbone.key_bias and not backbone.final_norm
+    return plain and backbone.norm_eps == STEM_EPS

@@ -1,5 +1,6 @@
 """Speech in Hugging Face's classes."""
 
+import bisect
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,10 +10,11 @@ import torch
 from torch import Tensor
 
 from d2v_scale.batch import Batch
+from d2v_scale.data.config import SAMPLE_RATE
 from d2v_scale.data.labels import Vocabulary
 from d2v_scale.finetuning.config import TaskConfig
 from d2v_scale.finetuning.heads import PROJECTION
-from d2v_scale.interop.huggingface_row import Example, Head, HuggingFaceRow, blocks_of, has_plain_blocks
+from d2v_scale.interop.huggingface_row import STEM_EPS, Example, Head, HuggingFaceRow, blocks_of, has_plain_blocks
 from d2v_scale.interop.keymap import KeyMap
 from d2v_scale.interop.reference_options import Shapes
 from d2v_scale.interop.weight_files import write_json
@@ -47,6 +49,11 @@ class SpeechRow(HuggingFaceRow):
 
     def is_native(self, model: ModelConfig) -> bool:
         return not model.visible_only and not _stem(model).alibi and has_plain_blocks(model.backbone)
+
+    def beyond_remote(self, model: ModelConfig) -> list[str]:
+        # What the modelling file computes of 2.0, with another epsilon of 1.0 nobody does.
+        other = not model.visible_only and model.backbone.norm_eps != STEM_EPS
+        return super().beyond_remote(model) + ["model.backbone.norm_eps"] * other
 
     def add_keys(self, keys: KeyMap, model: ModelConfig, name: str) -> None:
         ours, stem = f"stems.{name}", _stem(model)
@@ -114,6 +121,18 @@ class SpeechRow(HuggingFaceRow):
             "pos_conv_groups": stem.pos_conv_groups,
             "alibi": stem.alibi,
         }
+
+    def joint_settings(self, model: ModelConfig) -> dict[str, Any]:
+        normed = not (model.visible_only and model.backbone.norm_first)
+        return {"kind": "waves", "context_norm": normed, **self.remote_settings(model)}
+
+    def joint_reading(self, recipe: Recipe, model: ModelConfig) -> dict[str, Any]:
+        frame = bisect.bisect_left(range(60 * SAMPLE_RATE), 1, key=_stem(model).frames_of)
+        reading = {"sample_rate": SAMPLE_RATE, "shortest": frame, "normalise": recipe.data.speech.normalize}
+        return {"kind": "recording", **reading}
+
+    def joint_example(self, model: ModelConfig, name: str, folder: Path) -> str:
+        return f"{name} = np.random.randn(16000).astype(np.float32)  # one second, 16 kHz"
 
     def read_settings(self, settings: Mapping[str, Any], shapes: Shapes, backbone: Backbone) -> ModelConfig:
         layers = zip(settings["conv_dim"], settings["conv_kernel"], settings["conv_stride"], strict=True)

@@ -20,12 +20,13 @@ from d2v_scale.recipe import Recipe
 
 
 class TextRow(HuggingFaceRow):
-    """Native in both versions."""
+    """Native in both versions, unless blocks have another epsilon, or are others."""
 
     kind = "text"
     model_type = "data2vec-text"
     native_class = "Data2VecTextModel"
     native_prefix = "data2vec_text"
+    joint_unless_native = True
     heads: ClassVar = dict.fromkeys(
         ("classify", "regress"),
         Head("AutoModelForSequenceClassification", "Data2VecTextForSequenceClassification", "text-classification"),
@@ -82,6 +83,21 @@ class TextRow(HuggingFaceRow):
         tensors[types] = torch.zeros_like(types_kd[:1])
         lost = len(types_kd) - 1
         return [f"{lost} further token types are left out: texts are read as the first"] if lost else []
+
+    def joint_settings(self, model: ModelConfig) -> dict[str, Any]:
+        stem = _stem(model)
+        sizes = {"vocab_size": stem.vocab_size, "max_positions": stem.max_positions}
+        return {"kind": "tokens", **sizes, "pad_id": stem.pad_id}
+
+    def joint_reading(self, recipe: Recipe, model: ModelConfig) -> dict[str, Any]:
+        stem = _stem(model)
+        ids = {"bos_id": stem.bos_id, "pad_id": stem.pad_id, "eos_id": stem.eos_id}
+        return {"kind": "text", "vocab_size": stem.vocab_size, "max_positions": stem.max_positions, **ids}
+
+    def joint_example(self, model: ModelConfig, name: str, folder: Path) -> str:
+        if (folder / "tokenizer.json").is_file():
+            return f'{name} = "Words of a text."'
+        return f"{name} = np.array([5, 6, {_stem(model).eos_id}])  # of the tokenizer that it was trained with"
 
     def add_head(self, keys: KeyMap, task: TaskConfig, native: bool) -> None:
         keys.layer("head.dense", "classifier.dense")

@@ -100,6 +100,22 @@ class VisionRow(HuggingFaceRow):
         stem = _stem(model)
         return {"image_size": stem.image_size, "patch_size": stem.patch_size, "num_channels": stem.channels}
 
+    def joint_settings(self, model: ModelConfig) -> dict[str, Any]:
+        stem = _stem(model)
+        sizes = {"num_channels": stem.channels, "patch": [stem.patch_size] * 2, "extents": list(stem.size)}
+        normed = model.visible_only and not model.backbone.norm_first
+        return {"kind": "patches", "positions": stem.positions, "context_norm": normed, **sizes}
+
+    def joint_reading(self, recipe: Recipe, model: ModelConfig) -> dict[str, Any]:
+        stem, data = _stem(model), recipe.data.vision
+        pixels = {"mean": data.mean[: stem.channels], "std": data.std[: stem.channels]}
+        sizes = {"size": list(stem.size), "num_channels": stem.channels}
+        return {"kind": "image", **sizes, "crop": data.evaluation_crop, **pixels}
+
+    def joint_example(self, model: ModelConfig, name: str, folder: Path) -> str:
+        height, width = _stem(model).size
+        return f'{name} = Image.new("RGB", ({width}, {height}))'
+
     def read_settings(self, settings: Mapping[str, Any], shapes: Shapes, backbone: Backbone) -> ModelConfig:
         for key, wanted in (("use_shared_relative_position_bias", True), ("use_absolute_position_embeddings", False)):
             if bool(settings.get(key)) is not wanted:

@@ -52,11 +52,15 @@ class SpeechContext(nn.Module):
         self.norm = nn.LayerNorm(width, config.layer_norm_eps)
 
     def forward(self, x):
+        return self.norm(self.placed(x))
+
+    def placed(self, x):
+        """Frames with their positions."""
         positions = x
         for conv in self.pos_convs:
             positions = conv(positions.transpose(1, 2))[..., : x.shape[1]].transpose(1, 2)
             positions = F.gelu(F.layer_norm(positions, positions.shape[-1:], eps=1e-5))
-        return self.norm(x + positions)
+        return x + positions
 
 
 class AlibiScale(nn.Module):

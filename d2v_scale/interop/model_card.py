@@ -5,10 +5,11 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from d2v_scale.checkpoint import Checkpoint
-from d2v_scale.interop.huggingface import is_native, row_of
+from d2v_scale.interop.huggingface import is_native, model_of, row_of
 from d2v_scale.interop.huggingface_row import Example
 from d2v_scale.interop.task_heads import auto_class, head_of
 from d2v_scale.model.config import ModelConfig
+from d2v_scale.model.stem_config import parts_of
 from d2v_scale.recipe import Recipe
 from d2v_scale.tracking.record import AXES, METRICS_FILE, read_records
 
@@ -53,7 +54,7 @@ def _card(
     to: Target,
 ) -> str:
     version = "2.0" if recipe.model.visible_only else "1.0"
-    modalities = ", ".join(recipe.model.modalities if modality is None else [modality])
+    modalities = ", ".join(recipe.model.modalities if modality is None else parts_of(modality))
     what = "encoder" if recipe.task is None else "fine-tuned model"
     library = LIBRARIES[to]
     head = [f"library_name: {library}"] if library else []
@@ -155,7 +156,7 @@ def _lines(recipe: Recipe, modality: str, out: Path, half: bool) -> list[str]:
     options = "" if is_native(model, modality) else ", trust_remote_code=True"
     options += ", dtype=torch.float32" if half else ""
     result = "last_hidden_state" if auto == "AutoModel" else "logits"
-    example = row_of(model, modality).example(model.of(modality), out)
+    example = row_of(model, modality).example(model_of(model, modality), out)
     lines = _imports(example, [auto])
     lines.append(f'model = {auto}.from_pretrained("."{options}).eval()')
     run = f"    output = model({example.call}).{result}"

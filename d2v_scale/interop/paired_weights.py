@@ -11,6 +11,8 @@ from torch import Tensor
 from d2v_scale import modalities
 from d2v_scale.checkpoint import Checkpoint
 from d2v_scale.errors import CheckpointError
+from d2v_scale.interop.huggingface import row_of
+from d2v_scale.model.config import ModelConfig
 from d2v_scale.model.stem_config import parts_of
 from d2v_scale.recipe import Recipe
 
@@ -36,12 +38,15 @@ def without_pairs(checkpoint: Checkpoint, recipe: Recipe) -> tuple[Checkpoint, R
     return cast(Checkpoint, _Folded(checkpoint, biases)), dataclasses.replace(recipe, model=model)
 
 
-def require_one_stem(recipe: Recipe, wanted: str | None) -> None:
-    """Raises CheckpointError where `wanted` is the sequence of several stems, which no other format knows."""
-    if wanted is not None and len(parts_of(wanted)) > 1 and all(one in recipe.model.stems for one in parts_of(wanted)):
+def require_one_input(model: ModelConfig, sequence: str, to: str) -> None:
+    """Raises CheckpointError for what formats of one input do not hold: a sequence of several stems, and in an ONNX
+    graph what only the modelling file of such sequences computes."""
+    several = len(parts_of(sequence)) > 1
+    if several or (to == "onnx" and row_of(model, sequence).names_are_ours):
+        why = "has several inputs" if several else "is computed by the modelling file of several inputs alone"
         raise CheckpointError(
-            f"An encoder of {wanted} together has no form of Hugging Face's or the reference's here.",
-            "Export it with --to safetensors, which load_encoder reads, or one stem with --modality.",
+            f"An encoder of {sequence} {why}, which --to {to} has no form of.",
+            "Export it with --to hf or safetensors" + (", or one stem with --modality." if several else "."),
         )
 
 

@@ -3,22 +3,34 @@
 from pathlib import Path
 from typing import Any
 
-from d2v_scale.interop.huggingface import row_of
+from d2v_scale.interop.huggingface import model_of, row_of
 from d2v_scale.interop.keymap import KeyMap
 from d2v_scale.model.config import ModelConfig
+from d2v_scale.model.stem_config import parts_of
 
-_MODULES = ("modeling_data2vec2", "configuration_data2vec2", "layers_data2vec2")
+MASKING = ("mask_embedding", "mask_token")
+"""Ends of names of parameters that only masking needs."""
+_MODULES: tuple[str, ...] = ("modeling_data2vec2", "configuration_data2vec2", "layers_data2vec2")
 
 
 def modelling_files(config: ModelConfig, modality: str) -> list[Path]:
     """All that an exported folder needs; the first imports the others."""
-    modules = dict.fromkeys((row_of(config, modality).remote_module, *_MODULES))
+    row = row_of(config, modality)
+    modules = dict.fromkeys((row.remote_module, *row.remote_imports, *_MODULES))
     return [Path(__file__).with_name(f"{module}.py") for module in modules]
 
 
 def remote_code_keys(names: list[str], config: ModelConfig, modality: str) -> KeyMap:
-    """Our encoder names without the stem's prefix; blocks before the main ones are counted with them."""
+    """Our encoder names without the stem's prefix; blocks before the main ones are counted with them. Of samples of
+    several parts the names are our own."""
     keys = KeyMap(initialised=("predictors.",))
+    if row_of(config, modality).names_are_ours:
+        stems = tuple(f"stems.{part}." for part in parts_of(modality))
+        for name in names:
+            # Nothing is masked there.
+            if name.startswith((*stems, "blocks.", "final_norm.")) and not name.endswith(MASKING):
+                keys.add(name, name)
+        return keys
     stem, prenet = f"stems.{modality}.", config.of(modality).backbone.prenet_depth
     for name in names:
         if name.startswith(f"{stem}prenet."):
@@ -35,7 +47,7 @@ def remote_code_keys(names: list[str], config: ModelConfig, modality: str) -> Ke
 
 def remote_code_settings(config: ModelConfig, modality: str) -> dict[str, Any]:
     """config.json. Its model type is no class's, so that loading without the modelling file fails."""
-    row, model = row_of(config, modality), config.of(modality)
+    row, model = row_of(config, modality), model_of(config, modality)
     backbone = model.backbone
     return {
         "model_type": "data2vec2",
@@ -45,7 +57,7 @@ def remote_code_settings(config: ModelConfig, modality: str) -> dict[str, Any]:
             "AutoConfig": f"configuration_data2vec2.{row.remote_configuration}",
             **{auto: f"{row.remote_module}.{name}" for auto, name in row.remote_classes.items()},
         },
-        "modality": row.kind,
+        "modality": row.remote_modality,
         # Sizes that no other class can be built with: loading the weights into one fails instead of being wrong.
         "hidden_size": 1,
         "num_attention_heads": 2,

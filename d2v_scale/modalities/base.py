@@ -53,6 +53,8 @@ class Modality(ABC):
     """Whether its inputs are ids of a tokenizer."""
     cropped: ClassVar[bool] = False
     """Whether rows take the length of their batch's shortest."""
+    limit_key: ClassVar[str] = ""
+    """The key that says how much of a sample is read (`longest_read`)."""
     throughput: ClassVar[tuple[str, int] | None] = None
     """Name of what is counted of its inputs in the record, and how many values of an input are one of it."""
     usual_size: ClassVar[int] = 0

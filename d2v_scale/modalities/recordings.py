@@ -25,6 +25,7 @@ class RecordingModality(Modality):
     content = "recording"
     unit = "seconds"
     cropped = True
+    limit_key = "data.speech.max_seconds"
     throughput = ("audio_seconds", SAMPLE_RATE)
     usual_size = 5 * SAMPLE_RATE
     raw_name = "mean log-mel"

@@ -139,6 +139,10 @@ class SourcePlan:
         cropped = sum(batch.cropped for batch in batches)
         return cropped / max(1, cropped + sum(batch.measured_length for batch in batches))
 
+    def shards(self, cursor: Cursor) -> list[int]:
+        """Those of the window at `cursor`."""
+        return self._order.shards(cursor.epoch, cursor.window)
+
     def _onwards(self, cursor: Cursor) -> Iterator[Cursor]:
         """This cursor, then the beginnings of the windows after it.
 

@@ -11,6 +11,7 @@ from PIL import Image
 from d2v_scale.commands import inspect_shards, make_shards
 from d2v_scale.data.config import DataConfig, SourceConfig
 from d2v_scale.data.source import open_store
+from d2v_scale.shards.one_content import reading_together
 from d2v_scale.shards.shard_index import SetIndex
 from d2v_scale.shards.shard_set import find_shards
 
@@ -47,8 +48,12 @@ def rows(separator: str = ",") -> list[str]:
     return found
 
 
-def members(folder: Path, prefix: str = "train") -> dict[str, dict[str, bytes]]:
+def members(folder: Path, prefix: str = "train", together: bool = False) -> dict[str, dict[str, bytes]]:
+    """By key; `together`: as who reads all parts, of whom a sample is lost where it has none."""
     shards = find_shards(SourceConfig(shards=str(folder / f"{prefix}.index.json")))
+    if together:
+        assert shards.index is not None
+        shards = reading_together(shards, shards.index.contents)
     store = open_store(shards, DataConfig())
     found = {}
     for shard in range(len(shards.paths)):
@@ -75,6 +80,35 @@ def test_a_row_is_a_sample_of_all_its_parts(folder: Path, ending: str, separator
     assert inspect_shards.main([str(folder / "out"), "--check"]) == 0
 
 
+def test_a_row_goes_on_as_what_it_has(folder: Path, capsys: pytest.CaptureFixture) -> None:
+    made = rows()
+    made[1] = made[1].replace("files/p1.png", "")
+    made[2] = made[2].replace('"the house"', " ").replace("the house", "")
+    made[3] = ',,"a tree in the wind",kind1'
+    made[4] = ",, ,kind0"
+    source = table(folder / "t.csv", "image,audio,text,label", made)
+    assert pairs(source, folder / "out", "--max_bad", "0.2") == 0
+    told = capsys.readouterr()
+    assert "of 5 rows 2 have no image, 1 have no audio, 1 have no text" in told.out
+    assert "t.csv:6: has no image and no audio and no text" in told.err
+    stored = members(folder / "out", together=True).values()
+    found = {sample.get("txt", b"").decode(): set(sample) for sample in stored}
+    assert len(found) == 5
+    assert found["a cat, asleep"] == {"flac", "txt", "cls"}
+    assert found[""] == {"png", "flac", "cls"}
+    assert found["a tree in the wind"] == {"txt", "cls"}
+    index = SetIndex.load(folder / "out" / "train.index.json")
+    assert [(entry.lost, entry.lost_beside) for entry in index.shards] == [(2, [1, 1])]
+    assert pairs(source, folder / "whole", "--complete") == 2
+    assert "4 of 6 rows could not be read" in capsys.readouterr().err
+    assert pairs(source, folder / "whole", "--complete", "--max_bad", "0.7") == 0
+    assert len(members(folder / "whole")) == 2
+    empty = table(folder / "e.csv", "image,audio,text", [",files/r0.wav,one", ",files/r1.wav,two"])
+    assert pairs(empty, folder / "none") == 2
+    assert "No row of" in (told := capsys.readouterr().err)
+    assert "--image COLUMN" in told
+
+
 def test_half_a_sample_is_named_and_never_stored(folder: Path, capsys: pytest.CaptureFixture) -> None:
     (folder / "files" / "p1.png").write_bytes(b"no picture")
     (folder / "files" / "r2.wav").unlink()
@@ -83,13 +117,13 @@ def test_half_a_sample_is_named_and_never_stored(folder: Path, capsys: pytest.Ca
     made.append("files/p0.png,files/r0.wav,one,kind0,more,and more")
     made.append("files/p0.txt,files/r0.wav,wrong,kind0")
     source = table(folder / "t.csv", "image,audio,text,label", made)
-    assert pairs(source, folder / "out") == 2
+    assert pairs(source, folder / "out", "--complete") == 2
     told = capsys.readouterr().err
     assert "5 of 8 rows could not be read" in told
     assert "--match" not in told  # which this command does not have
     assert "no index was written" in told
     assert not (folder / "out" / "train.index.json").exists()
-    assert pairs(source, folder / "out", "--max_bad", "0.7") == 0
+    assert pairs(source, folder / "out", "--complete", "--max_bad", "0.7") == 0
     told = capsys.readouterr().err
     for line, why in [(3, "its image"), (4, "its audio"), (5, "has no text"), (8, "has 6 columns"), (9, "its image")]:
         assert f"t.csv:{line}: {why}" in told

@@ -150,6 +150,20 @@ def test_texts_and_recordings_that_are_cut_are_counted_by_part(tmp_path: Path) -
     assert taken.cropped_parts == {"text": 5, "speech": longer}
 
 
+def test_what_of_parts_is_never_read_was_not_said_before_the_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    samples = paired_samples(8, lacking=False)
+    for sample in samples:
+        sample["txt"] = "the quick fox " * 40
+    index = write_pairs(tmp_path / "shards", samples)
+    with caplog.at_level(logging.WARNING):
+        next(loader_of(recipe_of(index, tmp_path)))
+    told = [record.message for record in caplog.records if "cropped away" in record.message]
+    [line] = told
+    assert "% of the text of pairs is cropped away: 31 tokens of a sample are read (model.text.max_positions)" in line
+
+
 def test_batches_are_planned_by_the_positions_of_all_parts(index: Path, tmp_path: Path) -> None:
     recipe = recipe_of(index, tmp_path, "--batch_unit", "tokens", "--global_batch_size", "300")
     loader = loader_of(recipe)

@@ -100,11 +100,12 @@ def test_a_model_that_no_class_computes_is_refused_by_its_keys_before_anything_i
     """The norm behind the last block was left out without a word, and blocks of the wrong kind were written."""
     run, out = joint(tmp_path, norm_first=True, final_norm=True), tmp_path / "out"
     for modality in ("vision", "speech", "text"):
-        assert tool("export").main([str(run), str(out), "--modality", modality]) == 2
-        said = capsys.readouterr().err
-        assert modality in said
-        assert "--to safetensors" in said
-        assert modality == "text" or "model.backbone.norm_first, model.backbone.final_norm" in said
+        if modality != "text":  # which the modelling file of several parts computes
+            assert tool("export").main([str(run), str(out), "--modality", modality]) == 2
+            said = capsys.readouterr().err
+            assert modality in said
+            assert "--to safetensors" in said
+            assert "model.backbone.norm_first, model.backbone.final_norm" in said
         assert tool("export").main([str(run), str(out), "--modality", modality, "--to", "fairseq"]) == 2
         assert "fairseq's 2.0 models are post-norm with a key bias; this one is not" in capsys.readouterr().err
         assert not out.exists()

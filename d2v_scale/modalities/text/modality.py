@@ -36,6 +36,7 @@ class Text(Modality):
     content = "text"
     unit = "tokens"
     uses_tokenizer = True
+    limit_key = "model.text.max_positions"
     throughput = ("tokens", 1)
     usual_size = 512
     feature_bias = "features.norm.bias"
