@@ -13,6 +13,7 @@ from d2v_scale.conversion.converters import Conversion, Item, finite_number
 from d2v_scale.conversion.folders import FoundFiles, find_files
 from d2v_scale.conversion.tables import Columns
 from d2v_scale.conversion.text_files import Document, Reading, documents
+from d2v_scale.errors import DataError
 from d2v_scale.modalities.text import tokenizer_training
 from d2v_scale.modalities.text.tokenizer import PIECES, tokenizer_sha256, usable_tokenizer
 
