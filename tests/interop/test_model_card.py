@@ -103,7 +103,7 @@ def test_scores_are_those_of_the_run_up_to_the_checkpoint(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("name", "to", "printed"),
     [
-        ("v1_vision", "safetensors", "['vision'] 2 32"),
+        ("v1_vision", "safetensors", "['vision'] 3 32"),
         ("v1_vision", "fairseq", "data2vec_vision checkpoint"),
         ("v2_speech", "fairseq", "fairseq checkpoint"),
     ],
