@@ -39,7 +39,7 @@ class Data2Vec2JointOutput(ModelOutput):
 
     last_hidden_state: torch.Tensor | None = None
     pooler_output: torch.Tensor | None = None
-    attention_mask: torch.Tensor | None = None
+    attention_mask: Any = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
 

@@ -16,7 +16,7 @@ from small_shards import documents
 import d2v_scale
 from d2v_scale.data.config import DataConfig, SourceConfig, TextData
 from d2v_scale.data2vec.config import ObjectiveConfig
-from d2v_scale.modalities.text.tokenizer import train
+from d2v_scale.modalities.text.tokenizer_training import train
 from d2v_scale.model.config import ModelConfig
 from d2v_scale.recipe import Recipe
 
