@@ -1,7 +1,7 @@
 """The optimizer and its schedules. Learning rate and epsilon are pure functions of the completed updates."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -9,6 +9,27 @@ from d2v_scale.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
+
+
+@dataclass(kw_only=True)
+class MuonConfig:
+    """Muon for the matrices of blocks and decoders; everything else stays AdamW's (`muon.py`)."""
+
+    momentum: float = 0.95
+    """Share of the momentum that an update keeps; Nesterov's."""
+    iterations: int = 5
+    """Of Newton and Schulz, towards the orthogonal matrix."""
+    lr_scale: float = 1.0
+    """Factor on the learning rate of the matrices, whose updates have the size of AdamW's by themselves."""
+
+    def check(self) -> None:
+        """Raises ConfigError."""
+        if not 0 <= self.momentum < 1:
+            raise ConfigError("optim.muon.momentum", f"is {self.momentum}", "It must be in [0, 1).")
+        if self.iterations < 1:
+            raise ConfigError("optim.muon.iterations", f"is {self.iterations}", "Give 1 or more; 5 is usual.")
+        if not 0 <= self.lr_scale < math.inf:
+            raise ConfigError("optim.muon.lr_scale", f"is {self.lr_scale}", "Give a finite number that is not below 0.")
 
 
 @dataclass(kw_only=True)
@@ -46,6 +67,8 @@ class OptimConfig:
     """`all`: every parameter (fairseq runs); `matrices`: not biases, norms, layer scales, CLS token (BEiT)."""
     clip: float = 0.0
     """Largest global gradient norm; 0 does not clip."""
+    muon: MuonConfig | None = None
+    """null: AdamW for everything."""
     lr_scale: dict[str, float] | None = None
     """Factor on the learning rate of a stem's own parameters (its layers and its predictor), by the name of the stem:
     `{vision: 0.5}`. null, and stems that are not named: 1."""
@@ -74,6 +97,8 @@ class OptimConfig:
                 "Give two shares of the peak; the last one above 0, as an exponential decay never reaches 0.",
             )
         self._check_decay()
+        if self.muon is not None:
+            self.muon.check()
         if self.clip < 0:
             raise ConfigError("optim.clip", f"is {self.clip}", "Give 0 for no clipping, or a positive norm.")
         for name, scale in (self.lr_scale or {}).items():
@@ -172,6 +197,8 @@ def set_rates(optimizer: "torch.optim.Optimizer", config: OptimConfig, completed
     lr = learning_rate(config, completed_updates)
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)
+        if config.muon is not None and group["is_matrix"]:
+            group["lr"] *= config.muon.lr_scale
         group["eps"] = epsilon(config, completed_updates)
         if config.weight_decay_end is not None and group["is_decayed"]:
             group["weight_decay"] = weight_decay(config, completed_updates)
@@ -191,6 +218,12 @@ def _is_decayed(name: str, shape: "torch.Size", config: OptimConfig) -> bool:
         return True
     # BEiT keeps the mask token and the position table decayed, and the CLS token not.
     return len(shape) > 1 and not name.endswith((".bias", ".q_bias", ".v_bias", ".cls"))
+
+
+def is_matrix(name: str, shape: Sequence[int], config: OptimConfig) -> bool:
+    """Whether Muon steps a parameter: a matrix, or convolutions, of a block or a decoder. Embeddings are none."""
+    inside = name.startswith(("blocks.", "predictors.")) or ".prenet." in name
+    return config.muon is not None and inside and len(shape) > 1
 
 
 def stem_scale(name: str, config: OptimConfig) -> float:
@@ -215,25 +248,33 @@ def parameter_groups(
         return {} if scale == 1 else {"lr_scale": scale}
 
     traits = traits or of_stem
-    groups: dict[tuple[bool, tuple[tuple[str, float], ...]], list[torch.nn.Parameter]] = {}
+    groups: dict[tuple[bool, tuple[tuple[str, float], ...], bool], list[torch.nn.Parameter]] = {}
     for name, parameter in named_parameters:
         if parameter.requires_grad:
             shape = getattr(parameter, "ds_shape", parameter.shape)
             plain = not _is_decayed(name, shape, config)
-            groups.setdefault((plain, tuple(traits(name).items())), []).append(parameter)
+            key = (plain, tuple(traits(name).items()), is_matrix(name, shape, config))
+            groups.setdefault(key, []).append(parameter)
     return [
         {
             "params": params,
             "weight_decay": 0.0 if plain else config.weight_decay,
             "is_decayed": not plain,
+            "is_matrix": matrices,
             **dict(items),
         }
-        for (plain, items), params in sorted(groups.items(), key=lambda group: group[0])
+        for (plain, items, matrices), params in sorted(groups.items(), key=lambda group: group[0])
     ]
 
 
 def make_optimizer(groups: list[dict[str, Any]], config: OptimConfig) -> "torch.optim.AdamW":
-    """torch's single-pass AdamW over `groups`."""
+    """torch's single-pass AdamW over `groups`, and Muon for those of matrices where the configuration has it."""
     import torch
 
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+    if config.muon is None:
+        return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+    from d2v_scale.muon import MatrixOptimizer
+
+    own = config.muon
+    adamw = {"lr": config.lr, "betas": config.betas, "eps": config.eps}
+    return MatrixOptimizer(groups, momentum=own.momentum, iterations=own.iterations, **adamw)

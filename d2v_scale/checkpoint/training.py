@@ -6,6 +6,7 @@ import torch
 
 from d2v_scale.checkpoint.format import Piece
 from d2v_scale.checkpoint.reader import Checkpoint
+from d2v_scale.errors import CheckpointError
 from d2v_scale.parallel.shards import MOMENTS, TensorSlice
 from d2v_scale.parallel.zero import StudentEngine
 from d2v_scale.teacher import target_state
@@ -24,6 +25,7 @@ def pieces(student: StudentEngine, teacher: EmaTeacher | None) -> list[Piece]:
         if _writes(shard.slice, student.topology.tensor_rank):
             found.append(Piece("student", shard.name, shard.shape, shard.slice, shard.start, shard.weight))
             for key in MOMENTS:
+                # A second moment of what Muon steps is written as zeros, so that all kinds have one layout.
                 moment = shard.moment(student.optimizer, key)
                 values = torch.zeros(shard.numel) if moment is None else moment
                 found.append(Piece(key, shard.name, shard.shape, shard.slice, shard.start, values))
@@ -46,6 +48,7 @@ def state(student: StudentEngine, teacher: EmaTeacher | None) -> dict[str, Any]:
         "completed_updates": student.completed_updates,
         "skipped_updates": student.skipped_updates,
         "skipped_in_a_row": student.skipped_in_a_row,
+        "muon": student.matrices is not None,
     }
     return counters if teacher is None else counters | {"teacher_updates": teacher.completed_updates}
 
@@ -58,6 +61,11 @@ def restore(checkpoint: Checkpoint, student: StudentEngine, teacher: EmaTeacher 
     """
     _check(checkpoint, student, teacher, MOMENTS)
     counters = checkpoint.manifest.state
+    if (was := bool(counters.get("muon"))) != (student.matrices is not None):
+        raise CheckpointError(
+            f"{checkpoint.path} has the moments of a run {'with' if was else 'without'} Muon.",
+            "Leave optim.muon as it was, or begin a new run from its weights with --init_from.",
+        )
     _read_student(checkpoint, student, MOMENTS)
     student.finish_loading(counters["completed_updates"], counters["skipped_updates"])
     student.skipped_in_a_row = counters["skipped_in_a_row"]
@@ -94,7 +102,7 @@ def _read_student(checkpoint: Checkpoint, student: StudentEngine, moments: tuple
     student.begin_loading()
     for shard in student.shards():
         shard.weight.copy_(checkpoint.read("student", shard.name, shard.slice, shard.start, shard.numel))
-        for key in MOMENTS:
+        for key in student.moments_of(shard.master):
             moment = shard.moment(student.optimizer, key)
             assert moment is not None
             if key in moments:

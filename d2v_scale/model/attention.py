@@ -12,6 +12,7 @@ from d2v_scale.model.parallel_linear import (
     row_linear,
     split_parameter,
 )
+from d2v_scale.muon import give_structure
 
 
 class SelfAttention(nn.Module):
@@ -23,6 +24,7 @@ class SelfAttention(nn.Module):
         self.head_dim = config.width // config.heads
         self.dropout = config.attention_dropout
         self.qkv = column_linear(config.width, 3 * config.width, bias=config.key_bias, rule=qkv_rule)
+        give_structure(self.qkv, (config.heads, 3))
         self.out = row_linear(config.width, config.width, rule=out_rule)
         self.split_bias = not config.key_bias
         if self.split_bias:

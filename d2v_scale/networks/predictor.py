@@ -17,6 +17,7 @@ from d2v_scale.model import cpu_ops
 from d2v_scale.model.config import ModelConfig
 from d2v_scale.model.init import BEIT, InitRule, linear_rules
 from d2v_scale.model.norm_gelu import norm_gelu
+from d2v_scale.muon import give_structure
 
 SMALL = InitRule("normal", 0.02)
 _CONVOLUTIONS: dict[int, type[nn.Conv1d] | type[nn.Conv2d] | type[nn.Conv3d]] = {
@@ -117,6 +118,8 @@ class ConvPredictor(_Projection):
             conv(inputs, outputs, spec.kernel, padding=spec.kernel // 2, groups=spec.groups)
             for inputs, outputs in itertools.pairwise(widths)
         )
+        for layer in self.convs:
+            give_structure(layer, (1, spec.groups))
         if spec.final_norm:
             self.norm = nn.LayerNorm(spec.width, config.backbone.norm_eps)
         self.final_norm = spec.final_norm

@@ -39,7 +39,7 @@ def check_optimizer(said: dict[str, Any], optim: OptimConfig) -> None:
     kind = said.get("optimizer", {}).get("type", "AdamW")
     # DeepSpeed's Adam decouples weight decay unless told otherwise.
     if kind.lower() not in ("adamw", "adam"):
-        agree(said, "optimizer.type", "AdamW", "the optimizer of d2v_scale, which recipes cannot change,")
+        agree(said, "optimizer.type", "AdamW", "the optimizer of d2v_scale (with optim.muon also Muon)")
     for key, ours, owner in _optimizer(optim):
         agree(said, f"optimizer.params.{key}", ours, owner)
     schedule = said.get("scheduler", {})

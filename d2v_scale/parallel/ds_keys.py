@@ -123,7 +123,7 @@ _inert(
     """,
 )
 _inert("zero_optimization.", ONLY_REPORTS, SWITCH, "log_trace_cache_warnings")
-_inert("zero_optimization.", "Muon is not used", SWITCH, "save_muon_momentum_buffer_in_memory")
+_inert("zero_optimization.", "DeepSpeed's own Muon is not used", SWITCH, "save_muon_momentum_buffer_in_memory")
 _inert("zero_optimization.", "DeepSpeed 0.19 reads it nowhere", or_null(SWITCH), "cpu_offload_use_pin_memory")
 _inert("zero_optimization.offload_optimizer.", _NVME, or_null(TEXT), "nvme_path")
 _inert("zero_optimization.offload_optimizer.", _NVME, SWITCH, "pipeline_read pipeline_write fast_init")

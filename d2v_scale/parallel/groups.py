@@ -85,6 +85,11 @@ class Topology:
         return self.mpu.get_pipeline_model_parallel_group()
 
     @property
+    def stage_group(self) -> dist.ProcessGroup:
+        """The ranks that hold parts of the same layers: all but those of other pipeline stages."""
+        return self.mpu.get_tensor_and_data_parallel_group()
+
+    @property
     def model_group(self) -> dist.ProcessGroup:
         """The ranks that together hold one copy of the model; they work on the same micro-batches."""
         return self.mpu.get_model_parallel_group()

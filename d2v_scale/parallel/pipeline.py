@@ -28,6 +28,7 @@ from d2v_scale.networks.draw import Draw
 from d2v_scale.networks.stack import Student, Teacher
 from d2v_scale.parallel.groups import Topology
 from d2v_scale.parallel.objective import Objective
+from d2v_scale.parallel.whole_matrices import bind
 from d2v_scale.parallel.zero import NamedParameters, StepResult, StudentEngine, poisoned
 from d2v_scale.process import faults
 from d2v_scale.process.profiling import part
@@ -302,4 +303,5 @@ def build_pipeline(
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=ds_config, dist_init_required=False)
     pipeline = PipelineStudent(engine, ds_config, topology, stage)
     pipeline.check_layout()
+    bind(pipeline)
     return pipeline

@@ -17,6 +17,7 @@ from d2v_scale.parallel.groups import Topology
 from d2v_scale.parallel.layout_check import check_layout
 from d2v_scale.parallel.objective import Objective
 from d2v_scale.parallel.shards import MOMENTS, Shard, global_shapes, student_shards
+from d2v_scale.parallel.whole_matrices import WholeMatrices, bind
 from d2v_scale.process import faults
 from d2v_scale.process.profiling import part
 
@@ -64,6 +65,8 @@ class StudentEngine:
         """The forward pass of the teacher that follows this student, which sets it."""
         self.idle_shares: list[float] = []
         """By pipeline stage: the share of the last measured step's passes that it waited for others; [] without."""
+        self.matrices: WholeMatrices | None = None
+        """What `whole_matrices.bind` sets where Muon steps some of the masters."""
         self._micro_batches = 0
         self._absent = absent_gradients(engine.optimizer, self.stage)
 
@@ -163,7 +166,11 @@ class StudentEngine:
 
     def global_shapes(self) -> dict[str, tuple[int, ...]]:
         """The shapes of all of the student's parameters as one process would have them. Collective in a pipeline."""
-        return self.over_stages(global_shapes(self.module, self.topology.tensor_size))
+        return self.over_stages(self.local_shapes())
+
+    def local_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of the parameters of this pipeline stage, as one process would have them. Local."""
+        return global_shapes(self.module, self.topology.tensor_size)
 
     def shards(self) -> list[Shard]:
         """The ranges of fp32 weights (and moments) this rank holds. Local."""
@@ -183,9 +190,9 @@ class StudentEngine:
 
     def begin_loading(self) -> None:
         """Make room for Adam moments that have not been stepped yet, so that `shards` can be written. Local."""
-        for group in self._masters():
+        for group in self.masters():
             state = self.optimizer.state[group]
-            for moment in MOMENTS:
+            for moment in self.moments_of(group):
                 state.setdefault(moment, torch.zeros_like(group.data))
             state.setdefault("step", torch.zeros((), dtype=torch.float32, device=group.device))
 
@@ -193,7 +200,7 @@ class StudentEngine:
     def finish_loading(self, completed_updates: int, skipped_updates: int = 0) -> None:
         """Make the compute weights follow the fp32 masters that were written through `shards`. Collective."""
         self.completed_updates, self.skipped_updates = completed_updates, skipped_updates
-        for group in self._masters():
+        for group in self.masters():
             self.optimizer.state[group]["step"].fill_(completed_updates)
         zero = self.engine.optimizer
         if self.stage < 3:
@@ -207,14 +214,19 @@ class StudentEngine:
 
     def adam_steps(self) -> set[int]:
         """The step counts inside the optimizer on this rank; {completed_updates} when all is well."""
-        states = [self.optimizer.state.get(group, {}) for group in self._masters()]
+        states = [self.optimizer.state.get(group, {}) for group in self.masters()]
         return {int(state["step"]) for state in states if "step" in state} or {0}
 
     def destroy(self) -> None:
         """Remove DeepSpeed's hooks and buffers."""
         self.engine.destroy()
 
-    def _masters(self) -> list[nn.Parameter]:
+    def moments_of(self, master: nn.Parameter) -> tuple[str, ...]:
+        """The moments that the optimizer keeps of a flat master. Muon's momentum goes by the name of Adam's first."""
+        return MOMENTS[:1] if self.matrices is not None and self.matrices.holds(master) else MOMENTS
+
+    def masters(self) -> list[nn.Parameter]:
+        """The flat fp32 tensors of this rank that DeepSpeed steps, in its order."""
         zero = self.engine.optimizer
         return zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups
 
@@ -278,4 +290,5 @@ def build_student(
     )
     student = StudentEngine(engine, ds_config, topology)
     student.check_layout()
+    bind(student)
     return student

@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Sequence
 from itertools import accumulate, groupby
 
+from d2v_scale.parallel.whole_matrices import in_buckets
 from d2v_scale.planning import memory
 from d2v_scale.planning.job import Job, TensorSize
 
@@ -29,6 +30,10 @@ def collectives(job: Job) -> dict[str, int]:
     student, teacher = job.stage_tensors[0]
     ahead, live, reuse = memory.fetching(job)
     found = {"teacher gather": micro * gathers(_modules(teacher, tensor, whole_blocks=True), ahead, live)}
+    if job.recipe.optim.muon is not None:
+        by_group = [memory.matrices(job, group) for group in memory.parameter_groups(job, student)]
+        packed = [in_buckets(group, [one.numel for one in group]) for group in by_group]
+        found["Muon's matrices"] = 2 * sum(len(list(runs)) for runs in packed)
     bucket = memory.reduce_bucket(job)
     groups = memory.parameter_groups(job, student)
     stateful = job.recipe.has_target_state()

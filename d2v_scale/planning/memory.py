@@ -12,7 +12,8 @@ import torch
 
 from d2v_scale.modalities.costs import Setting
 from d2v_scale.model.stem_config import parts_of
-from d2v_scale.optim import stem_scale
+from d2v_scale.optim import is_matrix, stem_scale
+from d2v_scale.parallel import whole_matrices
 from d2v_scale.planning import activations
 from d2v_scale.planning.job import Job, TensorSize
 
@@ -85,12 +86,26 @@ def held(job: Job, stage: int) -> tuple[dict[str, float], dict[str, float]]:
         part = _local(student, tensor) / data
         weights = float(size * _local(student, tensor))
         gradients = _stage_1_gradients(job, student) if _gradients_are_views(job) else 4.0 * part
-    device = {"weights": weights, "gradients": gradients, "master and moments": 12.0 * part, **_teacher(job, teacher)}
+    moments = 12.0 * part - 4.0 * _of_muon(job, student)
+    device = {"weights": weights, "gradients": gradients, "master and moments": moments, **_teacher(job, teacher)}
     host = {name: device[name] for name, away in _in_host_memory(job).items() if away}
     device |= dict.fromkeys(host, 0.0)
     # Small weights stay gathered on the device.
     device["weights"] += size * lasting
     return device, host
+
+
+def matrices(job: Job, tensors: Sequence[TensorSize]) -> list[TensorSize]:
+    """The parameters that Muon steps."""
+    shape = {True: (1, 1), False: (1,)}  # whether there are rows and columns is all that is asked
+    return [one for one in tensors if is_matrix(one.name, shape[one.name in job.sizes.decayed], job.recipe.optim)]
+
+
+def _of_muon(job: Job, tensors: Sequence[TensorSize]) -> float:
+    """Elements of this rank that Muon steps: they have one moment."""
+    found = matrices(job, tensors)
+    tensor, data = job.parallel.tensor, job.data
+    return _partitioned(found, tensor, data) if job.stage == 3 else _local(found, tensor) / data
 
 
 def _target_states(job: Job, stage: int) -> float:
@@ -220,10 +235,11 @@ def _stage_1_gradients(job: Job, tensors: Sequence[TensorSize]) -> float:
 def parameter_groups(job: Job, tensors: Sequence[TensorSize]) -> list[Sequence[TensorSize]]:
     """What the optimizer treats alike."""
     optim, decayed = job.recipe.optim, job.sizes.decayed
-    groups: dict[tuple[bool, float], list[TensorSize]] = {}
+    groups: dict[tuple[bool, float, bool], list[TensorSize]] = {}
+    of_muon = {one.name for one in matrices(job, tensors)}
     for one in tensors:
         plain = optim.decay_on == "matrices" and one.name not in decayed
-        groups.setdefault((plain, stem_scale(one.name, optim)), []).append(one)
+        groups.setdefault((plain, stem_scale(one.name, optim), one.name in of_muon), []).append(one)
     return [groups[key] for key in sorted(groups)]
 
 
@@ -246,4 +262,7 @@ def _buffers(job: Job, stage: int, gradients: float, saved: float) -> float:
         backward += max(0.0, size * own - gradients)
     # The step makes an fp32 copy of the gradients when the activations are gone.
     copy = 0.0 if job.offloads("optimizer") else (4 + size) * own / job.data
+    if sizes := [one.numel for one in matrices(job, student)]:
+        # Whole matrices, and for this rank's part its momentum ahead and what it is moved along.
+        copy += 4 * max(*sizes, min(whole_matrices.BUCKET, sum(sizes))) + 8 * _of_muon(job, student)
     return max(backward, copy - saved)

@@ -98,6 +98,10 @@ def _replicas(job: Job, devices_per_node: int, stage: int) -> list[Transfer]:
     # A pipeline gathers the teacher before all passes and reduces gradients after them; ZeRO does both on the way.
     on_the_way = job.parallel.pipeline == 1
     found = [over("teacher gather", others * (micro if on_the_way else 1), 1, on_the_way)]
+    if of_muon := sum(one.numel for one in memory.matrices(job, student)):
+        # Two sums over the ranks of a stage, in fp32: to make matrices whole, and to hand the results round.
+        ranks = tensor * data
+        found.append(Transfer("Muon's matrices", 2 * 4.0 * of_muon, 2, ranks, min(ranks, devices_per_node), False))
     if job.stage < 3:
         reduced = micro if job.stage == 2 else 1
         found += [over("gradient all-reduce", own * reduced, 2, on_the_way), over("weight gather", own, 1, False)]

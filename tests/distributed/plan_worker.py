@@ -26,7 +26,7 @@ from d2v_scale.data2vec.config import MaskingConfig, ObjectiveConfig, TargetConf
 from d2v_scale.model.config import Backbone, ModelConfig, Predictor
 from d2v_scale.model.stem_config import VisionStem
 from d2v_scale.networks.draw import Draw
-from d2v_scale.optim import OptimConfig
+from d2v_scale.optim import MuonConfig, OptimConfig
 from d2v_scale.parallel import ds_config, groups
 from d2v_scale.parallel.pipeline import PipelineStudent
 from d2v_scale.parallel.zero import StudentEngine
@@ -65,7 +65,7 @@ def recipe_of(case: dict[str, Any], world_size: int) -> Recipe:
         parallel=parallel,
         accumulation=accumulation,
         global_batch_size=SAMPLES * accumulation * groups.data_parallel_size(parallel, world_size),
-        optim=OptimConfig(decay_on="matrices"),
+        optim=OptimConfig(decay_on="matrices", muon=MuonConfig() if case.get("muon") else None),
     )
 
 

@@ -37,6 +37,8 @@ SCALED = {"model": "v2_text", "lr_scale": {"text": 0.25}}
 """Groups of parameters with rates of their own."""
 TOKENS = ("v1_vision+2", "v2_speech+2")
 """With two extra tokens, of which the last one's output is compared in 2.0."""
+MUON = {"model": "v2_vision", "muon": True}
+"""Matrices of blocks and grouped convolutions, stepped whole wherever their pieces are."""
 LAYERS = {"model": "v1_text", "target": {"layers": [0, 2]}}
 """Taps of either stage, and not of the last block."""
 
@@ -112,6 +114,7 @@ def references(root: Path) -> dict[str, Checkpoint]:
             poisoned,
             {"name": "layers", **LAYERS, "accumulation": 4},
             {"name": "scaled", **SCALED, "accumulation": 4},
+            {"name": "muon", **MUON, "accumulation": 4},
         ],
     )
 
@@ -141,6 +144,9 @@ def on_two_ranks(root: Path) -> dict[str, Checkpoint]:
             *cases_of("pp2", tiny_models.PAIRS),
             {"name": "layers pp2", **LAYERS, **pipeline},
             {"name": "scaled pp2", **SCALED, **pipeline},
+            *({"name": f"muon {topology}", **MUON, **TOPOLOGIES[topology][1]} for topology in ("pp2", "tp2")),
+            *({"name": f"muon ZeRO-{stage}", **MUON, "stage": stage, "accumulation": 2} for stage in (1, 2, 3)),
+            {"name": "muon offload", **MUON, "zero": {"offload_optimizer": {"device": "cpu"}}, "accumulation": 2},
             {"name": "bf16", "model": "v1_vision", "precision": "bf16", **pipeline},
             {"name": "delayed", "model": "v2_text", "steps": [0, 2], "sleeps": SLEEPS, **pipeline},
         ],
@@ -151,6 +157,8 @@ def test_two_ranks_compute_what_one_does(
     on_two_ranks: dict[str, Checkpoint], references: dict[str, Checkpoint]
 ) -> None:
     within_limits(compare({n: c for n, c in on_two_ranks.items() if n.split()[0] in references}, references))
+    plain, muon = (references[name].tensor("student", "blocks.0.ffn.fc1.weight") for name in ("v2_vision", "muon"))
+    assert float((plain - muon).abs().max()) > 1e-3
     wanted = references["v1_vision"].extra["losses"]
     assert on_two_ranks["bf16"].extra["losses"] == pytest.approx(wanted, rel=1e-3)
 
@@ -183,8 +191,11 @@ def on_four_ranks(root: Path) -> dict[str, Checkpoint]:
             *cases_of("pp2 x dp2, cpu teacher, offload", ("v2_speech",)),
             *cases_of("tp2 x pp2", ("v1_vision", "v2_speech", "v2_vision_wide", "v1_pair")),
             *cases_of("tp2 x dp2, ZeRO-3", ("v2_vision_wide", "v2_maps", "v1_series", "v2_pair")),
+            {"name": "muon tp2 x pp2", **MUON, **TOPOLOGIES["tp2 x pp2"][1]},
+            {"name": "muon tp2 x ZeRO-3", **MUON, **TOPOLOGIES["tp2 x dp2, ZeRO-3"][1]},
             {"name": "scaled ZeRO-3", **SCALED, "stage": 3, "accumulation": 1},
             {"name": "skipping in a pipeline", "model": "v2_vision", "poisoned_step": 2, **TOPOLOGIES["pp2 x dp2"][1]},
+            {"name": "muon a", **MUON, "stage": 3, "accumulation": 1, "steps": [0, 3]},
             {"name": "a", "model": "v1_vision", "steps": [0, 2], **TOPOLOGIES["tp2 x pp2"][1]},
             {
                 "name": "b",
@@ -204,16 +215,26 @@ def test_four_ranks_compute_what_one_does(
     within_limits(compare({n: c for n, c in on_four_ranks.items() if n.split()[0] in references}, references))
 
 
-def test_checkpoints_cross_topologies(root: Path, on_four_ranks: dict[str, Checkpoint]) -> None:
-    """TP2 x PP2, then ZeRO-3 on four ranks, then one process, then TP2 x PP2: as if nothing had happened."""
+def test_checkpoints_cross_topologies(
+    root: Path, on_four_ranks: dict[str, Checkpoint], references: dict[str, Checkpoint]
+) -> None:
+    """TP2 x PP2, then ZeRO-3 on four ranks, then one process, then TP2 x PP2: as if nothing had happened. With Muon
+    ZeRO-3 on four ranks, then one process."""
     alone = [
         {"name": "straight", "model": "v1_vision", "accumulation": 4, "steps": [0, 8]},
         {"name": "c", "model": "v1_vision", "accumulation": 4, "steps": [4, 6], "load": path(root, "b", 4)},
+        {"name": "muon c", **MUON, "accumulation": 4, "steps": [3, STEPS], "load": path(root, "muon_a", 3)},
     ]
-    straight = train(root, 1, alone)["straight"]
+    found = train(root, 1, alone)
+    straight = found["straight"]
+    assert_equal(found["muon c"], references["muon"])
     divided = TOPOLOGIES["tp2 x pp2"][1]
     back = {"name": "d", "model": "v1_vision", "steps": [6, 8], "load": path(root, "c", 6), **divided}
-    ours = train(root, 4, [back])["d"]
+    assert_equal(train(root, 4, [back])["d"], straight)
+
+
+def assert_equal(ours: Checkpoint, straight: Checkpoint) -> None:
+    """Weights, teacher and moments, within the limit of weights."""
     for kind in ("student", "teacher", "exp_avg", "exp_avg_sq"):
         for name in straight.names(kind):
             difference = float((ours.tensor(kind, name) - straight.tensor(kind, name)).abs().max())

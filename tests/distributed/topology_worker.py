@@ -23,7 +23,7 @@ from d2v_scale.data.paired import joined
 from d2v_scale.data2vec.config import EmaConfig, LossConfig, MaskingConfig, ObjectiveConfig, TargetConfig
 from d2v_scale.evaluation.held_out import HeldOutSet
 from d2v_scale.networks.draw import Draw
-from d2v_scale.optim import OptimConfig, set_rates
+from d2v_scale.optim import MuonConfig, OptimConfig, set_rates
 from d2v_scale.parallel import ds_config, groups
 from d2v_scale.parallel.feed import SharedFeed
 from d2v_scale.pretraining.engines import build_engines
@@ -54,7 +54,13 @@ def recipe_of(case: dict) -> Recipe:
             ema=EmaConfig(start=0.9, end=0.9),
         ),
         optim=OptimConfig(
-            lr=1e-3, schedule="constant", max_steps=100, eps=1e-4, clip=0.05, lr_scale=case.get("lr_scale")
+            lr=1e-3,
+            schedule="constant",
+            max_steps=100,
+            eps=1e-4,
+            clip=0.05,
+            lr_scale=case.get("lr_scale"),
+            muon=MuonConfig() if case.get("muon") else None,
         ),
         teacher=TeacherConfig(placement=case.get("placement", "device")),
         parallel=groups.ParallelConfig(tensor=case.get("tensor", 1), pipeline=case.get("pipeline", 1)),

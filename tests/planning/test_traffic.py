@@ -14,7 +14,7 @@ pytestmark = pytest.mark.usefixtures("world_of_one")
 KINDS = {
     "gather": {"teacher gather", "weight gather"},
     "reduce_scatter": {"gradient scatter"},
-    "allreduce": {"gradient all-reduce", "tensor-parallel sums"},
+    "allreduce": {"gradient all-reduce", "tensor-parallel sums", "Muon's matrices"},
     "send": {"between stages"},
 }
 """Part of a collective's name -> what is planned to use it."""
