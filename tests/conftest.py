@@ -10,6 +10,21 @@ import pytest
 # Whoever runs the tests under nohup has it ignored, and so would every program that a test starts and hangs up on.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
+TESTS = Path(__file__).parent
+LONGEST = ("slurm", "distributed", "interop")
+"""Folders that several processes begin with, so that none of them is left over at the end."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Among several processes (`pytest -n`), one has all tests of a file, or of a folder whose conftest makes what they
+    share."""
+    items.sort(key=lambda item: item.path.parent.name not in LONGEST)
+    for item in items:
+        folder = item.path.parent
+        shared = folder if folder != TESTS and (folder / "conftest.py").is_file() else item.path
+        item.add_marker(pytest.mark.xdist_group(str(shared.relative_to(TESTS))))
+
 
 @pytest.fixture(autouse=True)
 def _what_is_logged_stays() -> Iterator[None]:

@@ -26,5 +26,5 @@ ruff format --check .
 mypy
 marks=()
 [ "$full" -eq 1 ] || marks=(-m "not slow")
-# Why a test was skipped, and which took longest.
-python -m pytest -rs --durations=15 "${marks[@]}" "${arguments[@]}"
+# Why a test was skipped, and which took longest. A process for each core; tests that share fixtures stay together.
+python -m pytest -n logical --maxprocesses 4 --dist loadgroup --no-loadscope-reorder -rs --durations=15 "${marks[@]}" "${arguments[@]}"
