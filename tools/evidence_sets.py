@@ -117,6 +117,20 @@ def _named(name: str, data: Path, out: Path) -> Path:
     return found[0]
 
 
+def digit_recordings(data: Path, out: Path) -> dict[str, list[tuple[str, Path]]]:
+    """Label and file of fsdd/recordings/LABEL_SPEAKER_TAKE.wav in `data` or an archive of it, by split. Raises
+    UserError."""
+    source = next((root / "fsdd" for root in _roots(data, out) if (root / "fsdd" / "recordings").is_dir()), None)
+    if source is None:
+        raise UserError(f"{data} holds no fsdd, as a folder or in an archive.", "Add it, or leave its rows out.")
+    Recordings().check(source)
+    found: dict[str, list[tuple[str, Path]]] = {"train": [], "test": []}
+    for path in _files(source / "recordings"):
+        if match := re.search(_RECORDING, path.name):
+            found["test" if int(match[2]) < _TEST_TAKES else "train"].append((match[1], path))
+    return found
+
+
 def _roots(data: Path, out: Path) -> list[Path]:
     if not data.is_dir():
         raise UserError(f"{data} is not a folder.", "Give the folder of the sets with --data DIR.")

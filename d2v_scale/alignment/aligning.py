@@ -8,12 +8,13 @@ from typing import Any
 
 from d2v_scale.alignment import models
 from d2v_scale.alignment.concepts import Split, counted, open_split
-from d2v_scale.alignment.features import StemSamples, encoded, kind_of, raw
+from d2v_scale.alignment.features import StemSamples, averaged, encoded, kind_of, lengths, raw
 from d2v_scale.alignment.models import Model
 from d2v_scale.alignment.pairs import FEWEST_HELD_OUT, FEWEST_TRAINING, Both, Pair, Sources, measured_pair
 from d2v_scale.alignment.result import result_of
 from d2v_scale.errors import DataError
 from d2v_scale.evaluation.frozen import FrozenEncoder
+from d2v_scale.interop.encoder_source import EncoderSource
 
 
 @dataclass(kw_only=True)
@@ -56,7 +57,10 @@ def align(options: argparse.Namespace) -> Alignment:
     )
 
 
-_REMEDY = "Give more data, or say with --concept what names a concept (key: every sample is one)."
+_REMEDY = (
+    "Give more data, or say with --concept what names a concept (key: every sample is one; shared: those that share a "
+    "picture, a recording or a caption)."
+)
 
 
 def _require_enough(split: Split, train: int, test: int, what: str) -> None:
@@ -64,14 +68,14 @@ def _require_enough(split: Split, train: int, test: int, what: str) -> None:
         both = sum(map(len, split.on_both_sides.values()))
         also = f" ({both} more are on both sides: {'; '.join(counted(split.on_both_sides))})" if both else ""
         raise DataError(
-            f"{split.test.name!r} holds {test} held-out concepts{what}{also}, fewer than {FEWEST_HELD_OUT}: nothing "
-            "could be told from chance.",
+            f"{split.test.name!r} holds {test} held-out concepts{what}, by {split.test.named_by}{also}, fewer than "
+            f"{FEWEST_HELD_OUT}: nothing could be told from chance.",
             _REMEDY,
         )
     if train < FEWEST_TRAINING:
         raise DataError(
-            f"{split.train.name!r} holds {train} training concepts{what}, fewer than {FEWEST_TRAINING}: no map could "
-            "be fitted.",
+            f"{split.train.name!r} holds {train} training concepts{what}, by {split.train.named_by}, fewer than "
+            f"{FEWEST_TRAINING}: no map could be fitted.",
             _REMEDY,
         )
 
@@ -79,37 +83,51 @@ def _require_enough(split: Split, train: int, test: int, what: str) -> None:
 def _features(
     options: argparse.Namespace, seeds: Sequence[Model], split: Split
 ) -> tuple[Sources, dict[str, tuple[StemSamples, StemSamples]]]:
-    """Everything is read once for each encoder, and once more for the controls without one."""
+    """Every sample is decoded once for all encoders that read it alike. All of these are in memory together."""
+    random = models.untrained(seeds, options.random_seeds)
+    numbered = [(model, options.weights) for model in seeds] + [(model, "random") for model in random]
+    encoders = [{id(one): models.built(one, weights) for one in model.sources} for model, weights in numbered]
+    features: list[Both] = [{} for _ in numbered]
+    found = Sources(runs=features[: len(seeds)], random=features[len(seeds) :], raw={}, lengths={}, raw_names={})
     samples: dict[str, tuple[StemSamples, StemSamples]] = {}
-    found = Sources(runs=[], random=[], raw={}, lengths={}, raw_names={})
-    numbered = [(model, options.weights, found.runs) for model in seeds]
-    numbered += [(model, "random", found.random) for model in models.untrained(seeds, options.random_seeds)]
-    for model, weights, target in numbered:
-        features: Both = {}
-        for source in model.sources:
-            encoder = models.built(source, weights)
-            for stem in source.recipe.model.modalities:
-                both = _samples(options, encoder, model, stem, split)
-                if stem not in samples:
-                    samples[stem] = both
-                features[stem] = encoded(encoder, both[0]), encoded(encoder, both[1])
-                if samples[stem] is not both:
-                    continue
-                # Decoded alike for all: the first run's stem says what is raw.
-                name, *train = raw(both[0])
-                _, *test = raw(both[1])
-                found.raw_names[stem] = name
-                found.raw[stem], found.lengths[stem] = (train[0], test[0]), (train[1], test[1])
-        target.append(features)
-        print(f"{'random ' if target is found.random else ''}encoder {len(target)}: features made", flush=True)
+    for stem in seeds[0].stems:
+        sources = [model.stems[stem] for model, _ in numbered]
+        own = [made[id(source)] for made, source in zip(encoders, sources, strict=True)]
+        for alike in _decoded_alike(sources):
+            both = _samples(options, own[alike[0]], sources[alike[0]], stem, split)
+            views = [encoded(own[number]) for number in alike]
+            if stem not in samples:  # the first run's stem says what is raw
+                samples[stem] = both
+                found.raw_names[stem], of_raw = raw(both[0])
+                views += [of_raw, lengths]
+                train, test = averaged(both[0], views), averaged(both[1], [*views[:-2], raw(both[1])[1], lengths])
+                found.raw[stem], found.lengths[stem] = (train[-2], test[-2]), (train[-1], test[-1])
+            else:
+                train, test = averaged(both[0], views), averaged(both[1], views)
+            for place, number in enumerate(alike):
+                features[number][stem] = train[place], test[place]
+        print(f"{stem}: features of {len(numbered)} encoders made, {options.random_seeds} of them random", flush=True)
     return found, samples
 
 
+def _decoded_alike(sources: Sequence[EncoderSource]) -> list[list[int]]:
+    """The numbers of those that make the same rows of a sample, together."""
+    found: list[list[int]] = []
+    for number, source in enumerate(sources):
+        for group in found:
+            first = sources[group[0]]
+            if (first.recipe.data, first.tokenizer_sha256) == (source.recipe.data, source.tokenizer_sha256):
+                group.append(number)
+                break
+        else:
+            found.append([number])
+    return found
+
+
 def _samples(
-    options: argparse.Namespace, encoder: FrozenEncoder, model: Model, stem: str, split: Split
+    options: argparse.Namespace, encoder: FrozenEncoder, source: EncoderSource, stem: str, split: Split
 ) -> tuple[StemSamples, StemSamples]:
-    kind, source = kind_of(encoder, stem), model.stems[stem]
-    both = []
+    kind, both = kind_of(encoder, stem), []
     for side in (split.train, split.test):
         decoder = models.decoder_of(source, kind, side, options.tokenizer)
         both.append(StemSamples(side, kind, decoder, options.per_concept, options.batch_size))

@@ -1,14 +1,16 @@
 """Samples with several members side by side (a picture, a recording, a text), grouped by what they are of: concepts.
 
-A sample says its concept in `.json` (`{"concept": ..., "category": ...}`) or by its label (`.cls`); without either it
-is a concept of its own. Shards are read whole, in order, and need no index.
+A sample says its concept in `.json` (`{"concept": ..., "category": ...}`) or by its label (`.cls`). Where no sample
+does, those that share a picture, a recording, an array or a caption are of one concept: a picture with five captions is
+five samples and one concept. Shards are read whole, in order, and need no index.
 """
 
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import assert_never
 
@@ -19,6 +21,7 @@ from d2v_scale.modalities.speech import decoder as speech
 from d2v_scale.modalities.text import decoder as text
 from d2v_scale.modalities.vision import decoder as vision
 from d2v_scale.shards.content import Content, plural
+from d2v_scale.shards.one_content import hidden_beside
 from d2v_scale.shards.patterns import is_remote
 from d2v_scale.shards.reading import RawSample, SampleFault, read_sample
 from d2v_scale.shards.shard_index import Members, index_tar
@@ -26,6 +29,8 @@ from d2v_scale.shards.shard_set import find_shards
 
 NAMED = 3
 """Of what was left out so many are named."""
+SHARED = "shared"
+"""What makes samples one concept: any equal member."""
 FIELDS = ("label", "key", "text")
 """What names a concept or a category beside fields of `.json`: the class in `.cls`, the sample's key, its caption."""
 
@@ -39,7 +44,8 @@ def extensions_of(content: Content, held: Iterable[str]) -> tuple[str, ...]:
         case "recording":
             return speech.EXTENSIONS
         case "text":
-            return ("txt", "txt2") if "txt" in held else (*text.EXTENSIONS, *text.SECOND_EXTENSIONS)
+            hidden = hidden_beside("text", ["array"] if "txt" in held else [])
+            return tuple(one for one in (*text.EXTENSIONS, *text.SECOND_EXTENSIONS) if one not in hidden)
         case "array":
             return array.EXTENSIONS
     assert_never(content)
@@ -89,6 +95,8 @@ class Place:
     """Its text, folded: letters of one case, single spaces."""
     digests: dict[Content, str] = field(default_factory=dict, compare=False)
     """Of each part that it has."""
+    sizes: dict[Content, int] = field(default_factory=dict, compare=False)
+    """Likewise, bytes."""
 
 
 @dataclass
@@ -103,6 +111,8 @@ class ConceptSet:
     """Samples that are not in `places`: reason to keys."""
     tokenizer: Path | None = None
     """That its index names."""
+    named_by: str = "key"
+    """What says of which concept a sample is: `SHARED`, one of `FIELDS`, or a field of `.json`."""
 
     @property
     def concepts(self) -> list[str]:
@@ -112,7 +122,7 @@ class ConceptSet:
     def only(self, wanted: Callable[[Place], bool]) -> "ConceptSet":
         """The same set with these samples alone."""
         kept = [place for place in self.places if wanted(place)]
-        return ConceptSet(self.name, self.shards, kept, self.left_out, self.tokenizer)
+        return replace(self, places=kept)
 
 
 class Shards:
@@ -146,10 +156,10 @@ class Shards:
 def read_set(pattern: str, contents: Iterable[Content], concept: str | None, category: str | None) -> ConceptSet:
     """Look at every sample of the shards that `pattern` names.
 
-    `concept`, `category`: one of `FIELDS`, or a field of `.json`; None: `concept` of `.json` where any sample has it,
-    else the label where any has one, else the key; `category` of `.json`, else the label where that is not the concept.
-    Samples without what names the others' concepts, or that cannot be read, are left out and kept in `left_out`. Raises
-    DataError where no sample is left.
+    `concept`, `category`: one of `FIELDS`, or a field of `.json`, of concepts also `SHARED`; None: `concept` of `.json`
+    where any sample has it, else the label where any has one, else `SHARED`; `category` of `.json`, else the label
+    where that is not the concept. Samples without what names the others' concepts, or that cannot be read, are left out
+    and kept in `left_out`. Raises DataError where no sample is left, and where none has the category that is named.
     """
     found = find_shards(SourceConfig(shards=pattern))
     shards = Shards(found.paths)
@@ -164,22 +174,47 @@ def read_set(pattern: str, contents: Iterable[Content], concept: str | None, cat
                 left_out.setdefault("cannot be read", []).append(f"{error.fault.key} ({error.fault.reason})")
     if concept is None:
         have = [name for name in ("concept", "label") if any(one.value(name) is not None for one in seen)]
-        concept = have[0] if have else "key"
+        concept = have[0] if have else SHARED
+    if category is not None and seen and not any(one.value(category) for one in seen):
+        raise DataError(f"No sample of {pattern!r} has a {category}.", "Say what names its category with --category.")
     if category is None:
         category = "category" if concept == "label" or any(one.value("category") for one in seen) else "label"
+    shared = _shared(seen) if concept == SHARED else []
     places = []
-    for one in seen:
-        name = one.value(concept)
+    for number, one in enumerate(seen):
+        name = shared[number] if shared else one.value(concept)
         if name is None:
             left_out.setdefault(f"has no {concept}", []).append(one.key)
             continue
-        places.append(Place(one.shard, one.number, one.key, name, one.value(category), one.caption, one.digests))
+        kind = one.value(category)
+        places.append(Place(one.shard, one.number, one.key, name, kind, one.caption, one.digests, one.sizes))
     if not places:
         first = next(iter(left_out.items()), None)
         why = f", the first: {first[1][0]} {first[0]}" if first else ""
         raise DataError(f"No sample of {pattern!r} is of a concept{why}.", "Say what names it with --concept.")
     tokenizer = found.tokenizer if found.tokenizer is not None and found.tokenizer.is_file() else None
-    return ConceptSet(pattern, shards, places, left_out, tokenizer)
+    return ConceptSet(pattern, shards, places, left_out, tokenizer, concept)
+
+
+def _shared(seen: Sequence["_Seen"]) -> list[str]:
+    """Of every sample the key of the first one with which it shares a member, itself or through others."""
+    first_with: dict[object, int] = {}
+    first_of = list(range(len(seen)))
+
+    def first(number: int) -> int:
+        while first_of[number] != number:
+            first_of[number] = number = first_of[first_of[number]]
+        return number
+
+    for number, one in enumerate(seen):
+        for member in (*one.digests.items(), ("caption", one.caption)):
+            if member[1] is not None:
+                low, high = sorted((first(first_with.setdefault(member, number)), first(number)))
+                first_of[high] = low
+    # One key may be in several shards.
+    taken = Counter(one.key for one in seen)
+    names = [one.key if taken[one.key] == 1 else f"{one.key} ({one.shard}:{one.number})" for one in seen]
+    return [names[first(number)] for number in range(len(seen))]
 
 
 @dataclass
@@ -191,6 +226,7 @@ class _Seen:
     label: str | None
     caption: str | None
     digests: dict[Content, str]
+    sizes: dict[Content, int]
 
     def value(self, name: str) -> str | None:
         match name:
@@ -218,11 +254,13 @@ def _look(sample: RawSample, shard: int, number: int, contents: tuple[Content, .
         label = classes[int(label)]
     caption = _text(sample, "txt")
     digests: dict[Content, str] = {}
+    sizes: dict[Content, int] = {}
     for content in contents:
         part = Part(sample, content)
         if part.there:
-            digests[content] = part.digest()
-    return _Seen(shard, number, sample.key, names, label, caption and " ".join(caption.casefold().split()), digests)
+            digests[content], sizes[content] = part.digest(), sum(map(len, part.members().values()))
+    folded = caption and " ".join(caption.casefold().split())
+    return _Seen(shard, number, sample.key, names, label, folded, digests, sizes)
 
 
 def _text(sample: RawSample, extension: str) -> str | None:
@@ -253,8 +291,9 @@ def split_concepts(whole: ConceptSet, share: float) -> Split:
 
 def separated(train: ConceptSet, test: ConceptSet, same_shards: bool = False) -> Split:
     """Leave out held-out concepts that are on the training side as well, under their name, with a caption, or with the
-    very picture, recording or array."""
-    names = set(train.concepts)
+    very picture, recording or array. Names that are keys of two sets mean nothing to one another."""
+    keys = not same_shards and {train.named_by, test.named_by} & {SHARED, "key"}
+    names = set() if keys else set(train.concepts)
     captions = {place.caption for place in train.places if place.caption}
     digests = {digest for place in train.places for digest in place.digests.values()}
     found: dict[str, dict[str, None]] = {}
@@ -284,7 +323,8 @@ def open_split(
             data, test = (str(side) for side in sides)
         elif any(sides):
             there = next(side for side in sides if side)
-            raise DataError(f"{data} holds {there} alone.", "Name both sides with --data and --test.")
+            remedy = f"Name both sides with --data and --test; or give --data {there}, to have it split."
+            raise DataError(f"{data} holds {there} alone.", remedy)
     if test is None:
         return split_concepts(read_set(data, contents, concept, category), share)
     return separated(read_set(data, contents, concept, category), read_set(test, contents, concept, category))

@@ -1,6 +1,6 @@
 """One vector a concept, layer and stem: of an encoder, of the samples as they are, and of their length alone."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -83,11 +83,14 @@ class StemSamples:
         return chosen
 
     def __iter__(self) -> Iterator[tuple[Batch, Tensor]]:
-        """Batches, and the numbers (B,) of their concepts. What cannot be decoded is left out and noted in `read`."""
+        """Batches of samples of like size, and the numbers (B,) of their concepts. What cannot be decoded is left out
+        and noted in `read`."""
         self.read.used, self.read.lost = 0, []
-        for start in range(0, len(self.places), self._batch_size):
+        # A batch is as long as its longest: recordings of seconds beside some of a minute would mostly be padding.
+        ordered = sorted(self.places, key=lambda place: place.sizes.get(self.kind.content, 0))
+        for start in range(0, len(ordered), self._batch_size):
             rows, kept = [], []
-            for place in self.places[start : start + self._batch_size]:
+            for place in ordered[start : start + self._batch_size]:
                 try:
                     rows.append(self._decoder.evaluation_row(self._part(place)))
                     kept.append(place)
@@ -137,42 +140,56 @@ class StemSamples:
         return Part(self._set.shards.read(place.shard, place.number), self.kind.content)
 
 
+View = Callable[[Batch], Tensor]
+"""Features (L, B, D) of a batch."""
+
+
 @torch.no_grad()
-def encoded(encoder: FrozenEncoder, samples: StemSamples) -> Means:
-    """The mean over valid positions of every main block's output. Raises DataError where one is not finite."""
-    pooled = _Pooled(len(samples.concepts))
+def averaged(samples: StemSamples, views: Sequence[View]) -> list[Means]:
+    """What each of `views` makes of the samples, which are decoded once for all of them."""
+    pooled = [_Pooled(len(samples.concepts)) for _ in views]
     for batch, concepts_b in samples:
+        for sums, view in zip(pooled, views, strict=True):
+            sums.add(view(batch), concepts_b)
+    return [sums.means() for sums in pooled]
+
+
+def encoded(encoder: FrozenEncoder) -> View:
+    """The mean over valid positions of every main block's output. The view raises DataError where one is not finite."""
+
+    def view(batch: Batch) -> Tensor:
         moved = batch.to(encoder.device)
         valid_bt = encoder.valid_positions(moved)
         states = encoder.hidden_states(moved)
-        pooled.add(torch.stack([mean_over_positions(x_btd, valid_bt).cpu() for x_btd in states]), concepts_b)
-    means = pooled.means()
-    if not bool(means.layers_lnd.isfinite().all()):
-        raise DataError(
-            f"{encoder.source}: features of the stem {samples.kind.name!r} are not finite.", "The run has diverged."
-        )
-    return means
+        features_lbd = torch.stack([mean_over_positions(x_btd, valid_bt) for x_btd in states]).cpu()
+        if not bool(features_lbd.isfinite().all()):
+            raise DataError(
+                f"{encoder.source}: features of the stem {batch.modality!r} are not finite.", "The run has diverged."
+            )
+        return features_lbd
+
+    return view
 
 
-def raw(samples: StemSamples) -> tuple[str, Means, Means]:
-    """What the samples are without any model (pixels, log-mel spectra, character n-grams; what it is called), and how
-    long they are: 1 layer each."""
-    values, lengths = _Pooled(len(samples.concepts)), _Pooled(len(samples.concepts))
-    name = samples.kind.raw_name
+def raw(samples: StemSamples) -> tuple[str, View]:
+    """What the samples are without any model (pixels, log-mel spectra, character n-grams): what it is called, and one
+    layer of it."""
+    if samples.texts() is None:
+        return samples.kind.raw_name, lambda batch: samples.kind.raw_features(batch).float()[None]
     texts = {place.shard << 32 | place.number: place.caption for place in samples.places}
-    with_ngrams = samples.texts() is not None
-    for batch, concepts_b in samples:
-        if with_ngrams:
-            name = "character n-grams"
-            features_bf = character_ngrams([texts[one] or "" for one in batch.sample_ids.tolist()])
-        else:
-            features_bf = samples.kind.raw_features(batch).float()
-        values.add(features_bf[None], concepts_b)
-        size_b = torch.full((len(batch.inputs),), float(batch.inputs[0].numel()))
-        if batch.valid is not None:
-            size_b = batch.valid.flatten(1).sum(dim=1).float()
-        lengths.add(torch.stack([size_b, size_b.clamp(min=1).log()], dim=1)[None], concepts_b)
-    return name, values.means(), lengths.means()
+
+    def ngrams(batch: Batch) -> Tensor:
+        return character_ngrams([texts[one] or "" for one in batch.sample_ids.tolist()])[None]
+
+    return "character n-grams", ngrams
+
+
+def lengths(batch: Batch) -> Tensor:
+    """How much of each sample there is, and its logarithm: one layer."""
+    size_b = torch.full((len(batch.inputs),), float(batch.inputs[0].numel()))
+    if batch.valid is not None:
+        size_b = batch.valid.flatten(1).sum(dim=1).float()
+    return torch.stack([size_b, size_b.clamp(min=1).log()], dim=1)[None]
 
 
 class _Pooled:

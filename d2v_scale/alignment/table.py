@@ -46,6 +46,17 @@ def _pair(name: str, pair: Mapping[str, Any]) -> Iterator[str]:
         layers = ",".join(map(str, sorted(set(one["layer"]))))
         chance = pair["chance"].get("R@10" if "R@10" in measure else measure, 0.0)
         shown = f"  {measure:{width}} {one['score']:.3f}  (chance {chance:.3f}, layer {layers})  {one['verdict']}"
-        yield shown + (f": {', '.join(one['not_above'])}" if one["not_above"] else "")
+        yield shown + (f": {_not_above(one)}" if one["not_above"] else "")
     for note in pair["notes"]:
         yield f"  {note}"
+
+
+def _not_above(one: Mapping[str, Any]) -> str:
+    """How many controls a score is not above, and the one that it is furthest from being above."""
+    against = one["against"]
+    name = min(one["not_above"], key=lambda control: against[control]["lower_bound"])
+    worst = against[name]
+    return (
+        f"{len(one['not_above'])} of {len(against)}, most of all {name!r} ({worst['control']:.3f}, lower bound of the "
+        f"difference {worst['lower_bound']:+.3f})"
+    )

@@ -5,9 +5,10 @@
   d2v align runs/pictures runs/speech --data shards/pairs
 
 Runs with the same stems are seeds of one another; runs with different ones are put together. A sample of the shards
-has several members (KEY.png, KEY.flac, KEY.txt) and says its concept in KEY.json or KEY.cls. On held-out concepts, by
-layer: retrieval in the same space, and through a ridge map fitted on training concepts, mutual k-NN, debiased CKA and
-the gap between modalities. The layer that is judged is chosen on training concepts.
+has several members (KEY.png, KEY.flac, KEY.txt) and says its concept in KEY.json or KEY.cls; without either those that
+share a picture, a recording or a caption are of one concept. Several samples of a concept are averaged. On held-out
+concepts, by layer: retrieval in the same space, and through a ridge map fitted on training concepts, mutual k-NN,
+debiased CKA and the gap between modalities. The layer that is judged is chosen on training concepts.
 
 Beside them, always: encoders that are not trained, raw features, length alone, length removed, pairs shuffled, and
 shuffled within categories. "above controls" needs the lower 95 % bound of the difference to each of them above 0,
@@ -33,7 +34,10 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--test", help="held-out shards, of other concepts")
     parser.add_argument("--held_out", type=float, default=0.25, help="share of the concepts held out of one set")
     parser.add_argument(
-        "--concept", metavar="FIELD", help="what names a concept: label (.cls), key, text, or a field of .json"
+        "--concept",
+        metavar="FIELD",
+        help="what names a concept: label (.cls), key, text, a field of .json, or shared: samples with an equal "
+        "picture, recording or caption are of one; default: concept of .json, else label, else shared",
     )
     parser.add_argument("--category", metavar="FIELD", help="what names its category, likewise")
     parser.add_argument("--weights", choices=["teacher", "student", "random"], default="teacher", help="whose")

@@ -136,6 +136,7 @@ def _controls(pair: Mapping[str, Any]) -> str:
 def _curves(pair: Mapping[str, Any]) -> "Figure":
     """A panel a measure: runs, random encoders, chance."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     names = [name for name in (*scoring.MEASURES, "modality gap") if pair["layers"]["runs"][0].get(name) is not None]
     figure = Figure(figsize=(3.2 * len(names), 2.8), layout="constrained")
@@ -150,7 +151,9 @@ def _curves(pair: Mapping[str, Any]) -> "Figure":
         axes.set_title(name, fontsize=9)
         axes.set_xlabel("layer", fontsize=8)
         axes.tick_params(labelsize=7)
-        axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        bottom, top = min(0.0, axes.get_ylim()[0]), axes.get_ylim()[1]
+        axes.set_ylim(bottom, top + 0.08 * (top - bottom))
         if index == 0:
             axes.legend(fontsize=7)
     return figure
@@ -193,18 +196,20 @@ def _plane(pair: Pair, layers: Sequence[PairOfLayers], mapped: tuple[Tensor, Ten
 
 
 def _draw_plane(axes: "Axes", pair: Pair, name: str, both: tuple[Tensor, Tensor]) -> None:
+    from matplotlib.collections import LineCollection
+
     count = min(_IN_PLANE, len(both[0]))
     unit_nd = torch.cat([F.normalize(one[:count].double(), dim=-1) for one in both])
     centred_nd = unit_nd - unit_nd.mean(dim=0)
     _, _, directions = torch.linalg.svd(centred_nd, full_matrices=False)
     plane_n2 = (centred_nd @ F.pad(directions[:2].T, (0, max(0, 2 - len(directions))))).numpy()
-    for one in range(count):
-        axes.plot(*plane_n2[[one, count + one]].T, color="#c8ccd6", linewidth=0.4, zorder=1)
+    partners = np.stack([plane_n2[:count], plane_n2[count:]], axis=1)  # one collection: many lines take seconds
+    axes.add_collection(LineCollection(list(partners), colors="#c8ccd6", linewidths=0.4, zorder=1))
     for part, (stem, colour) in enumerate(zip((pair.x, pair.y), _COLOURS, strict=True)):
         points = plane_n2[part * count : (part + 1) * count]
         axes.scatter(points[:, 0], points[:, 1], s=9, color=colour, label=stem, zorder=2)
     axes.set_title(f"concepts in two dimensions, {name}; lines join partners", fontsize=9)
-    axes.legend(fontsize=7)
+    axes.legend(fontsize=7, loc="upper right")  # the best place takes seconds to be found among so many lines
     axes.tick_params(labelsize=7)
 
 

@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from d2v_scale.alignment import models
 from d2v_scale.alignment.concepts import read_set
-from d2v_scale.alignment.features import StemSamples, encoded, kind_of
+from d2v_scale.alignment.features import StemSamples, averaged, encoded, kind_of
 from d2v_scale.alignment.measures import modality_gap, own_neighbours
 from d2v_scale.batch import Batch
 from d2v_scale.errors import UserError
@@ -169,10 +168,11 @@ def _draw_separation(path: Path, encoders: Mapping[str, FrozenEncoder], read: Ma
     of its own modality."""
     from matplotlib.figure import Figure
 
-    layers = {
-        name: {stem: _present(encoder, found.samples) for stem, found in read.items()}
-        for name, encoder in encoders.items()
-    }
+    layers: dict[str, dict[str, Tensor]] = {name: {} for name in encoders}
+    for stem, found in read.items():
+        made = averaged(found.samples, [encoded(encoder) for encoder in encoders.values()])
+        for name, means in zip(encoders, made, strict=True):
+            layers[name][stem] = means.layers_lnd[:, means.present_n]
     pairs = list(combinations(read, 2))
     figure = Figure(figsize=(8, 2.6 * len(pairs)), layout="constrained")
     for row, (x, y) in enumerate(pairs):
@@ -193,9 +193,3 @@ def _draw_separation(path: Path, encoders: Mapping[str, FrozenEncoder], read: Ma
             axes.tick_params(labelsize=7)
             axes.legend(fontsize=7)
     return save(figure, path, "how far modalities lie apart")
-
-
-def _present(encoder: FrozenEncoder, samples: StemSamples) -> Tensor:
-    """(L, N, D) of the samples that can be read."""
-    means = encoded(encoder, samples)
-    return means.layers_lnd[:, torch.nonzero(means.present_n)[:, 0]]

@@ -36,7 +36,40 @@ def test_the_concept_is_what_json_says_else_the_label_else_the_sample(tmp_path: 
     assert (len(found.concepts), found.places[0].category) == (8, "0")
     assert read(tmp_path / "label", labelled, concept="text").concepts[0] == name(0)
     bare = [{key: value for key, value in one.items() if key not in ("json", "cls")} for one in made]
-    assert len(read(tmp_path / "bare", bare).concepts) == 8
+    assert len(read(tmp_path / "bare", bare, concept="key").concepts) == 8
+    assert read(tmp_path / "bare", bare).concepts == [f"{k:05d}-0" for k in range(4)]  # two samples share a name
+
+
+def test_samples_that_share_a_member_are_of_one_concept(tmp_path: Path) -> None:
+    """A picture with five captions, and captions in two voices: as such sets come, without any name of a concept. Every
+    caption was a concept of its own, and all that were held out lay on the training side, by their pictures."""
+    made: list[Sample] = []
+    for number in range(8):
+        for caption in range(5):
+            one: Sample = {"__key__": f"{number}-{caption}", "png": picture(number), "txt": f"{name(number)} {caption}"}
+            made += [
+                one,
+                {"__key__": f"{number}-{caption}-said", "flac": recording(number, caption), "txt": one["txt"]},
+            ]
+    found = read(tmp_path / "set", made)
+    assert found.concepts == [f"{number}-0" for number in range(8)]
+    assert found.named_by == "shared"
+    split = open_split(str(tmp_path / "set"), None, 0.25, CONTENTS, None, None)
+    assert (len(split.train.concepts), len(split.test.concepts), split.on_both_sides) == (6, 2, {})
+
+
+def test_equal_keys_of_two_sets_say_nothing(tmp_path: Path) -> None:
+    """Samples are numbered from 0 on both sides: all held-out concepts were taken for training ones."""
+    train, test = ([{"__key__": f"{k}", "png": picture(first + k)} for k in range(9)] for first in (0, 9))
+    paths = written(tmp_path / "train", train), written(tmp_path / "test", test)
+    for concept in (None, "key"):
+        split = open_split(*paths, 0.25, CONTENTS, concept, None)
+        assert (len(split.test.concepts), split.on_both_sides) == (9, {})
+
+
+def test_a_category_that_no_sample_has_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"No sample .* has a colour"):
+        read(tmp_path / "set", samples(0, 4), category="colour")
 
 
 def test_samples_without_a_concept_or_damaged_are_left_out_and_named(tmp_path: Path) -> None:

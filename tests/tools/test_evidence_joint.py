@@ -1,0 +1,82 @@
+"""Evidence of joint training: arms are sound and of equal compute, the tables say what rows hold, rows are kept."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.append(str(ROOT / "tools"))
+
+import evidence_joint  # noqa: E402
+import evidence_joint_table  # noqa: E402
+from evidence_joint_sets import JointSet  # noqa: E402
+
+DATA = JointSet("digits", "train.index.json", "test.index.json", "shuffled/train.index.json", "key", "label")
+
+
+def test_all_arms_have_the_same_compute(tmp_path: Path) -> None:
+    totals = {}
+    for arm in evidence_joint.ARMS:
+        job = evidence_joint.JointJob(DATA, arm, 0, 40, tmp_path, tmp_path)
+        recipes = [evidence_joint.parsed(said, tmp_path / "recipe.yaml") for said in job.recipes.values()]
+        for recipe in recipes:
+            recipe.check(1)
+        totals[arm] = sum(recipe.optim.max_steps * evidence_joint.step_flops(recipe) for recipe in recipes)
+        assert [source.shards for recipe in recipes for source in recipe.data.sources] == [
+            DATA.shuffled if arm == "shuffled" else DATA.train
+        ] * (1 if arm in ("paired", "shuffled") else 3)
+    assert max(totals.values()) < 1.02 * min(totals.values())
+    assert totals["separate"] == pytest.approx(totals["together"])
+
+
+def row(arm: str, seed: int, knn: float, mapped: float) -> dict[str, Any]:
+    stems = {stem: {"knn": knn, "linear": 0.5} for stem in evidence_joint.STEMS}
+    pairs = {"vision - speech": {"mapped": mapped, "same": 0.1, "chance": 0.04}}
+    return {"arm": arm, "seed": seed, "stems": stems, "pairs": pairs, "random_stems": stems, "random_pairs": pairs}
+
+
+def test_the_tables_say_what_pairs_of_samples_change(tmp_path: Path) -> None:
+    (tmp_path / "joint_concepts").mkdir()
+    for arm, knn, mapped in (("separate", 0.5, 0.2), ("paired", 0.6, 0.5), ("shuffled", 0.4, 0.2)):
+        for seed in range(3):
+            made = row(arm, seed, knn, mapped + 0.01 * seed)
+            (tmp_path / "joint_concepts" / f"{arm}-seed-{seed}.json").write_text(json.dumps(made))
+    text = evidence_joint_table.written(tmp_path)
+    assert "| paired | 60.0 ± 0.0 | 50.0 ± 0.0 |" in text
+    assert "| paired | 10.0 ± 0.0 | 51.0 ± 1.0 |" in text
+    assert "| chance | 4.0 | 4.0 |" in text
+    assert "- paired against shuffled, mapped R@10: vision - speech +30.0, 95 % from +30.0." in text
+    assert "- paired against separate, k-NN: vision +10.0, 95 % from +10.0; speech" in text
+    assert evidence_joint_table.written(tmp_path / "none") == ""
+
+
+@pytest.mark.slow
+def test_an_arm_is_trained_once(tmp_path: Path) -> None:
+    (recordings := tmp_path / "data" / "fsdd" / "recordings").mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for label in range(10):
+        for take in range(9):
+            soundfile.write(recordings / f"{label}_ada_{take}.wav", rng.normal(0, 0.1, 6000), 8000)
+    command = [sys.executable, str(ROOT / "tools" / "evidence_joint.py"), "--quick", "--sets", "digits"]
+    command += ["--data", str(tmp_path / "data"), "--out", str(tmp_path / "out"), "--arms", "separate", "shuffled"]
+
+    def call() -> str:
+        environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout
+
+    assert "2 results, 0 of them finished before" in call()
+    said = call()
+    assert "2 results, 2 of them finished before" in said
+    assert "| shuffled |" in said
+    found = json.loads((tmp_path / "out" / "rows" / "joint_digits" / "separate-seed-0.json").read_text())
+    assert found["runs"].keys() == set(evidence_joint.STEMS)
+    assert found["pairs"].keys() == {"vision - speech", "vision - text", "speech - text"}
