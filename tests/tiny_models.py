@@ -10,6 +10,7 @@ from d2v_scale import modalities
 from d2v_scale.batch import Batch, Layout
 from d2v_scale.data.paired import joined, with_queries
 from d2v_scale.data2vec.config import TargetConfig
+from d2v_scale.modalities.costs import Lengths
 from d2v_scale.model.config import Backbone, ModelConfig, Predictor
 from d2v_scale.model.init import InitRule
 from d2v_scale.model.stem_config import ArrayAxis, ArrayStem, OwnPredictor, SpeechStem, TextStem, VisionStem
@@ -216,6 +217,30 @@ def paired_batch(version: str, samples: int, clones: int, seed: int) -> Batch:
         hidden_r[{"text": 0, "vision": 4 * clones - 1}.get(stem, 0) :: 4 * clones] = stem != "speech"
         parts.append(part_of_pairs(part, present_b, hidden_r))
     return joined(tuple(parts), "vision+speech+text", source="pairs")
+
+
+def whole_batch(name: str, samples: int, clones: int) -> Batch:
+    """Of samples that have all their parts, of which none is hidden or padded."""
+    if name not in PAIRS:
+        return batch(name, samples, clones)
+    parts = [batch(f"{name[:2]}_{stem}", samples, clones) for stem in ("vision", "speech", "text")]
+    return joined(tuple(parts), "vision+speech+text", source="pairs")
+
+
+def lengths_of(model: ModelConfig, batch: Batch) -> Lengths:
+    """Of the samples of a batch, on which costs are counted."""
+    if batch.parts:
+        return Lengths.together({part.modality: lengths_of(model, part) for part in batch.parts})
+    rows, length = batch.masked_rt.shape
+    masked = float(batch.masked_rt.sum()) / rows
+    return Lengths(
+        inputs=batch.inputs.shape[-1],
+        grid=batch.extents,
+        kept=length - round(masked) if model.visible_only else length,
+        masked=masked,
+        extra=batch.extra_tokens,
+        clones=batch.clones,
+    )
 
 
 def part_of_pairs(part: Batch, present_b: Tensor, hidden_r: Tensor) -> Batch:

@@ -42,8 +42,8 @@ def activations(model: ModelConfig, modality: str, lengths: Lengths, setting: Se
 
 
 def _joint_bias(model: ModelConfig, modality: str, lengths: Lengths, setting: Setting) -> float:
-    """The position biases of all parts of paired samples as one."""
-    if not lengths.parts or not modalities.of(model, modality).has_bias:
+    """The position biases of all parts of paired samples as one: a CPU's operators add it to logits, and keep none."""
+    if not lengths.parts or setting.kernels == "cpu" or not modalities.of(model, modality).has_bias:
         return 0.0
     length = lengths.kept + lengths.extra
     rows = setting.samples * lengths.clones

@@ -56,35 +56,30 @@ def counted(run) -> int:
     return counter.get_total_flops()
 
 
-@pytest.mark.parametrize("name", [*tiny_models.NAMES, *tiny_models.ARRAYS, "v1_vision+2", "v2_speech+2", "v2_text+1"])
+NAMES = [*tiny_models.NAMES, *tiny_models.ARRAYS, *tiny_models.PAIRS, "v1_vision+2", "v2_speech+2", "v2_text+1"]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_flops_on_paper_are_those_counted(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # The counter knows torch's own operators only.
     monkeypatch.setattr(cpu_ops, "applies", lambda x: False)
     samples = 2
     clones = 3 if name.startswith("v2") else 1
-    batch = tiny_models.batch(name, samples=samples, clones=clones)
+    batch = tiny_models.whole_batch(name, samples, clones)
     model, modality = tiny_models.model(name), tiny_models.modality_of(name)
     parts = published_parts(model)
     student, teacher = Student(model), Teacher(model, tiny_models.target_of(name), parts)
     for parameter in [*student.parameters(), *teacher.parameters()]:
         torch.nn.init.normal_(parameter, std=0.05)
-    rows, length = batch.masked_rt.shape
-    masked = float(batch.masked_rt.sum()) / rows
-    lengths = Lengths(
-        inputs=batch.inputs.shape[-1],
-        grid=batch.extents,
-        kept=length - round(masked) if model.visible_only else length,
-        masked=masked,
-        extra=batch.extra_tokens,
-        clones=clones,
-    )
+    lengths = tiny_models.lengths_of(model, batch)
     cost = flops.sample_cost(model, modality, lengths, parts)
 
     # The fused CPU kernel is not in the counter's table; the plain one is two batched products.
     with sdpa_kernel(SDPBackend.MATH):
         forward = counted(lambda: student(batch, Draw(0, 0)))
         output = student(batch, Draw(0, 0))
-        backward = counted(output.predictions_nd.square().sum().backward)
+        squares = torch.stack([found.square().sum() for found in output.predictions])
+        backward = counted(squares.sum().backward)
         targets = counted(lambda: teacher(batch, output.features_btd))
 
     assert forward == pytest.approx(samples * sum(one.forward for one in cost.layers), rel=0.01)
