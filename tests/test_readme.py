@@ -25,6 +25,7 @@ FURTHER = ("own_data", "training", "encoders")
 
 # Options that stand-ins have to be small, or because the README's recipe has them.
 SMALL = {
+    "--evaluation.test",
     *("--stop_at", "--tracking.enabled", "--data.workers", "--global_batch_size", "--vocab_size", "--recipe"),
     *("--samples", "--length", "--rounds", "--warmup", "--sweeps", "--worlds", "--optim.max_steps"),
     *("--optim.warmup_steps", "--evaluation.train", "--model.backbone.width", "--model.backbone.heads"),
@@ -171,6 +172,12 @@ STAND_INS: dict[str, list[str] | None] = {
         *["--global_batch_size", "4"],
         *["--run_dir", "runs/continued", "--evaluation.train", "null"],
     ],
+    # tests/pretraining/test_late_end.py decides the end of a run while it runs.
+    "deepspeed d2v_scale/train.py --recipe d2v2_vision_base --data '/shards/in1k-{000000..001281}.tar' "
+    "--optim.schedule wsd --optim.max_steps 1000000 --run_dir runs/vit": None,
+    "deepspeed d2v_scale/train.py --resume runs/vit --decay_from 80000 --optim.max_steps 100000": None,
+    "deepspeed d2v_scale/train.py --recipe d2v2_vision_base --data '/shards/in1k-{000000..001281}.tar' "
+    "--optim.muon.momentum 0.95": None,
     # tests/interop/test_published_text.py does these three.
     "d2v import FOLDER out/text": None,
     "d2v shards text train.tsv glue --tokenizer out/text --columns sentence,label": None,
