@@ -20,6 +20,7 @@ CASES: dict[int, list[dict[str, Any]]] = {
         {"name": "z1", "zero": {"stage": 1}, "precision": "bf16"},
         {"name": "z2_accumulation", "zero": {"stage": 2}, "precision": "bf16", "accumulation": 2},
         {"name": "z2_offload", "zero": {"stage": 2, **OFFLOAD}, "precision": "bf16", "placement": "cpu"},
+        {"name": "z2_pairs", "zero": {"stage": 2}, "precision": "bf16", "pairs": True},
         {"name": "z3_accumulation", "zero": {"stage": 3}, "precision": "bf16", "accumulation": 2},
         {
             "name": "z3_offload",

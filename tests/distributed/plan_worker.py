@@ -3,7 +3,7 @@
     plan_worker.py CASES.json OUT.json
 
 A case: name, tensor, pipeline, zero (the JSON's `zero_optimization`), precision, placement, accumulation, clones,
-checkpointing.
+checkpointing, pairs.
 Rank 0 writes for every case what each rank held and what each rank communicated.
 """
 
@@ -13,6 +13,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,11 @@ from deepspeed.runtime.pipe import schedule
 from megatron.core import parallel_state
 
 from d2v_scale.batch import Batch
+from d2v_scale.data.config import DataConfig, SourceConfig
+from d2v_scale.data.paired import joined
 from d2v_scale.data2vec.config import MaskingConfig, ObjectiveConfig, TargetConfig
 from d2v_scale.model.config import Backbone, ModelConfig, Predictor
-from d2v_scale.model.stem_config import VisionStem
+from d2v_scale.model.stem_config import TextStem, VisionStem
 from d2v_scale.networks.draw import Draw
 from d2v_scale.optim import MuonConfig, OptimConfig
 from d2v_scale.parallel import ds_config, groups
@@ -37,12 +40,12 @@ from d2v_scale.teacher.config import TeacherConfig
 from d2v_scale.teacher.held_bytes import held_bytes
 from d2v_scale.teacher.sharded import EmaTeacher, ShardedTeacher
 
-SAMPLES, CLONES, KEPT = 2, 3, 4
-"""Of each micro-batch and data-parallel rank; patches kept of 16."""
+SAMPLES, CLONES, KEPT, TOKENS = 2, 3, 4, 16
+"""Of each micro-batch and data-parallel rank; patches kept of 16; tokens of a text, of which as many are kept."""
 
 
 def recipe_of(case: dict[str, Any], world_size: int) -> Recipe:
-    """The recipe that a case trains: a small 2.0 vision model."""
+    """The recipe that a case trains: a small 2.0 model of images, or of images beside texts (`pairs`)."""
     backbone = Backbone(width=128, heads=4, ffn=512, depth=4, prenet_depth=1)
     decoder = Predictor(kind="conv2d", width=64, kernel=3, groups=4, layers=2)
     model = ModelConfig(
@@ -52,10 +55,17 @@ def recipe_of(case: dict[str, Any], world_size: int) -> Recipe:
         predictor=decoder,
         activation_checkpointing=case.get("checkpointing", False),
     )
+    data = DataConfig()
+    if case.get("pairs"):
+        assert model.vision is not None
+        model.text = TextStem(vocab_size=40, max_positions=TOKENS, mask_id=39, paired=True)
+        model.vision.paired, model.predictor.kind = True, "conv1d"
+        data.sources = [SourceConfig(shards="none", modality="vision+text")]
     parallel = groups.ParallelConfig(tensor=case.get("tensor", 1), pipeline=case.get("pipeline", 1))
     accumulation = case.get("accumulation", 1)
     return Recipe(
         model=model,
+        data=data,
         objective=ObjectiveConfig(
             masking=MaskingConfig(kind="random", prob=0.75, clones=case.get("clones", CLONES)),
             target=TargetConfig(top_k_layers=3),
@@ -135,6 +145,20 @@ def _bytes(value: Any) -> int:
     return value.nbytes if isinstance(value, torch.Tensor) else sum(_bytes(each) for each in value)
 
 
+def pairs_of(generator: torch.Generator, clones: int) -> Batch:
+    """One micro-batch of images beside texts."""
+    order = torch.rand(SAMPLES * clones, TOKENS, generator=generator).argsort(1)
+    texts = Batch(
+        modality="text",
+        inputs=torch.randint(4, 39, (SAMPLES, TOKENS), generator=generator),
+        valid=None,
+        masked_rt=order >= KEPT,
+        sample_ids=torch.arange(SAMPLES),
+    )
+    parts = tuple(replace(part, source=f"pairs/{part.modality}") for part in (batch_of(generator, clones), texts))
+    return joined(parts, "vision+text", source="pairs")
+
+
 def batch_of(generator: torch.Generator, clones: int) -> Batch:
     """One micro-batch."""
     order = torch.rand(SAMPLES * clones, 16, generator=generator).argsort(1)
@@ -181,7 +205,8 @@ def measure(case: dict[str, Any], traffic: Traffic) -> dict[str, Any]:
     before_update(student, lambda: held.update(held_bytes(student, teacher)))
     for step in range(3):
         traffic.counting = step == 2
-        batches = [batch_of(generator, recipe.objective.masking.clones) for _ in range(recipe.accumulation)]
+        made = pairs_of if case.get("pairs") else batch_of
+        batches = [made(generator, recipe.objective.masking.clones) for _ in range(recipe.accumulation)]
         result, _ = train_step(student, teacher, batches, recipe.objective, Draw(seed=0, step=step), observe=False)
         assert result.applied
     traffic.counting = False

@@ -27,9 +27,10 @@ def sent(job: Any, devices_per_node: int = 8) -> dict[str, float]:
 @pytest.mark.parametrize("key", IDS, ids=str)
 def test_collectives_send_what_was_planned(key: tuple[int, str], measured: dict[Any, dict[str, Any]]) -> None:
     job = job_of(measured[key])
+    [sequence] = job.recipe.sequences
     for stage, ranks in enumerate(stages_of(measured[key])):
         found = dict.fromkeys(KINDS, 0.0)
-        for one in traffic.stage_transfers(job, "vision", 8, stage):
+        for one in traffic.stage_transfers(job, sequence, 8, stage):
             found[next(kind for kind, names in KINDS.items() if one.name in names)] += one.sent
         for kind, size in found.items():
             most = max(sum(n for name, n in rank["sent"].items() if kind in name) for rank in ranks)
