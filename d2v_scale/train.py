@@ -36,6 +36,7 @@ from d2v_scale.errors import EXIT_BAD_INPUT, EXIT_LOST_PEER, ConfigError, UserEr
 from d2v_scale.finetuning.start import adopt
 from d2v_scale.parallel import ds_config, launchers, rank_environment
 from d2v_scale.planning import legal
+from d2v_scale.process.doing import doing
 from d2v_scale.process.signals import StopFlag, is_lost_peer
 from d2v_scale.process.status import write_status
 from d2v_scale.process.watchdog import collective_timeout_s
@@ -65,30 +66,35 @@ def main(arguments: list[str], stop_flag: StopFlag) -> int:
     """Run the program; returns the exit code that status.json also holds."""
     terminal = logging.StreamHandler()
     terminal.setFormatter(RedactingFormatter("%(message)s"))
-    logging.basicConfig(level=logging.INFO, handlers=[terminal])
+    # Libraries say more only where they are asked for it.
+    logging.basicConfig(level=os.environ.get("D2V_DEEPSPEED_LOG", "WARNING"), handlers=[terminal])
+    logging.getLogger("d2v_scale").setLevel(logging.INFO)
     directory: Path | None = None
     rank = 0
     try:
         rank = launchers.adopt().rank
         if rank != 0:
-            logging.getLogger().setLevel(logging.ERROR)
-        recipe, options = command_line.parse(arguments)
+            terminal.setLevel(logging.ERROR)
+        with doing("reading the recipe"):
+            recipe, options = command_line.parse(arguments)
         encoder = None if recipe.task is None else adopt(recipe, options)
         config = configure(recipe)
         if options.prepare:
             raw_data.prepare(recipe, options.run_dir or options.resume, lambda: stop_flag.raised() is not None)
         find_data(recipe, rank)
 
-        import torch
+        with doing("loading PyTorch, DeepSpeed and megatron-core"):
+            import torch
 
-        from d2v_scale.finetuning import program as finetuning
-        from d2v_scale.model import attention_kernels
-        from d2v_scale.parallel import groups
-        from d2v_scale.pretraining import program as pretraining
-        from d2v_scale.running import run_directory
-        from d2v_scale.running.loop import AnyRun
-        from d2v_scale.running.supervision import supervise
+            from d2v_scale.finetuning import program as finetuning
+            from d2v_scale.model import attention_kernels
+            from d2v_scale.parallel import groups
+            from d2v_scale.pretraining import program as pretraining
+            from d2v_scale.running import run_directory
+            from d2v_scale.running.loop import AnyRun
+            from d2v_scale.running.supervision import supervise
 
+            groups.prepare_accelerator()
         patience_s = collective_timeout_s(recipe.hang_limit_minutes * 60, recipe.checkpoint.peer_timeout)
         topology = groups.initialize(recipe.parallel, patience_s / 60)
         directory = run_directory.claim(recipe, options, config, topology)

@@ -10,12 +10,12 @@ python="${PYTHON:-python3}"
     echo "$python is $("$python" --version 2>&1); Python 3.11 or newer is needed. Set PYTHON to one." >&2
     exit 2
 }
-[ -x .venv/bin/python ] || "$python" -m venv .venv
+[ -x .venv/bin/python ] || { echo "Making .venv ..." && "$python" -m venv .venv; }
 
 # One stamp for each set of extras: an unchanged project is not installed twice.
 stamp=".venv/.installed-$(cat pyproject.toml setup.py | sha256sum | cut -c1-16)-${extras//,/-}"
 if [ ! -f "$stamp" ]; then
-    echo "Installing d2v_scale${extras:+[$extras]} into .venv ..."
+    echo "Installing d2v_scale${extras:+[$extras]} into .venv, some minutes the first time ..."
     .venv/bin/python -m pip install --quiet --disable-pip-version-check -e ".${extras:+[$extras]}"
     touch "$stamp"
 fi

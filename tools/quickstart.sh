@@ -23,6 +23,7 @@ case "$modalities" in *joint*) extra=joint ;; esac
 bash tools/install.sh "$extra" || bash tools/install.sh demo || bash tools/install.sh
 export PATH="$PWD/.venv/bin:$PATH"
 
+echo "Looking for GPUs ..."
 gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
 if [ "$gpus" -eq 0 ]; then
     export DS_ACCELERATOR=cpu OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
@@ -32,20 +33,24 @@ else
 fi
 
 for modality in $modalities; do
-    # A free port, so that another run on this machine is no hindrance.
-    port=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
     run_dir="runs/quickstart-$modality"
+    echo "Writing the demo's shards to demo_data/$modality ..."
     python tools/make_shards.py demo --modality "$modality" demo_data
-    deepspeed --num_gpus "$processes" --master_port "$port" d2v_scale/train.py --recipe "demo_$modality" --run_dir "$run_dir"
+    echo "Pretraining demo_$modality in $processes processes, to $run_dir ..."
+    d2v train --ranks "$processes" --recipe "demo_$modality" --run_dir "$run_dir"
     if [ "$modality" = joint ]; then  # one Transformer, from which an encoder of each modality is exported
         for stem in vision speech text; do
+            echo "Exporting the encoder of $stem for transformers, to out/quickstart-joint/$stem ..."
             python tools/export.py "$run_dir" "out/quickstart-joint/$stem" --to hf --modality "$stem"
         done
         for stem in vision speech text; do
+            echo "Drawing what the model makes of samples of $stem ..."
             python tools/draw.py "$run_dir" --data demo_data/joint/test.index.json --modality "$stem"
         done
     else
+        echo "Drawing what the model makes of some samples ..."
         python tools/draw.py "$run_dir"
+        echo "Exporting the encoder for transformers, to out/quickstart-$modality ..."
         python tools/export.py "$run_dir" "out/quickstart-$modality" --to hf
     fi
     python tools/summarize.py "$run_dir" --exported "out/quickstart-$modality"

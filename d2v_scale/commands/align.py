@@ -66,6 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
         from d2v_scale.alignment.recording import record, result_path, write
         from d2v_scale.alignment.table import lines
         from d2v_scale.plots.alignment import page
+        from d2v_scale.tracking.follow import pass_on
 
         found = align(options)
     except UserError as error:
@@ -76,5 +77,5 @@ def main(arguments: list[str] | None = None) -> int:
     for file in files:
         print(file)
     for run_dir in record(found.result, found.models, files):
-        print(f"Recorded in {run_dir}; `d2v sync` sends it if the run is over.")
+        print(pass_on(run_dir))
     return 0

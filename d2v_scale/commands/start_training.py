@@ -17,6 +17,7 @@ import sys
 from d2v_scale.answers.help_text import HelpFormatter
 from d2v_scale.errors import EXIT_BAD_INPUT, UserError
 from d2v_scale.parallel import launchers, local_ranks
+from d2v_scale.process import doing
 from d2v_scale.programs.own_program import TRAINING
 
 RANKS = "processes; default: the number of GPUs, 1 without any"
@@ -40,6 +41,8 @@ def make_parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     """Become the training program, or start it several times; returns its exit code."""
     options, for_training = make_parser().parse_known_args(arguments)
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger(doing.__name__).setLevel(logging.INFO)
     launchers.log.setLevel(logging.ERROR)  # a batch script is alone among its job's tasks, and may start ranks
     try:
         environment = dict(os.environ)

@@ -91,11 +91,13 @@ class OnlineEvaluation:
         return cls(config, read_train, read_test, student, teacher, names)
 
     def figures(self) -> dict[str, float]:
-        """All figures for the record. Collective: all ranks must call; all get the same."""
+        """All figures for the record: `knn_accuracy`, `knn_samples`, and `knn_chance`, the share of the commonest
+        label, which is found without looking at a sample. Collective: all ranks must call; all get the same."""
         if not self._train:
             return {}
-        samples = sum(len(labels_b) for _, labels_b in self._test)
-        return {"knn_accuracy": self.accuracy(), "knn_samples": samples}
+        labels_q = torch.cat([labels_b for _, labels_b in self._test])
+        chance = int(labels_q.unique(return_counts=True)[1].max()) / len(labels_q)
+        return {"knn_accuracy": self.accuracy(), "knn_samples": len(labels_q), "knn_chance": chance}
 
     def accuracy(self) -> float:
         """k-NN accuracy in [0, 1] of the teacher's features, whitened. Collective: all ranks must call; all get it."""

@@ -33,6 +33,7 @@ from d2v_scale.interop.exporting import pick_modality, pick_sequence
 from d2v_scale.recipe import Recipe
 from d2v_scale.shards.class_names import agreed_classes
 from d2v_scale.tracking import log_evaluation
+from d2v_scale.tracking.follow import pass_on
 from d2v_scale.tracking.record import METRICS_FILE
 
 LAST_LAYERS = 4
@@ -224,7 +225,7 @@ def tell_mlflow(run_dir: Path | None, step: int, weights: str, task: str, scores
     if run_dir is not None and (run_dir / METRICS_FILE).exists():
         values = {f"probe/{name}": value for name, value in scores.items()}
         log_evaluation(run_dir, f"{task} {weights}", step, values, {"weights": weights, "task": task})
-        print(f"Recorded in {run_dir}; `d2v sync` sends it if the run is over.")
+        print(pass_on(run_dir))
 
 
 def print_table(result: dict[str, object]) -> None:

@@ -25,6 +25,7 @@ from d2v_scale.networks.draw import Draw
 from d2v_scale.optim import make_optimizer, parameter_groups, scheduled, stem_scale
 from d2v_scale.parallel.groups import Topology
 from d2v_scale.parallel.zero import StudentEngine, build_student
+from d2v_scale.process.doing import doing
 from d2v_scale.process.signals import StopReason
 from d2v_scale.recipe import Recipe
 from d2v_scale.running.loop import Taken
@@ -141,18 +142,19 @@ def build(
     assert task is not None
     if options.resume is None:  # its data exist, elsewhere if not here
         demo.ensure([*(source.shards for source in recipe.data.sources), *recipe.evaluation.shards])
-    loader = LabelledLoader(
-        task,
-        recipe.data,
-        recipe.model,
-        seed=recipe.seed,
-        global_batch_size=recipe.global_batch_size,
-        batch_unit=recipe.batch_unit,
-        accumulation=recipe.accumulation,
-        dp_rank=topology.data_parallel_rank,
-        dp_size=topology.data_parallel_size,
-        device=topology.device,
-    )
+    with doing("reading the index of the shards, and their labels"):
+        loader = LabelledLoader(
+            task,
+            recipe.data,
+            recipe.model,
+            seed=recipe.seed,
+            global_batch_size=recipe.global_batch_size,
+            batch_unit=recipe.batch_unit,
+            accumulation=recipe.accumulation,
+            dp_rank=topology.data_parallel_rank,
+            dp_size=topology.data_parallel_size,
+            device=topology.device,
+        )
     if encoder is not None:
         shards = recipe.data.sources[0].shards
         check_tokenizer(encoder.path, encoder.tokenizer_sha256, shards, loader.tokenizer_sha256())
@@ -167,20 +169,23 @@ def build(
     def of_group(name: str) -> dict[str, float]:
         return traits(name, task, recipe.model, stem_scale(name, recipe.optim))
 
-    student = build_student(
-        lambda: TaskModel(recipe.model, task),
-        config,
-        lambda named: make_optimizer(parameter_groups(freeze(named, task), recipe.optim, of_group), recipe.optim),
-        topology,
-        begin,
-    )
+    with doing("building the model"):
+        student = build_student(
+            lambda: TaskModel(recipe.model, task),
+            config,
+            lambda named: make_optimizer(parameter_groups(freeze(named, task), recipe.optim, of_group), recipe.optim),
+            topology,
+            begin,
+        )
     writer = CheckpointWriter.create(directory / "checkpoints", recipe.checkpoint)
     tracker = RunTracker(directory, recipe.tracking, is_main=topology.rank == 0)
-    evaluation = TaskEvaluation.of(recipe, student, loader.classes)
+    with doing("reading the held-out samples"):
+        evaluation = TaskEvaluation.of(recipe, student, loader.classes)
     rows = torch.zeros((), dtype=torch.float64, device=topology.device)
     totals = RunTotals(loader.sources)
     run = TaskRun(recipe, options, topology, directory, student, loader, writer, tracker, evaluation, totals, rows)
-    load(run, encoder)
+    with doing("reading the newest checkpoint"):
+        load(run, encoder)
     return run
 
 

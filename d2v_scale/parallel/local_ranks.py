@@ -16,6 +16,8 @@ from pathlib import Path
 from types import FrameType
 
 from d2v_scale.errors import UserError
+from d2v_scale.parallel import rank_environment
+from d2v_scale.process.doing import doing
 
 _PASSED_ON = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2)
 GRACE_S = 60.0
@@ -26,10 +28,11 @@ _LEFTOVERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_AD
 
 def count_gpus(environment: Mapping[str, str]) -> int:
     """GPUs that PyTorch sees, asked in another process: it is slow to import, and the ranks want the GPUs unused."""
-    if environment.get("DS_ACCELERATOR") == "cpu":
+    if not rank_environment.may_have_gpu(environment):
         return 0
     command = [sys.executable, "-c", "import torch; print(torch.cuda.device_count())"]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=False)
+    with doing("looking for GPUs"):
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=False)
     return int(done.stdout.split()[-1]) if done.returncode == 0 else 0
 
 

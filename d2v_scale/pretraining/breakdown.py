@@ -1,5 +1,5 @@
-"""The loss of single steps by data source, by how much of a row was hidden and by target; the spread of each source's
-states."""
+"""The loss of single steps by data source, by how much of a row was hidden and by target; of each source the spread of
+its states, and how much of its rows is hidden."""
 
 from collections.abc import Mapping, Sequence
 
@@ -12,7 +12,7 @@ from d2v_scale.data2vec.config import LossConfig
 from d2v_scale.data2vec.loss import Compared
 from d2v_scale.parallel.groups import Topology
 
-OF_A_SOURCE = ("loss", "target_std", "prediction_std")
+OF_A_SOURCE = ("loss", "target_std", "prediction_std", "masked_share")
 """Figures that are recorded as `<figure>/<source>`."""
 BUCKETS = 4
 """Equal ranges of the masked share of a row."""
@@ -37,6 +37,8 @@ class LossBreakdown:
         self._sizes = [1 + 2 * width for pair in (widths or {}).values() for width in pair]
         self._moments = torch.zeros(sum(self._sizes), dtype=torch.float64, device=device)
         self._sums = torch.zeros(2, len(sources) + BUCKETS + len(self._targets), dtype=torch.float64, device=device)
+        # Of each source: positions that are masked, and those that hold something.
+        self._masked = torch.zeros(2, len(sources), dtype=torch.float64, device=device)
 
     @torch.no_grad()
     def add(self, batch: Batch, compared: Sequence[Compared], raw: Sequence[Tensor], config: LossConfig) -> None:
@@ -60,6 +62,9 @@ class LossBreakdown:
             own = self._sources.index(batch.source)
             self._sums[0, own] += loss_n.sum()
             self._sums[1, own] += loss_n.numel()
+            self._masked[0, own] += batch.layout.predictions
+            real = batch.valid if batch.real_bt is None else batch.real_bt
+            self._masked[1, own] += batch.masked_rt.numel() * (1.0 if real is None else real.double().mean())
         rows = self._moments.split(self._sizes)
         for number, (raw_nd, one) in enumerate(zip(raw, compared, strict=True)):
             name = spread_name(batch.source, one.name, number, several=len(self._sources) > 1)
@@ -71,8 +76,9 @@ class LossBreakdown:
 
     def figures(self, topology: Topology) -> dict[str, Tensor]:
         """`loss/<source>` (where there are several), `loss/masked_<from>_<to>` in percent and `loss/target_<name>` (of
-        those that are told apart, without their weight), for those that occurred; with `widths` also
-        `target_std/<name>` and `prediction_std/<name>` of each.
+        those that are told apart, without their weight), for those that occurred; `masked_share`, of the positions that
+        hold something, as `masked_share/<source>` where there are several; with `widths` also `target_std/<name>` and
+        `prediction_std/<name>` of each.
 
         Waits for the device. Collective: all ranks must call.
         """
@@ -84,7 +90,14 @@ class LossBreakdown:
         skipped = 1 if len(self._sources) == 1 else 0
         found = list(zip(names, totals, counts, strict=True))[skipped:]
         figures = {f"loss/{name}": torch.tensor(total / count) for name, total, count in found if count}
-        return figures | self._spreads(topology)
+        return figures | self._hidden(topology) | self._spreads(topology)
+
+    def _hidden(self, topology: Topology) -> dict[str, Tensor]:
+        topology.sum_over_model(self._masked)
+        several = len(self._sources) > 1
+        names = [f"masked_share/{source}" if several else "masked_share" for source in self._sources]
+        counted = zip(names, *self._masked.tolist(), strict=True)
+        return {name: torch.tensor(masked / real) for name, masked, real in counted if real}
 
     def _spreads(self, topology: Topology) -> dict[str, Tensor]:
         if not self._sizes:

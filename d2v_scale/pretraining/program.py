@@ -23,6 +23,7 @@ from d2v_scale.parallel.zero import StudentEngine
 from d2v_scale.pretraining.engines import build_engines, describe_idle
 from d2v_scale.pretraining.observing import RunObserver
 from d2v_scale.pretraining.step import Observations, train_step
+from d2v_scale.process.doing import doing
 from d2v_scale.process.profiling import decoders
 from d2v_scale.process.signals import StopReason
 from d2v_scale.recipe import Recipe
@@ -139,22 +140,26 @@ def build(recipe: Recipe, options: Options, config: dict[str, Any], topology: To
     """All parts of the run, restored from the newest checkpoint if there is one. Collective: all ranks must call."""
     if options.resume is None:  # its data exist, elsewhere if not here
         demo.ensure([*(source.shards for source in recipe.data.sources), *recipe.evaluation.shards])
-    loader = StepLoader(
-        recipe.data,
-        recipe.model,
-        recipe.masking(),
-        recipe.objective.compat,
-        seed=recipe.seed,
-        global_batch_size=recipe.global_batch_size,
-        batch_unit=recipe.batch_unit,
-        accumulation=recipe.accumulation,
-        dp_rank=topology.data_parallel_rank,
-        dp_size=topology.data_parallel_size,
-        device=topology.device,
-    )
-    student, teacher = build_engines(recipe, config, topology)
+    with doing("reading the index of the shards"):
+        loader = StepLoader(
+            recipe.data,
+            recipe.model,
+            recipe.masking(),
+            recipe.objective.compat,
+            seed=recipe.seed,
+            global_batch_size=recipe.global_batch_size,
+            batch_unit=recipe.batch_unit,
+            accumulation=recipe.accumulation,
+            dp_rank=topology.data_parallel_rank,
+            dp_size=topology.data_parallel_size,
+            device=topology.device,
+        )
+    with doing("building student and teacher"):
+        student, teacher = build_engines(recipe, config, topology)
     writer = CheckpointWriter.create(directory / "checkpoints", recipe.checkpoint)
     tracker = RunTracker(directory, recipe.tracking, is_main=topology.rank == 0)
+    with doing("reading the samples that are measured on"):
+        evaluation = Evaluation(recipe, student, teacher)
     run = Run(
         recipe=recipe,
         options=options,
@@ -165,11 +170,12 @@ def build(recipe: Recipe, options: Options, config: dict[str, Any], topology: To
         loader=loader,
         writer=writer,
         tracker=tracker,
-        evaluation=Evaluation(recipe, student, teacher),
+        evaluation=evaluation,
         observer=RunObserver(recipe, student, teacher, loader),
         seen_samples=torch.zeros((), dtype=torch.float64, device=topology.device),
     )
-    load(run)
+    with doing("reading the newest checkpoint"):
+        load(run)
     return run
 
 

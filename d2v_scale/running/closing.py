@@ -7,6 +7,7 @@ from typing import Any
 
 from d2v_scale.errors import EXIT_DONE, EXIT_LOST_PEER, EXIT_REQUEUE
 from d2v_scale.redaction import redact
+from d2v_scale.tracking.mirror_state import charts
 from d2v_scale.tracking.names import by_stem
 
 _SHARES = ("accuracy", "wer", "knn_accuracy", "held_out_explained")
@@ -21,18 +22,25 @@ _NAMES = {
 Records = Sequence[Mapping[str, Any]]
 
 
-def closing(
-    directory: Path, code: int, reason: str, records: Records, verdict: str, *, ends: bool, is_task: bool
-) -> list[str]:
-    """Lines for a run in `directory` that ends with this exit code and reason. `records`: all of its metrics;
-    `verdict`: on its health; `ends`: its last step is done."""
+def happened(code: int, reason: str, records: Records, verdict: str, *, is_task: bool) -> list[str]:
+    """Lines for a run that ends with this exit code and reason; the first says how. `records`: all of its metrics;
+    `verdict`: on its health."""
     verb = {EXIT_DONE: "Done", EXIT_REQUEUE: "Stopped", EXIT_LOST_PEER: "Stopped"}.get(code, "Failed")
     lines = [redact(f"{verb}: {reason}")]
     for whose, found in worth(records, is_task=is_task).items():
         lines.append(f"Result{f' of {whose}' if whose else ''}: {', '.join(found)}")
-    if verdict:
-        lines.append(f"Verdict: {verdict}")
-    return lines + [f"Next: {redact(command)}" for command in next_commands(directory, code, ends=ends)]
+    return [*lines, f"Verdict: {verdict}"] if verdict else lines
+
+
+def described(happened: Sequence[str], header: Sequence[str]) -> str:
+    """What a run says of itself, in Markdown: how it ended, where it has, and what it is."""
+    return "\n\n".join([*happened, "\n".join(f"    {line}" for line in header)])
+
+
+def closing(directory: Path, code: int, *, ends: bool) -> list[str]:
+    """Lines on what can be done next: how to look at the charts, and commands. `ends`: its last step is done."""
+    look = [f"Charts: {' then '.join(found)}"] if (found := charts(directory)) else []
+    return look + [f"Next: {redact(command)}" for command in next_commands(directory, code, ends=ends)]
 
 
 def worth(records: Records, *, is_task: bool) -> dict[str, list[str]]:

@@ -1,5 +1,6 @@
 """The training loop. Pretraining and fine-tuning share it; each brings its own step, record and checkpoint."""
 
+import contextlib
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from d2v_scale.data.loader import StepLoader
 from d2v_scale.parallel.feed import SharedFeed
 from d2v_scale.parallel.groups import Topology
 from d2v_scale.parallel.zero import StepResult, StudentEngine
+from d2v_scale.process.doing import doing
 from d2v_scale.process.profiling import StepProfiler, part
 from d2v_scale.process.signals import Agreement, Stop, StopFlag, StopReason
 from d2v_scale.process.watchdog import Watchdog
@@ -88,12 +90,13 @@ class AnyRun(Protocol[Seen]):
 
 def train(run: AnyRun[Seen], stop_flag: StopFlag, agreement: Agreement, watchdog: Watchdog) -> Stop | None:
     """Train up to the last step. Returns why all ranks stop before it, None if they reached it. Collective."""
-    recipe, end = run.recipe, last_step(run)
+    recipe, end, began = run.recipe, last_step(run), run.step
     if run.step >= end:
         return None
     run.student.module.train()
     if run.step == 0:
-        run.evaluate()
+        with doing("measuring before the first step"):
+            run.evaluate()
     run.begin()
     stop_flag.starting = False
     batches = SharedFeed(run.loader, run.topology)
@@ -101,10 +104,12 @@ def train(run: AnyRun[Seen], stop_flag: StopFlag, agreement: Agreement, watchdog
     run.meter.restart()
     while run.step < end:
         profiler.begin(run.step + 1)
-        with part("data"), run.meter.waiting("data"):
+        first = run.step == began
+        with _said("starting the workers that read the data", first), part("data"), run.meter.waiting("data"):
             micro_batches = next(batches)
         logged = run.tracker.due(run.step + 1, end)
-        taken = run.take_step(micro_batches, logged=logged)
+        with _said("taking the first step, for which kernels are built", first):
+            taken = run.take_step(micro_batches, logged=logged)
         run.step += 1
         profiler.end(run.step)
         run.meter.step()
@@ -113,14 +118,14 @@ def train(run: AnyRun[Seen], stop_flag: StopFlag, agreement: Agreement, watchdog
             for reason, why in run.record(taken):
                 stop_flag.up(reason, why)
         if run.step == end or _falls_on(run.step, recipe.evaluation.every):
-            with run.meter.paused():
+            with run.meter.paused(), doing("measuring"):
                 run.evaluate()
         plot_every = recipe.tracking.plot_every
         if (run.step == end and plot_every is not None) or _falls_on(run.step, plot_every):
-            with run.meter.paused():
+            with run.meter.paused(), doing("making pictures"):
                 run.draw_pictures()
         if recipe.checkpoint.due(run.step):
-            with run.meter.paused():
+            with run.meter.paused(), doing("taking a snapshot for the checkpoint"):
                 run.save()
         report_saves(run)
         watchdog.beat(run.step)
@@ -128,6 +133,11 @@ def train(run: AnyRun[Seen], stop_flag: StopFlag, agreement: Agreement, watchdog
         if stop is not None:
             return stop
     return agreement.conclude()
+
+
+def _said(what: str, first: bool) -> contextlib.AbstractContextManager[None]:
+    """Of the first step of a process, which takes longer; of others nothing, as a thread each would cost time."""
+    return doing(what) if first else contextlib.nullcontext()
 
 
 def _falls_on(step: int, every: int | None) -> bool:

@@ -9,14 +9,16 @@ from typing import Any
 
 from d2v_scale import __version__, command_line
 from d2v_scale.errors import EXIT_DONE
+from d2v_scale.process.doing import doing
 from d2v_scale.process.signals import Agreement, StopFlag, StopReason
 from d2v_scale.process.status import outcome_of, write_status
 from d2v_scale.process.watchdog import Watchdog
 from d2v_scale.recipe import to_dict
 from d2v_scale.redaction import redact
 from d2v_scale.run_files.run_start import DS_CONFIG_FILE, RECIPE_FILE
-from d2v_scale.running.closing import closing
+from d2v_scale.running.closing import closing, described, happened
 from d2v_scale.running.header import header
+from d2v_scale.running.inputs import inputs
 from d2v_scale.running.loop import AnyRun, last_step, report_saves, train
 from d2v_scale.tracking import SystemMonitor, environment_tags, write_environment
 from d2v_scale.tracking.record import read_records
@@ -28,7 +30,8 @@ log = logging.getLogger("d2v_scale.train")
 def supervise(run: AnyRun[Any], stop_flag: StopFlag) -> int:
     """Train under the watchdog, save, write status.json and close the record; returns the exit code. Collective."""
     recipe, topology = run.recipe, run.topology
-    for line in header(run):
+    head = header(run)
+    for line in head:
         log.info("%s", line)
     run.tracker.start(
         to_dict(recipe),
@@ -38,6 +41,7 @@ def supervise(run: AnyRun[Any], stop_flag: StopFlag) -> int:
             **topology.tags(),
             "zero_stage": run.student.stage,
         },
+        stems=recipe.data.observed(),
         resume_step=run.step if run.saved >= 0 else None,
         total_steps=last_step(run),
     )
@@ -45,6 +49,8 @@ def supervise(run: AnyRun[Any], stop_flag: StopFlag) -> int:
     run.tracker.artifact(run.directory / DS_CONFIG_FILE)
     if topology.rank == 0:
         run.tracker.artifact(write_environment(run.directory))
+        run.tracker.describe(described([], head))
+        run.tracker.inputs(inputs(run))
     agreement = Agreement()
     limit_s = recipe.hang_limit_minutes * 60
     nodes = SystemMonitor(run.directory) if topology.local_rank == 0 else contextlib.nullcontext()
@@ -56,9 +62,10 @@ def supervise(run: AnyRun[Any], stop_flag: StopFlag) -> int:
         began = run.step
         stop = train(run, stop_flag, agreement, watchdog)
         with watchdog.allow(recipe.checkpoint.peer_timeout, "last checkpoint"):
-            if (stop is None or stop.reason < StopReason.DATA_STARVED) and run.saved != run.step:
-                run.save()
-            committed = run.writer.finish()
+            with doing("writing the last checkpoint"):
+                if (stop is None or stop.reason < StopReason.DATA_STARVED) and run.saved != run.step:
+                    run.save()
+                committed = run.writer.finish()
             report_saves(run)
             agreement.barrier()
         code = EXIT_DONE if stop is None else stop.exit_code
@@ -76,11 +83,12 @@ def supervise(run: AnyRun[Any], stop_flag: StopFlag) -> int:
             records = read_records(run.directory)
             judged = verdict(records, recipe.objective.health)
             write_status(run.directory, code, reason, run.step, judged)
-        run.tracker.finish(outcome_of(code))
+            said = happened(code, reason, records, judged, is_task=recipe.task is not None)
+            run.tracker.describe(described(said, head))
+            run.tracker.finish(outcome_of(code), said[0], judged)
     if topology.rank == 0:
         ends = run.step >= recipe.optim.max_steps
-        is_task = recipe.task is not None
-        for line in closing(run.directory, code, reason, records, judged, ends=ends, is_task=is_task):
+        for line in [*said, *closing(run.directory, code, ends=ends)]:
             log.info("%s", line)
     return code
 

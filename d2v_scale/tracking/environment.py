@@ -1,5 +1,6 @@
 """Where and with what a run runs: tags for comparing runs, and the full list for reproducing one."""
 
+import getpass
 import json
 import os
 import platform
@@ -8,7 +9,7 @@ import sys
 from importlib.metadata import distributions, version
 from pathlib import Path
 
-from d2v_scale.redaction import redact_values
+from d2v_scale.redaction import redact, redact_values
 
 _ROOT = Path(__file__).resolve().parents[2]
 _VERSIONS = ("torch", "deepspeed", "megatron-core", "webdataset", "d2v_scale")
@@ -21,6 +22,17 @@ def environment_tags() -> dict[str, str]:
     tags |= {"version.python": platform.python_version(), "host": platform.node(), "git.revision": git_revision()}
     tags |= {f"slurm.{name.lower()}": os.environ[f"SLURM_{name}"] for name in _SLURM if f"SLURM_{name}" in os.environ}
     return tags
+
+
+def origin() -> dict[str, str]:
+    """Who started a run and with what, under the names of MLflow's own columns."""
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # a container's number without a name
+        user = str(os.getuid())
+    tags = {"mlflow.user": user, "mlflow.source.name": redact(" ".join(["d2v train", *sys.argv[1:]]))[:500]}
+    revision = git_revision().removesuffix("-dirty")
+    return tags | ({"mlflow.source.git.commit": revision} if revision != "unknown" else {})
 
 
 def git_revision(root: Path = _ROOT) -> str:

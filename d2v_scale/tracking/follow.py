@@ -12,7 +12,7 @@ from d2v_scale.process.status import read_status
 from d2v_scale.redaction import redact
 from d2v_scale.tracking.events import append_event, earlier_starts, has_ended
 from d2v_scale.tracking.mirror import Mirror, NotStored, Outdated
-from d2v_scale.tracking.mirror_state import shown_uri
+from d2v_scale.tracking.mirror_state import MirrorState, shown_uri
 
 LOCK_FILE = ".mlflow.lock"
 POLL_SECONDS = 1.0
@@ -92,6 +92,24 @@ def catch_up(run_dir: Path) -> Mirror | None:
             # Its store was put back to an earlier state, perhaps; what it has is not added twice.
             mirror.send_all_again()
         return mirror
+
+
+def pass_on(run_dir: Path) -> str:
+    """Send what was added to a run that may be over, where MLflow has that run; a sentence on what became of it."""
+    if not MirrorState.load(run_dir).run_id:
+        return f"Recorded in {run_dir}, which MLflow does not have (`d2v sync` sends all of it)."
+    quiet_libraries()
+    with (run_dir / LOCK_FILE).open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return f"Recorded in {run_dir}, which is in progress and sends it to MLflow itself."
+        try:
+            Mirror(run_dir).step()
+        except Exception as error:  # whatever MLflow or its store raises, what was measured is recorded
+            why = redact(_reason(error))
+            return f"Recorded in {run_dir}. MLflow does not take it ({why}): `d2v sync {run_dir}` sends it later."
+    return f"Recorded in {run_dir}, and in MLflow as a nested run of it."
 
 
 def _complaint(uri: str, error: Exception) -> str:

@@ -18,16 +18,16 @@ from typing import Any
 
 from d2v_scale.files import append_line
 from d2v_scale.redaction import redact
+from d2v_scale.tracking.mirror_events import END_OF_RUN, apply
 from d2v_scale.tracking.mirror_lines import (
     complete_bytes,
     events_in,
-    mlflow_name,
     points_of,
     read_from,
     read_lines,
     size_of,
 )
-from d2v_scale.tracking.mirror_server import KEY_TAG, InTrash, Server, describe_point
+from d2v_scale.tracking.mirror_server import Server, describe_point
 from d2v_scale.tracking.mirror_state import EVENTS_FILE, MirrorState, kept_uri, state_locked, tracking_uri
 from d2v_scale.tracking.record import AXES, METRICS_FILE, SUPERSEDED_FILE, parse_lines
 from d2v_scale.tracking.system import node_of, system_files
@@ -36,7 +36,6 @@ POINTS_PER_CALL = 1000
 REFUSED_FILE = "logs/mlflow_refused.jsonl"
 _ENOUGH = POINTS_PER_CALL - 100
 """Points to wait for before a call: another record might no longer fit."""
-END_OF_RUN = {"done": "FINISHED", "requeue": "SCHEDULED", "failed": "FAILED"}
 _ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "15",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
@@ -66,6 +65,8 @@ class Mirror:
         begin = next((e for _, _, e in events_in(read_from(run_dir / EVENTS_FILE, 0)) if e["event"] == "begin"), {})
         self.experiment = begin.get("experiment", "d2v_scale")
         self.run_name = begin.get("run_name") or run_dir.resolve().name
+        self._origin: dict[str, str] = begin.get("origin", {})
+        self._stems: dict[str, str] = begin.get("stems", {})
         uri = tracking_uri(run_dir)
         self.state = MirrorState.load(run_dir)
         if self.state.tracking_uri != kept_uri(uri):
@@ -126,7 +127,11 @@ class Mirror:
         """Forget what was sent: what the server has of it is not added twice."""
         old = self.state
         self.state = MirrorState(
-            tracking_uri=old.tracking_uri, job_key=old.job_key, generation=old.generation, run_id=run_id
+            tracking_uri=old.tracking_uri,
+            job_key=old.job_key,
+            generation=old.generation,
+            run_id=run_id,
+            experiment_id=old.experiment_id if run_id else "",
         )
         self._connected = False
 
@@ -157,7 +162,7 @@ class Mirror:
         wanted: dict[str, set[tuple[int, int]]] = {}
         data = read_from(self.run_dir / METRICS_FILE, 0)[: self.state.metrics_offset]
         for _, _, record in parse_lines(data):
-            for point in points_of(record, self._already):
+            for point in points_of(record, self._already, self._stems):
                 if not names or point.key in names:
                     wanted.setdefault(point.key, set()).add((point.step, point.timestamp))
         refused = {line.get("refused") for line in read_lines(self.run_dir / REFUSED_FILE)}
@@ -188,20 +193,14 @@ class Mirror:
     def _ensure_run(self) -> None:
         assert self._client is not None
         if self.state.run_id and self._server.is_ours(self.state.run_id):
+            self.state.experiment_id = self._server.experiment_of(self.state.run_id)
             return
         if self.state.run_id:  # another job's, by its key
             self._begin_again(run_id="")
-        self.state.run_id = self._run_with_key(self._ensure_experiment(), self.state.job_key, self.run_name, {})
+        self.state.experiment_id = self._ensure_experiment()
+        tags = {"mlflow.source.name": "d2v_scale", **self._origin}
+        self.state.run_id = self._server.run_for(self.state.experiment_id, self.state.job_key, self.run_name, tags)
         self._save()
-
-    def _run_with_key(self, experiment_id: str, key: str, name: str, tags: dict[str, str]) -> str:
-        """The id of the run tagged with our key; made if there is none (the answer to its creation may get lost)."""
-        assert self._client is not None
-        found = self._server.run_with_key(experiment_id, key)
-        if found is not None:
-            return found
-        tags = tags | {KEY_TAG: key, "mlflow.source.type": "JOB", "mlflow.source.name": "d2v_scale"}
-        return self._client.create_run(experiment_id, tags=tags, run_name=name).info.run_id
 
     def _ensure_experiment(self) -> str:
         local = self.state.tracking_uri.startswith("sqlite:")
@@ -221,7 +220,7 @@ class Mirror:
                     unsure.append(record)
                 self._already.setdefault(record["step"], set()).update(record)
         if send:
-            self._log_points([point for record in unsure for point in points_of(record, {})])
+            self._log_points([point for record in unsure for point in points_of(record, {}, self._stems)])
 
     def _send_metrics(self) -> None:
         while (chunk := self._next_chunk()) is not None:
@@ -242,7 +241,7 @@ class Mirror:
             data = read_from(path, begin)
             for _, end, record in parse_lines(data):
                 named = {key if key in AXES else prefix + key: value for key, value in record.items()}
-                points += points_of(named, {})
+                points += points_of(named, {}, {})
                 offsets = {**offsets, path.name: begin + end}
                 if len(points) >= _ENOUGH:
                     self._log_system(points, offsets)
@@ -262,7 +261,7 @@ class Mirror:
         end = begin = self.state.metrics_offset
         data = read_from(self.run_dir / METRICS_FILE, begin)
         for _, line_end, record in parse_lines(data):
-            points += points_of(record, self._already)
+            points += points_of(record, self._already, self._stems)
             end = begin + line_end
             if len(points) >= _ENOUGH:
                 break
@@ -286,7 +285,10 @@ class Mirror:
             if event["event"] == "status" and event["status"] in END_OF_RUN and not final:
                 return
             try:
-                self._apply(event)
+                if event["event"] == "artifact":
+                    self.state.artifacts_waiting = [*self.state.artifacts_waiting, event]
+                else:
+                    apply(event, self.state.run_id, self.state.job_key, self._server)
             except MlflowException as error:
                 if not self._server.blames_what_was_sent(error, self.state.run_id):
                     raise
@@ -325,59 +327,3 @@ class Mirror:
         if path.exists():
             log = self._client.log_artifacts if path.is_dir() else self._client.log_artifact
             log(self.state.run_id, str(path), artifact["folder"] or None)
-
-    def _apply(self, event: dict[str, Any]) -> None:
-        from mlflow.entities import RunTag
-
-        assert self._client is not None
-        run_id = self.state.run_id
-        if event["event"] == "params":
-            self._apply_params(event["values"])
-        elif event["event"] == "tags":
-            tags = [RunTag(mlflow_name(key), value[:5000]) for key, value in event["values"].items()]
-            self._server.log(run_id, tags=tags)
-        elif event["event"] == "artifact":
-            self.state.artifacts_waiting = [*self.state.artifacts_waiting, event]
-        elif event["event"] == "evaluation":
-            self._apply_evaluation(event)
-        elif event["event"] == "status":
-            self._client.set_terminated(run_id, END_OF_RUN[event["status"]], end_time=int(event["time"] * 1000))
-        elif event["event"] == "begin":
-            self._client.update_run(run_id, status="RUNNING")
-
-    def _apply_evaluation(self, event: dict[str, Any]) -> None:
-        """A nested run with the metrics of one evaluation."""
-        from mlflow.entities import Metric, Param
-
-        assert self._client is not None
-        when = int(event["time"] * 1000)
-        key = f"{self.state.job_key}/{event['name']}/{when}"
-        tags = {"mlflow.parentRunId": self.state.run_id}
-        experiment_id = self._client.get_run(self.state.run_id).info.experiment_id
-        try:
-            child = self._run_with_key(experiment_id, key, event["name"], tags)
-        except InTrash as error:  # somebody does not want this evaluation: the run's other records wait for nothing
-            self._refuse(f"evaluation {event['name']} at step {event['step']}", error)
-            return
-        metrics = [Metric(mlflow_name(name), value, when, event["step"]) for name, value in event["values"].items()]
-        params = [Param(mlflow_name(name), value[:6000]) for name, value in event["params"].items()]
-        self._server.log(child, metrics=metrics)
-        self._server.log(child, params=params)
-        self._client.set_terminated(child, "FINISHED", end_time=when)
-
-    def _apply_params(self, values: dict[str, str]) -> None:
-        """MLflow's params cannot change: what a resume changed is told by a tag `changed.<name>`."""
-        from mlflow.entities import Param, RunTag
-
-        assert self._client is not None
-        wanted = {mlflow_name(key): value[:6000] for key, value in values.items()}
-        there = self._client.get_run(self.state.run_id).data.params
-        new = [Param(key, value) for key, value in wanted.items() if key not in there]
-        changed = [
-            RunTag(f"changed.{key}", f"{there[key]} -> {value}"[:5000])
-            for key, value in wanted.items()
-            if there.get(key, value) != value
-        ]
-        for start in range(0, len(new), 100):
-            self._server.log(self.state.run_id, params=new[start : start + 100])
-        self._server.log(self.state.run_id, tags=changed)

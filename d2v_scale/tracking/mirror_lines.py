@@ -2,9 +2,11 @@
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from d2v_scale.tracking.mirror_names import shown_as
 
 
 def mlflow_name(name: str) -> str:
@@ -12,8 +14,8 @@ def mlflow_name(name: str) -> str:
     return re.sub(r"[^\w\-./: ]", "_", name).strip("/")[:250]
 
 
-def points_of(record: dict[str, Any], already: dict[int, set[str]]) -> list[Any]:
-    """MLflow's points of a record but for the names that it has at this step `already`."""
+def points_of(record: dict[str, Any], already: dict[int, set[str]], stems: Mapping[str, str]) -> list[Any]:
+    """MLflow's points of a record but for the names that it has at this step `already`. `stems`: see `shown_as`."""
     from mlflow.entities import Metric
 
     when = int(record["time"] * 1000)
@@ -21,9 +23,10 @@ def points_of(record: dict[str, Any], already: dict[int, set[str]]) -> list[Any]
     left_out = {"step", "time", "mirrored", "certain", *(() if "loss" in record else ("samples", "hours"))}
     left_out |= already.get(record["step"], set())
     return [
-        Metric(mlflow_name(key), float(value), when, record["step"])
+        Metric(mlflow_name(shown), float(value), when, record["step"])
         for key, value in record.items()
         if key not in left_out and isinstance(value, int | float)
+        for shown in shown_as(key, stems)
     ]
 
 

@@ -18,16 +18,16 @@ class Server:
 
     def __init__(self, client: Any, job_key: str, refuse: Callable[[str, Exception], None]) -> None:
         """`refuse` is told of each single value that the server does not take."""
-        self._client = client
+        self.client = client
+        self.refuse = refuse
         self._job_key = job_key
-        self._refuse = refuse
 
     def knows(self, run_id: str) -> bool:
         """Whether there is such a run, in the trash or not. Raises MlflowException where the server does not say."""
         from mlflow.exceptions import MlflowException
 
         try:
-            self._client.get_run(run_id)
+            self.client.get_run(run_id)
         except MlflowException as error:
             if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                 raise
@@ -39,28 +39,41 @@ class Server:
         run = self._check_active(run_id)
         return run.data.tags.get(KEY_TAG, self._job_key) == self._job_key
 
+    def experiment_of(self, run_id: str) -> str:
+        """The id of the experiment that the run is in, where somebody may have moved it."""
+        return self.client.get_run(run_id).info.experiment_id
+
     def run_with_key(self, experiment_id: str, key: str) -> str | None:
         """The run that has this key; None if there is none. Raises InTrash."""
         from mlflow.entities import ViewType
 
-        found = self._client.search_runs([experiment_id], f"tags.`{KEY_TAG}` = '{key}'", run_view_type=ViewType.ALL)
+        found = self.client.search_runs([experiment_id], f"tags.`{KEY_TAG}` = '{key}'", run_view_type=ViewType.ALL)
         active = [run.info.run_id for run in found if run.info.lifecycle_stage == "active"]
         if found and not active:
             raise _run_in_trash(found[0].info.run_id)
         return active[0] if active else None
 
+    def run_for(self, experiment_id: str, key: str, name: str, tags: dict[str, str]) -> str:
+        """The id of the run that has this key; made with these tags if there is none (the answer to its creation may
+        get lost). Raises InTrash."""
+        found = self.run_with_key(experiment_id, key)
+        if found is not None:
+            return found
+        tags = {"mlflow.source.type": "LOCAL", **tags, KEY_TAG: key}
+        return self.client.create_run(experiment_id, tags=tags, run_name=name).info.run_id
+
     def experiment(self, name: str, artifact_location: str | None) -> str:
         """The id of an experiment, which is made if there is none. Raises InTrash."""
         from mlflow.exceptions import MlflowException
 
-        experiment = self._client.get_experiment_by_name(name)
+        experiment = self.client.get_experiment_by_name(name)
         if experiment is None:
             # The tag opens the experiment in the interface's view for model training.
             tags = {"mlflow.experimentKind": "custom_model_development"}
             try:
-                return self._client.create_experiment(name, artifact_location=artifact_location, tags=tags)
+                return self.client.create_experiment(name, artifact_location=artifact_location, tags=tags)
             except MlflowException:  # another run created it at the same moment
-                experiment = self._client.get_experiment_by_name(name)
+                experiment = self.client.get_experiment_by_name(name)
                 if experiment is None:
                     raise
         if experiment.lifecycle_stage != "active":
@@ -75,13 +88,13 @@ class Server:
         if not items:
             return
         try:
-            self._client.log_batch(run_id, **of_one_kind, synchronous=True)
+            self.client.log_batch(run_id, **of_one_kind, synchronous=True)
         except MlflowException as error:
             if not self.blames_what_was_sent(error, run_id):
                 raise
             if len(items) == 1:
                 what = describe_point(items[0].key, items[0].step) if kind == "metrics" else f"{kind} {items[0].key}"
-                self._refuse(what, error)
+                self.refuse(what, error)
                 return
             half = len(items) // 2
             self.log(run_id, **{kind: items[:half]})
@@ -93,17 +106,17 @@ class Server:
         if getattr(error, "error_code", "") not in _INVALID:
             return False
         run = self._check_active(run_id)
-        self._client.set_tag(run_id, KEY_TAG, run.data.tags.get(KEY_TAG, self._job_key))
+        self.client.set_tag(run_id, KEY_TAG, run.data.tags.get(KEY_TAG, self._job_key))
         return True
 
     def points(self, run_id: str, name: str) -> set[tuple[int, int]]:
         """(step, Unix milliseconds) of every point that the server has of a metric."""
-        return {(point.step, point.timestamp) for point in self._client.get_metric_history(run_id, name)}
+        return {(point.step, point.timestamp) for point in self.client.get_metric_history(run_id, name)}
 
     def _check_active(self, run_id: str) -> Any:
-        run = self._client.get_run(run_id)
+        run = self.client.get_run(run_id)
         if run.info.lifecycle_stage != "active":
-            experiment = self._client.get_experiment(run.info.experiment_id)
+            experiment = self.client.get_experiment(run.info.experiment_id)
             if experiment.lifecycle_stage != "active":
                 raise _experiment_in_trash(experiment.name)
             raise _run_in_trash(run_id)

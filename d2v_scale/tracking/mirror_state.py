@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import re
+import shlex
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -27,6 +28,8 @@ class MirrorState:
     tracking_uri: str = ""
     run_id: str = ""
     """The one MLflow run of this training job; empty until a server has answered."""
+    experiment_id: str = ""
+    """Of that run."""
     job_key: str = ""
     """Ours, a tag of the MLflow run: finds the run again when the answer to its creation was lost."""
     generation: int = 0
@@ -90,6 +93,19 @@ def tracking_uri(run_dir: Path) -> str:
     place = str(run_dir.resolve().parent / "mlflow.db").replace("%", "%25").replace("?", "%3F")
     local = f"sqlite:///{place}"
     return os.environ.get("MLFLOW_TRACKING_URI") or (local if gone or not recorded else recorded)
+
+
+def charts(run_dir: Path) -> list[str]:
+    """How to look at the run's charts in MLflow, a line each; [] where no server has it."""
+    state = MirrorState.load(run_dir)
+    if not state.run_id or not state.experiment_id:
+        return []
+    page = f"#/experiments/{state.experiment_id}/runs/{state.run_id}/model-metrics?workflowType=machine_learning"
+    if state.tracking_uri.startswith("http"):
+        return [f"{state.tracking_uri.rstrip('/')}/{page}"]
+    if REDACTED in state.tracking_uri:
+        return []
+    return [f"mlflow ui --backend-store-uri {shlex.quote(state.tracking_uri)}", f"http://127.0.0.1:5000/{page}"]
 
 
 def shown_uri(run_dir: Path) -> str:

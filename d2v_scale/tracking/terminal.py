@@ -43,7 +43,8 @@ class Terminal:
         step = record["step"]
         self._started = self._started or (time.monotonic(), step)
         of_stems = [name for figure in _OF_STEMS for name in by_stem(record, figure).values()]
-        fresh = {name: record[name] for name in (*_SHOWN, *of_stems, *_scores(record)) if name in record}
+        names = (*_SHOWN[:1], *_scores(record), *_SHOWN[1:], *of_stems)
+        fresh = {name: record[name] for name in names if name in record}
         self._shown |= fresh
         if self._live is not None:
             from rich.console import Group
@@ -108,18 +109,18 @@ def _print(text: str) -> None:
 def _formatted(values: Mapping[str, float]) -> list[str]:
     """Every figure with its label, and beside it what stems and sources have: `loss 0.5 (vision 0.4, text 0.6)`."""
     found = []
-    for figure in _SHOWN:
+    for figure in (*_SHOWN[:1], *_scores(values), *_SHOWN[1:]):
         own = by_stem(values, figure) if figure in _OF_STEMS else {}
         beside = ", ".join(f"{stem} {values[name]:.4g}" for stem, name in own.items() if stem)
         if figure in values:
             found.append(_format(figure, values[figure]) + (f" ({beside})" if beside else ""))
         elif beside:
             found.append(f"{_LABELS.get(figure, figure)} {beside}")
-    return found + [_format(name, values[name]) for name in _scores(values)]
+    return found
 
 
 def _scores(values: Mapping[str, float]) -> list[str]:
-    """Names of what a fine-tuned model was measured by."""
+    """Names of what a fine-tuned model was measured by, whatever it is called, but not of how many samples."""
     return [name for name in values if name.startswith("test/") and name != "test/samples"]
 
 

@@ -5,12 +5,14 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from d2v_scale.process.doing import doing
 from d2v_scale.redaction import redact
 from d2v_scale.tracking.config import TrackingConfig
+from d2v_scale.tracking.environment import origin
 from d2v_scale.tracking.events import append_event, earlier_starts
 from d2v_scale.tracking.mirror_state import EVENTS_FILE, MirrorState, shown_uri
 from d2v_scale.tracking.record import MetricsLog
@@ -48,10 +50,12 @@ class RunTracker:
         params: Mapping[str, Any],
         tags: Mapping[str, Any],
         *,
+        stems: Mapping[str, str] | None = None,
         resume_step: int | None = None,
         total_steps: int | None = None,
     ) -> None:
-        """Open the record. `params`: the resolved recipe (nested is fine). `resume_step`: of the checkpoint loaded.
+        """Open the record. `params`: the resolved recipe (nested is fine). `stems`: of every source that is measured by
+        itself. `resume_step`: of the checkpoint loaded.
 
         Records of later steps, from an attempt that died, are moved to logs/metrics_superseded.jsonl. `total_steps`
         is for the time that remains.
@@ -63,7 +67,13 @@ class RunTracker:
         self._log = MetricsLog(self.run_dir, resume_step)
         self._terminal = Terminal(total_steps)
         restarts = earlier_starts(self.run_dir)
-        self._event("begin", experiment=self.config.experiment, run_name=self.config.run_name)
+        self._event(
+            "begin",
+            experiment=self.config.experiment,
+            run_name=self.config.run_name,
+            origin=origin(),
+            stems=dict(stems or {}),
+        )
         self._event("params", values=flatten(params))
         self._event("tags", values={key: str(value) for key, value in tags.items()} | {"restarts": str(restarts)})
         if self.config.enabled:
@@ -107,6 +117,16 @@ class RunTracker:
         """Have MLflow keep a file or directory of the run directory, in `folder` of the run's artifacts."""
         if self.is_main and self._log is not None:
             self._event("artifact", path=os.path.relpath(path, self.run_dir), folder=folder)
+
+    def describe(self, text: str) -> None:
+        """Have MLflow show this as the run's description (Markdown), in place of what was said before."""
+        if self.is_main and self._log is not None:
+            self._event("description", text=redact(text))
+
+    def inputs(self, datasets: Sequence[Mapping[str, str]]) -> None:
+        """Have MLflow list these data sets: `name`, `digest`, `source`, what is `said` of it, and its `context`."""
+        if self.is_main and self._log is not None and datasets:
+            self._event("inputs", datasets=[dict(one) for one in datasets])
 
     def preview(self, batch: "Batch", kind: "Kind", tokenizer: Path | None = None, name: str = "first_batch") -> None:
         """Draw the first batch with its masks to plots/`name`.png; what goes wrong is said and costs nothing.
@@ -158,8 +178,9 @@ class RunTracker:
         """The MLflow run's id, once the server has answered."""
         return MirrorState.load(self.run_dir).run_id or None
 
-    def finish(self, status: RunEnd) -> None:
+    def finish(self, status: RunEnd, outcome: str = "", verdict: str = "") -> None:
         """Close the record, draw it, and give MLflow up to `finish_timeout` to catch up; one line if it did not.
+        `outcome` and `verdict`: sentences on how it ended and on its health.
 
         A run that was asked to stop waits for `STOPPED_TIMEOUT` at most: the next attempt sends what is left.
         """
@@ -169,14 +190,16 @@ class RunTracker:
         self._log = None
         if status != "requeue" and self.config.plot_every is not None:  # the next attempt draws
             self._draw("d2v_scale.plots.curves")
-            self._wait_for_drawings()
-        self._event("status", status=status)
+            with doing("drawing"):
+                self._wait_for_drawings()
+        self._event("status", status=status, outcome=outcome, verdict=verdict)
         if self._mirror is not None:
             try:
                 patience = self.config.finish_timeout + 5
                 if status == "requeue":
                     patience = min(patience, STOPPED_TIMEOUT)
-                output, _ = self._mirror.communicate(b"finish\n", timeout=patience)
+                with doing(f"sending what is left to MLflow at {shown_uri(self.run_dir)}"):
+                    output, _ = self._mirror.communicate(b"finish\n", timeout=patience)
                 self._show(output)
             except subprocess.TimeoutExpired:
                 self._mirror.kill()

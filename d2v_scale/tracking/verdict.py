@@ -6,12 +6,14 @@
 - skipped: more than 1 % of the steps, for a value that is not finite
 - loss: the last fifth is half above the lowest
 - learning: k-NN finds fewer labels than with random weights, by more than two standard errors
-- held out: the student explains no more of held-out targets than their mean does
+- labels: k-NN finds no more of them than the commonest label is, within two standard errors
+- masks: of a source they hide less than a twentieth of the positions (the least that was published: 15 %, BERT's)
+- held out: the student explains no more of held-out targets than their mean does, and no more than before
 - layers: every layer after the first is like all others (CKA above .995)
 - teacher: it does not move, is the student itself, or is farther from it than half its own norm (the EMA)
 - waiting: the median share of a step that waits for data is above 15 %
 - lost: more than a thousandth of the planned samples
-- speed: the last fifth is slower than 70 % of the second
+- speed: the last fifth is slower than 70 % of the second, and lasts a minute (a machine is busy for seconds)
 
 What was not recorded is not judged. A rule that compares parts of a run needs `LEAST` records of the figure.
 """
@@ -31,7 +33,11 @@ LEAST = 10
 _SAME = 1e-6
 """Distance from the student, in the teacher's norm, below which they are one network."""
 _ERRORS = 2.0
-"""Standard errors that an accuracy must have fallen by."""
+"""Standard errors that an accuracy must have fallen by, or be above chance."""
+_HIDDEN = 0.05
+"""Share of the positions that masks hide at least."""
+_A_MINUTE = 1 / 60
+"""Hours."""
 
 Records = Sequence[Mapping[str, Any]]
 
@@ -47,8 +53,11 @@ class Sign:
 def verdict(records: Records, limits: HealthConfig | None = None) -> str:
     """The sentence: of all `records` of a run, in their order."""
     found = signs(records, limits)
-    if not any("loss" in record for record in records):
+    steps = sum("loss" in record for record in records)
+    if steps == 0:
         return "Nothing was recorded of any step: there is nothing to judge."
+    if not found and steps < LEAST:
+        return f"Nothing to look at so far; {steps} recorded of its steps are too few to call it healthy."
     if not found:
         return "Healthy: none of the signs of trouble is there."
     return f"Look at {_joined([sign.name for sign in found])}: {'; '.join(sign.said for sign in found)}."
@@ -58,7 +67,15 @@ def signs(records: Records, limits: HealthConfig | None = None) -> list[Sign]:
     """What there is to look at, the gravest first."""
     given = limits or HealthConfig()
     rules = (_spread(records, given), _rank(records), _gradient(records), _skipped(records), _loss(records))
-    rest = (_learning(records), _held_out(records), _layers(records), _teacher(records), _waiting(records))
+    rest = (
+        _learning(records),
+        _labels(records),
+        _masks(records),
+        _held_out(records),
+        _layers(records),
+        _teacher(records),
+        _waiting(records),
+    )
     return [sign for rule in (*rules, *rest, _lost(records), _speed(records)) for sign in rule]
 
 
@@ -131,10 +148,29 @@ def _learning(records: Records) -> Iterator[Sign]:
             yield Sign("what was learned", said)
 
 
+def _labels(records: Records) -> Iterator[Sign]:
+    for whose, name in _by_stem(records, "knn_chance").items():
+        last = next(r for r in reversed(records) if name in r)
+        chance, found = float(last[name]), float(last[name.replace("chance", "accuracy", 1)])
+        samples = float(last[name.replace("chance", "samples", 1)])
+        if found <= chance + _ERRORS * math.sqrt(chance * (1 - chance) / max(1.0, samples)):
+            said = f"k-NN finds {found:.1%} of them{_of(whose)}, the commonest is {chance:.1%}"
+            yield Sign("the labels", f"{said}: are they those of these samples?")
+
+
+def _masks(records: Records) -> Iterator[Sign]:
+    last = {name: r[name] for r in records for name in r if name.partition("/")[0] == "masked_share"}
+    for name, share in last.items():
+        if share < _HIDDEN:
+            whose = f" of {name.partition('/')[2]}" if "/" in name else ""
+            yield Sign("the masks", f"they hide {share:.1%} of the positions{whose} (see objective.masking)")
+
+
 def _held_out(records: Records) -> Iterator[Sign]:
     for whose, name in _by_stem(records, "held_out_explained").items():
         found = [float(r[name]) for r in records if name in r]
-        if len(found) > 1 and found[-1] <= 0 and len(_values(records, "loss")) >= LEAST:
+        # A share that still rises belongs to a run that has just begun.
+        if len(found) > 1 and found[-1] <= min(0.0, max(found[:-1])) and len(_values(records, "loss")) >= LEAST:
             said = f"the student explains {found[-1]:.1%} of them{_of(whose)}, no more than their mean does"
             yield Sign("the held-out targets", said)
 
@@ -176,8 +212,9 @@ def _lost(records: Records) -> Iterator[Sign]:
 
 
 def _speed(records: Records) -> Iterator[Sign]:
-    fifths = _fifths(_values(records, "samples_per_second"))
-    if fifths and fifths[-1] < 0.7 * fifths[1]:
+    timed = [r for r in records if "samples_per_second" in r]
+    fifths = _fifths(_values(timed, "samples_per_second"))
+    if fifths and fifths[-1] < 0.7 * fifths[1] and timed[-1]["hours"] - timed[len(timed) * 4 // 5]["hours"] > _A_MINUTE:
         yield Sign("the speed", f"{fifths[-1]:.3g} samples a second in the end, {fifths[1]:.3g} after a fifth")
 
 

@@ -11,6 +11,7 @@ from d2v_scale.conversion import demo
 FIGURES = [
     "loss",
     "loss/masked_50_75",
+    "masked_share",
     "lr",
     "lr/vision",
     "grad_norm",
@@ -46,6 +47,7 @@ FIGURES = [
 ]
 EVALUATED = [
     "knn_accuracy",
+    "knn_chance",
     "held_out_loss",
     "held_out_explained",
     "attention_entropy",

@@ -120,5 +120,10 @@ def test_gpus_are_counted_as_pytorch_does(monkeypatch: pytest.MonkeyPatch) -> No
         return subprocess.CompletedProcess(command, 0, "a warning of some library\n4\n")
 
     monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(local_ranks.rank_environment, "may_have_gpu", lambda _: True)
     assert local_ranks.count_gpus({}) == 4
     assert "device_count" in asked[0][-1]
+    # Where no driver has a device there is nothing to ask: importing PyTorch takes seconds.
+    monkeypatch.setattr(local_ranks.rank_environment, "may_have_gpu", lambda _: False)
+    assert local_ranks.count_gpus({}) == 0
+    assert len(asked) == 1

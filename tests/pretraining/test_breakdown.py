@@ -41,6 +41,8 @@ def test_the_loss_by_source_and_by_masked_share_adds_up() -> None:
             "loss/masked_0_25": total["a0"] / 1,
             "loss/masked_25_50": total["b1"] / 3,
             "loss/masked_75_100": (total["a1"] + total["b0"]) / 15,
+            "masked_share/a": 8 / 16,
+            "masked_share/b": 11 / 16,
         },
         rel=1e-5,
     )

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from d2v_scale import errors
-from d2v_scale.running.closing import closing, next_commands, worth
+from d2v_scale.running.closing import closing, described, happened, next_commands, worth
+from d2v_scale.tracking.mirror_state import MirrorState
 
 RUN = Path("runs/x")
 LEARNED = [
@@ -17,13 +18,24 @@ LEARNED = [
 
 
 def test_it_ends_with_what_happened_what_it_is_worth_and_the_next_command() -> None:
-    assert closing(RUN, errors.EXIT_DONE, "all 9 steps done", LEARNED, "Healthy.", ends=True, is_task=False) == [
+    said = happened(errors.EXIT_DONE, "all 9 steps done", LEARNED, "Healthy.", is_task=False)
+    assert [*said, *closing(RUN, errors.EXIT_DONE, ends=True)] == [
         "Done: all 9 steps done",
         "Result: loss 0.25, held-out loss 0.25 (0.5 at first), k-NN accuracy 72.5% (40.0% at first)",
         "Verdict: Healthy.",
         "Next: d2v report runs/x",
         "Next: d2v export runs/x runs/x/encoder --to hf",
     ]
+    assert described(said[:1], ["model   x", "run     y"]) == "Done: all 9 steps done\n\n    model   x\n    run     y"
+
+
+def test_it_says_how_to_open_its_charts(tmp_path: Path) -> None:
+    page = "#/experiments/1/runs/ab/model-metrics?workflowType=machine_learning"
+    MirrorState(tracking_uri="sqlite:////a/mlflow.db", run_id="ab", experiment_id="1").save(tmp_path)
+    look = closing(tmp_path, errors.EXIT_COLLAPSE, ends=False)[0]
+    assert look == f"Charts: mlflow ui --backend-store-uri sqlite:////a/mlflow.db then http://127.0.0.1:5000/{page}"
+    MirrorState(tracking_uri="https://host/", run_id="ab", experiment_id="1").save(tmp_path)
+    assert closing(tmp_path, errors.EXIT_COLLAPSE, ends=False)[0] == f"Charts: https://host/{page}"
 
 
 def test_fine_tuning_says_its_own_figures() -> None:
@@ -56,5 +68,5 @@ def test_a_run_that_is_not_at_its_end_is_resumed(monkeypatch: pytest.MonkeyPatch
 
 
 def test_nothing_that_was_not_measured_is_said() -> None:
-    said = closing(RUN, errors.EXIT_COLLAPSE, "collapse", [], "", ends=False, is_task=False)
-    assert said == ["Failed: collapse", "Next: d2v report runs/x"]
+    assert happened(errors.EXIT_COLLAPSE, "collapse", [], "", is_task=False) == ["Failed: collapse"]
+    assert closing(RUN, errors.EXIT_COLLAPSE, ends=False) == ["Next: d2v report runs/x"]

@@ -25,7 +25,7 @@ def test_a_torn_last_line_is_nothing_to_wait_for(tmp_path: Path, torn: str) -> N
     assert mirror.pending()
     mirror.step()
     assert mirror.pending() == 0
-    assert sent == ["loss", "system/n1/loss"]
+    assert sent == ["loss", "1 quality/loss", "system/n1/loss"]
 
 
 def test_the_end_of_a_run_is_waited_for_without_spinning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,3 +37,11 @@ def test_a_log_line_does_not_leave_a_stale_bar_behind(monkeypatch: pytest.Monkey
     assert shown[:2] == ["checkpoint of step 30 committed", "checkpoint of step 60 committed"]
     assert len([line for line in shown if re.search(r"step\s+\d+/100", line)]) == 1
     assert "100/100" in shown[2]
+
+
+def test_figures_of_fine_tuning_are_shown_in_plain_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    """They were in the record only, while k-NN accuracy was shown."""
+    terminal = Terminal(100, live=False)
+    terminal.record({"step": 50, "test/matthews": 0.4321, "test/samples": 64.0})
+    terminal.record({"step": 60, "loss": 1.5, "data/lost": 0.0})
+    assert capsys.readouterr().out.splitlines()[0].startswith("step 50/100  held-out matthews 0.4321")

@@ -19,11 +19,13 @@ def healthy() -> list[Record]:
         records.append(
             {
                 "step": 10 * k,
+                "hours": 0.02 * k,
                 "loss": 1.0 / k,
                 "grad_norm": 0.1 + 1.0 / k,
                 "target_std": 1.0,
                 "prediction_std": 0.2,
                 "target_rank": 3.0 + k / 2,
+                "masked_share": 0.6,
                 "lr": 1e-3,
                 "decay": 0.99,
                 "teacher_update_norm": 0.01,
@@ -35,8 +37,9 @@ def healthy() -> list[Record]:
                 "data/lost": 0.0,
             }
         )
+    explained = {"held_out_explained": 0.5}
     layers = {"cka/layer_01": 1.0, "cka/layer_02": 0.9, "cka/layer_03": 0.8}
-    records.append({"step": 200, "knn_accuracy": 0.7, "knn_samples": 400.0, "held_out_explained": 0.5, **layers})
+    records.append({"step": 200, "knn_accuracy": 0.7, "knn_samples": 400.0, "knn_chance": 0.1, **explained, **layers})
     return records
 
 
@@ -54,6 +57,7 @@ def test_a_healthy_run_is_called_so() -> None:
     assert verdict(healthy()) == "Healthy: none of the signs of trouble is there."
     assert verdict([]).startswith("Nothing was recorded")
     assert signs(healthy()[:3]) == []
+    assert verdict(healthy()[:3]).startswith("Nothing to look at so far; 2 recorded ")
 
 
 @pytest.mark.parametrize(
@@ -67,7 +71,9 @@ def test_a_healthy_run_is_called_so() -> None:
         ("the loss", changed(15, loss=0.9), changed(15, loss=0.07)),
         ("the loss", changed(20, loss=float("inf")), changed(20, loss=0.05)),
         ("what was learned", changed(21, knn_accuracy=0.3), changed(21, knn_accuracy=0.37)),
-        ("the held-out targets", changed(21, held_out_explained=-0.01), changed(21, held_out_explained=0.01)),
+        ("the labels", changed(21, knn_chance=0.7), changed(21, knn_chance=0.6)),
+        ("the masks", changed(masked_share=0.04), changed(masked_share=0.06)),
+        ("the held-out targets", changed(21, held_out_explained=-0.4), changed(21, held_out_explained=-0.01)),
         ("the layers", changed(21, **{"cka/layer_02": 0.999, "cka/layer_03": 0.998}), changed(21)),
         ("the teacher", changed(teacher_update_norm=0.0), changed(10, teacher_update_norm=1e-9)),
         ("the teacher", changed(**{DISTANCE: 0.7}), changed()),
