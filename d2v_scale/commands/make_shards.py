@@ -8,7 +8,7 @@
     d2v shards text SRC OUT        .txt files, or .jsonl and .json with `text` and perhaps `label`
     d2v shards text train.tsv OUT --columns sentence1,sentence2,label     a .tsv or .csv of texts
     d2v shards arrays SRC OUT      .npy, .npz and .csv: channels, then 1 to 4 axes; labels: folders
-    d2v shards pairs TABLE OUT     a .csv or .tsv with columns image, audio, text, array, label: two parts or more a row
+    d2v shards pairs TABLE OUT     a .csv or .tsv: two or more of image, audio, text, array; label, concept, category
     d2v shards dataset SRC OUT     Parquet, and folders of Hugging Face `datasets`; columns by type and name
     d2v shards audio SRC OUT --transcripts FILE    lines `path below SRC, without ending<TAB>text`
 
@@ -78,8 +78,10 @@ def add_array_options(parser: argparse.ArgumentParser) -> None:
 
 def add_pair_options(parser: argparse.ArgumentParser) -> None:
     """Of `pairs`."""
-    for part in ("image", "audio", "array", "text", "label"):
-        held = {"text": "texts", "label": "labels"}.get(part, "paths, relative to TABLE")
+    for part in ("image", "audio", "array", "text", "label", "concept", "category"):
+        held = "paths, relative to TABLE"
+        if part in ("text", "label", "concept", "category"):
+            held = {"concept": "what a sample is of (`d2v align`)", "category": "its kind"}.get(part, f"{part}s")
         parser.add_argument(f"--{part}", metavar="COLUMN", help=f"of {held}, or its number from 1; default: {part}")
     parser.add_argument("--resize", type=int, help="shrink images to this shorter side, pixels")
     parser.add_argument(

@@ -7,6 +7,7 @@ and left out whole: half of it would look as if the other half had never been th
 import argparse
 import csv
 import hashlib
+import json
 import re
 import sys
 from collections.abc import Iterator
@@ -40,6 +41,9 @@ from d2v_scale.shards.writing import Sample, write_shard
 PARTS: dict[str, Content] = {"image": "image", "audio": "recording", "array": "array", "text": "text"}
 """Columns, by the names that they have unless others are given, and what they hold."""
 LABEL = "label"
+FACTS = ("concept", "category")
+"""Columns that are kept beside the sample, in `.json`, for `d2v align`: what it is of, and what kind of thing that is.
+"""
 
 _RULES = 1
 """Raised where what is stored of the same rows changes: shards that were written before are written again."""
@@ -59,6 +63,8 @@ class Pair:
     parts: dict[str, str] = field(default_factory=dict)
     """By column: the path of a file, or the text; without those that it does not have."""
     label: str | None = None
+    facts: dict[str, str] = field(default_factory=dict)
+    """Of `FACTS`, what the row says."""
     fault: str | None = None
     """Why there will be no sample."""
 
@@ -125,6 +131,8 @@ class Job(NewShard):
                 continue
             if pair.label is not None:
                 sample["cls"] = numbers[pair.label]
+            if pair.facts:
+                sample["json"] = json.dumps(pair.facts, ensure_ascii=False).encode()
             yield sample
 
     def _members(self, part: str, value: str) -> dict[str, bytes]:
@@ -194,7 +202,8 @@ def _columns(arguments: argparse.Namespace) -> dict[str, str]:
     kind = text_files.kind_of(table)
     if kind not in text_files.TABLES:
         raise DataError(f"{table} is no table.", f"Give a .{' or .'.join(text_files.TABLES)}.")
-    given = {name: getattr(arguments, name) for name in (*PARTS, LABEL)}
+    read = (*PARTS, LABEL, *FACTS)
+    given = {name: getattr(arguments, name) for name in read}
     named = {name: column for name, column in given.items() if column is not None}
     if len(set(named.values())) < len(named):
         shown = ", ".join(f"--{name} {column}" for name, column in named.items())
@@ -202,11 +211,11 @@ def _columns(arguments: argparse.Namespace) -> dict[str, str]:
     numbered = bool(named) and all(column.isdecimal() and int(column) > 0 for column in named.values())
     try:
         with text_files.opened(table, arguments.encoding, newline="") as stream:
-            header = tables.header_of(stream, [*PARTS, LABEL, *named.values()], kind == "csv")
+            header = tables.header_of(stream, [*read, *named.values()], kind == "csv")
     except (*text_files.UNREADABLE, csv.Error) as error:
         raise DataError(f"{table} cannot be read: {error}.", "See --encoding.") from error
     taken = set(named.values())
-    usual = {} if numbered else {n: n for n in (*PARTS, LABEL) if n not in named and n in header and n not in taken}
+    usual = {} if numbered else {n: n for n in read if n not in named and n in header and n not in taken}
     columns = named | usual
     if sum(part in columns for part in PARTS) < 2:
         found = ", ".join(columns) or "none"
@@ -248,10 +257,12 @@ def _fill(pair: Pair, values: dict[str, str], parts: list[str], folder: Path, co
         return
     pair.parts = {part: str(folder / values[part].strip()) if part in _EXTENSIONS else values[part] for part in there}
     pair.label = values.get(LABEL, "").strip() or None
-    try:
-        require_text(pair.label or "a")
-    except ValueError as error:
-        pair.fault = f"its label {error}"
+    pair.facts = {name: values[name].strip() for name in FACTS if values.get(name, "").strip()}
+    for name, said in {LABEL: pair.label or "a", **pair.facts}.items():
+        try:
+            require_text(said)
+        except ValueError as error:
+            pair.fault = f"its {name} {error}"
 
 
 def _tell_of_missing(table: Path, parts: list[str], pairs: list[Pair]) -> None:

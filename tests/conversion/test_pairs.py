@@ -1,6 +1,7 @@
 """`d2v shards pairs`: rows of a table to samples of several parts, whole or not at all."""
 
 import hashlib
+import json
 from pathlib import Path
 
 import numpy as np
@@ -107,6 +108,16 @@ def test_a_row_goes_on_as_what_it_has(folder: Path, capsys: pytest.CaptureFixtur
     assert pairs(empty, folder / "none") == 2
     assert "No row of" in (told := capsys.readouterr().err)
     assert "--image COLUMN" in told
+
+
+def test_what_a_sample_is_of_is_kept_beside_it(folder: Path) -> None:
+    """For `d2v align`. Two captions of one thing were two concepts, unless the thing was named by its label."""
+    made = [f"files/p{k}.png,{NAMES[0]} {k},thing {k // 2},{'animal' if k < 4 else ' '}" for k in range(6)]
+    source = table(folder / "t.csv", "image,text,concept,category", made)
+    assert pairs(source, folder / "out") == 0
+    facts = {key[-1]: json.loads(sample["json"]) for key, sample in members(folder / "out").items()}
+    assert facts["3"] == {"concept": "thing 1", "category": "animal"}
+    assert facts["5"] == {"concept": "thing 2"}
 
 
 def test_half_a_sample_is_named_and_never_stored(folder: Path, capsys: pytest.CaptureFixture) -> None:
