@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import difflib
+import itertools
 import os
 import sys
 import typing
@@ -102,10 +103,9 @@ def parse(arguments: list[str]) -> tuple[Recipe, Options]:
 
 def _say_true(arguments: list[str]) -> list[str]:
     """`--prepare` without a value is `--prepare=true`."""
-    following = [*arguments[1:], "--"]
     return [
         "--prepare=true" if word == "--prepare" and after.startswith("--") else word
-        for word, after in zip(arguments, following, strict=True)
+        for word, after in itertools.pairwise([*arguments, "--"])
     ]
 
 

@@ -239,3 +239,8 @@ def test_the_launchers_local_rank_is_accepted(added: list[str]) -> None:
     recipe, _ = command_line.parse([*added, "--recipe", "demo_vision", "--seed", "3"])
     assert recipe.seed == 3
     assert command_line.parse(["--seed", "3", *added])[0].seed == 3
+
+
+def test_no_argument_at_all_is_the_demo() -> None:
+    """A look at the word after each ended in an error where there is none."""
+    assert command_line.parse([])[0].name == "demo_vision"
