@@ -15,7 +15,7 @@ from d2v_scale.conversion.demo import concepts as known
 from d2v_scale.conversion.measures import measures_of
 from d2v_scale.data.config import SourceConfig
 from d2v_scale.errors import UserError
-from d2v_scale.modalities.text.tokenizer import train
+from d2v_scale.modalities.text.tokenizer_training import train
 from d2v_scale.shards.content import Content
 from d2v_scale.shards.shard_set import INDEX_SUFFIX, find_shards
 from d2v_scale.shards.writing import Sample, write_set
