@@ -182,7 +182,7 @@ def most_frequent(labels_n: Tensor) -> float:
 
 def shards_of(recipe: Recipe, option: str, asked: ProbeOptions) -> str:
     """The shards of an option, or of the recipe. Raises UserError."""
-    named = recipe.evaluation.of(pick_modality(recipe, asked.modality))
+    named = recipe.evaluation.of(pick_sequence(recipe, asked.modality))
     given, of_recipe = asked.test, named.test
     if option == "--data":
         given, of_recipe = asked.data, named.train
