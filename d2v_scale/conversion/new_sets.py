@@ -8,7 +8,7 @@ from pathlib import Path
 
 from d2v_scale.conversion.converters import NewShard
 from d2v_scale.errors import DataError
-from d2v_scale.files import file_sha256
+from d2v_scale.modalities.text.tokenizer import tokenizer_sha256
 from d2v_scale.shards.shard_index import SetIndex, ShardEntry, relative_path
 from d2v_scale.shards.shard_jobs import AnyJob, Job, Part, earlier, finish, run_all
 from d2v_scale.shards.shard_set import INDEX_SUFFIX
@@ -84,7 +84,7 @@ class NewSet:
         skipped = {name: reason for part in parts for name, reason in part.skipped.items()}
         _judge(index, skipped, self.max_bad, what, cure)
         if tokenizer is not None:
-            index.tokenizer, index.tokenizer_sha256 = relative_path(tokenizer, self.out), file_sha256(tokenizer)
+            index.tokenizer, index.tokenizer_sha256 = relative_path(tokenizer, self.out), tokenizer_sha256(tokenizer)
         index.save(self.index_file)
         return len(skipped)
 

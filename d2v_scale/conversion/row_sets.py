@@ -20,8 +20,8 @@ from d2v_scale.conversion.row_columns import RowColumns, bytes_of, extension_of,
 from d2v_scale.conversion.row_files import RowFile, row_files, rows_of
 from d2v_scale.conversion.texts import given_tokenizer
 from d2v_scale.errors import DataError
-from d2v_scale.files import file_sha256
 from d2v_scale.modalities.text.decoder import require_text
+from d2v_scale.modalities.text.tokenizer import tokenizer_sha256
 from d2v_scale.shards.content import Content
 from d2v_scale.shards.shard_index import SetIndex
 from d2v_scale.shards.shard_jobs import Part
@@ -181,7 +181,7 @@ def convert_rows(arguments: argparse.Namespace, new: NewSet) -> tuple[SetIndex, 
         require_apart(captions, new.out, new.prefix)
     if "text" in contents:
         reading.tokenizer = given_tokenizer(arguments, lambda: _texts(files, columns))
-        checksum = file_sha256(reading.tokenizer)
+        checksum = tokenizer_sha256(reading.tokenizer)
     elif arguments.tokenizer is not None:
         raise DataError("--tokenizer is given, but no text is counted in tokens.", "Leave it out.")
     done = new.run(_jobs(new, files, reading, checksum), total)

@@ -22,6 +22,7 @@ from d2v_scale.finetuning.start import adopt
 from d2v_scale.interop.encoder_source import check_tokenizer, open_encoder
 from d2v_scale.interop.exporting import find_tokenizer
 from d2v_scale.modalities.text.tokenizer import PUBLISHED, tokenizer_sha256
+from d2v_scale.shards.shard_index import SetIndex
 
 
 @pytest.fixture
@@ -60,6 +61,8 @@ def test_glue_is_read_with_the_tokenizer_of_imported_weights(
     assert tool("import_weights").main([str(folder), str(tmp_path / "ours")]) == 0
     assert "vocab.json: what `d2v shards text` --tokenizer takes" in capsys.readouterr().out
     index = shards(tmp_path, tmp_path / "ours")
+    # Of both files, as training compares it: that of vocab.json alone was refused there.
+    assert SetIndex.load(index).tokenizer_sha256 == tokenizer_sha256(tmp_path / "ours" / "vocab.json")
     call = ["--recipe", "finetune_glue_sst2", "--init_from", str(tmp_path / "ours"), "--data", str(index)]
     recipe, options = parse(call)
     source = adopt(recipe, options)
