@@ -1,5 +1,6 @@
 """The training loop's one door to the record of a run."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -44,6 +45,8 @@ class RunTracker:
         self._mirror: subprocess.Popen[bytes] | None = None
         self._complained = False
         self._drawing: list[subprocess.Popen[bytes]] = []
+        self._curves: subprocess.Popen[bytes] | None = None
+        self._curves_due = False
 
     def start(
         self,
@@ -104,8 +107,10 @@ class RunTracker:
             self.message(
                 f"{self._log.path} takes no lines ({self._log.trouble}); they are kept in memory and tried again."
             )
-        if self.config.plot_every and step % self.config.plot_every == 0:
-            self._draw("d2v_scale.plots.curves")
+        self._curves_due |= bool(self.config.plot_every) and step % (self.config.plot_every or 1) == 0
+        # A step has several records: while one drawing runs no other starts, and the next one has them all.
+        if self._curves_due and (self._curves is None or self._curves.poll() is not None):
+            self._draw_curves()
         self._relay()
 
     def message(self, text: str) -> None:
@@ -189,8 +194,11 @@ class RunTracker:
         self._log.close()
         self._log = None
         if status != "requeue" and self.config.plot_every is not None:  # the next attempt draws
-            self._draw("d2v_scale.plots.curves")
             with doing("drawing"):
+                if self._curves is not None:  # an older drawing must not end after the last one
+                    with contextlib.suppress(subprocess.TimeoutExpired):
+                        self._curves.wait(timeout=DRAWING_TIMEOUT)
+                self._draw_curves()
                 self._wait_for_drawings()
         self._event("status", status=status, outcome=outcome, verdict=verdict)
         if self._mirror is not None:
@@ -219,15 +227,20 @@ class RunTracker:
         except OSError as error:
             self.message(f"{self.run_dir / EVENTS_FILE} takes no lines ({error}): MLflow will not hear of {event}.")
 
-    def _draw(self, program: str, *arguments: str) -> None:
-        """Start a program that draws into plots/: drawing is seconds of pure Python."""
+    def _draw_curves(self) -> None:
+        self._curves_due, self._curves = False, self._draw("d2v_scale.plots.curves")
+
+    def _draw(self, program: str, *arguments: str) -> "subprocess.Popen[bytes] | None":
+        """Start a program that draws into plots/: drawing is seconds of pure Python. None: it did not start."""
         command = [sys.executable, "-m", program, str(self.run_dir.resolve()), *arguments]
         try:
             with (self.run_dir / "logs" / "plots.log").open("ab") as log:
                 process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
-            self._drawing = [p for p in [*self._drawing, process] if p.poll() is None]
         except OSError as error:
             self.message(f"Nothing was drawn ({error}).")
+            return None
+        self._drawing = [p for p in [*self._drawing, process] if p.poll() is None]
+        return process
 
     def _wait_for_drawings(self) -> None:
         deadline = time.monotonic() + DRAWING_TIMEOUT

@@ -57,6 +57,34 @@ def test_the_first_batch_is_drawn_and_a_failure_is_only_said(
     assert len(events(tmp_path, "artifact")) == (0 if broken else 1)
 
 
+def test_records_of_one_step_start_one_drawing_of_curves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each record of a step, of which there are several where it is evaluated, started one beside the others."""
+
+    class Drawing:
+        ended = False
+
+        def poll(self) -> int | None:
+            return 0 if self.ended else None
+
+        def wait(self, timeout: float) -> None:
+            self.ended = True
+
+    drawings: list[Drawing] = []
+    monkeypatch.setattr(RunTracker, "_draw", lambda *_: drawings.append(Drawing()) or drawings[-1])
+    tracker = RunTracker(tmp_path, TrackingConfig(enabled=False, plot_every=2), is_main=True)
+    tracker.start({}, {})
+    for values in ({"loss": 1.0}, {"knn_accuracy": 0.5}, {"held_out_loss": 1.0}):
+        tracker.log(2, 2, values)
+    assert len(drawings) == 1
+    drawings[0].ended = True
+    tracker.log(3, 3, {"loss": 1.0})  # what was recorded meanwhile is not forgotten
+    assert len(drawings) == 2
+    tracker.log(3, 3, {"knn_accuracy": 0.5})
+    assert len(drawings) == 2
+    tracker.finish("done")
+    assert [one.ended for one in drawings] == [True, True, False]
+
+
 def test_a_torn_event_costs_itself_and_nothing_else(tmp_path: Path) -> None:
     append_event(tmp_path, "begin")
     with (tmp_path / EVENTS_FILE).open("a") as file:
