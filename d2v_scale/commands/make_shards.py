@@ -194,6 +194,12 @@ def _convert_recognised(given: list[str]) -> int:
     out, *more = rest
     sets = recognise(Path(source))
     parsed = [make_parser().parse_args(one.arguments(out, more)) for one in sets]
+    files = {(one.source, getattr(one, "match", None)) for one in parsed}
+    if min(len(files), len({one.prefix for one in parsed})) < len(sets):
+        raise UserError(
+            f"{source} is several sets, and --prefix or --match would make all of them one: the last would be left.",
+            "Leave it out, or convert one at a time: " + "; ".join(one.typed(out) for one in sets) + ".",
+        )
     if len(sets) > 1 and parsed[0].part[1] > 1 and "none" not in sets[0].options:
         shown = "; then ".join(one.typed(out, more) for one in sets)
         raise UserError(

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from d2v_scale.commands import make_shards
 from d2v_scale.conversion.recognising_files import is_raw, recognise
 from d2v_scale.errors import DataError
 
@@ -99,6 +100,16 @@ def test_what_people_have_is_recognised(tmp_path: Path, made: Callable[[Path], N
     assert len(found) == len(commands)
     for command, begins in zip(found, commands, strict=True):
         assert command.startswith(begins if begins.startswith("d2v") else f"d2v shards {begins}"), found
+
+
+@pytest.mark.parametrize(("made", "option"), [(image_splits, "--prefix"), (tables, "--prefix"), (tables, "--match")])
+def test_one_name_for_several_sets_does_not_overwrite_the_first(
+    tmp_path: Path, made: Callable[[Path], None], option: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made(tmp_path / "src")
+    assert make_shards.main([str(tmp_path / "src"), str(tmp_path / "out"), option, "all"]) == 2
+    assert "is several sets" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_table_without_a_header_is_read_by_number(tmp_path: Path) -> None:
