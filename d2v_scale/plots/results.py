@@ -20,6 +20,8 @@ _LOWER = ("loss", "held_out_loss", *(f"test/{metric}" for metric in METRICS["ctc
 _COSTS = ("step", "samples", "hours", "samples_per_second", "mfu", "data_wait_share", "device_memory_peak_gib")
 _MEDIANS = ("samples_per_second", "mfu", "data_wait_share")
 """Of the whole run; of other costs the last value."""
+_WHEN = {"evaluation.every", "evaluation.batch_size"}
+"""What values do not depend on."""
 _BY_SOURCE = {
     "loss": "loss",
     "held_out_loss": "held-out loss",
@@ -35,9 +37,8 @@ _BY_SOURCE = {
 def results(summaries: Sequence[RunSummary]) -> str:
     """HTML: a row a figure, a column a run; below a figure what it is to be compared with."""
     recorded = list(dict.fromkeys(name for summary in summaries for record in summary.records for name in record))
-    alike = all(
-        len({s.recipe.get(f"evaluation.{key}") for s in summaries}) == 1 for key in ("train", "test", "held_out")
-    )
+    measured_on = {key for s in summaries for key in s.recipe if key.startswith("evaluation.")} - _WHEN
+    alike = all(len({s.recipe.get(key) for s in summaries}) == 1 for key in measured_on)
     figures = (*_LOWER[:2], *_HIGHER, *_LOWER[2:])
     quality = [name for figure in figures for name in _recorded_as(figure, recorded)]
     rows: list[tuple[str, list[str]]] = []

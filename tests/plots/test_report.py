@@ -220,3 +220,14 @@ def test_a_directory_without_a_run_is_named(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert str(tmp_path) in done.stderr
+
+
+def test_no_run_is_best_where_a_stem_is_measured_on_other_shards(tmp_path: Path) -> None:
+    """Only shards of all stems were compared."""
+    summaries = [RunSummary.load(make_run(tmp_path / name, 1e-3)) for name in ("a", "b")]
+    for number, summary in enumerate(summaries):
+        summary.records[-1]["knn_accuracy"] = 0.5 + number / 10
+        summary.recipe["evaluation.sets.vision.test"] = "same"
+    assert "<b>" in results(summaries)
+    summaries[0].recipe["evaluation.sets.vision.test"] = "other"
+    assert "<b>" not in results(summaries)
