@@ -11,19 +11,20 @@ import pytest
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 TESTS = Path(__file__).parent
-LONGEST = ("slurm", "distributed", "interop")
-"""Folders that several processes begin with, so that none of them is left over at the end."""
+OF_RANKS = ("slurm", "distributed", "planning")
+"""Folders whose tests start several ranks: two at once would take turns at the cores, and take longer."""
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Among several processes (`pytest -n`), one has all tests of a file, or of a folder whose conftest makes what they
-    share."""
-    items.sort(key=lambda item: item.path.parent.name not in LONGEST)
+    """Among several processes (`pytest -n`) one begins with the tests that start ranks and has them all; else one has
+    all tests of a file, or of a folder whose conftest makes what they share."""
+    items.sort(key=lambda item: item.path.parent.name not in OF_RANKS)
     for item in items:
         folder = item.path.parent
         shared = folder if folder != TESTS and (folder / "conftest.py").is_file() else item.path
-        item.add_marker(pytest.mark.xdist_group(str(shared.relative_to(TESTS))))
+        group = "ranks" if folder.name in OF_RANKS else str(shared.relative_to(TESTS))
+        item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture(autouse=True)
