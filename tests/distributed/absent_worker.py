@@ -9,8 +9,7 @@ import json
 import sys
 from pathlib import Path
 
-from megatron.core import parallel_state
-from rank_cases import ending_together
+from rank_cases import ending_together, take_down_groups
 
 from d2v_scale import command_line
 from d2v_scale.batch import Batch
@@ -90,7 +89,7 @@ def main() -> None:
             recipe, _ = command_line.parse(case["recipe"])
             if recipe.parallel != held:
                 # Other groups in the same processes: a launch costs more than a case.
-                parallel_state.destroy_model_parallel()
+                take_down_groups()
                 topology = groups._divide(recipe.parallel, topology.device)
                 held = recipe.parallel
                 LOADED.clear()

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.runtime.pipe import schedule
 from megatron.core import parallel_state
+from rank_cases import take_down_groups
 
 from d2v_scale.batch import Batch
 from d2v_scale.data.config import DataConfig, SourceConfig
@@ -225,7 +226,7 @@ def main() -> None:
     for _, alike in itertools.groupby(cases, key=lambda case: (case.get("tensor", 1), case.get("pipeline", 1))):
         if parallel_state.model_parallel_is_initialized():
             # Other groups in the same processes: a launch costs more than a case.
-            parallel_state.destroy_model_parallel()
+            take_down_groups()
         done += [measure(case, traffic) for case in alike]
     if dist.get_rank() == 0:
         out.write_text(json.dumps(done))

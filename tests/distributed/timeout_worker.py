@@ -24,7 +24,7 @@ def limits() -> dict[str, float]:
 
 
 def main() -> None:
-    from megatron.core import parallel_state
+    from rank_cases import take_down_groups
 
     cases = json.loads(Path(sys.argv[1]).read_text())
     topology = groups.initialize(groups.ParallelConfig(), timeout_minutes=float(sys.argv[2]))
@@ -37,7 +37,7 @@ def main() -> None:
 
     topology_worker.build_engines = build_and_list
     for case in cases:
-        parallel_state.destroy_model_parallel()
+        take_down_groups()
         topology = groups._divide(groups.ParallelConfig(pipeline=case.get("pipeline", 1)), topology.device)
         topology_worker.run(case, topology)
     Agreement().barrier()
