@@ -140,7 +140,8 @@ class Pairs(Items):
 
     def plan(self, batch_size: int, unit: str) -> tuple[float, dict[str, Any]]:
         """By the positions of all parts."""
-        return batch_size, {"length_of": self.positions, "cost_is_length": unit == "tokens"}
+        arguments = {"length_of": self.positions, "parts_of": self.parts_read, "cost_is_length": unit == "tokens"}
+        return batch_size, arguments
 
     def total_length(self) -> int:
         """Positions of an epoch."""
@@ -153,6 +154,16 @@ class Pairs(Items):
         for part, length_n in zip(self.parts, length_np.T, strict=True):
             total_n += np.where(length_n < 0, 0, part.positions_of(length_n.clip(min=0), self.data))
         return np.where((length_np >= 0).any(axis=1), total_n, -1)
+
+    def parts_read(self, shard: int) -> NDArray[np.int64]:
+        """(N, P): what is read of each part of each sample, as the index counts it; 0 where there is none."""
+        length_np = part_lengths(self.shards, shard).clip(min=0)
+        extensions = self.shards.all_members(shard).extensions
+        columns = [
+            part.read_of(length_n, self.data, extensions)
+            for part, length_n in zip(self.parts, length_np.T, strict=True)
+        ]
+        return np.stack(columns, axis=1)
 
     def cropped_shares(self, shards: Sequence[int]) -> dict[str, float]:
         """Of parts that have a longest row."""

@@ -18,7 +18,7 @@ from d2v_scale.modalities import Modality
 from d2v_scale.modalities.paired.decoder import PairedDecoder, Values
 from d2v_scale.modalities.paired.modality import Paired
 from d2v_scale.shards.plan import PlannedBatch
-from d2v_scale.shards.rows import Decoder, Row, Stacked
+from d2v_scale.shards.rows import Decoder, PartDecoder, Row, Stacked
 
 
 class PairedCollator:
@@ -56,11 +56,12 @@ class PairedCollator:
             )
         common = {"sample_ids": torch.from_numpy(ids), "keys": keys, "epoch": epoch}
         parts = []
-        for number, stem in enumerate(self._sequence.parts):
+        longest_p: Sequence[int | None] = planned.longest_p or (None,) * len(self._sequence.parts)
+        for number, (stem, longest) in enumerate(zip(self._sequence.parts, longest_p, strict=True)):
             hidden_r = None if hidden_rp is None else hidden_rp[:, number]
             decoder = self._decoder.parts[number].decoder
             own = [row[number] for row in values]
-            part = self._part(stem, decoder, self._masks[number], own, ids, hidden_r, step)
+            part = self._part(stem, decoder, self._masks[number], own, ids, hidden_r, step, longest)
             parts.append(dataclasses.replace(part, **common, source=f"{source}/{stem.name}"))  # type: ignore[arg-type]
         labels = None
         if self._labels is not None:
@@ -70,17 +71,23 @@ class PairedCollator:
     def _part(
         self,
         stem: Modality,
-        decoder: Decoder,
+        decoder: PartDecoder,
         masks: MaskingConfig,
         values: list[NDArray[Any] | None],
         ids: NDArray[np.int64],
         hidden_r: Bools | None,
         step: int,
+        longest: int | None,
     ) -> Batch:
-        """One stem's part of all samples; where a sample has none, a blank row of which nothing is seen or counted."""
+        """One stem's part of all samples; where a sample has none, a blank row of which nothing is seen or counted.
+
+        Padding is more than waste: 2.0 masks a share of all positions, and norms over positions have it in their
+        statistics. So there is as much of it as if all ranks' rows were in one batch (`longest`; None: not known, of
+        shards without an index).
+        """
         blank = decoder.blank()
         present_b = np.array([value is not None for value in values])
-        stacked = decoder.stack([blank if value is None else value for value in values])
+        stacked = decoder.stack([blank if value is None else value for value in values], longest)
         real_bt = _real(stacked, present_b)
         drawn = masking.collate(
             masks,

@@ -19,6 +19,7 @@ from d2v_scale.model.teacher_parts import TeacherParts
 from d2v_scale.shards.content import Content
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     import numpy as np
@@ -108,6 +109,15 @@ class Modality(ABC):
         """The longest sample that a row holds all of, as an index counts lengths; None: all are read whole."""
         del data
         return None
+
+    def read_of(
+        self, length_n: "NDArray[np.int64]", data: "DataConfig", extensions: "Sequence[str]"
+    ) -> "NDArray[np.int64]":
+        """How much a row holds at most of parts of paired samples, as an index counts lengths (0: there is no part).
+        `extensions`: of the members of their shard."""
+        del extensions
+        longest = self.longest_read(data)
+        return length_n if longest is None else length_n.clip(max=longest)
 
     @abstractmethod
     def noise(self, samples: int, size: int, generator: "torch.Generator") -> "Tensor":

@@ -48,6 +48,9 @@ class PlannedBatch:
     """What the index says that each item's length is, where rows are cropped to the shortest; 0: not read."""
     elsewhere: int = 0
     """The smallest length among the rows of the other shares; 0: there is none."""
+    longest_p: tuple[int, ...] = ()
+    """Of paired samples, what is read of each part's longest among the rows of all ranks, as an index counts it: rows
+    are padded to it, so that they are as long however the batch is shared out."""
     unread: int = 0
     """Items among them whose length the index could not read: lost, each a hole in the batch."""
 
@@ -103,17 +106,20 @@ class SourcePlan:
         batch_size: float,
         *,
         length_of: Callable[[int], Ints] | None = None,
+        parts_of: Callable[[int], Ints] | None = None,
         cost_is_length: bool = False,
         crop_to_shortest: bool = False,
     ) -> None:
         """`length_of(shard)`: the length of each of its items, 0 for those to leave out, -1 for those that could not be
         read: they are planned, so that they are counted, and change neither length nor batch of the others.
+        `parts_of(shard)`: (N, P), what is read of each part of its items; 0 where there is none.
         `batch_size`: items, or with `cost_is_length` the sum of their lengths. `crop_to_shortest`: rows take their
         batch's smallest length, else its largest."""
         self._order = order
         self._number = number
         self._batch_size = batch_size
         self._length_of = length_of
+        self._parts_of = parts_of
         self._cost_is_length = cost_is_length
         self._crop_to_shortest = crop_to_shortest
         self._windows: OrderedDict[tuple[int, int], list[PlannedBatch]] = OrderedDict()
@@ -209,8 +215,19 @@ class SourcePlan:
             return [self._batch(whole, unread, length_n)] if len(unread) else []
         holes = np.array_split(unread, len(parts))
         batches = [self._batch(whole, _evenly(rows, among), length_n) for rows, among in zip(parts, holes, strict=True)]
+        if self._parts_of is not None:
+            for batch in batches:
+                batch.longest_p = self._longest_parts(batch)
         shuffled = numpy_generator("batches", self._order.seed, self._order.source, epoch, window)
         return [batches[k] for k in shuffled.permutation(len(batches))]
+
+    def _longest_parts(self, batch: PlannedBatch) -> tuple[int, ...]:
+        assert self._parts_of is not None
+        each = [
+            self._parts_of(int(shard))[batch.item_n[batch.shard_n == shard]].max(axis=0)
+            for shard in np.unique(batch.shard_n)
+        ]
+        return tuple(np.max(each, axis=0).tolist())
 
     def _cut(self, usable: Ints, length_u: Ints) -> list[Ints]:
         """Rows `usable`, which are `length_u` long, as lists of nearly one length and of equal cost."""

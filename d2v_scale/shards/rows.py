@@ -86,6 +86,10 @@ class PartDecoder(Decoder, Protocol):
     extensions: tuple[str, ...]
     """Of the members that it reads."""
 
+    def stack(self, rows: list[NDArray[Any]], longest: int | None = None) -> Stacked:
+        """Rows to a batch. `longest`: of paired samples, how long the longest of all ranks' rows is, as an index counts
+        it (`PlannedBatch.longest_p`): rows are no shorter, and no shorter than a blank one."""
+
     def part_row(self, sample: RawSample, draws: NDArray[np.float64]) -> tuple[NDArray[Any], bool]:
         """This stem's part of a paired sample: cropped and augmented as in training, but not to the length of others;
         and whether it is longer than the stem reads (`longest_read`).

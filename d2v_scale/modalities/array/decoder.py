@@ -168,9 +168,10 @@ class ArrayDecoder:
         within: tuple[int, ...] = tuple(range(1, 2 * len(patch), 2))
         return np.asarray(missing.reshape(pairs).any(axis=within))
 
-    def stack(self, rows: list[Values]) -> Stacked:
+    def stack(self, rows: list[Values], longest: int | None = None) -> Stacked:
         """float32 (B, C, E_1 ... E_n) of the longest extents, zero in what is padding or missing. `valid` is of
         patches: bool (B, T). What is left of a row behind its last whole patch is one more, filled with zeros."""
+        del longest
         stem = self._stem
         inputs = np.zeros((len(rows), stem.channels, *stem.extents), dtype=np.float32)
         valid = np.zeros((len(rows), *stem.grid), dtype=bool)

@@ -174,10 +174,11 @@ class SpeechDecoder:
             raise sample.fault(f"is {len(wave)} samples long, less than one frame of the model")
         return wave
 
-    def stack(self, rows: list[Wave]) -> Stacked:
-        """float32 (B, samples); shorter rows are filled with zeros and marked in `valid`."""
+    def stack(self, rows: list[Wave], longest: int | None = None) -> Stacked:
+        """float32 (B, samples); shorter rows are filled with zeros and marked in `valid`. `longest`: samples."""
         lengths = np.array([len(row) for row in rows])
-        longest = int(lengths.max())
+        least = 0 if longest is None else max(longest, len(self.blank()))
+        longest = max(int(lengths.max()), least)
         if (lengths == longest).all():
             return Stacked(torch.from_numpy(np.stack(rows)), length=self._stem.frames_of(longest))
         inputs = np.zeros((len(rows), longest), dtype=np.float32)

@@ -161,9 +161,10 @@ class TextDecoder:
             return tokens
         return np.concatenate((tokens[: length - 1], [self._stem.eos_id]))
 
-    def stack(self, rows: list[Tokens]) -> Stacked:
-        """int64 (B, T)."""
-        length = max(len(row) for row in rows)
+    def stack(self, rows: list[Tokens], longest: int | None = None) -> Stacked:
+        """int64 (B, T). `longest`: tokens beside <s>."""
+        least = 0 if longest is None else max(1 + longest, len(self.blank()))
+        length = max(least, *(len(row) for row in rows))
         tokens_bt = np.full((len(rows), length), self._stem.pad_id, dtype=np.int64)
         for k, row in enumerate(rows):
             tokens_bt[k, : len(row)] = row

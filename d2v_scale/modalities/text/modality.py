@@ -11,6 +11,7 @@ from d2v_scale.model.stem_config import TextStem
 from d2v_scale.model.teacher_parts import TeacherParts
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     import numpy as np
@@ -74,6 +75,16 @@ class Text(Modality):
         """Tokens beside <s>."""
         del data
         return self.stem.max_positions - 1
+
+    def read_of(
+        self, length_n: "NDArray[np.int64]", data: "DataConfig", extensions: "Sequence[str]"
+    ) -> "NDArray[np.int64]":
+        """An index does not count the second of two texts: rows may be as long as any."""
+        from d2v_scale.modalities.text.decoder import SECOND_EXTENSIONS
+
+        if any(extension in SECOND_EXTENSIONS for extension in extensions):
+            return length_n.clip(min=self.longest_read(data), max=self.longest_read(data))
+        return super().read_of(length_n, data, extensions)
 
     def noise(self, samples: int, size: int, generator: "torch.Generator") -> "Tensor":
         """Any ordinary token."""

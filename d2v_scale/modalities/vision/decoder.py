@@ -193,8 +193,9 @@ class VisionDecoder:
         box = centre_box(*upright_size(image), self._config.evaluation_crop, self._aspect)
         return np.asarray(self._resize(image, box))
 
-    def stack(self, rows: list[Pixels]) -> Stacked:
-        """float32 (B, C, H, W), normalised."""
+    def stack(self, rows: list[Pixels], longest: int | None = None) -> Stacked:
+        """float32 (B, C, H, W), normalised. All are of one size."""
+        del longest
         pixels_bhwc = np.stack(rows).reshape(len(rows), self._height, self._width, -1)
         inputs = (
             torch.from_numpy(pixels_bhwc).permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
