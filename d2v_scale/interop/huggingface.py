@@ -53,12 +53,13 @@ def row_of(config: ModelConfig, modality: str) -> HuggingFaceRow:
     """What is said of this stem, or of samples of several parts, of which there may be a single one. Raises
     CheckpointError where there is no row."""
     if len(parts_of(modality)) > 1:
-        return JointRow(_row_of_kind)
-    row = _row_of_kind(config, modality)
-    return JointRow(_row_of_kind) if row.joint_unless_native and not row.is_native(config.of(modality)) else row
+        return JointRow(row_of_kind)
+    row = row_of_kind(config, modality)
+    return JointRow(row_of_kind) if row.joint_unless_native and not row.is_native(config.of(modality)) else row
 
 
-def _row_of_kind(config: ModelConfig, modality: str) -> HuggingFaceRow:
+def row_of_kind(config: ModelConfig, modality: str) -> HuggingFaceRow:
+    """What is said of the kind of this stem, whether or not its native class computes it. Raises CheckpointError."""
     kind = config.kind(modality)
     row = next((row for row in TABLE if row.kind == kind), None)
     if row is None:
@@ -100,7 +101,7 @@ def is_native(config: ModelConfig, modality: str) -> bool:
 def huggingface_keys(config: ModelConfig, modality: str) -> KeyMap:
     """The table between our names and those of the native class."""
     keys = KeyMap(ignored=_HEADS, buffers=_BUFFERS, initialised=("predictors.",))
-    row_of(config, modality).add_keys(keys, config.of(modality), modality)
+    row_of_kind(config, modality).add_keys(keys, config.of(modality), modality)
     return keys
 
 

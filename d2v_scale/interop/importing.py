@@ -13,7 +13,7 @@ from d2v_scale import modalities
 from d2v_scale.data.config import DataConfig
 from d2v_scale.errors import CheckpointError, UserError
 from d2v_scale.interop.golden import Fixture
-from d2v_scale.interop.huggingface import PREFIXES, TIED, WRAPPERS, from_huggingface, row_of
+from d2v_scale.interop.huggingface import PREFIXES, TIED, WRAPPERS, from_huggingface, row_of_kind
 from d2v_scale.interop.keymap import KeyMap, KeyReport, import_tensors
 from d2v_scale.interop.reference_config import from_fairseq
 from d2v_scale.interop.reference_names import reference_keys, teacher_prefix
@@ -209,7 +209,7 @@ def _huggingface(path: Path) -> Source:
     if TIED[0] not in tensors and TIED[1] in tensors:
         tensors[TIED[0]] = tensors[TIED[1]]
     reference, keymap = from_huggingface(settings, _shapes(tensors))
-    notes = [*folder.notes, *row_of(reference.model, reference.modality).fold(tensors)]
+    notes = [*folder.notes, *row_of_kind(reference.model, reference.modality).fold(tensors)]
     source = Source(reference, keymap, tensors, None, "Hugging Face folder", notes=notes)
     if modalities.class_of(reference.model.kind(reference.modality)).uses_tokenizer:
         _read_tokenizer(path, source)
