@@ -195,7 +195,7 @@ def on_four_ranks(root: Path) -> dict[str, Checkpoint]:
             {"name": "muon tp2 x ZeRO-3", **MUON, **TOPOLOGIES["tp2 x dp2, ZeRO-3"][1]},
             {"name": "scaled ZeRO-3", **SCALED, "stage": 3, "accumulation": 1},
             {"name": "skipping in a pipeline", "model": "v2_vision", "poisoned_step": 2, **TOPOLOGIES["pp2 x dp2"][1]},
-            {"name": "muon a", **MUON, "stage": 3, "accumulation": 1, "steps": [0, 3]},
+            {"name": "half muon", **MUON, "stage": 3, "accumulation": 1, "steps": [0, 3]},
             {"name": "a", "model": "v1_vision", "steps": [0, 2], **TOPOLOGIES["tp2 x pp2"][1]},
             {
                 "name": "b",
@@ -223,11 +223,11 @@ def test_checkpoints_cross_topologies(
     alone = [
         {"name": "straight", "model": "v1_vision", "accumulation": 4, "steps": [0, 8]},
         {"name": "c", "model": "v1_vision", "accumulation": 4, "steps": [4, 6], "load": path(root, "b", 4)},
-        {"name": "muon c", **MUON, "accumulation": 4, "steps": [3, STEPS], "load": path(root, "muon_a", 3)},
+        {"name": "whole muon", **MUON, "accumulation": 4, "steps": [3, STEPS], "load": path(root, "half_muon", 3)},
     ]
     found = train(root, 1, alone)
     straight = found["straight"]
-    assert_equal(found["muon c"], references["muon"])
+    assert_equal(found["whole muon"], references["muon"])
     divided = TOPOLOGIES["tp2 x pp2"][1]
     back = {"name": "d", "model": "v1_vision", "steps": [6, 8], "load": path(root, "c", 6), **divided}
     assert_equal(train(root, 4, [back])["d"], straight)
