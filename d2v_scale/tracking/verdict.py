@@ -34,6 +34,9 @@ _SAME = 1e-6
 """Distance from the student, in the teacher's norm, below which they are one network."""
 _ERRORS = 2.0
 """Standard errors that an accuracy must have fallen by, or be above chance."""
+_BY_CHANCE = 5.0
+"""Samples that chance has to hit, for accuracy at chance to say something: of hundreds of classes a few samples do not.
+"""
 _HIDDEN = 0.05
 """Share of the positions that masks hide at least."""
 _A_MINUTE = 1 / 60
@@ -153,6 +156,8 @@ def _labels(records: Records) -> Iterator[Sign]:
         last = next(r for r in reversed(records) if name in r)
         chance, found = float(last[name]), float(last[name.replace("chance", "accuracy", 1)])
         samples = float(last[name.replace("chance", "samples", 1)])
+        if samples * chance < _BY_CHANCE:
+            continue
         if found <= chance + _ERRORS * math.sqrt(chance * (1 - chance) / max(1.0, samples)):
             said = f"k-NN finds {found:.1%} of them{_of(whose)}, the commonest is {chance:.1%}"
             yield Sign("the labels", f"{said}: are they those of these samples?")

@@ -120,3 +120,12 @@ def test_several_signs_make_one_sentence() -> None:
         "Look at the loader and lost samples: 50% of a step waits for data (see data.workers); 300 of 12800 could not "
         "be read."
     )
+
+
+def test_labels_of_hundreds_of_classes_are_not_blamed_on_a_few_samples() -> None:
+    """A joint run of sixteen steps found one of eighty samples among 267 classes, and was told to look at its labels."""
+    records = healthy()
+    records[-1] |= {"knn_accuracy/speech": 0.025, "knn_chance/speech": 0.012, "knn_samples/speech": 80.0}
+    assert not [sign for sign in signs(records, HealthConfig()) if sign.name == "the labels"]
+    records[-1] |= {"knn_accuracy/speech": 0.0125, "knn_samples/speech": 800.0}
+    assert [sign for sign in signs(records, HealthConfig()) if sign.name == "the labels"]
