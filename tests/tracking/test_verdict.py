@@ -123,7 +123,7 @@ def test_several_signs_make_one_sentence() -> None:
 
 
 def test_labels_of_hundreds_of_classes_are_not_blamed_on_a_few_samples() -> None:
-    """A joint run of sixteen steps found one of eighty samples among 267 classes, and was told to look at its labels."""
+    """A joint run of sixteen steps found two of eighty among 267 classes, and was told to look at its labels."""
     records = healthy()
     records[-1] |= {"knn_accuracy/speech": 0.025, "knn_chance/speech": 0.012, "knn_samples/speech": 80.0}
     assert not [sign for sign in signs(records, HealthConfig()) if sign.name == "the labels"]
