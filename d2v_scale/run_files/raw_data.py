@@ -42,9 +42,11 @@ def shards_or_command(source: "SourceConfig") -> ShardSet:
     try:
         return find_shards(source)
     except DataError:
+        if source.index is not None or not os.path.exists(source.shards):
+            raise  # before what knows raw files is imported, which takes torch along
         from d2v_scale.conversion.recognising_files import is_raw, recognise
 
-        if source.index is not None or not is_raw(source.shards):
+        if not is_raw(source.shards):
             raise
         first = recognise(Path(source.shards))[0]
     out = f"{Path(source.shards).resolve().with_suffix('')}-shards"

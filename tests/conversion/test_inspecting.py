@@ -7,7 +7,7 @@ from small_shards import documents, image_samples, sound_samples
 
 from d2v_scale.commands import inspect_shards
 from d2v_scale.conversion.measures import measure_of
-from d2v_scale.modalities.text import tokenizer
+from d2v_scale.modalities.text import tokenizer_training
 from d2v_scale.shards.shard_index import SetIndex
 from d2v_scale.shards.writing import write_set
 
@@ -30,7 +30,7 @@ def test_hours_and_samples_of_each_class_are_told(tmp_path: Path, capsys: pytest
 
 def test_tokens_are_told_of_texts_and_no_length_of_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     texts = documents(30)
-    tokenizer.train(texts, tmp_path / "t.model", vocab_size=290)
+    tokenizer_training.train(texts, tmp_path / "t.model", vocab_size=290)
     samples = [{"__key__": f"{k:03d}", "txt": text} for k, text in enumerate(texts)]
     measure = measure_of("text", tmp_path / "t.model")
     write_set(tmp_path, "train", "text", samples, per_shard=20, measure=measure, tokenizer=tmp_path / "t.model")

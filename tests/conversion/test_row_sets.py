@@ -16,7 +16,7 @@ from small_shards import documents, images_folder
 from d2v_scale.commands import make_shards
 from d2v_scale.data.config import DataConfig, SourceConfig
 from d2v_scale.data.source import open_store
-from d2v_scale.modalities.text import tokenizer
+from d2v_scale.modalities.text import tokenizer_training
 from d2v_scale.shards.shard_index import SetIndex
 from d2v_scale.shards.shard_set import find_shards
 
@@ -132,7 +132,7 @@ def test_recordings_of_a_saved_dataset_have_their_transcripts(
 
 def test_texts_arrays_and_pictures_with_captions_are_told_by_type(tmp_path: Path) -> None:
     texts = documents(40)
-    tokenizer.train(texts, tmp_path / "t.model", vocab_size=290)
+    tokenizer_training.train(texts, tmp_path / "t.model", vocab_size=290)
     given = ["--tokenizer", tmp_path / "t.model", "--processes", 1]
     pq.write_table(pa.table({"sentence1": texts, "sentence2": texts, "label": [0.5] * 40}), tmp_path / "glue.parquet")
     shards(tmp_path / "glue.parquet", tmp_path / "glue", *given)
