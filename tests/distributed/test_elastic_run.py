@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from launch import ROOT, run_ranks
+from paired_shards import paired_samples, write_pairs, write_recipe
 
 from d2v_scale.checkpoint import open_any
 from d2v_scale.conversion import demo
@@ -74,6 +75,31 @@ def test_a_run_of_all_sources_together_moves_between_topologies(tmp_path: Path) 
     for source in ("vision", "speech", "text"):
         name = f"loss/{source}"
         assert losses(moved, name) == pytest.approx(losses(still, name), rel=2e-6)
+        assert len(losses(still, name)) == 7
+    same_end(moved, still)
+
+
+@pytest.mark.slow
+def test_a_run_on_paired_samples_moves_between_topologies(tmp_path: Path) -> None:
+    """2, 1 and 2 ranks, with other numbers of micro-batches, as one process alone. Of three in five samples one part is
+    not there, and parts are hidden."""
+    recipe = write_recipe(tmp_path / "pairs.yaml", write_pairs(tmp_path / "shards", paired_samples(60)))
+    begin = {
+        "recipe": recipe,
+        "optim__eps": "1e-4",
+        "tracking__enabled": "false",
+        "tracking__plot_every": "null",
+        "evaluation__train": "null",
+        "evaluation__test": "null",
+    }
+    moved, still = tmp_path / "moved", tmp_path / "still"
+    for size, stop_at, zero, accumulation in ((2, 2, "zero3", 2), (1, 4, "zero2_offload", 2), (2, 7, "zero1", 1)):
+        own = {"resume": moved} if moved.exists() else {**begin, "run_dir": moved}
+        zero_file = ROOT / "ds_configs" / f"{zero}.json"
+        train(size, **own, stop_at=stop_at, deepspeed_config=zero_file, accumulation=accumulation)
+    train(1, **begin, run_dir=still, stop_at=7, accumulation=1)
+    for name in ("loss", "loss/pairs/vision", "loss/pairs/speech", "loss/pairs/text"):
+        assert losses(moved, name) == pytest.approx(losses(still, name), rel=2e-6), name
         assert len(losses(still, name)) == 7
     same_end(moved, still)
 
