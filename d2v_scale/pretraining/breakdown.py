@@ -97,7 +97,8 @@ class LossBreakdown:
         several = len(self._sources) > 1
         names = [f"masked_share/{source}" if several else "masked_share" for source in self._sources]
         counted = zip(names, *self._masked.tolist(), strict=True)
-        return {name: torch.tensor(masked / real) for name, masked, real in counted if real}
+        # Where all samples are lost nothing is masked, and there is no share.
+        return {name: torch.tensor(masked / real) for name, masked, real in counted if masked}
 
     def _spreads(self, topology: Topology) -> dict[str, Tensor]:
         if not self._sizes:

@@ -155,7 +155,7 @@ def _labels(records: Records) -> Iterator[Sign]:
     for whose, name in _by_stem(records, "knn_chance").items():
         last = next(r for r in reversed(records) if name in r)
         chance, found = float(last[name]), float(last[name.replace("chance", "accuracy", 1)])
-        samples = float(last[name.replace("chance", "samples", 1)])
+        samples = float(last.get(name.replace("chance", "samples", 1), 0.0))
         if samples * chance < _BY_CHANCE:
             continue
         if found <= chance + _ERRORS * math.sqrt(chance * (1 - chance) / max(1.0, samples)):
