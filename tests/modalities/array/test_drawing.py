@@ -16,7 +16,7 @@ def test_masks_of_any_number_of_axes_are_drawn(name: str, tmp_path: Path) -> Non
     batch = tiny_models.batch(name, clones=clones, padded=True)
     assert plot_masks(batch, "array", tmp_path / "masks.png").stat().st_size > 1000
     states_btd = torch.randn(3, batch.masked_rt.shape[1], 8)
-    made = ArrayDrawing().features(batch, states_btd, None, ["a", "b", "c"], tmp_path)
+    made = ArrayDrawing().features(batch, states_btd, None, ["a", "b", "c"], lambda kind: tmp_path / f"{kind}.png")
     assert len(made) == (1 if name == "v2_maps" else 0)
     assert all(path.is_file() for path in made)
 
