@@ -64,7 +64,11 @@ class LossBreakdown:
             self._sums[1, own] += loss_n.numel()
             self._masked[0, own] += batch.layout.predictions
             real = batch.valid if batch.real_bt is None else batch.real_bt
-            self._masked[1, own] += batch.masked_rt.numel() * (1.0 if real is None else real.double().mean())
+            self._masked[1, own] += (
+                batch.masked_rt.numel()
+                * (1.0 if real is None else real.double().mean())
+                * (batch.layout.predictions > 0)
+            )
         rows = self._moments.split(self._sizes)
         for number, (raw_nd, one) in enumerate(zip(raw, compared, strict=True)):
             name = spread_name(batch.source, one.name, number, several=len(self._sources) > 1)
