@@ -132,7 +132,7 @@ def test_a_source_that_lost_all_its_samples_has_no_loss_and_no_spread() -> None:
     lost = figures(recipe, [whole[0], blank(whole[1]), whole[2]])
     assert lost["samples"] == 8
     stems = ("vision", "speech", "text")
-    own = ("loss", "target_std", "prediction_std", *OF_A_STEP)
+    own = ("loss", "target_std", "prediction_std", "masked_share", *OF_A_STEP)
     assert set(there) - set(lost) == {f"{figure}/speech" for figure in own}
     assert there["target_rank"] == pytest.approx(sum(there[f"target_rank/{one}"] for one in stems) / 3)
     assert there["stem_std"] == pytest.approx(sum(there[f"stem_std/{one}"] for one in stems) / 3)
