@@ -23,7 +23,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -167,8 +167,7 @@ def measure(job: JointJob) -> dict[str, Any]:
         directories[name] = job.out / "runs" / path.stem
         records = train_forked([f"--recipe={path}"], directories[name], path.stem)
         steps = recipes[name].optim.max_steps
-        losses = {key: value for key, value in records[-1].items() if key == "loss" or key.startswith("loss/")}
-        row["runs"][name] = {"steps": steps, "flops": steps * step_flops(recipes[name]), "last": losses}
+        row["runs"][name] = {"steps": steps, "flops": steps * step_flops(recipes[name]), "last": last_losses(records)}
     single_process()
     for prefix, encoders in (
         ("", {name: FrozenEncoder.load(directory) for name, directory in directories.items()}),
@@ -182,6 +181,12 @@ def measure(job: JointJob) -> dict[str, Any]:
     job.result.parent.mkdir(parents=True, exist_ok=True)
     job.result.write_text(json.dumps(row, indent=1) + "\n")
     return row
+
+
+def last_losses(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Of the last step that has any: records of pictures and checkpoints follow it."""
+    step = next(record for record in reversed(records) if "loss" in record)
+    return {key: value for key, value in step.items() if key == "loss" or key.startswith("loss/")}
 
 
 def scores_of(data: JointSet, encoders: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

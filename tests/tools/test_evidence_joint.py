@@ -57,6 +57,12 @@ def test_the_tables_say_what_pairs_of_samples_change(tmp_path: Path) -> None:
     assert evidence_joint_table.written(tmp_path / "none") == ""
 
 
+def test_the_last_losses_are_those_of_a_step_not_of_what_was_recorded_after_it() -> None:
+    step = {"step": 2, "loss": 1.5, "loss/text": 0.5, "lr": 0.1}
+    records = [{"step": 1, "loss": 2.0, "loss/text": 1.0}, step, {"step": 2, "checkpoint_stall_seconds": 0.1}]
+    assert evidence_joint.last_losses(records) == {"loss": 1.5, "loss/text": 0.5}
+
+
 @pytest.mark.slow
 def test_an_arm_is_trained_once(tmp_path: Path) -> None:
     (recordings := tmp_path / "data" / "fsdd" / "recordings").mkdir(parents=True)
