@@ -102,9 +102,10 @@ def parse(arguments: list[str]) -> tuple[Recipe, Options]:
 
 
 def _say_true(arguments: list[str]) -> list[str]:
-    """`--prepare` without a value is `--prepare=true`."""
+    """A switch without a value, as `--prepare`, is `--prepare=true`."""
+    switches = {f"--{name}" for name, kind in typing.get_type_hints(Options).items() if kind is bool}
     return [
-        "--prepare=true" if word == "--prepare" and after.startswith("--") else word
+        f"{word}=true" if word in switches and after.startswith("--") else word
         for word, after in itertools.pairwise([*arguments, "--"])
     ]
 

@@ -34,6 +34,15 @@ def test_every_packaged_recipe_parses_checks_and_survives_a_round_trip(name, tmp
     assert to_dict(again) == to_dict(recipe)
 
 
+def test_a_switch_needs_no_value():
+    """`--reset_teacher` alone was refused, as `--allow_recipe_change`: only `--prepare` was taken."""
+    _, options = command_line.parse(["--prepare", "--allow_recipe_change", "--reset_teacher", "--init_from", "here"])
+    assert options.prepare
+    assert options.allow_recipe_change
+    assert options.reset_teacher
+    assert options.init_from == "here"
+
+
 def test_dotted_overrides_win_over_the_recipe_whatever_their_order():
     recipe, options = command_line.parse(
         ["--optim.lr", "1e-4", "--recipe", "demo_vision", "--model.vision.patch_size=2", "--stop_at", "7"]

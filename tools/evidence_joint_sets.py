@@ -12,18 +12,14 @@ from d2v_scale.alignment.concepts import Shards
 from d2v_scale.conversion import demo
 from d2v_scale.conversion.converters import recording_members
 from d2v_scale.conversion.demo import concepts as known
-from d2v_scale.conversion.measures import measures_of
+from d2v_scale.conversion.demo.joint import VOCAB_SIZE, write_mixed
 from d2v_scale.data.config import SourceConfig
 from d2v_scale.errors import UserError
 from d2v_scale.modalities.text.tokenizer_training import train
-from d2v_scale.shards.content import Content
 from d2v_scale.shards.shard_set import INDEX_SUFFIX, find_shards
-from d2v_scale.shards.writing import Sample, write_set
+from d2v_scale.shards.writing import Sample
 
-CONTENTS: tuple[Content, ...] = ("image", "recording", "text")
 _MEMBERS = ("png", "flac", "txt")
-_PER_SHARD = 500
-_VOCAB_SIZE = 1023
 _HELD_OUT_PICTURES = 5
 """Every so manieth picture of a digit."""
 
@@ -65,7 +61,7 @@ def digits(data: Path, out: Path) -> JointSet:
         drawn = known.of_digits()
         names = [concept.name for concept in drawn]
         tokenizer = folder / "tokenizer.model"
-        train(names, tokenizer, vocab_size=_VOCAB_SIZE, fewer=True)
+        train(names, tokenizer, vocab_size=VOCAB_SIZE, fewer=True)
         for prefix, recordings in digit_recordings(data, out).items():
             samples: list[Sample] = []
             for number, (label, path) in enumerate(recordings):
@@ -79,7 +75,7 @@ def digits(data: Path, out: Path) -> JointSet:
                 one: Sample = {"__key__": f"{path.stem}", "png": pictures[number % len(pictures)]}
                 one |= recording_members(path.read_bytes())
                 samples.append(one | {"txt": of_digit.name, "cls": int(label)})
-            _write(folder, prefix, samples, names, tokenizer)
+            write_mixed(folder, prefix, samples, names, tokenizer)
     return _with_shuffled("digits", folder, out, "key", "label")
 
 
@@ -114,20 +110,4 @@ def write_shuffled(folder: Path, index: str) -> None:
         for number in range(len(samples))
     ]
     tokenizer = Path(shutil.copy(found.tokenizer, folder))
-    _write(folder, "train", dealt, [], tokenizer)
-
-
-def _write(folder: Path, prefix: str, samples: list[Sample], classes: list[str], tokenizer: Path) -> None:
-    measures = measures_of(CONTENTS, tokenizer)
-    order = np.random.default_rng(0).permutation(len(samples))
-    write_set(
-        folder,
-        prefix,
-        "image",
-        [samples[k] for k in order],
-        per_shard=_PER_SHARD,
-        measure=measures["image"],
-        beside={content: measure for content, measure in measures.items() if content != "image"},
-        classes=classes,
-        tokenizer=tokenizer,
-    )
+    write_mixed(folder, "train", dealt, [], tokenizer)

@@ -36,6 +36,7 @@ from d2v_scale.process.status import read_status
 from d2v_scale.programs.own_program import TRAINING
 from d2v_scale.programs.run_quietly import run_quietly
 from d2v_scale.redaction import redact
+from d2v_scale.tracking.names import by_stem
 from d2v_scale.tracking.record import read_records
 
 COLUMNS = {
@@ -128,7 +129,7 @@ def points_of(options: argparse.Namespace) -> list[Point]:
         given = [f"--recipe={options.recipe}", *options.training, *(f"--{key}={value}" for key, value in settings)]
         recipe, how = parse(given)
         recipe.check(world_size=1)
-        evaluated |= recipe.evaluation.test is not None or recipe.evaluation.held_out is not None
+        evaluated |= bool(recipe.evaluation.shards)
         if options.equal_compute:
             given += equal_compute(base, recipe)
         for seed in [recipe.seed] if seeds is None else seeds:
@@ -259,10 +260,11 @@ def collect(points: list[Point], out: Path) -> str:
     for point in points:
         records = read_records(point.run_dir) if (point.run_dir / "metrics.jsonl").is_file() else []
         groups.setdefault(point.label, []).extend([records] if records else [])
-    lines = ["| | runs | steps | " + " | ".join(COLUMNS) + " |", "|---|" + "---|" * (len(COLUMNS) + 2)]
+    columns = _columns([records for runs in groups.values() for records in runs])
+    lines = ["| | runs | steps | " + " | ".join(columns) + " |", "|---|" + "---|" * (len(columns) + 2)]
     for label, runs in groups.items():
         steps = "/".join(str(number) for number in sorted({max(int(r["step"]) for r in records) for records in runs}))
-        cells = [_cell(runs, *column) for column in COLUMNS.values()]
+        cells = [_cell(runs, *column) for column in columns.values()]
         lines.append(f"| {label.replace('|', chr(92) + '|')} | {len(runs)} | {steps} | " + " | ".join(cells) + " |")
     lines += ["", *early_signs([records for runs in groups.values() for records in runs])]
     text = "\n".join(lines) + "\n"
@@ -271,15 +273,34 @@ def collect(points: list[Point], out: Path) -> str:
     return text
 
 
+def _columns(runs: list[list[dict[str, Any]]]) -> dict[str, tuple[str, float, int]]:
+    """`COLUMNS` as they were recorded: of each figure one of all, or one of every stem."""
+    names = list(dict.fromkeys(name for records in runs for record in records for name in record))
+    columns = {}
+    for heading, (figure, factor, digits) in COLUMNS.items():
+        for stem, name in (by_stem(names, figure) or {"": figure}).items():
+            columns[f"{heading}, {stem}" if stem else heading] = name, factor, digits
+    return columns
+
+
+def _knn(records: list[dict[str, Any]]) -> tuple[list[float], list[float]]:
+    """Steps and accuracies by k-NN; of several stems the mean."""
+    means = []
+    for record in records:
+        if accuracies := [record[name] for name in by_stem(record, "knn_accuracy").values()]:
+            means.append({"step": record["step"], "knn_accuracy": sum(accuracies) / len(accuracies)})
+    return series(means, "knn_accuracy")
+
+
 def early_signs(runs: list[list[dict[str, Any]]]) -> list[str]:
     """How what was recorded half-way correlates with the last k-NN accuracy over all runs of the sweep."""
     import numpy as np
 
     lines = []
-    for label, (name, _, _) in COLUMNS.items():
+    for label, (name, _, _) in _columns(runs).items():
         pairs = []
         for records in runs:
-            (steps, values), (_, accuracies) = series(records, name), series(records, "knn_accuracy")
+            (steps, values), (_, accuracies) = series(records, name), _knn(records)
             if len(steps) and len(accuracies):
                 half = max(int(record["step"]) for record in records) / 2
                 pairs.append((values[int(np.argmin(np.abs(np.asarray(steps) - half)))], accuracies[-1]))
@@ -309,7 +330,7 @@ def plot(groups: dict[str, list[list[dict[str, Any]]]], path: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(7, 4.5))
     for number, (label, runs) in enumerate(groups.items()):
         for records in runs:
-            steps, values = series(records, "knn_accuracy")
+            steps, values = _knn(records)
             name = label.replace("$", r"\$") if records is runs[0] else None  # formulas begin with one
             axes.plot(steps, values, color=f"C{number % 10}", label=name)
     axes.set(xlabel="step", ylabel="k-NN accuracy of the teacher")

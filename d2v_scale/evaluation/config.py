@@ -52,10 +52,13 @@ class EvaluationConfig:
 
     def of(self, stem: str) -> EvaluationSet:
         """What is named for a stem."""
-        return self.sets.get(stem) or EvaluationSet(train=self.train, test=self.test, held_out=self.held_out)
+        return self.sets.get(stem) or self._of_all
+
+    @property
+    def _of_all(self) -> EvaluationSet:
+        return EvaluationSet(train=self.train, test=self.test, held_out=self.held_out)
 
     @property
     def shards(self) -> list[str]:
         """All that are named, for any stem."""
-        own = [shards for one in self.sets.values() for shards in one.shards]
-        return [shards for shards in (self.train, self.test, self.held_out) if shards] + own
+        return [shards for one in (self._of_all, *self.sets.values()) for shards in one.shards]

@@ -2,7 +2,6 @@
 
 import math
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -10,13 +9,11 @@ import torch
 from torch import Tensor
 
 from d2v_scale.batch import Batch
-from d2v_scale.errors import CheckpointError
 from d2v_scale.finetuning.config import TaskConfig
-from d2v_scale.interop.huggingface_row import Example, Head, HuggingFaceRow
+from d2v_scale.interop.huggingface_row import Example, Head, RowOfOurs
 from d2v_scale.interop.keymap import KeyMap
-from d2v_scale.interop.reference_options import Shapes
 from d2v_scale.interop.weight_files import write_json
-from d2v_scale.model.config import Backbone, ModelConfig
+from d2v_scale.model.config import ModelConfig
 from d2v_scale.model.log_mel_config import LogMel
 from d2v_scale.model.stem_config import ArrayStem
 from d2v_scale.recipe import Recipe
@@ -25,10 +22,11 @@ PROCESSOR_FILE = Path(__file__).with_name("feature_extraction_data2vec2_array.py
 _PROCESSOR = f"{PROCESSOR_FILE.stem}.Data2Vec2ArrayProcessor"
 
 
-class ArrayRow(HuggingFaceRow):
-    """Never native."""
+class ArrayRow(RowOfOurs):
+    """Any kind of array."""
 
     kind = "array"
+    called = "arrays"
     remote_configuration = "Data2Vec2ArrayConfig"
     remote_module = "modeling_data2vec2_array"
     remote_classes: ClassVar = {
@@ -40,23 +38,6 @@ class ArrayRow(HuggingFaceRow):
         ("classify", "regress"), Head("AutoModelForSequenceClassification", "Data2Vec2ForArrayClassification", "other")
     )
     input_name = "values"
-
-    def is_native(self, model: ModelConfig) -> bool:
-        del model
-        return False
-
-    def beyond_remote(self, model: ModelConfig) -> list[str]:
-        del model
-        return []
-
-    def add_keys(self, keys: KeyMap, model: ModelConfig, name: str) -> None:
-        raise AssertionError("transformers has no class for arrays")
-
-    def settings(self, model: ModelConfig) -> dict[str, Any]:
-        raise AssertionError("transformers has no class for arrays")
-
-    def read_settings(self, settings: Mapping[str, Any], shapes: Shapes, backbone: Backbone) -> ModelConfig:
-        raise CheckpointError("transformers has no class for arrays.")
 
     def remote_settings(self, model: ModelConfig) -> dict[str, Any]:
         stem, backbone = _stem(model), model.backbone

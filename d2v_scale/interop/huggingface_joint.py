@@ -1,7 +1,7 @@
 """Samples of several parts in Hugging Face's classes: transformers has none, so that they are ours."""
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,11 +16,10 @@ from d2v_scale.data.config import DataConfig
 from d2v_scale.data.paired import joined
 from d2v_scale.errors import CheckpointError
 from d2v_scale.finetuning.config import TaskConfig
-from d2v_scale.interop.huggingface_row import Example, Head, HuggingFaceRow
+from d2v_scale.interop.huggingface_row import Example, Head, HuggingFaceRow, RowOfOurs
 from d2v_scale.interop.keymap import KeyMap
-from d2v_scale.interop.reference_options import Shapes
 from d2v_scale.interop.weight_files import write_json
-from d2v_scale.model.config import Backbone, ModelConfig
+from d2v_scale.model.config import ModelConfig
 from d2v_scale.recipe import Recipe
 
 PROCESSOR_FILE = Path(__file__).with_name("feature_extraction_data2vec2_joint.py")
@@ -29,9 +28,10 @@ _SUFFIXES = ("_mask", "_present")
 _PROCESSOR = f"{PROCESSOR_FILE.stem}.Data2Vec2JointProcessor"
 
 
-class JointRow(HuggingFaceRow):
-    """Never native. `model` has the stems of the sequence alone, `name` is the sequence's."""
+class JointRow(RowOfOurs):
+    """`model` has the stems of the sequence alone, `name` is the sequence's."""
 
+    called = "samples of several parts"
     remote_configuration = "Data2Vec2JointConfig"
     remote_module = "modeling_data2vec2_joint"
     remote_imports = ("stems_data2vec2_joint", "modeling_data2vec2_array")
@@ -48,23 +48,6 @@ class JointRow(HuggingFaceRow):
     @property
     def remote_modality(self) -> str:
         return "joint"
-
-    def is_native(self, model: ModelConfig) -> bool:
-        del model
-        return False
-
-    def beyond_remote(self, model: ModelConfig) -> list[str]:
-        del model
-        return []
-
-    def add_keys(self, keys: KeyMap, model: ModelConfig, name: str) -> None:
-        raise AssertionError("transformers has no class for samples of several parts")
-
-    def settings(self, model: ModelConfig) -> dict[str, Any]:
-        raise AssertionError("transformers has no class for samples of several parts")
-
-    def read_settings(self, settings: Mapping[str, Any], shapes: Shapes, backbone: Backbone) -> ModelConfig:
-        raise CheckpointError("transformers has no class for samples of several parts.")
 
     def remote_settings(self, model: ModelConfig) -> dict[str, Any]:
         backbone, names = model.backbone, model.modalities

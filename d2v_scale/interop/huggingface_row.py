@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from d2v_scale.batch import Batch
+from d2v_scale.errors import CheckpointError
 from d2v_scale.finetuning.config import TaskConfig
 from d2v_scale.interop.keymap import KeyMap
 from d2v_scale.interop.reference_options import Shapes
@@ -179,6 +180,30 @@ class HuggingFaceRow(ABC):
     @abstractmethod
     def input_shape(self, model: ModelConfig) -> tuple[int, ...]:
         """Of a batch of inputs; -1 is any size."""
+
+
+class RowOfOurs(HuggingFaceRow):
+    """What transformers has no class for, so that the modelling files' is the only one."""
+
+    called: ClassVar[str]
+    """What it is, for messages."""
+
+    def is_native(self, model: ModelConfig) -> bool:
+        del model
+        return False
+
+    def beyond_remote(self, model: ModelConfig) -> list[str]:
+        del model
+        return []
+
+    def add_keys(self, keys: KeyMap, model: ModelConfig, name: str) -> None:
+        raise AssertionError(f"transformers has no class for {self.called}")
+
+    def settings(self, model: ModelConfig) -> dict[str, Any]:
+        raise AssertionError(f"transformers has no class for {self.called}")
+
+    def read_settings(self, settings: Mapping[str, Any], shapes: Shapes, backbone: Backbone) -> ModelConfig:
+        raise CheckpointError(f"transformers has no class for {self.called}.")
 
 
 def blocks_of(model: ModelConfig, name: str) -> list[str]:

@@ -36,9 +36,10 @@ class LossBreakdown:
         # Of each its raw targets, then its predictions: count, sum and sum of squares over the channels.
         self._sizes = [1 + 2 * width for pair in (widths or {}).values() for width in pair]
         self._moments = torch.zeros(sum(self._sizes), dtype=torch.float64, device=device)
-        self._sums = torch.zeros(2, len(sources) + BUCKETS + len(self._targets), dtype=torch.float64, device=device)
-        # Of each source: positions that are masked, and those that hold something.
-        self._masked = torch.zeros(2, len(sources), dtype=torch.float64, device=device)
+        # Losses and how many, of sources, buckets and targets; behind them of each source the positions that are masked
+        # and those that hold something.
+        self._masked_at = len(sources) + BUCKETS + len(self._targets)
+        self._sums = torch.zeros(2, self._masked_at + len(sources), dtype=torch.float64, device=device)
 
     @torch.no_grad()
     def add(self, batch: Batch, compared: Sequence[Compared], raw: Sequence[Tensor], config: LossConfig) -> None:
@@ -62,13 +63,11 @@ class LossBreakdown:
             own = self._sources.index(batch.source)
             self._sums[0, own] += loss_n.sum()
             self._sums[1, own] += loss_n.numel()
-            self._masked[0, own] += batch.layout.predictions
-            real = batch.valid if batch.real_bt is None else batch.real_bt
-            self._masked[1, own] += (
-                batch.masked_rt.numel()
-                * (1.0 if real is None else real.double().mean())
-                * (batch.layout.predictions > 0)
-            )
+            if batch.layout.predictions > 0:
+                real = batch.valid if batch.real_bt is None else batch.real_bt
+                share = 1.0 if real is None else real.double().mean()
+                self._sums[0, self._masked_at + own] += batch.layout.predictions
+                self._sums[1, self._masked_at + own] += batch.masked_rt.numel() * share
         rows = self._moments.split(self._sizes)
         for number, (raw_nd, one) in enumerate(zip(raw, compared, strict=True)):
             name = spread_name(batch.source, one.name, number, several=len(self._sources) > 1)
@@ -92,17 +91,16 @@ class LossBreakdown:
         names = [*self._sources, *(f"masked_{i * width}_{(i + 1) * width}" for i in range(BUCKETS))]
         names += [f"target_{name}" for name in self._targets]
         skipped = 1 if len(self._sources) == 1 else 0
-        found = list(zip(names, totals, counts, strict=True))[skipped:]
+        found = list(zip(names, totals[: self._masked_at], counts[: self._masked_at], strict=True))[skipped:]
         figures = {f"loss/{name}": torch.tensor(total / count) for name, total, count in found if count}
-        return figures | self._hidden(topology) | self._spreads(topology)
-
-    def _hidden(self, topology: Topology) -> dict[str, Tensor]:
-        topology.sum_over_model(self._masked)
-        several = len(self._sources) > 1
-        names = [f"masked_share/{source}" if several else "masked_share" for source in self._sources]
-        counted = zip(names, *self._masked.tolist(), strict=True)
+        hidden = zip(self._sources, totals[self._masked_at :], counts[self._masked_at :], strict=True)
         # Where all samples are lost nothing is masked, and there is no share.
-        return {name: torch.tensor(masked / real) for name, masked, real in counted if masked}
+        shares = {
+            "masked_share" if len(self._sources) == 1 else f"masked_share/{source}": torch.tensor(masked / real)
+            for source, masked, real in hidden
+            if masked
+        }
+        return figures | shares | self._spreads(topology)
 
     def _spreads(self, topology: Topology) -> dict[str, Tensor]:
         if not self._sizes:

@@ -16,7 +16,7 @@ def inputs(run: AnyRun[Any]) -> list[dict[str, str]]:
         digest = source.shards.fingerprint() if source.shards.indexed else source.fingerprint
         rows.append(_row(source.name, given.shards, source.shards, digest, "training"))
     for pattern in dict.fromkeys(run.recipe.evaluation.shards):
-        if pattern is not None and (shards := find_shards(SourceConfig(shards=pattern))).indexed:
+        if (shards := find_shards(SourceConfig(shards=pattern))).indexed:
             rows.append(_row("evaluation", pattern, shards, shards.fingerprint(), "evaluation"))
     return rows
 

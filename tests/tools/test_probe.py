@@ -140,9 +140,11 @@ def test_one_of_several_modalities_is_chosen_not_the_first_taken(
         assert run("probe", made, *sets) == 2
         assert "Choose one with --modality" in capsys.readouterr().err
         assert run("probe", made, *sets, "--modality", modality) == 0
-        assert run("draw", made, "--data", shards) == 2
+        assert run("draw", made, "--data", shards, "--samples", 6) == 0
+        [other] = {"vision", "speech"} - {modality}
+        assert f"not drawn: {other}: " in capsys.readouterr().err
         assert run("draw", made, "--data", shards, "--modality", modality, "--samples", 6) == 0
-    assert drawn == ["vision", "speech"]
+    assert drawn == ["vision", "vision", "speech", "speech"]
 
 
 def test_a_models_own_beam_is_kept_unless_another_is_given(

@@ -112,6 +112,20 @@ def test_the_table_is_read_from_the_records(tmp_path: Path) -> None:
     assert (tmp_path / "sweep.png").stat().st_size > 1000
 
 
+def test_joint_runs_had_empty_columns(tmp_path: Path) -> None:
+    """What is recorded by stem is shown by stem; k-NN in plot and signs is the mean of all."""
+    points = sweep.points_of(options(tmp_path, "objective.masking.clones=1,4"))
+    for point, final in zip(points, (0.30, 0.34, 0.40, 0.42), strict=True):
+        point.run_dir.mkdir(parents=True)
+        records = [{"step": 25, "loss": 1 - final}]
+        records += [{"step": 50, "knn_accuracy/vision": final, "knn_accuracy/text": 0.5, "loss": 0.5}]
+        (point.run_dir / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    text = sweep.collect(points, tmp_path)
+    assert "| | runs | steps | k-NN, vision | k-NN, text | held-out" in text
+    assert "| clones 1 | 2 | 50 | 32.0 ± 2.8 | 50.0 ± 0.0 |" in text
+    assert "- loss half-way and k-NN in the end: r = -1.00" in text
+
+
 def test_slurm_gets_a_line_for_every_run_that_is_not_done(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     chosen = options(tmp_path, "optim.lr=1e-3,2e-3", seeds=(1,))
     points = sweep.points_of(chosen)

@@ -19,6 +19,7 @@ from d2v_scale.conversion.demo.spoken_words import HELD_OUT_VOICES, TRAINING_VOI
 from d2v_scale.conversion.measures import measures_of
 from d2v_scale.data.config import SAMPLE_RATE
 from d2v_scale.modalities.text.tokenizer_training import train
+from d2v_scale.shards.content import Content
 from d2v_scale.shards.writing import Sample, write_set
 
 log = logging.getLogger(__name__)
@@ -26,6 +27,8 @@ log = logging.getLogger(__name__)
 VOCAB_SIZE = 1023
 """Pieces of the tokenizer at most; <mask> follows as number 1023."""
 VOICES = (*TRAINING_VOICES, *HELD_OUT_VOICES)
+CONTENTS: tuple[Content, ...] = ("image", "recording", "text")
+"""Of a sample's parts."""
 LICENSES = "LICENSES"
 """The file that says what the shards were made of."""
 
@@ -81,7 +84,6 @@ def write_concepts(out: Path, concepts: list[Concept], synthesizer: Synthesizer,
     tokenizer = out / "tokenizer.model"
     texts = [caption for concept in trained for caption in concept.captions]
     train(texts, tokenizer, vocab_size=VOCAB_SIZE, fewer=True)
-    measures = measures_of(("image", "recording", "text"), tokenizer)
     sets: dict[str, list[Sample]] = {"train": [], "test": [], "neighbours": [], "queries": []}
     for split, chosen in (("train", trained), ("test", held_out)):
         for concept in chosen:
@@ -92,18 +94,24 @@ def write_concepts(out: Path, concepts: list[Concept], synthesizer: Synthesizer,
                 sets["neighbours"] += found[: each // 2 : 2]
                 sets["queries"] += found[each // 2 + 1 :: 2]
     for prefix, samples in sets.items():
-        order = np.random.default_rng(0).permutation(len(samples))
-        write_set(
-            out,
-            prefix,
-            "image",
-            [samples[k] for k in order],
-            per_shard=_PER_SHARD,
-            measure=measures["image"],
-            beside={content: measure for content, measure in measures.items() if content != "image"},
-            classes=names,
-            tokenizer=tokenizer,
-        )
+        write_mixed(out, prefix, samples, names, tokenizer)
+
+
+def write_mixed(out: Path, prefix: str, samples: list[Sample], classes: list[str], tokenizer: Path) -> None:
+    """Write samples of `CONTENTS` to shards of `prefix`, in an order that is always the same."""
+    measures = measures_of(CONTENTS, tokenizer)
+    order = np.random.default_rng(0).permutation(len(samples))
+    write_set(
+        out,
+        prefix,
+        "image",
+        [samples[k] for k in order],
+        per_shard=_PER_SHARD,
+        measure=measures["image"],
+        beside={content: measure for content, measure in measures.items() if content != "image"},
+        classes=classes,
+        tokenizer=tokenizer,
+    )
 
 
 def _samples(concept: Concept, names: list[str], synthesizer: Synthesizer, each: int) -> Iterator[Sample]:
