@@ -4,8 +4,13 @@ import logging
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from xdist.remote import Producer
+    from xdist.scheduler import LoadScopeScheduling
 
 # Whoever runs the tests under nohup has it ignored, and so would every program that a test starts and hangs up on.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
@@ -15,16 +20,26 @@ OF_RANKS = ("slurm", "distributed", "planning")
 """Folders whose tests start several ranks: two at once would take turns at the cores, and take longer."""
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Among several processes (`pytest -n`) one begins with the tests that start ranks and has them all; else one has
-    all tests of a file, or of a folder whose conftest makes what they share."""
+    """Tests that start ranks come first."""
     items.sort(key=lambda item: item.path.parent.name not in OF_RANKS)
-    for item in items:
-        folder = item.path.parent
-        shared = folder if folder != TESTS and (folder / "conftest.py").is_file() else item.path
-        group = "ranks" if folder.name in OF_RANKS else str(shared.relative_to(TESTS))
-        item.add_marker(pytest.mark.xdist_group(group))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: "Producer") -> "LoadScopeScheduling":
+    """Among several processes (`pytest -n`) one has all tests that start ranks; else one has all tests of a file, or of
+    a folder whose conftest makes what they share. (By path: xdist's own groups are without effect from pytest 9.2 on.)
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByPath(LoadScopeScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            path = config.rootpath / nodeid.partition("::")[0]
+            folder = path.parent
+            shared = folder if folder != TESTS and (folder / "conftest.py").is_file() else path
+            return "ranks" if folder.name in OF_RANKS else str(shared)
+
+    return ByPath(config, log)
 
 
 @pytest.fixture(autouse=True)

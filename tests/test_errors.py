@@ -3,6 +3,7 @@
 import ast
 import importlib
 import inspect
+import multiprocessing
 import pickle
 from collections.abc import Iterator
 from pathlib import Path
@@ -70,3 +71,4 @@ def test_an_error_of_a_data_worker_arrives_as_what_it_was(
         next(StepLoader(data, model, masks, seed=1, global_batch_size=8))
     assert error.value.key == "objective.masking.target_count"
     assert str(error.value).startswith("objective.masking.target_count: 4 of 4 patches cannot be masked.")
+    assert not multiprocessing.active_children()

@@ -27,4 +27,4 @@ mypy
 marks=()
 [ "$full" -eq 1 ] || marks=(-m "not slow")
 # Why a test was skipped, and which took longest. A process for each core; tests that share fixtures stay together.
-python -m pytest -n logical --maxprocesses 4 --dist loadgroup --no-loadscope-reorder -rs --durations=15 "${marks[@]}" "${arguments[@]}"
+python -m pytest -n logical --maxprocesses 4 --dist loadscope --no-loadscope-reorder -rs --durations=15 "${marks[@]}" "${arguments[@]}"

@@ -276,7 +276,7 @@ def collect(points: list[Point], out: Path) -> str:
 def _columns(runs: list[list[dict[str, Any]]]) -> dict[str, tuple[str, float, int]]:
     """`COLUMNS` as they were recorded: of each figure one of all, or one of every stem."""
     names = list(dict.fromkeys(name for records in runs for record in records for name in record))
-    columns = {}
+    columns: dict[str, tuple[str, float, int]] = {}
     for heading, (figure, factor, digits) in COLUMNS.items():
         for stem, name in (by_stem(names, figure) or {"": figure}).items():
             columns[f"{heading}, {stem}" if stem else heading] = name, factor, digits

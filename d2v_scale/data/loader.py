@@ -354,6 +354,8 @@ class StepLoader:
 def _raising(steps: Iterator[DecodedStep | UserError | Verdict]) -> Iterator[DecodedStep]:
     for decoded in steps:
         if isinstance(decoded, Exception):
+            # The traceback keeps this frame: with `steps` in it workers would outlive the error, and delay the exit.
+            del steps
             raise decoded
         yield decoded
 
