@@ -104,6 +104,7 @@ def add_row_options(parser: argparse.ArgumentParser) -> None:
         "--max_pixels", type=int, default=VisionData.max_pixels, help="as data.vision.max_pixels of the recipe"
     )
     _add_tokenizer(parser)
+    parser.add_argument("--complete", action="store_true", help="leave rows out that lack a part, and name them")
     parser.add_argument("--shared_captions", action="store_true", help="allow texts that another set in OUT has, too")
 
 

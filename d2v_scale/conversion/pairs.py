@@ -26,6 +26,7 @@ from d2v_scale.conversion.converters import NewShard, file_version, image_member
 from d2v_scale.conversion.folders import last_extension
 from d2v_scale.conversion.held_out_captions import note, require_apart
 from d2v_scale.conversion.measures import measures_of
+from d2v_scale.conversion.missing_parts import tell_of_missing
 from d2v_scale.conversion.new_sets import NewSet
 from d2v_scale.conversion.texts import given_tokenizer
 from d2v_scale.errors import DataError
@@ -160,8 +161,8 @@ def convert_pairs(arguments: argparse.Namespace, new: NewSet) -> tuple[SetIndex,
     pairs = list(_pairs(table, columns, parts, arguments.encoding, complete=arguments.complete))
     if not pairs:
         raise DataError(f"{table} has no rows.")
-    _tell_of_missing(table, parts, pairs)
     sound = [pair for pair in pairs if pair.fault is None]
+    tell_of_missing(table, len(sound), {part: sum(part not in pair.parts for pair in sound) for part in parts})
     pairing = Pairing(parts, classes_of((pair.label for pair in sound), new.known_classes()))
     if "image" in parts:
         pairing.resize, pairing.max_pixels = arguments.resize, arguments.max_pixels
@@ -263,20 +264,3 @@ def _fill(pair: Pair, values: dict[str, str], parts: list[str], folder: Path, co
             require_text(said)
         except ValueError as error:
             pair.fault = f"its {name} {error}"
-
-
-def _tell_of_missing(table: Path, parts: list[str], pairs: list[Pair]) -> None:
-    """Say how many rows go on without which part. Raises DataError for a part that no row has."""
-    sound = [pair for pair in pairs if pair.fault is None]
-    lacking = {part: sum(part not in pair.parts for pair in sound) for part in parts}
-    if empty := [part for part, count in lacking.items() if count == len(sound) and sound]:
-        raise DataError(
-            f"No row of {table} has {' or '.join(empty)}.",
-            f"Fill the column, or name another one with --{empty[0]} COLUMN.",
-        )
-    if any(lacking.values()):
-        said = ", ".join(f"{count} have no {part}" for part, count in lacking.items() if count)
-        print(
-            f"of {len(sound)} rows {said}: they become samples of what they have, and where {' or '.join(lacking)} is "
-            "read alone, count as lost (--complete leaves such rows out)"
-        )

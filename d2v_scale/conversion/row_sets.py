@@ -1,4 +1,7 @@
-"""`d2v shards dataset`: rows of Parquet and Arrow files, pictures and sounds as bytes in their cells, to shards."""
+"""`d2v shards dataset`: rows of Parquet and Arrow files, pictures and sounds as bytes in their cells, to shards.
+
+An empty cell is a part that a sample of several does not have, and is counted, as in `d2v shards pairs`.
+"""
 
 import argparse
 import hashlib
@@ -15,6 +18,7 @@ from d2v_scale.conversion.command import classes_of
 from d2v_scale.conversion.converters import NewShard, file_version, finite_number, image_members, recording_members
 from d2v_scale.conversion.held_out_captions import note, require_apart
 from d2v_scale.conversion.measures import measures_of
+from d2v_scale.conversion.missing_parts import tell_of_missing
 from d2v_scale.conversion.new_sets import NewSet
 from d2v_scale.conversion.row_columns import RowColumns, bytes_of, extension_of, find_columns
 from d2v_scale.conversion.row_files import RowFile, row_files, rows_of
@@ -23,12 +27,12 @@ from d2v_scale.errors import DataError
 from d2v_scale.modalities.text.decoder import require_text
 from d2v_scale.modalities.text.tokenizer import tokenizer_sha256
 from d2v_scale.shards.content import Content
-from d2v_scale.shards.shard_index import SetIndex
+from d2v_scale.shards.shard_index import SetIndex, ShardEntry
 from d2v_scale.shards.shard_jobs import Part
 from d2v_scale.shards.writing import Sample, write_shard
 
 _CONTENTS: dict[str, Content] = {"image": "image", "audio": "recording", "array": "array", "text": "text"}
-_RULES = 1
+_RULES = 2
 """Raised where what is stored of the same rows changes: shards that were written before are written again."""
 _LOOKED_INTO = 100
 _TRAINED_ON = 1_000_000
@@ -49,7 +53,9 @@ class RowReading:
 
     columns: RowColumns
     contents: list[Content]
-    """What every sample holds. A text beside a recording alone may be a transcript, and is none of these then."""
+    """What samples may hold. A text beside a recording alone may be a transcript, and is none of these then."""
+    complete: bool = False
+    """A row that lacks a part is left out."""
     classes: list[str] = field(default_factory=list)
     tokenizer: Path | None = None
     resize: int | None = None
@@ -57,14 +63,21 @@ class RowReading:
     layout: Layout | None = None
     """Of arrays."""
 
-    def members(self, row: dict[str, Any], folder: Path) -> dict[str, Any]:
-        """A sample's members. Raises ValueError and OSError, which name the part."""
+    def cells(self, row: dict[str, Any]) -> dict[str, Any]:
+        """What the row has of each part, without those that it does not have. Raises ValueError where these are all, or
+        any where a sample has to have all."""
+        found = {part: row[getattr(self.columns, part)] for part in self.columns.parts}
+        missing = [part for part, value in found.items() if _is_empty(value)]
+        # A recording is stored with its transcript or not at all, as of a folder with transcripts.
+        if len(missing) == len(found) or (missing and (self.complete or len(self.contents) == 1)):
+            raise ValueError(f"has no {' and no '.join(missing)}")
+        return {part: value for part, value in found.items() if part not in missing}
+
+    def members(self, row: dict[str, Any], cells: dict[str, Any], folder: Path) -> dict[str, Any]:
+        """A sample's members, of a row and its `cells`. Raises ValueError and OSError, which name the part."""
         sample: dict[str, Any] = {}
         columns = self.columns
-        for part in columns.parts:
-            value = row[getattr(columns, part)]
-            if value is None or value == "":
-                raise ValueError(f"has no {part}")
+        for part, value in cells.items():
             try:
                 sample |= self._members_of(part, value, folder)
             except (ValueError, OSError) as error:
@@ -83,9 +96,7 @@ class RowReading:
             values = values[None] if values.ndim == 1 else values
             return array_members(npy_bytes(values), "npy", ArrayReading(layout=self.layout))
         content, path = bytes_of(value)
-        if content is None:
-            if not path:
-                raise ValueError("has neither bytes nor a path")
+        if not content:
             content = (folder / path).read_bytes()
         if part == "audio":
             return recording_members(content)
@@ -140,9 +151,10 @@ class RowJob(NewShard):
                     place = f"{rows.path}, row {rows.start + done}"
                     done += 1
                     try:
-                        members = self.reading.members(row, Path(rows.path).parent)
-                        for measure in measures.values():
-                            measure(members)
+                        cells = self.reading.cells(row)
+                        members = self.reading.members(row, cells, Path(rows.path).parent)
+                        for content in {_CONTENTS[part] for part in cells} & set(measures):
+                            measures[content](members)
                     except Exception as error:  # whatever a damaged file makes a decoder raise
                         known = isinstance(error, ValueError)
                         skipped[place] = str(error) if known else f"{type(error).__name__}: {error}"
@@ -170,7 +182,7 @@ def convert_rows(arguments: argparse.Namespace, new: NewSet) -> tuple[SetIndex, 
     if columns.parts == ["audio", "text"] and not arguments.pairs:
         contents = ["recording"]  # the text is its transcript
     print(f"{total:,} rows: {columns}", file=sys.stderr)
-    reading = RowReading(columns, contents)
+    reading = RowReading(columns, contents, complete=arguments.complete)
     reading.classes = _classes(files, reading, new.known_classes())
     if "image" in contents:
         reading.resize, reading.max_pixels = arguments.resize, arguments.max_pixels
@@ -187,11 +199,24 @@ def convert_rows(arguments: argparse.Namespace, new: NewSet) -> tuple[SetIndex, 
     done = new.run(_jobs(new, files, reading, checksum), total)
     if done is None:
         return None
+    if len(contents) > 1:
+        entries = [ShardEntry(**part.entry) for part in done]
+        lacking = np.sum([[entry.lost, *entry.lost_beside] for entry in entries], axis=0, dtype=int).tolist()
+        kept = sum(entry.samples for entry in entries)
+        tell_of_missing(arguments.source, kept, dict(zip(columns.parts, lacking, strict=True)))
     index = SetIndex(content=contents[0], beside=contents[1:], shards=[], classes=reading.classes)
     skipped = new.save(index, done, reading.tokenizer, what="rows", cure="Mend the rows named above")
     if captions:
         note(captions.values(), new.out, new.prefix)
     return index, skipped
+
+
+def _is_empty(value: Any) -> bool:
+    """Whether a cell holds nothing: no text but white space, neither bytes nor a path."""
+    if isinstance(value, dict):
+        content, path = bytes_of(value)
+        return not content and not path
+    return value is None or (isinstance(value, str) and not value.strip()) or value == b""
 
 
 def _jobs(new: NewSet, files: list[RowFile], reading: RowReading, checksum: str | None) -> Iterator[RowJob]:
@@ -235,14 +260,14 @@ def _texts(files: list[RowFile], columns: RowColumns) -> Iterator[str]:
     for number, text in enumerate(_column(files, columns.text)):
         if number == _TRAINED_ON:
             return
-        if isinstance(text, str) and text:
+        if isinstance(text, str) and text.strip():
             yield text
 
 
 def _captions(files: list[RowFile], columns: RowColumns) -> dict[str, str]:
     assert columns.text is not None
     texts = enumerate(_column(files, columns.text))
-    return {f"row {number} of the table": text for number, text in texts if isinstance(text, str) and text}
+    return {f"row {number} of the table": text for number, text in texts if isinstance(text, str) and text.strip()}
 
 
 def _usual_layout(file: RowFile, reading: RowReading) -> Layout | None:
@@ -251,6 +276,8 @@ def _usual_layout(file: RowFile, reading: RowReading) -> Layout | None:
     counts: dict[Layout, int] = {}
     for row in rows_of(file.path, [reading.columns.array], 0, _LOOKED_INTO):
         try:
+            if _is_empty(row[reading.columns.array]):
+                continue
             values = np.asarray(row[reading.columns.array], dtype=reading.columns.array_type)
             layout = Layout.of((values[None] if values.ndim == 1 else values).shape)
         except ValueError:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,47 @@ def test_bad_rows_are_named_and_counted(tmp_path: Path, capsys: pytest.CaptureFi
     assert len(SetIndex.load(tmp_path / "out" / "train.index.json").skipped) == 3
     shards(tmp_path / "a.parquet", tmp_path / "other", "--processes", 1, status=2)
     assert not (tmp_path / "other" / "train.index.json").exists()
+
+
+def test_rows_without_a_part_are_kept_as_of_a_table_of_pairs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They were left out here, and kept by `d2v shards pairs`."""
+    tokenizer_training.train(documents(40), tmp_path / "t.model", vocab_size=290)
+    empty = {"bytes": None, "path": None}
+    images = pa.array([png(0), None, png(2), png(3), empty, {"bytes": b"none", "path": None}], BYTES)
+    captions = ["zero", "one", None, "three", " ", "five"]
+    pq.write_table(pa.table({"image": images, "caption": captions}), tmp_path / "a.parquet")
+    common = ["--tokenizer", tmp_path / "t.model", "--processes", 1, "--per_shard", 2, "--max_bad", 0.9]
+    shards(tmp_path / "a.parquet", tmp_path / "out", *common)
+    told = capsys.readouterr()
+    assert "of 4 rows 1 have no image, 1 have no text: they become samples of what they have" in told.out
+    assert "row 4: has no image and no text" in told.err
+    assert "row 5: its image: " in told.err
+    names = []
+    for path in sorted((tmp_path / "out").glob("*.tar")):
+        with tarfile.open(path) as tar:
+            names.append(tar.getnames())
+    assert names == [
+        ["000000000.png", "000000000.txt", "000000001.txt"],
+        ["000000002.png", "000000003.png", "000000003.txt"],
+        [],
+    ]
+    index = SetIndex.load(tmp_path / "out" / "train.index.json")
+    assert [(shard.lost, shard.lost_beside) for shard in index.shards] == [(1, [0]), (0, [1]), (0, [0])]
+    shards(tmp_path / "a.parquet", tmp_path / "out", *common, "--complete")
+    assert [one["txt"] for one in members(tmp_path / "out")] == [b"zero", b"three"]
+    assert "row 2: has no text" in capsys.readouterr().err
+
+
+def test_a_part_that_no_row_has_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tokenizer_training.train(documents(40), tmp_path / "t.model", vocab_size=290)
+    columns = {"image": pa.array([png(0), png(1)], BYTES), "caption": pa.array([None, ""], pa.string())}
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+    given = ["--tokenizer", tmp_path / "t.model", "--processes", 1]
+    shards(tmp_path / "a.parquet", tmp_path / "out", *given, status=2)
+    assert "has text" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "train.index.json").exists()
 
 
 def save_to_disk(folder: Path, table: pa.Table) -> Path:
@@ -222,8 +264,13 @@ def test_parts_of_the_work_end_in_one_index_whoever_is_last(tmp_path: Path, caps
     ],
 )
 def test_a_bare_call_that_cannot_be_meant_is_told(
-    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+    arguments: list[str],
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     shards(*arguments, status=2)
     assert said in capsys.readouterr().err
     assert not Path("out").exists()
