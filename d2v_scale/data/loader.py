@@ -19,7 +19,7 @@ from d2v_scale.data.counters import Counters, SourceCount, Tally
 from d2v_scale.data.cropping import warn_of_cropping
 from d2v_scale.data.labels import Labels
 from d2v_scale.data.paired import PairedCollator
-from d2v_scale.data.source import Source, open_source
+from d2v_scale.data.source import Source, mixing_weights, open_source
 from d2v_scale.data.streaming import StreamedSource
 from d2v_scale.data2vec.config import CompatConfig, MaskingConfig
 from d2v_scale.errors import CheckpointError, DataError, DataStarved, UserError, Verdict
@@ -171,11 +171,7 @@ class StepLoader:
         self.sources = self._open_sources(model, seed, dp_rank, dp_size)
         sizes = [(source.batch_size or global_batch_size, source.batch_unit or batch_unit) for source in data.sources]
         self._plans = [source.plan(*size) for source, size in zip(self.sources, sizes, strict=True)]
-        weights = [
-            source.weight * (1.0 if source.repeat is None else source.repeat * opened.batches_per_epoch(*size))
-            for source, opened, size in zip(data.sources, self.sources, sizes, strict=True)
-        ]
-        self._mixture = Mixture(weights, data.temperature, seed)
+        self._mixture = Mixture(mixing_weights(data, self.sources, sizes), data.temperature, seed)
         decoders = [self._make_decoder(source, model) for source in self.sources]
         masks = {m: masking if isinstance(masking, MaskingConfig) else masking[m] for m in model.modalities}
         collators: list[Collator | PairedCollator] = []

@@ -1,6 +1,7 @@
 """One data source: its shards, what counts as an item of it, and how items become planned batches."""
 
 import logging
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -41,6 +42,16 @@ def open_source(
     for warning in check_before_start(shards, source, stem.content, data.max_bad_ratio):
         log.warning("%s", warning)
     return Source(shards, source, name, data, model, seed)
+
+
+def mixing_weights(
+    data: DataConfig, opened: Sequence["Source | StreamedSource"], sizes: Sequence[tuple[int, str]]
+) -> list[float]:
+    """How much each source comes, before `data.temperature`. `sizes`: of the batches of each, and their unit."""
+    return [
+        source.weight * (1.0 if source.repeat is None else source.repeat * one.batches_per_epoch(*size))
+        for source, one, size in zip(data.sources, opened, sizes, strict=True)
+    ]
 
 
 class Source:

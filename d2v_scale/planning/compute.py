@@ -6,7 +6,8 @@ import numpy as np
 
 from d2v_scale import modalities
 from d2v_scale.data.config import SAMPLE_RATE, SourceConfig
-from d2v_scale.errors import ConfigError, DataError
+from d2v_scale.data.source import mixing_weights, open_source
+from d2v_scale.errors import DataError
 from d2v_scale.modalities.costs import Lengths
 from d2v_scale.planning.flops import SampleCost, lengths_of, sample_cost
 from d2v_scale.recipe import Recipe
@@ -45,18 +46,29 @@ def mean_sample(recipe: Recipe, source: SourceConfig) -> tuple[SampleCost, float
 
 def step_flops(recipe: Recipe) -> float:
     """FLOPs of an optimizer step of the recipe, student and teacher: where each reads one of several sources, of the
-    mean of many. Raises ConfigError for sources whose share of the steps only their batches tell."""
+    mean of many. Raises DataError for shards without an index."""
     data = recipe.data
-    if any(source.repeat is not None for source in data.sources) and len(data.sources) > 1:
-        raise ConfigError("data.sources.0.repeat", "does not say how many steps read each source", "Give weights.")
     flops = []
     for source in data.sources:
         cost, size = mean_sample(recipe, source)
         flops.append((source.batch_size or recipe.global_batch_size) / size * cost.total)
     if data.mixing == "together":
         return sum(flops)
-    shares = [source.weight ** (1 / data.temperature) for source in data.sources]
+    shares = [weight ** (1 / data.temperature) for weight in _weights(recipe)]
     return sum(share * one for share, one in zip(shares, flops, strict=True)) / sum(shares)
+
+
+def _weights(recipe: Recipe) -> list[float]:
+    """How much each source comes; shards are opened where `repeat` has their batches counted."""
+    data = recipe.data
+    if all(source.repeat is None for source in data.sources):
+        return [source.weight for source in data.sources]
+    sizes = [
+        (source.batch_size or recipe.global_batch_size, source.batch_unit or recipe.batch_unit)
+        for source in data.sources
+    ]
+    opened = [open_source(data, k, recipe.model, recipe.seed, 0, 1) for k in range(len(data.sources))]
+    return mixing_weights(data, opened, sizes)
 
 
 def steps_for(recipe: Recipe, flops: float) -> int:

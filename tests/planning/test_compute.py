@@ -58,6 +58,20 @@ def test_every_source_counts_by_how_often_it_is_read(tmp_path: Path) -> None:
     assert sum(alone.values()) < paired < 2 * sum(alone.values())
 
 
+def test_sources_that_are_repeated_come_by_their_batches(tmp_path: Path) -> None:
+    """They were refused."""
+    index = write_pairs(tmp_path / "pairs", paired_samples(20, lacking=False))
+    path = write_recipe(tmp_path / "pairs.yaml", index)
+    vision, speech = (step_flops(recipe_of(str(path), f"--data={name}={index}")) for name in ("vision", "speech"))
+    each = [
+        f"{{shards: {index}, modality: {name}, repeat: {repeat}, batch_size: {size}}}"
+        for name, repeat, size in (("vision", 2, 4), ("speech", 1, 8))
+    ]
+    found = step_flops(recipe_of(str(path), f"--data.sources=[{', '.join(each)}]"))
+    # 10 batches of half the size for every 2.5 whole ones.
+    assert found == pytest.approx(0.8 * vision / 2 + 0.2 * speech)
+
+
 @pytest.mark.parametrize("modality", ["vision", "speech", "text"])
 def test_the_tiny_recipes_of_a_modality_have_the_same_encoder(modality: str) -> None:
     first, second = (recipe_of(f"tiny{version}_{modality}") for version in (1, 2))
