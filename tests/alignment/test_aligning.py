@@ -8,9 +8,14 @@ from pathlib import Path
 import pytest
 import tiny_models
 from concept_shards import joint_model, samples, write_concepts, write_run
+from mlflow import MlflowClient
 
+from d2v_scale.alignment.result import scores_of
 from d2v_scale.commands.align import main
 from d2v_scale.shards.writing import write_shard
+from d2v_scale.tracking import RunTracker, TrackingConfig
+from d2v_scale.tracking.follow import catch_up
+from d2v_scale.tracking.mirror_state import MirrorState
 
 QUICK = ["--random_seeds", "2"]
 
@@ -18,6 +23,30 @@ QUICK = ["--random_seeds", "2"]
 @pytest.fixture(scope="module")
 def concepts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_concepts(tmp_path_factory.mktemp("concepts") / "set", 40, 60, categories=2)
+
+
+@pytest.mark.slow
+def test_what_was_found_is_in_mlflow_beside_the_run(
+    concepts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A nested run with every score and verdict, and the page and the JSON with the run itself."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    run = write_run(tmp_path / "run", joint_model())
+    tracker = RunTracker(run, TrackingConfig(enabled=False), is_main=True)
+    tracker.start({}, {})
+    tracker.log(1, 1, {"loss": 1.0})
+    tracker.finish("done")
+    catch_up(run)
+    assert main([str(run), "--data", str(concepts), *QUICK]) == 0
+    assert f"Recorded in {run}, and in MLflow as a nested run of it." in capsys.readouterr().out
+    client, known = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db"), MirrorState.load(run)
+    of_run = f"tags.mlflow.parentRunId = '{known.run_id}'"
+    [nested] = client.search_runs([known.experiment_id], of_run)
+    assert nested.data.params["task"] == "align"
+    assert nested.data.metrics == pytest.approx(scores_of(json.loads((run / "align" / "align.json").read_text())))
+    assert "align/vision-speech/CKA/above_controls" in nested.data.metrics
+    files = {file.path for file in client.list_artifacts(known.run_id, "align")}
+    assert files == {"align/align.json", "align/align.html"}
 
 
 class Outside(HTMLParser):

@@ -5,13 +5,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from concept_shards import aligned, joint_model, write_concepts, write_run
+from concept_shards import aligned, code, joint_model, write_concepts, write_run
 
+from d2v_scale.alignment import aligning
 from d2v_scale.alignment.concepts import ConceptSet, Place, Split
-from d2v_scale.alignment.features import Means
+from d2v_scale.alignment.features import Means, View, encoded
 from d2v_scale.alignment.pairs import Pair, Sources, measured_pair
 from d2v_scale.alignment.result import compared
+from d2v_scale.alignment.scoring import MEASURES
+from d2v_scale.batch import Batch
 from d2v_scale.commands.align import main
+from d2v_scale.evaluation.frozen import FrozenEncoder
 
 TRAIN, TEST, WIDTH, LAYERS = 80, 80, 12, 2
 ORDINARY, ALL = 3, 20
@@ -30,10 +34,12 @@ def means(layers_lnd: torch.Tensor) -> tuple[Means, Means]:
     return Means(layers_lnd[:, :TRAIN], whole[:TRAIN]), Means(layers_lnd[:, TRAIN:], whole[TRAIN:])
 
 
-def both(noise: float, seed: int, shuffled: bool = False) -> dict[str, tuple[Means, Means]]:
-    """Of one seed: both modalities' view of one code (the same at every call), with noise of its own."""
+def both(noise: float, seed: int, shuffled: bool = False, turned: bool = True) -> dict[str, tuple[Means, Means]]:
+    """Of one seed: both modalities' view of one code (the same at every call), with noise of its own. Not `turned`: in
+    one space."""
     generator = torch.Generator().manual_seed(seed)
     x, y = aligned(TRAIN + TEST, WIDTH, 0.0, 0)
+    y = y if turned else x
     if shuffled:
         y = y[torch.randperm(len(y), generator=generator)]
     layers = [
@@ -42,14 +48,21 @@ def both(noise: float, seed: int, shuffled: bool = False) -> dict[str, tuple[Mea
     return {"x": means(layers[0]), "y": means(layers[1])}
 
 
-def pair_of(noise: float, seeds: list[int], seed: int, shuffled: bool = False, same_lengths: bool = False) -> Pair:
+def pair_of(
+    noise: float,
+    seeds: list[int],
+    seed: int,
+    shuffled: bool = False,
+    same_lengths: bool = False,
+    turned: bool = True,
+) -> Pair:
     """Runs of this `noise`; controls see the code through more of it."""
     generator = torch.Generator().manual_seed(seed + 77)
     lengths = [torch.rand(1, TRAIN + TEST, 2, generator=generator) + 1 for _ in range(2)]
     lengths[1] = lengths[0] if same_lengths else lengths[1]
     found = measured_pair(
         Sources(
-            runs=[both(noise, one, shuffled) for one in seeds],
+            runs=[both(noise, one, shuffled, turned) for one in seeds],
             random=[both(20.0, seed + 1000 + k, shuffled) for k in range(5)],
             raw=both(20.0, seed + 2000, shuffled),
             lengths={"x": means(lengths[0]), "y": means(lengths[1])},
@@ -76,6 +89,38 @@ def test_what_is_aligned_is_above_all_controls(seeds: list[int]) -> None:
     assert "mapped R@10" in above(pair)
     assert "CKA" in above(pair)
     assert "same-space R@10" not in above(pair)  # both are turned, each by itself
+
+
+def test_one_space_is_found_in_every_repeat() -> None:
+    """Three seeds each, and other controls at every one."""
+    for repeat in range(ORDINARY):
+        seeds = [100 * repeat + n for n in range(3)]
+        assert set(above(pair_of(2.0, seeds, repeat, turned=False))) == set(MEASURES)
+
+
+def test_what_only_trained_encoders_know_is_above_all_controls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From shards to verdict: of recordings that belong to other concepts nothing but what three runs have learned says
+    which is of which picture, and that they put into one space."""
+
+    def learned(encoder: FrozenEncoder) -> View:
+        if encoder.recipe.seed not in (1, 2, 3):
+            return encoded(encoder)
+        turn = torch.Generator().manual_seed(encoder.recipe.seed)
+        mixing = torch.randn(8, WIDTH, generator=turn)
+
+        def view(batch: Batch) -> torch.Tensor:
+            numbers = [int(key.split("-")[0]) for key in batch.keys]
+            features = torch.stack([torch.from_numpy(code(number)).float() for number in numbers]) @ mixing
+            return (features + 0.3 * torch.randn(features.shape, generator=turn)).expand(LAYERS, -1, -1)
+
+        return view
+
+    monkeypatch.setattr(aligning, "encoded", learned)
+    concepts = write_concepts(tmp_path / "set", 60, 60, shuffled=True)
+    runs = [write_run(tmp_path / f"run{seed}", joint_model(), seed) for seed in (1, 2, 3)]
+    assert main([*map(str, runs), "--data", str(concepts), "--random_seeds", "3"]) == 0
+    [pair] = json.loads((runs[0] / "align" / "align.json").read_text())["pairs"].values()
+    assert {name: one["verdict"] for name, one in pair["verdicts"].items()} == dict.fromkeys(MEASURES, "above controls")
 
 
 def test_what_length_alone_explains_is_not_above() -> None:
