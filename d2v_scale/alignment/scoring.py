@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from d2v_scale.alignment import measures
-from d2v_scale.alignment.measures import Kernel, Ridge, RidgeMap
+from d2v_scale.alignment.measures import Ridge, RidgeMap
+from d2v_scale.data2vec.likeness import Kernel, debiased_cka
 
 AT = (1, 5, 10)
 """Retrieval is reported among so many nearest."""
@@ -122,7 +123,7 @@ class PairOfLayers:
         found = {MAPPED: float(_recall(left_out, K).mean())}
         found |= {SAME: float(measures.recall(x_nd, y_ne, K).mean())} if self.same_space else {}
         found[MUTUAL] = float(measures.mutual_neighbours(x_nd, y_ne).mean())
-        found[CKA] = float(measures.debiased_cka(x_nd, y_ne).mean())
+        found[CKA] = float(debiased_cka(x_nd, y_ne).mean())
         return found
 
     def shuffled(self, measure: str, order: "Order") -> Tensor:

@@ -1,7 +1,7 @@
 """What the teacher's representations of one stem's samples are worth while it trains: k-NN accuracy, and pictures."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -10,11 +10,14 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from d2v_scale import modalities
 from d2v_scale.batch import Batch
 from d2v_scale.data.labelled import LabelledSet
+from d2v_scale.data2vec import likeness
 from d2v_scale.evaluation.config import EvaluationConfig, EvaluationSet
 from d2v_scale.evaluation.features import mean_over_layers
 from d2v_scale.evaluation.knn import knn, whitened
+from d2v_scale.evaluation.raw import hashed
 from d2v_scale.evaluation.samples import require_same, samples_without_labels
 from d2v_scale.model.pooling import mean_over_positions
 from d2v_scale.networks.stack import Student, Teacher
@@ -65,6 +68,7 @@ class OnlineEvaluation:
         self._names = names
         self._train, self._test = train, test
         self._student, self._teacher = student, teacher
+        self._raw: float | None = None
 
     @classmethod
     def of(
@@ -91,23 +95,44 @@ class OnlineEvaluation:
         return cls(config, read_train, read_test, student, teacher, names)
 
     def figures(self) -> dict[str, float]:
-        """All figures for the record: `knn_accuracy`, `knn_samples`, and `knn_chance`, the share of the commonest
-        label, which is found without looking at a sample. Collective: all ranks must call; all get the same."""
+        """All figures for the record. Collective: all ranks must call; all get the same.
+
+        `knn_accuracy`, in [0, 1], of the teacher's features, whitened; `knn_samples`, of how many; and what it has to
+        be above: `knn_chance`, the share of the commonest label, which is found without looking at a sample, and
+        `knn_raw`, the accuracy of `raw_features`. `layer_likeness`: CKA, debiased (about 0: nothing in common, 1: the
+        same), of the teacher's first and last main block on the samples' means over positions.
+        """
         if not self._train:
             return {}
         labels_q = torch.cat([labels_b for _, labels_b in self._test])
         chance = int(labels_q.unique(return_counts=True)[1].max()) / len(labels_q)
-        return {"knn_accuracy": self.accuracy(), "knn_samples": len(labels_q), "knn_chance": chance}
+        if self._raw is None:
+            self._raw = self._accuracy(*(self._of_all(batches, self._without_model) for batches in self._sets))
+        train_nld, test_qld = (self._of_all(batches, self._pooled) for batches in self._sets)
+        chosen = (mean_over_layers(x_nld[:, :-2].transpose(0, 1)) for x_nld in (train_nld, test_qld))
+        figures = {
+            "knn_accuracy": self._accuracy(*chosen),
+            "knn_samples": len(labels_q),
+            "knn_chance": chance,
+            "knn_raw": self._raw,
+        }
+        if self._depth > 1 and len(labels_q) >= likeness.LEAST:
+            first_qd, last_qd = test_qld[:, -2], test_qld[:, -1]
+            figures["layer_likeness"] = float(likeness.debiased_cka(first_qd, last_qd).mean())
+        return figures
 
-    def accuracy(self) -> float:
-        """k-NN accuracy in [0, 1] of the teacher's features, whitened. Collective: all ranks must call; all get it."""
-        features_nd, labels_n = self._features(self._train)
-        queries_qd, labels_q = self._features(self._test)
+    @property
+    def _sets(self) -> tuple[LabelledBatches, LabelledBatches]:
+        return self._train, self._test
+
+    def _accuracy(self, features_nd: Tensor, queries_qd: Tensor) -> float:
+        """Of k-NN in [0, 1], from both sets' features before they are whitened."""
+        labels_n, labels_q = (torch.cat([labels_b for _, labels_b in batches]) for batches in self._sets)
         features_nd, queries_qd = whitened(features_nd, queries_qd)
         return knn(features_nd, labels_n, queries_qd, labels_q, self.config.k)
 
-    def _features(self, batches: LabelledBatches) -> tuple[Tensor, Tensor]:
-        """Features (N, D) and labels (N,) of all batches; each data-parallel rank computes every W-th batch."""
+    def _of_all(self, batches: LabelledBatches, features: Callable[[Batch], Tensor]) -> Tensor:
+        """(N, ...): `features` (B, ...), on the CPU, of all batches; each data-parallel rank computes every W-th."""
         topology = self._student.topology
         rank, size = topology.data_parallel_rank, topology.data_parallel_size
         # A rank that has run out repeats its last batch: a sharded forward needs every rank.
@@ -115,20 +140,25 @@ class OnlineEvaluation:
         mine: list[tuple[int, Tensor]] = []
         for turn in range(rounds):
             index = min(turn * size + rank, len(batches) - 1)
-            mine.append((index, self._pooled(batches[index][0])))
+            mine.append((index, features(batches[index][0])))
         everyone: list[list[tuple[int, Tensor]]] = [mine]
         if size > 1:
             everyone = [[] for _ in range(size)]
             dist.all_gather_object(everyone, mine, group=topology.data_parallel_group)
         found = dict(pair for part in everyone for pair in part)
-        labels = [labels_b for _, labels_b in batches]
-        return torch.cat([found[index] for index in range(len(batches))]), torch.cat(labels)
+        return torch.cat([found[index] for index in range(len(batches))])
+
+    def _without_model(self, batch: Batch) -> Tensor:
+        """(B, F): raw features, of a width that can be whitened."""
+        config = cast(Teacher, self._teacher.module).config
+        return hashed(modalities.of(config, batch.modality).raw_features(batch).float())
 
     def _pooled(self, batch: Batch) -> Tensor:
-        """(B, D) on the CPU: mean over positions of each chosen layer, then `mean_over_layers`."""
+        """(B, L + 2, D): mean over positions of each chosen layer, of the first and of the last."""
         depth = self._depth
-        pooled_lbd, _ = self._states(batch, [layer for layer in self.config.layers if -depth <= layer < depth])
-        return mean_over_layers(pooled_lbd).cpu()
+        chosen = [layer for layer in self.config.layers if -depth <= layer < depth]
+        pooled_lbd, _ = self._states(batch, [*chosen, 0, depth - 1])
+        return pooled_lbd.transpose(0, 1).cpu()
 
     def gallery(self, recipe: Recipe, step: int) -> Gallery:
         """What pictures of the first samples are drawn from. Collective: all ranks must call."""

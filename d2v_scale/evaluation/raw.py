@@ -12,6 +12,8 @@ from d2v_scale.data.config import SAMPLE_RATE
 from d2v_scale.model.config import ModelConfig
 
 _MELS = 80
+_HASHED = 1024
+"""Width that whitening is cheap for."""
 _FFT, _WINDOW, _HOP = 512, 400, 160
 
 
@@ -22,6 +24,17 @@ def raw_features(batches: Iterable[tuple[Batch, Tensor]], model: ModelConfig) ->
         features.append(modalities.of(model, batch.modality).raw_features(batch))
         labels.append(labels_b)
     return torch.cat(features), torch.cat(labels)
+
+
+def hashed(features_bf: Tensor, width: int = _HASHED) -> Tensor:
+    """(B, width) that keeps inner products in expectation: every feature is added to one of the columns or taken from
+    it, always the same (Weinberger et al. 2009). Features that are no wider come back as they are."""
+    if features_bf.shape[1] <= width:
+        return features_bf
+    draw = torch.Generator().manual_seed(0)
+    column_f = torch.randint(width, features_bf.shape[1:], generator=draw)
+    sign_f = torch.randint(2, features_bf.shape[1:], generator=draw) * 2.0 - 1
+    return torch.zeros(len(features_bf), width).index_add_(1, column_f, features_bf * sign_f)
 
 
 def mean_log_mel(waves_bn: Tensor, valid_bn: Tensor | None) -> Tensor:

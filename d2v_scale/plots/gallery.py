@@ -95,7 +95,6 @@ def draw_gallery(folder: Path, gallery: Gallery) -> list[Path]:
         path = place(f"layers_teacher_{name}")
         paths.append(plot_cka(layers, other, path, row_name="teacher", column_name=name))
     return paths
-    return paths
 
 
 def masked(

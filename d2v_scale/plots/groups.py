@@ -37,8 +37,8 @@ GROUPS = (
     Group(
         "Quality",
         "Accuracy of k nearest neighbours and probes",
-        ("knn_accuracy*", "knn_chance*", "probe*"),
-        why="The first value is that of random weights.",
+        ("knn_accuracy*", "knn_raw*", "knn_chance*", "probe*"),
+        why="The first value is that of random weights; raw features are the samples themselves, without a model.",
     ),
     Group("Quality", "Fine-tuned, on held-out samples: higher is better", _SCORES),
     Group("Quality", "Fine-tuned, on held-out samples: lower is better", _ERRORS),
@@ -80,6 +80,12 @@ GROUPS = (
         "Likeness of student and teacher (CKA)",
         ("cka*",),
         why="Layer by layer: of the student, which sees the masked sample, and the teacher, which sees all of it.",
+    ),
+    Group(
+        "Health",
+        "Likeness of the teacher's first and last layer (CKA)",
+        ("layer_likeness*",),
+        why="1: the layers between them change nothing, as in a network that has just begun.",
     ),
     Group("Health", "Share of positions that masks hide", ("masked_share*",)),
     Group("Health", "Learning rate", ("lr", "lr/*")),

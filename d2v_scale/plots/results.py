@@ -126,8 +126,9 @@ def _baselines(summaries: Sequence[RunSummary], name: str) -> list[list[str]]:
         of = "with random weights" if not name.startswith("test/") else "before fine-tuning"
         rows.append((of, untrained))
     if name.startswith("knn_accuracy"):
-        chance = name.replace("knn_accuracy", "knn_chance")
-        rows.append(("by chance (the commonest label)", [summary.last(chance) for summary in summaries]))
+        for figure, words in (("knn_raw", "with raw features"), ("knn_chance", "by chance (the commonest label)")):
+            baseline = name.replace("knn_accuracy", figure)
+            rows.append((words, [summary.last(baseline) for summary in summaries]))
     return [[words, *(shown(name, value) for value in row)] for words, row in rows if any(v is not None for v in row)]
 
 

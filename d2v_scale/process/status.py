@@ -9,6 +9,7 @@ import errno
 import json
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -35,6 +36,10 @@ class Status:
     time: float = 0.0
     verdict: str = ""
     """What the record says of the run's health, in a sentence; empty where nobody judged."""
+    result: Sequence[str] = ()
+    """What the run is worth, in lines as at the terminal."""
+    next: Sequence[str] = ()
+    """Commands that go on from here, the likeliest first."""
 
     def __post_init__(self) -> None:
         assert self.outcome in get_args(Outcome), self.outcome
@@ -57,7 +62,14 @@ def begin(run_dir: str | Path) -> None:
 
 
 def write_status(
-    run_dir: str | Path, exit_code: int, reason: str, step: int | None = None, verdict: str = ""
+    run_dir: str | Path,
+    exit_code: int,
+    reason: str,
+    step: int | None = None,
+    verdict: str = "",
+    *,
+    result: Sequence[str] = (),
+    next_commands: Sequence[str] = (),
 ) -> Status:
     """Write status.json (atomically, synced to disk) and return what stands in it.
 
@@ -66,7 +78,10 @@ def write_status(
     never replaces one. Raises OSError if the directory takes no file at all.
     """
     directory = Path(run_dir)
-    status = Status(outcome_of(exit_code), exit_code, redact(reason), step, time.time(), verdict)
+    commands = [redact(command) for command in next_commands]
+    status = Status(
+        outcome_of(exit_code), exit_code, redact(reason), step, time.time(), verdict, list(result), commands
+    )
     earlier = read_status(directory)
     if earlier is not None and _weight(earlier) >= _weight(status):
         return earlier

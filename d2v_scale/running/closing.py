@@ -26,10 +26,15 @@ def happened(code: int, reason: str, records: Records, verdict: str, *, is_task:
     """Lines for a run that ends with this exit code and reason; the first says how. `records`: all of its metrics;
     `verdict`: on its health."""
     verb = {EXIT_DONE: "Done", EXIT_REQUEUE: "Stopped", EXIT_LOST_PEER: "Stopped"}.get(code, "Failed")
-    lines = [redact(f"{verb}: {reason}")]
-    for whose, found in worth(records, is_task=is_task).items():
-        lines.append(f"Result{f' of {whose}' if whose else ''}: {', '.join(found)}")
+    said = reason[:1].upper() + reason[1:] if reason.startswith("stopped") else f"{verb}: {reason}"
+    lines = [redact(said), *results(records, is_task=is_task)]
     return [*lines, f"Verdict: {verdict}"] if verdict else lines
+
+
+def results(records: Records, *, is_task: bool) -> list[str]:
+    """Lines on what a run is worth, of all and of each stem or source."""
+    found = worth(records, is_task=is_task)
+    return [f"Result{f' of {whose}' if whose else ''}: {', '.join(said)}" for whose, said in found.items()]
 
 
 def described(happened: Sequence[str], header: Sequence[str]) -> str:
@@ -59,11 +64,23 @@ def worth(records: Records, *, is_task: bool) -> dict[str, list[str]]:
 
 
 def _said(records: Records, name: str, figure: str) -> str:
-    """The last and the first value of a name, which is of this figure."""
+    """The last and the first value of a name, which is of this figure, and what the last is to be compared with."""
     values = [record[name] for record in records if name in record]
+    last = next(record["step"] for record in reversed(records) if name in record)
     text = f"{_NAMES.get(figure, f'held-out {figure}')} {_value(figure, values[-1])}"
+    beside = []
+    if last == 0 < records[-1]["step"]:
+        beside.append("before the first step")
+    elif last < records[-1]["step"] and figure != "loss":
+        beside.append(f"at step {last}")
     # The loss of the first step is that of any random start; the others tell what was learned.
-    return text if figure == "loss" or len(values) == 1 else f"{text} ({_value(figure, values[0])} at first)"
+    if figure != "loss" and len(values) > 1:
+        beside.append(f"{_value(figure, values[0])} at first")
+    if figure == "knn_accuracy":
+        for baseline, words in (("knn_raw", "with raw features"), ("knn_chance", "by chance")):
+            other = name.replace(figure, baseline, 1)
+            beside += [f"{_value(figure, r[other])} {words}" for r in records if other in r][-1:]
+    return f"{text} ({', '.join(beside)})" if beside else text
 
 
 def next_commands(directory: Path, code: int, *, ends: bool) -> list[str]:

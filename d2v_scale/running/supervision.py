@@ -16,7 +16,7 @@ from d2v_scale.process.watchdog import Watchdog
 from d2v_scale.recipe import to_dict
 from d2v_scale.redaction import redact
 from d2v_scale.run_files.run_start import DS_CONFIG_FILE, RECIPE_FILE
-from d2v_scale.running.closing import closing, described, happened
+from d2v_scale.running.closing import closing, described, happened, next_commands, results
 from d2v_scale.running.header import header
 from d2v_scale.running.inputs import inputs
 from d2v_scale.running.loop import AnyRun, last_step, report_saves, train
@@ -82,12 +82,20 @@ def supervise(run: AnyRun[Any], stop_flag: StopFlag) -> int:
         if topology.rank == 0:
             records = read_records(run.directory)
             judged = verdict(records, recipe.objective.health)
-            write_status(run.directory, code, reason, run.step, judged)
             said = happened(code, reason, records, judged, is_task=recipe.task is not None)
+            ends = run.step >= recipe.optim.max_steps
+            write_status(
+                run.directory,
+                code,
+                reason,
+                run.step,
+                judged,
+                result=results(records, is_task=recipe.task is not None),
+                next_commands=next_commands(run.directory, code, ends=ends),
+            )
             run.tracker.describe(described(said, head))
             run.tracker.finish(outcome_of(code), said[0], judged)
     if topology.rank == 0:
-        ends = run.step >= recipe.optim.max_steps
         for line in [*said, *closing(run.directory, code, ends=ends)]:
             log.info("%s", line)
     return code

@@ -9,7 +9,7 @@
 - labels: k-NN finds no more of them than the commonest label is, within two standard errors
 - masks: of a source they hide less than a twentieth of the positions (the least that was published: 15 %, BERT's)
 - held out: the student explains no more of held-out targets than their mean does, and no more than before
-- layers: every layer after the first is like all others (CKA above .995)
+- layers: the teacher's last is like its first (CKA above .995), twice as near to 1 as with random weights
 - teacher: it does not move, is the student itself, or is farther from it than half its own norm (the EMA)
 - waiting: the median share of a step that waits for data is above 15 %
 - lost: more than a thousandth of the planned samples
@@ -39,6 +39,9 @@ _BY_CHANCE = 5.0
 """
 _HIDDEN = 0.05
 """Share of the positions that masks hide at least."""
+_ALIKE = 0.995
+"""CKA of first and last layer, above which those between them change next to nothing. Networks that have just begun
+are like that, too: their blocks add little to what enters them."""
 _A_MINUTE = 1 / 60
 """Hours."""
 
@@ -181,13 +184,11 @@ def _held_out(records: Records) -> Iterator[Sign]:
 
 
 def _layers(records: Records) -> Iterator[Sign]:
-    layers = [name for record in records for name in record if name.startswith("cka/") and "/layer_" in name]
-    for figure in dict.fromkeys(name.rpartition("/")[0] for name in layers):
-        last = next(r for r in reversed(records) if f"{figure}/layer_01" in r)
-        likeness = [float(value) for name, value in sorted(last.items()) if name.startswith(f"{figure}/layer_")]
-        whose = figure.partition("/")[2]
-        if len(likeness) > 1 and min(likeness[1:]) > 0.995:
-            yield Sign("the layers", f"each{_of(whose)} is like all others (CKA {min(likeness[1:]):.3f} and above)")
+    for whose, name in _by_stem(records, "layer_likeness").items():
+        found = [r for r in records if name in r]
+        first, last = float(found[0][name]), float(found[-1][name])
+        if found[0]["step"] == 0 and last > _ALIKE and 1 - last < (1 - first) / 2:
+            yield Sign("the layers", f"the last{_of(whose)} is like the first (CKA {last:.4f}, {first:.4f} at first)")
 
 
 def _teacher(records: Records) -> Iterator[Sign]:

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from d2v_scale.alignment import measures
 from d2v_scale.alignment.measures import Ridge
+from d2v_scale.data2vec.likeness import debiased_cka
 
 N = 120
 
@@ -30,7 +31,7 @@ def test_turning_and_scaling_features_changes_nothing(seed: int, scale: float) -
     test_x, test_y = aligned(60, 8, 1.0, seed + 1)
     x2, test_x2 = turned(x, seed, scale), turned(test_x, seed, scale)
     torch.testing.assert_close(measures.mutual_neighbours(x2, y), measures.mutual_neighbours(x, y))
-    torch.testing.assert_close(measures.debiased_cka(x2, y), measures.debiased_cka(x, y))
+    torch.testing.assert_close(debiased_cka(x2, y), debiased_cka(x, y))
     first, second = Ridge(x).fit(y), Ridge(x2).fit(y)
     torch.testing.assert_close(second(test_x2), first(test_x), atol=1e-6, rtol=1e-6)
     back = Ridge(y).fit(x2)
@@ -46,7 +47,7 @@ def test_equal_features_are_perfectly_aligned() -> None:
     x = noise(N, 16, 0)
     assert (measures.ranks(x, 3 * x) == 1).all()
     assert measures.mutual_neighbours(x, x).mean() == pytest.approx(1.0)
-    assert measures.debiased_cka(x, x).mean() == pytest.approx(1.0)
+    assert debiased_cka(x, x).mean() == pytest.approx(1.0)
     assert measures.modality_gap(x, x) == 0.0
 
 
@@ -56,7 +57,7 @@ def test_independent_features_are_at_chance_however_wide() -> None:
     assert torch.stack([measures.recall(x, y, 10).mean() for x, y in pairs]).mean() == pytest.approx(10 / N, abs=0.02)
     mutual = torch.stack([measures.mutual_neighbours(x, y).mean() for x, y in pairs]).mean()
     assert mutual == pytest.approx(10 / (N - 1), abs=0.01)
-    assert torch.stack([measures.debiased_cka(x, y).mean() for x, y in pairs]).mean() == pytest.approx(0, abs=0.01)
+    assert torch.stack([debiased_cka(x, y).mean() for x, y in pairs]).mean() == pytest.approx(0, abs=0.01)
     from d2v_scale.data2vec.statistics import linear_cka
 
     assert linear_cka(*pairs[0]) > 0.5
@@ -70,8 +71,8 @@ def test_features_that_tell_nothing_apart_find_nothing() -> None:
     assert (measures.ranks(same, same) == N).all()
     assert measures.recall(same, same, 10).sum() == 0
     assert measures.mutual_neighbours(same, same).mean() == pytest.approx(10 / (N - 1))
-    assert measures.debiased_cka(same, noise(N, 4, 0)).tolist() == [0.0] * N
-    assert measures.debiased_cka(1e4 + 0 * same, same).tolist() == [0.0] * N
+    assert debiased_cka(same, noise(N, 4, 0)).tolist() == [0.0] * N
+    assert debiased_cka(1e4 + 0 * same, same).tolist() == [0.0] * N
     doubled = noise(N // 2, 4, 0).repeat(2, 1)  # two concepts of every caption
     assert (measures.ranks(doubled, doubled) == 2).all()
 
@@ -105,17 +106,6 @@ def _penalty_of(x: torch.Tensor, y: torch.Tensor) -> float:
     weights = Ridge(x).fit(y).weights_de
     right = centred.T @ (y.double() - y.double().mean(0)) - centred.T @ centred @ weights
     return float((right * weights).sum() / weights.square().sum())
-
-
-def test_jackknife_values_of_cka_are_those_without_each_concept() -> None:
-    x, y = aligned(25, 5, 1.0, 4)
-    values = measures.debiased_cka(x, y)
-    whole = values.mean()
-    rest = [torch.arange(25) != row for row in range(25)]
-    # The statistic does not depend on where the features' centre is.
-    left_out = torch.stack([measures.debiased_cka(x[one], y[one]).mean() for one in rest])
-    pseudo = 25 * whole - 24 * left_out
-    torch.testing.assert_close(values, pseudo - pseudo.mean() + whole, atol=1e-8, rtol=1e-6)
 
 
 def test_length_is_regressed_out_on_training_concepts_alone() -> None:

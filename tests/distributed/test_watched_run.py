@@ -48,6 +48,8 @@ FIGURES = [
 EVALUATED = [
     "knn_accuracy",
     "knn_chance",
+    "knn_raw",
+    "layer_likeness",
     "held_out_loss",
     "held_out_explained",
     "attention_entropy",

@@ -12,7 +12,7 @@ from d2v_scale.conversion.demo import digits
 from d2v_scale.data.labelled import LabelledSet
 from d2v_scale.evaluation import supervised
 from d2v_scale.evaluation.probes import score
-from d2v_scale.evaluation.raw import raw_features
+from d2v_scale.evaluation.raw import hashed, raw_features
 from d2v_scale.evaluation.supervised import shuffled
 
 
@@ -40,6 +40,17 @@ def test_mean_log_mel_does_not_see_what_fills_a_row_up() -> None:
     again, _ = raw_features([(batch, torch.zeros(2))], model)
     assert features.shape == (2, 80)
     assert torch.equal(features, again)
+
+
+def test_wide_features_are_hashed_to_columns_that_keep_their_products() -> None:
+    """Pixels of a photograph cannot be whitened: there are 150 thousand."""
+    x_bf = torch.randn(6, 20_000, generator=torch.Generator().manual_seed(0))
+    x_bf[3:] += x_bf[:3]
+    narrow = hashed(x_bf, 1024)
+    assert narrow.shape == (6, 1024)
+    assert torch.equal(narrow, hashed(x_bf, 1024))
+    assert torch.allclose(narrow @ narrow.T / 20_000, x_bf @ x_bf.T / 20_000, atol=0.15)
+    assert hashed(x_bf[:, :1024], 1024).equal(x_bf[:, :1024])
 
 
 def test_shuffling_keeps_labels_with_their_samples_and_misses_none() -> None:

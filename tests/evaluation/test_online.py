@@ -5,7 +5,15 @@ import tiny_models
 import torch
 
 from d2v_scale.batch import Batch
-from d2v_scale.evaluation.online import LabelledBatches, first_batches, rows
+from d2v_scale.data2vec.likeness import debiased_cka
+from d2v_scale.evaluation.config import EvaluationConfig
+from d2v_scale.evaluation.online import LabelledBatches, LabelNames, OnlineEvaluation, first_batches, rows
+from d2v_scale.model.init import initialize
+from d2v_scale.model.teacher_parts import TeacherParts
+from d2v_scale.networks.stack import Teacher
+from d2v_scale.parallel import groups
+from d2v_scale.parallel.zero import StudentEngine
+from d2v_scale.teacher.sharded import EmaTeacher
 
 
 def speech(lengths: list[list[int]], samples_a_frame: int = 4) -> LabelledBatches:
@@ -64,3 +72,67 @@ def test_a_grid_of_joined_recordings_is_that_of_the_longest() -> None:
     on_grids = [(replace(one, grid=(one.masked_rt.shape[1], 1)), labels) for one, labels in lines]
     batch, _ = first_batches(on_grids, samples=4, size=10**6)
     assert batch.grid == (4, 1)
+
+
+class TeacherOfAModule(EmaTeacher):
+    def __init__(self, module: Teacher) -> None:
+        """Nothing is averaged."""
+        self.module = self.own = module
+
+    def features(self, batch: Batch, features_btd: object, layers: list[int]) -> list[torch.Tensor]:
+        assert features_btd is None, "it has a stem of its own"
+        return self.own.features(batch, None, layers)
+
+
+class EngineAlone(StudentEngine):
+    def __init__(self) -> None:
+        """Of a student that nothing asks for."""
+        self.module, self.topology = torch.nn.Identity(), groups.single_process()
+
+
+def evaluated(train: LabelledBatches, test: LabelledBatches, depth: int) -> tuple[OnlineEvaluation, Teacher]:
+    teacher = Teacher(tiny_models.model("v2_vision", depth=depth), None, TeacherParts())
+    initialize(teacher, 0)
+    config = EvaluationConfig(k=3, layers=[-1])
+    online = OnlineEvaluation(config, train, test, EngineAlone(), TeacherOfAModule(teacher), LabelNames([], None))
+    return online, teacher
+
+
+def dark_and_light(seed: int, contrast: float = 4.0) -> LabelledBatches:
+    """Pictures of noise around two levels, which are their labels; two batches."""
+    batches = []
+    for part in range(2):
+        batch = tiny_models.batch("v2_vision", samples=6, seed=seed + part, clones=1)
+        labels = torch.arange(6) % 2
+        inputs = 0.5 * batch.inputs + contrast * labels[:, None, None, None]
+        batches.append(
+            (replace(batch, inputs=inputs, masked_rt=torch.zeros_like(batch.masked_rt), layout=None), labels)
+        )
+    return batches
+
+
+@pytest.mark.usefixtures("world_of_one")
+def test_raw_features_are_measured_beside_the_teacher_and_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a representation has to be better than was recorded by `d2v align` alone."""
+    online, _ = evaluated(dark_and_light(0), dark_and_light(10), depth=1)
+    first = online.figures()
+    assert (first["knn_raw"], first["knn_chance"], first["knn_samples"]) == (1.0, 0.5, 12)
+    assert "layer_likeness" not in first, "one layer is like itself"
+    monkeypatch.setattr("d2v_scale.evaluation.online.hashed", None)
+    assert online.figures() == first
+
+
+@pytest.mark.usefixtures("world_of_one")
+def test_the_first_and_the_last_layer_are_compared() -> None:
+    test = dark_and_light(10, contrast=0.0)
+    online, teacher = evaluated(dark_and_light(0), test, depth=3)
+    likeness = online.figures()["layer_likeness"]
+    states = [teacher.features(batch, None, [0, 2]) for batch, _ in test]
+    first, last = (torch.cat([of_layer.mean(dim=1) for of_layer in both]) for both in zip(*states, strict=True))
+    assert likeness == pytest.approx(float(debiased_cka(first, last).mean()), abs=1e-6)
+    assert likeness < 0.9999
+    with torch.no_grad():
+        for block in teacher.blocks[1:]:
+            for parameter in block.parameters():  # type: ignore[union-attr]
+                parameter.zero_() if parameter.dim() > 1 else None
+    assert online.figures()["layer_likeness"] == pytest.approx(1.0, abs=1e-6)

@@ -148,11 +148,12 @@ def test_fine_tuning_and_baselines_stand_beside_the_result(tmp_path: Path) -> No
     tracker.start({}, {})
     tracker.log(0, 0, {"knn_accuracy": 0.4, "knn_chance": 0.1, "test/wer": 1.0})
     tracker.log(9, 9, {"knn_accuracy": 0.9, "knn_chance": 0.1, "test/wer": 0.25})
-    tracker.log(10, 10, {"knn_accuracy": 0.75, "knn_chance": 0.1, "test/wer": 0.5})
+    tracker.log(10, 10, {"knn_accuracy": 0.75, "knn_chance": 0.1, "knn_raw": 0.5, "test/wer": 0.5})
     shown = results([RunSummary.load(tmp_path / "a")])
     rows = re.findall(r"<td>(.*?)</td><td>(.*?)</td>", shown)
     assert ("k-NN accuracy", "75.0 % <small>best 90.0 % at step 9</small>") in rows
     assert ("with random weights", "40.0 %") in rows
+    assert ("with raw features", "50.0 %") in rows
     assert ("by chance (the commonest label)", "10.0 %") in rows
     assert ("fine-tuned: word error rate", "50.0 % <small>best 25.0 % at step 9</small>") in rows
     assert ("before fine-tuning", "100.0 %") in rows

@@ -13,7 +13,7 @@ LEARNED = [
     {"step": 0, "knn_accuracy": 0.4, "held_out_loss": 0.5},
     {"step": 1, "loss": 0.9},
     {"step": 9, "loss": 0.25},
-    {"step": 9, "knn_accuracy": 0.725, "held_out_loss": 0.25},
+    {"step": 9, "knn_accuracy": 0.725, "knn_raw": 0.61, "knn_chance": 0.125, "held_out_loss": 0.25},
 ]
 
 
@@ -21,7 +21,8 @@ def test_it_ends_with_what_happened_what_it_is_worth_and_the_next_command() -> N
     said = happened(errors.EXIT_DONE, "all 9 steps done", LEARNED, "Healthy.", is_task=False)
     assert [*said, *closing(RUN, errors.EXIT_DONE, ends=True)] == [
         "Done: all 9 steps done",
-        "Result: loss 0.25, held-out loss 0.25 (0.5 at first), k-NN accuracy 72.5% (40.0% at first)",
+        "Result: loss 0.25, held-out loss 0.25 (0.5 at first), "
+        "k-NN accuracy 72.5% (40.0% at first, 61.0% with raw features, 12.5% by chance)",
         "Verdict: Healthy.",
         "Next: d2v report runs/x",
         "Next: d2v export runs/x runs/x/encoder --to hf",
@@ -70,3 +71,21 @@ def test_a_run_that_is_not_at_its_end_is_resumed(monkeypatch: pytest.MonkeyPatch
 def test_nothing_that_was_not_measured_is_said() -> None:
     assert happened(errors.EXIT_COLLAPSE, "collapse", [], "", is_task=False) == ["Failed: collapse"]
     assert closing(RUN, errors.EXIT_COLLAPSE, ends=False) == ["Next: d2v report runs/x"]
+
+
+def test_what_was_measured_before_the_run_was_stopped_says_when() -> None:
+    """A run that was stopped at its fourth step gave the k-NN accuracy of random weights as its result."""
+    stopped: list[dict[str, float]] = [{"step": 0, "knn_accuracy": 0.4, "knn_raw": 0.8}, {"step": 4, "loss": 0.5}]
+    assert (
+        worth(stopped, is_task=False)[""][1] == "k-NN accuracy 40.0% (before the first step, 80.0% with raw features)"
+    )
+    later = [*stopped, {"step": 100, "knn_accuracy": 0.6}, {"step": 130, "loss": 0.25}]
+    assert worth(later, is_task=False)[""][1].startswith("k-NN accuracy 60.0% (at step 100, 40.0% at first, ")
+    tuned: list[dict[str, float]] = [{"step": 5, "test/accuracy": 0.5}, {"step": 6, "loss": 1.5}]
+    assert worth(tuned, is_task=True)[""][1] == "held-out accuracy 50.0% (at step 5)"
+
+
+def test_a_run_that_ends_early_on_demand_is_not_called_done() -> None:
+    """It said `Done: stopped at step 130 of 800`."""
+    said = happened(errors.EXIT_DONE, "stopped at step 130 of 800 (--stop_at)", [], "", is_task=False)
+    assert said == ["Stopped at step 130 of 800 (--stop_at)"]

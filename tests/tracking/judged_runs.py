@@ -25,12 +25,14 @@ from typing import Any
 RECORDED = Path(__file__).with_suffix(".json")
 READ = {
     *("step", "hours", "loss", "lr", "decay", "grad_norm", "skipped_updates", "samples_per_second", "data_wait_share"),
-    *("target_rank", "teacher_update_norm", "student_teacher_distance_relative", "held_out_explained"),
-    *("knn_accuracy", "knn_samples", "knn_chance", "data/planned", "data/lost"),
+    *("target_rank", "teacher_update_norm", "student_teacher_distance_relative", "data/planned", "data/lost"),
 }
 """Figures that rules read,"""
-OF_PARTS = ("target_std", "prediction_std", "masked_share", "cka/layer_")
-"""and beginnings of those of each source or layer."""
+OF_PARTS = {
+    *("target_std", "prediction_std", "masked_share", "held_out_explained", "layer_likeness"),
+    *("knn_accuracy", "knn_samples", "knn_chance"),
+}
+"""and those that each source or stem may have of its own."""
 
 PRELOADED = (
     *("megatron.core.tensor_parallel", "d2v_scale.pretraining.program", "d2v_scale.finetuning.program"),
@@ -211,7 +213,7 @@ def _batch(recipe: str) -> str:
 def columns(records: list[dict[str, Any]]) -> dict[str, list[float | None]]:
     """What rules read of records, to four digits."""
     names = dict.fromkeys(name for record in records for name in record)
-    read = [name for name in names if name in READ or name.startswith(OF_PARTS)]
+    read = [name for name in names if name in READ or name.partition("/")[0] in OF_PARTS]
     return {name: [_short(record.get(name)) for record in records] for name in read}
 
 

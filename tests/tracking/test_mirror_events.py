@@ -43,7 +43,7 @@ def happens(client: Client, **event: Any) -> None:
 
 def test_the_end_of_a_run_says_how_and_what_it_is_worth_looking_at(client: Client) -> None:
     """MLflow heard FINISHED of a run that was stopped at step 130 of 800."""
-    said = "Done: stopped at step 130 of 800 (--stop_at)"
+    said = "Stopped at step 130 of 800 (--stop_at)"
     happens(client, event="status", status="done", outcome=said, verdict="Healthy.")
     assert client.ended == "FINISHED"
     assert client.tags == {"outcome": said, "verdict": "Healthy."}
