@@ -61,6 +61,9 @@ _REMEDY = (
     "Give more data, or say with --concept what names a concept (key: every sample is one; shared: those that share a "
     "picture, a recording or a caption)."
 )
+_HOLD_OUT = (
+    "Take what is on both sides out of the training set, and train without it: who has seen it knows the answer."
+)
 
 
 def _require_enough(split: Split, train: int, test: int, what: str) -> None:
@@ -70,7 +73,7 @@ def _require_enough(split: Split, train: int, test: int, what: str) -> None:
         raise DataError(
             f"{split.test.name!r} holds {test} held-out concepts{what}, by {split.test.named_by}{also}, fewer than "
             f"{FEWEST_HELD_OUT}: nothing could be told from chance.",
-            _REMEDY,
+            _HOLD_OUT if both else _REMEDY,
         )
     if train < FEWEST_TRAINING:
         raise DataError(

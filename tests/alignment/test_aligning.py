@@ -146,9 +146,9 @@ def test_too_little_and_what_does_not_fit_is_refused(
     few = write_concepts(tmp_path / "few", 60, 49)
     assert "holds 49 held-out concepts, by concept, fewer than 50" in refused(capsys, run, "--data", few)
     same = concepts / "test"
-    assert "(60 more are on both sides: the concept: 60, the first: c40" in refused(
-        capsys, run, "--data", same, "--test", same
-    )
+    told = refused(capsys, run, "--data", same, "--test", same)
+    assert "(60 more are on both sides: the concept: 60, the first: c40" in told
+    assert "Take what is on both sides out of the training set" in told
     assert "3 training concepts, by concept, fewer than 20" in refused(
         capsys, run, "--data", write_concepts(tmp_path / "little", 3, 60)
     )
