@@ -5,6 +5,7 @@ A run collects a `Gallery` in its ranks and has it drawn by a process of its own
 
 import os
 import sys
+import traceback
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -135,18 +136,25 @@ def _last(real_bn: Tensor) -> Tensor:
 
 
 def main() -> int:
-    """Draw a saved gallery into a run directory's plots and have MLflow keep them: what `RunTracker` starts."""
+    """Draw saved galleries into a run directory's plots and have MLflow keep them: what `RunTracker` starts. One that
+    cannot be drawn is in the log, and the others are drawn."""
     from d2v_scale.tracking.events import append_event
 
-    run_dir, saved = Path(sys.argv[1]), Path(sys.argv[2])
+    run_dir, *saved = map(Path, sys.argv[1:])
     os.nice(10)
-    try:
-        paths = draw_gallery(run_dir / "plots", Gallery.load(saved))
-    finally:
-        saved.unlink(missing_ok=True)
-    for path in paths:
-        append_event(run_dir, "artifact", path=str(path.relative_to(run_dir)), folder="plots")
-    return 0
+    failed = 0
+    for one in saved:
+        try:
+            paths = draw_gallery(run_dir / "plots", Gallery.load(one))
+        except Exception:
+            traceback.print_exc()
+            failed += 1
+            continue
+        finally:
+            one.unlink(missing_ok=True)
+        for path in paths:
+            append_event(run_dir, "artifact", path=str(path.relative_to(run_dir)), folder="plots")
+    return int(failed > 0)
 
 
 if __name__ == "__main__":

@@ -123,8 +123,7 @@ class Run:
 
     def draw_pictures(self) -> None:
         """Have pictures drawn of what the teacher makes of some samples. Collective."""
-        for gallery in self.evaluation.galleries(self.step):
-            self.tracker.gallery(gallery)
+        self.tracker.pictures(self.step, list(self.evaluation.galleries(self.step)))
 
     def save(self) -> None:
         """Begin a checkpoint of this step; the loop waits for the snapshot only. Collective."""

@@ -155,18 +155,22 @@ class RunTracker:
             return
         self.artifact(path, "plots")
 
-    def gallery(self, gallery: "Gallery") -> None:
-        """Have pictures drawn of some samples and what the teacher makes of them, by a process of its own."""
+    def pictures(self, step: int, galleries: Sequence["Gallery"]) -> None:
+        """Have pictures drawn of some samples of each stem and what the teacher makes of them, by one process."""
         if self._log is None:
             return
-        saved = self.run_dir / "plots" / f".gallery-{gallery.step}{gallery.suffix}.pt"
-        try:
-            saved.parent.mkdir(exist_ok=True)
-            gallery.save(saved)
-        except OSError as error:
-            self.message(f"The pictures of step {gallery.step} were not drawn ({error}).")
-            return
-        self._draw("d2v_scale.plots.gallery", str(saved.resolve()))
+        saved = []
+        for gallery in galleries:
+            path = self.run_dir / "plots" / f".gallery-{step}{gallery.suffix}.pt"
+            try:
+                path.parent.mkdir(exist_ok=True)
+                gallery.save(path)
+            except OSError as error:
+                self.message(f"The pictures of step {step} were not drawn ({error}).")
+                continue
+            saved.append(str(path.resolve()))
+        if saved:
+            self._draw("d2v_scale.plots.gallery", *saved)
 
     def checkpoint(self, directory: Path, manifest: str, step: int) -> None:
         """Have MLflow keep the manifest of a committed checkpoint, and show the step."""

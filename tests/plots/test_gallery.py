@@ -9,6 +9,7 @@ from d2v_scale.data2vec.config import MaskingConfig
 from d2v_scale.data2vec.masking import collate
 from d2v_scale.model.stem_config import Kind
 from d2v_scale.plots.gallery import Gallery, draw_gallery, masked
+from d2v_scale.plots.gallery import main as gallery_program
 
 
 def labelled(modality: str) -> tuple[Batch, torch.Tensor | None]:
@@ -125,3 +126,23 @@ def test_masks_shown_of_missing_values_are_those_of_training() -> None:
     wanted = Layout.of(torch.from_numpy(trained.masked_rt), real_bt).tensors
     assert predicted.keys() == wanted.keys()
     assert all(torch.equal(predicted[name], wanted[name]) for name in wanted)
+
+
+def test_one_process_draws_all_stems_whatever_becomes_of_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each stem had a process of its own, which imported everything again."""
+    batch, valid_bt = labelled("text")
+    states, masks = torch.randn(3, 6, 8), MaskingConfig(kind="bert", prob=0.3)
+    facts = {"labels": [""] * 6, "valid_bt": valid_bt, "teacher_lnd": states, "first_btd": torch.randn(6, 16, 8)}
+    damaged, saved = tmp_path / ".gallery-1_vision.pt", tmp_path / ".gallery-1_text.pt"
+    damaged.write_bytes(b"no gallery")
+    Gallery(kind="text", batch=batch, masks=masks, seed=1, step=1, suffix="_text", **facts).save(saved)  # type: ignore[arg-type]
+    monkeypatch.setattr("sys.argv", ["gallery", str(tmp_path), str(damaged), str(saved)])
+    monkeypatch.setattr("os.nice", lambda _: 0)
+    assert gallery_program() == 1
+    assert "Traceback" in capsys.readouterr().err
+    assert (tmp_path / "plots" / "masks_text.png").is_file()
+    assert "masks_text" in (tmp_path / "mlflow_events.jsonl").read_text()
+    assert not damaged.exists()
+    assert not saved.exists()
