@@ -9,6 +9,7 @@ import sys
 import typing
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +137,9 @@ def help_screen(arguments: list[str], more: Iterable[tuple[str, str]] = ()) -> s
     return screen(_take_recipe(arguments)[1], more)
 
 
+@cache
 def _make_parser() -> Any:
+    """Made once a process: it reads the docstrings of every section from their files."""
     from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings
 
     set_parsing_settings(docstring_parse_attribute_docstrings=True)

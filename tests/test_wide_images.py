@@ -61,7 +61,8 @@ def shards(tmp_path: Path) -> Path:
     return tmp_path / "shards"
 
 
-@pytest.mark.parametrize("name", ["tiny2_vision", pytest.param("tiny1_vision", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["tiny2_vision", "tiny1_vision"])
 def test_wide_images_train_resume_and_are_looked_at(
     name: str, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world_of_one: None
 ) -> None:

@@ -8,7 +8,6 @@ read to `judged_runs.json`; FOLDER keeps their data and directories. Some ten mi
 
 import argparse
 import contextlib
-import functools
 import importlib
 import json
 import os
@@ -182,7 +181,6 @@ def make(runs: dict[str, Judged], folder: Path) -> Iterator[tuple[str, list[dict
     groups.prepare_accelerator()
     for name in PRELOADED:
         importlib.import_module(name)
-    command_line._make_parser = functools.cache(command_line._make_parser)
     command_line.parse([])
     judged_data.write(Path())
     for number, (name, run) in enumerate(runs.items()):
