@@ -16,19 +16,21 @@ if TYPE_CHECKING:
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 TESTS = Path(__file__).parent
-OF_RANKS = ("slurm", "distributed", "planning")
-"""Folders whose tests start several ranks: two at once would take turns at the cores, and take longer."""
+GROUPS = {"distributed": "ranks", "planning": "ranks", "slurm": "slurm"}
+"""Folders whose tests are done by one process, and first: those that start several ranks would take turns at the cores,
+and Slurm's wait most of their time."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that start ranks come first."""
-    items.sort(key=lambda item: item.path.parent.name not in OF_RANKS)
+    """Tests of `GROUPS` come first, in that order."""
+    order = [*GROUPS]
+    items.sort(key=lambda item: order.index(item.path.parent.name) if item.path.parent.name in GROUPS else len(order))
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: "Producer") -> "LoadScopeScheduling":
-    """Among several processes (`pytest -n`) one has all tests that start ranks; else one has all tests of a file, or of
-    a folder whose conftest makes what they share. (By path: xdist's own groups are without effect from pytest 9.2 on.)
+    """Among several processes (`pytest -n`) one has all tests of a group, or of a folder whose conftest makes what they
+    share, or of a file. By path: xdist's own groups are without effect from pytest 9.2 on.
     """
     from xdist.scheduler import LoadScopeScheduling
 
@@ -37,7 +39,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: "Producer") -> "Load
             path = config.rootpath / nodeid.partition("::")[0]
             folder = path.parent
             shared = folder if folder != TESTS and (folder / "conftest.py").is_file() else path
-            return "ranks" if folder.name in OF_RANKS else str(shared)
+            return GROUPS.get(folder.name, str(shared))
 
     return ByPath(config, log)
 
