@@ -26,7 +26,7 @@ def happened(code: int, reason: str, records: Records, verdict: str, *, is_task:
     """Lines for a run that ends with this exit code and reason; the first says how. `records`: all of its metrics;
     `verdict`: on its health."""
     verb = {EXIT_DONE: "Done", EXIT_REQUEUE: "Stopped", EXIT_LOST_PEER: "Stopped"}.get(code, "Failed")
-    said = reason[:1].upper() + reason[1:] if reason.startswith("stopped") else f"{verb}: {reason}"
+    said = reason[:1].upper() + reason[1:] if reason.startswith(("stopped", "nothing")) else f"{verb}: {reason}"
     lines = [redact(said), *results(records, is_task=is_task)]
     return [*lines, f"Verdict: {verdict}"] if verdict else lines
 
@@ -53,7 +53,7 @@ def worth(records: Records, *, is_task: bool) -> dict[str, list[str]]:
     stem or source where these have their own."""
     recorded = list(dict.fromkeys(name for record in records for name in record))
     if is_task:
-        measured = [name for name in recorded if name.startswith("test/") and name != "test/samples"]
+        measured = [name for name in recorded if name.startswith("test/") and name not in ("test/samples", "test/lost")]
         said = [_said(records, name, name.removeprefix("test/")) for name in ["loss", *measured] if name in recorded]
         return {"": said} if said else {}
     found: dict[str, list[str]] = {}

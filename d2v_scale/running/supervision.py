@@ -107,9 +107,7 @@ def completed(run: AnyRun[Any], began: int) -> str:
     if began >= horizon:
         return f"all {horizon} steps were done before"
     if run.step == began:
-        reason = f"already at step {began} of {horizon}, --stop_at {run.options.stop_at} leaves nothing to do"
-        log.warning("%s", reason)
-        return reason
+        return f"nothing to do: already at step {began} of {horizon} (--stop_at {run.options.stop_at})"
     return (
         f"all {horizon} steps done" if run.step >= horizon else f"stopped at step {run.step} of {horizon} (--stop_at)"
     )

@@ -47,13 +47,8 @@ class Terminal:
         fresh = {name: record[name] for name in names if name in record}
         self._shown |= fresh
         if self._live is not None:
-            from rich.console import Group
-            from rich.text import Text
-
-            values = _formatted(self._shown)
             self._progress.update(self._task, completed=step, eta=self._eta(step))
-            # A text of its own goes on in the next line of a narrow terminal.
-            self._live.update(Group(self._progress, Text("  ".join(filter(None, [*values, self._checkpoint])))))
+            self._draw()
         elif fresh:  # other lines say nothing that a log needs
             of = f"/{self._total}" if self._total else ""
             parts = [f"step {step}{of}", *_formatted(fresh), self._eta(step)]
@@ -67,8 +62,10 @@ class Terminal:
             _print(text)
 
     def checkpoint(self, step: int) -> None:
-        """The newest committed checkpoint is of this step; shown with the next record of a live display."""
+        """The newest committed checkpoint is of this step; shown in a live display."""
         self._checkpoint = f"checkpoint {step}"
+        if self._live is not None:
+            self._draw()
 
     def close(self) -> None:
         """Leave the terminal as it was. May be called again."""
@@ -77,6 +74,15 @@ class Terminal:
         for handler, stream in self._diverted:
             handler.setStream(stream)
         self._diverted = []
+
+    def _draw(self) -> None:
+        """The bar, and below it what is known."""
+        from rich.console import Group
+        from rich.text import Text
+
+        # A text of its own goes on in the next line of a narrow terminal.
+        values = Text("  ".join(filter(None, [*_formatted(self._shown), self._checkpoint])))
+        self._live.update(Group(self._progress, values))
 
     def _eta(self, step: int) -> str:
         if self._started is None or not self._total or step <= self._started[1]:
@@ -121,7 +127,7 @@ def _formatted(values: Mapping[str, float]) -> list[str]:
 
 def _scores(values: Mapping[str, float]) -> list[str]:
     """Names of what a fine-tuned model was measured by, whatever it is called, but not of how many samples."""
-    return [name for name in values if name.startswith("test/") and name != "test/samples"]
+    return [name for name in values if name.startswith("test/") and name not in ("test/samples", "test/lost")]
 
 
 def _format(name: str, value: float) -> str:

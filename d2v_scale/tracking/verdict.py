@@ -1,6 +1,7 @@
 """One sentence about a run: healthy, or what to look at, by rules over its record that are stated here.
 
-- spread: targets or predictions spread less than the recipe's health limits (fairseq: `min_target_var`, `min_pred_var`)
+- spread: targets or predictions spread less than the recipe's health limits (fairseq: `min_target_var`,
+  `min_pred_var`), or what a stem makes of a source does not vary at all (targets of silence still do, by position)
 - rank: the effective rank of the targets is below 2, or a tenth of its first value (a collapse but for a few axes)
 - gradient: the median norm of the last fifth is 10 times that of the second (a divergence that clipping hides)
 - skipped: more than 1 % of the steps, for a value that is not finite
@@ -32,6 +33,8 @@ LEAST = 10
 """Records from which parts of a run are compared: with fewer, one of them is one step."""
 _SAME = 1e-6
 """Distance from the student, in the teacher's norm, below which they are one network."""
+_ALL_ALIKE = 0.002
+"""Of the stem's output; rows that are equal have 0.001 (see `std_from_moments`)."""
 _ERRORS = 2.0
 """Standard errors that an accuracy must have fallen by, or be above chance."""
 _BY_CHANCE = 5.0
@@ -99,15 +102,21 @@ def _fifths(values: Sequence[float]) -> list[float]:
 
 
 def _spread(records: Records, limits: HealthConfig) -> Iterator[Sign]:
-    for figure, limit in (("target_std", limits.min_target_std), ("prediction_std", limits.min_prediction_std)):
+    spreads = {
+        "target_std": ("the targets", limits.min_target_std),
+        "prediction_std": ("the predictions", limits.min_prediction_std),
+        "stem_std": ("what the stem makes", _ALL_ALIKE),
+    }
+    for figure, (what, limit) in spreads.items():
         names = _by_stem(records, figure)
         own = [name for source, name in names.items() if source]
         for name in own or names.values():
             last = next((float(r[name]) for r in reversed(records) if name in r), None)
             if last is not None and not last >= limit:  # so that a NaN counts
                 whose = f" of {name.partition('/')[2]}" if "/" in name else ""
-                what = "targets" if figure == "target_std" else "predictions"
-                yield Sign("a collapse", f"the {what}{whose} spread by {last:.2g} only, less than {limit:g}")
+                alike = ": are its samples all alike?" if figure == "stem_std" else ""
+                spread = "spreads" if figure == "stem_std" else "spread"
+                yield Sign("a collapse", f"{what}{whose} {spread} by {last:.2g} only, less than {limit:g}{alike}")
 
 
 def _rank(records: Records) -> Iterator[Sign]:

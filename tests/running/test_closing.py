@@ -40,7 +40,7 @@ def test_it_says_how_to_open_its_charts(tmp_path: Path) -> None:
 
 
 def test_fine_tuning_says_its_own_figures() -> None:
-    records = [{"step": 5, "loss": 1.5}, {"step": 5, "test/accuracy": 0.5, "test/samples": 40.0}]
+    records = [{"step": 5, "loss": 1.5}, {"step": 5, "test/accuracy": 0.5, "test/samples": 40.0, "test/lost": 0.0}]
     assert worth(records, is_task=True) == {"": ["loss 1.5", "held-out accuracy 50.0%"]}
     said = worth([{"step": 5, "loss": 1.5}, {"step": 5, "test/wer": 0.104}], is_task=True)
     assert said[""][1] == "held-out wer 10.4%"
@@ -89,3 +89,5 @@ def test_a_run_that_ends_early_on_demand_is_not_called_done() -> None:
     """It said `Done: stopped at step 130 of 800`."""
     said = happened(errors.EXIT_DONE, "stopped at step 130 of 800 (--stop_at)", [], "", is_task=False)
     assert said == ["Stopped at step 130 of 800 (--stop_at)"]
+    said = happened(errors.EXIT_DONE, "nothing to do: already at step 130 of 800 (--stop_at 9)", [], "", is_task=False)
+    assert said == ["Nothing to do: already at step 130 of 800 (--stop_at 9)"]

@@ -28,7 +28,7 @@ READ = {
 }
 """Figures that rules read,"""
 OF_PARTS = {
-    *("target_std", "prediction_std", "masked_share", "held_out_explained", "layer_likeness"),
+    *("target_std", "prediction_std", "stem_std", "masked_share", "held_out_explained", "layer_likeness"),
     *("knn_accuracy", "knn_samples", "knn_chance"),
 }
 """and those that each source or stem may have of its own."""

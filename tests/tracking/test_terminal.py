@@ -29,6 +29,8 @@ def test_a_log_line_does_not_leave_a_stale_bar_behind(monkeypatch: pytest.Monkey
         terminal.record({"step": step, "loss": 1 / (1 + step)})
         if step in (30, 60):
             logging.getLogger("d2v_scale.test").warning("checkpoint of step %d committed", step)
+            terminal.checkpoint(step)
+    terminal.checkpoint(100)  # after the last record, as a run has it: step 60 stayed there
     terminal.close()
     assert handler.stream is out
     screen = pyte.Screen(80, 24)
@@ -37,6 +39,7 @@ def test_a_log_line_does_not_leave_a_stale_bar_behind(monkeypatch: pytest.Monkey
     assert shown[:2] == ["checkpoint of step 30 committed", "checkpoint of step 60 committed"]
     assert len([line for line in shown if re.search(r"step\s+\d+/100", line)]) == 1
     assert "100/100" in shown[2]
+    assert "checkpoint 100" in " ".join(" ".join(shown[3:]).split())
 
 
 def test_figures_of_fine_tuning_are_shown_in_plain_lines(capsys: pytest.CaptureFixture[str]) -> None:

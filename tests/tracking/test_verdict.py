@@ -142,3 +142,16 @@ def test_layers_that_are_as_alike_as_with_random_weights_are_no_sign() -> None:
     assert signs(records) == []
     records[-1]["layer_likeness"] = 0.9986
     assert [sign.said for sign in signs(records)] == ["the last is like the first (CKA 0.9986, 0.9970 at first)"]
+
+
+def test_recordings_that_are_all_silent_are_named_although_their_targets_vary_with_their_positions() -> None:
+    records = healthy()
+    for record in records[1:21]:
+        record |= {"stem_std": 0.55, "stem_std/pictures": 1.1, "stem_std/talks": 0.001, "target_std/talks": 0.48}
+    [sign] = signs(records)
+    assert sign.name == "a collapse"
+    assert (
+        sign.said == "what the stem makes of talks spreads by 0.001 only, less than 0.002: are its samples all alike?"
+    )
+    changed(**{"stem_std/talks": 0.009})(records)
+    assert signs(records) == []
