@@ -1,12 +1,16 @@
+import fcntl
 import json
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from mlflow import MlflowClient
 
-from d2v_scale.tracking import follow
+from d2v_scale.alignment import recording
+from d2v_scale.evaluation.probing import tell_mlflow
+from d2v_scale.tracking import RunTracker, TrackingConfig, follow
 from d2v_scale.tracking.mirror import Mirror
-from d2v_scale.tracking.mirror_state import EVENTS_FILE
+from d2v_scale.tracking.mirror_state import EVENTS_FILE, MirrorState
 from d2v_scale.tracking.record import METRICS_FILE
 
 
@@ -35,3 +39,38 @@ def test_the_end_of_a_run_is_waited_for_without_spinning(tmp_path: Path, monkeyp
     monkeypatch.setattr(follow, "_told_to_finish", lambda seconds, parent: True)
     assert not follow.follow(tmp_path, finish_timeout=0.5)
     assert 2 <= len(turns) <= 10
+
+
+def test_a_probe_and_an_alignment_of_a_run_become_its_nested_runs_by_themselves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without `d2v sync`, but where MLflow has the run and no one else is sending."""
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    tracker = RunTracker(tmp_path, TrackingConfig(enabled=False), is_main=True)
+    tracker.start({}, {})
+    tracker.log(5, 40, {"loss": 0.5})
+    tracker.finish("done")
+    tell_mlflow(tmp_path, 4, "random", "knn", {"accuracy": 0.25})
+    assert "which MLflow does not have" in capsys.readouterr().out
+    follow.catch_up(tmp_path)
+    with (tmp_path / follow.LOCK_FILE).open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        tell_mlflow(tmp_path, 4, "student", "knn", {"accuracy": 0.5})
+    assert "is in progress and sends it to MLflow itself" in capsys.readouterr().out
+    tell_mlflow(tmp_path, 5, "teacher", "linear", {"accuracy": 0.75})
+    assert capsys.readouterr().out == f"Recorded in {tmp_path}, and in MLflow as a nested run of it.\n"
+    source = SimpleNamespace(run_dir=tmp_path, step=5)
+    pairs = {"vision - speech": {"verdicts": {"CKA": {"score": 0.5, "verdict": "at chance"}}}}
+    result = {"weights": "teacher", "data": {"held_out": "pairs.tar"}, "pairs": pairs}
+    [run_dir] = recording.record(result, [SimpleNamespace(sources=[source])], [])  # type: ignore[list-item]
+    assert "as a nested run of it" in follow.pass_on(run_dir)
+    client, known = MlflowClient(uri), MirrorState.load(tmp_path)
+    nested = client.search_runs([known.experiment_id], f"tags.mlflow.parentRunId = '{known.run_id}'")
+    found = {one.info.run_name: (one.data.params["task"], one.data.metrics) for one in nested}
+    assert found == {
+        "knn random": ("knn", {"probe/accuracy": 0.25}),
+        "knn student": ("knn", {"probe/accuracy": 0.5}),
+        "linear teacher": ("linear", {"probe/accuracy": 0.75}),
+        "align teacher": ("align", {"align/vision-speech/CKA": 0.5, "align/vision-speech/CKA/above_controls": 0.0}),
+    }
