@@ -10,7 +10,7 @@
 - labels: k-NN finds no more of them than the commonest label is, within two standard errors
 - masks: of a source they hide less than a twentieth of the positions (the least that was published: 15 %, BERT's)
 - held out: the student explains no more of held-out targets than their mean does, and no more than before
-- layers: the teacher's last is like its first (CKA above .995), twice as near to 1 as with random weights
+- layers: the teacher's last has become like its first: CKA above .995, half as far from 1 as with random weights
 - teacher: it does not move, is the student itself, or is farther from it than half its own norm (the EMA)
 - waiting: the median share of a step that waits for data is above 15 %
 - lost: more than a thousandth of the planned samples
@@ -44,7 +44,7 @@ _HIDDEN = 0.05
 """Share of the positions that masks hide at least."""
 _ALIKE = 0.995
 """CKA of first and last layer, above which those between them change next to nothing. Networks that have just begun
-are like that, too: their blocks add little to what enters them."""
+may be like that, too, as their blocks add little to what enters them, and get nearer to 1 in their first steps."""
 _A_MINUTE = 1 / 60
 """Hours."""
 
@@ -196,7 +196,7 @@ def _layers(records: Records) -> Iterator[Sign]:
     for whose, name in _by_stem(records, "layer_likeness").items():
         found = [r for r in records if name in r]
         first, last = float(found[0][name]), float(found[-1][name])
-        if found[0]["step"] == 0 and last > _ALIKE and 1 - last < (1 - first) / 2:
+        if found[0]["step"] == 0 and first <= _ALIKE < last and 1 - last < (1 - first) / 2:
             yield Sign("the layers", f"the last{_of(whose)} is like the first (CKA {last:.4f}, {first:.4f} at first)")
 
 

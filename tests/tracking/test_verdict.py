@@ -134,14 +134,16 @@ def test_labels_of_hundreds_of_classes_are_not_blamed_on_a_few_samples() -> None
 
 def test_layers_that_are_as_alike_as_with_random_weights_are_no_sign() -> None:
     """A short run of a 2.0 model on pictures was told to look at them: by the likeness of student and teacher, and that
-    was as near to 1 before its first step."""
+    was as near to 1 before its first step. One on recordings got from 0.9984 to 0.9994, and all was well."""
     records = healthy()
     alike = {f"cka/layer_{layer:02d}": 0.997 for layer in (1, 2, 3)}
     records[0] |= {"layer_likeness": 0.997, **alike}
-    records[-1] |= {"layer_likeness": 0.998, **alike}
+    records[-1] |= {"layer_likeness": 0.9994, **alike}
     assert signs(records) == []
-    records[-1]["layer_likeness"] = 0.9986
-    assert [sign.said for sign in signs(records)] == ["the last is like the first (CKA 0.9986, 0.9970 at first)"]
+    records[0]["layer_likeness"] = 0.991
+    assert [sign.said for sign in signs(records)] == ["the last is like the first (CKA 0.9994, 0.9910 at first)"]
+    records[-1]["layer_likeness"] = 0.9953
+    assert signs(records) == []
 
 
 def test_recordings_that_are_all_silent_are_named_although_their_targets_vary_with_their_positions() -> None:
