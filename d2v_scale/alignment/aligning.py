@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from d2v_scale import modalities
 from d2v_scale.alignment import models
 from d2v_scale.alignment.concepts import Split, counted, open_split
 from d2v_scale.alignment.features import StemSamples, averaged, encoded, kind_of, lengths, raw
@@ -37,6 +38,9 @@ def align(options: argparse.Namespace) -> Alignment:
     contents = models.contents_of(seeds)
     split = open_split(options.data, options.test, options.held_out, contents, options.concept, options.category)
     _require_enough(split, len(split.train.concepts), len(split.test.concepts), "")
+    for stem, source in ((stem, source) for model in seeds for stem, source in model.stems.items()):
+        for side in (split.train, split.test):  # refused before minutes are spent on the other stems
+            models.tokenizer_of(source, modalities.of(source.recipe.model, stem), side, options.tokenizer)
     measured, samples = _features(options, seeds, split)
     pairs, too_few = [], []
     for x, y in itertools.combinations(seeds[0].stems, 2):

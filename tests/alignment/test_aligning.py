@@ -10,6 +10,7 @@ import tiny_models
 from concept_shards import joint_model, samples, write_concepts, write_run
 from mlflow import MlflowClient
 
+from d2v_scale.alignment import aligning
 from d2v_scale.alignment.result import scores_of
 from d2v_scale.commands.align import main
 from d2v_scale.shards.writing import write_shard
@@ -132,6 +133,16 @@ def test_separate_runs_of_several_seeds_are_put_together(tmp_path: Path, capsys:
     assert sum(counts["vision"][side]["beyond_per_concept"] for side in ("train", "held_out")) == 110
     assert out.with_suffix(".html").is_file()
     assert all((path / "align" / "result.json").is_file() for path in paths)
+
+
+def test_another_tokenizer_is_refused_before_anything_is_encoded(
+    concepts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It was found when pictures and recordings had been encoded, minutes later."""
+    monkeypatch.setattr(aligning, "averaged", lambda *_: pytest.fail("samples are encoded"))
+    run = write_run(tmp_path / "run", tiny_models.joint())
+    told = refused(capsys, run, "--data", concepts, "--tokenizer", tmp_path / "absent.model")
+    assert "absent.model" in told
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
