@@ -45,6 +45,8 @@ _HIDDEN = 0.05
 _ALIKE = 0.995
 """CKA of first and last layer, above which those between them change next to nothing. Networks that have just begun
 may be like that, too, as their blocks add little to what enters them, and get nearer to 1 in their first steps."""
+_HARDLY = 0.01
+"""Of the variance of held-out targets, by which random weights may explain more than those of the first steps."""
 _A_MINUTE = 1 / 60
 """Hours."""
 
@@ -186,8 +188,11 @@ def _masks(records: Records) -> Iterator[Sign]:
 def _held_out(records: Records) -> Iterator[Sign]:
     for whose, name in _by_stem(records, "held_out_explained").items():
         found = [float(r[name]) for r in records if name in r]
-        # A share that still rises belongs to a run that has just begun.
-        if len(found) > 1 and found[-1] <= min(0.0, max(found[:-1])) and len(_values(records, "loss")) >= LEAST:
+        if len(found) < 2 or len(_values(records, "loss")) < LEAST:
+            continue
+        # A share that still rises belongs to a run that has just begun, and so does one that has hardly moved: where a
+        # decoder's first predictions are next to nothing, they are as good as the mean.
+        if found[-1] <= min(0.0, max([found[0] - _HARDLY, *found[1:-1]])):
             said = f"the student explains {found[-1]:.1%} of them{_of(whose)}, no more than their mean does"
             yield Sign("the held-out targets", said)
 
