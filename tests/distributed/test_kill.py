@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 from launch import ROOT, Rank, start_ranks, stop
+from paired_shards import paired_samples, write_pairs, write_recipe
 
 from d2v_scale.checkpoint import Checkpoint, find_newest_valid
 from d2v_scale.conversion import demo
@@ -208,6 +209,15 @@ def test_killed_in_a_pipeline_the_run_ends_the_same(tmp_path: Path) -> None:
 def test_killed_while_all_sources_are_read_together_the_run_ends_the_same(tmp_path: Path, stage: int) -> None:
     demo.ensure(f"demo_data/{modality}/train.index.json" for modality in ("vision", "speech", "text"))
     lines = harness(tmp_path, stage, ["ema:1:4", "marker:0:1", "backward:1:4"], TOGETHER)
+    assert all("killed" in line for line in lines)
+
+
+@pytest.mark.slow
+def test_killed_while_samples_are_paired_the_run_ends_the_same(tmp_path: Path) -> None:
+    """Samples of several parts, of which some lack one and others have one hidden."""
+    recipe = write_recipe(tmp_path / "pairs.yaml", write_pairs(tmp_path / "shards", paired_samples(60)))
+    pairs = (("--recipe", str(recipe)), ("--optim.max_steps", str(STEPS)))
+    lines = harness(tmp_path, 3, ["ema:1:4", "marker:0:1", "backward:1:3"], pairs)
     assert all("killed" in line for line in lines)
 
 
