@@ -6,6 +6,7 @@ import plan_worker
 
 from d2v_scale import command_line
 from d2v_scale.parallel.config import ParallelConfig
+from d2v_scale.planning.costs import Costs, Host, Rate, Ring
 from d2v_scale.planning.job import Job, ModelSizes
 
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
@@ -46,6 +47,23 @@ CASES: dict[int, list[dict[str, Any]]] = {
         {"name": "t2_p2", "zero": {"stage": 1}, "precision": "bf16", "tensor": 2, "pipeline": 2, "accumulation": 2},
     ],
 }
+NOTHING = Host(step=0.0, micro=0.0, layer=0.0, update_rate=1e30)
+FREE = Costs(
+    source="a test",
+    precision="bf16",
+    blocks=Rate(widths=(1,), flops=(1e30,)),
+    others=Rate(widths=(1,), flops=(1e30,)),
+    crowded=1.0,
+    zero_1=NOTHING,
+    zero_3=NOTHING,
+    ring=Ring(start=0.0, link_step=0.0, network_step=0.0),
+    link=1e30,
+    network=1e30,
+    hop=0.0,
+    waits=False,
+)
+"""Costs of which nothing takes time."""
+
 IDS = [(world_size, case["name"]) for world_size, cases in CASES.items() for case in cases]
 
 

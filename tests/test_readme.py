@@ -131,6 +131,8 @@ STAND_INS: dict[str, list[str] | None] = {
     "deepspeed d2v_scale/train.py --help": ["d2v_scale/train.py", "--help"],
     "sbatch slurm/pretrain_large.sh --data '/shards/in1k-{000000..001281}.tar'": None,
     "d2v plan --recipe d2v2_vision_7b --nodes 32 --gpus 8 --device h100": None,
+    # tests/planning/test_calibration.py and tests/benchmarks/test_plan.py have its parts.
+    "d2v plan --recipe d2v2_vision_7b --nodes 32 --gpus 8 --calibrate": None,
     "d2v plan --table --device h100": None,
     "mlflow ui --backend-store-uri sqlite:///runs/mlflow.db": None,
     "d2v report runs/a runs/b --out report.html": [

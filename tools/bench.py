@@ -11,7 +11,7 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 
-BENCHMARKS = ("step", "growth", "bias", "data", "teacher", "startup", "device", "extract")
+BENCHMARKS = ("step", "growth", "bias", "data", "teacher", "startup", "device", "extract", "plan")
 
 
 def main(arguments: list[str]) -> int:

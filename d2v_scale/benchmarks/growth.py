@@ -11,7 +11,6 @@ import argparse
 import json
 import math
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -24,11 +23,11 @@ from torch import Tensor
 from d2v_scale.batch import Batch
 from d2v_scale.benchmarks import cases
 from d2v_scale.benchmarks.cases import Case
+from d2v_scale.benchmarks.planned_steps import on_ranks
 from d2v_scale.benchmarks.sides import Ours
 from d2v_scale.parallel import groups
 from d2v_scale.parallel.groups import Topology
 
-_ROOT = Path(__file__).resolve().parents[2]
 _ZERO = {"zero_optimization": {"stage": 1, "reduce_bucket_size": 10_000_000}}
 _WIDE = 0.15
 """What an exponent may exceed theory by."""
@@ -203,15 +202,7 @@ def describe_ranks(name: str, points: Sequence[Point], cores: int) -> str:
 
 def _over_ranks(name: str, world: int, rounds: int) -> Point:
     samples = 4 if name == "weak" else max(1, 4 // world)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"]
-    command += ["-m", "d2v_scale.benchmarks.growth", str(samples), str(rounds)]
-    path = os.pathsep.join(filter(None, (str(_ROOT), os.environ.get("PYTHONPATH"))))
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
-    if done.returncode or not lines:
-        raise RuntimeError(f"{world} ranks failed:\n{done.stdout}\n{done.stderr}")
-    found = json.loads(lines[-1])
+    found = on_ranks(world, "d2v_scale.benchmarks.growth", str(samples), str(rounds))
     return Point(world, found["seconds"], found["held_bytes"])
 
 

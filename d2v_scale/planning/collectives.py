@@ -7,6 +7,7 @@ buckets with, and what it leaves gathered.
 
 from collections import deque
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import accumulate, groupby
 
 from d2v_scale.parallel.whole_matrices import in_buckets
@@ -29,7 +30,7 @@ def collectives(job: Job) -> dict[str, int]:
     tensor, micro = job.parallel.tensor, job.recipe.accumulation
     student, teacher = job.stage_tensors[0]
     ahead, live, reuse = memory.fetching(job)
-    found = {"teacher gather": micro * gathers(_modules(teacher, tensor, whole_blocks=True), ahead, live)}
+    found = {"teacher gather": micro * _gathers(teacher, tensor, True, False, ahead, live, 0.0)}
     if job.recipe.optim.muon is not None:
         by_group = [memory.matrices(job, group) for group in memory.parameter_groups(job, student)]
         packed = [in_buckets(group, [one.numel for one in group]) for group in by_group]
@@ -38,17 +39,52 @@ def collectives(job: Job) -> dict[str, int]:
     groups = memory.parameter_groups(job, student)
     stateful = job.recipe.has_target_state()
     if job.stage < 3:
-        found["gradient all-reduce"] = (micro if job.stage == 2 else 1) * buckets(_modules(student, tensor), bucket)
+        found["gradient all-reduce"] = (micro if job.stage == 2 else 1) * _buckets(student, tensor, bucket)
         found["weight gather"] = len(groups)
         found[SUMS] = 2 + len(groups) + stateful
         return found
     lasting = memory.persistent_tensors(job, student)
-    there = [one for one in student if one not in lasting]
-    modules = _modules(there, tensor, whole_blocks=job.recipe.model.compile)
-    found["weight gather"] = micro * gathers([*modules, *reversed(modules)], ahead, live, reuse) + len(lasting)
-    found["gradient scatter"] = micro * buckets(_modules(student, tensor), bucket)
+    there = tuple(one for one in student if one not in lasting)
+    of_micro = _gathers(there, tensor, job.recipe.model.compile, True, ahead, live, reuse)
+    found["weight gather"] = micro * of_micro + len(lasting)
+    found["gradient scatter"] = micro * _buckets(student, tensor, bucket)
     found[SUMS] = 3 + stateful
     return found
+
+
+# A search asks the same of every number of micro-batches, and most of its time would go into the answers.
+@lru_cache(maxsize=32)
+def _gathers(
+    tensors: tuple[TensorSize, ...],
+    tensor: int,
+    whole_blocks: bool,
+    twice: bool,
+    ahead: float,
+    live: float,
+    reuse: float,
+) -> int:
+    """All-gathers of a forward pass over these parameters; `twice`: and of a backward pass."""
+    modules = _modules(tensors, tensor, whole_blocks=whole_blocks)
+    return gathers([*modules, *reversed(modules)] if twice else modules, ahead, live, reuse)
+
+
+@lru_cache(maxsize=32)
+def _buckets(tensors: tuple[TensorSize, ...], tensor: int, most: float) -> int:
+    return buckets(_modules(tensors, tensor), most)
+
+
+def tensor_sums(job: Job, step: str) -> int:
+    """All-reduces between tensor-parallel ranks of a step of this kind (`Job.steps`), on the stage that has most: two a
+    block and pass."""
+    passes = 4 if job.recipe.model.activation_checkpointing else 3
+
+    def blocks(modality: str, stage: int) -> int:
+        layers = job.costs[modality].layers
+        return sum(layers[i].layer.kind == "block" for i in job.stage_layers[modality][stage])
+
+    stages, alike = range(job.parallel.pipeline), job.steps[step]
+    most = max(sum(blocks(modality, stage) for modality in alike) for stage in stages)
+    return 2 * passes * most * job.recipe.accumulation // len(alike)
 
 
 def buckets(modules: Sequence[Module], most: float) -> int:

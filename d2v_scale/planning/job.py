@@ -75,9 +75,11 @@ class Job:
     """For each pipeline stage the positions of its layers in `describe`."""
 
     @classmethod
-    def of(cls, recipe: Recipe, raw: dict[str, Any], world_size: int, sizes: ModelSizes) -> "Job":
+    def of(
+        cls, recipe: Recipe, raw: dict[str, Any], world_size: int, sizes: ModelSizes, *, has_gpu: bool = True
+    ) -> "Job":
         """Check and complete a combination as training does. `raw`: the DeepSpeed JSON. Raises ConfigError."""
-        config = legal.deepspeed_config(recipe, raw, world_size, has_gpu=True)
+        config = legal.deepspeed_config(recipe, raw, world_size, has_gpu=has_gpu)
         split = stages.stage_blocks(recipe, recipe.parallel.pipeline, recipe.parallel.tensor)
         costs = {modality: flops.cost_of(recipe, modality) for modality in recipe.sequences}
         lengths = {modality: flops.lengths_of(recipe, modality) for modality in recipe.sequences}

@@ -10,8 +10,9 @@ from d2v_scale import command_line, templates
 from d2v_scale.errors import ConfigError
 from d2v_scale.planning import collectives, flops, hardware, stages, traffic
 from d2v_scale.planning.collectives import SUMS
+from d2v_scale.planning.costs import Costs
 from d2v_scale.planning.job import ModelSizes, step_samples
-from d2v_scale.planning.search import Cluster, Option, describe, search
+from d2v_scale.planning.search import Cluster, Option, Search, describe, search
 from d2v_scale.recipe import Recipe
 
 GB = 1e9
@@ -91,8 +92,9 @@ def details(option: Option, cluster: Cluster) -> list[str]:
         ]
         lines += [f"    {name:22s} {calls[name]} collectives of a few numbers" for name in calls if name == SUMS]
         lines.append(
-            f"    estimated step         {time.total:.3f} s: products {time.compute:.3f} s, "
-            f"transfers {time.exposed:.3f} s and {time.hidden:.3f} s overlapping, updates {time.update:.3f} s"
+            f"    estimated step         {time.total:.3f} s: products {time.products:.3f} s, issued in "
+            f"{time.issuing:.3f} s, transfers {time.exposed:.3f} s and {time.hidden:.3f} s overlapping, "
+            f"updates {time.update:.3f} s, host {time.host:.3f} s"
         )
         if job.parallel.pipeline > 1:
             even = stages.even_bubble(job.parallel.pipeline, job.recipe.accumulation)
@@ -109,6 +111,19 @@ def details(option: Option, cluster: Cluster) -> list[str]:
     return lines
 
 
+def recommendation(found: Search, cluster: Cluster) -> list[str]:
+    """What to start, and why if it is not the fastest."""
+    chosen, fastest = found.recommended, found.fitting[0]
+    lines = details(chosen, cluster)
+    if chosen is not fastest:
+        lines.insert(
+            0,
+            f"{chosen.deepspeed_config} rather than {fastest.deepspeed_config}: {chosen.seconds:.3f} and "
+            f"{fastest.seconds:.3f} s are not told apart, and ZeRO-{chosen.job.stage} gathers no weights on the way",
+        )
+    return lines
+
+
 def report(recipe: Recipe, cluster: Cluster, shown: int) -> list[str]:
     """The plan as lines of text. Raises ConfigError where the recipe is refused however it is divided."""
     device = cluster.device
@@ -120,15 +135,15 @@ def report(recipe: Recipe, cluster: Cluster, shown: int) -> list[str]:
         raise ConfigError(key, said, f"So it is with {place}; all {len(found.refused)} topologies are refused.")
     parameters = sum(one.numel for one in sizes.student)
     lines = [
-        f"{recipe.name} ({parameters / 1e9:.2f} billion parameters) on {cluster.world_size} x {device.name}: "
-        f"{device.bf16_flops / 1e12:.0f} TFLOP/s bf16 peak of which {cluster.utilisation:.0%} are assumed, "
+        f"{recipe.name} ({parameters / 1e9:.2f} billion parameters) on {cluster.world_size} x {device.name}, "
         f"{device.memory_bytes / GB:.0f} GB",
+        f"times are estimates: {cluster.costs.source}",
         *workload(recipe),
         "",
         f"{len(found.fitting)} topologies fit, fastest first (estimated):",
     ]
     if found.fitting:
-        lines += [HEADING, *(row(option) for option in found.fitting[:shown]), "", *details(found.fitting[0], cluster)]
+        lines += [HEADING, *(row(option) for option in found.fitting[:shown]), "", *recommendation(found, cluster)]
     if found.too_large:
         lines += ["", f"{len(found.too_large)} do not fit:", HEADING, *(row(one) for one in found.too_large[:shown])]
     if found.refused:
@@ -138,8 +153,8 @@ def report(recipe: Recipe, cluster: Cluster, shown: int) -> list[str]:
     return lines
 
 
-def table(device: hardware.Hardware, utilisation: float) -> list[str]:
-    """Markdown: the fastest way to train each size on each number of devices."""
+def table(device: hardware.Hardware, costs: Costs) -> list[str]:
+    """Markdown: the recommended way to train each size on each number of devices."""
     lines = [
         "| student | devices | TP x PP x DP | DeepSpeed | micro-batch x accumulation | GB a device | step, s "
         "| images/s |",
@@ -149,19 +164,20 @@ def table(device: hardware.Hardware, utilisation: float) -> list[str]:
         recipe, _ = command_line.parse([*arguments, f"--global_batch_size={TABLE_BATCH}"])
         sizes = ModelSizes.of(recipe)
         for nodes in TABLE_NODES:
-            cluster = Cluster(nodes=nodes, devices_per_node=8, device=device, utilisation=utilisation)
-            fitting = search(recipe, cluster, sizes, templates.folder("ds_configs")).fitting
-            if not fitting:
+            cluster = Cluster(nodes=nodes, devices_per_node=8, device=device, costs=costs)
+            found = search(recipe, cluster, sizes, templates.folder("ds_configs"))
+            if not found.fitting:
                 lines.append(f"| {size} | {cluster.world_size} | does not fit | | | | | |")
                 continue
-            job = fitting[0].job
+            chosen = found.recommended
+            job = chosen.job
             kept = ", recomputed" if job.recipe.model.activation_checkpointing else ""
             host = ", teacher in host memory" if job.recipe.teacher.placement == "cpu" else ""
             lines.append(
                 f"| {size} | {cluster.world_size} | {job.parallel.tensor} x {job.parallel.pipeline} x {job.data} | "
-                f"`{fitting[0].deepspeed_config}`{kept}{host} | {job.micro_batch('vision'):.0f} x "
-                f"{job.recipe.accumulation} | {fitting[0].budget.device_total / GB:.0f} | {fitting[0].seconds:.2f} | "
-                f"{TABLE_BATCH / fitting[0].seconds:.0f} |"
+                f"`{chosen.deepspeed_config}`{kept}{host} | {job.micro_batch('vision'):.0f} x "
+                f"{job.recipe.accumulation} | {chosen.budget.device_total / GB:.0f} | {chosen.seconds:.2f} | "
+                f"{TABLE_BATCH / chosen.seconds:.0f} |"
             )
     return lines
 
@@ -176,12 +192,17 @@ def form_groups() -> None:
         groups.single_process()
 
 
-def lines_of(options: argparse.Namespace, keys: list[str], device: hardware.Hardware) -> list[str]:
+def lines_of(options: argparse.Namespace, keys: list[str], device: hardware.Hardware, costs: Costs) -> list[str]:
     """What the command line asks for. `keys`: further arguments, of the recipe. Raises ConfigError."""
     if options.table:
         form_groups()
-        return table(device, options.mfu)
+        return table(device, costs)
     recipe, _ = command_line.parse([f"--recipe={options.recipe}", *keys])
-    cluster = Cluster(nodes=options.nodes, devices_per_node=options.gpus, device=device, utilisation=options.mfu)
+    precision = recipe.resolved_precision(has_gpu=not costs.waits)
+    if options.calibration is not None and precision != costs.precision:
+        raise ConfigError(
+            "precision", f"is {precision}, and the calibration is of {costs.precision}", "Plan without it."
+        )
+    cluster = Cluster(nodes=options.nodes, devices_per_node=options.gpus, device=device, costs=costs)
     form_groups()
     return report(recipe, cluster, options.show)

@@ -10,12 +10,15 @@ from d2v_scale.errors import ConfigError
 from d2v_scale.parallel import ds_config
 from d2v_scale.parallel.config import ParallelConfig
 from d2v_scale.planning import memory
+from d2v_scale.planning.costs import Costs
 from d2v_scale.planning.hardware import Hardware
 from d2v_scale.planning.job import Job, ModelSizes, source_samples
 from d2v_scale.planning.step_time import StepTime, step_time
 from d2v_scale.recipe import Recipe
 
 PIPELINE_JSON = "pipeline.json"
+NEARLY = 0.1
+"""Steps that are estimated to differ by less than this share are not told apart."""
 _PLACEMENTS: tuple[Literal["device", "cpu"], ...] = ("device", "cpu")
 
 
@@ -26,8 +29,8 @@ class Cluster:
     nodes: int
     devices_per_node: int
     device: Hardware
-    utilisation: float
-    """Share of the peak that matrix products reach."""
+    costs: Costs
+    """What the parts of a step take there."""
 
     @property
     def world_size(self) -> int:
@@ -69,6 +72,16 @@ class Search:
     refused: dict[str, str]
     """Topology -> the reason that the program would give."""
 
+    @property
+    def recommended(self) -> Option:
+        """The fastest that fits; for one at ZeRO-3 the fastest at ZeRO-1 or 2 that is no more than `NEARLY` slower: its
+        host has less to do, and its weights are not gathered again and again. One must fit."""
+        fastest = self.fitting[0]
+        if fastest.job.stage < 3:
+            return fastest
+        near = (one for one in self.fitting if one.seconds <= (1 + NEARLY) * fastest.seconds)
+        return next((one for one in near if one.job.stage < 3), fastest)
+
 
 def search(recipe: Recipe, cluster: Cluster, sizes: ModelSizes, folder: Path) -> Search:
     """Try every tensor-parallel size within a node, every pipeline and every DeepSpeed JSON in `folder`.
@@ -81,7 +94,7 @@ def search(recipe: Recipe, cluster: Cluster, sizes: ModelSizes, folder: Path) ->
     for parallel, path in _topologies(recipe, cluster, folder):
         variant = dataclasses.replace(recipe, parallel=parallel, accumulation=recipe.data.sources_of_step())
         try:
-            job = Job.of(variant, ds_config.read(path), cluster.world_size, sizes)
+            job = Job.of(variant, ds_config.read(path), cluster.world_size, sizes, has_gpu=not cluster.costs.waits)
             options = [_option(path.name, each, cluster) for each in _variants(job)]
         except ConfigError as error:
             refused[f"tensor {parallel.tensor}, pipeline {parallel.pipeline}, {path.name}"] = str(error)
@@ -135,7 +148,7 @@ def _variants(job: Job) -> Iterator[Job]:
 def _option(name: str, job: Job, cluster: Cluster) -> Option:
     device = cluster.device
     budget = memory.budget(job)
-    times = {step: step_time(job, step, device, cluster.devices_per_node, cluster.utilisation) for step in job.steps}
+    times = {step: step_time(job, step, device, cluster.devices_per_node, cluster.costs) for step in job.steps}
     missing_device = max(0.0, budget.device_total - device.memory_bytes * (1 - memory.RESERVED))
     missing_host = max(0.0, budget.host_total - device.host_bytes * (1 - memory.HOST_RESERVED))
     return Option(name, job, budget, times, missing_device, missing_host)

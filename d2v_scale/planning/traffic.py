@@ -11,6 +11,8 @@ from d2v_scale.model.stem_config import parts_of
 from d2v_scale.planning import memory
 from d2v_scale.planning.job import Job
 
+TENSOR_SUMS = "tensor-parallel sums"
+
 
 @dataclass(frozen=True)
 class Transfer:
@@ -83,14 +85,18 @@ def stage_transfers(job: Job, step: str, devices_per_node: int, stage: int) -> l
     return [one for one in found if one.sent > 0]
 
 
+def replicas_on_node(job: Job, devices_per_node: int) -> int:
+    """Of the ranks that divide the batch, those that share a node: they are `tensor` apart."""
+    return min(job.data, max(1, devices_per_node // job.parallel.tensor))
+
+
 def _replicas(job: Job, devices_per_node: int, stage: int) -> list[Transfer]:
     """Between data-parallel ranks: weights, gradients and the teacher's weights."""
     tensor, data, micro = job.parallel.tensor, job.data, job.recipe.accumulation
     student, teacher = job.stage_tensors[stage]
     own = job.itemsize * sum(one.local(tensor) for one in student)
     others = job.teacher_itemsize * sum(one.local(tensor) for one in teacher)
-    # Ranks of one group are `tensor` apart.
-    on_node = min(data, max(1, devices_per_node // tensor))
+    on_node = replicas_on_node(job, devices_per_node)
 
     def over(name: str, moved: float, passes: int, hidden: bool) -> Transfer:
         return Transfer(name, moved, passes, data, on_node, hidden)
@@ -129,7 +135,7 @@ def _slices(job: Job, modality: str, devices_per_node: int, stage: int) -> list[
     passes = 3 if model.activation_checkpointing else 2
     moved = 2 * blocks * (passes * states + teacher_states)
     tensor = job.parallel.tensor
-    return [Transfer("tensor-parallel sums", moved, 2, tensor, min(tensor, devices_per_node), False)]
+    return [Transfer(TENSOR_SUMS, moved, 2, tensor, min(tensor, devices_per_node), False)]
 
 
 def _hops(job: Job, modality: str, devices_per_node: int, stage: int) -> list[Transfer]:

@@ -8,6 +8,7 @@ from d2v_scale import command_line
 from d2v_scale.errors import ConfigError
 from d2v_scale.model.stem_config import SpeechStem
 from d2v_scale.planning import hardware, legal
+from d2v_scale.planning.costs import assumed
 from d2v_scale.planning.job import ModelSizes
 from d2v_scale.planning.search import Cluster, Search, search
 from d2v_scale.recipe import Recipe
@@ -17,7 +18,7 @@ CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
 
 
 def found_for(recipe: Recipe) -> Search:
-    cluster = Cluster(nodes=1, devices_per_node=4, device=hardware.H100, utilisation=0.4)
+    cluster = Cluster(nodes=1, devices_per_node=4, device=hardware.H100, costs=assumed(hardware.H100, 0.4))
     return search(recipe, cluster, ModelSizes.of(recipe), CONFIGS)
 
 

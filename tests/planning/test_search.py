@@ -8,8 +8,9 @@ import pytest
 from d2v_scale import command_line
 from d2v_scale.errors import ConfigError
 from d2v_scale.planning import hardware, memory, printing
+from d2v_scale.planning.costs import assumed
 from d2v_scale.planning.job import ModelSizes
-from d2v_scale.planning.search import Cluster, Search, search
+from d2v_scale.planning.search import Cluster, Option, Search, search
 
 pytestmark = pytest.mark.usefixtures("world_of_one")
 
@@ -18,7 +19,7 @@ CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
 
 def found_for(name: str, nodes: int, device: hardware.Hardware = hardware.H100) -> tuple[Search, Cluster]:
     recipe = command_line.parse([f"--recipe={name}"])[0]
-    cluster = Cluster(nodes=nodes, devices_per_node=8, device=device, utilisation=0.4)
+    cluster = Cluster(nodes=nodes, devices_per_node=8, device=device, costs=assumed(device, 0.4))
     return search(recipe, cluster, ModelSizes.of(recipe), CONFIGS), cluster
 
 
@@ -45,7 +46,7 @@ def test_a_small_device_leaves_fewer_options_and_says_what_is_missing() -> None:
 
 def test_what_the_program_would_refuse_is_refused_with_its_reason() -> None:
     recipe = command_line.parse(["--recipe=d2v2_vision_base"])[0]
-    cluster = Cluster(nodes=1, devices_per_node=8, device=hardware.H100, utilisation=0.4)
+    cluster = Cluster(nodes=1, devices_per_node=8, device=hardware.H100, costs=assumed(hardware.H100, 0.4))
     found = search(recipe, cluster, ModelSizes.of(recipe), CONFIGS)
     assert "8 does not divide the 12 heads" in found.refused["tensor 8, pipeline 1, zero1.json"]
 
@@ -61,7 +62,7 @@ def test_a_batch_smaller_than_the_ranks_is_refused_with_the_numbers() -> None:
 def test_a_recipe_that_every_topology_refuses_is_refused() -> None:
     """The plan said "0 topologies fit" and ended with code 0."""
     recipe = command_line.parse(["--recipe=demo_vision", "--objective.masking.target_count=99"])[0]
-    cluster = Cluster(nodes=1, devices_per_node=1, device=hardware.H100, utilisation=0.4)
+    cluster = Cluster(nodes=1, devices_per_node=1, device=hardware.H100, costs=assumed(hardware.H100, 0.4))
     with pytest.raises(ConfigError, match=r"99 of 16 patches cannot be masked.*topologies are refused") as error:
         printing.report(recipe, cluster, 8)
     assert error.value.key == "objective.masking.target_count"
@@ -70,7 +71,7 @@ def test_a_recipe_that_every_topology_refuses_is_refused() -> None:
 def test_a_step_of_all_sources_together_is_planned_as_one_step() -> None:
     """Of three sources: as many micro-batches of each, the work and the samples of all, and one update."""
     given = ["--recipe=tests/distributed/joint.yaml", "--data.mixing=together", "--accumulation=3"]
-    cluster = Cluster(nodes=1, devices_per_node=2, device=hardware.H100, utilisation=0.4)
+    cluster = Cluster(nodes=1, devices_per_node=2, device=hardware.H100, costs=assumed(hardware.H100, 0.4))
     together, apart = command_line.parse(given)[0], command_line.parse(given[:1])[0]
     sizes = ModelSizes.of(together)
     found = {
@@ -95,3 +96,24 @@ def test_a_step_of_all_sources_together_is_planned_as_one_step() -> None:
     assert any("samples/s of speech" in line for line in printing.details(whole, cluster))
     together.data.sources[1].batch_size, together.data.sources[1].batch_unit = 64, "seconds"
     assert "  samples of a step    64" in printing.workload(together)
+
+
+def test_zero_1_is_recommended_where_it_fits_and_traffic_says_nothing_else() -> None:
+    """ZeRO-3 was recommended everywhere: its gathers overlap, and what its host does was not counted."""
+    found, cluster = found_for("d2v2_vision_huge14", 2)
+    chosen = found.recommended
+    assert chosen.job.stage < 3
+    assert chosen.seconds <= 1.1 * found.fitting[0].seconds
+    assert "start it with  --deepspeed_config ds_configs/zero" in "\n".join(printing.recommendation(found, cluster))
+    third = next(one for one in found.fitting if one.job.stage == 3)
+
+    def taking(seconds: float, option: Option) -> Option:
+        [time] = option.times.values()
+        only = dataclasses.replace(time, compute=seconds, bubble=0.0, hidden=0.0, exposed=0.0, update=0.0, host=0.0)
+        return dataclasses.replace(option, times={"vision": only})
+
+    slow, fast, near = taking(1.0, chosen), taking(0.8, third), taking(0.95, third)
+    assert Search([fast, slow], [], {}).recommended is fast
+    found = Search([near, slow], [], {})
+    assert found.recommended is slow
+    assert printing.recommendation(found, cluster)[0].startswith(f"{slow.deepspeed_config} rather than")

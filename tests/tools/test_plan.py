@@ -46,6 +46,7 @@ def test_bad_input_is_refused() -> None:
         (["--recipe", "no_such_recipe"], "no_such_recipe"),
         (["--recipe", "d2v2_text_base", "--nodes", "0"], "nodes and gpus start at 1"),
         (["--device", "h100"], "give --recipe or --table"),
+        (["--recipe", "d2v2_text_base", "--calibration", "none.json"], "calibration: there is no file none.json"),
     ):
         code, output = run_program(PROGRAM, *arguments)
         assert code == 2, arguments
