@@ -51,7 +51,7 @@ class Work:
     @property
     def deepspeed(self) -> dict[str, Any]:
         """DeepSpeed's JSON, like those that are shipped."""
-        zero = {"stage": self.stage, "overlap_comm": True, "reduce_bucket_size": 50_000_000}
+        zero = {"stage": self.stage, "overlap_comm": self.pipeline == 1, "reduce_bucket_size": 50_000_000}
         return {"zero_optimization": {**zero, "stage3_param_persistence_threshold": 0}}
 
     def case(self, world_size: int) -> cases.Case:
@@ -113,7 +113,6 @@ class Steps:
 
     def close(self) -> None:
         """Give the memory back."""
-        self.teacher.wait()
         self.teacher.destroy()
         self.student.destroy()
 

@@ -30,7 +30,7 @@ def test_every_way_is_estimated() -> None:
     found = {name: plan.estimate(*plan.POINTS[name], costs) for name in plan.POINTS}
     assert found["text, ZeRO-1"] == pytest.approx(found["text, 1 rank"] / 2, rel=1e-6)
     again = "images, 1 rank, recomputed, 4 micro-batches"
-    assert 1.1 < found[again] / found["images, 1 rank"] < 1.35
+    assert 1.02 < found[again] / found["images, 1 rank"] < 1.35
     assert found["text, 1 rank"] / 2 < found["text, tensor"] < found["text, 1 rank"]
     assert found["images, 1 rank"] / 2 < found["images, pipeline"] < found["images, 1 rank"]
 
