@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from d2v_scale.benchmarks.planned_steps import Work, fastest, on_ranks, wait
-from d2v_scale.errors import ConfigError
+from d2v_scale.errors import ConfigError, UserError
 from d2v_scale.parallel import groups, launchers
 from d2v_scale.parallel.config import ParallelConfig
 from d2v_scale.parallel.groups import Topology
@@ -61,7 +61,11 @@ def calibrate(ranks: int, alike: Hardware, rounds: int = ROUNDS) -> Calibration:
 
 
 def costs_of(alone: Found, others: Found, taken: Costs, name: str) -> Costs:
-    """Costs of what `_alone` and `_together` found. `taken`: what is not measured, of the device `name`."""
+    """Costs of what `_alone` and `_together` found. `taken`: what is not measured, of the device `name`. Raises
+    UserError where more work took less time."""
+    pairs = [(each[0], more) for each in alone["tiny"].values() for more in each[1:]]
+    if any(more <= less for less, more in [*pairs, *(one["seconds"] for one in alone["products"])]):
+        raise UserError("This machine is busy: a larger model was stepped in less time.", "Measure while it is idle.")
     hosts = {stage: _host(alone["tiny"][stage], alone["rows"]) for stage in ("1", "3")}
     host, waits = hosts["1"], alone["device"] == "cpu"
     blocks, rest = [], []
@@ -103,13 +107,13 @@ def costs_of(alone: Found, others: Found, taken: Costs, name: str) -> Costs:
 def _host(seconds: Sequence[float], elements: int) -> Host:
     """Of one engine: from a tiny step, one with more blocks, one with more micro-batches, one with more elements."""
     tiny, deep, micro, rows = seconds
-    layer = max((deep - tiny) / (_DEEP - _SHALLOW), 0.0)
+    layer = (deep - tiny) / (_DEEP - _SHALLOW)
     each = max((micro - tiny) / (_MICRO - 1) - _SHALLOW * layer, 0.0)
     return Host(
         step=max(tiny - each - _SHALLOW * layer, 0.0),
         micro=each,
         layer=layer,
-        update_rate=(ADAM_BYTES + EMA_BYTES) * elements / max(rows - tiny, 1e-9),
+        update_rate=(ADAM_BYTES + EMA_BYTES) * elements / (rows - tiny),
     )
 
 

@@ -2,11 +2,12 @@
 
 import dataclasses
 import os
+from typing import Any
 
 import pytest
 
 from d2v_scale.benchmarks import calibrate
-from d2v_scale.errors import ConfigError
+from d2v_scale.errors import ConfigError, UserError
 from d2v_scale.planning import hardware
 from d2v_scale.planning.costs import assumed
 
@@ -40,7 +41,7 @@ def test_costs_are_found_in_what_was_measured() -> None:
     def large(depth: int) -> float:
         return tiny(depth, 1, (depth + 1) * 10**6) + depth * 3e9 / 50e9 + 8e9 / 40e9
 
-    alone = {
+    alone: dict[str, Any] = {
         "device": "cpu",
         "precision": "fp32",
         "tiny": {"1": seconds, "3": [2 * one for one in seconds]},
@@ -61,6 +62,10 @@ def test_costs_are_found_in_what_was_measured() -> None:
     assert (found.ring.start, found.ring.link_step) == (pytest.approx(100e-6), pytest.approx(30e-6))
     assert (found.hop, found.crowded, found.link, found.waits) == (pytest.approx(400e-6), 1.2, 1e9, True)
     assert (found.precision, found.network) == ("fp32", 50e9 * hardware.BANDWIDTH_REACHED)
+    alone["products"][0]["seconds"].reverse()
+    with pytest.raises(UserError, match="busy"):
+        calibrate.costs_of(alone, together, assumed(hardware.H100, 0.4), "h100")
+    alone["products"][0]["seconds"].reverse()
     alone_only = calibrate.costs_of(alone, {}, assumed(hardware.H100, 0.4), "h100")
     assert alone_only.link == 450e9 * hardware.BANDWIDTH_REACHED
     assert "links, too" in alone_only.source
