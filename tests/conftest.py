@@ -22,9 +22,15 @@ and Slurm's wait most of their time."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of `GROUPS` come first, in that order."""
-    order = [*GROUPS]
-    items.sort(key=lambda item: order.index(item.path.parent.name) if item.path.parent.name in GROUPS else len(order))
+    """Tests of `GROUPS` come first, in that order, then the README's, of which one takes minutes."""
+    order = [*GROUPS, "tests"]
+
+    def place(item: pytest.Item) -> int:
+        folder = item.path.parent.name
+        early = folder in GROUPS or item.path.name == "test_readme.py"
+        return order.index(folder) if early else len(order)
+
+    items.sort(key=place)
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -26,15 +26,15 @@ def raw_features(batches: Iterable[tuple[Batch, Tensor]], model: ModelConfig) ->
     return torch.cat(features), torch.cat(labels)
 
 
-def hashed(features_bf: Tensor, width: int = _HASHED) -> Tensor:
+def hashed(features_bd: Tensor, width: int = _HASHED) -> Tensor:
     """(B, width) that keeps inner products in expectation: every feature is added to one of the columns or taken from
     it, always the same (Weinberger et al. 2009). Features that are no wider come back as they are."""
-    if features_bf.shape[1] <= width:
-        return features_bf
+    if features_bd.shape[1] <= width:
+        return features_bd
     draw = torch.Generator().manual_seed(0)
-    column_f = torch.randint(width, features_bf.shape[1:], generator=draw)
-    sign_f = torch.randint(2, features_bf.shape[1:], generator=draw) * 2.0 - 1
-    return torch.zeros(len(features_bf), width).index_add_(1, column_f, features_bf * sign_f)
+    column_d = torch.randint(width, features_bd.shape[1:], generator=draw)
+    sign_d = torch.randint(2, features_bd.shape[1:], generator=draw) * 2.0 - 1
+    return torch.zeros(len(features_bd), width).index_add_(1, column_d, features_bd * sign_d)
 
 
 def mean_log_mel(waves_bn: Tensor, valid_bn: Tensor | None) -> Tensor:

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from launch import run_program
 
 PROGRAM = Path(__file__).resolve().parents[2] / "tools/plan.py"
@@ -21,7 +22,8 @@ def test_the_largest_recipe_on_its_cluster() -> None:
     assert "256 positions, 64 kept, 192 masked, 16 masks a sample" in done.stdout
     gflops = float(done.stdout.split("FLOPs of a sample")[1].split()[0])
     products = float(re.search(r"products ([\d.]+) s", done.stdout)[1])
-    assert abs(products - 1024 * gflops * 1e9 / (256 * 989.4e12 * 0.5)) < 1e-3
+    divided = 1024 * gflops * 1e9 / (256 * 989.4e12 * 0.5)
+    assert divided <= products < 1.03 * divided  # tensor parallelism leaves the decoder whole
     for shown in ("topologies fit", "GB on each device", "weight gather", "loader rate needed", "estimated run"):
         assert shown in done.stdout
 
@@ -54,7 +56,8 @@ def test_bad_input_is_refused() -> None:
         assert said in output
 
 
-def test_the_table_of_the_readme_is_what_the_command_prints() -> None:
+@pytest.mark.slow
+def test_the_table_of_the_documentation_is_what_the_command_prints() -> None:
     done = plan("--table", "--device", "h100")
     assert done.returncode == 0, done.stderr
     assert done.stdout in (PROGRAM.parents[1] / "docs/training.md").read_text()
