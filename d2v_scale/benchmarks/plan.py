@@ -142,7 +142,6 @@ def compared(estimates: Mapping[str, float], seconds: Mapping[str, float]) -> It
 
 def _rank(steps: int, names: list[str]) -> None:
     """One rank of a launch: the slowest rank's times."""
-    torch.set_num_threads(1)
     works = [POINTS[name][1] for name in names]
     topology = groups.initialize(works[0].parallel)
     torch.set_num_threads(1)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from d2v_scale.benchmarks import cases
+from d2v_scale.errors import UserError
 from d2v_scale.networks.draw import Draw
 from d2v_scale.parallel.config import ParallelConfig, data_parallel_size
 from d2v_scale.parallel.groups import Topology
@@ -142,13 +143,16 @@ def wait(device: torch.device) -> None:
 
 def on_ranks(world: int, module: str, *arguments: str) -> dict[str, Any]:
     """Run a module on some ranks of this machine; the JSON object that its rank 0 prints on a line of its own. Raises
-    RuntimeError where they fail."""
+    UserError where they fail."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"]
     path = os.pathsep.join(filter(None, (str(_ROOT), os.environ.get("PYTHONPATH"))))
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([*command, "-m", module, *arguments], env=environment, capture_output=True, text=True)
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode or not lines:
-        raise RuntimeError(f"{world} ranks failed:\n{done.stdout}\n{done.stderr}")
+        raise UserError(
+            f"{world} ranks that were to be measured ended with code {done.returncode}: {done.stderr[-2000:].strip()}",
+            "Mend what they say, or take fewer ranks.",
+        )
     found: dict[str, Any] = json.loads(lines[-1])
     return found

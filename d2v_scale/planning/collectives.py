@@ -30,7 +30,7 @@ def collectives(job: Job) -> dict[str, int]:
     tensor, micro = job.parallel.tensor, job.recipe.accumulation
     student, teacher = job.stage_tensors[0]
     ahead, live, reuse = memory.fetching(job)
-    found = {"teacher gather": micro * _gathers(teacher, tensor, True, False, ahead, live, 0.0)}
+    found = {"teacher gather": micro * _gathers(teacher, tensor, ahead, live, whole_blocks=True)}
     if job.recipe.optim.muon is not None:
         by_group = [memory.matrices(job, group) for group in memory.parameter_groups(job, student)]
         packed = [in_buckets(group, [one.numel for one in group]) for group in by_group]
@@ -45,7 +45,7 @@ def collectives(job: Job) -> dict[str, int]:
         return found
     lasting = memory.persistent_tensors(job, student)
     there = tuple(one for one in student if one not in lasting)
-    of_micro = _gathers(there, tensor, job.recipe.model.compile, True, ahead, live, reuse)
+    of_micro = _gathers(there, tensor, ahead, live, reuse, whole_blocks=job.recipe.model.compile, twice=True)
     found["weight gather"] = micro * of_micro + len(lasting)
     found["gradient scatter"] = micro * _buckets(student, tensor, bucket)
     found[SUMS] = 3 + stateful
@@ -57,11 +57,12 @@ def collectives(job: Job) -> dict[str, int]:
 def _gathers(
     tensors: tuple[TensorSize, ...],
     tensor: int,
-    whole_blocks: bool,
-    twice: bool,
     ahead: float,
     live: float,
-    reuse: float,
+    reuse: float = 0.0,
+    *,
+    whole_blocks: bool,
+    twice: bool = False,
 ) -> int:
     """All-gathers of a forward pass over these parameters; `twice`: and of a backward pass."""
     modules = _modules(tensors, tensor, whole_blocks=whole_blocks)

@@ -8,7 +8,7 @@ from typing import Any
 from d2v_scale.errors import EXIT_DONE, EXIT_LOST_PEER, EXIT_REQUEUE
 from d2v_scale.redaction import redact
 from d2v_scale.tracking.mirror_state import charts
-from d2v_scale.tracking.names import by_stem
+from d2v_scale.tracking.names import by_stem, scores
 
 _SHARES = ("accuracy", "wer", "knn_accuracy", "held_out_explained")
 """Figures that are said in percent."""
@@ -53,8 +53,8 @@ def worth(records: Records, *, is_task: bool) -> dict[str, list[str]]:
     stem or source where these have their own."""
     recorded = list(dict.fromkeys(name for record in records for name in record))
     if is_task:
-        measured = [name for name in recorded if name.startswith("test/") and name not in ("test/samples", "test/lost")]
-        said = [_said(records, name, name.removeprefix("test/")) for name in ["loss", *measured] if name in recorded]
+        measured = ["loss", *scores(recorded)]
+        said = [_said(records, name, name.removeprefix("test/")) for name in measured if name in recorded]
         return {"": said} if said else {}
     found: dict[str, list[str]] = {}
     for figure in _NAMES:

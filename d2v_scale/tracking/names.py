@@ -15,3 +15,8 @@ def by_stem(names: Iterable[str], figure: str) -> dict[str, str]:
         if root == figure and not any(word.startswith(_PARTS) for word in rest.split("/")):
             found[rest] = name
     return found
+
+
+def scores(names: Iterable[str]) -> list[str]:
+    """Of `names` what a fine-tuned model was measured by, whatever it is called, but not of how many samples."""
+    return [name for name in names if name.startswith("test/") and name not in ("test/samples", "test/lost")]

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from d2v_scale.tracking.figure_names import figure_name
-from d2v_scale.tracking.names import by_stem
+from d2v_scale.tracking.names import by_stem, scores
 
 _SHOWN = ("loss", "knn_accuracy", "samples_per_second", "mfu", "data_wait_share", "decay", "lr")
 _OF_STEMS = ("loss", "knn_accuracy")
@@ -43,7 +43,7 @@ class Terminal:
         step = record["step"]
         self._started = self._started or (time.monotonic(), step)
         of_stems = [name for figure in _OF_STEMS for name in by_stem(record, figure).values()]
-        names = (*_SHOWN[:1], *_scores(record), *_SHOWN[1:], *of_stems)
+        names = (*_SHOWN[:1], *scores(record), *_SHOWN[1:], *of_stems)
         fresh = {name: record[name] for name in names if name in record}
         self._shown |= fresh
         if self._live is not None:
@@ -115,7 +115,7 @@ def _print(text: str) -> None:
 def _formatted(values: Mapping[str, float]) -> list[str]:
     """Every figure with its label, and beside it what stems and sources have: `loss 0.5 (vision 0.4, text 0.6)`."""
     found = []
-    for figure in (*_SHOWN[:1], *_scores(values), *_SHOWN[1:]):
+    for figure in (*_SHOWN[:1], *scores(values), *_SHOWN[1:]):
         own = by_stem(values, figure) if figure in _OF_STEMS else {}
         beside = ", ".join(f"{stem} {values[name]:.4g}" for stem, name in own.items() if stem)
         if figure in values:
@@ -123,11 +123,6 @@ def _formatted(values: Mapping[str, float]) -> list[str]:
         elif beside:
             found.append(f"{_LABELS.get(figure, figure)} {beside}")
     return found
-
-
-def _scores(values: Mapping[str, float]) -> list[str]:
-    """Names of what a fine-tuned model was measured by, whatever it is called, but not of how many samples."""
-    return [name for name in values if name.startswith("test/") and name not in ("test/samples", "test/lost")]
 
 
 def _format(name: str, value: float) -> str:
