@@ -201,7 +201,7 @@ def run_pairs(names: list[str], seeds: int, data: Callable[[], Path], rows: Path
     ]
     _import_all()
     run_all_forked(jobs, measure, processes)
-    return written(rows)
+    return written(rows, seeds)
 
 
 def _import_all() -> None:
@@ -216,10 +216,10 @@ def _import_all() -> None:
     torch.set_num_threads(1)
 
 
-def written(rows: Path) -> str:
-    """The table of all rows that are there; empty where none is."""
+def written(rows: Path, seeds: int = SEEDS) -> str:
+    """The table of the arms all of whose rows are there; empty where none is."""
     found = {name: _rows_of(rows / name) for name in ARMS}
-    found = {name: some for name, some in found.items() if some}
+    found = {name: some for name, some in found.items() if len(some) >= seeds}
     if not found:
         return ""
     raw = {name: json.loads((rows / name / "raw.json").read_text()) for name in found}

@@ -31,6 +31,8 @@ if options.print_config:
 if options.recipe != "demo_vision" and options.resume is None:
     print("error: no such recipe")
     sys.exit(REFUSED)
+if os.environ.get("RANK", "0") != "0":
+    sys.exit(0)
 folder = pathlib.Path(options.resume or options.run_dir)
 (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
 saved = sorted((folder / "checkpoints").glob("step-*"))
@@ -38,8 +40,6 @@ step, format_ = json.loads((saved[-1] / "state.json").read_text()) if saved else
 if format_ != FORMAT:
     print("error: of another format")
     sys.exit(1)
-if os.environ.get("RANK", "0") != "0":
-    sys.exit(0)
 with (folder / "metrics.jsonl").open("a") as file:
     while step < options.stop_at:
         step += 1
