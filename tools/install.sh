@@ -15,6 +15,11 @@ python="${PYTHON:-python3}"
 # One stamp for each set of extras: an unchanged project is not installed twice.
 stamp=".venv/.installed-$(cat pyproject.toml setup.py | sha256sum | cut -c1-16)-${extras//,/-}"
 if [ ! -f "$stamp" ]; then
+    if [ -L .venv ]; then
+        echo ".venv is a link to $(readlink -f .venv): installing would turn that environment to this tree." >&2
+        echo "Remove the link, and the next call makes an environment of this tree's own." >&2
+        exit 2
+    fi
     echo "Installing d2v_scale${extras:+[$extras]} into .venv, some minutes the first time ..."
     .venv/bin/python -m pip install --quiet --disable-pip-version-check -e ".${extras:+[$extras]}"
     touch "$stamp"

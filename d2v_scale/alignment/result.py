@@ -172,7 +172,8 @@ def scores_of(result: Mapping[str, Any]) -> dict[str, float]:
     for name, pair in result["pairs"].items():
         short = name.replace(" - ", "-")
         for measure, one in pair["verdicts"].items():
-            key = f"align/{short}/{measure.replace('@', '')}"
-            found[key] = one["score"]
-            found[f"{key}/above_controls"] = float(one["verdict"] == verdict.ABOVE)
+            key = f"{short}/{measure.replace('@', '')}"
+            found[f"align/{key}"] = one["score"]
+            # Not below the score's own name: a store of files holds either a file or a folder of a name.
+            found[f"align/above_controls/{key}"] = float(one["verdict"] == verdict.ABOVE)
     return found

@@ -20,6 +20,12 @@ def out_file(text: str) -> Path:
     return path
 
 
+def out_page(text: str) -> Path:
+    """A file that browsers show as a page: a name without an ending gets one. Others end as they are written."""
+    path = out_file(text)
+    return path if path.suffix else out_file(f"{text}.html")
+
+
 def _refuse_file(folder: Path) -> None:
     for one in (folder, *folder.parents):
         if one.exists() and not one.is_dir():

@@ -154,7 +154,7 @@ def make_parser() -> argparse.ArgumentParser:
         command.add_argument("--prefix", default="train", help="shards are PREFIX-000000.tar and so on")
         command.add_argument("--per_shard", type=int, default=1000, help="samples per shard")
         command.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)), help="at once")
-        command.add_argument("--part", type=part, default=(0, 1), metavar="K/N", help="one of N parts of the work")
+        command.add_argument("--part", type=part, default="0/1", metavar="K/N", help="one of N parts of the work")
         command.add_argument("--max_bad", type=float, default=0.01, help="share of bad files that is an error")
         if not of_table:
             command.add_argument("--match", help="take only files whose path below SRC matches this pattern")

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from d2v_scale.answers.help_text import VerbParser
-from d2v_scale.answers.outputs import out_file
+from d2v_scale.answers.outputs import out_page
 from d2v_scale.errors import EXIT_BAD_INPUT
 from d2v_scale.plots.report import write_report
 
@@ -14,7 +14,7 @@ def make_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = VerbParser(description=__doc__)
     parser.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="run directories")
-    parser.add_argument("--out", type=out_file, default=Path("report.html"), help="the page")
+    parser.add_argument("--out", type=out_page, default=Path("report.html"), help="the page")
     return parser
 
 

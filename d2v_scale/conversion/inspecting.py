@@ -122,6 +122,9 @@ def _class_of(store: SampleStore, shard: int, number: int) -> int:
 def _histogram(what: str, values: NDArray[np.floating], unit: str) -> None:
     if len(values) == 0:
         return
+    if values.min() == values.max():
+        print(f"{what}, {unit}: {values[0]:.4g} of each")
+        return
     quantiles = np.quantile(values, [0, 0.01, 0.5, 0.99, 1])
     names = ("smallest", "1 %", "median", "99 %", "largest")
     print(f"{what}, {unit}: " + ", ".join(f"{name} {value:.4g}" for name, value in zip(names, quantiles, strict=True)))

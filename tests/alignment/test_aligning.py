@@ -45,7 +45,7 @@ def test_what_was_found_is_in_mlflow_beside_the_run(
     [nested] = client.search_runs([known.experiment_id], of_run)
     assert nested.data.params["task"] == "align"
     assert nested.data.metrics == pytest.approx(scores_of(json.loads((run / "align" / "align.json").read_text())))
-    assert "align/vision-speech/CKA/above_controls" in nested.data.metrics
+    assert "align/above_controls/vision-speech/CKA" in nested.data.metrics
     files = {file.path for file in client.list_artifacts(known.run_id, "align")}
     assert files == {"align/align.json", "align/align.html"}
 
@@ -93,7 +93,7 @@ def test_an_untrained_joint_run_is_not_above_its_controls(
     assert "script" not in outside.tags
     events = [json.loads(line) for line in (run / "mlflow_events.jsonl").read_text().splitlines()]
     assert [event["event"] for event in events] == ["evaluation", "artifact", "artifact"]
-    assert events[0]["values"]["align/vision-speech/mapped R10/above_controls"] == 0.0
+    assert events[0]["values"]["align/above_controls/vision-speech/mapped R10"] == 0.0
     assert {event["path"] for event in events[1:]} == {"align/align.json", "align/align.html"}
 
 

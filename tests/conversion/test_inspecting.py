@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
-from small_shards import documents, image_samples, sound_samples
+from small_shards import documents, image_samples, npy, sound_samples
 
 from d2v_scale.commands import inspect_shards
 from d2v_scale.conversion.measures import measure_of
@@ -38,3 +39,11 @@ def test_tokens_are_told_of_texts_and_no_length_of_images(tmp_path: Path, capsys
     assert f"in all {total:,} tokens" in said(tmp_path, capsys)
     write_set(tmp_path / "images", "train", "image", image_samples(3), per_shard=3)
     assert "in all" not in said(tmp_path / "images", capsys)
+
+
+def test_lengths_that_are_all_alike_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    samples = [{"__key__": f"{k}", "npy": npy(np.full((2, 20, 5), k, np.int16))} for k in range(4)]
+    write_set(tmp_path, "train", "array", samples, per_shard=4, measure=measure_of("array"))
+    printed = said(tmp_path, capsys)
+    assert "length, steps: 20 of each\n" in printed
+    assert "#" not in printed

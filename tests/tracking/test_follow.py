@@ -72,5 +72,5 @@ def test_a_probe_and_an_alignment_of_a_run_become_its_nested_runs_by_themselves(
         "knn random": ("knn", {"probe/accuracy": 0.25}),
         "knn student": ("knn", {"probe/accuracy": 0.5}),
         "linear teacher": ("linear", {"probe/accuracy": 0.75}),
-        "align teacher": ("align", {"align/vision-speech/CKA": 0.5, "align/vision-speech/CKA/above_controls": 0.0}),
+        "align teacher": ("align", {"align/vision-speech/CKA": 0.5, "align/above_controls/vision-speech/CKA": 0.0}),
     }
