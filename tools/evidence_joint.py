@@ -17,6 +17,7 @@ the same a call keeps it.
 
 import argparse
 import copy
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -36,6 +37,7 @@ from evidence_joint_table import written
 from evidence_sets import default_folder
 
 from d2v_scale.errors import EXIT_BAD_INPUT, UserError
+from d2v_scale.files import write_whole
 from d2v_scale.tracking.environment import git_revision
 
 if TYPE_CHECKING:
@@ -169,18 +171,42 @@ def measure(job: JointJob) -> dict[str, Any]:
         steps = recipes[name].optim.max_steps
         row["runs"][name] = {"steps": steps, "flops": steps * step_flops(recipes[name]), "last": last_losses(records)}
     single_process()
-    for prefix, encoders in (
-        ("", {name: FrozenEncoder.load(directory) for name, directory in directories.items()}),
-        ("random_", {name: FrozenEncoder.untrained(recipe) for name, recipe in recipes.items()}),
-    ):
-        stems, pairs = scores_of(job.data, {stem: encoders.get(stem) or encoders["joint"] for stem in STEMS})
-        row |= {f"{prefix}stems": stems, f"{prefix}pairs": pairs}
+    encoders = {name: FrozenEncoder.load(directory) for name, directory in directories.items()}
+    row["stems"], row["pairs"] = scores_of(job.data, {stem: encoders.get(stem) or encoders["joint"] for stem in STEMS})
+    row |= random_scores(job, recipes)
     for name in ("knn", "linear"):
         row[name] = sum(one[name] for one in row["stems"].values()) / len(STEMS)
     row["minutes"] = (time.monotonic() - began) / 60
     job.result.parent.mkdir(parents=True, exist_ok=True)
     job.result.write_text(json.dumps(row, indent=1) + "\n")
     return row
+
+
+def random_scores(job: JointJob, recipes: "Mapping[str, Recipe]") -> dict[str, Any]:
+    """Of the encoders as they began. Measured once a seed: initial weights follow from seed and name, so that every arm
+    begins with the same ones."""
+    from d2v_scale.evaluation.frozen import FrozenEncoder
+
+    path = job.out / "random" / f"{job.data.name}-{initial_digest(job, recipes)}.json"
+    if not path.is_file():
+        encoders = {stem: FrozenEncoder.untrained(recipes.get(stem) or recipes["joint"]) for stem in STEMS}
+        stems, pairs = scores_of(job.data, encoders)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, json.dumps({"random_stems": stems, "random_pairs": pairs}))
+    found: dict[str, Any] = json.loads(path.read_text())
+    return found
+
+
+def initial_digest(job: JointJob, recipes: "Mapping[str, Recipe]") -> str:
+    """Of what `random_scores` depends on: seed, encoder and samples, not the arm."""
+    state = hashlib.sha256(str(job.seed).encode())
+    for stem in STEMS:
+        model = (recipes.get(stem) or recipes["joint"]).model
+        # That samples are paired adds what no part has by itself.
+        state.update(repr((model.backbone, dataclasses.replace(model.stems[stem], paired=None))).encode())
+    for index in job.data.both:
+        state.update(Path(index).read_bytes())
+    return state.hexdigest()[:16]
 
 
 def last_losses(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:

@@ -10,6 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import soundfile
+import torch
+
+from d2v_scale.evaluation.frozen import FrozenEncoder
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT / "tools"))
@@ -34,6 +37,32 @@ def test_all_arms_have_the_same_compute(tmp_path: Path) -> None:
         ] * (1 if arm in ("paired", "shuffled") else 3)
     assert max(totals.values()) < 1.02 * min(totals.values())
     assert totals["separate"] == pytest.approx(totals["together"])
+
+
+def test_every_arm_of_a_seed_begins_with_the_same_weights_which_are_measured_once(tmp_path: Path) -> None:
+    for name in ("train", "test"):
+        (tmp_path / f"{name}.index.json").write_text(name)
+    data = JointSet("digits", str(tmp_path / "train.index.json"), str(tmp_path / "test.index.json"), "", "key", "label")
+
+    def recipes(arm: str, seed: int) -> dict[str, Any]:
+        stems = [(stem,) for stem in evidence_joint.STEMS] if arm == "separate" else [evidence_joint.STEMS]
+        said = {one[0] if arm == "separate" else "joint": evidence_joint.recipe_of(arm, one, data) for one in stems}
+        path = tmp_path / "recipe.yaml"
+        return {name: evidence_joint.parsed(one | {"seed": seed}, path) for name, one in said.items()}
+
+    def digest(arm: str, seed: int) -> str:
+        job = evidence_joint.JointJob(data, arm, seed, 40, tmp_path, tmp_path)
+        return evidence_joint.initial_digest(job, recipes(arm, seed))
+
+    assert len({digest(arm, 0) for arm in evidence_joint.ARMS}) == 1
+    assert digest("paired", 1) != digest("paired", 0)
+    for stem in evidence_joint.STEMS:
+        of_both = [
+            FrozenEncoder.untrained(recipes(arm, 0)[name]).model.state_dict()
+            for arm, name in (("separate", stem), ("paired", "joint"))
+        ]
+        assert of_both[0].keys() <= of_both[1].keys()
+        assert all(torch.equal(tensor, of_both[1][name]) for name, tensor in of_both[0].items())
 
 
 def row(arm: str, seed: int, knn: float, mapped: float) -> dict[str, Any]:
