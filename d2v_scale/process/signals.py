@@ -19,7 +19,6 @@ import contextlib
 import os
 import signal
 import stat
-import sys
 import threading
 import time
 from dataclasses import dataclass
@@ -94,6 +93,9 @@ _SIGNALS = {
 }
 
 
+_STDOUT = 1
+
+
 class StopFlag:
     """This process's wish to stop. Signals raise it; further signals change nothing, also during a save."""
 
@@ -127,8 +129,9 @@ class StopFlag:
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         if self.starting and number == signal.SIGINT:
-            if sys.stdout.isatty():  # a live view may have hidden the cursor
-                os.write(sys.stdout.fileno(), b"\x1b[?25h")
+            # A live view may have hidden the cursor; what it puts in place of `sys.stdout` may not know a terminal.
+            if os.isatty(_STDOUT):
+                os.write(_STDOUT, b"\x1b[?25h")
             os._exit(EXIT_REQUEUE)
         if number == signal.SIGHUP:
             _leave_terminal()
