@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from d2v_scale import modalities
 from d2v_scale.batch import Batch
 from d2v_scale.benchmarks.cases import Case
+from d2v_scale.benchmarks.products import multiply_through
 from d2v_scale.benchmarks.sides import Side, default_adamw, finish_plainly
 from d2v_scale.data2vec.config import ObjectiveConfig
 from d2v_scale.data2vec.targets import tapped_layers
@@ -30,13 +31,14 @@ from d2v_scale.process.profiling import part
 
 
 class HuggingFacePeer(Side):
-    """`fused`: with torch's fused AdamW."""
+    """`fused`: with torch's fused AdamW. `onednn`: linears multiply through oneDNN."""
 
-    def __init__(self, case: Case, device: torch.device, *, fused: bool = False) -> None:
+    def __init__(self, case: Case, device: torch.device, *, fused: bool = False, onednn: bool = False) -> None:
         self.recipe = recipe = case.recipe
         ours = Student(recipe.model)
         initialize(ours, recipe.seed)
         self.student = _student(recipe.model, case.modality, ours).to(device)
+        multiply_through(self.student, onednn=onednn)
         self.teacher = copy.deepcopy(self.student.encoder).requires_grad_(False).eval()
         options = {"fused": True} if fused else {}
         self.optimizer = default_adamw(self.student.parameters(), recipe.optim, **options)

@@ -1,9 +1,12 @@
 """One pretraining step against a peer: student, teacher, loss, backward, clipping, optimizer and EMA.
 
 All sides start from the same weights and get the same batches and masks; their losses without dropout must agree
-before anything is timed. Rounds alternate between the sides; medians are shown. `ceiling`: the peer's time over the
-time of its matrix products and convolutions alone, which is what nobody gains who computes the same. `adamw`: our
-optimizer phase against the peer's, and against the peer with torch's fused AdamW. Above 1 means faster than the peer.
+before anything is timed. Rounds alternate between the sides; medians are shown. First comes what the figures stand on:
+GFLOP/s of `F.linear`, of oneDNN and of a bare product at the size of the student's widest linear. `ceiling`: the peer's
+time over the time of its matrix products and convolutions alone, which is what nobody gains who computes the same.
+`optimizer`: our optimizer phase against the peer's, and against the peer with torch's fused AdamW. Above 1 means faster
+than the peer. Where `F.linear` is slow, most of a gain may be that: `--peer_products onednn` gives the peer the same
+products as ours, so that a ratio means the same on every machine.
 """
 
 import argparse
@@ -13,17 +16,19 @@ import time
 import torch
 
 from d2v_scale.batch import Batch
-from d2v_scale.benchmarks import cases
+from d2v_scale.benchmarks import cases, products
 from d2v_scale.benchmarks.cases import Case
 from d2v_scale.benchmarks.huggingface_peer import HuggingFacePeer
 from d2v_scale.benchmarks.sides import PHASES, Naive, Ours, Side
+from d2v_scale.errors import UserError
 from d2v_scale.parallel import groups
 from d2v_scale.parallel.groups import Topology
 from d2v_scale.process.profiling import profiler, seconds_of_parts
 
 _AGREE = 1e-4
 """Largest relative difference of the losses, fp32."""
-_PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "convolution", "mkldnn_linear", "scaled_dot_product")
+_PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "convolution", "_linear", "scaled_dot_product")
+_LIBRARIES = ("aten::", "mkldnn::")
 _BATCHES = 2
 
 
@@ -32,6 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--recipe", default="v1_vision", help=f"{', '.join(cases.NAMES)}, or any recipe")
     parser.add_argument("--all", action="store_true", help=f"all of {', '.join(cases.NAMES)}")
     parser.add_argument("--peer", choices=("hf", "naive"), default="hf")
+    parser.add_argument(
+        "--peer_products", choices=("blas", "onednn"), default="blas", help="what multiplies in the peer's linears"
+    )
     parser.add_argument("--samples", type=int, help="samples of a step")
     parser.add_argument("--length", type=int, help="audio samples or tokens of each")
     parser.add_argument("--rounds", type=int, default=20)
@@ -58,12 +66,19 @@ def measure(case: Case, topology: Topology, options: argparse.Namespace) -> None
     device = topology.device
     sides: dict[str, Side] = {"ours": Ours(case, topology, options.precision)}
     if options.peer == "hf":
-        sides["peer"] = HuggingFacePeer(case, device)
-        sides["fused"] = HuggingFacePeer(case, device, fused=True)
+        onednn = options.peer_products == "onednn"
+        sides["peer"] = HuggingFacePeer(case, device, onednn=onednn)
+        sides["fused"] = HuggingFacePeer(case, device, fused=True, onednn=onednn)
     else:
+        if options.peer_products == "onednn":
+            raise UserError("The naive peer has our products already.", "Leave --peer_products out.")
         sides["peer"] = Naive(case, device)
     batches = [case.batch(step).to(device) for step in range(_BATCHES)]
     check_losses(case, sides, batches[0], exact=options.precision == "fp32")
+    size = products.sizes(case, batches[0])
+    rates = products.gigaflops(*size, device)
+    said = "  ".join(f"{name} {rate:.0f}" for name, rate in rates.items())
+    print(f"  {case.name} GFLOP/s at {' x '.join(map(str, size))}: {said}", flush=True)
     # The peer with the fused optimizer differs in its optimizer alone, which takes few rounds to see.
     timed = {name: side for name, side in sides.items() if name != "fused"}
     phases = alternate(timed, batches, options.warmup, options.rounds)
@@ -80,7 +95,8 @@ def measure(case: Case, topology: Topology, options: argparse.Namespace) -> None
         row += f" (peer with fused AdamW {seconds['fused'] / seconds['ours']:.2f})"
     ratio, ceiling = whole["peer"] / whole["ours"], 1 / share_of_products(sides["peer"], batches)
     gained = f"  {(ratio - 1) / (ceiling - 1):.0%} of the gain to it" if ceiling > 1 else ""
-    print(f"{row}  ceiling {ceiling:.2f}{gained}  step against {options.peer} {ratio:.2f}x", flush=True)
+    peer = options.peer if options.peer_products == "blas" else f"{options.peer} through oneDNN"
+    print(f"{row}  ceiling {ceiling:.2f}{gained}  step against {peer} {ratio:.2f}x", flush=True)
     for side in sides.values():
         side.close()
 
@@ -131,7 +147,7 @@ def share_of_products(side: Side, batches: list[Batch], rounds: int = 3) -> floa
             whole += time.perf_counter() - begin
         for average in profile.key_averages():
             # Kernels of a device have other names than the operators that own their time.
-            if average.key.startswith("aten::") and any(product in average.key for product in _PRODUCTS):
+            if average.key.startswith(_LIBRARIES) and any(product in average.key for product in _PRODUCTS):
                 own = average.self_device_time_total if on_device else average.self_cpu_time_total
                 products += own / 1e6
     return products / whole

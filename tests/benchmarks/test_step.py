@@ -31,7 +31,11 @@ def tiny(name: str) -> cases.Case:
 def test_peers_agree_with_the_project_before_and_after_a_step(name: str) -> None:
     case, topology = tiny(name), groups.single_process()
     ours = Ours(case, topology)
-    peers = {"peer": HuggingFacePeer(case, topology.device), "naive": Naive(case, topology.device)}
+    peers = {
+        "peer": HuggingFacePeer(case, topology.device),
+        "onednn": HuggingFacePeer(case, topology.device, onednn=True),
+        "naive": Naive(case, topology.device),
+    }
     step.check_losses(case, {"ours": ours, **peers}, case.batch(), exact=True)
     with torch.random.fork_rng():
         for side in (ours, *peers.values()):
@@ -59,8 +63,29 @@ def test_row_ends_in_its_ratio(capsys: pytest.CaptureFixture[str]) -> None:
 
     sizes = [*TINY, "--model.backbone.depth=3", "--model.vision.image_size=64", "--threads=1"]
     sizes += ["--objective.masking.target_count=8", "--objective.masking.min_block=4"]
+    sizes += ["--peer_products=onednn"]
     assert bench.main(["step", "--recipe=v1_vision", "--samples=2", "--rounds=2", "--warmup=1", *sizes]) == 0
-    last = capsys.readouterr().out.splitlines()[-1]
+    lines = capsys.readouterr().out.splitlines()
+    # Of 2 rows of 17 positions.
+    [stands_on] = [line for line in lines if "GFLOP/s" in line]
+    assert "at 34 x 32 x 64: F.linear" in stands_on
+    assert "bare" in stands_on
+    last = lines[-1]
     assert last.startswith("v1_vision")
+    assert "against hf through oneDNN" in last
     assert last.endswith("x")
     assert float(last.split()[-1][:-1]) > 0
+
+
+@pytest.mark.usefixtures("world_of_one")
+def test_linears_of_a_peer_multiply_through_onednn_where_it_is_asked_to() -> None:
+    case, device = tiny("v1_vision"), groups.single_process().device
+    batch, counts = case.batch(), {}
+    for onednn in (False, True):
+        peer = HuggingFacePeer(case, device, onednn=onednn)
+        with torch.profiler.profile() as profile:
+            peer.step(batch, 0)
+        counts[onednn] = {one.key: one.count for one in profile.key_averages()}
+    assert counts[True].get("mkldnn::_linear_pointwise", 0) > 0
+    assert counts[False].get("mkldnn::_linear_pointwise", 0) == 0
+    assert counts[True].get("aten::addmm", 0) < counts[False]["aten::addmm"]
