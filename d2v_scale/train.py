@@ -28,7 +28,7 @@ import logging
 import os
 import types
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 # What a mistake is found with. torch, and what imports it, comes once there is none: `main`.
 from d2v_scale import command_line
@@ -44,6 +44,9 @@ from d2v_scale.recipe import Recipe
 from d2v_scale.redaction import RedactingFormatter
 from d2v_scale.run_files import raw_data, run_lock
 from d2v_scale.run_files.recipe_paths import check_complete, find_data
+
+if TYPE_CHECKING:
+    from d2v_scale.running.loop import AnyRun
 
 
 class _Callable(types.ModuleType):
@@ -70,6 +73,7 @@ def main(arguments: list[str], stop_flag: StopFlag) -> int:
     logging.basicConfig(level=os.environ.get("D2V_DEEPSPEED_LOG", "WARNING"), handlers=[terminal])
     logging.getLogger("d2v_scale").setLevel(logging.INFO)
     directory: Path | None = None
+    run: AnyRun[Any] | None = None
     rank = 0
     try:
         rank = launchers.adopt().rank
@@ -91,7 +95,6 @@ def main(arguments: list[str], stop_flag: StopFlag) -> int:
             from d2v_scale.parallel import groups
             from d2v_scale.pretraining import program as pretraining
             from d2v_scale.running import run_directory
-            from d2v_scale.running.loop import AnyRun
             from d2v_scale.running.supervision import supervise
 
             groups.prepare_accelerator()
@@ -101,7 +104,6 @@ def main(arguments: list[str], stop_flag: StopFlag) -> int:
         run_directory.log_to_file(directory, topology.rank)
         if topology.device.type == "cuda" and topology.rank == 0:
             log.info("%s", attention_kernels.describe(torch.cuda.get_device_name(topology.device)))
-        run: AnyRun[Any]
         if recipe.task is None:
             run = pretraining.build(recipe, options, config, topology, directory)
         else:
@@ -109,14 +111,22 @@ def main(arguments: list[str], stop_flag: StopFlag) -> int:
         code = supervise(run, stop_flag)
     except Exception as error:
         code = failed(error, directory, rank)
+        end(run, code)
         run_lock.release()
         # Peers may still wait in a collective that this rank will never join: leave without saying goodbye.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
     groups.shutdown()
+    end(run, code)
     run_lock.release()
     return code
+
+
+def end(run: "AnyRun[Any] | None", code: int) -> None:
+    """The attempt's last line in its timeline, where it has one."""
+    if run is not None and run.tracker.timeline is not None:
+        run.tracker.timeline.end(code)
 
 
 def configure(recipe: Recipe) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from d2v_scale.plots.curve_data import AXES, colour_of, curve_data
 from d2v_scale.plots.page import document, section, table
 from d2v_scale.plots.pictures import pictures
 from d2v_scale.plots.results import by_source, results
+from d2v_scale.tracking.account import read_account, rows
 from d2v_scale.tracking.summary import RunSummary, recipe_differences
 
 _HERE = Path(__file__).parent
@@ -30,6 +31,7 @@ def write_report(run_dirs: Sequence[Path], path: Path) -> Path:
         f'<p class="quiet">Written {time.strftime("%F %H:%M UTC", time.gmtime())} by d2v_scale.</p>',
         f'<div class="cards">{"".join(_card(summary, number) for number, summary in enumerate(summaries))}</div>',
         section("Result", results(summaries)),
+        section("Where the time went", spent) if (spent := _spent(summaries)) else "",
         section("By modality", modalities) if (modalities := by_source(summaries)) else "",
         section("What differs in the recipe", _differences(summaries)) if len(summaries) > 1 else "",
         _controls(summaries),
@@ -55,6 +57,17 @@ def _card(summary: RunSummary, number: int) -> str:
     ]
     heading = f"<h3>{html.escape(summary.name)}</h3>"
     return f'<div class="card" style="--run:{colour_of(number)}">{heading}{"".join(lines)}</div>'
+
+
+def _spent(summaries: Sequence[RunSummary]) -> str:
+    """For each run with a timeline what its seconds went into, by attempt."""
+    parts = []
+    for summary in summaries:
+        found = rows(read_account(summary.run_dir))
+        if found:
+            heading = f"<h3>{html.escape(summary.name)}</h3>" if len(summaries) > 1 else ""
+            parts.append(heading + table(found[0], found[1:]))
+    return "".join(parts)
 
 
 def _differences(summaries: Sequence[RunSummary]) -> str:

@@ -21,6 +21,8 @@ from d2v_scale.redaction import redact
 Outcome = Literal["done", "requeue", "failed"]
 
 STATUS_FILE = "status.json"
+ATTEMPTS_FILE = "attempts.jsonl"
+"""Beside it: a line for every attempt that a job's script or launcher saw end."""
 _RESERVE_FILE = ".status_reserve"
 _RESERVE_BYTES = 64 * 1024
 

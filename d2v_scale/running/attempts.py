@@ -21,10 +21,8 @@ from d2v_scale.errors import (
     EXIT_REQUEUE,
 )
 from d2v_scale.process.signals import StopReason
-from d2v_scale.process.status import Status, read_status
+from d2v_scale.process.status import ATTEMPTS_FILE, Status, read_status
 from d2v_scale.run_files.committed import committed_steps
-
-ATTEMPTS_FILE = "attempts.jsonl"
 
 _FINAL = (EXIT_BAD_INPUT, EXIT_NON_FINITE, EXIT_COLLAPSE)
 """Another attempt would end the same way: it runs the same code on the same data from the same seed."""

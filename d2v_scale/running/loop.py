@@ -95,7 +95,7 @@ def train(run: AnyRun[Seen], stop_flag: StopFlag, agreement: Agreement, watchdog
         return None
     run.student.module.train()
     if run.step == 0:
-        with doing("measuring before the first step"):
+        with run.meter.paused(), doing("measuring before the first step"):
             run.evaluate()
     run.begin()
     stop_flag.starting = False
@@ -125,9 +125,10 @@ def train(run: AnyRun[Seen], stop_flag: StopFlag, agreement: Agreement, watchdog
             with run.meter.paused(), doing("making pictures"):
                 run.draw_pictures()
         if recipe.checkpoint.due(run.step):
-            with run.meter.paused(), doing("taking a snapshot for the checkpoint"):
+            with run.meter.paused("checkpoint"), doing("taking a snapshot for the checkpoint"):
                 run.save()
         report_saves(run)
+        run.tracker.spent(run.step, run.meter.spent)
         watchdog.beat(run.step)
         stop = agreement.agree(stop_flag.raised())
         if stop is not None:

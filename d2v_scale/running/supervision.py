@@ -21,6 +21,7 @@ from d2v_scale.running.header import header
 from d2v_scale.running.inputs import inputs
 from d2v_scale.running.loop import AnyRun, last_step, report_saves, train
 from d2v_scale.tracking import SystemMonitor, environment_tags, write_environment
+from d2v_scale.tracking.account import account_table, read_account, told, totals
 from d2v_scale.tracking.record import read_records
 from d2v_scale.tracking.verdict import verdict
 
@@ -62,12 +63,14 @@ def supervise(run: AnyRun[Any], stop_flag: StopFlag) -> int:
         began = run.step
         stop = train(run, stop_flag, agreement, watchdog)
         with watchdog.allow(recipe.checkpoint.peer_timeout, "last checkpoint"):
-            with doing("writing the last checkpoint"):
+            with run.meter.paused("checkpoint"), doing("writing the last checkpoint"):
                 if (stop is None or stop.reason < StopReason.DATA_STARVED) and run.saved != run.step:
                     run.save()
                 committed = run.writer.finish()
             report_saves(run)
             agreement.barrier()
+        if run.tracker.timeline is not None:
+            run.tracker.timeline.ends(run.meter.spent)
         code = EXIT_DONE if stop is None else stop.exit_code
         reason = completed(run, began) if stop is None else f"{stop}, at step {run.step} of {recipe.optim.max_steps}"
         details, lost_by_rank = zip(*agreement.gather((stop_flag.detail, run.loader.faults())), strict=True)
@@ -80,9 +83,10 @@ def supervise(run: AnyRun[Any], stop_flag: StopFlag) -> int:
             reason, code = f"{reason}, but the last checkpoint could not be written", code or 1
         # Before MLflow is waited for: whoever asked this run to stop may not leave it that time.
         if topology.rank == 0:
-            records = read_records(run.directory)
+            records, attempts = read_records(run.directory), read_account(run.directory)
+            run.tracker.log(run.step, run.samples, {f"spent/{kind}": s for kind, s in totals(attempts).items()})
             judged = verdict(records, recipe.objective.health)
-            said = happened(code, reason, records, judged, is_task=recipe.task is not None)
+            said = happened(code, reason, records, judged, is_task=recipe.task is not None) + told(attempts)
             ends = run.step >= recipe.optim.max_steps
             write_status(
                 run.directory,
@@ -93,7 +97,7 @@ def supervise(run: AnyRun[Any], stop_flag: StopFlag) -> int:
                 result=results(records, is_task=recipe.task is not None),
                 next_commands=next_commands(run.directory, code, ends=ends),
             )
-            run.tracker.describe(described(said, head))
+            run.tracker.describe(described([*said, account_table(attempts)], head))
             run.tracker.finish(outcome_of(code), said[0], judged)
     if topology.rank == 0:
         for line in [*said, *closing(run.directory, code, ends=ends)]:

@@ -69,6 +69,7 @@ FIGURES = {
     "ema_wait_seconds": FigureName("waiting for the EMA update", "s"),
     "checkpoint_stall_seconds": FigureName("held up by a checkpoint", "s"),
     "step_seconds": FigureName("a step", "s"),
+    "spent": FigureName("wall clock went into", "s"),
     "skipped_updates": FigureName("skipped updates", "count"),
     "data/lost": FigureName("lost samples", "count"),
 }

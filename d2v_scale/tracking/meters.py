@@ -15,6 +15,8 @@ class SpeedMeter:
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self._clock = clock
+        self.spent: dict[str, float] = {}
+        """Seconds of this process so far by what held it up: `data`, `evaluation`, `checkpoint`."""
         self.restart()
 
     def restart(self) -> None:
@@ -31,18 +33,22 @@ class SpeedMeter:
         try:
             yield
         finally:
-            self._waits[name] = self._waits.get(name, 0.0) + self._clock() - start
+            waited = self._clock() - start
+            self._waits[name] = self._waits.get(name, 0.0) + waited
+            self.spent[name] = self.spent.get(name, 0.0) + waited
 
     @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Leave the time of this block (an evaluation, say) out of the rates. Waits for the device before and after."""
+    def paused(self, name: str = "evaluation") -> Iterator[None]:
+        """Leave the time of this block out of the rates; `spent` has it. Waits for the device before and after."""
         _wait_for_device()
         start = self._clock()
         try:
             yield
         finally:
             _wait_for_device()
-            self._since += self._clock() - start
+            held_up = self._clock() - start
+            self._since += held_up
+            self.spent[name] = self.spent.get(name, 0.0) + held_up
 
     def step(self) -> None:
         """One optimizer step is done."""

@@ -18,6 +18,7 @@ from d2v_scale.tracking.events import append_event, earlier_starts
 from d2v_scale.tracking.mirror_state import EVENTS_FILE, MirrorState, shown_uri
 from d2v_scale.tracking.record import MetricsLog
 from d2v_scale.tracking.terminal import Terminal
+from d2v_scale.tracking.timeline import Timeline
 
 if TYPE_CHECKING:
     from d2v_scale.batch import Batch
@@ -42,6 +43,8 @@ class RunTracker:
         self.is_main = is_main
         self._log: MetricsLog | None = None
         self._terminal: Terminal | None = None
+        self.timeline: Timeline | None = None
+        """What the account of the run's time is made of; None before `start`, and on ranks that keep no record."""
         self._mirror: subprocess.Popen[bytes] | None = None
         self._complained = False
         self._drawing: list[subprocess.Popen[bytes]] = []
@@ -68,6 +71,7 @@ class RunTracker:
         self.run_dir.mkdir(parents=True, exist_ok=True)
         (self.run_dir / "logs").mkdir(exist_ok=True)
         self._log = MetricsLog(self.run_dir, resume_step)
+        self.timeline = Timeline(self.run_dir, resume_step or 0)
         self._terminal = Terminal(total_steps)
         restarts = earlier_starts(self.run_dir)
         self._event(
@@ -112,6 +116,11 @@ class RunTracker:
         if self._curves_due and (self._curves is None or self._curves.poll() is not None):
             self._draw_curves()
         self._relay()
+
+    def spent(self, step: int, seconds: Mapping[str, float]) -> None:
+        """`step` steps are done; what this process has waited for so far (`SpeedMeter.spent`). Cheap at every step."""
+        if self.timeline is not None:
+            self.timeline.at(step, seconds)
 
     def message(self, text: str) -> None:
         """Say something at the terminal (main rank only)."""

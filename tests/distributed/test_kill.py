@@ -22,6 +22,8 @@ from paired_shards import paired_samples, write_pairs, write_recipe
 
 from d2v_scale.checkpoint import Checkpoint, find_newest_valid
 from d2v_scale.conversion import demo
+from d2v_scale.tracking import read_records
+from d2v_scale.tracking.account import KINDS, read_account
 
 STEPS = 24
 EVERY = 2
@@ -194,8 +196,27 @@ def harness(folder: Path, stage: int, kills: list[str | float], more: Changes = 
 
 @pytest.mark.parametrize(("stage", "kills"), [(3, ["ema:1:4", "marker:0:1", "shard_write:1:3"])])
 def test_killed_three_times_the_run_ends_the_same(tmp_path: Path, stage: int, kills: list[str | float]) -> None:
+    begun = time.time()
     lines = harness(tmp_path, stage, kills)
     assert all("killed" in line for line in lines)
+    check_account(tmp_path / f"survivor-z{stage}", begun, attempts=4)
+
+
+def check_account(survivor: Path, begun: float, *, attempts: int) -> None:
+    """Every second from its first process to its last word has a name; MLflow gets what the report shows."""
+    found = read_account(survivor)
+    lines = [json.loads(line) for line in (survivor / "timeline.jsonl").read_text().splitlines()]
+    first, last = lines[0]["started"], lines[-1]["time"]
+    assert begun < first
+    assert (len(found), found[-1].code, found[-1].last) == (attempts, 0, STEPS)
+    assert [one.code for one in found[:-1]] == [None] * (attempts - 1)
+    assert [one.first for one in found] == sorted(one.first for one in found)
+    assert sum(one.wall for one in found) == pytest.approx(last - first, rel=0.01)
+    ended = json.loads((survivor / "status.json").read_text())["time"]
+    assert ended == pytest.approx(last, abs=0.01 * (last - first) + 2.0)
+    recorded = {name: value for record in read_records(survivor) for name, value in record.items()}
+    told = sum(recorded[f"spent/{kind}"] for kind in KINDS)
+    assert told == pytest.approx(last - first, abs=0.01 * (last - first) + 2.0)
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ from d2v_scale.plots.report import UPLOT, write_report
 from d2v_scale.plots.results import results
 from d2v_scale.tracking import RunTracker, TrackingConfig
 from d2v_scale.tracking.summary import RunSummary, recipe_differences
+from d2v_scale.tracking.timeline import add
 
 ROOT = Path(__file__).resolve().parents[2]
 PLOTS = ROOT / "d2v_scale" / "plots"
@@ -91,6 +92,18 @@ def test_verdict_result_and_differences_come_before_the_curves(tmp_path: Path) -
     assert "Failed: Too many skips" in page
     parts = [part["title"] for part in numbers_of(page)["parts"]]
     assert parts == ["Loss", "Quality", "Health"]  # in the order of PARTS; of speed nothing is recorded
+
+
+def test_a_report_says_where_the_time_went_by_attempt(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "a", 1e-3)
+    for step in (11, 12):
+        add(run, "at", step=step, spent={"data": 0.0})
+    page = write_report([run], tmp_path / "report.html").read_text()
+    spent = page[page.index("Where the time went") : page.index('id="curves"')]
+    assert spent.count("<tr>") == 5  # a head, two attempts, both, and shares
+    assert "start-up" in spent
+    (run / "timeline.jsonl").unlink()
+    assert "Where the time went" not in write_report([run], tmp_path / "report.html").read_text()
 
 
 def test_lines_of_a_run_differ_in_style_and_runs_in_colour(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ class CountingRun:
             max_skipped_in_a_row=3,
         )
         self.student = SimpleNamespace(module=nn.Linear(1, 1).eval(), skipped_in_a_row=0)
-        self.tracker = SimpleNamespace(due=lambda step, end: step in (1, end))
+        self.tracker = SimpleNamespace(due=lambda step, end: step in (1, end), spent=self.spend)
         self.writer = SimpleNamespace(poll=list)
         self.verdict: tuple[int, StopReason, str] | None = None
         self.applied = True
@@ -41,6 +41,10 @@ class CountingRun:
 
     def alarm(self) -> None:
         """No sample is lost."""
+
+    def spend(self, step: int, seconds: dict[str, float]) -> None:
+        assert step == self.step
+        assert seconds["data"] > 0
 
     def profiled(self) -> dict[str, nn.Module]:
         return {}
