@@ -10,16 +10,15 @@ demo with the extra `joint`, held-out concepts; `digits`, handwritten ones of sc
 voices (DIR holds fsdd/recordings/LABEL_SPEAKER_TAKE.wav, or an archive of it) and their names.
 
 A row holds, for every modality, k-NN and a linear probe (concepts: of the category, digits: of the digit), and for
-every two how often the partner is among the ten nearest (R@10): in the same space, and through a ridge map. Each also
-for the encoder as it began. A finished arm is a file of --rows, joint_SET/ARM-seed-N.json; while recipe and data stay
-the same a call keeps it.
+every two, in the same space and through a ridge map, of concepts how often the partner is among the ten nearest (R@10),
+of digits which share of the ten nearest is of the same digit (P@10). Each also for the encoder as it began. A finished
+arm is a file of --rows, joint_SET/ARM-seed-N.json; while recipe and data stay the same a call keeps it.
 """
 
 import argparse
 import copy
 import dataclasses
 import hashlib
-import itertools
 import json
 import os
 import sys
@@ -32,6 +31,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 from evidence_jobs import ROOT, run_all_forked, train_forked
+from evidence_joint_scores import retrieval_of, scores_of
 from evidence_joint_sets import SETS, JointSet
 from evidence_joint_table import written
 from evidence_sets import default_folder
@@ -41,7 +41,6 @@ from d2v_scale.files import write_whole
 from d2v_scale.tracking.environment import git_revision
 
 if TYPE_CHECKING:
-    from d2v_scale.alignment.features import Means
     from d2v_scale.recipe import Recipe
 
 ROWS = ROOT / "docs" / "evidence"
@@ -173,7 +172,7 @@ def measure(job: JointJob) -> dict[str, Any]:
     single_process()
     encoders = {name: FrozenEncoder.load(directory) for name, directory in directories.items()}
     row["stems"], row["pairs"] = scores_of(job.data, {stem: encoders.get(stem) or encoders["joint"] for stem in STEMS})
-    row |= random_scores(job, recipes)
+    row |= random_scores(job, recipes) | {"retrieval": retrieval_of(job.data)}
     for name in ("knn", "linear"):
         row[name] = sum(one[name] for one in row["stems"].values()) / len(STEMS)
     row["minutes"] = (time.monotonic() - began) / 60
@@ -213,54 +212,6 @@ def last_losses(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Of the last step that has any: records of pictures and checkpoints follow it."""
     step = next(record for record in reversed(records) if "loss" in record)
     return {key: value for key, value in step.items() if key == "loss" or key.startswith("loss/")}
-
-
-def scores_of(data: JointSet, encoders: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """By stem k-NN and linear probe, by pair of stems R@10 with its chance."""
-    import torch
-
-    from d2v_scale.alignment.concepts import read_set
-    from d2v_scale.alignment.features import StemSamples, averaged, encoded, kind_of
-    from d2v_scale.alignment.scoring import MAPPED, SAME, Features, PairOfLayers, scored
-    from d2v_scale.evaluation.features import mean_over_layers
-    from d2v_scale.evaluation.probes import score
-
-    made: dict[str, list[Means]] = {}
-    sets = [read_set(index, ["image", "recording", "text"], data.concept, data.label) for index in data.both]
-    for stem, encoder in encoders.items():
-        kind = kind_of(encoder, stem)
-        decoder = kind.build_decoder(encoder.recipe.data, sets[0].tokenizer)
-        made[stem] = [averaged(StemSamples(one, kind, decoder, None, 64), [encoded(encoder)])[0] for one in sets]
-    classes = sorted({place.category or "" for one in sets for place in one.places})
-    labels = []
-    for one in sets:
-        category = {place.concept: place.category or "" for place in one.places}
-        labels.append(torch.tensor([classes.index(category[name]) for name in one.concepts]))
-    stems = {}
-    for stem, means in made.items():
-        x, y = (mean_over_layers(side.layers_lnd[:, side.present_n]) for side in means)
-        stems[stem] = score(x, labels[0][means[0].present_n], y, labels[1][means[1].present_n])
-    pairs = {}
-    for a, b in itertools.combinations(made, 2):
-        train_n, test_n = (made[a][side].present_n & made[b][side].present_n for side in (0, 1))
-        layers = [
-            PairOfLayers(
-                Features(
-                    train_x_nd=made[a][0].layers_lnd[layer, train_n],
-                    train_y_ne=made[b][0].layers_lnd[layer, train_n],
-                    test_x_nd=made[a][1].layers_lnd[layer, test_n],
-                    test_y_ne=made[b][1].layers_lnd[layer, test_n],
-                )
-            )
-            for layer in range(len(made[a][0].layers_lnd))
-        ]
-        found = scored(layers)
-        pairs[f"{a} - {b}"] = {
-            "mapped": float(found.values(MAPPED).mean()),
-            "same": float(found.values(SAME).mean()),
-            "chance": min(1.0, 10 / int(test_n.sum())),
-        }
-    return stems, pairs
 
 
 def make_parser() -> argparse.ArgumentParser:

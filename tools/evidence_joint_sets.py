@@ -37,6 +37,8 @@ class JointSet:
     """What names a concept, of which samples are averaged (`alignment.concepts`)."""
     label: str
     """What the probes tell apart."""
+    interchangeable: bool
+    """Whether any samples of a label might have been partners, so that which ones are says nothing."""
 
     @property
     def both(self) -> tuple[str, str]:
@@ -50,7 +52,7 @@ def concepts(data: Path, out: Path) -> JointSet:
     if not known.have_openmoji():
         raise UserError("The concepts need the extra `joint`.", "pip install 'd2v_scale[joint]', or --sets digits.")
     folder = demo.write("joint", out / demo.ROOT)
-    return _with_shuffled("concepts", folder, out, "concept", "category")
+    return _with_shuffled("concepts", folder, out, "concept", "category", interchangeable=False)
 
 
 def digits(data: Path, out: Path) -> JointSet:
@@ -76,19 +78,20 @@ def digits(data: Path, out: Path) -> JointSet:
                 one |= recording_members(path.read_bytes())
                 samples.append(one | {"txt": of_digit.name, "cls": int(label)})
             write_mixed(folder, prefix, samples, names, tokenizer)
-    return _with_shuffled("digits", folder, out, "key", "label")
+    return _with_shuffled("digits", folder, out, "key", "label", interchangeable=True)
 
 
 SETS: dict[str, Callable[[Path, Path], JointSet]] = {"concepts": concepts, "digits": digits}
 
 
-def _with_shuffled(name: str, folder: Path, out: Path, concept: str, label: str) -> JointSet:
+def _with_shuffled(name: str, folder: Path, out: Path, concept: str, label: str, *, interchangeable: bool) -> JointSet:
     train_index, test_index = (str(folder / f"{split}{INDEX_SUFFIX}") for split in ("train", "test"))
     shuffled = out / "shards" / f"{name}-shuffled"
     if not (shuffled / f"train{INDEX_SUFFIX}").is_file():
         shuffled.mkdir(parents=True, exist_ok=True)
         write_shuffled(shuffled, train_index)
-    return JointSet(name, train_index, test_index, str(shuffled / f"train{INDEX_SUFFIX}"), concept, label)
+    dealt = str(shuffled / f"train{INDEX_SUFFIX}")
+    return JointSet(name, train_index, test_index, dealt, concept, label, interchangeable)
 
 
 def write_shuffled(folder: Path, index: str) -> None:

@@ -15,27 +15,33 @@ _ORDER = ("separate", "alternate", "together", "paired", "shuffled")
 
 
 def written(rows: Path) -> str:
-    """Markdown of all rows that are there; empty where none is."""
+    """Markdown of all seeds that every arm has; empty where there is none."""
     texts = []
     for folder in sorted(rows.glob("joint_*")):
         found: dict[str, list[Mapping[str, Any]]] = {arm: [] for arm in _ORDER}
         for path in sorted(folder.glob("*-seed-*.json")):
             row = json.loads(path.read_text())
             found[row["arm"]].append(row)
-        texts.append(of_set(folder.name.removeprefix("joint_"), {arm: some for arm, some in found.items() if some}))
+        there = {arm: some for arm, some in found.items() if some}
+        shared = set.intersection(*({row["seed"] for row in some} for some in there.values())) if there else set()
+        if shared:
+            whole = {arm: [row for row in some if row["seed"] in shared] for arm, some in there.items()}
+            texts.append(of_set(folder.name.removeprefix("joint_"), whole))
     return "\n".join(texts)
 
 
 def of_set(name: str, rows: Rows) -> str:
     """Two tables, percent, and the comparisons that the arms are for."""
-    first = next(iter(rows.values()))[0]
+    rows_of_one = next(iter(rows.values()))
+    first = rows_of_one[0]
     stems, pairs = list(first["stems"]), list(first["pairs"])
     probed = [(stem, measure) for stem in stems for measure in MEASURES]
     ways = [(pair, way) for pair in pairs for way in ("same", "mapped")]
     shown = (*rows.items(), *_random(rows))
-    lines = _head(f"{name}: arm", [f"{stem}, {MEASURES[measure]}" for stem, measure in probed])
+    counted = f"{len(rows_of_one)} seed{'s' * (len(rows_of_one) > 1)}"
+    lines = _head(f"{name}, {counted}: arm", [f"{stem}, {MEASURES[measure]}" for stem, measure in probed])
     lines += [_line(arm, [[row["stems"][s][m] for row in some] for s, m in probed]) for arm, some in shown]
-    lines += ["", *_head(f"{name}, R@10: arm", [f"{pair}, {way}" for pair, way in ways])]
+    lines += ["", *_head(f"{name}, {first['retrieval']}: arm", [f"{pair}, {way}" for pair, way in ways])]
     lines += [_line(arm, [[row["pairs"][p][way] for row in some] for p, way in ways]) for arm, some in shown]
     lines.append(_line("chance", [[first["pairs"][pair]["chance"]] for pair, _ in ways]))
     return "\n".join([*lines, "", *_comparisons(rows, stems, pairs)]) + "\n"
@@ -53,7 +59,7 @@ def _comparisons(rows: Rows, stems: Sequence[str], pairs: Sequence[str]) -> list
     if "paired" in rows and "shuffled" in rows:
         for way in ("mapped", "same"):
             told = [f"{p} {_against(rows, 'paired', 'shuffled', ('pairs', p, way))}" for p in pairs]
-            lines.append(f"- paired against shuffled, {way} R@10: {'; '.join(told)}.")
+            lines.append(f"- paired against shuffled, {way} {rows['paired'][0]['retrieval']}: {'; '.join(told)}.")
     for arm in ("alternate", "together", "paired"):
         if arm in rows and "separate" in rows:
             told = [f"{s} {_against(rows, arm, 'separate', ('stems', s, 'knn'))}" for s in stems]

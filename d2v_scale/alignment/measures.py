@@ -104,11 +104,17 @@ def neighbours(x_nd: Tensor, k: int = NEIGHBOURS) -> Tensor:
     centred_nd = x_nd.double() - x_nd.double().mean(dim=0)
     similarity_nn = cosines(centred_nd, centred_nd)
     similarity_nn.fill_diagonal_(-torch.inf)
-    last_n1 = similarity_nn.topk(k, dim=1).values[:, -1:]
-    nearer_nn = (similarity_nn > last_n1 + _TIE).double()
-    tied_nn = ((similarity_nn - last_n1).abs() <= _TIE).double()
-    open_n1 = k - nearer_nn.sum(dim=1, keepdim=True)
-    return nearer_nn + tied_nn * (open_n1 / tied_nn.sum(dim=1, keepdim=True).clamp(min=1))
+    return nearest(similarity_nn, k)
+
+
+def nearest(similarity_nm: Tensor, k: int) -> Tensor:
+    """float64 (N, M): how much each column is one of a row's k greatest, of ties at the k-th place each in part; rows
+    sum to k."""
+    last_n1 = similarity_nm.topk(k, dim=1).values[:, -1:]
+    nearer_nm = (similarity_nm > last_n1 + _TIE).double()
+    tied_nm = ((similarity_nm - last_n1).abs() <= _TIE).double()
+    open_n1 = k - nearer_nm.sum(dim=1, keepdim=True)
+    return nearer_nm + tied_nm * (open_n1 / tied_nm.sum(dim=1, keepdim=True).clamp(min=1))
 
 
 def shared(x_nn: Tensor, y_nn: Tensor) -> Tensor:

@@ -12,6 +12,8 @@ import pytest
 import soundfile
 import torch
 
+from d2v_scale.alignment.measures import recall
+from d2v_scale.alignment.scoring import Features
 from d2v_scale.evaluation.frozen import FrozenEncoder
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -19,9 +21,10 @@ sys.path.append(str(ROOT / "tools"))
 
 import evidence_joint  # noqa: E402
 import evidence_joint_table  # noqa: E402
+from evidence_joint_scores import of_classes  # noqa: E402
 from evidence_joint_sets import JointSet  # noqa: E402
 
-DATA = JointSet("digits", "train.index.json", "test.index.json", "shuffled/train.index.json", "key", "label")
+DATA = JointSet("digits", "train.index.json", "test.index.json", "shuffled/train.index.json", "key", "label", True)
 
 
 def test_all_arms_have_the_same_compute(tmp_path: Path) -> None:
@@ -42,7 +45,9 @@ def test_all_arms_have_the_same_compute(tmp_path: Path) -> None:
 def test_every_arm_of_a_seed_begins_with_the_same_weights_which_are_measured_once(tmp_path: Path) -> None:
     for name in ("train", "test"):
         (tmp_path / f"{name}.index.json").write_text(name)
-    data = JointSet("digits", str(tmp_path / "train.index.json"), str(tmp_path / "test.index.json"), "", "key", "label")
+    data = JointSet(
+        "digits", str(tmp_path / "train.index.json"), str(tmp_path / "test.index.json"), "", "key", "label", True
+    )
 
     def recipes(arm: str, seed: int) -> dict[str, Any]:
         stems = [(stem,) for stem in evidence_joint.STEMS] if arm == "separate" else [evidence_joint.STEMS]
@@ -68,7 +73,8 @@ def test_every_arm_of_a_seed_begins_with_the_same_weights_which_are_measured_onc
 def row(arm: str, seed: int, knn: float, mapped: float) -> dict[str, Any]:
     stems = {stem: {"knn": knn, "linear": 0.5} for stem in evidence_joint.STEMS}
     pairs = {"vision - speech": {"mapped": mapped, "same": 0.1, "chance": 0.04}}
-    return {"arm": arm, "seed": seed, "stems": stems, "pairs": pairs, "random_stems": stems, "random_pairs": pairs}
+    random = {"random_stems": stems, "random_pairs": pairs}
+    return {"arm": arm, "seed": seed, "retrieval": "R@10", "stems": stems, "pairs": pairs, **random}
 
 
 def test_the_tables_say_what_pairs_of_samples_change(tmp_path: Path) -> None:
@@ -84,6 +90,34 @@ def test_the_tables_say_what_pairs_of_samples_change(tmp_path: Path) -> None:
     assert "- paired against shuffled, mapped R@10: vision - speech +30.0, 95 % from +30.0." in text
     assert "- paired against separate, k-NN: vision +10.0, 95 % from +10.0; speech" in text
     assert evidence_joint_table.written(tmp_path / "none") == ""
+
+
+def test_a_seed_that_an_arm_lacks_is_in_no_table(tmp_path: Path) -> None:
+    (folder := tmp_path / "joint_digits").mkdir()
+    for arm, seeds in (("separate", 2), ("paired", 1)):
+        for seed in range(seeds):
+            (folder / f"{arm}-seed-{seed}.json").write_text(json.dumps(row(arm, seed, 0.5 + seed, 0.2)))
+    text = evidence_joint_table.written(tmp_path)
+    assert "| digits, 1 seed: arm |" in text
+    assert "| separate | 50.0 | 50.0 |" in text
+
+
+def test_samples_that_are_interchangeable_are_found_by_their_class() -> None:
+    """Partners among the ten nearest were counted: a name that 15 samples share was found by none of them."""
+    labels_n = torch.arange(10).repeat(15)
+    of_class_nd = torch.nn.functional.one_hot(labels_n).float()
+    rng = torch.Generator().manual_seed(0)
+    noise_nd = torch.randn(150, 10, generator=rng)
+
+    def scores(y_ne: torch.Tensor) -> dict[str, float]:
+        features = Features(train_x_nd=of_class_nd, train_y_ne=y_ne, test_x_nd=of_class_nd, test_y_ne=y_ne)
+        return of_classes([features], labels_n, labels_n)
+
+    assert scores(of_class_nd) == pytest.approx({"mapped": 1.0, "same": 1.0, "chance": 0.1})
+    assert float(recall(of_class_nd, of_class_nd, 10).mean()) == 0.0
+    turned = scores(of_class_nd.roll(1, dims=1))
+    assert turned == pytest.approx({"mapped": 1.0, "same": 0.0, "chance": 0.1})
+    assert scores(noise_nd)["same"] == pytest.approx(0.1, abs=0.05)
 
 
 def test_the_last_losses_are_those_of_a_step_not_of_what_was_recorded_after_it() -> None:
