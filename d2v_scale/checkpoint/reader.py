@@ -90,14 +90,17 @@ class Checkpoint:
         wanted = (cut.dim, cut.count) if cut else (None, 1)
         if wanted == (entry.dim, entry.slices):
             return self._gather(kind, name, entry, cut.index if cut else 0, start, numel)
-        full = self.tensor(kind, name)
+        return self._range_of(self.tensor(kind, name), cut, start, numel)
+
+    @staticmethod
+    def _range_of(full: Tensor, cut: TensorSlice | None, start: int, numel: int) -> Tensor:
         if cut:
             full = full.chunk(cut.count, dim=cut.dim)[cut.index]
         return full.reshape(-1).narrow(0, start, numel)
 
     def check_names(self, kind: str, expected: dict[str, tuple[int, ...]]) -> None:
         """Raises CheckpointError, naming every difference, unless `kind` has exactly these tensors (global shapes)."""
-        found = {name: entry.shape for name, entry in self.manifest.tensors.get(kind, {}).items()}
+        found = {name: self.shape(kind, name) for name in self.names(kind)}
         missing = sorted(expected.keys() - found.keys())
         unexpected = sorted(found.keys() - expected.keys())
         shapes = [f"{n} is {found[n]}, not {expected[n]}" for n in expected if n in found and found[n] != expected[n]]

@@ -18,6 +18,7 @@ from d2v_scale.model.teacher_parts import TeacherParts
 
 if TYPE_CHECKING:
     from d2v_scale.data2vec.targets import Place
+    from d2v_scale.model.position_tables import PositionTable
 
 __all__ = [
     "KINDS",
@@ -25,6 +26,7 @@ __all__ = [
     "Modality",
     "class_of",
     "of",
+    "position_tables",
     "published_parts",
     "stems",
     "target_place",
@@ -56,6 +58,15 @@ def of(model: ModelConfig, name: str) -> Modality:
 def stems(model: ModelConfig) -> list[Modality]:
     """All stems of a model, in a fixed order."""
     return [of(model, name) for name in model.modalities]
+
+
+def position_tables(model: ModelConfig) -> "dict[str, PositionTable]":
+    """Tables of positions of all stems, by the parameter's name in the model."""
+    return {
+        f"stems.{stem.name}.{parameter}": table
+        for stem in stems(model)
+        for parameter, table in stem.position_tables.items()
+    }
 
 
 def target_place(model: ModelConfig, name: str) -> "Place":

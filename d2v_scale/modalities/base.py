@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from d2v_scale.data.items import Lengths as SampleLengths
     from d2v_scale.data2vec.masking import Masks
     from d2v_scale.model.layers import Section
+    from d2v_scale.model.position_tables import PositionTable
     from d2v_scale.model.stem import Stem
     from d2v_scale.plots.drawing import Drawing
     from d2v_scale.shards.rows import Decoder
@@ -137,6 +138,11 @@ class Modality(ABC):
     def fixed_grid(self) -> tuple[int, ...] | None:
         """The grid of every sample; None where it depends on the sample."""
         return None
+
+    @property
+    def position_tables(self) -> "dict[str, PositionTable]":
+        """By parameter of the stem, those that have a row for each place of its grid; none as it stands."""
+        return {}
 
     @property
     def has_bias(self) -> bool:

@@ -10,12 +10,15 @@ from torch import Tensor, nn
 
 from d2v_scale.batch import Batch
 from d2v_scale.checkpoint import Checkpoint, find_newest_valid, open_any
+from d2v_scale.checkpoint.other_grid import OtherGrid
 from d2v_scale.checkpoint.training import pieces, restore, restore_weights, state
 from d2v_scale.checkpoint.writer import CheckpointWriter
 from d2v_scale.command_line import Options
 from d2v_scale.conversion import demo
 from d2v_scale.data.loader import StepLoader
 from d2v_scale.evaluation.of_stems import Evaluation
+from d2v_scale.interop.encoder_source import recipe_of
+from d2v_scale.modalities import position_tables
 from d2v_scale.networks.draw import Draw
 from d2v_scale.optim import scheduled, set_rates
 from d2v_scale.parallel.groups import Topology
@@ -182,7 +185,7 @@ def load(run: Run) -> None:
     """Continue from the newest valid checkpoint of the run directory, or start from `--init_from`. Collective."""
     checkpoint, _ = find_newest_valid(run.directory / "checkpoints", together=True)
     if checkpoint is not None:
-        restore(checkpoint, run.student, run.teacher)
+        restore(_on_grid(checkpoint, run.recipe), run.student, run.teacher)
         run.step = run.saved = checkpoint.step
         run.seen_samples.fill_(checkpoint.extra["samples"])
         run.loader.load_state_dict(checkpoint.extra["data"])
@@ -191,5 +194,20 @@ def load(run: Run) -> None:
         log.info("Continuing at step %d from %s", run.step, checkpoint.path)
     elif run.options.init_from is not None:
         source: Checkpoint = open_any(run.options.init_from, together=True)
-        restore_weights(source, run.student, run.teacher, reset_teacher=run.options.reset_teacher)
+        restore_weights(_on_grid(source, run.recipe), run.student, run.teacher, reset_teacher=run.options.reset_teacher)
         log.info("Starting from the weights of %s", source.path)
+
+
+def _on_grid(checkpoint: Checkpoint, recipe: Recipe) -> Checkpoint:
+    """The checkpoint as the recipe's model takes it: position tables of another resolution are laid over its own."""
+    if not isinstance(checkpoint.extra.get("recipe"), dict):
+        return checkpoint
+    was, wanted = position_tables(recipe_of(checkpoint).model), position_tables(recipe.model)
+    differ = {
+        name: (was[name], table)
+        for name, table in wanted.items()
+        if name in was and was[name] != table and len(was[name].grid) == len(table.grid)
+    }
+    for name, (old, new) in differ.items():
+        log.info("%s: %s positions become %s", name, "x".join(map(str, old.grid)), "x".join(map(str, new.grid)))
+    return OtherGrid(checkpoint, differ) if differ else checkpoint

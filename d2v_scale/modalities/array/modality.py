@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from d2v_scale.modalities.array.drawing import ArrayDrawing
     from d2v_scale.modalities.array.stem import PatchedArrays
     from d2v_scale.model.layers import Section
+    from d2v_scale.model.position_tables import PositionTable
 
 
 class Array(PatchModality):
@@ -102,6 +103,13 @@ class Array(PatchModality):
         from d2v_scale.modalities.array.stem import PatchedArrays
 
         return PatchedArrays(self.model, exists, section)
+
+    @property
+    def position_tables(self) -> "dict[str, PositionTable]":
+        """Learned positions, of patches."""
+        from d2v_scale.model.position_tables import PositionTable
+
+        return {"context.positions": PositionTable(self.fixed_grid)} if self.stem.positions == "learned" else {}
 
     def context_weights(self) -> float:
         """Learned positions."""

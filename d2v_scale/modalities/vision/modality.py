@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from d2v_scale.modalities.vision.drawing import ImageDrawing
     from d2v_scale.modalities.vision.stem import PatchStem
     from d2v_scale.model.layers import Section
+    from d2v_scale.model.position_tables import PositionTable
 
 
 class Vision(PatchModality):
@@ -75,6 +76,13 @@ class Vision(PatchModality):
         side = self.stem.patch_size
         grid = batch.inputs.float().view(images, channels, height // side, side, width // side, side)
         return grid.permute(0, 2, 4, 3, 5, 1).reshape(images, -1, self.input_width)
+
+    @property
+    def position_tables(self) -> "dict[str, PositionTable]":
+        """The relative positions of 1.0; sine-cosine ones are computed."""
+        from d2v_scale.model.position_tables import PositionTable
+
+        return {"bias.table": PositionTable(self.fixed_grid, offsets=True)} if self.has_bias else {}
 
     @property
     def has_bias(self) -> bool:
