@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from d2v_scale.errors import ConfigError
+from d2v_scale.spikes import SpikeConfig
 
 if TYPE_CHECKING:
     import torch
@@ -72,6 +73,8 @@ class OptimConfig:
     lr_scale: dict[str, float] | None = None
     """Factor on the learning rate of a stem's own parameters (its layers and its predictor), by the name of the stem:
     `{vision: 0.5}`. null, and stems that are not named: 1."""
+    spikes: SpikeConfig = field(default_factory=SpikeConfig)
+    """Steps whose gradient is far larger than those before."""
 
     def check(self) -> None:
         """Raises ConfigError for values that contradict each other."""
@@ -97,6 +100,7 @@ class OptimConfig:
                 "Give two shares of the peak; the last one above 0, as an exponential decay never reaches 0.",
             )
         self._check_decay()
+        self.spikes.check()
         if self.muon is not None:
             self.muon.check()
         if self.clip < 0:

@@ -54,6 +54,21 @@ class SourceConfig:
 
 
 @dataclass(kw_only=True)
+class LeaveOut:
+    """A range of a source's planned order that no step reads, as a rewind names it in spikes.jsonl.
+
+    Both ends are positions: epoch, window, items of the window (batches, where they are bucketed by length).
+    """
+
+    source: str = ""
+    """Name of the source."""
+    begin: list[int] = field(default_factory=lambda: [0, 0, 0])
+    """The first position that is left out."""
+    end: list[int] = field(default_factory=lambda: [0, 0, 0])
+    """The first one that is read again."""
+
+
+@dataclass(kw_only=True)
 class VisionData:
     """Images to inputs of one size. Defaults: the 1.0 and 2.0 ImageNet recipes without colour jitter."""
 
@@ -129,6 +144,8 @@ class DataConfig:
     """Size of that cache, GiB; the shards used longest ago go first."""
     max_bad_ratio: float = 0.01
     """Share of unreadable samples above which the run ends."""
+    leave_out: list[LeaveOut] = field(default_factory=list)
+    """Ranges of the planned order that no step reads."""
     vision: VisionData = field(default_factory=VisionData)
     speech: SpeechData = field(default_factory=SpeechData)
     text: TextData = field(default_factory=TextData)
@@ -226,6 +243,11 @@ class DataConfig:
             key = f"data.sources.{repeated.index(False)}.repeat"
             raise ConfigError(key, "is not set, but another source's is", "Give all sources one, or none.")
         self.check_mixing()
+        for k, left in enumerate(self.leave_out):
+            if not len(left.begin) == len(left.end) == 3 or left.begin >= left.end:
+                shown = f"is from {left.begin} to {left.end}"
+                remedy = "Give two positions, as [EPOCH, WINDOW, ITEMS], the later one as end."
+                raise ConfigError(f"data.leave_out.{k}", shown, remedy)
         names = self.source_names()
         if len(set(names)) < len(names):
             raise ConfigError("data.sources", f"have the same name twice: {', '.join(names)}")

@@ -14,10 +14,11 @@ from torch.utils.data import DataLoader, Dataset
 from d2v_scale import modalities
 from d2v_scale.batch import Batch
 from d2v_scale.data.collate import Collator, read_rows
-from d2v_scale.data.config import DataConfig
+from d2v_scale.data.config import DataConfig, LeaveOut
 from d2v_scale.data.counters import Counters, SourceCount, Tally
 from d2v_scale.data.cropping import warn_of_cropping
 from d2v_scale.data.labels import Labels
+from d2v_scale.data.leaving_out import LeavingOut
 from d2v_scale.data.paired import PairedCollator
 from d2v_scale.data.source import Source, mixing_weights, open_source
 from d2v_scale.data.streaming import StreamedSource
@@ -185,6 +186,7 @@ class StepLoader:
                 collators.append(Collator(source.modality, decoder, model, own_masks, compat, seed, self.labels))
         self._dataset = _StepDataset(self.sources, decoders, collators, seed)
         self._step = 0
+        self.leaving_out = LeavingOut([source.name for source in self.sources], data.leave_out)
         self._cursors = [Cursor() for _ in self.sources]
         self._counters = self._make_counters(dp_size)
         self._pending: deque[tuple[int, list[Cursor], list[PlannedBatch]]] = deque()
@@ -264,6 +266,7 @@ class StepLoader:
                 )
         self._cursors = [Cursor(saved[name]["epoch"], saved[name]["window"], saved[name]["offset"]) for name in names]
         self._step = state["step"]
+        self.leaving_out.forget()
         self._steps = None
         self._pending.clear()
 
@@ -288,8 +291,13 @@ class StepLoader:
             own = slice(place, None, len(read))
             faults = [fault for of_one in decoded.faults[own] for fault in of_one]
             self._counters.count(planned, decoded.tallies[own], faults, cursors)
+        self.leaving_out.note(self._cursors)
         self._step, self._cursors = step + 1, cursors
         return decoded.batches
+
+    def read_lately(self, steps: int) -> list[LeaveOut]:
+        """What the latest steps have read, at most so many, and none from before the last `load_state_dict`."""
+        return self.leaving_out.latest(steps, self._cursors)
 
     def counters(self) -> dict[str, float]:
         """Totals of this rank since the start: see `Counters.values`."""
@@ -337,7 +345,7 @@ class StepLoader:
         while True:
             read: list[PlannedBatch] = []
             for source in range(len(self.sources)) if together else [self._mixture.source_of(step)]:
-                planned, cursors[source] = self._plans[source].next_batch(cursors[source])
+                planned, cursors[source] = self.leaving_out.next_batch(self._plans[source], source, cursors[source])
                 read.append(planned)
             # The sources take turns, in the same order on all ranks: at any time these run the same layers.
             parts = range(self._first_share, self._first_share + self._rounds)

@@ -76,6 +76,10 @@ class TaskRun:
         if self.saved < 0:
             self.save()
 
+    def reload(self) -> None:
+        """Go back to the newest checkpoint. Collective."""
+        load(self, None)
+
     def take_step(self, micro_batches: list[Batch], *, logged: bool) -> Taken[TaskObservations]:
         """Encoder and head on one step's micro-batches. Collective."""
         del logged
@@ -177,6 +181,7 @@ def build(
             topology,
             begin,
         )
+    student.watch_spikes(recipe.optim.spikes)
     writer = CheckpointWriter.create(directory / "checkpoints", recipe.checkpoint)
     tracker = RunTracker(directory, recipe.tracking, is_main=topology.rank == 0)
     with doing("reading the held-out samples"):
@@ -201,4 +206,6 @@ def load(run: TaskRun, encoder: EncoderSource | None) -> None:
     run.recorded_samples = run.samples
     run.loader.load_state_dict(checkpoint.extra["data"])
     run.totals.load_state_dict(checkpoint.extra.get("totals"), checkpoint.extra["data"])
+    if run.student.spikes is not None:
+        run.student.spikes.rule.load_state_dict(checkpoint.extra.get("spikes"))
     log.info("Continuing at step %d from %s", run.step, checkpoint.path)

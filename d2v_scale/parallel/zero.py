@@ -17,9 +17,11 @@ from d2v_scale.parallel.groups import Topology
 from d2v_scale.parallel.layout_check import check_layout
 from d2v_scale.parallel.objective import Objective
 from d2v_scale.parallel.shards import MOMENTS, Shard, global_shapes, student_shards
+from d2v_scale.parallel.spike_watch import SpikeWatch
 from d2v_scale.parallel.whole_matrices import WholeMatrices, bind
 from d2v_scale.process import faults
 from d2v_scale.process.profiling import part
+from d2v_scale.spikes import Spike, SpikeConfig
 
 NamedParameters = list[tuple[str, nn.Parameter]]
 
@@ -29,13 +31,15 @@ class StepResult:
     """What became of one optimizer step. The same on every rank."""
 
     applied: bool
-    """False: the loss or a gradient was not finite somewhere, and no rank changed anything."""
+    """False: the loss or a gradient was not finite somewhere, or a spike, and no rank changed anything."""
     norm: Tensor | float
     """`grad_norm` where DeepSpeed keeps it: on the device."""
+    spike: Spike | None = None
+    """Why the step was not applied, where it is that (`optim.spikes`)."""
 
     @property
     def grad_norm(self) -> float:
-        """Global gradient norm before clipping; inf when not applied. Waits for the device."""
+        """Global gradient norm before clipping; inf when it was not finite. Waits for the device."""
         return float(self.norm)
 
 
@@ -67,6 +71,8 @@ class StudentEngine:
         """By pipeline stage: the share of the last measured step's passes that it waited for others; [] without."""
         self.matrices: WholeMatrices | None = None
         """What `whole_matrices.bind` sets where Muon steps some of the masters."""
+        self.spikes: SpikeWatch | None = None
+        """Set by `watch_spikes`."""
         self._micro_batches = 0
         self._absent = absent_gradients(engine.optimizer, self.stage)
 
@@ -137,6 +143,11 @@ class StudentEngine:
         self.engine.step()
         return self._verdict()
 
+    def watch_spikes(self, config: SpikeConfig) -> None:
+        """Apply no step that is a spike from now on, where the configuration says that they are looked for."""
+        if config.on_spike is not None:
+            self.spikes = SpikeWatch(config, self.engine.optimizer, self.stage)
+
     def _verdict(self) -> StepResult:
         """What became of the step that DeepSpeed has just taken."""
         applied = bool(self.engine.was_step_applied())
@@ -147,7 +158,8 @@ class StudentEngine:
             self.skipped_updates += 1
             self.skipped_in_a_row += 1
             self._forget_gradients()
-        return StepResult(applied, self.engine.get_global_grad_norm())
+        spike = None if self.spikes is None else self.spikes.take()
+        return StepResult(applied, self.engine.get_global_grad_norm() if spike is None else spike.norm, spike)
 
     def _forget_gradients(self) -> None:
         """Drop what a skipped step has accumulated.

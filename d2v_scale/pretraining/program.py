@@ -74,6 +74,11 @@ class Run:
         """Rates count from here."""
         self.observer.start(self.samples)
 
+    def reload(self) -> None:
+        """Go back to the newest checkpoint. Collective."""
+        self.teacher.wait()
+        load(self)
+
     def take_step(self, micro_batches: list[Batch], *, logged: bool) -> Taken[Observations]:
         """Student and teacher on one step's micro-batches; the run's first batch is drawn, too. Collective."""
         self.observer.before(micro_batches, logged)
@@ -158,6 +163,7 @@ def build(recipe: Recipe, options: Options, config: dict[str, Any], topology: To
         )
     with doing("building student and teacher"):
         student, teacher = build_engines(recipe, config, topology)
+        student.watch_spikes(recipe.optim.spikes)
     writer = CheckpointWriter.create(directory / "checkpoints", recipe.checkpoint)
     tracker = RunTracker(directory, recipe.tracking, is_main=topology.rank == 0)
     with doing("reading the samples that are measured on"):
@@ -191,6 +197,8 @@ def load(run: Run) -> None:
         run.loader.load_state_dict(checkpoint.extra["data"])
         run.observer.load_state_dict(checkpoint.extra.get("totals"), checkpoint.extra["data"])
         run.observer.load_health(checkpoint.extra.get("health"))
+        if run.student.spikes is not None:
+            run.student.spikes.rule.load_state_dict(checkpoint.extra.get("spikes"))
         log.info("Continuing at step %d from %s", run.step, checkpoint.path)
     elif run.options.init_from is not None:
         source: Checkpoint = open_any(run.options.init_from, together=True)

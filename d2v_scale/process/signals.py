@@ -26,7 +26,7 @@ from enum import IntEnum
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from d2v_scale.errors import EXIT_COLLAPSE, EXIT_DATA_STARVED, EXIT_NON_FINITE, EXIT_REQUEUE, LostPeer
+from d2v_scale.errors import EXIT_COLLAPSE, EXIT_DATA_STARVED, EXIT_NON_FINITE, EXIT_REQUEUE, EXIT_SPIKE, LostPeer
 
 if TYPE_CHECKING:
     import torch
@@ -59,6 +59,7 @@ class StopReason(IntEnum):
     DATA_STARVED = 6
     COLLAPSE = 7
     NON_FINITE = 8
+    SPIKE = 9
 
     @property
     def exit_code(self) -> int:
@@ -67,6 +68,7 @@ class StopReason(IntEnum):
             StopReason.DATA_STARVED: EXIT_DATA_STARVED,
             StopReason.COLLAPSE: EXIT_COLLAPSE,
             StopReason.NON_FINITE: EXIT_NON_FINITE,
+            StopReason.SPIKE: EXIT_SPIKE,
         }
         return verdicts.get(self, EXIT_REQUEUE)
 
@@ -82,6 +84,7 @@ class StopReason(IntEnum):
             StopReason.DATA_STARVED: "data starvation",
             StopReason.COLLAPSE: "collapse",
             StopReason.NON_FINITE: "non-finite loss or gradient",
+            StopReason.SPIKE: "a spike of the gradient",
         }[self]
 
 

@@ -19,12 +19,13 @@ from d2v_scale.errors import (
     EXIT_LOST_PEER,
     EXIT_NON_FINITE,
     EXIT_REQUEUE,
+    EXIT_SPIKE,
 )
 from d2v_scale.process.signals import StopReason
 from d2v_scale.process.status import ATTEMPTS_FILE, Status, read_status
 from d2v_scale.run_files.committed import committed_steps
 
-_FINAL = (EXIT_BAD_INPUT, EXIT_NON_FINITE, EXIT_COLLAPSE)
+_FINAL = (EXIT_BAD_INPUT, EXIT_NON_FINITE, EXIT_COLLAPSE, EXIT_SPIKE)
 """Another attempt would end the same way: it runs the same code on the same data from the same seed."""
 
 _ASKED_TO_STOP = tuple(reason.text for reason in StopReason if reason.exit_code == EXIT_REQUEUE)

@@ -23,6 +23,7 @@ from d2v_scale.process.signals import Agreement, Stop, StopFlag, StopReason
 from d2v_scale.process.watchdog import Watchdog
 from d2v_scale.recipe import Recipe
 from d2v_scale.run_files.committed import directory_name
+from d2v_scale.running.spikes import respond
 from d2v_scale.tracking import RunTracker, SpeedMeter
 
 log = logging.getLogger("d2v_scale.train")
@@ -71,6 +72,9 @@ class AnyRun(Protocol[Seen]):
     def begin(self) -> None:
         """Get ready for the first step of this process. Collective."""
 
+    def reload(self) -> None:
+        """Go back to the newest checkpoint. Collective."""
+
     def take_step(self, micro_batches: list[Batch], *, logged: bool) -> Taken[Seen]:
         """Train on one step's micro-batches. `logged`: it will be recorded. Collective."""
 
@@ -114,6 +118,10 @@ def train(run: AnyRun[Seen], stop_flag: StopFlag, agreement: Agreement, watchdog
         profiler.end(run.step)
         run.meter.step()
         judge(run, taken.result, stop_flag)
+        if taken.result.spike is not None:
+            with watchdog.allow(recipe.checkpoint.peer_timeout, "answering a spike"):
+                if respond(run, taken.result.spike, stop_flag):
+                    continue
         if logged:
             for reason, why in run.record(taken):
                 stop_flag.up(reason, why)
@@ -155,9 +163,11 @@ def last_step(run: AnyRun[Seen]) -> int:
 def judge(run: AnyRun[Seen], result: StepResult, stop_flag: StopFlag) -> None:
     """Say that a step was skipped; stop the run when too many were in a row, or when too many samples are lost."""
     if not result.applied:
-        log.warning("Step %d was skipped: a loss or gradient was not finite", run.step)
-        if run.student.skipped_in_a_row >= run.recipe.max_skipped_in_a_row:
-            stop_flag.up(StopReason.NON_FINITE, f"{run.student.skipped_in_a_row} steps were skipped in a row")
+        if result.spike is None:
+            log.warning("Step %d was skipped: a loss or gradient was not finite", run.step)
+        if (skipped := run.student.skipped_in_a_row) >= run.recipe.max_skipped_in_a_row:
+            reason = StopReason.NON_FINITE if result.spike is None else StopReason.SPIKE
+            stop_flag.up(reason, f"{skipped} steps were skipped in a row")
     alarm = run.loader.alarm()
     if alarm is not None:
         log.error("%s", alarm)

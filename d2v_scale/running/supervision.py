@@ -16,6 +16,7 @@ from d2v_scale.process.watchdog import Watchdog
 from d2v_scale.recipe import to_dict
 from d2v_scale.redaction import redact
 from d2v_scale.run_files.run_start import DS_CONFIG_FILE, RECIPE_FILE
+from d2v_scale.running import spikes
 from d2v_scale.running.closing import closing, described, happened, next_commands, results
 from d2v_scale.running.header import header
 from d2v_scale.running.inputs import inputs
@@ -31,6 +32,7 @@ log = logging.getLogger("d2v_scale.train")
 def supervise(run: AnyRun[Any], stop_flag: StopFlag) -> int:
     """Train under the watchdog, save, write status.json and close the record; returns the exit code. Collective."""
     recipe, topology = run.recipe, run.topology
+    spikes.prepare(run)
     head = header(run)
     for line in head:
         log.info("%s", line)
@@ -142,4 +144,5 @@ def facts(run: AnyRun[Any]) -> dict[str, Any]:
         "tokenizer_sha256": run.loader.tokenizer_sha256(),
         "mlflow_run_id": run.tracker.run_id(),
         "version": __version__,
+        "spikes": None if run.student.spikes is None else run.student.spikes.rule.state_dict(),
     }

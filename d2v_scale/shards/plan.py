@@ -20,7 +20,7 @@ _LENGTH_BUCKET = 1.05
 _WINDOWS_KEPT = 3
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, order=True)
 class Cursor:
     """Where a source continues."""
 

@@ -9,6 +9,9 @@ from d2v_scale.files import append_line
 from d2v_scale.redaction import redact_values
 from d2v_scale.tracking.mirror_state import EVENTS_FILE
 
+SPIKES_FILE = "spikes.jsonl"
+"""Beside it: the spikes of the run, and what was done about them (`running.spikes`)."""
+
 
 def append_event(run_dir: Path, event: str, **content: Any) -> None:
     """One line in mlflow_events.jsonl: something other than a metric that MLflow is to know of the run."""

@@ -11,6 +11,7 @@ from typing import Any
 from d2v_scale.data2vec.config import HealthConfig
 from d2v_scale.process.status import Status, read_status
 from d2v_scale.redaction import redact_values
+from d2v_scale.tracking.events import SPIKES_FILE
 from d2v_scale.tracking.mirror_state import EVENTS_FILE
 from d2v_scale.tracking.record import METRICS_FILE, SUPERSEDED_FILE, parse_lines, read_records
 from d2v_scale.tracking.tracker import flatten
@@ -134,6 +135,12 @@ def _incidents(
     for line in _lines(run_dir / "recipe_changes.jsonl"):
         changes = ", ".join(f"{key}: {change['from']} to {change['to']}" for key, change in line["changed"].items())
         yield Incident(time=line["time"], step=None, what=f"recipe changed: {changes}")
+    for line in _lines(run_dir / SPIKES_FILE):
+        norm, answer = f"gradient norm {line['norm']:.3g}, above {line['limit']:.3g}", line["answer"]
+        done = (
+            f"went back to step {line['rewound_to']}" if answer == "rewind" else {"skip": "skipped"}.get(answer, "end")
+        )
+        yield Incident(time=line["time"], step=line["step"], what=f"spike: {norm}; {done}")
     yield from _value_incidents(records)
     if status is not None and status.outcome == "failed":
         yield Incident(time=status.time, step=status.step, what=f"failed: {status.reason}")

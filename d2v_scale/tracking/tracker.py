@@ -122,6 +122,14 @@ class RunTracker:
         if self.timeline is not None:
             self.timeline.at(step, seconds)
 
+    def rewound(self, step: int, seconds: Mapping[str, float]) -> None:
+        """The run goes on after an earlier step: records of later ones move to logs/metrics_superseded.jsonl."""
+        if self._log is None or self.timeline is None:
+            return
+        self._log.close()
+        self._log = MetricsLog(self.run_dir, step)
+        self.timeline.rewound(step, seconds)
+
     def message(self, text: str) -> None:
         """Say something at the terminal (main rank only)."""
         if self._terminal is not None:

@@ -57,7 +57,7 @@ class CountingRun:
         assert micro_batches == []
         self.asked.append(f"step {self.step}{' logged' if logged else ''}")
         self.student.skipped_in_a_row += not self.applied
-        return SimpleNamespace(result=SimpleNamespace(applied=self.applied))
+        return SimpleNamespace(result=SimpleNamespace(applied=self.applied, spike=None))
 
     def record(self, taken: Any) -> list[tuple[StopReason, str]]:
         assert taken.result.applied == self.applied

@@ -24,7 +24,7 @@ def run_with(directory: Path, *, alarm: str | None = None, skipped: int = 0) -> 
 
 def test_a_starved_run_says_which_shard_starved_it(tmp_path: Path, caplog) -> None:
     flag = StopFlag()
-    judge(run_with(tmp_path, alarm="5 of 9 samples, most in b.tar"), SimpleNamespace(applied=True), flag)  # type: ignore[arg-type]
+    judge(run_with(tmp_path, alarm="5 of 9 samples, most in b.tar"), SimpleNamespace(applied=True, spike=None), flag)  # type: ignore[arg-type]
     assert flag.raised() == StopReason.DATA_STARVED
     assert flag.detail == "5 of 9 samples, most in b.tar"
     assert "most in b.tar" in caplog.text
@@ -32,9 +32,9 @@ def test_a_starved_run_says_which_shard_starved_it(tmp_path: Path, caplog) -> No
 
 def test_skipped_steps_stop_a_run_when_there_are_too_many_in_a_row(tmp_path: Path) -> None:
     flag = StopFlag()
-    judge(run_with(tmp_path, skipped=2), SimpleNamespace(applied=False), flag)  # type: ignore[arg-type]
+    judge(run_with(tmp_path, skipped=2), SimpleNamespace(applied=False, spike=None), flag)  # type: ignore[arg-type]
     assert flag.raised() is None
-    judge(run_with(tmp_path, skipped=3), SimpleNamespace(applied=False), flag)  # type: ignore[arg-type]
+    judge(run_with(tmp_path, skipped=3), SimpleNamespace(applied=False, spike=None), flag)  # type: ignore[arg-type]
     assert (flag.raised(), flag.detail) == (StopReason.NON_FINITE, "3 steps were skipped in a row")
 
 

@@ -1,0 +1,51 @@
+"""A rule for spikes inside DeepSpeed's optimizer step: asked with the norm that all ranks have reduced already.
+
+No collective is added, and no wait but for that one number, which DeepSpeed reads itself right after. A spike is told
+to DeepSpeed as a norm that is not finite: it then changes nothing on any rank.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from d2v_scale.spikes import Spike, SpikeConfig, SpikeRule
+
+
+class SpikeWatch:
+    """Judges the global gradient norm of every step of one engine."""
+
+    def __init__(self, config: SpikeConfig, zero: Any, stage: int) -> None:
+        """`zero`: DeepSpeed's optimizer at this ZeRO stage."""
+        self.rule = SpikeRule(config)
+        self._spike: Spike | None = None
+        self._zero = zero
+        if stage < 3:
+            self._whole = zero.scaled_global_norm
+            zero.scaled_global_norm = self._judged_norm
+        else:
+            self._groups = zero._get_norm_groups
+            zero._get_norm_groups = self._judged_groups
+
+    def take(self) -> Spike | None:
+        """The spike that the step just taken is; None: it is none."""
+        spike, self._spike = self._spike, None
+        return spike
+
+    def _judged_norm(self, *arguments: Any, **options: Any) -> Any:
+        norm = self._whole(*arguments, **options)
+        return torch.full_like(torch.as_tensor(norm), float("nan")) if self._is_spike(norm) else norm
+
+    def _judged_groups(self) -> list[Tensor]:
+        from deepspeed.runtime.zero.stage3 import combine_grad_norm_groups
+
+        groups: list[Tensor] = self._groups()
+        if self._is_spike(combine_grad_norm_groups(groups)):
+            return [torch.full_like(torch.as_tensor(one), float("nan")) for one in groups]
+        return groups
+
+    def _is_spike(self, scaled: Any) -> bool:
+        norm = float(scaled) / float(self._zero.loss_scale)
+        # DeepSpeed says -1 where something was not finite.
+        self._spike = self.rule.judge(norm) if norm >= 0 else None
+        return self._spike is not None

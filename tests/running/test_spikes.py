@@ -1,0 +1,117 @@
+"""What is done about a spike, and how much of it before the run ends."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from d2v_scale.data.config import LeaveOut
+from d2v_scale.data.leaving_out import LeavingOut
+from d2v_scale.data.streaming import StreamedSource
+from d2v_scale.errors import ConfigError
+from d2v_scale.process.signals import StopFlag, StopReason
+from d2v_scale.running.loop import judge
+from d2v_scale.running.spikes import SPIKES_FILE, prepare, respond
+from d2v_scale.spikes import Spike, SpikeConfig
+from d2v_scale.tracking.summary import _incidents
+
+SPIKE = Spike(9.0, 2.0, 1.0, 50)
+
+
+def make_run(directory: Path, *, saved: int = 10, step: int = 14, committed: bool = True, **settings: Any) -> Any:
+    """A run whose steps read 8 items each."""
+    loader = SimpleNamespace(
+        sources=[],
+        leaving_out=LeavingOut(["s"], []),
+        read_lately=lambda steps: [LeaveOut(source="s", begin=[0, 0, 8 * (14 - steps)], end=[0, 0, 8 * 14])],
+        take_counts=dict,
+        state_dict=lambda: {"sources": {"s": {"epoch": 0, "window": 0, "offset": 8 * saved}}},
+        alarm=lambda: None,
+    )
+    run = SimpleNamespace(
+        directory=directory,
+        step=step,
+        saved=saved,
+        topology=SimpleNamespace(rank=0, world_size=1),
+        recipe=SimpleNamespace(optim=SimpleNamespace(spikes=SpikeConfig(**settings)), max_skipped_in_a_row=3),
+        student=SimpleNamespace(skipped_in_a_row=1),
+        writer=SimpleNamespace(finish=lambda: committed),
+        tracker=SimpleNamespace(artifact=lambda path: None, rewound=lambda step, spent: None),
+        meter=SimpleNamespace(spent={}, restart=lambda: None),
+        loader=loader,
+        begin=lambda: None,
+    )
+    run.reload = lambda: setattr(run, "step", saved)
+    return run
+
+
+def lines(directory: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (directory / SPIKES_FILE).read_text().splitlines()]
+
+
+def test_a_rewind_goes_back_and_names_what_it_leaves_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run = make_run(tmp_path, on_spike="rewind", leave_out=2)
+    assert respond(run, SPIKE, StopFlag())
+    assert run.step == 10
+    [line] = lines(tmp_path)
+    assert line["left_out"] == [{"source": "s", "begin": [0, 0, 96], "end": [0, 0, 112]}]
+    assert (line["step"], line["rewound_to"], line["norm"], line["limit"]) == (14, 10, 9.0, 2.0)
+    assert "goes back to step 10, without the samples from [0, 0, 96] to [0, 0, 112] of s" in caplog.text
+    [said] = [one for one in _incidents(tmp_path, [], [], None)]
+    assert (said.step, said.what) == (14, "spike: gradient norm 9, above 2; went back to step 10")
+    # Another process of the run leaves them out, too.
+    again = make_run(tmp_path, on_spike="rewind")
+    prepare(again)
+    assert again.loader.leaving_out._ranges == run.loader.leaving_out._ranges != [[]]
+
+
+def test_what_lies_before_the_checkpoint_is_kept(tmp_path: Path) -> None:
+    assert respond(make_run(tmp_path, on_spike="rewind", leave_out=9), SPIKE, StopFlag())
+    assert lines(tmp_path)[0]["left_out"] == [{"source": "s", "begin": [0, 0, 80], "end": [0, 0, 112]}]
+
+
+@pytest.mark.parametrize("state", [{"saved": -1}, {"committed": False}])
+def test_without_a_checkpoint_a_rewind_skips(
+    state: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert not respond(make_run(tmp_path, on_spike="rewind", **state), SPIKE, StopFlag())
+    assert lines(tmp_path)[0]["answer"] == "skip"
+    assert "no checkpoint" in caplog.text
+
+
+def test_a_run_that_is_to_stop_stops(tmp_path: Path) -> None:
+    flag = StopFlag()
+    assert not respond(make_run(tmp_path, on_spike="stop"), SPIKE, flag)
+    assert flag.raised() is StopReason.SPIKE
+    assert "step 14 is a spike: its gradient norm is 9, above 2" in flag.detail
+    assert StopReason.SPIKE.exit_code == 15
+
+
+def test_a_rule_that_finds_spikes_everywhere_ends_the_run_and_is_named(tmp_path: Path) -> None:
+    flag = StopFlag()
+    for step in (14, 15, 15, 16):  # 15 was done again after a fault: the same spike
+        respond(make_run(tmp_path, step=step, on_spike="skip", most=3), SPIKE, flag)
+    assert flag.raised() is None
+    respond(make_run(tmp_path, step=2000, on_spike="skip", most=3), SPIKE, flag)
+    assert flag.raised() is None, "those are long past"
+    respond(make_run(tmp_path, step=17, on_spike="skip", most=3), SPIKE, flag)
+    assert flag.raised() is StopReason.SPIKE
+    assert "3 of the last 1000 steps were spikes (optim.spikes.most)" in flag.detail
+
+
+def test_spikes_in_a_row_end_the_run_as_such(tmp_path: Path) -> None:
+    run, flag = make_run(tmp_path, on_spike="skip"), StopFlag()
+    run.student.skipped_in_a_row = 3
+    judge(run, SimpleNamespace(applied=False, spike=SPIKE), flag)  # type: ignore[arg-type]
+    assert (flag.raised(), flag.detail) == (StopReason.SPIKE, "3 steps were skipped in a row")
+
+
+def test_streams_have_no_ranges_to_leave_out(tmp_path: Path) -> None:
+    run = make_run(tmp_path, on_spike="rewind")
+    source = StreamedSource.__new__(StreamedSource)
+    source.name = "s"
+    run.loader.sources = [source]
+    with pytest.raises(ConfigError, match="has no index"):
+        prepare(run)
