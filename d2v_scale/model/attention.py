@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from d2v_scale.model import attention_kernels, cpu_attention
 from d2v_scale.model.config import Backbone
 from d2v_scale.model.init import ZEROS, InitRule
+from d2v_scale.model.learned_bias import LearnedBias
 from d2v_scale.model.parallel_linear import (
     column_linear,
     local_share,
@@ -31,7 +32,7 @@ class SelfAttention(nn.Module):
             self.q_bias = split_parameter(config.width, ZEROS)
             self.v_bias = split_parameter(config.width, ZEROS)
 
-    def forward(self, x_rsd: Tensor, attention_bias: Tensor | None) -> Tensor:
+    def forward(self, x_rsd: Tensor, attention_bias: Tensor | LearnedBias | None) -> Tensor:
         """(R, S, D) to (R, S, D). `attention_bias`: see `Carry.attention_bias`."""
         rows, length, _ = x_rsd.shape
         qkv, _ = self.qkv(x_rsd)
@@ -39,6 +40,8 @@ class SelfAttention(nn.Module):
         if self.split_bias:
             q = q + self.q_bias.view(self.heads, 1, self.head_dim)
             v = v + self.v_bias.view(self.heads, 1, self.head_dim)
+        if isinstance(attention_bias, LearnedBias):
+            attention_bias = attention_bias.of_block()
         dropout = self.dropout if self.training else 0.0
         with own_draws(x_rsd.device, dropout > 0):
             mixed_rshd = _attend(q, k, v, attention_bias, dropout)

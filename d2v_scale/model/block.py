@@ -10,6 +10,7 @@ from d2v_scale.model import cpu_ops
 from d2v_scale.model.attention import SelfAttention
 from d2v_scale.model.config import Backbone
 from d2v_scale.model.init import InitRule, set_rule
+from d2v_scale.model.learned_bias import LearnedBias
 from d2v_scale.model.parallel_linear import column_linear, local_share, own_draws, row_linear
 
 
@@ -68,7 +69,7 @@ class Block(nn.Module):
         self.compiled = True
 
     def forward(
-        self, x_rsd: Tensor, attention_bias: Tensor | None, branch_scale_2r11: Tensor | None
+        self, x_rsd: Tensor, attention_bias: Tensor | LearnedBias | None, branch_scale_2r11: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """(states (R, S, D), FFN output before dropout and residual (R, S, D)).
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from d2v_scale.batch import Batch
+    from d2v_scale.model.learned_bias import LearnedBias
 
 LayerKind = Literal["features", "context", "bias", "block", "final_norm", "predictor"]
 
@@ -86,9 +87,9 @@ class Carry:
     """What travels from layer to layer of a stack. R rows, S positions in the blocks (extra tokens included)."""
 
     states_rsd: "Tensor"
-    attention_bias: "Tensor | None" = None
+    attention_bias: "Tensor | LearnedBias | None" = None
     """Added to the attention logits, broadcast to (R, local heads, S, S); bool (True: attend) where only padding is
-    excluded; None: nothing is."""
+    excluded; None: nothing is. A `LearnedBias` in compiled blocks that learn."""
     extra_tokens: int = 0
     """Leading positions that are not part of the input (CLS)."""
     positions: "tuple[Tensor, ...]" = ()

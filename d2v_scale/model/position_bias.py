@@ -89,10 +89,17 @@ class AlibiBias(nn.Module):
 
         `scale`: another stage's, where none is owned.
         """
+        return -self.slopes(scale)[None, :, None, None] * distances(positions_rs)[:, None]
+
+    def slopes(self, scale: Tensor | None = None) -> Tensor:
+        """fp32 (local heads,): what distances are multiplied with, before the sign. `scale`: see `forward`."""
         scale = self.heads.of_parameter(self.scale if scale is None else scale, 0).float().clamp(min=0)
-        slope = torch.exp2(-self.exponents.narrow(0, self.heads.first, self.heads.count).float())
-        distance = (positions_rs[:, :, None] - positions_rs[:, None, :]).abs().float()
-        return -(scale * slope)[None, :, None, None] * distance[:, None]
+        return scale * torch.exp2(-self.exponents.narrow(0, self.heads.first, self.heads.count).float())
+
+
+def distances(positions_rs: Tensor) -> Tensor:
+    """fp32 (R, S, S): |i - j| of the positions of each row, int64 (R, S)."""
+    return (positions_rs[:, :, None] - positions_rs[:, None, :]).abs().float()
 
 
 def slope_exponents(heads: int) -> list[float]:

@@ -16,7 +16,8 @@ from d2v_scale.model.block import Block, beit_depth_scale
 from d2v_scale.model.config import ModelConfig
 from d2v_scale.model.init import BEIT, InitRule
 from d2v_scale.model.layers import Carry, LayerSpec, Section
-from d2v_scale.model.position_bias import add_padding, block_diagonal
+from d2v_scale.model.learned_bias import LearnedBias
+from d2v_scale.model.position_bias import AlibiBias, add_padding, block_diagonal
 from d2v_scale.model.stem import HiddenPart, Stem
 from d2v_scale.model.teacher_parts import TeacherParts
 from d2v_scale.networks.layers import describe
@@ -172,7 +173,15 @@ class Layered(nn.Module):
             # affair, zeros or NaN. Nothing of such a row is counted.
             valid_rs = valid_rs | ~valid_rs.any(dim=1, keepdim=True)
         extra = sum(extra for extra, _ in sizes)
-        return Carry(states_rsd, add_padding(bias, valid_rs, states_rsd.dtype), extra, positions)
+        added = add_padding(bias, valid_rs, states_rsd.dtype)
+        if added is not None and added.requires_grad and self.config.compile and not extra and not batch.parts:
+            alibi = self._stem(batch.modality).bias
+            if isinstance(alibi, AlibiBias):
+                kept_rs = self._visible(batch, masked=masked)
+                places_rs = torch.arange(added.shape[-1], device=added.device)[None] if kept_rs is None else kept_rs
+                learned = LearnedBias(added.detach(), alibi.slopes(*positions), places_rs)
+                return Carry(states_rsd, learned, extra, positions)
+        return Carry(states_rsd, added, extra, positions)
 
     def _valid_slots(
         self, part: Batch, valid_bt: Tensor | None, visible_rs: Tensor | None, *, masked: bool
