@@ -59,7 +59,7 @@ def test_a_rewind_goes_back_and_names_what_it_leaves_out(tmp_path: Path, caplog:
     assert line["left_out"] == [{"source": "s", "begin": [0, 0, 96], "end": [0, 0, 112]}]
     assert (line["step"], line["rewound_to"], line["norm"], line["limit"]) == (14, 10, 9.0, 2.0)
     assert "goes back to step 10, without the samples from [0, 0, 96] to [0, 0, 112] of s" in caplog.text
-    [said] = [one for one in _incidents(tmp_path, [], [], None)]
+    [said] = list(_incidents(tmp_path, [], [], None))
     assert (said.step, said.what) == (14, "spike: gradient norm 9, above 2; went back to step 10")
     # Another process of the run leaves them out, too.
     again = make_run(tmp_path, on_spike="rewind")
