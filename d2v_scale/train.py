@@ -38,6 +38,7 @@ from d2v_scale.parallel import ds_config, launchers, rank_environment
 from d2v_scale.planning import legal
 from d2v_scale.process.doing import doing
 from d2v_scale.process.signals import StopFlag, is_lost_peer
+from d2v_scale.process.started import tell_run_dir
 from d2v_scale.process.status import write_status
 from d2v_scale.process.watchdog import collective_timeout_s
 from d2v_scale.recipe import Recipe
@@ -101,6 +102,8 @@ def main(arguments: list[str], stop_flag: StopFlag) -> int:
         patience_s = collective_timeout_s(recipe.hang_limit_minutes * 60, recipe.checkpoint.peer_timeout)
         topology = groups.initialize(recipe.parallel, patience_s / 60)
         directory = run_directory.claim(recipe, options, config, topology)
+        if topology.rank == 0:
+            tell_run_dir(directory)
         run_directory.log_to_file(directory, topology.rank)
         if topology.device.type == "cuda" and topology.rank == 0:
             log.info("%s", attention_kernels.describe(torch.cuda.get_device_name(topology.device)))

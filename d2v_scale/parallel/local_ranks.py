@@ -4,6 +4,7 @@
 saved, and `torchrun` replaces their exit codes by 1. Torch-free.
 """
 
+import itertools
 import os
 import re
 import signal
@@ -11,17 +12,20 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import FrameType
 
 from d2v_scale.errors import UserError
 from d2v_scale.parallel import rank_environment
 from d2v_scale.process.doing import doing
+from d2v_scale.process.started import RESTART, STARTED, started
 
 _PASSED_ON = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2)
 GRACE_S = 60.0
 """What others have left when a rank has failed: they find out by themselves, and write down why they end."""
+RESTART_GRACE_S = 2.0
+"""The same where all are started again: they have nothing to save, and every second of it is lost."""
 _POLL_S = 0.1
 _LEFTOVERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -61,28 +65,47 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def run(command: list[str], ranks: int, environment: Mapping[str, str], *, share_cores: bool) -> int:
+def run(
+    command: list[str],
+    ranks: int,
+    environment: Mapping[str, str],
+    *,
+    share_cores: bool,
+    again: Callable[[int, float], list[str] | None] | None = None,
+) -> int:
     """Start `command` as so many ranks and wait for them; 0, or the code of the one that failed first.
 
     `share_cores`: each computes on its part of the processor. A rank that died of a signal counts as 128 and its
-    number, as in a shell. Main thread only.
+    number, as in a shell. `again`: asked when a rank has failed and nobody wished for an end, with the code and when
+    the ranks were started; what it returns is added to `command`, and all ranks are started again; None ends. Main
+    thread only.
     """
     common = {key: value for key, value in environment.items() if key not in _LEFTOVERS}
     common |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
-    common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     if share_cores:
         common.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // ranks)))
-    group = _Ranks()
+    group = _Ranks(RESTART_GRACE_S if again is not None else GRACE_S)
     kept = {number: signal.getsignal(number) for number in _PASSED_ON}
     for number in _PASSED_ON:
         if number != signal.SIGHUP or kept[number] != signal.SIG_IGN:  # `nohup` keeps its meaning
             signal.signal(number, group.on_signal)
     try:
-        for rank in range(ranks):
-            own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            process = subprocess.Popen(command, env={**common, **own}, preexec_fn=_ignore_for_now)
-            group.processes.append(process)
-        return group.wait()
+        common[STARTED], further = str(started()), list[str]()
+        for restart in itertools.count():
+            common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), RESTART: str(restart)}
+            for rank in range(ranks):
+                own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+                process = subprocess.Popen([*command, *further], env={**common, **own}, preexec_fn=_ignore_for_now)
+                group.processes.append(process)
+            code = group.wait()
+            if code == 0 or again is None or group.is_asked_to_stop:
+                return code
+            wanted = again(code, float(common[STARTED]))
+            if wanted is None or group.is_asked_to_stop:
+                return code
+            common[STARTED], further = str(time.time()), wanted
+            group.forget()
+        raise AssertionError("unreachable")
     finally:
         group.kill()
         for number, handler in kept.items():
@@ -111,11 +134,23 @@ class _Ranks:
     Each rank gets a signal once: a rank that is ending has its handlers no more, and would die of a second one.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, grace_s: float) -> None:
+        """`grace_s`: what others have left when one has failed."""
+        self._grace_s = grace_s
         self.processes: list[subprocess.Popen[bytes]] = []
         self._wishes: list[int] = []
         self._got: list[int] = []
         """By rank: how many of the wishes."""
+
+    @property
+    def is_asked_to_stop(self) -> bool:
+        """Whether a signal came that asks for an end; SIGUSR2 asks for a profile."""
+        return any(number != signal.SIGUSR2 for number in self._wishes)
+
+    def forget(self) -> None:
+        """Those that have ended. A wish to stop that came meanwhile is for those who follow."""
+        self.processes, self._got = [], []
+        self._wishes = [number for number in self._wishes if number != signal.SIGUSR2]
 
     def on_signal(self, number: int, _frame: FrameType | None) -> None:
         self._wishes.append(number)
@@ -141,7 +176,7 @@ class _Ranks:
             now = time.monotonic()
             if not failed:
                 failed = next((128 - code if code < 0 else code for code in codes if code), 0)
-                limit = now + GRACE_S if failed else limit
+                limit = now + self._grace_s if failed else limit
             if None not in codes:
                 return failed
             if now >= limit:

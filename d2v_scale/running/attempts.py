@@ -77,13 +77,14 @@ def decide(history: list[Attempt], max_failures: int) -> Decision:
     return Decision(True, f"failure {same} of {max_failures} without a new checkpoint: {newest.reason}")
 
 
-def ended(status: Status | None, srun_code: int, step: int) -> Attempt:
-    """The attempt that just ended. Without a status only srun's code is left, and most of them mean nothing."""
+def ended(status: Status | None, srun_code: int, step: int, whose: str = "srun's") -> Attempt:
+    """The attempt that just ended. Without a status only srun's code (or that of `whose`) is left, and most of them
+    mean nothing."""
     if status is not None:
         return Attempt(status.exit_code, status.reason, step)
     if srun_code in (*_FINAL, EXIT_DATA_STARVED):
         return Attempt(srun_code, f"ended with exit code {srun_code} before it could write status.json", step)
-    return Attempt(EXIT_LOST_PEER, f"no status.json: a process was lost (srun's exit code {srun_code})", step)
+    return Attempt(EXIT_LOST_PEER, f"no status.json: a process was lost ({whose} exit code {srun_code})", step)
 
 
 def newest_checkpoint(run_dir: Path) -> int:

@@ -14,19 +14,15 @@ attempt where that is more: a line is written when so much time has passed, and 
 """
 
 import contextlib
-import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from d2v_scale.files import append_line
+from d2v_scale.process.started import RESTART, number, started
 
 TIMELINE_FILE = "timeline.jsonl"
-STARTED = "D2V_SCALE_STARTED"
-"""Environment: when a launcher began to start this attempt (Unix seconds)."""
-RESTART = "D2V_SCALE_RESTART"
-"""Environment: how often the launcher has started the ranks again."""
 _LEAST_S = 1.0
 _SHARE = 1e-3
 
@@ -45,8 +41,8 @@ class Timeline:
             run_dir,
             "begin",
             started=started(),
-            allocated=_number("SLURM_JOB_START_TIME"),
-            restart=int(_number(RESTART) or 0),
+            allocated=number("SLURM_JOB_START_TIME"),
+            restart=int(number(RESTART) or 0),
             resumed=resumed,
         )
 
@@ -80,19 +76,3 @@ def add(run_dir: Path, event: str, **content: Any) -> None:
     """One line. A disk that takes none is passed over."""
     with contextlib.suppress(OSError):
         append_line(run_dir / TIMELINE_FILE, {"event": event, "time": round(time.time(), 3), **content})
-
-
-def started() -> float:
-    """When this attempt was started (Unix seconds): the process, or before it its launcher."""
-    ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
-    age_s = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
-    own = round(time.time() - age_s, 3)
-    return min(own, _number(STARTED) or own)
-
-
-def _number(name: str) -> float | None:
-    """A number in the environment; None where there is none."""
-    try:
-        return float(os.environ[name])
-    except (KeyError, ValueError):
-        return None

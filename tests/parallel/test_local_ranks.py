@@ -111,6 +111,65 @@ def test_peers_of_a_failed_rank_are_not_waited_for_without_end(start: Start) -> 
     assert time.monotonic() - began < 25
 
 
+AGAIN = """
+import json, os, sys, time
+from pathlib import Path
+from d2v_scale.parallel import local_ranks
+folder, codes = Path(sys.argv[1]), json.loads(sys.argv[2])
+def again(code, since):
+    assert time.time() - 60 < since < time.time()
+    (folder / "ended").open("a").write(f"{code} ")
+    return None if len((folder / "ended").read_text().split()) >= len(codes) else ["again"]
+local_ranks.RESTART_GRACE_S = 0.3
+command = [sys.executable, "-c", sys.argv[3], *sys.argv[1:3]]
+sys.exit(local_ranks.run(command, 2, os.environ, share_cores=True, again=again))
+"""
+# A rank: says what it was told; rank 1 ends as it is asked to, its peer does not notice that.
+ATTEMPT = r"""
+import json, os, signal, sys, time
+folder, codes, attempt = sys.argv[1], json.loads(sys.argv[2]), int(os.environ["D2V_SCALE_RESTART"])
+signal.signal(signal.SIGTERM, lambda *_: os._exit(10))
+said = [os.environ["RANK"], os.environ["MASTER_PORT"], os.environ["D2V_SCALE_STARTED"], sys.argv[3:]]
+open(f"{folder}/attempts", "a").write(json.dumps([attempt, *said]) + "\n")
+code = codes[attempt]
+if os.environ["RANK"] == "0" and code:
+    time.sleep(60)
+time.sleep(0.5)
+if code < 0:
+    os.kill(os.getpid(), -code)
+os._exit(code)
+"""
+
+
+def run_again(folder: Path, codes: list[int]) -> "subprocess.Popen[str]":
+    """The code that rank 1 ends with in each attempt; another one is not started after the last."""
+    return subprocess.Popen([sys.executable, "-c", AGAIN, str(folder), json.dumps(codes), ATTEMPT], text=True)
+
+
+def test_ranks_are_started_again_as_long_as_it_is_worth_it(tmp_path: Path) -> None:
+    assert run_again(tmp_path, [-9, 1, 0]).wait(60) == 0
+    assert (tmp_path / "ended").read_text().split() == ["137", "1"]
+    said = [json.loads(line) for line in (tmp_path / "attempts").read_text().splitlines()]
+    assert sorted((attempt, rank) for attempt, rank, *_ in said) == [(a, r) for a in range(3) for r in "01"]
+    # Each attempt has a port of its own, for the last one may still be taken, and says when it was begun.
+    for place in (2, 3):
+        assert len({one[place] for one in said}) == 3
+    assert [one[4] for one in sorted(said)] == [[], [], ["again"], ["again"], ["again"], ["again"]]
+
+
+def test_the_last_code_comes_back_when_ranks_are_not_started_again(tmp_path: Path) -> None:
+    assert run_again(tmp_path, [1, 13]).wait(60) == 13
+    assert (tmp_path / "ended").read_text().split() == ["1", "13"]
+
+
+def test_ranks_that_were_asked_to_stop_are_not_started_again(tmp_path: Path) -> None:
+    launcher = run_again(tmp_path, [7, 7, 7])
+    until(lambda: (tmp_path / "attempts").exists())
+    launcher.send_signal(signal.SIGTERM)
+    assert launcher.wait(60) in (7, 10)
+    assert not (tmp_path / "ended").exists()
+
+
 def test_gpus_are_counted_as_pytorch_does(monkeypatch: pytest.MonkeyPatch) -> None:
     assert local_ranks.count_gpus({"DS_ACCELERATOR": "cpu"}) == 0
     asked = []

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
+from d2v_scale.process.started import started
 from d2v_scale.process.status import write_status
 from d2v_scale.tracking import RunTracker, SpeedMeter, TrackingConfig
 from d2v_scale.tracking.account import KINDS, account, account_table, read_account, rows, told, totals
-from d2v_scale.tracking.timeline import TIMELINE_FILE, Timeline, started
+from d2v_scale.tracking.timeline import TIMELINE_FILE, Timeline
 
 KILLED = Path(__file__).with_name("timelines") / "killed.jsonl"
 """Of a run of 60 steps on one process that saved every 16, was killed after step 30 and started again at once."""

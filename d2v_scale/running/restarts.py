@@ -1,0 +1,79 @@
+"""Whether the launcher starts the ranks again after a fault, without leaving the job. Torch-free.
+
+What is worth another try is decided as for a requeued job (`attempts`), from status.json and the exit code. A kind of
+fault may come again so often without a new checkpoint; each new checkpoint begins the count anew. Every attempt is a
+line in attempts.jsonl.
+"""
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from d2v_scale.errors import EXIT_DATA_STARVED, EXIT_LOST_PEER, EXIT_REQUEUE
+from d2v_scale.files import append_line
+from d2v_scale.process.started import TELL
+from d2v_scale.process.status import ATTEMPTS_FILE, read_status
+from d2v_scale.running.attempts import Attempt, decide, ended, newest_checkpoint, read_attempts
+
+log = logging.getLogger("d2v_scale.train")
+
+_KINDS = {EXIT_REQUEUE: "hang", EXIT_DATA_STARVED: "data starvation", EXIT_LOST_PEER: "lost process"}
+
+
+def kind_of(attempt: Attempt) -> str:
+    """What sort of fault ended an attempt."""
+    return _KINDS.get(attempt.exit_code, "crash")
+
+
+def may_restart(history: Sequence[Attempt], restarts: int) -> tuple[bool, str]:
+    """Whether the ranks of `history` (oldest first) are started again, and why or why not, in words. `restarts`: how
+    often for each kind of fault without a new checkpoint between."""
+    newest = history[-1]
+    if newest.was_asked_to_stop or not decide([newest], 2).requeue:
+        return False, newest.reason
+    kind, same = kind_of(newest), 0
+    for attempt in reversed(history):
+        if attempt.step != newest.step:
+            break
+        same += kind_of(attempt) == kind and not attempt.was_asked_to_stop
+    if same > restarts:
+        return False, f"{kind} number {same} without a new checkpoint, and --restarts is {restarts}: {newest.reason}"
+    return True, f"{kind}, restart {same} of {restarts} without a new checkpoint: {newest.reason}"
+
+
+class Restarts:
+    """Decides for one launcher, which tells the ranks a file of `folder` for where their run directory is."""
+
+    def __init__(self, restarts: int, folder: Path, arguments: Sequence[str]) -> None:
+        """`arguments`: of the training program."""
+        self._restarts, self._told = restarts, folder / "run_dir"
+        self._names_directory = any(word.partition("=")[0] in ("--run_dir", "--resume") for word in arguments)
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """For the ranks."""
+        return {TELL: str(self._told)}
+
+    def again(self, code: int, since: float) -> list[str] | None:
+        """Further arguments for the ranks that are started again after they ended with this code; None: they are not.
+        `since`: when they were started (Unix seconds)."""
+        if not self._told.exists():
+            log.error("The ranks ended with code %d before they had a run directory: they are not started again", code)
+            return None
+        directory = Path(self._told.read_text())
+        status = read_status(directory)
+        told = None if status is not None and status.time < since else status
+        attempt = ended(told, code, newest_checkpoint(directory), "the launcher's")
+        history = [*read_attempts(directory), attempt]
+        try:
+            append_line(directory / ATTEMPTS_FILE, {**asdict(attempt), "time": time.time()})
+        except OSError as error:
+            log.error("Not started again, as attempts cannot be counted (%s): %s", error, attempt.reason)
+            return None
+        restart, why = may_restart(history, self._restarts)
+        log.warning("%s: %s", "The ranks are started again" if restart else "The ranks are not started again", why)
+        if not restart:
+            return None
+        return [] if self._names_directory else ["--run_dir", str(directory)]

@@ -1,0 +1,86 @@
+"""Which faults the launcher answers by starting the ranks again, and how often."""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+
+from d2v_scale.process.status import write_status
+from d2v_scale.running.attempts import Attempt, read_attempts
+from d2v_scale.running.restarts import Restarts, kind_of, may_restart
+
+CRASH, HANG, STARVED, LOST = (Attempt(code, why, 4) for code, why in ((1, "x"), (10, "hung"), (13, "y"), (14, "z")))
+
+
+@pytest.mark.parametrize(
+    ("attempt", "kind"), [(CRASH, "crash"), (HANG, "hang"), (STARVED, "data starvation"), (LOST, "lost process")]
+)
+def test_every_kind_of_fault_has_its_own_bound(attempt: Attempt, kind: str) -> None:
+    assert kind_of(attempt) == kind
+    assert may_restart([attempt], 2)[0]
+    assert may_restart([attempt] * 2, 2)[0]
+    restart, why = may_restart([attempt] * 3, 2)
+    assert not restart
+    assert why.startswith(f"{kind} number 3 without a new checkpoint, and --restarts is 2")
+
+
+def test_faults_that_take_turns_are_bounded_too() -> None:
+    history = [CRASH, LOST, HANG, CRASH, LOST, HANG]
+    assert may_restart(history, 2)[0]
+    assert not may_restart([*history, CRASH], 2)[0]
+
+
+def test_a_new_checkpoint_begins_the_count_anew() -> None:
+    further = Attempt(14, "z", 8)
+    assert may_restart([LOST, LOST, further], 2)[0]
+    assert may_restart([LOST, LOST, further, further], 2)[0]
+    assert not may_restart([LOST, LOST, further, further, further], 2)[0]
+
+
+@pytest.mark.parametrize("code", [2, 11, 12, 15])
+def test_what_would_end_the_same_way_is_not_tried_again(code: int) -> None:
+    assert may_restart([Attempt(code, "why", 4)], 9) == (False, "why")
+
+
+def test_a_run_that_was_asked_to_stop_stays_stopped() -> None:
+    assert not may_restart([Attempt(10, "SIGTERM received (rank 0), at step 4 of 9", 4)], 9)[0]
+
+
+def make(tmp_path: Path, *arguments: str) -> tuple[Restarts, Path]:
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    restarts = Restarts(1, tmp_path, arguments)
+    Path(restarts.environment["D2V_SCALE_TELL_RUN_DIR"]).write_text(str(run_dir))
+    return restarts, run_dir
+
+
+def test_a_run_goes_on_in_the_directory_that_it_chose(tmp_path: Path) -> None:
+    restarts, run_dir = make(tmp_path, "--recipe", "demo_vision")
+    assert restarts.again(137, time.time()) == ["--run_dir", str(run_dir)]
+    assert restarts.again(137, time.time()) is None
+    assert [kind_of(one) for one in read_attempts(run_dir)] == ["lost process"] * 2
+
+
+@pytest.mark.parametrize("argument", ["--run_dir=runs/a", "--resume"])
+def test_a_run_whose_directory_is_given_keeps_its_arguments(argument: str, tmp_path: Path) -> None:
+    assert make(tmp_path, argument, "runs/a")[0].again(1, time.time()) == []
+
+
+def test_what_an_earlier_attempt_said_is_no_word_on_this_one(tmp_path: Path) -> None:
+    restarts, run_dir = make(tmp_path)
+    write_status(run_dir, 11, "not finite")
+    since = json.loads((run_dir / "status.json").read_text())["time"] + 1
+    assert restarts.again(137, since) is not None
+    assert restarts.again(137, since - 2) is None
+    assert [one.exit_code for one in read_attempts(run_dir)] == [14, 11]
+
+
+def test_ranks_that_never_had_a_directory_are_not_started_again(tmp_path: Path) -> None:
+    assert Restarts(3, tmp_path, []).again(2, time.time()) is None
+
+
+def test_attempts_that_cannot_be_counted_are_not_made(tmp_path: Path) -> None:
+    restarts, run_dir = make(tmp_path)
+    (run_dir / "attempts.jsonl").mkdir()
+    assert restarts.again(137, time.time()) is None
