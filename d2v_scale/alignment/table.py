@@ -45,7 +45,7 @@ def _pair(name: str, pair: Mapping[str, Any]) -> Iterator[str]:
     for measure, one in pair["verdicts"].items():
         layers = ",".join(map(str, sorted(set(one["layer"]))))
         chance = pair["chance"].get("R@10" if "R@10" in measure else measure, 0.0)
-        shown = f"  {measure:{width}} {one['score']:.3f}  (chance {chance:.3f}, layer {layers})  {one['verdict']}"
+        shown = f"  {measure:{width}} {one['score']:z.3f}  (chance {chance:.3f}, layer {layers})  {one['verdict']}"
         yield shown + (f": {_not_above(one)}" if one["not_above"] else "")
     for note in pair["notes"]:
         yield f"  {note}"
@@ -57,6 +57,6 @@ def _not_above(one: Mapping[str, Any]) -> str:
     name = min(one["not_above"], key=lambda control: against[control]["lower_bound"])
     worst = against[name]
     return (
-        f"{len(one['not_above'])} of {len(against)}, most of all {name!r} ({worst['control']:.3f}, lower bound of the "
-        f"difference {worst['lower_bound']:+.3f})"
+        f"{len(one['not_above'])} of {len(against)}, most of all {name!r} ({worst['control']:z.3f}, lower bound of the "
+        f"difference {worst['lower_bound']:+z.3f})"
     )

@@ -75,7 +75,7 @@ def _verdicts(result: Mapping[str, Any]) -> str:
                 cells.append("–")
                 continue
             kind = "above" if one["verdict"] == verdict.ABOVE else "not"
-            cells.append(f'{one["score"]:.3f} <span class="{kind}">{one["verdict"]}</span>')
+            cells.append(f'{one["score"]:z.3f} <span class="{kind}">{one["verdict"]}</span>')
         rows.append(cells)
     return table(["", *scoring.MEASURES], rows) + f'<p class="quiet">{html.escape(result["rule"])}.</p>'
 
@@ -93,7 +93,7 @@ def _measured(result: Mapping[str, Any]) -> str:
     data = result["data"]
     words = ["used", "equal_to_another", "beyond_per_concept", "without", "lost"]
     counts = [
-        [html.escape(f"{stem}, {side}"), *(str(count[word]) for word in words)]
+        [html.escape(f"{stem}, {side.replace('_', ' ')}"), *(str(count[word]) for word in words)]
         for stem, sides in data["samples"].items()
         for side, count in sides.items()
     ]
@@ -107,7 +107,7 @@ def _measured(result: Mapping[str, Any]) -> str:
         table(["run", "step", "seed", "stems"], rows, "words")
         + table(["samples", *(word.replace("_", " ") for word in words)], counts)
         + both
-        + f'<p class="quiet">{html.escape(result["features"])}. Raw features: {html.escape(raw)}.</p>'
+        + f'<p class="quiet">Features: {html.escape(result["features"])}. Raw features: {html.escape(raw)}.</p>'
     )
 
 
@@ -121,16 +121,16 @@ def _controls(pair: Mapping[str, Any]) -> str:
                 [
                     html.escape(measure),
                     html.escape(control),
-                    f"{against['score']:.3f}",
-                    f"{against['control']:.3f}",
-                    f"{against['difference']:+.3f}",
-                    f'<span class="{kind}">{against["lower_bound"]:+.3f}</span>',
+                    f"{against['score']:z.3f}",
+                    f"{against['control']:z.3f}",
+                    f"{against['difference']:+z.3f}",
+                    f'<span class="{kind}">{against["lower_bound"]:+z.3f}</span>',
                 ]
             )
     notes = "".join(f'<p class="quiet">{html.escape(note)}</p>' for note in pair["notes"])
     counts = f"<p>{pair['held_out_concepts']} held-out concepts, {pair['training_concepts']} training concepts.</p>"
     head = ["measure", "control", "score", "control's", "difference", "lower bound"]
-    return counts + notes + table(head, rows, "numbers")
+    return counts + notes + table(head, rows, "named")
 
 
 def _curves(pair: Mapping[str, Any]) -> "Figure":
@@ -238,7 +238,7 @@ def _examples(pair: Pair, samples: Mapping[str, StemSamples], mapped: tuple[Tens
 
 
 def _cell(samples: StemSamples, concept: str, kind: str) -> str:
-    return f'<td class="{kind}">{_shown(samples, concept)}<br>{html.escape(concept[:40])}</td>'
+    return f'<td class="{kind}">{_shown(samples, concept)}<div>{html.escape(concept[:40])}</div></td>'
 
 
 def _shown(samples: StemSamples, concept: str) -> str:

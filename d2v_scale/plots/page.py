@@ -19,14 +19,15 @@ h1 { font-size: 1.5rem; overflow-wrap: anywhere; }
 h2 { font-size: 1.15rem; margin-top: 2.2rem; border-bottom: 1px solid var(--line); }
 table { border-collapse: collapse; }
 th, td { padding: .25rem .8rem; text-align: right; border-bottom: 1px solid var(--line); }
-th:first-child, td:first-child, .words td, .words th { text-align: left; }
+th:first-child, td:first-child, .words td, .words th,
+.named td:nth-child(2), .named th:nth-child(2) { text-align: left; }
 td:first-child { white-space: nowrap; } th { font-weight: 600; }
 td { font-variant-numeric: tabular-nums; }
 .swatch { display: inline-block; width: .8em; height: .8em; border-radius: 2px; }
 .curves svg, .pictures img { max-width: 100%; height: auto; } .pictures { display: flex; flex-wrap: wrap; gap: 1rem; }
 .curves svg { background: #fff; }
 figure { margin: 0; flex: 1 1 480px; } figcaption { font-size: .85rem; color: var(--quiet); }
-.scroll { overflow-x: auto; } .quiet { color: var(--quiet); }
+.scroll { overflow-x: auto; } .scroll + .scroll { margin-top: 1rem; } .quiet { color: var(--quiet); }
 .above { color: var(--good); font-weight: 600; } .not { color: var(--look); }
 .found td { text-align: center; vertical-align: top; font-size: .8rem; border-bottom: 1px solid var(--line); }
 .found img { width: 72px; height: 72px; object-fit: contain; image-rendering: pixelated; display: block; margin: auto; }
@@ -58,7 +59,7 @@ def section(title: str, content: str) -> str:
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[str]], kind: str = "numbers") -> str:
-    """Cells are HTML; `kind` numbers or words says how they are aligned."""
+    """Cells are HTML; `kind` says how they are aligned: numbers, words, or named, two columns of words first."""
     top = "".join(f"<th>{cell}</th>" for cell in head)
     lines = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
     return f'<div class="scroll"><table class="{kind}"><tr>{top}</tr>{lines}</table></div>'

@@ -102,6 +102,25 @@ def test_a_seed_that_an_arm_lacks_is_in_no_table(tmp_path: Path) -> None:
     assert "| separate | 50.0 | 50.0 |" in text
 
 
+def test_the_table_of_the_benchmarks_is_that_of_the_rows() -> None:
+    text = (ROOT / "BENCHMARKS.md").read_text()
+    parts = evidence_joint_table.written(evidence_joint.ROWS).strip().split("\n\n")
+    assert len(parts) > 1
+    for part in parts:
+        assert part in text
+
+
+def test_rows_of_an_arm_are_of_one_length() -> None:
+    """Else their mean would be of nothing."""
+    for folder in evidence_joint.ROWS.glob("joint_*"):
+        rows = [json.loads(path.read_text()) for path in folder.glob("*-seed-*.json")]
+        lengths = {(row["arm"], name, run["steps"]) for row in rows for name, run in row["runs"].items()}
+        assert len(lengths) == len({(arm, name) for arm, name, _ in lengths})
+        assert len({row["digest"] for row in rows}) == len(rows)
+        totals = [sum(run["flops"] for run in row["runs"].values()) for row in rows]
+        assert max(totals) < 1.02 * min(totals)
+
+
 def test_samples_that_are_interchangeable_are_found_by_their_class() -> None:
     """Partners among the ten nearest were counted: a name that 15 samples share was found by none of them."""
     labels_n = torch.arange(10).repeat(15)
