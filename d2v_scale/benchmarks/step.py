@@ -12,6 +12,7 @@ products as ours, so that a ratio means the same on every machine.
 import argparse
 import statistics
 import time
+from dataclasses import replace
 
 import torch
 
@@ -36,7 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `bench.py step`."""
     parser.add_argument("--recipe", default="v1_vision", help=f"{', '.join(cases.NAMES)}, or any recipe")
     parser.add_argument("--all", action="store_true", help=f"all of {', '.join(cases.NAMES)}")
-    parser.add_argument("--peer", choices=("hf", "naive"), default="hf")
+    parser.add_argument(
+        "--peer", choices=("hf", "naive", "adamw"), default="hf", help="adamw: our step of the same recipe without Muon"
+    )
     parser.add_argument(
         "--peer_products", choices=("blas", "onednn"), default="blas", help="what multiplies in the peer's linears"
     )
@@ -71,8 +74,10 @@ def measure(case: Case, topology: Topology, options: argparse.Namespace) -> None
         sides["fused"] = HuggingFacePeer(case, device, fused=True, onednn=onednn)
     else:
         if options.peer_products == "onednn":
-            raise UserError("The naive peer has our products already.", "Leave --peer_products out.")
-        sides["peer"] = Naive(case, device)
+            raise UserError(f"The peer {options.peer} has our products already.", "Leave --peer_products out.")
+        sides["peer"] = (
+            Naive(case, device) if options.peer == "naive" else Ours(_without_muon(case), topology, options.precision)
+        )
     batches = [case.batch(step).to(device) for step in range(_BATCHES)]
     check_losses(case, sides, batches[0], exact=options.precision == "fp32")
     size = products.sizes(case, batches[0])
@@ -99,6 +104,13 @@ def measure(case: Case, topology: Topology, options: argparse.Namespace) -> None
     print(f"{row}  ceiling {ceiling:.2f}{gained}  step against {peer} {ratio:.2f}x", flush=True)
     for side in sides.values():
         side.close()
+
+
+def _without_muon(case: Case) -> Case:
+    optim = case.recipe.optim
+    if optim.muon is None:
+        raise UserError(f"{case.name} has AdamW for everything already.", "Give --optim.muon.momentum 0.95.")
+    return replace(case, recipe=replace(case.recipe, optim=replace(optim, muon=None)))
 
 
 def check_losses(case: Case, sides: dict[str, Side], batch: Batch, *, exact: bool) -> None:

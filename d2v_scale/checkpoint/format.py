@@ -8,6 +8,7 @@
 Kinds: `student` (fp32 weights), `exp_avg` and `exp_avg_sq` (Adam moments, cut like the student), `teacher` (fp32), and
 `state`: named fp32 tensors that belong to no module, whole, such as the state of targets. A reader takes all of `state`
 or refuses the checkpoint, and refuses kinds that it does not know.
+Of what Muon steps there is no `exp_avg_sq`; earlier versions wrote zeros.
 A range lies in a tensor-parallel slice of the tensor (a tensor that is not sliced has one slice, itself).
 
 A tensor is cut into one range a rank, at 1,024 ranks and 7 billion parameters into 850,000 in all. They are held as
@@ -20,7 +21,7 @@ all earlier ones, and refuses later ones.
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -121,7 +122,7 @@ class Manifest:
             "written_by": self.written_by,
             "created": self.created,
             "step": self.step,
-            "moments": "exp_avg" in self.tensors,
+            "moments": self._moments(),
             "files": [[f.name, f.size, f.sha256] for f in self.files],
             "tensors": {
                 kind: {name: [e.shape, e.dim, e.slices, _runs(e.pieces)] for name, e in entries.items()}
@@ -131,6 +132,13 @@ class Manifest:
             "extra": self.extra,
         }
         return json.dumps(body, separators=(",", ":"))
+
+    def _moments(self) -> bool | list[str]:
+        """Whether there are any; the names of those that have a second one, where some have only the first."""
+        if "exp_avg" not in self.tensors:
+            return False
+        both = [*self.tensors["exp_avg_sq"]]
+        return True if len(both) == len(self.tensors["exp_avg"]) else both
 
     @staticmethod
     def from_json(text: str, path: Path) -> "Manifest":
@@ -160,9 +168,8 @@ class Manifest:
                 }
                 for kind, entries in body["tensors"].items()
             }
-            if body["moments"]:
-                for kind in STUDENT_KINDS[1:]:
-                    tensors[kind] = tensors["student"]
+            if (both := body["moments"]) is not False:
+                _add_moments(tensors, tensors["student"] if both is True else both)
             return Manifest(
                 step=body["step"],
                 files=[FileEntry(*entry) for entry in body["files"]],
@@ -195,8 +202,20 @@ def describe(pieces: Iterable[Piece]) -> dict[str, Any]:
     }
 
 
-def merge(layouts: Sequence[dict[str, Any]], moments: bool) -> dict[str, dict[str, TensorEntry]]:
-    """The layouts of all writers (index = file index) as tensor entries. Raises CheckpointError on contradictions."""
+def _add_moments(tensors: dict[str, dict[str, TensorEntry]], both: Iterable[str]) -> None:
+    """They lie as the student does. `both`: names of those that have a second one."""
+    first, second = STUDENT_KINDS[1:]
+    tensors[first] = tensors["student"]
+    tensors[second] = {name: tensors["student"][name] for name in both}
+
+
+def merge(
+    layouts: Sequence[dict[str, Any]], moments: bool, first_only: Container[str] = ()
+) -> dict[str, dict[str, TensorEntry]]:
+    """The layouts of all writers (index = file index) as tensor entries. Raises CheckpointError on contradictions.
+
+    `moments`: whether there are any; `first_only`: names of those that have no second one.
+    """
     entries: dict[tuple[str, str], TensorEntry] = {}
     numbers: dict[tuple[str, str], int] = {}
     known: dict[str, NDArray[np.int64]] = {}
@@ -217,10 +236,17 @@ def merge(layouts: Sequence[dict[str, Any]], moments: bool) -> dict[str, dict[st
         entry.pieces = np.asfortranarray(everything[bounds[number] : bounds[number + 1], 1:])
         tensors.setdefault(kind, {})[name] = entry
     if moments:
-        for kind in STUDENT_KINDS[1:]:
-            tensors[kind] = tensors["student"]
+        _add_moments(tensors, [name for name in tensors["student"] if name not in first_only])
     check_coverage(tensors)
     return tensors
+
+
+def first_only(pieces: Iterable[Piece]) -> set[str]:
+    """Names of the tensors of one writer that have a first moment and no second."""
+    found: dict[str, set[str]] = {kind: set() for kind in KINDS}
+    for piece in pieces:
+        found[piece.kind].add(piece.name)
+    return found["exp_avg"] - found["exp_avg_sq"]
 
 
 def _numbered(

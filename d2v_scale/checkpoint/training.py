@@ -24,8 +24,7 @@ def pieces(student: StudentEngine, teacher: EmaTeacher | None) -> list[Piece]:
     for shard in student.shards():
         if _writes(shard.slice, student.topology.tensor_rank):
             found.append(Piece("student", shard.name, shard.shape, shard.slice, shard.start, shard.weight))
-            for key in MOMENTS:
-                # A second moment of what Muon steps is written as zeros, so that all kinds have one layout.
+            for key in student.moments_of(shard.master):
                 moment = shard.moment(student.optimizer, key)
                 values = torch.zeros(shard.numel) if moment is None else moment
                 found.append(Piece(key, shard.name, shard.shape, shard.slice, shard.start, values))
@@ -59,13 +58,13 @@ def restore(checkpoint: Checkpoint, student: StudentEngine, teacher: EmaTeacher 
 
     Raises CheckpointError, before anything is changed, when the checkpoint is of another model.
     """
-    _check(checkpoint, student, teacher, MOMENTS)
     counters = checkpoint.manifest.state
     if (was := bool(counters.get("muon"))) != (student.matrices is not None):
         raise CheckpointError(
             f"{checkpoint.path} has the moments of a run {'with' if was else 'without'} Muon.",
             "Leave optim.muon as it was, or begin a new run from its weights with --init_from.",
         )
+    _check(checkpoint, student, teacher, MOMENTS)
     _read_student(checkpoint, student, MOMENTS)
     student.finish_loading(counters["completed_updates"], counters["skipped_updates"])
     student.skipped_in_a_row = counters["skipped_in_a_row"]
@@ -130,8 +129,11 @@ def _check(
     with_state: bool = True,
 ) -> None:
     expected = student.global_shapes()
+    # Of what Muon steps there is a second moment, zeros, in older checkpoints alone.
+    spared = {shard.name for shard in student.shards() if MOMENTS[1] not in student.moments_of(shard.master)}
     for kind in ("student", *moments):
-        checkpoint.check_names(kind, expected)
+        absent = spared - {*checkpoint.names(kind)} if kind == MOMENTS[1] else ()
+        checkpoint.check_names(kind, {name: shape for name, shape in expected.items() if name not in absent})
     if teacher is not None:
         checkpoint.check_names("teacher", teacher.global_shapes())
     if with_state:

@@ -22,7 +22,7 @@ import torch
 from d2v_scale import __version__
 from d2v_scale.checkpoint.commit import commit, retain, sweep, write_tensors
 from d2v_scale.checkpoint.config import CheckpointConfig
-from d2v_scale.checkpoint.format import FileEntry, Manifest, Piece, describe, merge
+from d2v_scale.checkpoint.format import FileEntry, Manifest, Piece, describe, first_only, merge
 from d2v_scale.errors import CheckpointError
 from d2v_scale.files import write_whole
 from d2v_scale.process import faults
@@ -168,6 +168,7 @@ class CheckpointWriter:
                 "file": asdict(entry),
                 "layout": describe(pieces),
                 "moments": any(piece.kind == "exp_avg" for piece in pieces),
+                "first_only": sorted(first_only(pieces)),
             }
             write_whole(temporary / f"{share}.json", json.dumps(report, separators=(",", ":")))
         except Exception as failure:
@@ -186,7 +187,11 @@ class CheckpointWriter:
             manifest = Manifest(
                 step=step,
                 files=[FileEntry(**report["file"]) for report in reports],
-                tensors=merge([r["layout"] for r in reports], moments=any(r["moments"] for r in reports)),
+                tensors=merge(
+                    [report["layout"] for report in reports],
+                    moments=any(report["moments"] for report in reports),
+                    first_only={name for report in reports for name in report["first_only"]},
+                ),
                 state=state,
                 extra=extra,
                 written_by=__version__,

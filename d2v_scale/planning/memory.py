@@ -69,7 +69,8 @@ def _snapshot(job: Job, stage: int) -> float:
         _partitioned(tensors, tensor, data) if sharded else _local(tensors, tensor) / data
         for tensors, sharded in zip(job.stage_tensors[stage], (job.stage == 3, job.parallel.pipeline == 1), strict=True)
     )
-    return float(2 ** ceil(log2(max(1.0, 4 * (3 * student + teacher)))))
+    kept = 3 * student + teacher - _of_muon(job, job.stage_tensors[stage][0])
+    return float(2 ** ceil(log2(max(1.0, 4 * kept))))
 
 
 def held(job: Job, stage: int) -> tuple[dict[str, float], dict[str, float]]:

@@ -78,6 +78,19 @@ def test_row_ends_in_its_ratio(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.usefixtures("world_of_one")
+def test_a_step_with_muon_is_measured_beside_the_same_step_with_adamw(capsys: pytest.CaptureFixture[str]) -> None:
+    import bench
+
+    command = ["step", "--recipe=v2_vision", "--peer=adamw", "--samples=2", "--rounds=1", "--warmup=1", "--threads=1"]
+    command += [*TINY, *TINY_DECODER, "--model.vision.image_size=64"]
+    assert bench.main([*command, "--optim.muon.momentum=0.95"]) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert "step against adamw" in last
+    assert float(last.split()[-1][:-1]) > 0
+    assert bench.main(command) == 2
+
+
+@pytest.mark.usefixtures("world_of_one")
 def test_linears_of_a_peer_multiply_through_onednn_where_it_is_asked_to() -> None:
     case, device = tiny("v1_vision"), groups.single_process().device
     batch, counts = case.batch(), {}

@@ -24,6 +24,7 @@ from d2v_scale.checkpoint.format import (
     _runs,
     check_coverage,
     describe,
+    first_only,
     merge,
 )
 from d2v_scale.errors import CheckpointError
@@ -87,6 +88,18 @@ def test_every_cut_is_found_again(world: int, tensor: int, sizes: list[int], mom
             middle = size // 2
             [found] = entry.overlapping(index, middle, middle + 1)
             assert found[2] <= middle < found[2] + found[3]
+
+
+def test_a_tensor_may_have_a_first_moment_alone() -> None:
+    kinds = {"a": ("student", "exp_avg", "exp_avg_sq"), "b": ("student", "exp_avg")}
+    pieces = [Piece(kind, name, (4,), None, 0, torch.zeros(4)) for name in kinds for kind in kinds[name]]
+    assert first_only(pieces) == {"b"}
+    tensors = merge([describe(pieces)], moments=True, first_only={"b"})
+    text = Manifest(1, [FileEntry("0", 1, "a")], tensors, {}, {}).to_json()
+    again = Manifest.from_json(text, Path("m")).tensors
+    assert {name: tuple(kind for kind in again if name in again[kind]) for name in kinds} == kinds
+    with pytest.raises(CheckpointError, match="damaged"):
+        Manifest.from_json(text.replace('"moments":["a"]', '"moments":["c"]'), Path("m"))
 
 
 def test_writers_that_disagree_are_refused() -> None:

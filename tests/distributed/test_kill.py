@@ -244,6 +244,16 @@ def test_killed_while_samples_are_paired_the_run_ends_the_same(tmp_path: Path) -
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 3])
+def test_killed_while_muon_steps_the_matrices_the_run_ends_the_same(tmp_path: Path, stage: int) -> None:
+    """At ZeRO-1 and 3 ranks hold pieces of matrices, which a step gathers; of its moments there is one."""
+    lines = harness(
+        tmp_path, stage, ["optimizer:1:2", "marker:0:1", "backward:1:3"], (("--optim.muon.momentum", "0.9"),)
+    )
+    assert all("killed" in line for line in lines)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 3])
 def test_killed_twenty_times_the_run_ends_the_same(tmp_path: Path, stage: int) -> None:
     lines = harness(tmp_path, stage, strikes(20, seed=stage))
     assert sum("killed" in line for line in lines) >= 18
