@@ -142,6 +142,11 @@ class Batch:
         """What single stems read: the parts of paired samples, in the order of their positions, or this batch."""
         return self.parts or (self,)
 
+    def places_n(self, read_n: Tensor) -> Tensor:
+        """Where the flat positions `read_n`, r * T + t, of a batch of one stem lie among states (R, n + T, D)."""
+        length, extra = self.masked_rt.shape[1], self.extra_tokens
+        return read_n if extra == 0 else read_n + (read_n // length + 1) * extra
+
     def own_tensors(self) -> dict[str, Tensor]:
         """The tensors that there are, by field; without the layout's and the parts'."""
         named = {f.name: getattr(self, f.name) for f in fields(self)}

@@ -131,7 +131,7 @@ class Measured:
         sums = [0.0, 0.0]
         for batch in self.batches:
             lengths = lengths_of_batch(batch, recipe.model.visible_only)
-            cost = sample_cost(recipe.model, self.case.modality, lengths, recipe.parts())
+            cost = sample_cost(recipe.model, self.case.modality, lengths, recipe.parts(), recipe.built_targets())
             sums[0] += batch.inputs.shape[0] * cost.total
             sums[1] += batch.inputs.shape[0] * cost.student_only
         return sums[0] / len(self.batches), sums[1] / len(self.batches)

@@ -32,8 +32,11 @@ class SelfAttention(nn.Module):
             self.q_bias = split_parameter(config.width, ZEROS)
             self.v_bias = split_parameter(config.width, ZEROS)
 
-    def forward(self, x_rsd: Tensor, attention_bias: Tensor | LearnedBias | None) -> Tensor:
-        """(R, S, D) to (R, S, D). `attention_bias`: see `Carry.attention_bias`."""
+    def forward(
+        self, x_rsd: Tensor, attention_bias: Tensor | LearnedBias | None, read_n: Tensor | None = None
+    ) -> Tensor:
+        """(R, S, D) to (R, S, D), or to (N, D) at the flat positions `read_n`. `attention_bias`: see
+        `Carry.attention_bias`."""
         rows, length, _ = x_rsd.shape
         qkv, _ = self.qkv(x_rsd)
         q, k, v = qkv.view(rows, length, self.heads, 3, self.head_dim).permute(3, 0, 2, 1, 4).unbind(0)
@@ -45,7 +48,8 @@ class SelfAttention(nn.Module):
         dropout = self.dropout if self.training else 0.0
         with own_draws(x_rsd.device, dropout > 0):
             mixed_rshd = _attend(q, k, v, attention_bias, dropout)
-        out, _ = self.out(mixed_rshd.reshape(rows, length, self.heads * self.head_dim))
+        mixed = mixed_rshd.reshape(rows, length, self.heads * self.head_dim)
+        out, _ = self.out(mixed if read_n is None else mixed.flatten(0, 1).index_select(0, read_n))
         return out
 
 

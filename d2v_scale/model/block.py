@@ -69,13 +69,23 @@ class Block(nn.Module):
         self.compiled = True
 
     def forward(
-        self, x_rsd: Tensor, attention_bias: Tensor | LearnedBias | None, branch_scale_2r11: Tensor | None
+        self,
+        x_rsd: Tensor,
+        attention_bias: Tensor | LearnedBias | None,
+        branch_scale_2r11: Tensor | None,
+        read_n: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """(states (R, S, D), FFN output before dropout and residual (R, S, D)).
 
-        `branch_scale_2r11`: what drop path multiplies the two branches of each row with; None: nothing.
+        `branch_scale_2r11`: what drop path multiplies the two branches of each row with; None: nothing. `read_n`: flat
+        positions r * S + s; what follows attention is computed there alone, and both results are (N, D).
         """
-        attended = self.attention(self.norm1(x_rsd) if self.norm_first else x_rsd, attention_bias)
+        length = x_rsd.shape[1]
+        attended = self.attention(self.norm1(x_rsd) if self.norm_first else x_rsd, attention_bias, read_n)
+        if read_n is not None:
+            x_rsd = x_rsd.flatten(0, 1).index_select(0, read_n)
+            if branch_scale_2r11 is not None:
+                branch_scale_2r11 = branch_scale_2r11.squeeze(3).index_select(1, read_n // length)
         x_rsd = x_rsd + self._branch(attended, 0, branch_scale_2r11)
         if self.norm_first:
             tap_rsd = self.ffn(self.norm2(x_rsd))

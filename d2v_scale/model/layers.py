@@ -118,7 +118,8 @@ class StudentOutput(NamedTuple):
     features_btd: "Tensor"
     """Stem features before masking, detached: what a teacher that shares them is given."""
     encoder_rsd: "Tensor"
-    """Output of the encoder without extra tokens: all positions (1.0) or the visible ones, ascending (2.0)."""
+    """Output of the encoder without extra tokens: all positions (1.0) or the visible ones, ascending (2.0). Without any
+    (R, 0, D) where the last block ran at masked positions alone."""
     cls: "tuple[Tensor | None, ...]"
     """Of each stem the output (R, D) at its last extra token, the CLS token (2.0, where there is one)."""
     further: "tuple[Tensor, ...]" = ()

@@ -74,6 +74,18 @@ class Layered(nn.Module):
             self.layers[sequence] = describe(self.config, sequence)
         return self.layers[sequence]
 
+    def is_last(self, layer: LayerSpec) -> bool:
+        """Whether it is the last main block."""
+        return layer.main == self.config.backbone.depth - 1
+
+    def read(self, batch: Batch) -> Tensor | None:
+        """int64 (N,): the flat positions r * T + t of the last main block's states that training reads. None: all are
+        needed, of 2.0, whose decoder reads every state there is, and of paired samples; or the block is compiled, once
+        for all lengths."""
+        read_n = batch.layout.masked_n
+        needed = self.config.visible_only or self.config.compile or batch.parts or not len(read_n)
+        return None if needed else read_n
+
     def stem_features(self, batch: Batch) -> Tensor:
         """Features (B, T, D) of the unmasked input, with this stack's own stems, e.g. for evaluation."""
         return self._features(batch, whole_inputs, self._valids(batch, whole_inputs))

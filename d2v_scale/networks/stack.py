@@ -43,14 +43,18 @@ class Student(Layered):
         backbone = config.backbone
         self._has_dropout = bool(backbone.dropout or backbone.attention_dropout or backbone.activation_dropout)
 
-    def forward(self, batch: Batch, draw: Draw, noise_rtd: Tensor | None = None) -> StudentOutput:
-        """Predictions at the batch's masked positions. `noise_rtd`: the decoder's mask tokens (2.0), drawn if None.
+    def forward(
+        self, batch: Batch, draw: Draw, noise_rtd: Tensor | None = None, *, only_read: bool = False
+    ) -> StudentOutput:
+        """Predictions at the batch's masked positions. `noise_rtd`: the decoder's mask tokens (2.0), drawn if None;
+        `only_read`: nothing is computed that only `encoder_rsd` would hold.
 
         Under tensor parallelism or ZeRO-3 all ranks of the group must call, with the same modality.
         """
         carry, features_btd = self.enter(batch)
-        self.run_blocks(batch, carry, draw)
-        (predictions_nd, *further), encoder_rsd, cls = self.leave(batch, carry, draw, noise_rtd)
+        read_n = self.read(batch) if only_read else None
+        self.run_blocks(batch, carry, draw, read_n)
+        (predictions_nd, *further), encoder_rsd, cls = self.leave(batch, carry, draw, noise_rtd, read_n)
         return StudentOutput(predictions_nd, features_btd.detach(), encoder_rsd, cls, tuple(further))
 
     def encode(self, batch: Batch, draw: Draw, features_btd: Tensor | None = None, *, masked: bool = False) -> Tensor:
@@ -76,29 +80,43 @@ class Student(Layered):
         """What the first block of a later section gets: the states and `Carry.positions` of the section before."""
         return self._carry(batch, states_rsd, self._valids(batch, student_inputs), positions, masked=True)
 
-    def run_blocks(self, batch: Batch, carry: Carry, draw: Draw) -> None:
-        """Move the carry through the blocks that are here."""
-        self._run_blocks(batch, carry, draw, masked=True)
+    def run_blocks(self, batch: Batch, carry: Carry, draw: Draw, read_n: Tensor | None = None) -> None:
+        """Move the carry through the blocks that are here. `read_n`: of `read`; the last main block's states are then
+        (N, D), of these positions."""
+        self._run_blocks(batch, carry, draw, masked=True, read_n=read_n)
 
-    def _run_blocks(self, batch: Batch, carry: Carry, draw: Draw, *, masked: bool) -> None:
+    def _run_blocks(
+        self, batch: Batch, carry: Carry, draw: Draw, *, masked: bool, read_n: Tensor | None = None
+    ) -> None:
         scales: dict[str, Tensor | None] = {}
         for own, its, layer, block in self._each_block(batch, carry, masked=masked):
             if own.modality not in scales:
                 scales[own.modality] = self._branch_scales(own, draw)
+            places_n = batch.places_n(read_n) if read_n is not None and self.is_last(layer) else None
             if self._dropped(layer, draw):
                 its.states_rsd = with_zero_gradient(block, its.states_rsd)
+                if places_n is not None:
+                    its.states_rsd = its.states_rsd.flatten(0, 1).index_select(0, places_n)
                 continue
             scale = scales[own.modality]
-            its.states_rsd = self._run_block(block, its, None if scale is None else scale[layer.index])
+            its.states_rsd = self._run_block(block, its, None if scale is None else scale[layer.index], places_n)
 
     def leave(
-        self, batch: Batch, carry: Carry, draw: Draw, noise_rtd: Tensor | None = None
+        self,
+        batch: Batch,
+        carry: Carry,
+        draw: Draw,
+        noise_rtd: Tensor | None = None,
+        read_n: Tensor | None = None,
     ) -> tuple[tuple[Tensor, ...], Tensor, tuple[Tensor | None, ...]]:
         """Predictions (N, W) of every target, encoder output (R, S, D) and of each stem the last extra token's output
-        (R, D): see `StudentOutput`."""
+        (R, D): see `StudentOutput`. `read_n`: what `run_blocks` was given."""
         x_rsd = carry.states_rsd
         if self.config.backbone.final_norm:
             x_rsd = self.final_norm(x_rsd)
+        if read_n is not None:
+            none_rsd = x_rsd.new_empty(len(batch.masked_rt), 0, x_rsd.shape[-1])
+            return self._predict_at(batch.modality, x_rsd), none_rsd, (None,)
         encoder_rsd = x_rsd[:, carry.extra_tokens :]
         predictions: list[Tensor] = []
         cls: list[Tensor | None] = []
@@ -112,8 +130,8 @@ class Student(Layered):
             cls.append(x_rsd[:, token - 1] if self.config.visible_only and part.extra_tokens else None)
         return tuple(predictions), encoder_rsd, tuple(cls)
 
-    def _run_block(self, block: nn.Module, carry: Carry, scale_2r11: Tensor | None) -> Tensor:
-        arguments = (carry.states_rsd, carry.attention_bias, scale_2r11)
+    def _run_block(self, block: nn.Module, carry: Carry, scale_2r11: Tensor | None, places_n: Tensor | None) -> Tensor:
+        arguments = (carry.states_rsd, carry.attention_bias, scale_2r11, places_n)
         if self.config.activation_checkpointing and torch.is_grad_enabled():
             states_rsd, _ = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=self._has_dropout)
         else:
@@ -126,8 +144,7 @@ class Student(Layered):
         masked_n = batch.layout.masked_n
         width = encoder_rsd.shape[-1]
         if not isinstance(predictor, ConvPredictor):
-            found: tuple[Tensor, ...] = predictor(encoder_rsd.reshape(-1, width).index_select(0, masked_n), heads)
-            return found
+            return self._predict_at(batch.modality, encoder_rsd.reshape(-1, width).index_select(0, masked_n))
         if noise_rtd is not None:
             noise_nd = noise_rtd.reshape(-1, width).index_select(0, masked_n)
         else:
@@ -137,6 +154,12 @@ class Student(Layered):
             noise_nd = noise_nd * one.predictor.noise_std
         layout = batch.layout
         return predictor(encoder_rsd, layout.visible_rs, masked_n, noise_nd, batch.extents, heads, layout.decoded_n)
+
+    def _predict_at(self, modality: str, states_nd: Tensor) -> tuple[Tensor, ...]:
+        """Of states (N, D) at masked positions, by a predictor that looks at each by itself."""
+        predictor = self.predictors[self.configs[modality].predictor_name]
+        found: tuple[Tensor, ...] = predictor(states_nd, self._heads.get(modality, ()))
+        return found
 
     def _row_keys(self, batch: Batch, draw: Draw) -> Tensor:
         """int64 (R,): a key for each row from (seed, step, sample id, clone)."""
@@ -205,9 +228,21 @@ class Teacher(Layered):
         return self.make(batch, features_btd)[0].targets_btd
 
     @torch.no_grad()
-    def make(self, batch: Batch, features_btd: Tensor | None = None) -> tuple[targets.Made, ...]:
-        """All targets, and what is observed of them. Arguments as for `forward`."""
-        return self.leave(batch, self.run_blocks(batch, self.enter(batch, features_btd)))
+    def make(
+        self, batch: Batch, features_btd: Tensor | None = None, *, only_read: bool = False
+    ) -> tuple[targets.Made, ...]:
+        """All targets, and what is observed of them. `only_read`: values at other positions than `read` may be NaN.
+        Other arguments as for `forward`."""
+        read_n = self.read(batch) if only_read else None
+        running = self.run_blocks(batch, self.enter(batch, features_btd), read_n=read_n)
+        return self.leave(batch, running, read_n)
+
+    def read(self, batch: Batch) -> Tensor | None:
+        """As of the student, where each position's targets are made from that position alone, of samples with one
+        mask each; None: targets are needed at all of them."""
+        every = (target for part in batch.of_stems for target in self.targets[part.modality])
+        by_position = all(target.is_by_position for target in every)
+        return super().read(batch) if by_position and batch.clones == 1 else None
 
     def begin_state(self, device: torch.device) -> None:
         """Give targets that have a state the one that a run begins with. Local."""
@@ -246,16 +281,27 @@ class Teacher(Layered):
         return self._carry(batch, states_rsd, self._valids(batch, whole_inputs), positions, masked=False)
 
     def run_blocks(
-        self, batch: Batch, carry: Carry, running: Sequence[Tensor | None] | None = None
+        self,
+        batch: Batch,
+        carry: Carry,
+        running: Sequence[Tensor | None] | None = None,
+        read_n: Tensor | None = None,
     ) -> list[Tensor | None]:
-        """Move the carry through the blocks that are here, and add their taps to the running sum of each target."""
+        """Move the carry through the blocks that are here, and add their taps to the running sum of each target, (B, T,
+        D). `read_n`: of `read`; the sums are then (1, N, D), of these positions."""
         made = list(self._targets_of(batch))
         running = [None] * len(made) if running is None else list(running)
+        places_n = None if read_n is None else batch.places_n(read_n)
         for _, its, layer, block in self._each_block(batch, carry, masked=False):
-            its.states_rsd, ffn_rsd = block(its.states_rsd, its.attention_bias, None)
+            at_n = places_n if self.is_last(layer) else None
+            its.states_rsd, ffn_rsd = block(its.states_rsd, its.attention_bias, None, at_n)
             for number, (part, first, target) in enumerate(made):
                 if layer.main in target.layers:
                     tap_rsd = ffn_rsd if target.config.tap == "ffn" else its.states_rsd
+                    if places_n is not None:
+                        tap_nd = tap_rsd if at_n is not None else tap_rsd.flatten(0, 1).index_select(0, places_n)
+                        running[number] = target.add(running[number], tap_nd[None])
+                        continue
                     own_rsd = tap_rsd[:, its.extra_tokens :]
                     if batch.parts:
                         own_rsd = own_rsd[:, first : first + part.masked_rt.shape[1]]
@@ -269,8 +315,15 @@ class Teacher(Layered):
             yield from ((part, first, target) for target in self.targets[part.modality])
             first += part.masked_rt.shape[1]
 
-    def leave(self, batch: Batch, running: Sequence[Tensor | None]) -> tuple[targets.Made, ...]:
-        """The targets of the sums of all taps."""
+    def leave(
+        self, batch: Batch, running: Sequence[Tensor | None], read_n: Tensor | None = None
+    ) -> tuple[targets.Made, ...]:
+        """The targets of the sums of all taps. `read_n`: what `run_blocks` was given; elsewhere they are NaN."""
+        if read_n is not None:
+            own = zip(self.targets[batch.modality], running, strict=True)
+            return tuple(
+                _placed(targets.make(target, sum_1nd, None, None, {}), batch, read_n) for target, sum_1nd in own
+            )
         made: list[targets.Made] = []
         rest = iter(running)
         for part in batch.of_stems:
@@ -329,3 +382,11 @@ class Teacher(Layered):
             if layer.main in wanted:
                 states[layer.main] = its.states_rsd[:, its.extra_tokens :]
         return states
+
+
+def _placed(made: targets.Made, batch: Batch, read_n: Tensor) -> targets.Made:
+    """Targets (1, N, W) of positions in their places, (B, T, W). They have no state, so these are the raw ones too."""
+    width = made.targets_btd.shape[-1]
+    targets_btd = made.targets_btd.new_full((*batch.masked_rt.shape, width), float("nan"))
+    targets_btd.view(-1, width).index_copy_(0, read_n, made.targets_btd[0])
+    return targets.Made(targets_btd, targets_btd, None)

@@ -50,18 +50,21 @@ class Stage(nn.Module):
         self._teacher: list[Teacher] = []
         self._prepare_teacher: Callable[[], None] | None = None
         self._draw = Draw(0, 0)
+        self._only_read = False
         self._objective: Objective | None = None
 
     def accompany(self, teacher: Teacher, prepare: Callable[[], None]) -> None:
         """Run this part of the teacher from now on, each step after a call of `prepare`."""
         self._teacher, self._prepare_teacher = [teacher], prepare
 
-    def begin(self, batches: list[Batch], draw: Draw, objective: Objective, data_parallel_rank: int) -> None:
-        """Give the micro-batches of one step, in the order in which they will be run. Collective over the stage's
-        data-parallel group."""
+    def begin(
+        self, batches: list[Batch], draw: Draw, objective: Objective, data_parallel_rank: int, *, only_read: bool
+    ) -> None:
+        """Give the micro-batches of one step, in the order in which they will be run. `only_read`: nothing is computed
+        that training does not read. Collective over the stage's data-parallel group."""
         assert self._prepare_teacher is not None, "a stage runs its teacher beside its student"
         self._prepare_teacher()
-        self._draw, self._objective, self.passes = draw, objective, []
+        self._draw, self._objective, self._only_read, self.passes = draw, objective, only_read, []
         # Each stage drops other elements, and other ones in every micro-batch.
         place = (data_parallel_rank, self.student.section.first)
         seeds = [key(draw.seed, "dropout", draw.step, *place, micro) >> 1 for micro in range(len(batches))]
@@ -70,11 +73,17 @@ class Stage(nn.Module):
 
     def next_arrival(self) -> "Travelling":
         """What the next micro-batch to be received consists of."""
-        return _travelling(self.student, self._teacher[0], self._arriving.popleft(), self.student.section.first)
+        return self._travelling(self._arriving.popleft(), self.student.section.first)
 
     def next_departure(self) -> "Travelling":
         """What the next micro-batch to be sent consists of."""
-        return _travelling(self.student, self._teacher[0], self._leaving.popleft(), self.student.section.last)
+        return self._travelling(self._leaving.popleft(), self.student.section.last)
+
+    def _travelling(self, batch: Batch, block: int) -> "Travelling":
+        return _travelling(self.student, self._teacher[0], batch, block, self._read(self._teacher[0], batch))
+
+    def _read(self, stack: Student | Teacher, batch: Batch) -> Tensor | None:
+        return stack.read(batch) if self._only_read else None
 
     def forward(self, received: Tensor | tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
         """One micro-batch through this stage; the last one returns its share of the loss."""
@@ -102,20 +111,22 @@ class Stage(nn.Module):
                 arrived = _unpack(cast(tuple[Tensor, ...], received), teacher, batch)
                 states_rsd, positions, teacher_states_bsd, teacher_positions, running = arrived
                 carry = student.resume(batch, states_rsd, positions)
-            student.run_blocks(batch, carry, self._draw)
+            read_n = self._read(student, batch)
+            student.run_blocks(batch, carry, self._draw, read_n)
         with part("teacher"), torch.no_grad():
             if section.starts:
                 assert features_btd is not None
                 teacher_carry = teacher.enter(batch, features_btd.detach())
             else:
                 teacher_carry = teacher.resume(batch, teacher_states_bsd, teacher_positions)
-            running = teacher.run_blocks(batch, teacher_carry, running)
+            targets_n = self._read(teacher, batch)
+            running = teacher.run_blocks(batch, teacher_carry, running, targets_n)
         if not section.ends:
             return _pack(carry, teacher_carry, running)
         with part("teacher"), torch.no_grad():
-            made = teacher.leave(batch, running)
+            made = teacher.leave(batch, running, targets_n)
         with part("student"):
-            predictions, _, cls = student.leave(batch, carry, self._draw)
+            predictions, _, cls = student.leave(batch, carry, self._draw, read_n=read_n)
         return poisoned(self._objective.share(batch, predictions, cls, made))
 
 
@@ -161,8 +172,9 @@ Travelling = list[tuple[tuple[int, ...], torch.dtype]]
 """Shapes and types of the tensors that go from a stage to the next."""
 
 
-def _travelling(student: Student, teacher: Teacher, batch: Batch, block: int) -> Travelling:
-    """What `_pack` makes of a micro-batch before this main block. Known on the host, from the batch alone."""
+def _travelling(student: Student, teacher: Teacher, batch: Batch, block: int, read_n: Tensor | None) -> Travelling:
+    """What `_pack` makes of a micro-batch before this main block, if targets are made at `read_n` (None: everywhere).
+    Known on the host, from the batch alone."""
     config = student.config
     dtype, teacher_dtype = next(student.parameters()).dtype, next(teacher.parameters()).dtype
     seen: tuple[int, ...] = states_shape(config, batch, masked=False)
@@ -174,7 +186,8 @@ def _travelling(student: Student, teacher: Teacher, batch: Batch, block: int) ->
         ridden.append((shape, torch.float32))
     for own in batch.of_stems:
         tapped = sum(teacher.taps_before(own.modality, block))
-        ridden += [((seen[0], own.masked_rt.shape[1], seen[2]), torch.float32)] * tapped
+        summed = (seen[0], own.masked_rt.shape[1]) if read_n is None else (1, len(read_n))
+        ridden += [((*summed, seen[2]), torch.float32)] * tapped
     # As `_as_int` makes them.
     as_int = [((*shape[:-1], shape[-1] * of.itemsize // 4), torch.int32) for shape, of in ridden]
     return [*kept, *as_int]
@@ -205,7 +218,7 @@ class PipelineStudent(StudentEngine):
     def train_batches(self, batches: list[Batch], draw: Draw, objective: Objective, *, measure: bool) -> StepResult:
         """See `StudentEngine.train_batches`; DeepSpeed's schedule says in which order the passes are made."""
         assert len(batches) == self.accumulation, "as many micro-batches as gradient_accumulation_steps"
-        self.pipeline_stage.begin(batches, draw, objective, self.topology.data_parallel_rank)
+        self.pipeline_stage.begin(batches, draw, objective, self.topology.data_parallel_rank, only_read=True)
         self._schedule.start()
         with part("pipeline"):
             self.engine.train_batch(_nothing(self.topology.device))
@@ -216,7 +229,7 @@ class PipelineStudent(StudentEngine):
     @torch.no_grad()
     def forward_batches(self, batches: list[Batch], draw: Draw, objective: Objective) -> None:
         """See `StudentEngine.forward_batches`."""
-        self.pipeline_stage.begin(batches, draw, objective, self.topology.data_parallel_rank)
+        self.pipeline_stage.begin(batches, draw, objective, self.topology.data_parallel_rank, only_read=False)
         # It puts its modules into eval mode, and would leave them so.
         was_training = self.engine.module.training
         self.engine.eval_batch(

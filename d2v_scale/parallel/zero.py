@@ -65,8 +65,8 @@ class StudentEngine:
         self.skipped_in_a_row = 0
         self.before_step: list[Callable[[], None]] = []
         """Called before the weights change; who still reads them waits here until it is done."""
-        self.make_targets: Callable[[Batch, Tensor], tuple[Made, ...]] | None = None
-        """The forward pass of the teacher that follows this student, which sets it."""
+        self.make_targets: Callable[..., tuple[Made, ...]] | None = None
+        """The `make` of the teacher that follows this student, which sets it."""
         self.idle_shares: list[float] = []
         """By pipeline stage: the share of the last measured step's passes that it waited for others; [] without."""
         self.matrices: WholeMatrices | None = None
@@ -92,10 +92,10 @@ class StudentEngine:
         for micro, batch in enumerate(batches):
             torch.manual_seed(key(draw.seed, "dropout", draw.step, self.topology.data_parallel_rank, micro) >> 1)
             with part("student"):
-                output = self(batch, draw)
+                output = self(batch, draw, only_read=True)
             objective.entered(batch, output.features_btd)
             with part("teacher"):
-                made = self.make_targets(batch, output.features_btd)
+                made = self.make_targets(batch, output.features_btd, only_read=True)
             share = objective.share(batch, output.predictions, output.cls, made)
             with part("backward"):
                 self.backward(share)
@@ -104,8 +104,8 @@ class StudentEngine:
 
     @torch.no_grad()
     def forward_batches(self, batches: list[Batch], draw: Draw, objective: Objective) -> None:
-        """The student and its teacher on these micro-batches without training. Collective: all ranks must call, with
-        equal numbers of micro-batches."""
+        """The student and its teacher on these micro-batches without training, at all positions, which hooks may look
+        at. Collective: all ranks must call, with equal numbers of micro-batches."""
         assert self.make_targets is not None, "no teacher follows this student"
         for batch in batches:
             output = self.module(batch, draw)

@@ -1,9 +1,10 @@
 """FLOPs of a training sample, counted from the recipe alone.
 
 Convention: 2 FLOPs per multiply-add of matrix products, convolutions and attention (both products, all pairs of
-positions); norms, activations and softmax are not counted. The backward pass is 2 times the forward pass, except that
-the layer which reads the raw input computes no gradient of it (1 time). Recomputation is no useful work and not part of
-these numbers (`SampleCost.recomputed`). Layer drop is not subtracted: a dropped block counts as run.
+positions); norms, activations and softmax are not counted. In the last block of 1.0 what follows attention counts at
+the positions that are read (`Layered.read`). The backward pass is 2 times the forward pass, except that the layer which
+reads the raw input computes no gradient of it (1 time). Recomputation is no useful work and not part of these numbers
+(`SampleCost.recomputed`). Layer drop is not subtracted: a dropped block counts as run.
 """
 
 import math
@@ -162,19 +163,34 @@ def sample_cost(
     those of the stem, or of all stems by their names; none: one of the model's width that costs nothing."""
     by_stem = targets if isinstance(targets, Mapping) else {modality: targets}
     layers = describe(model, modality)
-    return SampleCost(tuple(_layer(model, lengths, parts, layer, by_stem.get(layer.stem, ())) for layer in layers))
+    one = len(parts_of(modality)) == 1
+    student_reads = lengths.masked if one and not model.visible_only and not model.compile else None
+    by_position = bool(by_stem) and all(target.is_by_position for each in by_stem.values() for target in each)
+    teacher_reads = student_reads if by_position and lengths.clones == 1 else None
+    found = []
+    for layer in layers:
+        is_last = layer.main == model.backbone.depth - 1
+        reads = (student_reads, teacher_reads) if is_last else (None, None)
+        found.append(_layer(model, lengths, parts, layer, by_stem.get(layer.stem, ()), reads))
+    return SampleCost(tuple(found))
 
 
 def _layer(
-    model: ModelConfig, lengths: Lengths, parts: TeacherParts, layer: LayerSpec, targets: Sequence[Target]
+    model: ModelConfig,
+    lengths: Lengths,
+    parts: TeacherParts,
+    layer: LayerSpec,
+    targets: Sequence[Target],
+    reads: tuple[float | None, float | None],
 ) -> LayerCost:
+    """`reads`: positions of a row at which student and teacher compute all of a block; None: at all of them."""
     rows, modality = lengths.clones, layer.stem
     if modality:
         lengths = lengths.of(modality)
     match layer.kind:
         case "block":
-            student = rows * block_forward(model, lengths.kept + lengths.extra)
-            return _cost(layer, student, block_forward(model, lengths.positions + lengths.extra))
+            student = rows * block_forward(model, lengths.kept + lengths.extra, reads[0])
+            return _cost(layer, student, block_forward(model, lengths.positions + lengths.extra, reads[1]))
         case "features":
             first, *others = modalities.of(model, modality).feature_flops(lengths)
             own = 0.0 if parts.role(layer.name) == "absent" else 1.0
@@ -199,10 +215,11 @@ def _cost(layer: LayerSpec, forward: float, teacher: float) -> LayerCost:
     return LayerCost(layer=layer, forward=forward, backward=2 * forward, teacher=teacher)
 
 
-def block_forward(model: ModelConfig, length: int) -> float:
-    """FLOPs of one block's forward over one row of `length` positions."""
+def block_forward(model: ModelConfig, length: int, read: float | None = None) -> float:
+    """FLOPs of one block's forward over one row of `length` positions, of which `read` (None: all) pass what follows
+    attention."""
     width, ffn = model.backbone.width, model.backbone.ffn
-    linears = 2 * length * (4 * width * width + 2 * width * ffn)
+    linears = 2 * length * 3 * width * width + 2 * (length if read is None else read) * (width + 2 * ffn) * width
     attention = 2 * (2 * length * length * width)
     return linears + attention
 

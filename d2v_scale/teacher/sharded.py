@@ -304,9 +304,9 @@ class ShardedTeacher(EmaTeacher):
         """The forward pass (targets, of the first kind), without gradient. Collective: every rank must call."""
         return self._run("forward", args, kwargs)
 
-    def make(self, batch: Any, features_btd: Tensor | None) -> tuple[Made, ...]:
+    def make(self, batch: Any, features_btd: Tensor | None, *, only_read: bool = False) -> tuple[Made, ...]:
         """The module's `make`: all targets and what is observed of them. Collective: every rank must call."""
-        return self._run("make", (batch, features_btd), {})
+        return self._run("make", (batch, features_btd), {"only_read": only_read})
 
     def features(self, batch: Any, features_btd: Tensor | None, layers: list[int]) -> list[Tensor]:
         """The module's `features`: hidden states for evaluation, without gradient. Collective."""

@@ -105,6 +105,7 @@ def test_of_equal_cuts_the_one_that_spares_the_embeddings() -> None:
     """25 equal blocks on 4 stages: one stage has a block more, and it is not the one with the token table."""
     recipe = recipe_of("d2v1_text_base")
     recipe.model.backbone.depth = 25
+    recipe.model.compile = True  # else the last block computes less
     found = stages.stage_blocks(recipe, 4, 1)
     assert len(found.blocks[0]) < min(len(blocks) for blocks in found.blocks[1:])
 

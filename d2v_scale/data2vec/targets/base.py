@@ -90,6 +90,14 @@ class Target:
         """Which main blocks are tapped. Raises `ConfigError` for some that the model lacks."""
         return tapped_layers(config, place.depth)
 
+    @property
+    def is_by_position(self) -> bool:
+        """Whether each position's values are made from that position alone, without state: then only those that are
+        read need to be given, as (1, N, D). Never of a kind with computations of its own."""
+        own = ("add", "raw", "targets", "initial_state", "_normalised")
+        is_plain = all(getattr(type(self), name) is getattr(Target, name) for name in own)
+        return is_plain and {*self._tap_norms, *self._final_norms} <= {"layer"}
+
     def add(self, running_btd: "Tensor | None", tap_btd: "Tensor") -> "Tensor":
         """The running sum after one more tap, (B, T, D) of any float type: fp32 (B, T, D). Extra tokens (CLS) are cut
         off before. `running_btd` may be written to; it is None at the first tap."""
