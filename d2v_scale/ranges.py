@@ -90,6 +90,7 @@ ABOVE_ZERO = (
     "checkpoint.keep_last",
     "checkpoint.peer_timeout",
     "tracking.log_every",
+    "tracking.straggler_factor",
     "tracking.peak_tflops",
     "evaluation.batch_size",
     "evaluation.k",

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from d2v_scale.batch import Batch, Layout
 from d2v_scale.parallel.groups import Topology, model_group_on_host
+from d2v_scale.process import faults
 
 
 class SharedFeed:
@@ -34,6 +35,7 @@ class SharedFeed:
 
     def __next__(self) -> list[Batch]:
         """The micro-batches of the next step, on the device."""
+        faults.point("data")
         if self._topology.model_size == 1:
             return next(self._steps)
         said: list[Any] = [None]

@@ -23,6 +23,7 @@ from d2v_scale.process.signals import Agreement, Stop, StopFlag, StopReason
 from d2v_scale.process.watchdog import Watchdog
 from d2v_scale.recipe import Recipe
 from d2v_scale.run_files.committed import directory_name
+from d2v_scale.running.pace import PaceKeeper
 from d2v_scale.running.spikes import respond
 from d2v_scale.tracking import RunTracker, SpeedMeter
 
@@ -103,7 +104,7 @@ def train(run: AnyRun[Seen], stop_flag: StopFlag, agreement: Agreement, watchdog
             run.evaluate()
     run.begin()
     stop_flag.starting = False
-    batches = SharedFeed(run.loader, run.topology)
+    batches, pace = SharedFeed(run.loader, run.topology), PaceKeeper(run)
     profiler = StepProfiler(recipe.profile, run.directory, run.profiled(), rank=run.topology.rank)
     run.meter.restart()
     while run.step < end:
@@ -112,7 +113,7 @@ def train(run: AnyRun[Seen], stop_flag: StopFlag, agreement: Agreement, watchdog
         with _said("starting the workers that read the data", first), part("data"), run.meter.waiting("data"):
             micro_batches = next(batches)
         logged = run.tracker.due(run.step + 1, end)
-        with _said("taking the first step, for which kernels are built", first):
+        with _said("taking the first step, for which kernels are built", first), pace.step():
             taken = run.take_step(micro_batches, logged=logged)
         run.step += 1
         profiler.end(run.step)

@@ -134,7 +134,8 @@ class _Reader:
         attempt.last = line["step"]
 
     def end(self, line: dict[str, Any]) -> None:
-        self.attempts[-1].seconds["ending"] += max(0.0, line["time"] - self.now)
+        # One that took no step failed while it started.
+        self.attempts[-1].seconds["ending" if self._trains else "start_up"] += max(0.0, line["time"] - self.now)
         self.attempts[-1].code = line["code"]
         self.now = max(self.now, line["time"])
 

@@ -15,6 +15,9 @@ class TrackingConfig:
     """Name of the run in MLflow; null: the name of the run directory."""
     log_every: int = 10
     """Steps between records. The first and the last step are always recorded."""
+    straggler_factor: float | None = 2.0
+    """A rank whose own part of a step takes so many times as long as the median of its peers is named; null: ranks are
+    not compared."""
     peak_tflops: float | None = None
     """Peak of one device, TFLOP/s, that `mfu` is a share of; null: bf16 of A100, H100 or H200, elsewhere no mfu."""
     plot_every: int | None = 0

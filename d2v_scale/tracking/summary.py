@@ -14,6 +14,7 @@ from d2v_scale.redaction import redact_values
 from d2v_scale.tracking.events import SPIKES_FILE
 from d2v_scale.tracking.mirror_state import EVENTS_FILE
 from d2v_scale.tracking.record import METRICS_FILE, SUPERSEDED_FILE, parse_lines, read_records
+from d2v_scale.tracking.stragglers import STRAGGLERS_FILE
 from d2v_scale.tracking.tracker import flatten
 from d2v_scale.tracking.verdict import verdict
 
@@ -141,6 +142,9 @@ def _incidents(
             f"went back to step {line['rewound_to']}" if answer == "rewind" else {"skip": "skipped"}.get(answer, "end")
         )
         yield Incident(time=line["time"], step=line["step"], what=f"spike: {norm}; {done}")
+    for line in _lines(run_dir / STRAGGLERS_FILE):
+        slow = f"rank {line['rank']} held the others up, waiting for {line['waits_for']}"
+        yield Incident(time=line["time"], step=line["step"], what=slow)
     yield from _value_incidents(records)
     if status is not None and status.outcome == "failed":
         yield Incident(time=status.time, step=status.step, what=f"failed: {status.reason}")

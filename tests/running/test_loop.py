@@ -19,13 +19,13 @@ class CountingRun:
         self.asked: list[str] = []
         self.step, self.saved, self.directory = 0, -1, directory
         self.meter = SpeedMeter()
-        self.topology = SimpleNamespace(rank=0, model_size=1)
+        self.topology = SimpleNamespace(rank=0, model_size=1, world_size=1)
         self.options = SimpleNamespace(stop_at=None)
         self.recipe = SimpleNamespace(
             optim=SimpleNamespace(max_steps=steps),
             profile=SimpleNamespace(bounds=lambda: None),
             evaluation=SimpleNamespace(every=every),
-            tracking=SimpleNamespace(plot_every=plot_every),
+            tracking=SimpleNamespace(plot_every=plot_every, straggler_factor=2.0),
             checkpoint=SimpleNamespace(due=lambda step: step % save_every == 0),
             max_skipped_in_a_row=3,
         )

@@ -70,6 +70,11 @@ def test_what_is_done_again_was_not_productive() -> None:
     assert named(divided[0].seconds) == {"start_up": 2, "productive": 5, "repeated": 5}
 
 
+def test_an_attempt_that_fails_before_its_first_step_has_started_in_vain() -> None:
+    [one] = account([begin(30, 10), end(40, 1)])
+    assert (named(one.seconds), one.code) == ({"start_up": 30}, 1)
+
+
 def test_a_rewind_repeats_within_an_attempt() -> None:
     back = {"event": "rewound", "time": 14, "step": 5}
     [one] = account([begin(1, 0), at(2, 1), at(6, 5), at(12, 11), back, at(18, 9), end(18)])
