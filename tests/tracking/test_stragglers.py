@@ -91,6 +91,10 @@ def test_recorded_healthy_runs_name_nobody() -> None:
     timeline, detector = recorded("healthy_ranks.jsonl"), StragglerDetector(2.0)
     assert len(timeline) > 50
     assert [found for paces in timeline if (found := detector.observe(paces))] == []
+    # Nor in two thousand steps like these, in whatever order they come.
+    for seed in range(20):
+        chance, detector = random.Random(seed), StragglerDetector(2.0)
+        assert not any(detector.observe(chance.choice(timeline)) for _ in range(2000 // EVERY))
 
 
 def test_a_straggler_is_an_incident_of_its_run(tmp_path: Path) -> None:
