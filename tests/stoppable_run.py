@@ -21,6 +21,7 @@ import torch.distributed as dist  # noqa: E402
 
 from d2v_scale.errors import EXIT_LOST_PEER  # noqa: E402
 from d2v_scale.process import status  # noqa: E402
+from d2v_scale.process.started import tell_run_dir  # noqa: E402
 from d2v_scale.process.watchdog import Watchdog  # noqa: E402
 
 
@@ -40,6 +41,7 @@ def main() -> int:
         dist.init_process_group("gloo")
     if rank == 0:
         status.begin(run_dir)
+        tell_run_dir(run_dir)
     agreement = Agreement()
     agreement.barrier()
     if options.fail:

@@ -1,6 +1,10 @@
 """Which faults the launcher answers by starting the ranks again, and how often."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -84,3 +88,60 @@ def test_attempts_that_cannot_be_counted_are_not_made(tmp_path: Path) -> None:
     restarts, run_dir = make(tmp_path)
     (run_dir / "attempts.jsonl").mkdir()
     assert restarts.again(137, time.time()) is None
+
+
+LAUNCHER = """
+import os, sys, tempfile
+from pathlib import Path
+from d2v_scale.parallel import local_ranks
+from d2v_scale.running.restarts import Restarts
+with tempfile.TemporaryDirectory() as folder:
+    restarts = Restarts(1, Path(folder), sys.argv[2:])
+    environment = {**os.environ, **restarts.environment}
+    command = [sys.executable, *sys.argv[1:]]
+    code = local_ranks.run(command, 2, environment, share_cores=True, again=restarts.again)
+sys.exit(code)
+"""
+STAND_IN = Path(__file__).parents[1] / "stoppable_run.py"
+
+
+def wait_for(path: Path, but: str = "") -> str:
+    """What a file holds once it is there, and something else than `but`."""
+    limit = time.monotonic() + 90
+    while not path.exists() or (text := path.read_text()) in ("", but):
+        assert time.monotonic() < limit
+        time.sleep(0.02)
+    return text
+
+
+@pytest.mark.parametrize(
+    ("number", "kind", "strikes"),
+    [
+        pytest.param(signal.SIGKILL, "lost process", 1, marks=pytest.mark.slow),
+        (signal.SIGSTOP, "hang", 1),
+        (signal.SIGKILL, "lost process", 2),
+    ],
+)
+def test_ranks_that_are_lost_or_stand_still_are_started_again_and_not_too_often(
+    number: signal.Signals, kind: str, strikes: int, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    arguments = ["--run_dir", str(run_dir), "--optim.max_steps", "60", "--step_seconds", "0.05"]
+    env = {**os.environ, "WATCHDOG_S": "4", "OMP_NUM_THREADS": "1"}
+    launcher = subprocess.Popen([sys.executable, "-c", LAUNCHER, str(STAND_IN), *arguments], env=env)
+    pid = ""
+    for _ in range(strikes):
+        pid = wait_for(run_dir / "pid-1", but=pid)
+        time.sleep(0.5)
+        os.kill(int(pid), number)
+    code = launcher.wait(120)
+    assert [kind_of(one) for one in read_attempts(run_dir)] == [kind] * strikes
+    if strikes > 1:
+        assert code != 0
+        return
+    assert code == 0
+    value = 0.0
+    for step in range(60):
+        value = 0.9 * value + (step * 7919) % 101
+    saved = json.loads((run_dir / "checkpoints" / "step-00000060" / "COMMITTED").read_text())
+    assert saved == [60, pytest.approx(value)]
