@@ -126,6 +126,8 @@ _NAMED = re.compile(r"\.(arrays|axes)\.[^.]+(?=\.)")
 """Sections by names of the user's own are all held to the same bounds."""
 _OWN = re.compile(r"^(model|objective)\.\w+(?:\.\*)?\.(predictor|masking|target|further_targets|loss|health)\b")
 """What a stem does differently is held to the bounds of what it overrides."""
+_OF_TEACHER = re.compile(r"^teacher\.(?=model\.)")
+"""A teacher's own model is held to those of the student's."""
 
 
 def numbers(section: Any, prefix: str = "") -> Iterator[tuple[str, Any, bool]]:
@@ -154,7 +156,7 @@ def check(section: Any) -> None:
     """Raises ConfigError for the first key with an impossible number."""
     for key, value, is_switch in numbers(section):
         shown = f"is {list(value) if isinstance(value, tuple) else value}"
-        rule = _OWN.sub(r"\1.\2", general(key))
+        rule = _OWN.sub(r"\1.\2", general(_OF_TEACHER.sub("", key)))
         for number in _flat(value):
             if isinstance(number, bool):
                 if not is_switch:

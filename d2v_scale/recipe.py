@@ -15,7 +15,7 @@ from d2v_scale.checkpoint.config import CheckpointConfig
 from d2v_scale.data.config import DataConfig, SourceConfig
 from d2v_scale.data2vec import block_sizes, masking, targets
 from d2v_scale.data2vec.config import MaskingConfig, ObjectiveConfig, TargetConfig
-from d2v_scale.data2vec.targets import Target
+from d2v_scale.data2vec.targets import Place, Target
 from d2v_scale.errors import ConfigError
 from d2v_scale.evaluation.config import EvaluationConfig
 from d2v_scale.finetuning.config import TaskConfig
@@ -27,6 +27,7 @@ from d2v_scale.optim import OptimConfig
 from d2v_scale.parallel.config import ParallelConfig, data_parallel_size
 from d2v_scale.process.config import ProfileConfig
 from d2v_scale.redaction import redact_values
+from d2v_scale.teacher import own_model
 from d2v_scale.teacher.config import TeacherConfig
 from d2v_scale.tracking.config import TrackingConfig
 
@@ -40,6 +41,7 @@ FREE_TO_CHANGE = (
     "evaluation",
     "profile",
     "teacher.placement",
+    "teacher.checkpoint",
     "model.activation_checkpointing",
     "model.compile",
     "max_skipped_in_a_row",
@@ -102,7 +104,7 @@ class Recipe:
 
     def built_targets(self) -> dict[str, tuple[Target, ...]]:
         """Each stem's targets, the first one first."""
-        places = {name: modalities.target_place(self.model, name) for name in self.model.modalities}
+        places = {name: self._target_place(name) for name in self.model.modalities}
         return {name: targets.build_all(each, places[name]) for name, each in self.targets().items()}
 
     def target_widths(self) -> dict[str, dict[str, int]]:
@@ -123,7 +125,10 @@ class Recipe:
 
     def parts(self) -> TeacherParts:
         """The teacher's parts, with the published ones where the recipe names none."""
-        return self.teacher_parts or published_parts(self.model)
+        return self.teacher.parts(self.teacher_parts or published_parts(self.model))
+
+    def _target_place(self, name: str) -> Place:
+        return modalities.target_place(self.teacher.model_beside(self.model), name)
 
     def resolved_precision(self, has_gpu: bool) -> Literal["fp32", "bf16"]:
         """The precision of the compute weights."""
@@ -138,6 +143,7 @@ class Recipe:
         self.profile.bounds()
         self._check_model()
         if self.task is None:
+            own_model.check(self)
             self._check_objective()
         else:
             self.task.check(self.model, self.parallel.tensor * self.parallel.pipeline)
@@ -218,12 +224,13 @@ class Recipe:
     def _check_own_objective(self, stem: modalities.Modality, objective: ObjectiveConfig) -> None:
         """Raises ConfigError for what contradicts a stem, whose own values are entered in `objective`."""
         model = self.model
-        target, *_ = targets.check_all(objective.targets, modalities.target_place(model, stem.name))
+        target, *_ = targets.check_all(objective.targets, self._target_place(stem.name))
         if objective.loss.cls_weight > 0 and target.width != model.backbone.width:
             raise ConfigError(
                 "objective.loss.cls_weight",
-                f"compares an output of width {model.backbone.width} with targets of width {target.width}",
-                "Set it to 0, or choose another objective.target.kind.",
+                f"compares an output of width {model.backbone.width} with targets of width {target.width}, and has no "
+                "projection",
+                "Set it to 0, or choose another objective.target.kind or a teacher of that width.",
             )
         if model.predictor.shared and target.width != model.backbone.width:
             raise ConfigError(

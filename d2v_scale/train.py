@@ -45,6 +45,7 @@ from d2v_scale.recipe import Recipe
 from d2v_scale.redaction import RedactingFormatter
 from d2v_scale.run_files import raw_data, run_lock
 from d2v_scale.run_files.recipe_paths import check_complete, find_data
+from d2v_scale.run_files.teacher_model import adopt_teacher
 
 if TYPE_CHECKING:
     from d2v_scale.running.loop import AnyRun
@@ -82,7 +83,7 @@ def main(arguments: list[str], stop_flag: StopFlag) -> int:
             terminal.setLevel(logging.ERROR)
         with doing("reading the recipe"):
             recipe, options = command_line.parse(arguments)
-        encoder = None if recipe.task is None else adopt(recipe, options)
+        encoder = adopt_teacher(recipe, options) if recipe.task is None else adopt(recipe, options)
         config = configure(recipe)
         if options.prepare:
             raw_data.prepare(recipe, options.run_dir or options.resume, lambda: stop_flag.raised() is not None)
@@ -108,7 +109,7 @@ def main(arguments: list[str], stop_flag: StopFlag) -> int:
         if topology.device.type == "cuda" and topology.rank == 0:
             log.info("%s", attention_kernels.describe(torch.cuda.get_device_name(topology.device)))
         if recipe.task is None:
-            run = pretraining.build(recipe, options, config, topology, directory)
+            run = pretraining.build(recipe, options, config, topology, directory, encoder)
         else:
             run = finetuning.build(recipe, options, config, topology, directory, encoder)
         code = supervise(run, stop_flag)

@@ -11,7 +11,7 @@ from d2v_scale.checkpoint.writer import CheckpointWriter
 from d2v_scale.data2vec.config import MaskingConfig, ObjectiveConfig, TargetConfig
 from d2v_scale.parallel import ds_config, groups
 from d2v_scale.pretraining.engines import build_engines
-from d2v_scale.recipe import Recipe
+from d2v_scale.recipe import Recipe, to_dict
 
 
 def engines(
@@ -30,9 +30,10 @@ def engines(
     return student, teacher, recipe
 
 
-def saved(root: Path, student: Any, teacher: Any) -> Checkpoint:
-    """A checkpoint of them below `root`."""
+def saved(root: Path, student: Any, teacher: Any, recipe: Recipe | None = None) -> Checkpoint:
+    """A checkpoint of them below `root`, which says their `recipe` where one is given."""
     writer = CheckpointWriter.create(root)
-    writer.save(1, training.pieces(student, teacher), training.state(student, teacher), {})
+    extra = {} if recipe is None else {"recipe": to_dict(recipe)}
+    writer.save(1, training.pieces(student, teacher), training.state(student, teacher), extra)
     assert writer.finish()
     return Checkpoint.open(root / "step-00000001")

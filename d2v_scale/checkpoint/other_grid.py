@@ -6,7 +6,7 @@ from torch import Tensor
 
 from d2v_scale.checkpoint.reader import Checkpoint
 from d2v_scale.model.position_tables import PositionTable
-from d2v_scale.parallel.shards import TensorSlice
+from d2v_scale.parallel.shards import TensorSlice, part_of
 
 
 class OtherGrid(Checkpoint):
@@ -37,5 +37,5 @@ class OtherGrid(Checkpoint):
     def read(self, kind: str, name: str, cut: TensorSlice | None, start: int, numel: int) -> Tensor:
         """The flat range [start, start + numel) of a slice of a tensor. Of a table the whole is read."""
         if name in self._tables:
-            return self._range_of(self.tensor(kind, name), cut, start, numel)
+            return part_of(self.tensor(kind, name), cut, start, numel)
         return super().read(kind, name, cut, start, numel)

@@ -14,7 +14,7 @@ from torch import Tensor
 from d2v_scale.checkpoint.format import MANIFEST, Manifest, TensorEntry, check_coverage
 from d2v_scale.errors import CheckpointError
 from d2v_scale.files import file_sha256
-from d2v_scale.parallel.shards import TensorSlice
+from d2v_scale.parallel.shards import TensorSlice, part_of
 from d2v_scale.run_files.committed import MARKER
 
 
@@ -90,13 +90,7 @@ class Checkpoint:
         wanted = (cut.dim, cut.count) if cut else (None, 1)
         if wanted == (entry.dim, entry.slices):
             return self._gather(kind, name, entry, cut.index if cut else 0, start, numel)
-        return self._range_of(self.tensor(kind, name), cut, start, numel)
-
-    @staticmethod
-    def _range_of(full: Tensor, cut: TensorSlice | None, start: int, numel: int) -> Tensor:
-        if cut:
-            full = full.chunk(cut.count, dim=cut.dim)[cut.index]
-        return full.reshape(-1).narrow(0, start, numel)
+        return part_of(self.tensor(kind, name), cut, start, numel)
 
     def check_names(self, kind: str, expected: dict[str, tuple[int, ...]]) -> None:
         """Raises CheckpointError, naming every difference, unless `kind` has exactly these tensors (global shapes)."""

@@ -80,15 +80,24 @@ def restore_weights(
 ) -> None:
     """Start a new run from weights: no moments, counters at zero. Collective.
 
-    The teacher is the checkpoint's, or with `reset_teacher` a copy of the student. So is the state of targets, which
-    begins anew with `reset_teacher` and where the checkpoint has none. Raises CheckpointError, before anything is
-    changed, when the checkpoint is of another model.
+    The teacher is the checkpoint's, or with `reset_teacher` a copy of the student, and likewise where the checkpoint's
+    did not follow its student. One that is another encoder is left alone. So is the state of targets, which begins anew
+    with `reset_teacher` and where the checkpoint has none. Raises CheckpointError, before anything is changed, when the
+    checkpoint is of another model.
     """
-    has_state = bool(checkpoint.names("state")) and not reset_teacher
-    _check(checkpoint, student, None if reset_teacher else teacher, (), with_state=has_state)
+    followed = checkpoint.extra.get("recipe", {}).get("teacher", {}).get("kind", "ema") == "ema"
+    reset_teacher = reset_teacher or not followed
+    own = teacher.kind == "checkpoint"
+    has_state = bool(checkpoint.names("state")) and not reset_teacher and not own
+    checked = None if reset_teacher or not teacher.follows else teacher
+    _check(checkpoint, student, checked, (), with_state=has_state and checked is not None)
+    if has_state and checked is None:
+        checkpoint.check_names("state", target_state.shapes(teacher))
     _read_student(checkpoint, student, ())
     student.finish_loading(0)
-    if reset_teacher:
+    if own:
+        teacher.finish_loading(0)
+    elif reset_teacher:
         teacher.copy_student()
     else:
         _read_teacher(checkpoint, teacher)
@@ -111,8 +120,11 @@ def _read_student(checkpoint: Checkpoint, student: StudentEngine, moments: tuple
 
 
 def _read_teacher(checkpoint: Checkpoint, teacher: EmaTeacher) -> None:
+    averaged = set(checkpoint.names("teacher"))
     for held in teacher.shards():
-        held.values.copy_(checkpoint.read("teacher", held.name, held.slice, held.start, held.numel))
+        # A frozen one has what the teacher before it shared with its student, too.
+        kind = "teacher" if held.name in averaged else "student"
+        held.values.copy_(checkpoint.read(kind, held.name, held.slice, held.start, held.numel))
 
 
 def _read_state(checkpoint: Checkpoint, teacher: EmaTeacher) -> None:

@@ -31,7 +31,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--weights",
         choices=("teacher", "student"),
-        help="whose tensors; default: the teacher's, if there is one",
+        help="whose tensors; default: the teacher's, if one follows the student",
     )
     parser.add_argument("--modality", metavar="NAME", help="stem, or source of paired samples, where there are several")
     parser.add_argument("--half", action="store_true", help="store the weights in float16")
@@ -84,7 +84,13 @@ def run(options: argparse.Namespace) -> int:
             raise UserError("A fine-tuned model has no form of the reference's here.", "Use --to hf or safetensors.")
         if options.weights == "teacher":
             raise UserError("A fine-tuned model has no teacher.", "Leave --weights out.")
-    weights: Literal["teacher", "student"] = options.weights or ("teacher" if recipe.task is None else "student")
+    averages = recipe.task is None and recipe.teacher.follows
+    if not recipe.teacher.follows and (options.weights == "teacher" or options.to == "fairseq"):
+        raise UserError(
+            f"The teacher of {checkpoint.path} does not follow its student (teacher.kind {recipe.teacher.kind}).",
+            "Leave --weights out, which exports the student, and do not give --to fairseq.",
+        )
+    weights: Literal["teacher", "student"] = options.weights or ("teacher" if averages else "student")
     whose = "student and teacher" if options.to == "fairseq" else f"the {weights}"
     license_id = options.license or UNKNOWN_LICENSE
     if options.to == "safetensors":

@@ -117,6 +117,7 @@ def points_of(options: argparse.Namespace) -> list[Point]:
     """All points, each once; the recipe is parsed at each: a wrong key or value is said before anything runs."""
     from d2v_scale.command_line import parse
     from d2v_scale.recipe import to_dict
+    from d2v_scale.run_files.teacher_model import adopt_teacher
 
     points: list[Point] = []
     seen: dict[str, Point] = {}
@@ -128,6 +129,7 @@ def points_of(options: argparse.Namespace) -> list[Point]:
         settings = tuple(itertools.chain.from_iterable(chosen))
         given = [f"--recipe={options.recipe}", *options.training, *(f"--{key}={value}" for key, value in settings)]
         recipe, how = parse(given)
+        adopt_teacher(recipe, how)
         recipe.check(world_size=1)
         evaluated |= bool(recipe.evaluation.shards)
         if options.equal_compute:

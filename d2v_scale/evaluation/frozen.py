@@ -57,7 +57,7 @@ class FrozenEncoder:
             device,
             source.path,
             source.step,
-            weights,
+            weights if weights == "random" else source.weights,
             source.run_dir,
             source.tokenizer_sha256,
         )

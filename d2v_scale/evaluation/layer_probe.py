@@ -86,7 +86,9 @@ class LayerProbe:
         for index, block in _here(self._student):
             handles += self._watch_attention(index, block, batch.clones, weight_rt)
             handles.append(self._watch_student(index, block, batch, visible_bs))
-        for index, block in _here(self._teacher):
+        # One that is another model may have more blocks.
+        alike = (pair for pair in _here(self._teacher) if pair[0] < len(self._student.blocks))
+        for index, block in alike:
             handles.append(self._watch_teacher(index, block, batch, visible_bs, weight_rt))
         return handles
 

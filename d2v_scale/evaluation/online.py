@@ -20,6 +20,7 @@ from d2v_scale.evaluation.knn import knn, whitened
 from d2v_scale.evaluation.raw import hashed
 from d2v_scale.evaluation.samples import require_same, samples_without_labels
 from d2v_scale.model.pooling import mean_over_positions
+from d2v_scale.networks.layered import Layered
 from d2v_scale.networks.stack import Student, Teacher
 from d2v_scale.parallel.zero import StudentEngine
 from d2v_scale.plots.gallery import FIRST, Gallery
@@ -97,10 +98,11 @@ class OnlineEvaluation:
     def figures(self) -> dict[str, float]:
         """All figures for the record. Collective: all ranks must call; all get the same.
 
-        `knn_accuracy`, in [0, 1], of the teacher's features, whitened; `knn_samples`, of how many; and what it has to
-        be above: `knn_chance`, the share of the commonest label, which is found without looking at a sample, and
-        `knn_raw`, the accuracy of `raw_features`. `layer_likeness`: CKA, debiased (about 0: nothing in common, 1: the
-        same), of the teacher's first and last main block on the samples' means over positions.
+        `knn_accuracy`, in [0, 1], of the teacher's features (of the student's where no teacher follows it), whitened;
+        `knn_samples`, of how many; and what it has to be above: `knn_chance`, the share of the commonest label, which
+        is found without looking at a sample, and `knn_raw`, the accuracy of `raw_features`. `layer_likeness`: CKA,
+        debiased (about 0: nothing in common, 1: the same), of the first and last main block on the samples' means over
+        positions.
         """
         if not self._train:
             return {}
@@ -150,7 +152,7 @@ class OnlineEvaluation:
 
     def _without_model(self, batch: Batch) -> Tensor:
         """(B, F): raw features, of a width that can be whitened."""
-        config = cast(Teacher, self._teacher.module).config
+        config = cast(Layered, self._teacher.encoder).config
         return hashed(modalities.of(config, batch.modality).raw_features(batch).float())
 
     def _pooled(self, batch: Batch) -> Tensor:
@@ -172,7 +174,7 @@ class OnlineEvaluation:
             found.append(
                 (pooled_lbd.cpu(), last_btd.float().cpu() if index * _PICTURED_AT_ONCE < FIRST else last_btd[:0])
             )
-        valid_bt = cast(Teacher, self._teacher.module).valid_positions(batch)
+        valid_bt = cast(Layered, self._teacher.encoder).valid_positions(batch)
         return Gallery(
             batch=batch,
             kind=recipe.model.kind(batch.modality),
@@ -190,7 +192,7 @@ class OnlineEvaluation:
 
     @property
     def _depth(self) -> int:
-        return cast(Teacher, self._teacher.module).config.backbone.depth
+        return cast(Layered, self._teacher.encoder).config.backbone.depth
 
     @torch.no_grad()
     def _states(self, batch: Batch, layers: list[int]) -> tuple[Tensor, Tensor]:
@@ -203,8 +205,8 @@ class OnlineEvaluation:
             module.eval()
             shared = module.stem_features(batch)
             module.train(was_training)
-        states = self._teacher.features(batch, shared, layers)
-        valid_bt = teacher.valid_positions(batch)
+        states = self._teacher.encoder_features(batch, shared, layers)
+        valid_bt = cast(Layered, self._teacher.encoder).valid_positions(batch)
         return torch.stack([mean_over_positions(x_btd, valid_bt) for x_btd in states]), states[-1]
 
 

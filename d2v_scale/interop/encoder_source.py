@@ -50,27 +50,32 @@ class EncoderSource:
     """Of a fine-tuned classifier: the names of its outputs."""
     tokenizer_sha256: str | None = None
     """Checksum of the tokenizer of the text that it was trained on, where it is known."""
+    weights: Weights = "teacher"
+    """Whose tensors they are, as far as there is a choice (`open_encoder`)."""
 
 
 def open_encoder(path: str | Path, weights: Weights = "teacher") -> EncoderSource:
     """Open any of the kinds above. Raises CheckpointError.
 
     `teacher`: averaged tensors from the teacher, shared ones (conv stack, embeddings) from the student; `student`: all
-    from the student. An exported folder holds one of the two, and `weights` is without effect.
+    from the student, and so is what a teacher that does not follow it (`TeacherConfig.kind`) trained. An exported
+    folder holds one of the two, and `weights` is without effect.
     """
     path = Path(path)
     if (path / "config.json").is_file() or (path / EXPORT_FILE).is_file():
-        return _exported(path)
+        return dataclasses.replace(_exported(path), weights=weights)
     checkpoint = open_any(path)
-    extra = checkpoint.extra
+    extra, recipe = checkpoint.extra, recipe_of(checkpoint)
+    weights = weights if recipe.teacher.follows else "student"
     return EncoderSource(
         checkpoint.path,
-        recipe_of(checkpoint),
+        recipe,
         _reader(checkpoint, weights),
         checkpoint.step,
         checkpoint.path.parent.parent,
         extra.get("classes"),
         extra.get("tokenizer_sha256"),
+        weights,
     )
 
 

@@ -101,6 +101,11 @@ class SpeechStem(StemSettings):
         if not self.conv_layers:
             raise ConfigError("model.speech.conv_layers", "is empty", "Give (channels, kernel, stride) per layer.")
 
+    @property
+    def steps(self) -> list[tuple[int, int]]:
+        """Kernel and stride of each convolution, which say how many positions there are."""
+        return [(kernel, stride) for _, kernel, stride in self.conv_layers]
+
     def lengths(self, samples: Count) -> list[Count]:
         """Positions after each convolution of so many samples of a waveform; there is no padding (spec 3.1)."""
         lengths: list[Count] = []

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from d2v_scale import modalities
 from d2v_scale.batch import Batch
+from d2v_scale.errors import ConfigError
 from d2v_scale.model.block import Block, beit_depth_scale
 from d2v_scale.model.config import ModelConfig
 from d2v_scale.model.init import BEIT, InitRule
@@ -96,6 +97,30 @@ class Layered(nn.Module):
         if all(valid is None for valid in valids):
             return None
         return torch.cat([_all_valid(p) if v is None else v for p, v in zip(batch.of_stems, valids, strict=True)], 1)
+
+    def check_layers(self, layers: list[int]) -> list[int]:
+        """The same list. Raises ConfigError unless all are numbers of main blocks."""
+        depth = self.config.backbone.depth
+        if not all(-depth <= layer < depth for layer in layers):
+            raise ConfigError("layers", f"{layers} are not all blocks of a model of depth {depth}.")
+        return layers
+
+    @torch.no_grad()
+    def outputs_of(self, batch: Batch, carry: Carry, layers: list[int]) -> list[Tensor]:
+        """Outputs (B, T, D) of these main blocks, all of which are here, in this order; without CLS."""
+        depth = self.config.backbone.depth
+        states = self.outputs(batch, carry, {layer % depth for layer in self.check_layers(layers)})
+        return [states[layer % depth] for layer in layers]
+
+    @torch.no_grad()
+    def outputs(self, batch: Batch, carry: Carry, wanted: set[int]) -> dict[int, Tensor]:
+        """Move the carry through the blocks that are here; outputs (B, T, D), without CLS, of the `wanted` ones."""
+        states = {}
+        for _, its, layer, block in self._each_block(batch, carry, masked=False):
+            its.states_rsd, _ = block(its.states_rsd, its.attention_bias, None)
+            if layer.main in wanted:
+                states[layer.main] = its.states_rsd[:, its.extra_tokens :]
+        return states
 
     def _valids(self, batch: Batch, given: Given) -> list[Tensor | None]:
         """The same of every part by itself."""

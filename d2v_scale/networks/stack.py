@@ -11,7 +11,6 @@ from d2v_scale import modalities
 from d2v_scale.batch import Batch
 from d2v_scale.data2vec import stateless, targets
 from d2v_scale.data2vec.config import TargetConfig
-from d2v_scale.errors import ConfigError
 from d2v_scale.model.block import with_zero_gradient
 from d2v_scale.model.config import ModelConfig
 from d2v_scale.model.layers import Carry, LayerSpec, Section, StudentOutput
@@ -67,6 +66,20 @@ class Student(Layered):
         carry = self._enter(batch, features_btd, valids, masked=masked)
         self._run_blocks(batch, carry, draw, masked=masked)
         return carry.states_rsd[:, carry.extra_tokens :]
+
+    def features(self, batch: Batch, layers: list[int]) -> list[Tensor]:
+        """As `Teacher.features`, of the student. In eval mode."""
+        return self.outputs_of(batch, self.enter_whole(batch), layers)
+
+    def enter_whole(self, batch: Batch, features_btd: Tensor | None = None) -> Carry:
+        """The stem on the unmasked input: what the first block gets. `features_btd`: the stem's; None: made here."""
+        valids = self._valids(batch, whole_inputs)
+        features_btd = self._features(batch, whole_inputs, valids) if features_btd is None else features_btd
+        return self._enter(batch, features_btd, valids, masked=False)
+
+    def resume_whole(self, batch: Batch, states_rsd: Tensor, positions: tuple[Tensor, ...]) -> Carry:
+        """As `resume`, on the unmasked input."""
+        return self._carry(batch, states_rsd, self._valids(batch, whole_inputs), positions, masked=False)
 
     def enter(self, batch: Batch) -> tuple[Carry, Tensor]:
         """The stem on the masked input: what the first block gets, and the features (B, T, D) before masking."""
@@ -349,10 +362,7 @@ class Teacher(Layered):
     def features(self, batch: Batch, features_btd: Tensor | None, layers: list[int]) -> list[Tensor]:
         """Outputs (B, T, D) of these main blocks on the unmasked input, without CLS; negative numbers count from the
         end. Pool them over `valid_positions(batch)`."""
-        depth = self.config.backbone.depth
-        wanted = {layer % depth for layer in self.check_layers(layers)}
-        states = self.outputs(batch, self.enter(batch, features_btd), wanted)
-        return [states[layer % depth] for layer in layers]
+        return self.outputs_of(batch, self.enter(batch, features_btd), layers)
 
     @torch.no_grad()
     def features_of_visible(self, batch: Batch) -> Tensor:
@@ -365,23 +375,6 @@ class Teacher(Layered):
         carry = self._enter(batch, self._features(batch, whole_inputs, valids), valids, masked=True)
         last = self.config.backbone.depth - 1
         return self.outputs(batch, carry, {last})[last]
-
-    def check_layers(self, layers: list[int]) -> list[int]:
-        """The same list. Raises ConfigError unless all are numbers of main blocks."""
-        depth = self.config.backbone.depth
-        if not all(-depth <= layer < depth for layer in layers):
-            raise ConfigError("layers", f"{layers} are not all blocks of a model of depth {depth}.")
-        return layers
-
-    @torch.no_grad()
-    def outputs(self, batch: Batch, carry: Carry, wanted: set[int]) -> dict[int, Tensor]:
-        """Move the carry through the blocks that are here; outputs (B, T, D), without CLS, of the `wanted` ones."""
-        states = {}
-        for _, its, layer, block in self._each_block(batch, carry, masked=False):
-            its.states_rsd, _ = block(its.states_rsd, its.attention_bias, None)
-            if layer.main in wanted:
-                states[layer.main] = its.states_rsd[:, its.extra_tokens :]
-        return states
 
 
 def _placed(made: targets.Made, batch: Batch, read_n: Tensor) -> targets.Made:

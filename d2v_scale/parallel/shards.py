@@ -72,6 +72,13 @@ def global_shapes(module: nn.Module, tensor_size: int) -> dict[str, tuple[int, .
     return shapes
 
 
+def part_of(tensor: Tensor, cut: TensorSlice | None, start: int, numel: int) -> Tensor:
+    """The flat range [start, start + numel) of a slice of a whole tensor: 1-D."""
+    if cut is not None:
+        tensor = tensor.chunk(cut.count, dim=cut.dim)[cut.index]
+    return tensor.reshape(-1).narrow(0, start, numel)
+
+
 def partition_range(parameter: Tensor, data_parallel_rank: int) -> tuple[int, int]:
     """(start, numel) of a ZeRO-3 partition without its padding."""
     size, total = parameter.ds_tensor.numel(), parameter.ds_numel  # type: ignore[attr-defined]

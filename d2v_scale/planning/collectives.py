@@ -77,15 +77,17 @@ def _buckets(tensors: tuple[TensorSize, ...], tensor: int, most: float) -> int:
 def tensor_sums(job: Job, step: str) -> int:
     """All-reduces between tensor-parallel ranks of a step of this kind (`Job.steps`), on the stage that has most: two a
     block and pass."""
-    passes = 4 if job.recipe.model.activation_checkpointing else 3
+    passes = 3 if job.recipe.model.activation_checkpointing else 2
 
-    def blocks(modality: str, stage: int) -> int:
-        layers = job.costs[modality].layers
-        return sum(layers[i].layer.kind == "block" for i in job.stage_layers[modality][stage])
+    def run(modality: str, stage: int) -> int:
+        """Blocks that are run, in all passes."""
+        cost = job.costs[modality]
+        own = sum(cost.layers[i].layer.kind == "block" for i in job.stage_layers[modality][stage])
+        return passes * own + (cost.apart_blocks if cost.apart else own)
 
     stages, alike = range(job.parallel.pipeline), job.steps[step]
-    most = max(sum(blocks(modality, stage) for modality in alike) for stage in stages)
-    return 2 * passes * most * job.recipe.accumulation // len(alike)
+    most = max(sum(run(modality, stage) for modality in alike) for stage in stages)
+    return 2 * most * job.recipe.accumulation // len(alike)
 
 
 def buckets(modules: Sequence[Module], most: float) -> int:

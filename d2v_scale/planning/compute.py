@@ -38,7 +38,8 @@ def mean_sample(recipe: Recipe, source: SourceConfig) -> tuple[SampleCost, float
     sizes = {stem: mean_size(recipe, source, stem) for stem in source.stems}
     each = {stem: lengths_of(recipe, stem, size) for stem, size in sizes.items()}
     lengths = Lengths.together(each) if len(each) > 1 else each[source.modality]
-    cost = sample_cost(recipe.model, source.modality, lengths, recipe.parts(), recipe.built_targets())
+    teacher, targets = recipe.teacher.model, recipe.built_targets()
+    cost = sample_cost(recipe.model, source.modality, lengths, recipe.parts(), targets, teacher)
     size = float(lengths.positions) if len(each) > 1 else sizes[source.modality] or 1.0
     units = {"samples": 1.0, "tokens": size, "seconds": size / SAMPLE_RATE}
     return cost, units[source.batch_unit or recipe.batch_unit]

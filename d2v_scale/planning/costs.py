@@ -24,6 +24,9 @@ less by kind of stem."""
 RECOMPUTED = 0.25
 """Share of a block's kernels that activation checkpointing runs once more: the student's forward pass."""
 
+BESIDE = 0.25
+"""Share of a block's kernels that are of the teacher's forward pass."""
+
 # Assumed of every host; nobody has measured them beside a GPU.
 _KERNEL = 10e-6
 """Seconds that the host takes for a kernel, with PyTorch's dispatch and autograd."""

@@ -9,7 +9,7 @@ reads the raw input computes no gradient of it (1 time). Recomputation is no use
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -56,6 +56,8 @@ class SampleCost:
     """FLOPs of one training sample: student forward and backward, and the teacher's forward."""
 
     layers: tuple[LayerCost, ...]
+    apart: tuple[LayerCost, ...] = ()
+    """Layers of a teacher that is another model than the student, whose own have no teacher's part then."""
 
     def _sum(self, *kinds: LayerKind) -> float:
         return sum(one.forward + one.backward for one in self.layers if one.layer.kind in kinds)
@@ -73,7 +75,7 @@ class SampleCost:
     @cached_property
     def stem(self) -> float:
         """Stems of both worlds; what the teacher shares counts once."""
-        return self.student_stem + sum(one.teacher for one in self.layers if one.layer.kind in ("features", "context"))
+        return self.student_stem + self._teacher("features", "context")
 
     @cached_property
     def student_stem(self) -> float:
@@ -83,12 +85,20 @@ class SampleCost:
     @cached_property
     def teacher(self) -> float:
         """Teacher's blocks, forward."""
-        return sum(one.teacher for one in self.layers if one.layer.kind == "block")
+        return self._teacher("block")
+
+    def _teacher(self, *kinds: LayerKind) -> float:
+        return sum(one.teacher for one in (*self.layers, *self.apart) if one.layer.kind in kinds)
 
     @cached_property
     def targets(self) -> float:
         """What makes targets of taps, and their states."""
         return sum(one.teacher for one in self.layers if one.layer.kind == "predictor")
+
+    @property
+    def apart_blocks(self) -> int:
+        """Blocks of a teacher that is another model."""
+        return sum(one.layer.kind == "block" for one in self.apart)
 
     @property
     def total(self) -> float:
@@ -148,7 +158,12 @@ def lengths_of(recipe: Recipe, modality: str, size: float | None = None) -> Leng
 def cost_of(recipe: Recipe, modality: str, size: float | None = None) -> SampleCost:
     """FLOPs of one sample of `modality` as the recipe trains it; `size` as in `lengths_of`."""
     return sample_cost(
-        recipe.model, modality, lengths_of(recipe, modality, size), recipe.parts(), recipe.built_targets()
+        recipe.model,
+        modality,
+        lengths_of(recipe, modality, size),
+        recipe.parts(),
+        recipe.built_targets(),
+        recipe.teacher.model,
     )
 
 
@@ -158,21 +173,33 @@ def sample_cost(
     lengths: Lengths,
     parts: TeacherParts,
     targets: Sequence[Target] | Mapping[str, Sequence[Target]] = (),
+    teacher: ModelConfig | None = None,
 ) -> SampleCost:
     """FLOPs of one sample, layer by layer in the order of `describe`, which is what a pipeline is cut from. `targets`:
-    those of the stem, or of all stems by their names; none: one of the model's width that costs nothing."""
+    those of the stem, or of all stems by their names; none: one of the model's width that costs nothing. `teacher`: one
+    that is another model; None: the student's."""
     by_stem = targets if isinstance(targets, Mapping) else {modality: targets}
-    layers = describe(model, modality)
-    one = len(parts_of(modality)) == 1
-    student_reads = lengths.masked if one and not model.visible_only and not model.compile else None
+    alone = len(parts_of(modality)) == 1
+    student_reads = lengths.masked if alone and not model.visible_only and not model.compile else None
     by_position = bool(by_stem) and all(target.is_by_position for each in by_stem.values() for target in each)
-    teacher_reads = student_reads if by_position and lengths.clones == 1 else None
-    found = []
-    for layer in layers:
-        is_last = layer.main == model.backbone.depth - 1
-        reads = (student_reads, teacher_reads) if is_last else (None, None)
-        found.append(_layer(model, lengths, parts, layer, by_stem.get(layer.stem, ()), reads))
-    return SampleCost(tuple(found))
+    teacher_reads = student_reads if by_position and lengths.clones == 1 and teacher is None else None
+
+    def run(of: ModelConfig, lengths: Lengths, reads: tuple[float | None, float | None]) -> list[LayerCost]:
+        found = []
+        for layer in describe(of, modality):
+            is_last = layer.main == of.backbone.depth - 1
+            here = reads if is_last else (None, None)
+            found.append(_layer(of, lengths, parts, layer, by_stem.get(layer.stem, ()), here))
+        return found
+
+    own = run(model, lengths, (student_reads, teacher_reads))
+    if teacher is None:
+        return SampleCost(tuple(own))
+    its = run(teacher, replace(lengths, extra=modalities.of(teacher, modality).extra_tokens), (None, None))
+    return SampleCost(
+        tuple(one if one.layer.kind == "predictor" else replace(one, teacher=0.0) for one in own),
+        tuple(replace(one, forward=0.0, backward=0.0) for one in its if one.layer.kind != "predictor"),
+    )
 
 
 def _layer(

@@ -45,7 +45,7 @@ class ModelSizes:
         """Read from modules on the meta device, which hold no values. Process groups must be formed."""
         with torch.device("meta"):
             student = Student(recipe.model, target_widths=recipe.target_widths())
-            teacher = Teacher(recipe.model, recipe.targets(), recipe.parts())
+            teacher = Teacher(recipe.teacher.model_beside(recipe.model), recipe.targets(), recipe.parts())
         return cls(_sizes(student), _sizes(teacher), frozenset(n for n, p in student.named_parameters() if p.dim() > 1))
 
 
@@ -85,7 +85,9 @@ class Job:
         lengths = {modality: flops.lengths_of(recipe, modality) for modality in recipe.sequences}
 
         def in_stage(tensors: tuple[TensorSize, ...], index: int) -> tuple[TensorSize, ...]:
-            return tuple(one for one in tensors if split.stage_of(one.name) == index)
+            # One that is another model has its own number of blocks, and no pipeline.
+            alone = recipe.parallel.pipeline == 1
+            return tensors if alone else tuple(one for one in tensors if split.stage_of(one.name) == index)
 
         def layers_of(modality: str, index: int) -> tuple[int, ...]:
             layers = enumerate(describe(recipe.model, modality))

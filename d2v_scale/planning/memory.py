@@ -11,6 +11,7 @@ from math import ceil, log2
 import torch
 
 from d2v_scale.modalities.costs import Setting
+from d2v_scale.model.config import ModelConfig
 from d2v_scale.model.stem_config import parts_of
 from d2v_scale.optim import is_matrix, stem_scale
 from d2v_scale.parallel import whole_matrices
@@ -179,7 +180,8 @@ def stage_activations(job: Job, stage: int, modality: str) -> float:
             whole += activations.head_bytes(model.of(stem), own, setting, len(targets) - 1)
     teacher = Setting(samples=samples, itemsize=job.teacher_itemsize, tensor=job.parallel.tensor)
     sums = sum(own.positions * sum(bool(target.layers) for target in targets) for _, own, targets in each)
-    return in_flight * whole + activations.teacher_bytes(model, lengths, teacher, sums)
+    beside = job.recipe.teacher.model_beside(model)
+    return in_flight * whole + activations.teacher_bytes(beside, lengths, teacher, sums)
 
 
 def _local(tensors: Sequence[TensorSize], tensor: int) -> int:
@@ -244,6 +246,12 @@ def parameter_groups(job: Job, tensors: Sequence[TensorSize]) -> list[Sequence[T
     return [groups[key] for key in sorted(groups)]
 
 
+def _block(model: ModelConfig) -> int:
+    """Weights of a block's matrices."""
+    backbone = model.backbone
+    return 4 * backbone.width**2 + 2 * backbone.width * backbone.ffn
+
+
 def _buffers(job: Job, stage: int, gradients: float, saved: float) -> float:
     """What exists for a moment: gathered weights, buckets, and gradients on their way into this rank's part."""
     student, teacher = job.stage_tensors[stage]
@@ -251,10 +259,9 @@ def _buffers(job: Job, stage: int, gradients: float, saved: float) -> float:
     bucket = min(own, reduce_bucket(job))
     backward = size * bucket * (2 if job.zero.get("overlap_comm") else 1)
     if job.parallel.pipeline == 1 and job.data > 1:
-        backbone = job.recipe.model.backbone
-        block = 4 * backbone.width**2 + 2 * backbone.width * backbone.ffn
-        ahead = _prefetched(job) + block / tensor
-        backward += job.teacher_itemsize * min(_local(teacher, tensor), ahead)
+        model = job.recipe.model
+        ahead, its = (_prefetched(job) + _block(x) / tensor for x in (model, job.recipe.teacher.model_beside(model)))
+        backward += job.teacher_itemsize * min(_local(teacher, tensor), its)
         if job.stage == 3:
             backward += size * min(own, kept_gathered(job, own) + ahead)
     if job.stage == 3:

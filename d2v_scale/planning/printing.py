@@ -14,6 +14,7 @@ from d2v_scale.planning.costs import Costs
 from d2v_scale.planning.job import ModelSizes, step_samples
 from d2v_scale.planning.search import Cluster, Option, Search, describe, search
 from d2v_scale.recipe import Recipe
+from d2v_scale.run_files.teacher_model import adopt_teacher
 
 GB = 1e9
 
@@ -197,7 +198,9 @@ def lines_of(options: argparse.Namespace, keys: list[str], device: hardware.Hard
     if options.table:
         form_groups()
         return table(device, costs)
-    recipe, _ = command_line.parse([f"--recipe={options.recipe}", *keys])
+    recipe, run_options = command_line.parse([f"--recipe={options.recipe}", *keys])
+    if recipe.teacher.checkpoint is not None:
+        adopt_teacher(recipe, run_options)
     precision = recipe.resolved_precision(has_gpu=not costs.waits)
     if options.calibration is not None and precision != costs.precision:
         raise ConfigError(

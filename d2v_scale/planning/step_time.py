@@ -11,7 +11,7 @@ first pass, and gradients are reduced after the last. Nor does anything where th
 from dataclasses import dataclass
 
 from d2v_scale.planning import collectives, traffic
-from d2v_scale.planning.costs import ADAM_BYTES, EMA_BYTES, RECOMPUTED, Costs
+from d2v_scale.planning.costs import ADAM_BYTES, BESIDE, EMA_BYTES, RECOMPUTED, Costs
 from d2v_scale.planning.hardware import BANDWIDTH_REACHED, Hardware
 from d2v_scale.planning.job import Job
 
@@ -87,7 +87,14 @@ def _slot(job: Job, step: str, costs: Costs, stage: int) -> tuple[float, float]:
             block = one.layer.kind == "block"
             flops = one.on_each(tensor) + (one.forward / tensor if block and again else 0.0)
             products += samples * flops / (costs.blocks if block else costs.others).at(width)
-        blocks = sum(one.layer.kind == "block" for one in layers)
+        blocks: float = sum(one.layer.kind == "block" for one in layers)
+        cost = job.costs[modality]
+        if cost.apart:  # in a pipeline there is none
+            its = round(job.recipe.teacher.model_beside(job.recipe.model).backbone.width / tensor**0.5)
+            blocks += BESIDE * (cost.apart_blocks - blocks)
+            for one in cost.apart:
+                rate = costs.blocks if one.layer.kind == "block" else costs.others
+                products += samples * one.on_each(tensor) / rate.at(its)
         issuing += blocks * host.layer * (1 + (RECOMPUTED if again else 0.0)) / len(job.steps[step])
     # The first stage has the stem, the last one the decoder and the loss.
     ends = (stage == 0) + (stage == pipeline - 1)
@@ -123,6 +130,8 @@ def _updates(job: Job, device: Hardware, costs: Costs, crowding: float) -> tuple
         alone += own * ADAM_BYTES / memory
     if job.offloads("param"):
         behind += 2 * job.recipe.accumulation * job.itemsize * own / pcie
+    if not job.recipe.teacher.follows:
+        others = 0.0
     if job.recipe.teacher.placement == "cpu":
         behind += others * (EMA_BYTES / host + (4 + job.teacher_itemsize) / pcie)
     else:

@@ -126,14 +126,16 @@ def _replicas(job: Job, devices_per_node: int, stage: int) -> list[Transfer]:
 def _slices(job: Job, modality: str, devices_per_node: int, stage: int) -> list[Transfer]:
     """Between tensor-parallel ranks: two sums a block and pass."""
     model, lengths = job.recipe.model, job.lengths[modality]
-    layers = job.costs[modality].layers
+    cost = job.costs[modality]
+    layers = cost.layers
     blocks = sum(layers[i].layer.kind == "block" for i in job.stage_layers[modality][stage])
     samples = job.step_samples(modality) / job.data
     width = model.backbone.width
     states = job.itemsize * samples * lengths.clones * (lengths.kept + lengths.extra) * width
-    teacher_states = job.teacher_itemsize * samples * (lengths.positions + lengths.extra) * width
+    its = job.recipe.teacher.model_beside(model).backbone.width
+    teacher_states = job.teacher_itemsize * samples * (lengths.positions + lengths.extra) * its
     passes = 3 if model.activation_checkpointing else 2
-    moved = 2 * blocks * (passes * states + teacher_states)
+    moved = 2 * (blocks * passes * states + (cost.apart_blocks if cost.apart else blocks) * teacher_states)
     tensor = job.parallel.tensor
     return [Transfer(TENSOR_SUMS, moved, 2, tensor, min(tensor, devices_per_node), False)]
 

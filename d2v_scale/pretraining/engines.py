@@ -3,12 +3,18 @@
 import logging
 from typing import Any, cast
 
+import torch
+
+from d2v_scale.errors import CheckpointError
+from d2v_scale.interop.encoder_source import EncoderSource
+from d2v_scale.interop.remote_code import MASKING
 from d2v_scale.model.init import initialize
 from d2v_scale.model.layers import Section
 from d2v_scale.networks.stack import Student, Teacher
 from d2v_scale.optim import make_optimizer, parameter_groups
 from d2v_scale.parallel.groups import Topology
 from d2v_scale.parallel.pipeline import build_pipeline
+from d2v_scale.parallel.shards import global_shapes, part_of
 from d2v_scale.parallel.zero import NamedParameters, StudentEngine, build_student
 from d2v_scale.planning.stages import StageSplit, even_bubble, stage_blocks
 from d2v_scale.recipe import Recipe
@@ -34,7 +40,12 @@ def build_engines(recipe: Recipe, config: dict[str, Any], topology: Topology) ->
             lambda module: initialize(module, recipe.seed),
         )
         sharded = ShardedTeacher(
-            lambda: Teacher(recipe.model, targets, parts), student, recipe.teacher, config, topology, parts.role
+            lambda: Teacher(recipe.teacher.model_beside(recipe.model), targets, parts),
+            student,
+            recipe.teacher,
+            config,
+            topology,
+            parts.role,
         )
         cast(Teacher, sharded.module).begin_state(topology.device)
         return student, sharded
@@ -55,6 +66,27 @@ def build_engines(recipe: Recipe, config: dict[str, Any], topology: Topology) ->
     )
     cast(Teacher, teacher.module).begin_state(topology.device)
     return stage, teacher
+
+
+@torch.no_grad()
+def read_encoder(teacher: EmaTeacher, source: EncoderSource) -> None:
+    """Give a teacher that is another model the weights of an encoder. Local.
+
+    Raises CheckpointError when one is nowhere to be found, or of another shape.
+    """
+    shapes = global_shapes(teacher.module, teacher.topology.tensor_size)
+    for held in teacher.shards():
+        tensor = source.read(held.name)
+        if tensor is None and held.name.endswith(MASKING):
+            held.values.zero_()  # an exported encoder may lack it, and nothing is hidden from a teacher
+            continue
+        if tensor is None or tuple(tensor.shape) != shapes[held.name]:
+            found = "lacks it" if tensor is None else f"has {tuple(tensor.shape)}"
+            raise CheckpointError(
+                f"{source.path}: {held.name} of the teacher has the shape {shapes[held.name]}; the file {found}."
+            )
+        held.values.copy_(part_of(tensor, held.slice, held.start, held.numel))
+    teacher.finish_loading(0)
 
 
 def describe_split(split: StageSplit, micro_batches: int) -> str:

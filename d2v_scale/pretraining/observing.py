@@ -34,6 +34,7 @@ class RunObserver:
             self._topology,
             recipe.tracking.peak_tflops,
             cast(Teacher, teacher.module).targets,
+            recipe.teacher.model,
         )
         self._totals = RunTotals(loader.sources)
         observed = recipe.data.observed()
@@ -125,7 +126,7 @@ class RunObserver:
             "samples_per_second": (samples - self._recorded_samples) / elapsed,
             "ema_seconds": seen.ema_time.seconds(),
             "grad_norm": result.grad_norm,
-            "decay": ema.decay(self._recipe.objective.ema, max(1, completed)),
+            "decay": ema.decay(self._recipe.objective.ema, max(1, completed)) if self._teacher.follows else 1.0,
             "updates": completed,
             "skipped_updates": self._student.skipped_updates,
             **self._totals.figures(elapsed),

@@ -16,14 +16,15 @@ from d2v_scale.checkpoint.writer import CheckpointWriter
 from d2v_scale.command_line import Options
 from d2v_scale.conversion import demo
 from d2v_scale.data.loader import StepLoader
+from d2v_scale.errors import CheckpointError
 from d2v_scale.evaluation.of_stems import Evaluation
-from d2v_scale.interop.encoder_source import recipe_of
+from d2v_scale.interop.encoder_source import EncoderSource, recipe_of
 from d2v_scale.modalities import position_tables
 from d2v_scale.networks.draw import Draw
 from d2v_scale.optim import scheduled, set_rates
 from d2v_scale.parallel.groups import Topology
 from d2v_scale.parallel.zero import StudentEngine
-from d2v_scale.pretraining.engines import build_engines, describe_idle
+from d2v_scale.pretraining.engines import build_engines, describe_idle, read_encoder
 from d2v_scale.pretraining.observing import RunObserver
 from d2v_scale.pretraining.step import Observations, train_step
 from d2v_scale.process.doing import doing
@@ -143,8 +144,16 @@ class Run:
         self.saved = self.step
 
 
-def build(recipe: Recipe, options: Options, config: dict[str, Any], topology: Topology, directory: Path) -> Run:
-    """All parts of the run, restored from the newest checkpoint if there is one. Collective: all ranks must call."""
+def build(
+    recipe: Recipe,
+    options: Options,
+    config: dict[str, Any],
+    topology: Topology,
+    directory: Path,
+    encoder: EncoderSource | None = None,
+) -> Run:
+    """All parts of the run, restored from the newest checkpoint if there is one. `encoder`: of a teacher that is
+    another one. Collective: all ranks must call."""
     if options.resume is None:  # its data exist, elsewhere if not here
         demo.ensure([*(source.shards for source in recipe.data.sources), *recipe.evaluation.shards])
     with doing("reading the index of the shards"):
@@ -183,12 +192,13 @@ def build(recipe: Recipe, options: Options, config: dict[str, Any], topology: To
         seen_samples=torch.zeros((), dtype=torch.float64, device=topology.device),
     )
     with doing("reading the newest checkpoint"):
-        load(run)
+        load(run, encoder)
     return run
 
 
-def load(run: Run) -> None:
-    """Continue from the newest valid checkpoint of the run directory, or start from `--init_from`. Collective."""
+def load(run: Run, encoder: EncoderSource | None = None) -> None:
+    """Continue from the newest valid checkpoint of the run directory, or start from `--init_from`, and with the teacher
+    that is another `encoder`. Collective."""
     checkpoint, _ = find_newest_valid(run.directory / "checkpoints", together=True)
     if checkpoint is not None:
         restore(_on_grid(checkpoint, run.recipe), run.student, run.teacher)
@@ -200,7 +210,16 @@ def load(run: Run) -> None:
         if run.student.spikes is not None:
             run.student.spikes.rule.load_state_dict(checkpoint.extra.get("spikes"))
         log.info("Continuing at step %d from %s", run.step, checkpoint.path)
-    elif run.options.init_from is not None:
+        return
+    if run.recipe.teacher.kind == "checkpoint":
+        if encoder is None:
+            raise CheckpointError(
+                f"teacher.checkpoint: {run.recipe.teacher.checkpoint} does not exist, and the run has no checkpoint.",
+                "Put it back, or begin with another one.",
+            )
+        read_encoder(run.teacher, encoder)
+        log.info("The teacher is the encoder of %s", encoder.path)
+    if run.options.init_from is not None:
         source: Checkpoint = open_any(run.options.init_from, together=True)
         restore_weights(_on_grid(source, run.recipe), run.student, run.teacher, reset_teacher=run.options.reset_teacher)
         log.info("Starting from the weights of %s", source.path)

@@ -25,9 +25,10 @@ class FlopMeter:
         topology: Topology,
         peak_tflops: float | None = None,
         targets: Mapping[str, Sequence[Target]] | None = None,
+        teacher: ModelConfig | None = None,
     ) -> None:
-        """`targets`: of each stem, as for `sample_cost`. `peak_tflops`: of one device; None: known for some GPUs by
-        name, and elsewhere there is no utilisation."""
+        """`targets`, of each stem, and `teacher`: as for `sample_cost`. `peak_tflops`: of one device; None: known for
+        some GPUs by name, and elsewhere there is no utilisation."""
         self._topology = topology
         self._peak = None if peak_tflops is None else peak_tflops * 1e12
         if self._peak is None and topology.device.type == "cuda":
@@ -37,7 +38,7 @@ class FlopMeter:
 
         @lru_cache(maxsize=1024)
         def cost(modality: str, lengths: Lengths) -> SampleCost:
-            return sample_cost(model, modality, lengths, parts, targets or {})
+            return sample_cost(model, modality, lengths, parts, targets or {}, teacher)
 
         self._cost = cost
 

@@ -21,6 +21,7 @@ def _places(recipe: Recipe) -> Iterator[tuple[Any, str]]:
     for source in recipe.data.sources:
         yield from ((source, "shards"), (source, "index"))
     yield from ((recipe.data.text, "tokenizer"), (recipe.data, "cache_dir"), (recipe, "deepspeed_config"))
+    yield (recipe.teacher, "checkpoint")
     for section in (recipe.evaluation, *recipe.evaluation.sets.values()):
         yield from ((section, name) for name in ("train", "test", "held_out"))
 
@@ -68,7 +69,8 @@ def find_data(recipe: Recipe, rank: int) -> None:
 
 
 def _owner(recipe: Recipe, section: Any) -> str:
-    named = {"data.text.": recipe.data.text, "data.": recipe.data, "evaluation.": recipe.evaluation}
+    named: dict[str, Any] = {"data.text.": recipe.data.text, "data.": recipe.data, "evaluation.": recipe.evaluation}
+    named["teacher."] = recipe.teacher
     named |= {f"evaluation.sets.{stem}.": one for stem, one in recipe.evaluation.sets.items()}
     return next((name for name, one in named.items() if one is section), "")
 
@@ -78,7 +80,8 @@ def absolute(recipe: Recipe) -> Recipe:
     data = dataclasses.replace(recipe.data, text=dataclasses.replace(recipe.data.text))
     data.sources = [dataclasses.replace(source) for source in data.sources]
     sets = {stem: dataclasses.replace(one) for stem, one in recipe.evaluation.sets.items()}
-    copy = dataclasses.replace(recipe, data=data, evaluation=dataclasses.replace(recipe.evaluation, sets=sets))
+    teacher, evaluation = dataclasses.replace(recipe.teacher), dataclasses.replace(recipe.evaluation, sets=sets)
+    copy = dataclasses.replace(recipe, data=data, teacher=teacher, evaluation=evaluation)
     make_absolute(copy, only_found=False)
     return copy
 

@@ -24,7 +24,7 @@ class UpdatedShard(Protocol):
     @property
     def compute(self) -> Tensor | None: ...
     @property
-    def source(self) -> Tensor: ...
+    def source(self) -> Tensor | None: ...
     @property
     def averaged(self) -> bool: ...
 
@@ -96,6 +96,7 @@ class HostUpdate:
     def _fetch(self, index: int, shard: UpdatedShard, part: slice) -> None:
         # The buffer was last read two pieces ago, by the host, which is done with it.
         down = self._down[index % 2][: part.stop - part.start]
+        assert shard.source is not None, "there is nothing to follow"
         down.copy_(shard.source[part].to(torch.float32), non_blocking=True)
         self._arrived[index % 2].record(self._stream)
 

@@ -1,4 +1,4 @@
-"""The EMA teacher: sharded over the data-parallel ranks, in fp32, on the device or in host memory.
+"""The teacher: sharded over the data-parallel ranks, in fp32, on the device or in host memory.
 
 The teacher is a ZeRO-3 engine without an optimizer, whatever the student's stage; a plain module where there is but one
 data-parallel rank. Partition i of a teacher parameter covers the same elements as partition i of the student's, so the
@@ -10,7 +10,7 @@ fp32 master weight; at stages 1 and 2 in bf16 the bf16 weight: their masters are
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from d2v_scale.data2vec import ema
 from d2v_scale.data2vec.targets import Made
 from d2v_scale.errors import ConfigError
+from d2v_scale.networks.stack import Student
 from d2v_scale.parallel import ds_config
 from d2v_scale.parallel.groups import Topology
 from d2v_scale.parallel.layout_check import check_cut
@@ -25,6 +26,7 @@ from d2v_scale.parallel.shards import TensorSlice, full_shape, global_shapes, pa
 from d2v_scale.parallel.zero import StudentEngine, construct
 from d2v_scale.process import faults
 from d2v_scale.teacher.config import TeacherConfig
+from d2v_scale.teacher.entry import Entry, sharded_engine
 from d2v_scale.teacher.host_source import HostSource
 from d2v_scale.teacher.host_update import HostUpdate
 
@@ -44,8 +46,8 @@ class TeacherShard:
     values: Tensor
     compute: Tensor | None
     """The same range in the precision of the forward pass; None where `values` is what the forward pass reads."""
-    source: Tensor
-    """The student's values of the range."""
+    source: Tensor | None
+    """The student's values of the range; None: the teacher is another model, or this is not read again."""
     averaged: bool
     """False: copied from the student at every update."""
     counted: bool
@@ -66,29 +68,13 @@ class HeldRange:
     start: int
     range: Tensor
     """What the forward pass reads: flat, in its precision."""
-    source: Tensor
-    """The student's values."""
-
-
-class _Entry(nn.Module):
-    """The root of the teacher's engine. Every kind of pass enters here, where ZeRO-3 starts its bookkeeping."""
-
-    def __init__(self, teacher: nn.Module) -> None:
-        super().__init__()
-        self.teacher = teacher
-
-    def forward(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run the teacher's forward pass, or another of its methods."""
-        function = self.teacher if method == "forward" else getattr(self.teacher, method)
-        return function(*args, **kwargs)
-
-    def train(self, mode: bool = True) -> "_Entry":
-        """A teacher is always in eval mode."""
-        return super().train(False)
+    source: Tensor | None
+    """The student's values; None: the teacher is another model."""
 
 
 class EmaTeacher(ABC):
-    """The teacher's fp32 values on this rank, and their update from the student's.
+    """The teacher's fp32 values on this rank, and their update from the student's where it follows the student
+    (`TeacherConfig.kind`).
 
     What a topology adds is where the values come from and who runs the forward pass: `ShardedTeacher` under ZeRO,
     `teacher.stage.StageTeacher` in a pipeline.
@@ -97,11 +83,14 @@ class EmaTeacher(ABC):
     module: nn.Module
     """The teacher, or the part of it that is here."""
 
-    def __init__(self, student: StudentEngine, topology: Topology) -> None:
+    def __init__(self, student: StudentEngine, topology: Topology, config: TeacherConfig) -> None:
         self.student = student
+        self.kind = config.kind
+        self.follows = config.follows
+        """Whether updates move it. Else evaluation is of the student."""
         self.topology = topology
         self.completed_updates = 0
-        """Updates since the start of the run; always equal to the student's."""
+        """Updates since the start of the run, those that change nothing included; always equal to the student's."""
         self._measured = torch.zeros(3, dtype=torch.float64)
         self._last_decay = 1.0
         self._shards: list[TeacherShard] = []
@@ -112,13 +101,15 @@ class EmaTeacher(ABC):
         """Whether what forward passes read has been written since the last of them."""
 
     def _hold(self, shards: list[TeacherShard], on_host: bool) -> None:
-        """Take these ranges, with the student's values, to update from now on."""
+        """Take these ranges, to update from now on; with the student's values, unless the teacher is another model."""
         self._shards = shards
         self._batches = _batches(shards)
-        if on_host and self.topology.device.type == "cuda":
+        if not self.follows:
+            pass
+        elif on_host and self.topology.device.type == "cuda":
             self._host_update = HostUpdate(self.topology.device, shards, CHUNK)
             self.student.before_step.append(self._host_update.wait)
-        elif self.topology.device.type == "cuda" and any(shard.source.device.type == "cpu" for shard in shards):
+        elif self.topology.device.type == "cuda" and any(_source(shard).device.type == "cpu" for shard in shards):
             largest = max(sum(shard.numel for shard in together) for _, together in self._batches)
             self._host_source = HostSource(self.topology.device, largest)
         self.copy_student()
@@ -127,7 +118,7 @@ class EmaTeacher(ABC):
     def update(self, decay: float) -> None:
         """Move towards the student by 1 - decay. Local: no collective. Once after each applied optimizer step.
 
-        decay >= 1 changes nothing (as the reference does) and is counted.
+        decay >= 1 changes nothing (as the reference does) and is counted, and so is what does not follow the student.
         """
         faults.point("ema")
         self.completed_updates += 1
@@ -135,7 +126,7 @@ class EmaTeacher(ABC):
             f"the teacher made {self.completed_updates} updates, the student {self.student.completed_updates}"
         )
         self._last_decay = decay
-        if ema.is_frozen(decay):
+        if ema.is_frozen(decay) or not self.follows:
             return
         self._changed = True
         if self._host_update is not None:
@@ -153,6 +144,8 @@ class EmaTeacher(ABC):
     @torch.no_grad()
     def measure(self) -> None:
         """Sum what `health` reports of the update that comes next. Local; reads all weights, so only for the log."""
+        if not self.follows:
+            return
         self.wait()
         sums = torch.zeros(3, dtype=torch.float32, device=self._shards[0].values.device if self._shards else "cpu")
         for averaged, shards in self._batches:
@@ -169,7 +162,8 @@ class EmaTeacher(ABC):
         """Take the student's values as they are (at the start of a run, or `teacher.reset`). Local."""
         self.wait()
         for shard in self._shards:
-            shard.values.copy_(shard.source)
+            # What memory held may be NaN, which equals nothing: another model is zeros until it is read.
+            shard.values.copy_(torch.zeros(()) if shard.source is None else shard.source)
         self._refresh(self._shards)
 
     def shards(self) -> list[TeacherShard]:
@@ -186,9 +180,12 @@ class EmaTeacher(ABC):
     def health(self) -> dict[str, Tensor]:
         """Figures of the last update after `measure`, as 0-dim tensors. Collective; no host synchronisation.
 
-        `student_teacher_distance` (after the update) and `teacher_update_norm` are over averaged parameters,
-        `student_teacher_distance_relative` is divided by the teacher's norm before the update.
+        {} of what does not follow the student. `student_teacher_distance` (after the update) and `teacher_update_norm`
+        are over averaged parameters, `student_teacher_distance_relative` is divided by the teacher's norm before the
+        update.
         """
+        if not self.follows:
+            return {}
         sums = self._measured.to(self.topology.device, torch.float32, non_blocking=True)
         torch.distributed.all_reduce(sums)
         before, norm = sums[0].sqrt(), sums[1].sqrt()
@@ -213,6 +210,28 @@ class EmaTeacher(ABC):
     def features(self, batch: Any, features_btd: Tensor | None, layers: list[int]) -> list[Tensor]:
         """The module's `features`: hidden states for evaluation, without gradient. Collective."""
 
+    @torch.no_grad()
+    def features_of_student(self, batch: Any, layers: list[int]) -> list[Tensor]:
+        """The same of the student, which is left in the mode it is in. Collective."""
+        student = cast(Student, self.student.module)
+        was_training = student.training
+        student.eval()
+        found = student.features(batch, layers)
+        student.train(was_training)
+        return found
+
+    @property
+    def encoder(self) -> nn.Module:
+        """What evaluation is of, or the part of it that is here: the teacher where it follows the student, else the
+        student."""
+        return self.module if self.follows else self.student.module
+
+    def encoder_features(self, batch: Any, features_btd: Tensor | None, layers: list[int]) -> list[Tensor]:
+        """Hidden states of `encoder`. `features_btd`: the student's, where a teacher shares them. Collective."""
+        if self.follows:
+            return self.features(batch, features_btd, layers)
+        return self.features_of_student(batch, layers)
+
     def global_shapes(self) -> dict[str, tuple[int, ...]]:
         """The shapes of all of the teacher's parameters as one process would have them. Collective in a pipeline."""
         return self.student.over_stages(global_shapes(self.module, self.topology.tensor_size))
@@ -224,8 +243,8 @@ class EmaTeacher(ABC):
     def _sources(self, shards: list[TeacherShard]) -> list[Tensor]:
         """The student's values of these ranges in fp32, on the device of the teacher's."""
         if self._host_source is not None:
-            return self._host_source.bring([shard.source for shard in shards])
-        return [shard.source.to(shard.values.device, torch.float32) for shard in shards]
+            return self._host_source.bring([_source(shard) for shard in shards])
+        return [_source(shard).to(shard.values.device, torch.float32) for shard in shards]
 
     def _refresh(self, shards: list[TeacherShard]) -> None:
         """Make what the forward pass reads follow the fp32 values of these ranges."""
@@ -247,11 +266,10 @@ class EmaTeacher(ABC):
         shards, offset = [], 0
         for held, one_tensor in zip(ranges, direct, strict=True):
             name, numel = held.name, held.range.numel()
-            if name not in parameters:
-                raise ConfigError("teacher", f"parameter {name} has no counterpart in the student")
             assert role(name) in ("averaged", "copied"), f"{name} is {role(name)!r} but the teacher owns it"
             shape = full_shape(held.parameter)
-            assert shape == full_shape(parameters[name]), f"{name} differs in shape from the student's"
+            if held.source is not None:
+                assert shape == full_shape(parameters[name]), f"{name} differs in shape from the student's"
             values = held.range if one_tensor else self._values.narrow(0, offset, numel)
             offset += 0 if one_tensor else numel
             cut = tensor_slice(held.parameter, place.tensor_rank, place.tensor_size)
@@ -265,7 +283,7 @@ class ShardedTeacher(EmaTeacher):
     """The teacher's values, its forward pass and its update, under ZeRO.
 
     `make` builds the module; `role(name)` says of each of its parameters whether it is `averaged` or `copied`.
-    Parameters are matched to the student's by name. Collective to construct.
+    Parameters are matched to the student's by name, unless the teacher is another model. Collective to construct.
     """
 
     def __init__(
@@ -279,7 +297,7 @@ class ShardedTeacher(EmaTeacher):
     ) -> None:
         from d2v_scale.model.block import Block
 
-        super().__init__(student, topology)
+        super().__init__(student, topology, config)
         precision = config.precision(student_config)
         on_host = config.placement == "cpu"
         # In bf16 the small compute copy stays on the device; in fp32 it is the truth itself and moves to the host.
@@ -289,11 +307,11 @@ class ShardedTeacher(EmaTeacher):
         if not _needs_engine(topology, offload):
             # Nothing to divide, and ZeRO-3 would have the host wait for the device before every module.
             dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-            self._entry = _Entry(make().to(device=topology.device, dtype=dtype)).requires_grad_(False).eval()
+            self._entry = Entry(make().to(device=topology.device, dtype=dtype)).requires_grad_(False).eval()
         else:
             engine_config = ds_config.teacher_config(student_config, precision, offload)
-            self._entry = _Entry(construct(make, engine_config, topology, whole=(Block,))).requires_grad_(False)
-            self._engine, self._gather_stream = _sharded(self._entry, engine_config, topology)
+            self._entry = Entry(construct(make, engine_config, topology, whole=(Block,))).requires_grad_(False)
+            self._engine, self._gather_stream = sharded_engine(self._entry, engine_config, topology)
         self.module = self._entry.teacher
         self._hold(self._match(role, torch.device("cpu") if on_host else topology.device), on_host)
         student.make_targets = self.make
@@ -306,7 +324,8 @@ class ShardedTeacher(EmaTeacher):
 
     def make(self, batch: Any, features_btd: Tensor | None, *, only_read: bool = False) -> tuple[Made, ...]:
         """The module's `make`: all targets and what is observed of them. Collective: every rank must call."""
-        return self._run("make", (batch, features_btd), {"only_read": only_read})
+        # Where states of another model lie is not what the batch says of the student's.
+        return self._run("make", (batch, features_btd), {"only_read": only_read and self.kind != "checkpoint"})
 
     def features(self, batch: Any, features_btd: Tensor | None, layers: list[int]) -> list[Tensor]:
         """The module's `features`: hidden states for evaluation, without gradient. Collective."""
@@ -328,7 +347,7 @@ class ShardedTeacher(EmaTeacher):
             return (self._engine or self._entry)(method, args, kwargs)
 
     def _match(self, role: Callable[[str], str], device: torch.device) -> list[TeacherShard]:
-        """Pair this rank's ranges of the teacher with the student's."""
+        """This rank's ranges of the teacher, paired with the student's where they are of one model."""
         rank = self.topology.data_parallel_rank
         parameters = dict(self.student.module.named_parameters())
         student_ranges = {shard.name: shard for shard in self.student.shards()} if self.student.stage == 3 else {}
@@ -337,7 +356,12 @@ class ShardedTeacher(EmaTeacher):
             start, numel = (0, parameter.numel()) if self._engine is None else partition_range(parameter, rank)
             if not numel:
                 continue
-            if self.student.stage == 3:
+            source: Tensor | None = None
+            if self.kind == "checkpoint":
+                pass
+            elif name not in parameters:
+                raise ConfigError("teacher", f"parameter {name} has no counterpart in the student")
+            elif self.student.stage == 3:
                 ours = student_ranges[name]
                 assert (ours.start, ours.numel) == (start, numel), f"{name}: student and teacher are cut differently"
                 source = ours.weight
@@ -353,17 +377,9 @@ def _needs_engine(topology: Topology, offload: bool) -> bool:
     return offload or topology.data_parallel_size > 1
 
 
-def _sharded(entry: nn.Module, engine_config: dict[str, Any], topology: Topology) -> tuple[Any, Any]:
-    """DeepSpeed's engine around the module and the stream it gathers parameters on; None where there are no streams.
-
-    Collective: all ranks must call.
-    """
-    import deepspeed
-
-    engine, *_ = deepspeed.initialize(model=entry, config=engine_config, mpu=topology.mpu, dist_init_required=False)
-    engine.eval()
-    # No public name leads to it. A DeepSpeed without this one must not be used unseen: gathers would read old values.
-    return engine, engine.optimizer._DeepSpeedZeRoOffload__allgather_stream
+def _source(shard: TeacherShard) -> Tensor:
+    assert shard.source is not None, "another model than the student has nothing to follow"
+    return shard.source
 
 
 def _batches(shards: list[TeacherShard]) -> list[tuple[bool, list[TeacherShard]]]:

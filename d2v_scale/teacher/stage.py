@@ -1,4 +1,4 @@
-"""The EMA teacher of one pipeline stage: fp32 values sharded over the stage's data-parallel ranks, whole compute copy.
+"""The teacher of one pipeline stage: fp32 values sharded over the stage's data-parallel ranks, whole compute copy.
 
 A stage runs its teacher once per micro-batch, so the weights that the forward pass reads stay whole on every rank of
 the stage, in one flat tensor. Each rank keeps the fp32 values of a contiguous part of it and updates only those; one
@@ -13,7 +13,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from d2v_scale.batch import Batch
-from d2v_scale.networks.stack import Teacher
+from d2v_scale.model.layers import Carry
+from d2v_scale.networks.layered import Layered
+from d2v_scale.networks.stack import Student, Teacher
 from d2v_scale.parallel.groups import Topology
 from d2v_scale.parallel.pipeline import PipelineStudent
 from d2v_scale.teacher.config import TeacherConfig
@@ -37,7 +39,7 @@ class StageTeacher(EmaTeacher):
         topology: Topology,
         role: Callable[[str], str],
     ) -> None:
-        super().__init__(student, topology)
+        super().__init__(student, topology, config)
         dtype = torch.bfloat16 if config.precision(student_config) == "bf16" else torch.float32
         self.module = make().requires_grad_(False).to(device=topology.device, dtype=dtype)
         self._flat = _flatten(self.module, topology.data_parallel_size, dtype, topology.device)
@@ -67,19 +69,42 @@ class StageTeacher(EmaTeacher):
         """
         self.prepare()
         teacher = cast(Teacher, self.module)
-        depth = teacher.config.backbone.depth
-        wanted = {layer % depth for layer in teacher.check_layers(layers)}
+        return self._through_stages(teacher, teacher.enter, teacher.resume, batch, features_btd, layers)
+
+    @torch.no_grad()
+    def features_of_student(self, batch: Batch, layers: list[int]) -> list[Tensor]:
+        """As `features`, of the student."""
+        student = cast(Student, self.student.module)
+        was_training = student.training
+        student.eval()
+        found = self._through_stages(student, student.enter_whole, student.resume_whole, batch, None, layers)
+        student.train(was_training)
+        return found
+
+    def _through_stages(
+        self,
+        network: Layered,
+        enter: Callable[[Batch, Tensor | None], Carry],
+        resume: Callable[[Batch, Tensor, tuple[Tensor, ...]], Carry],
+        batch: Batch,
+        features_btd: Tensor | None,
+        layers: list[int],
+    ) -> list[Tensor]:
+        """Outputs of these main blocks of the network whose parts the stages have. `enter` and `resume`: what the first
+        block of the first stage and of a later one gets."""
+        depth = network.config.backbone.depth
+        wanted = {layer % depth for layer in network.check_layers(layers)}
         found: dict[int, Tensor] = {}
         travelling: list[Tensor] = []
         for stage in range(self.topology.pipeline_size):
             outputs: dict[int, Tensor] = {}
             if stage == self.topology.pipeline_rank:
                 if stage == 0:
-                    carry = teacher.enter(batch, features_btd)
+                    carry = enter(batch, features_btd)
                 else:
                     states_bsd, *positions = travelling
-                    carry = teacher.resume(batch, states_bsd, tuple(positions))
-                outputs = teacher.outputs(batch, carry, wanted)
+                    carry = resume(batch, states_bsd, tuple(positions))
+                outputs = network.outputs(batch, carry, wanted)
                 travelling = [carry.states_rsd, *carry.positions]
             travelling = self._all_from_stage(stage, travelling)
             found |= self._outputs_from_stage(stage, outputs)

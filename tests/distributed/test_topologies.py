@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import tiny_models
+import torch
 from launch import run_ranks
 
 from d2v_scale.checkpoint import Checkpoint, find_newest_valid
@@ -48,6 +49,21 @@ MORE_MUON_ON_TWO: list[dict] = [
     {"name": "muon ZeRO-1", **MUON, "stage": 1, "accumulation": 2},
     {"name": "muon ZeRO-2", **MUON, "stage": 2, "accumulation": 2},
     {"name": "muon offload", **MUON, "zero": {"offload_optimizer": {"device": "cpu"}}, "accumulation": 2},
+]
+FROZEN = {"model": "v2_speech", "teacher": "frozen"}
+"""Whose stem the student shares with a teacher that follows it."""
+OTHER = {"model": "v2_vision", "teacher": "checkpoint"}
+"""Of another width and depth."""
+TEACHERS_ON_TWO: list[dict] = [
+    {"name": "frozen pp2", **FROZEN, **TOPOLOGIES["pp2"][1]},
+    {"name": "frozen ZeRO-3", **FROZEN, "stage": 3, "accumulation": 2},
+    {"name": "other tp2", **OTHER, **TOPOLOGIES["tp2"][1]},
+    {"name": "other ZeRO-3, cpu teacher", **OTHER, "stage": 3, "accumulation": 2, "placement": "cpu"},
+]
+MORE_TEACHERS_ON_TWO: list[dict] = [
+    {"name": "frozen tp2", **FROZEN, **TOPOLOGIES["tp2"][1]},
+    {"name": "frozen ZeRO-2", **FROZEN, "stage": 2, "accumulation": 2},
+    {"name": "other ZeRO-1", **OTHER, "stage": 1, "accumulation": 2},
 ]
 LAYERS = {"model": "v1_text", "target": {"layers": [0, 2]}}
 """Taps of either stage, and not of the last block."""
@@ -125,6 +141,8 @@ def references(root: Path) -> dict[str, Checkpoint]:
             {"name": "layers", **LAYERS, "accumulation": 4},
             {"name": "scaled", **SCALED, "accumulation": 4},
             {"name": "muon", **MUON, "accumulation": 4},
+            {"name": "frozen", **FROZEN, "accumulation": 4},
+            {"name": "other", **OTHER, "accumulation": 4},
         ],
     )
 
@@ -155,6 +173,7 @@ def on_two_ranks(root: Path) -> dict[str, Checkpoint]:
             {"name": "layers pp2", **LAYERS, **pipeline},
             {"name": "scaled pp2", **SCALED, **pipeline},
             *MUON_ON_TWO,
+            *TEACHERS_ON_TWO,
             {"name": "bf16", "model": "v1_vision", "precision": "bf16", **pipeline},
             {"name": "delayed", "model": "v2_text", "steps": [0, 2], "sleeps": SLEEPS, **pipeline},
         ],
@@ -169,6 +188,17 @@ def test_two_ranks_compute_what_one_does(
     assert float((plain - muon).abs().max()) > 1e-3
     wanted = references["v1_vision"].extra["losses"]
     assert on_two_ranks["bf16"].extra["losses"] == pytest.approx(wanted, rel=1e-3)
+
+
+def test_a_teacher_that_does_not_follow_keeps_its_weights_bit_for_bit(
+    on_two_ranks: dict[str, Checkpoint], references: dict[str, Checkpoint]
+) -> None:
+    for case in TEACHERS_ON_TWO:
+        ours, reference = on_two_ranks[case["name"]], references[case["name"].split()[0]]
+        assert all(
+            torch.equal(ours.tensor("teacher", name), reference.tensor("teacher", name))
+            for name in reference.names("teacher")
+        )
 
 
 def test_the_measured_idle_share_is_that_of_the_delays(on_two_ranks: dict[str, Checkpoint]) -> None:
@@ -258,6 +288,7 @@ def test_more_models_and_optimizers_on_two_and_four_ranks(root: Path, references
         *cases_of("tp2", ("v2_cubes", TOKENS[0])),
         *cases_of("pp2", (TOKENS[1], "v1_pair")),
         *MORE_MUON_ON_TWO,
+        *MORE_TEACHERS_ON_TWO,
     ]
     four = [
         *cases_of("pp4", ("v2_vision",)),

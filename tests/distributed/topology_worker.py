@@ -22,11 +22,17 @@ from d2v_scale.checkpoint.writer import CheckpointWriter
 from d2v_scale.data.paired import joined
 from d2v_scale.data2vec.config import EmaConfig, LossConfig, MaskingConfig, ObjectiveConfig, TargetConfig
 from d2v_scale.evaluation.held_out import HeldOutSet
+from d2v_scale.interop.encoder_source import EncoderSource
+from d2v_scale.model.config import ModelConfig
+from d2v_scale.model.init import initialize
+from d2v_scale.model.parallel_linear import undivided
+from d2v_scale.model.teacher_parts import TeacherParts
 from d2v_scale.networks.draw import Draw
+from d2v_scale.networks.stack import Teacher
 from d2v_scale.optim import MuonConfig, OptimConfig, set_rates
 from d2v_scale.parallel import ds_config, groups
 from d2v_scale.parallel.feed import SharedFeed
-from d2v_scale.pretraining.engines import build_engines
+from d2v_scale.pretraining.engines import build_engines, read_encoder
 from d2v_scale.pretraining.step import collapse_statistics, train_step
 from d2v_scale.recipe import Recipe
 from d2v_scale.teacher.config import TeacherConfig
@@ -43,7 +49,8 @@ def recipe_of(case: dict) -> Recipe:
     target = dataclasses.replace(tiny_models.target_of(name), top_k_layers=3, **case.get("target", {}))
     further = [TargetConfig(**one) for one in case.get("further", [])]
     tokens = max(stem.extra_token_count for stem in model.stems.values())
-    loss = LossConfig(cls_weight=0.5 if model.visible_only and tokens else 0.0)
+    other = case.get("teacher") == "checkpoint"  # of another width than the CLS term compares
+    loss = LossConfig(cls_weight=0.5 if model.visible_only and tokens and not other else 0.0)
     return Recipe(
         model=model,
         objective=ObjectiveConfig(
@@ -62,10 +69,27 @@ def recipe_of(case: dict) -> Recipe:
             lr_scale=case.get("lr_scale"),
             muon=MuonConfig() if case.get("muon") else None,
         ),
-        teacher=TeacherConfig(placement=case.get("placement", "device")),
+        teacher=TeacherConfig(
+            kind=case.get("teacher", "ema"),
+            model=other_model(name) if other else None,
+            placement=case.get("placement", "device"),
+        ),
         parallel=groups.ParallelConfig(tensor=case.get("tensor", 1), pipeline=case.get("pipeline", 1)),
         accumulation=case["accumulation"],
     )
+
+
+def other_model(name: str) -> ModelConfig:
+    """A teacher of another width and depth."""
+    return tiny_models.model(name, width=48, ffn=64, depth=3)
+
+
+def other_encoder(name: str) -> dict[str, torch.Tensor]:
+    """Its weights, the same in every topology."""
+    with undivided():
+        module = Teacher(other_model(name), None, TeacherParts())
+    initialize(module, seed=7)
+    return {key: parameter.detach() for key, parameter in module.named_parameters()}
 
 
 def clones(name: str) -> int:
@@ -137,6 +161,8 @@ def run(case: dict, topology: groups.Topology) -> None:
     raw = {"zero_optimization": {"stage": case.get("stage", 1), **case.get("zero", {})}}
     config = ds_config.resolve(raw, numbers, recipe.parallel, topology.world_size)
     student, teacher = build_engines(recipe, config, topology)
+    if recipe.teacher.kind == "checkpoint":
+        read_encoder(teacher, EncoderSource(Path("other"), recipe, other_encoder(case["model"]).get))
     if "load" in case:
         training.restore(Checkpoint.open(case["load"]), student, teacher)
     student.module.train()
@@ -200,7 +226,7 @@ def evaluate(student, teacher, case: dict) -> list[torch.Tensor]:
         with torch.no_grad():
             shared = student.module.stem_features(batch)
         student.module.train()
-    return teacher.features(batch, shared, [0, -1])
+    return teacher.encoder_features(batch, shared, [0, -1])
 
 
 def replicated_parameters_agree(case: dict, student, topology: groups.Topology) -> None:

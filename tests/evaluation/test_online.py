@@ -78,6 +78,7 @@ class TeacherOfAModule(EmaTeacher):
     def __init__(self, module: Teacher) -> None:
         """Nothing is averaged."""
         self.module = self.own = module
+        self.follows = True
 
     def features(self, batch: Batch, features_btd: object, layers: list[int]) -> list[torch.Tensor]:
         assert features_btd is None, "it has a stem of its own"
