@@ -104,12 +104,11 @@ class EmaTeacher(ABC):
         """Take these ranges, to update from now on; with the student's values, unless the teacher is another model."""
         self._shards = shards
         self._batches = _batches(shards)
-        if not self.follows:
-            pass
-        elif on_host and self.topology.device.type == "cuda":
+        moves_on_gpu = self.follows and self.topology.device.type == "cuda"
+        if on_host and moves_on_gpu:
             self._host_update = HostUpdate(self.topology.device, shards, CHUNK)
             self.student.before_step.append(self._host_update.wait)
-        elif self.topology.device.type == "cuda" and any(_source(shard).device.type == "cpu" for shard in shards):
+        elif moves_on_gpu and any(_source(shard).device.type == "cpu" for shard in shards):
             largest = max(sum(shard.numel for shard in together) for _, together in self._batches)
             self._host_source = HostSource(self.topology.device, largest)
         self.copy_student()
