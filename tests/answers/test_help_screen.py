@@ -31,7 +31,15 @@ def test_help_is_a_screen_of_twenty_keys_with_the_values_of_the_recipe(capsys: p
 
 def test_help_all_explains_every_key(capsys: pytest.CaptureFixture[str]) -> None:
     said = shown(["--help_all"], capsys)
-    below_optional = ("task.", "model.", "objective.", "teacher_parts.", "optim.muon.", "evaluation.sets.")
+    below_optional = (
+        "task.",
+        "model.",
+        "objective.",
+        "teacher.model.",
+        "teacher_parts.",
+        "optim.muon.",
+        "evaluation.sets.",
+    )
     asked = [key for key in mistakes.known_keys() if not key.startswith(below_optional)]
     assert [key for key in asked if key not in said] == []
 
