@@ -16,7 +16,15 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import FrameType
 
-from d2v_scale.errors import UserError
+from d2v_scale.errors import (
+    EXIT_BAD_INPUT,
+    EXIT_COLLAPSE,
+    EXIT_DATA_STARVED,
+    EXIT_NON_FINITE,
+    EXIT_REQUEUE,
+    EXIT_SPIKE,
+    UserError,
+)
 from d2v_scale.parallel import rank_environment
 from d2v_scale.process.doing import doing
 from d2v_scale.process.started import RESTART, STARTED, started
@@ -26,6 +34,11 @@ GRACE_S = 60.0
 """What others have left when a rank has failed: they find out by themselves, and write down why they end."""
 RESTART_GRACE_S = 2.0
 """The same where all are started again: they have nothing to save, and every second of it is lost."""
+HANG_GRACE_S = 5.0
+"""The same after a hang, which all ranks but those that stand still have noticed, or a time limit, at which rank 0
+still tells what there is to tell."""
+_AGREED = (EXIT_BAD_INPUT, EXIT_NON_FINITE, EXIT_COLLAPSE, EXIT_DATA_STARVED, EXIT_SPIKE)
+"""All ranks end so, rank 0 after its last words."""
 _POLL_S = 0.1
 _LEFTOVERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -84,7 +97,7 @@ def run(
     common |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
     if share_cores:
         common.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // ranks)))
-    group = _Ranks(RESTART_GRACE_S if again is not None else GRACE_S)
+    group = _Ranks(restarts=again is not None)
     kept = {number: signal.getsignal(number) for number in _PASSED_ON}
     for number in _PASSED_ON:
         if number != signal.SIGHUP or kept[number] != signal.SIG_IGN:  # `nohup` keeps its meaning
@@ -134,9 +147,9 @@ class _Ranks:
     Each rank gets a signal once: a rank that is ending has its handlers no more, and would die of a second one.
     """
 
-    def __init__(self, grace_s: float) -> None:
-        """`grace_s`: what others have left when one has failed."""
-        self._grace_s = grace_s
+    def __init__(self, *, restarts: bool) -> None:
+        """`restarts`: ranks that failed may be started again."""
+        self._restarts = restarts
         self.processes: list[subprocess.Popen[bytes]] = []
         self._wishes: list[int] = []
         self._got: list[int] = []
@@ -146,6 +159,12 @@ class _Ranks:
     def is_asked_to_stop(self) -> bool:
         """Whether a signal came that asks for an end; SIGUSR2 asks for a profile."""
         return any(number != signal.SIGUSR2 for number in self._wishes)
+
+    def _grace_s(self, code: int) -> float:
+        """What others have left when the first has ended with this code."""
+        if not self._restarts or self.is_asked_to_stop or code in _AGREED:
+            return GRACE_S
+        return HANG_GRACE_S if code == EXIT_REQUEUE else RESTART_GRACE_S
 
     def forget(self) -> None:
         """Those that have ended. A wish to stop that came meanwhile is for those who follow."""
@@ -176,7 +195,7 @@ class _Ranks:
             now = time.monotonic()
             if not failed:
                 failed = next((128 - code if code < 0 else code for code in codes if code), 0)
-                limit = now + self._grace_s if failed else limit
+                limit = now + self._grace_s(failed) if failed else limit
             if None not in codes:
                 return failed
             if now >= limit:

@@ -158,8 +158,16 @@ def test_ranks_are_started_again_as_long_as_it_is_worth_it(tmp_path: Path) -> No
 
 
 def test_the_last_code_comes_back_when_ranks_are_not_started_again(tmp_path: Path) -> None:
-    assert run_again(tmp_path, [1, 13]).wait(60) == 13
-    assert (tmp_path / "ended").read_text().split() == ["1", "13"]
+    assert run_again(tmp_path, [1, 14]).wait(60) == 14
+    assert (tmp_path / "ended").read_text().split() == ["1", "14"]
+
+
+def test_rank_0_may_finish_its_last_words_before_ranks_are_given_up() -> None:
+    group = local_ranks._Ranks(restarts=True)
+    assert group._grace_s(12) == local_ranks._Ranks(restarts=False)._grace_s(137) == local_ranks.GRACE_S
+    assert group._grace_s(137) == group._grace_s(1) == local_ranks.RESTART_GRACE_S < group._grace_s(10)
+    group.on_signal(signal.SIGTERM, None)
+    assert group._grace_s(10) == local_ranks.GRACE_S
 
 
 def test_ranks_that_were_asked_to_stop_are_not_started_again(tmp_path: Path) -> None:
