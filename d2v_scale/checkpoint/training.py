@@ -141,11 +141,14 @@ def _check(
     with_state: bool = True,
 ) -> None:
     expected = student.global_shapes()
-    # Of what Muon steps there is a second moment, zeros, in older checkpoints alone.
-    spared = {shard.name for shard in student.shards() if MOMENTS[1] not in student.moments_of(shard.master)}
     for kind in ("student", *moments):
-        absent = spared - {*checkpoint.names(kind)} if kind == MOMENTS[1] else ()
-        checkpoint.check_names(kind, {name: shape for name, shape in expected.items() if name not in absent})
+        wanted = expected
+        if kind == MOMENTS[1] and student.matrices is not None:
+            # Of what Muon steps, here or on other ranks, older checkpoints alone have a second moment: zeros.
+            kept = {shard.name for shard in student.shards() if kind in student.moments_of(shard.master)}
+            there = kept.union(checkpoint.names(kind))
+            wanted = {name: shape for name, shape in expected.items() if name in there}
+        checkpoint.check_names(kind, wanted)
     if teacher is not None:
         checkpoint.check_names("teacher", teacher.global_shapes())
     if with_state:
