@@ -26,6 +26,7 @@ from d2v_scale.model.layers import Carry, states_shape
 from d2v_scale.model.stem import Stem
 from d2v_scale.networks.draw import Draw
 from d2v_scale.networks.stack import Student, Teacher
+from d2v_scale.parallel import gradient_norm
 from d2v_scale.parallel.groups import Topology
 from d2v_scale.parallel.objective import Objective
 from d2v_scale.parallel.whole_matrices import bind
@@ -316,5 +317,6 @@ def build_pipeline(
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=ds_config, dist_init_required=False)
     pipeline = PipelineStudent(engine, ds_config, topology, stage)
     pipeline.check_layout()
+    gradient_norm.bind(engine.optimizer)
     bind(pipeline)
     return pipeline

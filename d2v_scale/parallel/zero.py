@@ -11,7 +11,7 @@ from d2v_scale.batch import Batch
 from d2v_scale.data2vec.stateless import key
 from d2v_scale.data2vec.targets import Made
 from d2v_scale.networks.draw import Draw
-from d2v_scale.parallel import rank_loops
+from d2v_scale.parallel import gradient_norm, rank_loops
 from d2v_scale.parallel.absent_gradients import absent_gradients
 from d2v_scale.parallel.groups import Topology
 from d2v_scale.parallel.layout_check import check_layout
@@ -302,5 +302,6 @@ def build_student(
     )
     student = StudentEngine(engine, ds_config, topology)
     student.check_layout()
+    gradient_norm.bind(engine.optimizer)
     bind(student)
     return student

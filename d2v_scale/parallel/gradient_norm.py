@@ -1,0 +1,50 @@
+"""The norm of gradients on a CPU, without a copy of them.
+
+DeepSpeed's stages 1 and 2 convert every gradient to double precision for it; on a CPU most of the optimizer's time is
+then fresh memory. Here piece by piece is converted, in cache.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_CHUNK = 1 << 16
+"""Values whose squares are added at once: as doubles they stay in the cache."""
+
+
+def bind(zero: Any) -> None:
+    """Let DeepSpeed's `zero` measure and clip this way from now on, where its masters are on a CPU, at stage 1 or 2
+    without offload. Local; once built."""
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+    if type(zero) is not DeepSpeedZeroOptimizer or zero.cpu_offload:
+        return
+    if any(master.device.type != "cpu" for master in zero.single_partition_of_fp32_groups):
+        return
+    its_norm, its_clip = zero.get_grad_norm_direct, zero.unscale_and_clip_grads
+
+    def norm(gradients: Iterable[Tensor], params: Any, norm_type: float = 2) -> Tensor:
+        """DeepSpeed's, of the lengths of the gradients, which have the same norm."""
+        assert norm_type == 2, "DeepSpeed asks for no other"
+        lengths = [length(gradient) for gradient in gradients if not getattr(gradient, "_zero_padding", False)]
+        found: Tensor = its_norm(lengths, params)
+        return found
+
+    def clip(flat: list[Tensor], total_norm: Tensor) -> None:
+        """DeepSpeed's; nothing where it would multiply by 1."""
+        is_short = zero.clip_grad > 0 and 0 <= float(total_norm + 1e-6) <= zero.clip_grad
+        if not (is_short and zero.loss_scale == 1):
+            its_clip(flat, total_norm)
+
+    zero.get_grad_norm_direct, zero.unscale_and_clip_grads = norm, clip
+
+
+def length(x: Tensor) -> Tensor:
+    """The Euclidean norm, added up in double precision."""
+    total = torch.zeros((), dtype=torch.float64)
+    for chunk in x.detach().reshape(-1).split(_CHUNK):
+        values = chunk.double()
+        total += values.dot(values)
+    return total.sqrt()
