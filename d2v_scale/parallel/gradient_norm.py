@@ -15,7 +15,7 @@ _CHUNK = 1 << 16
 
 
 def bind(zero: Any) -> None:
-    """Let DeepSpeed's `zero` measure and clip this way from now on, where its masters are on a CPU, at stage 1 or 2
+    """Let DeepSpeed's `zero` measure this way from now on, where its masters are on a CPU, at stage 1 or 2
     without offload. Local; once built."""
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
@@ -23,7 +23,7 @@ def bind(zero: Any) -> None:
         return
     if any(master.device.type != "cpu" for master in zero.single_partition_of_fp32_groups):
         return
-    its_norm, its_clip = zero.get_grad_norm_direct, zero.unscale_and_clip_grads
+    its_norm = zero.get_grad_norm_direct
 
     def norm(gradients: Iterable[Tensor], params: Any, norm_type: float = 2) -> Tensor:
         """DeepSpeed's, of the lengths of the gradients, which have the same norm."""
@@ -32,13 +32,7 @@ def bind(zero: Any) -> None:
         found: Tensor = its_norm(lengths, params)
         return found
 
-    def clip(flat: list[Tensor], total_norm: Tensor) -> None:
-        """DeepSpeed's; nothing where it would multiply by 1."""
-        is_short = zero.clip_grad > 0 and 0 <= float(total_norm + 1e-6) <= zero.clip_grad
-        if not (is_short and zero.loss_scale == 1):
-            its_clip(flat, total_norm)
-
-    zero.get_grad_norm_direct, zero.unscale_and_clip_grads = norm, clip
+    zero.get_grad_norm_direct = norm
 
 
 def length(x: Tensor) -> Tensor:
