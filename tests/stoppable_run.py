@@ -49,9 +49,9 @@ def main() -> int:
         return options.fail
     committed = sorted(run_dir.glob("checkpoints/step-*/COMMITTED"))
     step, value = json.loads(committed[-1].read_text()) if committed else (0, 0.0)
-    (run_dir / f"pid-{rank}").write_text(str(os.getpid()))
     stop = None
     stop_flag.starting = False
+    (run_dir / f"pid-{rank}").write_text(str(os.getpid()))
     try:
         with Watchdog(run_dir, rank=rank, world_size=world_size, limit_s=limit_s) as watchdog:
             while step < options.steps and stop is None:

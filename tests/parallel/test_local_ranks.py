@@ -18,6 +18,7 @@ RANK = """
 import json, os, signal, sys, time
 folder, slow, how = sys.argv[1], float(sys.argv[2]), json.loads(sys.argv[3])
 rank = os.environ["RANK"]
+open(f"{folder}/begun-{rank}", "w").close()
 time.sleep(slow)
 def stop(number, _frame):
     open(f"{folder}/stopped-{rank}", "a").write(f"{number}\\n")
@@ -99,7 +100,7 @@ def test_a_signal_reaches_every_rank_and_nobody_dies_of_it(start: Start, tmp_pat
 
 def test_a_signal_while_the_ranks_start_is_neither_lost_nor_deadly(start: Start, tmp_path: Path) -> None:
     launcher = start(None, None, slow=1.0)
-    time.sleep(0.6)
+    until(lambda: all((tmp_path / f"begun-{rank}").exists() for rank in range(2)))
     launcher.send_signal(signal.SIGUSR1)
     assert launcher.wait(30) == 10
     assert all((tmp_path / f"stopped-{rank}").exists() for rank in range(2))
