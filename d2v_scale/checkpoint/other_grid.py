@@ -20,9 +20,9 @@ class OtherGrid(Checkpoint):
 
     def shape(self, kind: str, name: str) -> tuple[int, ...]:
         """As it is wanted."""
-        rows, *others = super().shape(kind, name)
         if name not in self._tables:
-            return rows, *others
+            return super().shape(kind, name)
+        rows, *others = super().shape(kind, name)
         was, wanted = self._tables[name]
         return rows + wanted.places - was.places, *others
 

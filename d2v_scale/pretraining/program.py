@@ -227,9 +227,14 @@ def load(run: Run, encoder: EncoderSource | None = None) -> None:
 
 def _on_grid(checkpoint: Checkpoint, recipe: Recipe) -> Checkpoint:
     """The checkpoint as the recipe's model takes it: position tables of another resolution are laid over its own."""
-    if not isinstance(checkpoint.extra.get("recipe"), dict):
+    wanted = position_tables(recipe.model)
+    if not wanted:
         return checkpoint
-    was, wanted = position_tables(recipe_of(checkpoint).model), position_tables(recipe.model)
+    try:
+        was = position_tables(recipe_of(checkpoint).model)
+    except CheckpointError as error:  # the names and shapes of its tensors say whether it fits as it is
+        log.info("Tables of positions are taken as they are: %s", error)
+        return checkpoint
     differ = {
         name: (was[name], table)
         for name, table in wanted.items()

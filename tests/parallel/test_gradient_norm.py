@@ -87,3 +87,10 @@ def test_a_step_that_is_not_finite_leaves_nothing_for_the_next() -> None:
         assert all(parameter.isfinite().all() for parameter in student.module.parameters())
     assert student.adam_steps() == {2}
     student.destroy()
+
+
+def test_another_deepspeed_measures_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gradient_norm, "digest", lambda _: "of a later version")
+    monkeypatch.setattr(gradient_norm, "length", lambda _: pytest.fail("is not asked"))
+    _, norms = stepped(engine(1, "fp32", 0.01))
+    assert min(norms) > 0

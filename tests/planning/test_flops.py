@@ -12,7 +12,7 @@ from d2v_scale import command_line, modalities
 from d2v_scale.data.config import SAMPLE_RATE
 from d2v_scale.data2vec.config import TargetConfig
 from d2v_scale.data2vec.targets import Target, build_all, widths
-from d2v_scale.modalities import published_parts
+from d2v_scale.modalities import published_parts, target_place
 from d2v_scale.modalities.costs import Lengths
 from d2v_scale.model import cpu_ops
 from d2v_scale.networks.draw import Draw
@@ -156,3 +156,17 @@ def test_heads_and_comparisons_with_codes_are_counted(name: str, monkeypatch: py
     # The counter knows no triangular solve.
     assert whitened == pytest.approx(2 * length * every[2].flops() * 2 / 3, rel=0.05)
     assert several.teacher == length * (every[1].flops() + every[2].flops())
+
+
+def test_what_another_stem_is_taught_does_not_change_a_stems_cost() -> None:
+    """A joint 1.0 model: targets of single positions let the teacher's last block be narrow, for their stem alone."""
+    model = tiny_models.model("v1_text")
+    batch = tiny_models.whole_batch("v1_text", 2, 1)
+    lengths, parts = tiny_models.lengths_of(model, batch), published_parts(model)
+    narrow, whole = (
+        build_all([TargetConfig(top_k_layers=2, layer_norm=norm, final_norm="layer")], target_place(model, "text"))
+        for norm in ("layer", "instance")
+    )
+    alone = flops.sample_cost(model, "text", lengths, parts, {"text": narrow})
+    beside = flops.sample_cost(model, "text", lengths, parts, {"text": narrow, "speech": whole})
+    assert beside.total == alone.total < flops.sample_cost(model, "text", lengths, parts, {"text": whole}).total

@@ -96,7 +96,7 @@ def test_a_run_goes_on_at_another_resolution_with_its_moments(tmp_path: Path, mo
 def test_a_table_is_read_in_slices_and_ranges_as_it_is_whole(tmp_path: Path) -> None:
     old, new = PositionTable((3, 4), offsets=True), PositionTable((5, 2), offsets=True)
     table = torch.randn(old.places + 3, 4)
-    path = write_single(tmp_path, {"t": table, "w": torch.ones(2, 2)})
+    path = write_single(tmp_path, {"t": table, "w": torch.ones(2, 2), "scalar": torch.ones(())})
     found = OtherGrid(Checkpoint.open(path), {"t": (old, new)})
     whole = found.tensor("student", "t")
     assert torch.equal(whole, old.laid_over(table, new))
@@ -104,6 +104,6 @@ def test_a_table_is_read_in_slices_and_ranges_as_it_is_whole(tmp_path: Path) -> 
     cut = TensorSlice(1, 1, 2)
     assert torch.equal(found.read("student", "t", cut, 3, 7), whole[:, 2:].reshape(-1)[3:10])
     assert torch.equal(found.read("student", "w", None, 1, 2), torch.ones(2))
-    found.check_names("student", {"t": tuple(whole.shape), "w": (2, 2)})
+    found.check_names("student", {"t": tuple(whole.shape), "w": (2, 2), "scalar": ()})
     with pytest.raises(CheckpointError, match="holds another model"):
-        found.check_names("student", {"t": tuple(table.shape), "w": (2, 2)})
+        found.check_names("student", {"t": tuple(table.shape), "w": (2, 2), "scalar": ()})
