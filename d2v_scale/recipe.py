@@ -141,6 +141,7 @@ class Recipe:
         ranges.check(self)
         self.optim.check()
         self.profile.bounds()
+        self.tracking.check()
         self._check_model()
         if self.task is None:
             own_model.check(self)

@@ -183,3 +183,10 @@ def test_a_mask_larger_than_the_grid_and_a_cls_loss_without_images_are_refused(r
     recipe.data.sources = recipe.data.sources[1:]
     with pytest.raises(ConfigError, match="extra token before the positions of speech, text"):
         recipe.check(1)
+
+
+@pytest.mark.parametrize("factor", [0.5, 1.0])
+def test_a_factor_by_which_half_of_the_ranks_are_slow_is_refused(recipes: list[Recipe], factor: float) -> None:
+    with pytest.raises(ConfigError, match=r"^tracking\.straggler_factor: .* null to compare no ranks"):
+        replaced(recipes[0], "tracking.straggler_factor", factor).check(1)
+    replaced(recipes[0], "tracking.straggler_factor", 1.1).check(1)

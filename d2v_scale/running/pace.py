@@ -1,5 +1,9 @@
 """What every rank spends of a step: data, computation, communication. Every fourth step is measured on all ranks, and
-nothing waits for it: a measurement is read when it is long complete, and travels while the next steps compute."""
+nothing waits for it: a measurement is read when it is long complete, and travels while the next steps compute.
+
+What a rank waits for others is the time in `Work.wait`. A collective of NCCL hands out no such work (it is made to wait
+on the device itself), so on GPUs the waiting would be taken for the rank's own computation, and nothing is measured.
+"""
 
 import contextlib
 import logging
@@ -34,7 +38,7 @@ class PaceKeeper:
         """Collective: all ranks must call."""
         factor = run.recipe.tracking.straggler_factor
         self._run = run
-        self._measures = run.topology.world_size > 1 and factor is not None
+        self._measures = run.topology.world_size > 1 and factor is not None and dist.get_backend() != "nccl"
         if not self._measures:
             return
         assert factor is not None
@@ -83,9 +87,11 @@ class PaceKeeper:
         paces = [Pace(row[0], row[1], row[2], int(row[3])) for row in torch.stack(every).tolist()]
         for one in self._detector.observe(paces):
             log.warning("Step %d: %s", self._run.step, one)
-            append_line(
-                self._run.directory / STRAGGLERS_FILE, {"time": time.time(), "step": self._run.step, **vars(one)}
-            )
+            line = {"time": time.time(), "step": self._run.step, **vars(one)}
+            try:
+                append_line(self._run.directory / STRAGGLERS_FILE, line)
+            except OSError as error:  # a full disk, most likely, which is no reason to end
+                log.warning("%s cannot be written: %s", STRAGGLERS_FILE, error)
         if number % self._run.recipe.tracking.log_every < EVERY:
             _record(self._run.directory, number, paces)
 
@@ -105,8 +111,7 @@ def _record(directory: Path, step: int, paces: list[Pace]) -> None:
 
 @contextlib.contextmanager
 def _waits_timed(waits: list[Stopwatch]) -> Iterator[None]:
-    """Time what this process waits for collectives inside: where it would go on without them. On a device it is the
-    stream that waits, and the stream that is timed."""
+    """Time what this process waits for collectives inside: where it would go on without them."""
     original = dist.Work.wait
 
     def timed(work: Any, *arguments: Any, **options: Any) -> Any:
