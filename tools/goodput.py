@@ -57,11 +57,14 @@ def make_parser() -> argparse.ArgumentParser:
 
 def ways(options: argparse.Namespace, every: float) -> list[tuple[str, Costs]]:
     """Today's way, then what changes, one thing after the other."""
+    # Who is still requeued is also noticed as in a requeue: by Slurm and the job's script.
     at_once = dict.fromkeys(_FAULTS, 0.0)
     requeued: dict[Fault, float] = {**dict.fromkeys(_FAULTS, options.queue), "node": options.node_queue}
     slow: dict[Fault, float] = {**dict.fromkeys(_FAULTS, options.notice_requeue), "hang": options.hang_limit}
     short: dict[Fault, float] = {**slow, "hang": options.short_hang_limit}
     fast: dict[Fault, float] = {**dict.fromkeys(_FAULTS, options.notice), "hang": options.short_hang_limit}
+    in_job: dict[Fault, float] = {**fast, "node": options.notice_requeue, "planned": options.notice_requeue}
+    with_spares: dict[Fault, float] = {**fast, "planned": options.notice_requeue}
     save = {"checkpoint_every": every, "checkpoint_stall": options.checkpoint_stall, "start_up": options.start_up}
     memory = {**save, "checkpoint_every": options.memory_every, "checkpoint_stall": options.memory_stall}
     restarted: dict[Fault, float] = {**at_once, "node": options.node_queue, "planned": options.queue}
@@ -69,9 +72,9 @@ def ways(options: argparse.Namespace, every: float) -> list[tuple[str, Costs]]:
     return [
         ("requeue, the watchdog's default limit", Costs(notice=slow, queue=requeued, **save)),
         ("requeue, a short limit", Costs(notice=short, queue=requeued, **save)),
-        ("restarts inside the job (over machines: not built)", Costs(notice=fast, queue=restarted, **save)),
-        ("and spare nodes (not built)", Costs(notice=fast, queue=spared, **save)),
-        ("and state in a peer's memory (not built)", Costs(notice=fast, queue=spared, **memory)),
+        ("restarts inside the job (over machines: not built)", Costs(notice=in_job, queue=restarted, **save)),
+        ("and spare nodes (not built)", Costs(notice=with_spares, queue=spared, **save)),
+        ("and state in a peer's memory (not built)", Costs(notice=with_spares, queue=spared, **memory)),
     ]
 
 

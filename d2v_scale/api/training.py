@@ -16,6 +16,7 @@ from d2v_scale import command_line
 from d2v_scale.answers import mistakes
 from d2v_scale.errors import EXIT_BAD_INPUT, EXIT_REQUEUE, ConfigError, TrainingEnded, UserError
 from d2v_scale.parallel import local_ranks
+from d2v_scale.process.started import STARTED
 from d2v_scale.process.status import read_status
 from d2v_scale.programs.own_program import TRAINING
 from d2v_scale.recipe import Recipe
@@ -35,7 +36,8 @@ def train(recipe: Recipe | str | PathLike[str] | None = None, *, ranks: int | No
     TrainingEnded, which has the exit code and the run directory, where the run was stopped or has failed. Signals reach
     the run (Ctrl-C saves and ends it), so call it in the main thread.
     """
-    environment = dict(os.environ)
+    # Not when this process was started: a notebook may be open for days.
+    environment = {**os.environ, STARTED: str(time.time())}
     if "RANK" in environment:
         raise UserError("train() is called in a process that a launcher has started.", "Start it by itself.")
     if threading.current_thread() is not threading.main_thread():

@@ -88,10 +88,11 @@ def run(
 ) -> int:
     """Start `command` as so many ranks and wait for them; 0, or the code of the one that failed first.
 
-    `share_cores`: each computes on its part of the processor. A rank that died of a signal counts as 128 and its
-    number, as in a shell. `again`: asked when a rank has failed and nobody wished for an end, with the code and when
-    the ranks were started; what it returns is added to `command`, and all ranks are started again; None ends. Main
-    thread only.
+    `environment`: for the ranks; it may say when the run was asked for (`STARTED`), else it was when this process was
+    started. `share_cores`: each computes on its part of the processor. A rank that died of a signal counts as 128 and
+    its number, as in a shell. `again`: asked when a rank has failed and nobody wished for an end, with the code and
+    when the ranks were started; what it returns is added to `command`, and all ranks are started again; None ends.
+    Main thread only.
     """
     common = {key: value for key, value in environment.items() if key not in _LEFTOVERS}
     common |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
@@ -103,7 +104,8 @@ def run(
         if number != signal.SIGHUP or kept[number] != signal.SIG_IGN:  # `nohup` keeps its meaning
             signal.signal(number, group.on_signal)
     try:
-        common[STARTED], further = str(started()), list[str]()
+        common.setdefault(STARTED, str(started()))
+        further: list[str] = []
         for restart in itertools.count():
             common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), RESTART: str(restart)}
             for rank in range(ranks):

@@ -83,13 +83,14 @@ class _Reader:
         until = max(self.now, line["started"])
         gap = until - self.now
         decided = max((t for t in self._decided if self.now <= t <= until), default=None)
-        allocated = line.get("allocated") or 0.0
+        allocated = line.get("allocated")
         if line.get("restart"):
             held = 0.0
         elif decided is None:  # by hand, or a lost node's job that Slurm took back by itself
-            held = min(until, allocated) - self.now if allocated > self.now else gap
+            held = min(until, allocated) - self.now if allocated and allocated > self.now else gap
         else:
-            held = max(0.0, min(until, allocated) - decided)
+            # Without Slurm nobody was at it from the decision on: whoever started it by hand came when they came.
+            held = max(0.0, (min(until, allocated) if allocated else until) - decided)
         attempt.seconds["held"] += held
         attempt.seconds["restart"] += gap - held
 

@@ -33,8 +33,8 @@ class Timeline:
     def __init__(self, run_dir: Path, resumed: int) -> None:
         """`resumed`: the step that training continues after."""
         self._run_dir, self._resumed = run_dir, resumed
-        self._began, self._written = time.time(), 0.0
-        """When the newest `at` was written; 0: there is none."""
+        self._began, self._written = time.monotonic(), float("-inf")
+        """The second: when the newest `at` was written. By a clock that nobody sets."""
         self._spent: dict[str, float] = {}
         self._step = resumed
         add(
@@ -48,7 +48,7 @@ class Timeline:
 
     def at(self, step: int, spent: Mapping[str, float]) -> None:
         """`step` steps are done, and this process has spent so many seconds, by what on. Cheap at every step."""
-        now = time.time()
+        now = time.monotonic()
         grown = any(seconds != self._spent.get(kind, 0.0) for kind, seconds in spent.items() if kind != "data")
         due = now - self._written >= max(_LEAST_S, _SHARE * (now - self._began))
         self._step = step
@@ -58,7 +58,7 @@ class Timeline:
 
     def ends(self, spent: Mapping[str, float]) -> None:
         """Training is over; what follows is the attempt's end."""
-        self._written = 0.0
+        self._written = float("-inf")
         self.at(self._step, spent)
 
     def end(self, code: int) -> None:

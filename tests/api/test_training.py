@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,14 @@ def test_keys_are_nested_or_dotted(started: Started) -> None:
         *("--optim.betas=[0.9, 0.95]", "--evaluation.train=null", "--model.compile=true"),
     ]
     assert (ranks, environment["DS_ACCELERATOR"]) == (2, "cpu")
+
+
+def test_a_notebook_that_was_open_for_long_is_no_start_up(started: Started, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("D2V_SCALE_STARTED", "1.0")
+    asked = time.time()
+    d2v_scale.train("demo_vision", run_dir="runs/a")
+    [(_, _, environment)] = started
+    assert asked <= float(environment["D2V_SCALE_STARTED"]) <= time.time()
 
 
 def test_a_recipe_from_python_is_a_file_for_the_run(started: Started) -> None:

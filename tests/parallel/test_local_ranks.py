@@ -29,7 +29,7 @@ for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
     signal.signal(number, stop)
 signal.signal(signal.SIGUSR2, lambda *_: open(f"{folder}/profiled-{rank}", "w").close())
 told = {key: value for key, value in os.environ.items() if key in ("RANK", "LOCAL_RANK", "WORLD_SIZE",
-        "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")}
+        "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS", "D2V_SCALE_STARTED")}
 json.dump(told, open(f"{folder}/.{rank}", "w"))
 os.rename(f"{folder}/.{rank}", f"{folder}/rank-{rank}")
 code = how[int(rank)]
@@ -96,6 +96,15 @@ def test_a_signal_reaches_every_rank_and_nobody_dies_of_it(start: Start, tmp_pat
         return
     assert launcher.wait(30) == 10
     assert [(tmp_path / f"stopped-{rank}").read_text() for rank in range(2)] == [f"{int(number)}\n"] * 2
+
+
+def test_ranks_hear_when_the_run_was_asked_for(start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    later = str(time.time() + 1000)  # than this launcher was started, as a notebook is long before
+    monkeypatch.setenv("D2V_SCALE_STARTED", later)
+    assert start(0, 0).wait(30) == 0
+    assert [json.loads((tmp_path / f"rank-{rank}").read_text())["D2V_SCALE_STARTED"] for rank in range(2)] == [
+        later
+    ] * 2
 
 
 def test_a_signal_while_the_ranks_start_is_neither_lost_nor_deadly(start: Start, tmp_path: Path) -> None:

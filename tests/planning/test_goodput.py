@@ -1,5 +1,6 @@
 """A published trace of interruptions, replayed through what they cost."""
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -68,6 +69,7 @@ def test_the_tool_replays_and_refuses_what_means_nothing(tmp_path: Path) -> None
     assert "466 interruptions, one in 2.8 h" in done.stdout
     said = (TOOL.parents[1] / "docs" / "faults.md").read_text()
     shares = [line.split("|")[2].strip() for line in done.stdout.splitlines() if "%" in line]
+    assert len(shares) == 5
     assert all(f"{float(share[:-1]):.1f} %" in " ".join(said.split()) for share in shares[:3])
     assert run("--ranks", "0").returncode == run("--measured", str(tmp_path)).returncode == 2
     lines = [
@@ -79,3 +81,18 @@ def test_the_tool_replays_and_refuses_what_means_nothing(tmp_path: Path) -> None
     (tmp_path / "timeline.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     # 20 and 30 s of start-up, 466 times.
     assert f"| {466 * 25 / 3600:.1f} |" in run("--measured", str(tmp_path)).stdout
+
+
+def test_who_is_requeued_is_noticed_as_in_a_requeue() -> None:
+    spec = importlib.util.spec_from_file_location("goodput_tool", TOOL)
+    assert spec is not None
+    assert spec.loader is not None
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    given = ["--notice", "2", "--notice_requeue", "26", "--queue", "121", "--node_queue", "121", "--spare", "10"]
+    ways = [way for _, way in tool.ways(tool.make_parser().parse_args(given), 300.0)]
+    requeued = [[fault for fault in FAULTS if way.queue[fault] == 121] for way in ways]
+    assert requeued == [[*FAULTS], [*FAULTS], ["node", "planned"], ["planned"], ["planned"]]
+    for way, faults in zip(ways, requeued, strict=True):
+        noticed = {fault: 26.0 if fault in faults else 2.0 for fault in FAULTS if fault != "hang"}
+        assert {fault: way.notice[fault] for fault in noticed} == noticed

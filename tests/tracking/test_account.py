@@ -90,6 +90,7 @@ def test_a_rewind_repeats_within_an_attempt() -> None:
         (begin(60, 50, allocated=45), [], {"held": 35, "restart": 5}),  # a lost node: Slurm requeued it by itself
         (begin(60, 50, allocated=2), [15], {"restart": 40}),  # the script started the training again
         (begin(60, 50, allocated=2), [], {"held": 40}),
+        (begin(60, 50), [15], {"restart": 5, "held": 35}),  # a launcher gave up; somebody started it by hand
     ],
 )
 def test_time_between_attempts_is_held_or_restart(
@@ -169,6 +170,15 @@ def test_a_timeline_is_written_at_what_holds_a_run_up_and_else_rarely(tmp_path: 
     assert [line.get("step") for line in lines if line["event"] == "at"] == [5, 100, 101]
     [one] = account(lines)
     assert (one.first, one.last, one.code) == (4, 101, 10)
+
+
+def test_a_clock_that_is_set_back_stops_no_timeline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    timeline, now = Timeline(tmp_path, 0), time.monotonic()
+    timeline.at(1, {})
+    for name, seconds in (("time", time.time() - 3600), ("monotonic", now + 5)):
+        monkeypatch.setattr(time, name, lambda seconds=seconds: seconds)
+    timeline.at(2, {})
+    assert [json.loads(line).get("step") for line in (tmp_path / TIMELINE_FILE).open()] == [None, 1, 2]
 
 
 def test_a_process_knows_when_it_was_started(monkeypatch: pytest.MonkeyPatch) -> None:
