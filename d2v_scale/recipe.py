@@ -41,7 +41,6 @@ FREE_TO_CHANGE = (
     "evaluation",
     "profile",
     "teacher.placement",
-    "teacher.checkpoint",
     "model.activation_checkpointing",
     "model.compile",
     "max_skipped_in_a_row",

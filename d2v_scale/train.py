@@ -83,7 +83,9 @@ def main(arguments: list[str], stop_flag: StopFlag) -> int:
             terminal.setLevel(logging.ERROR)
         with doing("reading the recipe"):
             recipe, options = command_line.parse(arguments)
-        encoder = adopt_teacher(recipe, options) if recipe.task is None else adopt(recipe, options)
+        encoder = None if recipe.task is None else adopt(recipe, options)
+        if recipe.task is None:
+            adopt_teacher(recipe, options)
         config = configure(recipe)
         if options.prepare:
             raw_data.prepare(recipe, options.run_dir or options.resume, lambda: stop_flag.raised() is not None)
@@ -109,7 +111,7 @@ def main(arguments: list[str], stop_flag: StopFlag) -> int:
         if topology.device.type == "cuda" and topology.rank == 0:
             log.info("%s", attention_kernels.describe(torch.cuda.get_device_name(topology.device)))
         if recipe.task is None:
-            run = pretraining.build(recipe, options, config, topology, directory, encoder)
+            run = pretraining.build(recipe, options, config, topology, directory)
         else:
             run = finetuning.build(recipe, options, config, topology, directory, encoder)
         code = supervise(run, stop_flag)

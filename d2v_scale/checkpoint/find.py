@@ -19,19 +19,22 @@ class Skipped:
     reason: str
 
 
-def find_newest_valid(directory: str | Path, *, together: bool = False) -> tuple[Checkpoint | None, list[Skipped]]:
+def find_newest_valid(
+    directory: str | Path, *, together: bool = False, checksums: bool = True
+) -> tuple[Checkpoint | None, list[Skipped]]:
     """The valid checkpoint with the highest step under `directory`, and those that were skipped, each with a warning.
 
     (None, []) when there are none at all. Raises CheckpointError when there are some and none is valid, or when one
     was written by a newer version. `together`: all ranks must call; they look through rank 0's list (a file system may
-    not show the newest one to everybody yet), share the work of verifying, and get the same answer.
+    not show the newest one to everybody yet), share the work of verifying, and get the same answer. `checksums`: verify
+    the contents of the files, too, not their sizes alone.
     """
     paths = sorted(Path(directory).glob("step-*"), reverse=True)
     if together:
         paths = _of_rank_0(paths)
     skipped: list[Skipped] = []
     for path in paths:
-        checkpoint, errors = _opened(path, together)
+        checkpoint, errors = _opened(path, together, checksums)
         if checkpoint is not None and not errors:
             return checkpoint, skipped
         for error in errors:
@@ -45,7 +48,7 @@ def find_newest_valid(directory: str | Path, *, together: bool = False) -> tuple
     return None, skipped
 
 
-def _opened(path: Path, together: bool) -> tuple[Checkpoint | None, list[CheckpointError]]:
+def _opened(path: Path, together: bool, checksums: bool) -> tuple[Checkpoint | None, list[CheckpointError]]:
     """A checkpoint, and what speaks against it: here, or with `together` on any rank."""
     import torch.distributed as dist
 
@@ -53,7 +56,7 @@ def _opened(path: Path, together: bool) -> tuple[Checkpoint | None, list[Checkpo
     checkpoint, problem = None, None
     try:
         checkpoint = Checkpoint.open(path)
-        checkpoint.verify(files=range(rank, len(checkpoint.manifest.files), world_size))
+        checkpoint.verify(checksums, files=range(rank, len(checkpoint.manifest.files), world_size))
     except CheckpointError as error:
         problem = error
     problems: list[CheckpointError | None] = [problem] * world_size
@@ -70,21 +73,22 @@ def _of_rank_0(paths: list[Path]) -> list[Path]:
     return [Path(path) for path in listed[0]]
 
 
-def open_any(path: str | Path, *, together: bool = False) -> Checkpoint:
+def open_any(path: str | Path, *, together: bool = False, checksums: bool = True) -> Checkpoint:
     """Open a checkpoint, the newest valid one of a `checkpoints` directory, or that of a run directory.
 
-    `together`: all ranks must call, and share the work of verifying. Raises CheckpointError when there is none.
+    `together`: all ranks must call, and share the work of verifying. `checksums`: as in `find_newest_valid`. Raises
+    CheckpointError when there is none.
     """
     path = Path(path)
     if not path.exists():
         raise CheckpointError(f"{path} does not exist.")
     if any(path.glob("rank-*")) or (path / "manifest.json").exists():
-        checkpoint, errors = _opened(path, together)
+        checkpoint, errors = _opened(path, together, checksums)
         if checkpoint is None or errors:
             raise errors[0]
         return checkpoint
     for directory in (path / "checkpoints", path):
-        found, _ = find_newest_valid(directory, together=together)
+        found, _ = find_newest_valid(directory, together=together, checksums=checksums)
         if found is not None:
             return found
     raise CheckpointError(f"{path} holds no checkpoint.", "Give a run directory or a step-... directory.")

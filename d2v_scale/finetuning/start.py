@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 from d2v_scale.command_line import RECIPES, Options, parse
 from d2v_scale.errors import CheckpointError, ConfigError
 from d2v_scale.model.config import ModelConfig
-from d2v_scale.recipe import Recipe, differences
-from d2v_scale.run_files.committed import committed_steps
-from d2v_scale.run_files.run_start import RECIPE_FILE, may_begin_anew
+from d2v_scale.recipe import Recipe
+from d2v_scale.run_files.given_model import asked_otherwise
+from d2v_scale.run_files.run_start import RECIPE_FILE, goes_on
 
 if TYPE_CHECKING:
     from d2v_scale.interop.encoder_source import EncoderSource
@@ -26,7 +26,7 @@ def adopt(recipe: Recipe, options: Options) -> "EncoderSource | None":
     source = None
     if options.init_from is not None:
         run_dir = None if options.run_dir is None else Path(options.run_dir)
-        if run_dir is not None and (run_dir / RECIPE_FILE).is_file() and _goes_on(run_dir):
+        if run_dir is not None and (run_dir / RECIPE_FILE).is_file() and goes_on(run_dir):
             _take_over(recipe, parse(["--recipe", str(run_dir / RECIPE_FILE)])[0])
         else:
             if not Path(options.init_from).exists():
@@ -41,23 +41,16 @@ def adopt(recipe: Recipe, options: Options) -> "EncoderSource | None":
     return source
 
 
-def _goes_on(run_dir: Path) -> bool:
-    """Whether the run there continues from a checkpoint of its own and needs its encoder no more."""
-    return bool(committed_steps(run_dir / "checkpoints")) and not may_begin_anew(run_dir)
-
-
 def _refuse_overrides(recipe: Recipe, encoder: ModelConfig) -> None:
     """Raises ConfigError where the user asks for another model than the encoder is: not with the model that a named
     recipe has for training from scratch, but with what differs from it."""
     assert recipe.task is not None
     is_named = (RECIPES / f"{recipe.name}.yaml").is_file()
     usual = parse(["--recipe", recipe.name])[0].model if is_named else ModelConfig()
-    given, actual = dataclasses.asdict(recipe.model), dataclasses.asdict(encoder)
-    asked = differences(dataclasses.asdict(usual), given)
     decided = dataclasses.asdict(recipe.task.backbone)
     free = {"activation_checkpointing", *(f"backbone.{name}" for name, value in decided.items() if value is not None)}
-    for name, (here, there) in differences(given, actual).items():
-        if name not in free and any(name == key or name.startswith(f"{key}.") for key in asked):
+    for name, (here, there) in asked_otherwise(recipe.model, usual, encoder).items():
+        if name not in free:
             raise ConfigError(
                 f"model.{name}",
                 f"is {here!r} in the recipe, {there!r} in the encoder",

@@ -54,17 +54,19 @@ class EncoderSource:
     """Whose tensors they are, as far as there is a choice (`open_encoder`)."""
 
 
-def open_encoder(path: str | Path, weights: Weights = "teacher") -> EncoderSource:
+def open_encoder(
+    path: str | Path, weights: Weights = "teacher", *, together: bool = False, checksums: bool = True
+) -> EncoderSource:
     """Open any of the kinds above. Raises CheckpointError.
 
     `teacher`: averaged tensors from the teacher, shared ones (conv stack, embeddings) from the student; `student`: all
     from the student, and so is what a teacher that does not follow it (`TeacherConfig.kind`) trained. An exported
-    folder holds one of the two, and `weights` is without effect.
+    folder holds one of the two, and `weights` is without effect. `together`, `checksums`: as `open_any` has them.
     """
     path = Path(path)
     if (path / "config.json").is_file() or (path / EXPORT_FILE).is_file():
         return dataclasses.replace(_exported(path), weights=weights)
-    checkpoint = open_any(path)
+    checkpoint = open_any(path, together=together, checksums=checksums)
     extra, recipe = checkpoint.extra, recipe_of(checkpoint)
     weights = weights if recipe.teacher.follows else "student"
     return EncoderSource(

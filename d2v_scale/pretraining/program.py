@@ -16,9 +16,8 @@ from d2v_scale.checkpoint.writer import CheckpointWriter
 from d2v_scale.command_line import Options
 from d2v_scale.conversion import demo
 from d2v_scale.data.loader import StepLoader
-from d2v_scale.errors import CheckpointError
 from d2v_scale.evaluation.of_stems import Evaluation
-from d2v_scale.interop.encoder_source import EncoderSource, recipe_of
+from d2v_scale.interop.encoder_source import check_tokenizer, open_encoder, recipe_of
 from d2v_scale.modalities import position_tables
 from d2v_scale.networks.draw import Draw
 from d2v_scale.optim import scheduled, set_rates
@@ -150,10 +149,8 @@ def build(
     config: dict[str, Any],
     topology: Topology,
     directory: Path,
-    encoder: EncoderSource | None = None,
 ) -> Run:
-    """All parts of the run, restored from the newest checkpoint if there is one. `encoder`: of a teacher that is
-    another one. Collective: all ranks must call."""
+    """All parts of the run, restored from the newest checkpoint if there is one. Collective: all ranks must call."""
     if options.resume is None:  # its data exist, elsewhere if not here
         demo.ensure([*(source.shards for source in recipe.data.sources), *recipe.evaluation.shards])
     with doing("reading the index of the shards"):
@@ -192,13 +189,13 @@ def build(
         seen_samples=torch.zeros((), dtype=torch.float64, device=topology.device),
     )
     with doing("reading the newest checkpoint"):
-        load(run, encoder)
+        load(run)
     return run
 
 
-def load(run: Run, encoder: EncoderSource | None = None) -> None:
-    """Continue from the newest valid checkpoint of the run directory, or start from `--init_from`, and with the teacher
-    that is another `encoder`. Collective."""
+def load(run: Run) -> None:
+    """Continue from the newest valid checkpoint of the run directory, or start from `--init_from` and with the teacher
+    that `teacher.checkpoint` names. Collective."""
     checkpoint, _ = find_newest_valid(run.directory / "checkpoints", together=True)
     if checkpoint is not None:
         restore(_on_grid(checkpoint, run.recipe), run.student, run.teacher)
@@ -212,17 +209,24 @@ def load(run: Run, encoder: EncoderSource | None = None) -> None:
         log.info("Continuing at step %d from %s", run.step, checkpoint.path)
         return
     if run.recipe.teacher.kind == "checkpoint":
-        if encoder is None:
-            raise CheckpointError(
-                f"teacher.checkpoint: {run.recipe.teacher.checkpoint} does not exist, and the run has no checkpoint.",
-                "Put it back, or begin with another one.",
-            )
-        read_encoder(run.teacher, encoder)
-        log.info("The teacher is the encoder of %s", encoder.path)
+        _load_teacher(run)
     if run.options.init_from is not None:
         source: Checkpoint = open_any(run.options.init_from, together=True)
         restore_weights(_on_grid(source, run.recipe), run.student, run.teacher, reset_teacher=run.options.reset_teacher)
         log.info("Starting from the weights of %s", source.path)
+
+
+def _load_teacher(run: Run) -> None:
+    """Give the teacher the weights of the encoder that the recipe names: the same one on every rank, though its run may
+    still write checkpoints. Raises CheckpointError, and DataError for ids of another tokenizer. Collective."""
+    recipe = run.recipe
+    assert recipe.teacher.checkpoint is not None
+    encoder = open_encoder(recipe.teacher.checkpoint, together=True)
+    texts = [one.shards for one in recipe.data.sources if recipe.model.kind(one.modality) == "text"]
+    for shards in texts[:1]:  # which the loader's checksum is of
+        check_tokenizer(encoder.path, encoder.tokenizer_sha256, shards, run.loader.tokenizer_sha256())
+    read_encoder(run.teacher, encoder)
+    log.info("The teacher is the encoder of %s", encoder.path)
 
 
 def _on_grid(checkpoint: Checkpoint, recipe: Recipe) -> Checkpoint:

@@ -44,6 +44,11 @@ def may_begin_anew(run_dir: Path) -> bool:
     return not has_trained(run_dir) and not (committed_steps(run_dir / "checkpoints") and _is_source_gone(run_dir))
 
 
+def goes_on(run_dir: Path) -> bool:
+    """Whether the run there continues from a checkpoint of its own: what it began from is read no more."""
+    return bool(committed_steps(run_dir / "checkpoints")) and not may_begin_anew(run_dir)
+
+
 def forget_failed_start(run_dir: Path) -> None:
     """Remove what a start that failed left behind of itself but for its logs. The run in MLflow stays as it ended, and
     the next one there is another."""
@@ -88,7 +93,7 @@ def began_from_other_weights(run_dir: Path, options: "Options") -> str | None:
 def check_same_start(run_dir: Path, options: "Options") -> None:
     """Raises ConfigError when the run in `run_dir` has a checkpoint to go on from and began from other weights than
     `--init_from` names."""
-    if options.init_from is None or not committed_steps(run_dir / "checkpoints") or may_begin_anew(run_dir):
+    if options.init_from is None or not goes_on(run_dir):
         return
     if start_of(run_dir) is None:
         log.warning("%s continues from its own checkpoint: --init_from is not read", run_dir)

@@ -16,7 +16,7 @@ class TeacherConfig:
     that --init_from has. `checkpoint`: the encoder of another run, of any width and depth, which keeps its weights."""
     checkpoint: str | None = None
     """Whose encoder, of `kind: checkpoint`: a run directory, a checkpoint or an exported folder. Once there is a
-    checkpoint of the new run, it is not read any more."""
+    checkpoint of the new run, it is not read any more, and cannot be changed."""
     model: ModelConfig | None = None
     """What that encoder is made of; null, and wherever it is at hand: as it says itself."""
     placement: Literal["device", "cpu"] = "device"

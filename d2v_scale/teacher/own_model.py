@@ -82,10 +82,11 @@ def _check_beside(recipe: "Recipe", own: ModelConfig) -> None:
                 )
         ours, its = (_positions(recipe, model, name) for model in (student, own))
         if ours != its:
+            is_text = student.kind(name) == "text"
             raise ConfigError(
-                student.key(name),
+                f"{student.key(name)}.max_positions" if is_text else student.key(name),
                 f"makes positions {ours} of a sample, the teacher {its}: there would be no target for each",
-                "Give both stems the same patches or strides.",
+                "Give both the same." if is_text else "Give both stems the same patches or strides.",
             )
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,10 +10,11 @@ import tiny_models
 import torch
 from target_engines import saved
 
-from d2v_scale.checkpoint import Checkpoint, training
+from d2v_scale.checkpoint import Checkpoint, find, training
+from d2v_scale.checkpoint.writer import CheckpointWriter
 from d2v_scale.command_line import Options, parse
 from d2v_scale.data2vec.config import MaskingConfig, ObjectiveConfig, TargetConfig
-from d2v_scale.errors import CheckpointError, ConfigError
+from d2v_scale.errors import CheckpointError, ConfigError, DataError
 from d2v_scale.interop.encoder_source import EncoderSource, open_encoder
 from d2v_scale.model.config import ModelConfig
 from d2v_scale.model.init import initialize
@@ -21,6 +23,7 @@ from d2v_scale.networks.draw import Draw
 from d2v_scale.networks.stack import Student, Teacher
 from d2v_scale.parallel import ds_config, groups
 from d2v_scale.planning import flops
+from d2v_scale.pretraining import program
 from d2v_scale.pretraining.engines import build_engines, read_encoder
 from d2v_scale.pretraining.step import train_step
 from d2v_scale.recipe import Recipe
@@ -225,6 +228,9 @@ def test_an_encoder_that_does_not_fit_is_refused_with_key_and_remedy() -> None:
     coarse = larger("v2_vision")
     assert coarse.vision is not None
     coarse.vision.patch_size *= 2
+    longer = larger("v2_text")
+    assert longer.text is not None
+    longer.text.max_positions *= 2
     found = {}
     for what, recipe, world in (
         ("patches", beside("v2_vision", coarse), 1),
@@ -232,6 +238,7 @@ def test_an_encoder_that_does_not_fit_is_refused_with_key_and_remedy() -> None:
         ("pipeline", beside("v2_vision", larger("v2_vision"), parallel=groups.ParallelConfig(pipeline=2)), 2),
         ("tensor", beside("v2_vision", tiny_models.model("v2_vision", width=30, heads=3)), 2),
         ("parts", beside("v2_vision", larger("v2_vision"), teacher_parts=TeacherParts(shared=["stems"])), 1),
+        ("texts", beside("v2_text", longer), 1),
     ):
         if what == "tensor":
             recipe.parallel = groups.ParallelConfig(tensor=2)
@@ -244,6 +251,7 @@ def test_an_encoder_that_does_not_fit_is_refused_with_key_and_remedy() -> None:
         "pipeline": "parallel.pipeline",
         "tensor": "parallel.tensor",
         "parts": "teacher_parts",
+        "texts": "model.text.max_positions",
     }
 
 
@@ -259,12 +267,11 @@ def test_a_width_that_needs_a_projection_where_there_is_none_is_refused() -> Non
 def test_the_model_is_entered_from_the_checkpoint(tmp_path: Path) -> None:
     *_, checkpoint = run_of(tmp_path, "v2_vision", "ema")
     recipe = recipe_of("v2_vision", TeacherConfig(kind="checkpoint", checkpoint=str(checkpoint.path)))
-    source = adopt_teacher(recipe, Options())
-    assert source is not None
+    adopt_teacher(recipe, Options())
     assert recipe.teacher.model == tiny_models.model("v2_vision")
     recipe.check(1)
     _, teacher = engines(recipe)
-    read_encoder(teacher, source)
+    read_encoder(teacher, open_encoder(checkpoint.path))
     for shard in teacher.shards():
         kind = "teacher" if shard.name in checkpoint.names("teacher") else "student"
         assert torch.equal(shard.values, checkpoint.tensor(kind, shard.name).flatten())
@@ -282,6 +289,41 @@ def test_a_checkpoint_that_is_not_there_is_refused_and_so_is_a_reset(tmp_path: P
         adopt_teacher(missing, Options())
     with pytest.raises(ConfigError, match="reset_teacher"):
         adopt_teacher(missing, Options(init_from="there", reset_teacher=True))
+
+
+def load_teacher(recipe: Recipe, of_texts: str | None = None) -> dict[str, torch.Tensor]:
+    """What a run of this recipe gives its teacher, on texts of a tokenizer with this checksum."""
+    _, teacher = engines(recipe)
+    loader = SimpleNamespace(tokenizer_sha256=lambda: of_texts)
+    program._load_teacher(SimpleNamespace(recipe=recipe, teacher=teacher, loader=loader))  # type: ignore[arg-type]
+    return {shard.name: shard.values for shard in teacher.shards()}
+
+
+def test_all_ranks_read_the_checkpoint_that_rank_0_sees(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each took the newest that it saw itself of a run that still wrote some: one teacher was made of two."""
+    recipe, student, teacher, first = run_of(tmp_path, "v2_vision", "ema")
+    weights = {name: first.tensor("teacher", name) for name in first.names("teacher")}
+    take(student, teacher, recipe, "v2_vision", range(2, 4))
+    writer = CheckpointWriter.create(tmp_path)
+    writer.save(9, training.pieces(student, teacher), training.state(student, teacher), first.extra)
+    assert writer.finish()
+    monkeypatch.setattr(find, "_of_rank_0", lambda _: [first.path])
+    found = load_teacher(
+        recipe_of("v2_vision", TeacherConfig(kind="checkpoint", checkpoint=str(tmp_path), model=recipe.model))
+    )
+    assert all(torch.equal(found[name], values.flatten()) for name, values in weights.items())
+
+
+def test_a_teacher_of_texts_of_another_tokenizer_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of texts only the number of pieces was compared."""
+    own = larger("v2_text")
+    recipe = recipe_of("v2_text", TeacherConfig(kind="checkpoint", checkpoint="other", model=own))
+    recipe.data.read_from("texts.tar", ["text"])
+    source = dataclasses.replace(source_of(encoder(own), recipe), tokenizer_sha256="a" * 64)
+    monkeypatch.setattr(program, "open_encoder", lambda _path, **_: source)
+    load_teacher(recipe, "a" * 64)
+    with pytest.raises(DataError, match="another tokenizer"):
+        load_teacher(recipe, "b" * 64)
 
 
 def test_the_recipes_of_two_stages_and_of_distillation_say_who_teaches() -> None:
