@@ -70,8 +70,11 @@ class RunObserver:
         """Where the step in progress puts its loss by source; None: it is not looked at."""
 
     def start(self, samples: int) -> None:
-        """Training begins or goes on here, after `samples`."""
+        """Training begins or goes on here, after `samples`; steps that were looked at before do not count."""
         self._recorded_samples = samples
+        self._by_source, self._measured = self._new_breakdown(), set()
+        self._flops.restart()
+        self._ema_waited = self._teacher.waited_seconds() or 0.0
 
     def before(self, micro_batches: list[Batch], logged: bool) -> None:
         """Get ready for a step. Local.

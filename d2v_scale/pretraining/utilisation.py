@@ -33,7 +33,7 @@ class FlopMeter:
         self._peak = None if peak_tflops is None else peak_tflops * 1e12
         if self._peak is None and topology.device.type == "cuda":
             self._peak = bf16_peak(torch.cuda.get_device_name(topology.device))
-        self._flops = [0.0, 0.0]
+        self.restart()
         self._visible_only = model.visible_only
 
         @lru_cache(maxsize=1024)
@@ -41,6 +41,10 @@ class FlopMeter:
             return sample_cost(model, modality, lengths, parts, targets or {}, teacher)
 
         self._cost = cost
+
+    def restart(self) -> None:
+        """Count from here."""
+        self._flops = [0.0, 0.0]
 
     def count(self, batches: list[Batch]) -> None:
         """One step of this rank. Local."""
@@ -54,7 +58,7 @@ class FlopMeter:
         included) and `mfu_student`. Waits for the device. Collective: all ranks must call."""
         total = torch.tensor(self._flops, dtype=torch.float64, device=self._topology.device)
         self._topology.sum_over_replicas(total)
-        self._flops = [0.0, 0.0]
+        self.restart()
         rate, student_rate = (total / (elapsed_s * self._topology.world_size)).tolist()
         values = {"tflops_per_device": rate / 1e12}
         if self._peak is not None:

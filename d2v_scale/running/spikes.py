@@ -1,9 +1,11 @@
 """What a run does about a spike: skip it, go back and leave its samples out, or end. All of it is in spikes.jsonl.
 
-A line has `time`, `step`, `norm` and `limit`, `answer`, and of a rewind `rewound_to` and what is `left_out`: by source
-the positions in its planned order, which are the same at any number of ranks, as `data.leave_out` takes them.
+A line has `time`, `step`, `norm` and `limit`, `answer`, what the spike and the steps before it have `read`, and of a
+rewind `rewound_to` and what is `left_out`: by source the positions in its planned order, which are the same at any
+number of ranks, as `data.leave_out` takes them.
 """
 
+import contextlib
 import json
 import logging
 import time
@@ -13,9 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
+from d2v_scale.checkpoint.find import find_newest_valid
+from d2v_scale.checkpoint.reader import Checkpoint
 from d2v_scale.data.config import LeaveOut
 from d2v_scale.data.streaming import StreamedSource
-from d2v_scale.errors import ConfigError
+from d2v_scale.errors import CheckpointError, ConfigError
 from d2v_scale.files import append_line
 from d2v_scale.parallel.groups import Topology
 from d2v_scale.process.signals import StopFlag, StopReason
@@ -52,47 +56,87 @@ def respond(run: "AnyRun[Any]", spike: Spike, stop_flag: StopFlag) -> bool:
     earlier step. The same on every rank; collective: all ranks must call."""
     config, step = run.recipe.optim.spikes, run.step
     earlier, _ = _recorded(run)
-    rewinds = config.on_spike == "rewind"
+    read = [LeaveOut(**one) for one in _from_rank_0(run.topology, _latest(run))]
     told: dict[str, Any] = {"step": step, "norm": spike.norm, "limit": spike.limit}
+    told["read"] = [asdict(one) for one in read]
     if config.on_spike == "stop":
         stop_flag.up(StopReason.SPIKE, f"step {step} is {spike}")
-        told["answer"] = "stop"
+        what = _answer(run, told, "stop")
     elif len(earlier) >= config.most:
         many = f"{len(earlier)} of the last {COUNTED_STEPS} steps were spikes (optim.spikes.most)"
         stop_flag.up(StopReason.SPIKE, f"{many}, and step {step} is {spike}")
-        told["answer"] = "stop"
-    elif rewinds and run.writer.finish() and run.saved >= 0:
-        told |= {"answer": "rewind"} | _rewind(run)
+        what = _answer(run, told, "stop")
+    elif config.on_spike == "rewind":
+        what = _rewind(run, read, told)
     else:
-        told["answer"] = "skip"
+        what = _answer(run, told, "skip")
     if run.topology.rank == 0:
-        append_line(run.directory / SPIKES_FILE, {"time": time.time(), **told})
         run.tracker.artifact(run.directory / SPIKES_FILE)
-    what = {
-        "stop": "the run ends",
-        "skip": "it is skipped" + (", as there is no checkpoint to go back to" if rewinds else ""),
-        "rewind": f"the run goes back to step {told.get('rewound_to')}, without {_named(told.get('left_out', []))}",
-    }
-    log.warning("Step %d is %s: %s", step, spike, what[told["answer"]])
+    log.warning("Step %d is %s: %s", step, spike, what)
     return bool(told["answer"] == "rewind")
 
 
-def _rewind(run: "AnyRun[Any]") -> dict[str, Any]:
-    """Go back to the newest checkpoint, and read on without what the last steps have read."""
-    read = _from_rank_0(run.topology, run.loader.read_lately(run.recipe.optim.spikes.leave_out))
-    run.loader.take_counts()  # of steps that are taken back
-    run.reload()
+def _latest(run: "AnyRun[Any]") -> list[dict[str, Any]]:
+    """What the latest steps have read, of sources that have positions."""
+    streams = {source.name for source in run.loader.sources if isinstance(source, StreamedSource)}
+    read = run.loader.read_lately(run.recipe.optim.spikes.leave_out)
+    return [asdict(one) for one in read if one.source not in streams]
+
+
+def _answer(run: "AnyRun[Any]", told: dict[str, Any], answer: str) -> str:
+    """Note an answer that needs no line to be right: a full disk ends no run. Returns it in words."""
+    told["answer"] = answer
+    if run.topology.rank == 0:
+        _append(run.directory, told)
+    return {"stop": "the run ends", "skip": "it is skipped"}[answer]
+
+
+def _append(directory: Path, told: dict[str, Any]) -> str:
+    """Add a line to spikes.jsonl; why it takes none, in words, empty if it did."""
+    try:
+        append_line(directory / SPIKES_FILE, {"time": time.time(), **told})
+    except OSError as error:
+        log.warning("%s takes no lines: %s", directory / SPIKES_FILE, error)
+        return f"{SPIKES_FILE} takes no lines ({error})"
+    return ""
+
+
+def _rewind(run: "AnyRun[Any]", read: list[LeaveOut], told: dict[str, Any]) -> str:
+    """Go back to the newest checkpoint, and go on without what was `read` behind it; skip where there is none, or where
+    what is left out cannot be noted. Returns what is done in words."""
+    run.tracker.rewinds(run.step, run.meter.spent)
+    run.writer.finish()  # if it failed there are older ones
+    checkpoint = _newest(run)
+    if checkpoint is None:
+        return f"{_answer(run, told, 'skip')}, as there is no checkpoint to go back to"
     # Of what lies before the checkpoint the run keeps what it learned.
-    sources = run.loader.state_dict()["sources"]
+    sources = checkpoint.extra["data"]["sources"]
     places = {name: [one["epoch"], one["window"], one["offset"]] for name, one in sources.items()}
     left_out = [one for one in read if one.end > places[one.source]]
     for one in left_out:
         one.begin = max(one.begin, places[one.source])
+    # Noted before anything changes: a process that comes later must leave out the same.
+    line = told | {"answer": "rewind", "rewound_to": checkpoint.step, "left_out": [asdict(one) for one in left_out]}
+    trouble = _from_rank_0(run.topology, _append(run.directory, line) if run.topology.rank == 0 else "")
+    if trouble:
+        told["answer"] = "skip"
+        return f"it is skipped, as {trouble}"
+    told |= line
+    run.loader.take_counts()  # of steps that are taken back
+    run.reload()
+    for one in left_out:
         run.loader.leaving_out.add(one)
-    run.tracker.rewound(run.step, run.meter.spent)
+    run.tracker.rewound(run.step)
     run.begin()
     run.meter.restart()
-    return {"rewound_to": run.step, "left_out": [asdict(one) for one in left_out]}
+    return f"the run goes back to step {run.step}, without {_named(line['left_out'])}"
+
+
+def _newest(run: "AnyRun[Any]") -> Checkpoint | None:
+    """The checkpoint that the run would go back to; None: there is none. Collective: all ranks must call."""
+    with contextlib.suppress(CheckpointError):  # all that are there are damaged
+        return find_newest_valid(run.directory / "checkpoints", together=True)[0]
+    return None
 
 
 def _recorded(run: "AnyRun[Any]") -> tuple[list[str], list[LeaveOut]]:

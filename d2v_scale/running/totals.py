@@ -46,8 +46,11 @@ class RunTotals:
 
     def __init__(self, sources: Sequence[Source | StreamedSource]) -> None:
         self._sources = list(sources)
-        self._totals = {source.name: _SourceTotals() for source in sources}
-        self._epochs = {source.name: 0 for source in sources}
+        self._forget()
+
+    def _forget(self) -> None:
+        self._totals = {source.name: _SourceTotals() for source in self._sources}
+        self._epochs = {source.name: 0 for source in self._sources}
         self._recent: dict[str, float] = {}
         self._recent_real, self._recent_padded = 0, 0
         self._recent_cropped, self._recent_uncropped = 0, 0
@@ -73,13 +76,16 @@ class RunTotals:
         }
 
     def load_state_dict(self, state: dict[str, Any] | None, data: dict[str, Any]) -> None:
-        """Continue from `state`; None: the checkpoint has none. `data`: the loader's state of the same checkpoint."""
+        """Continue from `state`; None: the checkpoint has none. `data`: the loader's state of the same checkpoint.
+        What was counted before, of steps that the run takes back, is forgotten."""
+        self._forget()
         for name, totals in self._totals.items():
             if state is None or name not in state:
                 totals.unchecked = data["sources"][name]["epoch"]
                 continue
             saved = state[name]
             totals.epochs = {int(number): EpochCount(**epoch) for number, epoch in saved["epochs"].items()}
+            self._epochs[name] = max(totals.epochs, default=0)
             for key in ("delivered", "lost", "planned", "real", "unchecked"):
                 setattr(totals, key, saved[key])
             totals.left_out = saved.get("left_out", 0)

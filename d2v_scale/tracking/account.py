@@ -4,7 +4,8 @@ A pure function of timeline.jsonl, attempts.jsonl and status.json. By attempt, i
 
     productive   training whose result the run still has (all of a step but what stands below)
     repeated     training that a later attempt, or the same after a rewind, did again
-    restart      from the last sign of an attempt that failed to the processes of the next: noticing, ending, starting
+    restart      from the last sign of an attempt that failed to the processes of the next: noticing, ending, starting;
+                 and going back inside the process, the wait for a checkpoint in the making included
     held         between attempts, where nobody was at it: a queue, or a run that was stopped and not yet continued
     start_up     from the first process to the first step, that step included, for which kernels are built
     data         waiting for a batch

@@ -46,7 +46,10 @@ def follow(run_dir: Path, finish_timeout: float) -> bool:
             mirror.step()
             wait = POLL_SECONDS
         except Outdated:
-            return False
+            if os.getppid() != parent or earlier_starts(run_dir) != starts:
+                return False  # another attempt has begun, whose own mirror goes on
+            mirror = None  # the run went back to an earlier step, and has rewritten what the position is in
+            continue
         except Exception as error:  # whatever MLflow or its store raises, the run goes on
             failed = True
             wait = min(MAX_BACKOFF_SECONDS, wait * 2)

@@ -46,7 +46,7 @@ _ENVIRONMENT = {
 
 
 class Outdated(Exception):
-    """The run was resumed while this mirror, of the attempt before, was still sending."""
+    """The record was rewritten under this mirror: by the next attempt, or as the run went back to an earlier step."""
 
 
 class NotStored(Exception):

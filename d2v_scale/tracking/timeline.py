@@ -65,9 +65,13 @@ class Timeline:
         """The attempt is over, with this exit code."""
         add(self._run_dir, "end", code=code)
 
-    def rewound(self, step: int, spent: Mapping[str, float]) -> None:
-        """Training goes on after an earlier step."""
+    def rewinds(self, step: int, spent: Mapping[str, float]) -> None:
+        """`step` steps are done, and the run begins to go back."""
+        self._step = step
         self.ends(spent)
+
+    def rewound(self, step: int) -> None:
+        """Training goes on after an earlier step."""
         self._step = step
         add(self._run_dir, "rewound", step=step)
 

@@ -122,13 +122,18 @@ class RunTracker:
         if self.timeline is not None:
             self.timeline.at(step, seconds)
 
-    def rewound(self, step: int, seconds: Mapping[str, float]) -> None:
+    def rewinds(self, step: int, seconds: Mapping[str, float]) -> None:
+        """`step` steps are done, and the run begins to go back (`seconds`: as for `spent`)."""
+        if self.timeline is not None:
+            self.timeline.rewinds(step, seconds)
+
+    def rewound(self, step: int) -> None:
         """The run goes on after an earlier step: records of later ones move to logs/metrics_superseded.jsonl."""
         if self._log is None or self.timeline is None:
             return
         self._log.close()
         self._log = MetricsLog(self.run_dir, step)
-        self.timeline.rewound(step, seconds)
+        self.timeline.rewound(step)
 
     def message(self, text: str) -> None:
         """Say something at the terminal (main rank only)."""

@@ -54,25 +54,37 @@ FIGURES = ("step", "samples", "loss", "grad_norm", "target_std", "teacher_norm",
 
 
 def figures(records: list[dict[str, Any]]) -> list[dict[str, float]]:
-    return [{name: record[name] for name in FIGURES} for record in records]
+    assert any(name.startswith("loss/masked_") for record in records for name in record)
+    return [
+        {name: value for name, value in record.items() if name in FIGURES or name.startswith("loss/masked_")}
+        for record in records
+    ]
 
 
-def check_rewind(tmp_path: Path, world_size: int, stage: int) -> list[dict[str, Any]]:
-    shards = demo.write("vision", tmp_path / "demo_data")
-    rewound = train(tmp_path / "rewound", shards, world_size, stage, **rule("rewind"))
+def check_rewind(tmp_path: Path, world_size: int, stage: int, log_every: int = 1) -> list[dict[str, Any]]:
+    shards, logged = demo.write("vision", tmp_path / "demo_data"), {"tracking.log_every": log_every}
+    rewound = train(tmp_path / "rewound", shards, world_size, stage, **rule("rewind"), **logged)
     found = spikes(tmp_path / "rewound")
     assert found, "the rule has found no spike"
     assert {line["answer"] for line in found} == {"rewind"}
     left_out = [one for line in found for one in line["left_out"]]
-    planned = train(tmp_path / "planned", shards, world_size, stage, **{"data.leave_out": json.dumps(left_out)})
+    ranges = {"data.leave_out": json.dumps(left_out)}
+    planned = train(tmp_path / "planned", shards, world_size, stage, **ranges, **logged)
     assert figures(rewound) == figures(planned)
-    assert [record["step"] for record in rewound] == list(range(1, STEPS + 1))
+    assert [record["step"] for record in rewound] == [
+        step for step in range(1, STEPS + 1) if step in (1, STEPS) or step % log_every == 0
+    ]
     assert rewound[-1]["data/left_out"] > 0
     return found
 
 
 def test_a_run_that_goes_back_is_one_that_was_planned_without_these_samples(tmp_path: Path) -> None:
     check_rewind(tmp_path, 1, 1)
+
+
+@pytest.mark.slow
+def test_records_between_which_a_run_goes_back_hold_nothing_that_was_taken_back(tmp_path: Path) -> None:
+    check_rewind(tmp_path, 1, 1, log_every=3)
 
 
 @pytest.mark.slow

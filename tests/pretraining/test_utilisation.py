@@ -40,6 +40,13 @@ def test_visible_positions_are_cheaper_and_longer_samples_dearer() -> None:
     assert lengths_of_batch(batch, visible_only=False) == dataclasses.replace(lengths, kept=lengths.positions)
 
 
+def test_steps_that_a_run_takes_back_do_not_count() -> None:
+    meter = FlopMeter(tiny_models.model("v1_text"), TeacherParts(), groups.single_process())
+    meter.count([tiny_models.batch("v1_text")])
+    meter.restart()
+    assert meter.figures(1.0)["tflops_per_device"] == 0
+
+
 def test_without_a_known_peak_there_is_no_utilisation() -> None:
     meter = FlopMeter(tiny_models.model("v1_text"), TeacherParts(), groups.single_process())
     meter.count([tiny_models.batch("v1_text")])

@@ -10,40 +10,61 @@ import pytest
 from d2v_scale.data.config import LeaveOut
 from d2v_scale.data.leaving_out import LeavingOut
 from d2v_scale.data.streaming import StreamedSource
-from d2v_scale.errors import ConfigError
+from d2v_scale.errors import CheckpointError, ConfigError
 from d2v_scale.process.signals import StopFlag, StopReason
+from d2v_scale.running import spikes
 from d2v_scale.running.loop import judge
 from d2v_scale.running.spikes import SPIKES_FILE, prepare, respond
 from d2v_scale.spikes import Spike, SpikeConfig
 from d2v_scale.tracking.summary import _incidents
 
 SPIKE = Spike(9.0, 2.0, 1.0, 50)
+DAMAGED = 0
 
 
-def make_run(directory: Path, *, saved: int = 10, step: int = 14, committed: bool = True, **settings: Any) -> Any:
-    """A run whose steps read 8 items each."""
+@pytest.fixture(autouse=True)
+def _checkpoints_are_names_of_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    def newest(directory: Path, *, together: bool) -> tuple[Any, list[Any]]:
+        assert together
+        steps = sorted(int(path.name) for path in directory.iterdir())
+        if steps and steps[0] == DAMAGED:
+            raise CheckpointError("it holds no valid checkpoint")
+        if not steps:
+            return None, []
+        data = {"sources": {"s": {"epoch": 0, "window": 0, "offset": 8 * steps[-1]}}}
+        return SimpleNamespace(step=steps[-1], extra={"data": data}), []
+
+    monkeypatch.setattr(spikes, "find_newest_valid", newest)
+
+
+def make_run(directory: Path, *, committed: int | None = 10, step: int = 14, **settings: Any) -> Any:
+    """A run whose steps read 8 items each. `committed`: step of its checkpoint; the save after that has failed."""
+    (directory / "checkpoints").mkdir(exist_ok=True)
+    if committed is not None:
+        (directory / "checkpoints" / str(committed)).touch()
     loader = SimpleNamespace(
         sources=[],
         leaving_out=LeavingOut(["s"], []),
         read_lately=lambda steps: [LeaveOut(source="s", begin=[0, 0, 8 * (14 - steps)], end=[0, 0, 8 * 14])],
         take_counts=dict,
-        state_dict=lambda: {"sources": {"s": {"epoch": 0, "window": 0, "offset": 8 * saved}}},
         alarm=lambda: None,
     )
     run = SimpleNamespace(
         directory=directory,
         step=step,
-        saved=saved,
+        saved=13,
         topology=SimpleNamespace(rank=0, world_size=1),
         recipe=SimpleNamespace(optim=SimpleNamespace(spikes=SpikeConfig(**settings)), max_skipped_in_a_row=3),
         student=SimpleNamespace(skipped_in_a_row=1),
-        writer=SimpleNamespace(finish=lambda: committed),
-        tracker=SimpleNamespace(artifact=lambda path: None, rewound=lambda step, spent: None),
+        writer=SimpleNamespace(finish=lambda: False),
+        tracker=SimpleNamespace(
+            artifact=lambda path: None, rewinds=lambda step, spent: None, rewound=lambda step: None
+        ),
         meter=SimpleNamespace(spent={}, restart=lambda: None),
         loader=loader,
         begin=lambda: None,
     )
-    run.reload = lambda: setattr(run, "step", saved)
+    run.reload = lambda: setattr(run, "step", committed)
     return run
 
 
@@ -72,13 +93,34 @@ def test_what_lies_before_the_checkpoint_is_kept(tmp_path: Path) -> None:
     assert lines(tmp_path)[0]["left_out"] == [{"source": "s", "begin": [0, 0, 80], "end": [0, 0, 112]}]
 
 
-@pytest.mark.parametrize("state", [{"saved": -1}, {"committed": False}])
+@pytest.mark.parametrize("committed", [None, DAMAGED])
 def test_without_a_checkpoint_a_rewind_skips(
-    state: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+    committed: int | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert not respond(make_run(tmp_path, on_spike="rewind", **state), SPIKE, StopFlag())
+    assert not respond(make_run(tmp_path, on_spike="rewind", committed=committed), SPIKE, StopFlag())
     assert lines(tmp_path)[0]["answer"] == "skip"
     assert "no checkpoint" in caplog.text
+
+
+@pytest.mark.parametrize("on_spike", ["skip", "stop", "rewind"])
+def test_a_full_disk_ends_no_run_and_a_rewind_that_nobody_could_repeat_skips(
+    on_spike: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    run = make_run(tmp_path, on_spike=on_spike)
+    monkeypatch.setattr(spikes, "append_line", full)
+    assert not respond(run, SPIKE, StopFlag())
+    assert (run.step, run.loader.leaving_out._ranges) == (14, [[]])
+    if on_spike == "rewind":
+        assert "it is skipped, as spikes.jsonl takes no lines ([Errno 28] No space left on device)" in caplog.text
+
+
+@pytest.mark.parametrize("on_spike", ["skip", "stop", "rewind"])
+def test_every_answer_says_what_was_read(on_spike: str, tmp_path: Path) -> None:
+    respond(make_run(tmp_path, on_spike=on_spike, leave_out=2), SPIKE, StopFlag())
+    assert lines(tmp_path)[0]["read"] == [{"source": "s", "begin": [0, 0, 96], "end": [0, 0, 112]}]
 
 
 def test_a_run_that_is_to_stop_stops(tmp_path: Path) -> None:

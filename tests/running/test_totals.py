@@ -76,6 +76,26 @@ def test_totals_go_on_after_a_restart(images: Path) -> None:
     assert found + run(second, resumed, 19) == expected
 
 
+def test_totals_of_a_run_that_goes_back_are_those_of_one_that_was_restarted(images: Path) -> None:
+    source = SourceConfig(shards=str(images))
+    loader = open_loader(source)
+    totals = RunTotals(loader.sources)
+    run(loader, totals, 2)
+    state = totals.state_dict(), loader.state_dict()
+    # Steps that are taken back: counted, and an epoch closed that no record has told of.
+    for _ in range(12):
+        next(loader)
+    totals.collect(loader.take_counts(), groups.single_process())
+    assert totals._totals["vision"].closed is not None
+    loader.load_state_dict(state[1])
+    totals.load_state_dict(state[0], state[1])
+    other = open_loader(source)
+    restarted = RunTotals(other.sources)
+    other.load_state_dict(state[1])
+    restarted.load_state_dict(state[0], state[1])
+    assert run(loader, totals, 4) == run(other, restarted, 4)
+
+
 def test_an_epoch_begun_by_a_checkpoint_without_totals_is_not_judged(
     images: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from d2v_scale.process.started import started
 from d2v_scale.process.status import write_status
-from d2v_scale.tracking import RunTracker, SpeedMeter, TrackingConfig
+from d2v_scale.tracking import RunTracker, SpeedMeter, TrackingConfig, timeline
 from d2v_scale.tracking.account import KINDS, account, account_table, read_account, rows, told, totals
 from d2v_scale.tracking.timeline import TIMELINE_FILE, Timeline
 
@@ -79,6 +79,30 @@ def test_a_rewind_repeats_within_an_attempt() -> None:
     back = {"event": "rewound", "time": 14, "step": 5}
     [one] = account([begin(1, 0), at(2, 1), at(6, 5), at(12, 11), back, at(18, 9), end(18)])
     assert named(one.seconds) == {"start_up": 2, "productive": 8, "repeated": 6, "restart": 2}
+
+
+def test_what_a_rewind_takes_back_was_repeated_and_going_back_is_no_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the run writes it: the spike's step, then waiting for the writer and reading the checkpoint, were `ending`."""
+    clock = [1.0]
+    monkeypatch.setattr(time, "time", lambda: clock[0])
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(timeline, "started", lambda: 0.0)
+    tracker = RunTracker(tmp_path, TrackingConfig(enabled=False), is_main=True)
+    tracker.start({}, {})
+    for step in range(1, 9):
+        clock[0] += 2
+        tracker.spent(step, {})
+    clock[0] += 2
+    tracker.rewinds(9, {})
+    clock[0] += 5
+    tracker.rewound(6)
+    for step in range(7, 11):
+        clock[0] += 2
+        tracker.spent(step, {})
+    [one] = read_account(tmp_path)
+    assert named(one.seconds) == {"start_up": 3, "productive": 10 + 8, "repeated": 6, "restart": 5}
 
 
 @pytest.mark.parametrize(

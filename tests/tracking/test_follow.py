@@ -9,7 +9,7 @@ from mlflow import MlflowClient
 from d2v_scale.alignment import recording
 from d2v_scale.evaluation.probing import tell_mlflow
 from d2v_scale.tracking import RunTracker, TrackingConfig, follow
-from d2v_scale.tracking.mirror import Mirror
+from d2v_scale.tracking.mirror import Mirror, Outdated
 from d2v_scale.tracking.mirror_state import EVENTS_FILE, MirrorState
 from d2v_scale.tracking.record import METRICS_FILE
 
@@ -39,6 +39,43 @@ def test_the_end_of_a_run_is_waited_for_without_spinning(tmp_path: Path, monkeyp
     monkeypatch.setattr(follow, "_told_to_finish", lambda seconds, parent: True)
     assert not follow.follow(tmp_path, finish_timeout=0.5)
     assert 2 <= len(turns) <= 10
+
+
+def test_a_run_that_goes_back_keeps_its_mirror(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    tracker = RunTracker(tmp_path, TrackingConfig(enabled=False), is_main=True)
+    tracker.start({}, {})
+    for step in range(1, 6):
+        tracker.log(step, 8 * step, {"loss": 1 / step})
+    turns = iter(range(9))
+
+    def told_to_finish(seconds: float, parent: int) -> bool:
+        """The run goes back while the mirror waits between its first turns, then goes on, then ends."""
+        turn = next(turns)
+        if turn == 0:
+            tracker.rewound(3)
+        elif turn == 1:
+            for step in range(4, 9):
+                tracker.log(step, 8 * step, {"loss": 2 / step})
+        return turn == 2
+
+    monkeypatch.setattr(follow, "_told_to_finish", told_to_finish)
+    assert follow.follow(tmp_path, finish_timeout=30)
+    known = MirrorState.load(tmp_path)
+    history = MlflowClient(uri).get_metric_history(known.run_id, "1 quality/loss")
+    assert {point.step for point in history} == set(range(1, 9))
+
+
+def test_the_mirror_of_an_attempt_that_another_has_followed_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def outdated() -> None:
+        RunTracker(tmp_path, TrackingConfig(enabled=False), is_main=True).start({}, {})
+        raise Outdated
+
+    monkeypatch.setattr(follow, "Mirror", lambda run_dir: SimpleNamespace(step=outdated))
+    assert not follow.follow(tmp_path, finish_timeout=1)
 
 
 def test_a_probe_and_an_alignment_of_a_run_become_its_nested_runs_by_themselves(
