@@ -16,6 +16,7 @@ from d2v_scale.checkpoint.writer import CheckpointWriter
 from d2v_scale.command_line import Options
 from d2v_scale.conversion import demo
 from d2v_scale.data.loader import StepLoader
+from d2v_scale.errors import CheckpointError
 from d2v_scale.evaluation.of_stems import Evaluation
 from d2v_scale.interop.encoder_source import check_tokenizer, open_encoder, recipe_of
 from d2v_scale.modalities import position_tables
