@@ -44,6 +44,7 @@ FREE_TO_CHANGE = (
     "model.activation_checkpointing",
     "model.compile",
     "max_skipped_in_a_row",
+    "optim.spikes",
     "hang_limit_minutes",
 )
 
@@ -199,7 +200,6 @@ class Recipe:
                 self._check_own_objective(stem, self.objective.of(stem.name))
             except ConfigError as error:
                 raise self._where_it_stands(error, stem.name) from None
-
         self._check_shared_heads()
 
     def _where_it_stands(self, error: ConfigError, name: str) -> ConfigError:

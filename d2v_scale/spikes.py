@@ -11,13 +11,16 @@ from d2v_scale.errors import ConfigError
 _LEAST_SPREAD = 0.02
 """Of the median: norms that hardly differ are no reason to call the next one a spike."""
 
+MOST_LEFT_OUT = 1000
+"""Steps of which a run remembers where they began to read."""
+
 
 @dataclass(kw_only=True)
 class SpikeConfig:
     """What a step is a spike by, which is decided before the weights change, and what follows.
 
     The rule: its gradient norm is above the median + `factor` x the median absolute deviation (at least 2 % of the
-    median) of the last `window` norms that were no spikes.
+    median) of the last `window` norms that were no spikes, of steps that read the same source where sources take turns.
     """
 
     on_spike: Literal["skip", "rewind", "stop"] | None = None
@@ -37,6 +40,10 @@ class SpikeConfig:
 
     def check(self) -> None:
         """Raises ConfigError for a rule that could never be applied."""
+        if self.leave_out > MOST_LEFT_OUT:
+            raise ConfigError(
+                "optim.spikes.leave_out", f"is {self.leave_out}", f"Give {MOST_LEFT_OUT} at most: a run knows no more."
+            )
         if not 2 <= self.after <= self.window:
             raise ConfigError(
                 "optim.spikes.after", f"is {self.after}, and the window {self.window}", "Give 2 to optim.spikes.window."
@@ -61,30 +68,35 @@ class Spike:
 
 
 class SpikeRule:
-    """Judges norms one after the other. Pure: the same norms lead to the same verdicts, on every rank."""
+    """Judges norms one after the other, each among those of steps that read the same. Pure: the same norms lead to the
+    same verdicts, on every rank."""
 
     def __init__(self, config: SpikeConfig) -> None:
         self._config = config
-        self._norms: deque[float] = deque(maxlen=config.window)
+        self.read = ""
+        """What the step reads whose norm is judged next: the names of its sources. Gradients of sources that take turns
+        differ, and those of one that is read rarely would all be spikes among the others'."""
+        self._norms: dict[str, deque[float]] = {}
 
     def judge(self, norm: float) -> Spike | None:
         """The spike that a step of this norm is; None: it is none, and counts for those to come. A norm that is not
         finite is no spike: such a step is skipped for itself."""
         if not math.isfinite(norm):
             return None
-        if len(self._norms) >= self._config.after:
-            median = statistics.median(self._norms)
-            spread = statistics.median(abs(one - median) for one in self._norms)
+        norms = self._norms.setdefault(self.read, deque(maxlen=self._config.window))
+        if len(norms) >= self._config.after:
+            median = statistics.median(norms)
+            spread = statistics.median(abs(one - median) for one in norms)
             limit = median + self._config.factor * max(spread, _LEAST_SPREAD * median)
             if norm > limit:
-                return Spike(norm, limit, median, len(self._norms))
-        self._norms.append(norm)
+                return Spike(norm, limit, median, len(norms))
+        norms.append(norm)
         return None
 
-    def state_dict(self) -> list[float]:
-        """The norms it knows, for the checkpoint."""
-        return list(self._norms)
+    def state_dict(self) -> dict[str, list[float]]:
+        """The norms it knows, by what was read, for the checkpoint."""
+        return {read: list(norms) for read, norms in self._norms.items()}
 
     def load_state_dict(self, state: Any) -> None:
         """Continue from `state`; None: the checkpoint has none."""
-        self._norms = deque(state or (), maxlen=self._config.window)
+        self._norms = {read: deque(norms, maxlen=self._config.window) for read, norms in (state or {}).items()}

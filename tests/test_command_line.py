@@ -220,6 +220,12 @@ def test_binding_differences_leave_out_where_and_how_a_run_runs():
     assert list(binding_differences(old, to_dict(new))) == ["optim.clip"]
 
 
+def test_the_rule_for_spikes_may_change_in_a_run_that_goes_on():
+    recipe, _ = command_line.parse([])
+    new, _ = command_line.parse(["--optim.spikes.on_spike", "skip", "--optim.spikes.factor", "30"])
+    assert binding_differences(to_dict(recipe), to_dict(new)) == {}
+
+
 def test_a_resumed_run_may_move_its_shards_but_not_change_their_weights():
     old, _ = command_line.parse(["--data", "vision=a.tar,speech=b.tar"])
     new, _ = command_line.parse(["--data", "vision=c.tar,speech=d.tar"])

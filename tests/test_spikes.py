@@ -26,6 +26,26 @@ def test_a_norm_far_above_those_before_is_a_spike_and_does_not_change_the_rule()
     assert judge.judge(2.04) is None
 
 
+def test_a_rarer_source_is_judged_among_its_own_norms() -> None:
+    """One window for all called every step of the rarer one a spike, up to its exclusion."""
+    judge, other = rule(factor=5, window=20, after=4), rule(factor=5, window=20, after=4)
+    for step in range(60):
+        judge.read, norm = ("speech", 9.0) if step % 10 == 9 else ("vision", 1.0)
+        assert judge.judge(norm + 0.01 * (step % 3)) is None
+    other.load_state_dict(judge.state_dict())
+    for one in (judge, other):
+        one.read = "vision"
+        assert one.judge(9.0) is not None
+        one.read = "speech"
+        assert one.judge(9.0) is None
+
+
+def test_more_steps_than_a_run_remembers_are_not_promised() -> None:
+    SpikeConfig(leave_out=1000).check()
+    with pytest.raises(ConfigError, match=r"optim\.spikes\.leave_out: is 1001"):
+        SpikeConfig(leave_out=1001).check()
+
+
 def test_nothing_is_a_spike_before_enough_is_known() -> None:
     judge = rule(after=50)
     assert all(judge.judge(10.0**step) is None for step in range(50))
@@ -41,7 +61,7 @@ def test_norms_that_hardly_differ_make_no_spike_of_the_next() -> None:
 def test_what_is_not_finite_is_skipped_for_itself() -> None:
     judge = rule(after=2)
     assert [judge.judge(norm) for norm in (1.0, math.inf, math.nan)] == [None] * 3
-    assert judge.state_dict() == [1.0]
+    assert judge.state_dict() == {"": [1.0]}
 
 
 def test_a_healthy_run_has_none_in_ten_thousand_steps_and_every_spike_is_found() -> None:

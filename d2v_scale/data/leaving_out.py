@@ -1,15 +1,14 @@
 """Ranges of the planned order that no step reads: named in the recipe, or by a rewind."""
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, replace
 
 from d2v_scale.data.config import LeaveOut
 from d2v_scale.data.streaming import StreamPlan
 from d2v_scale.errors import ConfigError
 from d2v_scale.shards.plan import Cursor, PlannedBatch, SourcePlan
-
-_HISTORY = 1000
+from d2v_scale.spikes import MOST_LEFT_OUT
 
 
 class LeavingOut:
@@ -19,16 +18,23 @@ class LeavingOut:
     steps do, as those of a rewind, leave all other batches as they are.
     """
 
-    def __init__(self, names: Sequence[str], ranges: Sequence[LeaveOut]) -> None:
-        """`names`: of the sources. Raises ConfigError for a range of none of them."""
+    def __init__(self, names: Sequence[str], ranges: Sequence[LeaveOut], streams: Collection[str] = ()) -> None:
+        """`names`: of the sources; `streams`: of those without an index. Raises ConfigError for a range of none of
+        them, and for one of a stream: what it reads has no positions."""
         self._names = list(names)
         self._ranges: list[list[tuple[Cursor, Cursor]]] = [[] for _ in names]
-        self._read: deque[list[Cursor]] = deque(maxlen=_HISTORY)
+        self._read: deque[list[Cursor]] = deque(maxlen=MOST_LEFT_OUT)
         """Where the latest steps began to read."""
         for one in ranges:
             if one.source not in names:
                 raise ConfigError(
                     "data.leave_out", f"names the source {one.source!r}", f"The sources are {', '.join(names)}."
+                )
+            if one.source in streams:
+                raise ConfigError(
+                    "data.leave_out",
+                    f"names {one.source}, which has no index: no range of it has a name",
+                    "Make one with `d2v index`, or leave the range out.",
                 )
             self.add(one)
 

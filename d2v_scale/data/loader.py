@@ -186,7 +186,8 @@ class StepLoader:
                 collators.append(Collator(source.modality, decoder, model, own_masks, compat, seed, self.labels))
         self._dataset = _StepDataset(self.sources, decoders, collators, seed)
         self._step = 0
-        self.leaving_out = LeavingOut([source.name for source in self.sources], data.leave_out)
+        streams = {source.name for source in self.sources if isinstance(source, StreamedSource)}
+        self.leaving_out = LeavingOut([source.name for source in self.sources], data.leave_out, streams)
         self._cursors = [Cursor() for _ in self.sources]
         self._counters = self._make_counters(dp_size)
         self._pending: deque[tuple[int, list[Cursor], list[PlannedBatch]]] = deque()

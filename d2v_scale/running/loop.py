@@ -113,6 +113,8 @@ def train(run: AnyRun[Seen], stop_flag: StopFlag, agreement: Agreement, watchdog
         with _said("starting the workers that read the data", first), part("data"), run.meter.waiting("data"):
             micro_batches = next(batches)
         logged = run.tracker.due(run.step + 1, end)
+        if run.student.spikes is not None:
+            run.student.spikes.rule.read = ", ".join(sorted({batch.source for batch in micro_batches}))
         with _said("taking the first step, for which kernels are built", first), pace.step():
             taken = run.take_step(micro_batches, logged=logged)
         run.step += 1

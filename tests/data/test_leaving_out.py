@@ -76,6 +76,8 @@ def test_the_latest_steps_name_what_they_have_read() -> None:
 def test_a_range_that_means_nothing_is_refused() -> None:
     with pytest.raises(ConfigError, match="names the source 'b'"):
         LeavingOut(["a"], [LeaveOut(source="b", end=[1, 0, 0])])
+    with pytest.raises(ConfigError, match="names a, which has no index"):
+        LeavingOut(["a"], [LeaveOut(source="a", end=[1, 0, 0])], streams=["a"])
     data = DataConfig(sources=[SourceConfig(shards="x.tar")], leave_out=[LeaveOut(source="vision", begin=[0, 1, 0])])
     with pytest.raises(ConfigError, match=r"data\.leave_out\.0"):
         data.check(["vision"])

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from small_shards import image_samples, sound_samples
 
-from d2v_scale.data.config import DataConfig, SourceConfig
+from d2v_scale.data.config import DataConfig, LeaveOut, SourceConfig
 from d2v_scale.data.loader import StepLoader
 from d2v_scale.data2vec.config import MaskingConfig
 from d2v_scale.errors import ConfigError, DataStarved
@@ -83,6 +83,14 @@ def test_a_resumed_stream_continues_behind_what_was_read(images: Path, tmp_path:
     second.load_state_dict(first.state_dict())
     for _ in range(12):
         assert next(second)[0].keys == next(first)[0].keys
+
+
+def test_a_range_of_a_stream_to_leave_out_is_refused(images: Path, tmp_path: Path) -> None:
+    """It left out nothing, and was counted as left out."""
+    left_out = [LeaveOut(source="vision", end=[0, 1, 0])]
+    data = DataConfig(sources=[SourceConfig(shards=str(bare(images, tmp_path / "bare")))], leave_out=left_out)
+    with pytest.raises(ConfigError, match=r"data\.leave_out: names vision, which has no index"):
+        StepLoader(data, MODEL, MaskingConfig(), seed=1, global_batch_size=6)
 
 
 def test_damage_is_named_and_the_stream_goes_on(images: Path, tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ class CountingRun:
             checkpoint=SimpleNamespace(due=lambda step: step % save_every == 0),
             max_skipped_in_a_row=3,
         )
-        self.student = SimpleNamespace(module=nn.Linear(1, 1).eval(), skipped_in_a_row=0)
+        self.student = SimpleNamespace(module=nn.Linear(1, 1).eval(), skipped_in_a_row=0, spikes=None)
         self.tracker = SimpleNamespace(due=lambda step, end: step in (1, end), spent=self.spend)
         self.writer = SimpleNamespace(poll=list)
         self.verdict: tuple[int, StopReason, str] | None = None
@@ -119,6 +119,22 @@ def test_what_a_record_says_ends_the_run_after_what_is_due_at_its_step(tmp_path:
     stop, heard, flag = train(run)
     assert (stop, heard, flag.detail) == (StopReason.COLLAPSE, [1], "the targets are all alike")
     assert run.asked[-2:] == ["evaluate 1", "save 1"]
+
+
+def test_a_norm_is_judged_among_those_of_the_sources_that_its_step_reads(tmp_path: Path) -> None:
+    class TakingTurns(CountingRun):
+        def __next__(self) -> list[Any]:
+            own = ("text",) if self.step % 2 else ("vision", "speech", "vision")
+            return [SimpleNamespace(source=source) for source in own]
+
+        def take_step(self, micro_batches: list[Any], *, logged: bool) -> Any:
+            self.asked.append(self.student.spikes.rule.read)
+            return super().take_step([], logged=logged)
+
+    run = TakingTurns(tmp_path, steps=2, every=0, plot_every=None, save_every=9)
+    run.student.spikes = SimpleNamespace(rule=SimpleNamespace(read=""))
+    train(run)
+    assert [one for one in run.asked if one[-6:] in ("vision", "text")] == ["speech, vision", "text"]
 
 
 def test_a_run_of_skipped_steps_ends(tmp_path: Path) -> None:
