@@ -181,7 +181,8 @@ def sample_cost(
     by_stem = targets if isinstance(targets, Mapping) else {modality: targets}
     alone = len(parts_of(modality)) == 1
     student_reads = lengths.masked if alone and not model.visible_only and not model.compile else None
-    by_position = modality in by_stem and all(target.is_by_position for target in by_stem[modality])
+    taught = by_stem.get(modality, ())
+    by_position = bool(taught) and all(target.is_by_position for target in taught)
     teacher_reads = student_reads if by_position and lengths.clones == 1 and teacher is None else None
 
     def run(of: ModelConfig, lengths: Lengths, reads: tuple[float | None, float | None]) -> list[LayerCost]:
