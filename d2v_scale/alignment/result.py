@@ -41,11 +41,13 @@ def result_of(
     too_few: Sequence[str],
 ) -> dict[str, Any]:
     comparisons, differences = compared(pairs)
+    whose = {source.weights for model in seeds for source in model.sources}
     over = "runs (seeds) and concepts (bootstrap)" if len(seeds) > 1 else "concepts (bootstrap), as there is one run"
     return {
         "runs": [
             {
                 "checkpoint": str(source.path),
+                "weights": "random" if options.weights == "random" else source.weights,
                 "step": source.step,
                 "seed": source.recipe.seed,
                 "stems": source.recipe.model.modalities,
@@ -53,7 +55,7 @@ def result_of(
             for model in seeds
             for source in model.sources
         ],
-        "weights": options.weights,
+        "weights": "random" if options.weights == "random" else " and ".join(sorted(whose)),
         "seeds": len(seeds),
         "random_encoders": options.random_seeds,
         "rule": (

@@ -79,18 +79,7 @@ def run(options: argparse.Namespace) -> int:
 
     checkpoint = open_any(options.checkpoint)
     recipe = recipe_of(checkpoint)
-    if recipe.task is not None:
-        if options.to == "fairseq":
-            raise UserError("A fine-tuned model has no form of the reference's here.", "Use --to hf or safetensors.")
-        if options.weights == "teacher":
-            raise UserError("A fine-tuned model has no teacher.", "Leave --weights out.")
-    averages = recipe.task is None and recipe.teacher.follows
-    if not recipe.teacher.follows and (options.weights == "teacher" or options.to == "fairseq"):
-        raise UserError(
-            f"The teacher of {checkpoint.path} does not follow its student (teacher.kind {recipe.teacher.kind}).",
-            "Leave --weights out, which exports the student, and do not give --to fairseq.",
-        )
-    weights: Literal["teacher", "student"] = options.weights or ("teacher" if averages else "student")
+    weights = _chosen_weights(options, recipe, checkpoint.path)
     whose = "student and teacher" if options.to == "fairseq" else f"the {weights}"
     license_id = options.license or UNKNOWN_LICENSE
     if options.to == "safetensors":
@@ -133,6 +122,22 @@ def run(options: argparse.Namespace) -> int:
     if passed and options.log_model is not None:
         print(f"logged as {log_model(options, recipe, modality, checkpoint.step)}")
     return 0 if passed else 1
+
+
+def _chosen_weights(options: argparse.Namespace, recipe: "Recipe", checkpoint: Path) -> Literal["teacher", "student"]:
+    """Whose tensors are written. Raises UserError for those that this checkpoint does not have."""
+    if recipe.task is not None:
+        if options.to == "fairseq":
+            raise UserError("A fine-tuned model has no form of the reference's here.", "Use --to hf or safetensors.")
+        if options.weights == "teacher":
+            raise UserError("A fine-tuned model has no teacher.", "Leave --weights out.")
+    if not recipe.teacher.follows and (options.weights == "teacher" or options.to == "fairseq"):
+        raise UserError(
+            f"The teacher of {checkpoint} does not follow its student (teacher.kind {recipe.teacher.kind}).",
+            "Leave --weights out, which exports the student, and do not give --to fairseq.",
+        )
+    chosen: Literal["teacher", "student"] | None = options.weights
+    return chosen or ("teacher" if recipe.task is None and recipe.teacher.follows else "student")
 
 
 def _passes(pairs: "list[tuple[Tensor, Tensor]]", half: bool) -> bool:

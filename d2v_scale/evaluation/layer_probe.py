@@ -56,8 +56,9 @@ class LayerProbe:
     @torch.no_grad()
     def figures(self) -> dict[str, Tensor]:
         """`attention_entropy/layer_<n>`: mean over heads and queries, in parts of the entropy of attending to all keys
-        alike; `cka/layer_<n>`: linear CKA of student (masked) and teacher (unmasked) at the positions both have. Layers
-        count from 1, with a mean over all of them under `attention_entropy` and `cka`. Collective: all ranks must call.
+        alike; `cka/layer_<n>`: linear CKA of student (masked) and teacher (unmasked) at the positions both have, of the
+        layers that both have. Layers count from 1, with a mean over them under `attention_entropy` and `cka`.
+        Collective: all ranks must call.
         """
         depth = len(self._student.blocks)
         sums = torch.zeros(2, 2, depth, device=self._topology.device)
@@ -71,7 +72,8 @@ class LayerProbe:
         values: dict[str, Tensor] = {}
         for kind, name in enumerate(("attention_entropy", "cka")):
             values[name] = sums[kind, 0].sum() / sums[kind, 1].sum().clamp(min=1)
-            values |= {f"{name}/layer_{index + 1:02d}": means[kind, index] for index in range(depth)}
+            alike = min(depth, len(self._teacher.blocks)) if name == "cka" else depth
+            values |= {f"{name}/layer_{index + 1:02d}": means[kind, index] for index in range(alike)}
         return values
 
     def _hooks(self, batch: Batch) -> list[RemovableHandle]:

@@ -187,6 +187,7 @@ class OnlineEvaluation:
             seed=recipe.seed,
             step=step,
             tokenizer=self._names.tokenizer,
+            encoder="teacher" if self._teacher.follows else "student",
             suffix=f"_{batch.modality}" if len(recipe.model.modalities) > 1 else "",
         )
 

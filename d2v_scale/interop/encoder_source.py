@@ -61,11 +61,11 @@ def open_encoder(
 
     `teacher`: averaged tensors from the teacher, shared ones (conv stack, embeddings) from the student; `student`: all
     from the student, and so is what a teacher that does not follow it (`TeacherConfig.kind`) trained. An exported
-    folder holds one of the two, and `weights` is without effect. `together`, `checksums`: as `open_any` has them.
+    folder holds one of the two, says which, and `weights` is without effect. `together`, `checksums`: as in `open_any`.
     """
     path = Path(path)
     if (path / "config.json").is_file() or (path / EXPORT_FILE).is_file():
-        return dataclasses.replace(_exported(path), weights=weights)
+        return _exported(path, weights)
     checkpoint = open_any(path, together=together, checksums=checksums)
     extra, recipe = checkpoint.extra, recipe_of(checkpoint)
     weights = weights if recipe.teacher.follows else "student"
@@ -152,7 +152,7 @@ def _reader(checkpoint: Checkpoint, weights: Weights) -> Callable[[str], Tensor 
     return read
 
 
-def _exported(path: Path) -> EncoderSource:
+def _exported(path: Path, weights: Weights) -> EncoderSource:
     if not (path / EXPORT_FILE).is_file():
         source = open_source(path)
         reference = source.reference
@@ -161,7 +161,7 @@ def _exported(path: Path) -> EncoderSource:
         _name_unread(path, source.notes)
         recipe = Recipe(name=path.name, model=reference.model, objective=reference.objective, data=source.data)
         known = None if source.tokenizer is None else tokenizer_sha256(source.tokenizer)
-        return EncoderSource(path, recipe, ours.get, tokenizer_sha256=known)
+        return EncoderSource(path, recipe, ours.get, tokenizer_sha256=known, weights=weights)
     try:
         note = json.loads((path / EXPORT_FILE).read_text())
         recipe = parse_recipe(note["recipe"], path / EXPORT_FILE)
@@ -185,6 +185,7 @@ def _exported(path: Path) -> EncoderSource:
         Path(note["run_dir"]),
         note.get("classes"),
         note.get("tokenizer_sha256"),
+        note.get("weights", weights),
     )
 
 

@@ -8,7 +8,7 @@ import sys
 import traceback
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -42,7 +42,7 @@ class Gallery:
     valid_bt: Tensor | None
     """True where a position is real; None: all are."""
     teacher_lnd: Tensor
-    """Outputs of the teacher's blocks, mean over the valid positions, float32."""
+    """Outputs of the encoder's blocks, mean over the valid positions, float32."""
     first_btd: Tensor
     """The last block's output for the first samples (`FIRST`), float32."""
     masks: MaskingConfig
@@ -52,8 +52,10 @@ class Gallery:
     step: int
     tokenizer: str | None = None
     """Of text."""
+    encoder: Literal["teacher", "student"] = "teacher"
+    """Whose outputs `teacher_lnd` and `first_btd` are: the student's, where no teacher follows it."""
     student_lnd: Tensor | None = None
-    """As `teacher_lnd`; None: the teacher's layers are compared with one another only."""
+    """As `teacher_lnd`; None: its layers are compared with one another only."""
     suffix: str = ""
     """Of the names of files: of a run with several stems, which each have their pictures."""
 
@@ -91,10 +93,10 @@ def draw_gallery(folder: Path, gallery: Gallery) -> list[Path]:
     first_btd = gallery.first_btd
     paths += drawing.features(batch, first_btd, valid_bt, labels, place)
     layers = gallery.teacher_lnd
-    pairs = [("teacher", layers)] + ([] if gallery.student_lnd is None else [("student", gallery.student_lnd)])
+    pairs = [(gallery.encoder, layers)] + ([] if gallery.student_lnd is None else [("student", gallery.student_lnd)])
     for name, other in pairs:  # how alike layers are, and how near two networks are, are two questions
-        path = place(f"layers_teacher_{name}")
-        paths.append(plot_cka(layers, other, path, row_name="teacher", column_name=name))
+        path = place(f"layers_{gallery.encoder}_{name}")
+        paths.append(plot_cka(layers, other, path, row_name=gallery.encoder, column_name=name))
     return paths
 
 

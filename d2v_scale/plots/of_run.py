@@ -58,6 +58,8 @@ def _gallery(teacher: FrozenEncoder, student: FrozenEncoder, stem: str, data: st
 
     with torch.no_grad():
         teacher_states, student_states = teacher.hidden_states(moved), student.hidden_states(moved)
+    # Of a run without a teacher that follows its student, both are the student.
+    of_teacher = teacher.weights == "teacher"
     return Gallery(
         batch=batch,
         kind=recipe.model.kind(batch.modality),
@@ -70,6 +72,7 @@ def _gallery(teacher: FrozenEncoder, student: FrozenEncoder, stem: str, data: st
         seed=recipe.seed,
         step=teacher.step,
         tokenizer=tokenizer,
-        student_lnd=pooled(student_states),
+        encoder="teacher" if of_teacher else "student",
+        student_lnd=pooled(student_states) if of_teacher else None,
         suffix=f"_{stem}" if len(recipe.model.modalities) > 1 else "",
     )

@@ -25,6 +25,10 @@ TITLES = {
         "Likeness of the teacher's layers to one another",
         "Linear CKA of every layer with every other, of one network: the diagonal is 1 by itself.",
     ),
+    "layers_student_student": (
+        "Likeness of the student's layers to one another",
+        "Linear CKA of every layer with every other, of one network: the diagonal is 1 by itself.",
+    ),
     "layers_teacher_student": (
         "Likeness of teacher and student, layer by layer",
         "Linear CKA between two networks: the diagonal says how near the student's layers are to the teacher's.",

@@ -7,8 +7,12 @@ import pytest
 import tiny_models
 import torch
 from launch import run_ranks
+from topology_worker import other_encoder, recipe_of
 
 from d2v_scale.checkpoint import Checkpoint, find_newest_valid
+from d2v_scale.model.init import initialize
+from d2v_scale.model.parallel_linear import undivided
+from d2v_scale.networks.stack import Student, Teacher
 from d2v_scale.planning.stages import StageSplit
 from d2v_scale.run_files.committed import directory_name
 
@@ -193,12 +197,26 @@ def test_two_ranks_compute_what_one_does(
 def test_a_teacher_that_does_not_follow_keeps_its_weights_bit_for_bit(
     on_two_ranks: dict[str, Checkpoint], references: dict[str, Checkpoint]
 ) -> None:
-    for case in TEACHERS_ON_TWO:
-        ours, reference = on_two_ranks[case["name"]], references[case["name"].split()[0]]
-        assert all(
-            torch.equal(ours.tensor("teacher", name), reference.tensor("teacher", name))
-            for name in reference.names("teacher")
-        )
+    """From the first step to the last: those of the other encoder, or that the student began with."""
+    for name, case in (("frozen", FROZEN), ("other", OTHER)):
+        source = teacher_source(case)
+        divided = [on_two_ranks[one["name"]] for one in TEACHERS_ON_TWO if one["name"].split()[0] == name]
+        assert len(divided) == 2
+        for found in (references[name], *divided):
+            assert set(found.names("teacher")) == set(source)
+            assert all(torch.equal(found.tensor("teacher", key), values) for key, values in source.items())
+
+
+def teacher_source(case: dict) -> dict[str, torch.Tensor]:
+    """The weights that the teacher of the case begins with."""
+    if case["teacher"] == "checkpoint":
+        return other_encoder(case["model"])
+    recipe = recipe_of({**case, "accumulation": 4})
+    with undivided():
+        student, teacher = Student(recipe.model), Teacher(recipe.model, recipe.targets(), recipe.parts())
+    initialize(student, recipe.seed)
+    kept = {name for name, _ in teacher.named_parameters()}
+    return {name: values.detach() for name, values in student.named_parameters() if name in kept}
 
 
 def test_the_measured_idle_share_is_that_of_the_delays(on_two_ranks: dict[str, Checkpoint]) -> None:

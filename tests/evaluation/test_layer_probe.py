@@ -44,6 +44,26 @@ def test_every_layer_of_every_model_has_an_entropy_and_a_likeness(name: str) -> 
     assert float(probe.figures()["cka"]) == 0.0
 
 
+@pytest.mark.parametrize("depth", [2, 5])
+def test_layers_that_one_of_both_networks_lacks_are_not_alike_nor_unlike(depth: int) -> None:
+    """The student's layers beyond a shallower teacher's were recorded with a likeness of 0."""
+    topology = groups.single_process()
+    config, own = tiny_models.model("v2_vision", depth=3), tiny_models.model("v2_vision", depth=depth)
+    student, teacher = Student(config), Teacher(own, tiny_models.target_of("v2_vision"), TeacherParts())
+    initialize(student, SEED)
+    initialize(teacher, SEED)
+    batch = tiny_models.batch("v2_vision", samples=5, clones=2)
+    probe = LayerProbe(student, teacher, topology)
+    with torch.no_grad(), probe.watching(batch):
+        student(batch, Draw(SEED, 0))
+        teacher(batch)
+    figures = {key: float(value) for key, value in probe.figures().items()}
+    layers = {key: value for key, value in figures.items() if key.startswith("cka/")}
+    assert list(layers) == [f"cka/layer_{number:02d}" for number in range(1, min(depth, 3) + 1)]
+    assert figures["cka"] == pytest.approx(sum(layers.values()) / len(layers))
+    assert "attention_entropy/layer_03" in figures
+
+
 def test_networks_that_see_and_compute_the_same_are_alike() -> None:
     name = "v1_vision"
     config = tiny_models.model(name)

@@ -1,4 +1,5 @@
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import tiny_models
@@ -13,6 +14,7 @@ from d2v_scale.model.teacher_parts import TeacherParts
 from d2v_scale.networks.stack import Teacher
 from d2v_scale.parallel import groups
 from d2v_scale.parallel.zero import StudentEngine
+from d2v_scale.recipe import Recipe
 from d2v_scale.teacher.sharded import EmaTeacher
 
 
@@ -137,3 +139,17 @@ def test_the_first_and_the_last_layer_are_compared() -> None:
             for parameter in block.parameters():  # type: ignore[union-attr]
                 parameter.zero_() if parameter.dim() > 1 else None
     assert online.figures()["layer_likeness"] == pytest.approx(1.0, abs=1e-6)
+
+
+@pytest.mark.parametrize("follows", [True, False])
+def test_pictures_say_whose_features_they_show(
+    follows: bool, monkeypatch: pytest.MonkeyPatch, world_of_one: None
+) -> None:
+    batches = dark_and_light(1)
+    online, model = evaluated(batches, batches, depth=3)
+    teacher = online._teacher
+    monkeypatch.setattr(teacher, "follows", follows)
+    monkeypatch.setattr(teacher, "student", SimpleNamespace(module=model), raising=False)
+    monkeypatch.setattr(teacher, "features_of_student", lambda batch, layers: model.features(batch, None, layers))
+    gallery = online.gallery(Recipe(model=tiny_models.model("v2_vision")), step=2)
+    assert gallery.encoder == ("teacher" if follows else "student")

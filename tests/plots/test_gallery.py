@@ -8,6 +8,7 @@ from d2v_scale.batch import Batch, Layout
 from d2v_scale.data2vec.config import MaskingConfig
 from d2v_scale.data2vec.masking import collate
 from d2v_scale.model.stem_config import Kind
+from d2v_scale.plots import gallery as gallery_module
 from d2v_scale.plots.gallery import Gallery, draw_gallery, masked
 from d2v_scale.plots.gallery import main as gallery_program
 
@@ -64,6 +65,28 @@ def test_every_modality_has_its_pictures(tmp_path: Path, modality: Kind, masks: 
     wanted = {"masks", "neighbours", *layers} | ({own} if own else set())
     assert {path.name for path in paths} == {f"{name}{gallery.suffix}.png" for name in wanted}
     assert all(path.stat().st_size > 5000 for path in paths)
+
+
+def test_pictures_of_a_student_are_not_called_the_teachers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch, _ = labelled("vision")
+    names: list[dict[str, str]] = []
+    monkeypatch.setattr(gallery_module, "plot_cka", lambda *given, **named: names.append(named) or given[2])
+    gallery = Gallery(
+        kind="vision",
+        batch=batch,
+        labels=[""] * 6,
+        valid_bt=None,
+        teacher_lnd=torch.randn(3, 6, 8),
+        first_btd=torch.randn(6, 16, 8),
+        masks=MaskingConfig(kind="random"),
+        seed=1,
+        step=5,
+        encoder="student",
+    )
+    gallery.save(tmp_path / "saved.pt")
+    paths = draw_gallery(tmp_path, Gallery.load(tmp_path / "saved.pt"))
+    assert paths[-1].stem == "layers_student_student"
+    assert names == [{"row_name": "student", "column_name": "student"}]
 
 
 def test_the_masks_shown_are_those_of_training() -> None:

@@ -15,6 +15,7 @@ from d2v_scale.checkpoint.writer import CheckpointWriter
 from d2v_scale.command_line import Options, parse
 from d2v_scale.data2vec.config import MaskingConfig, ObjectiveConfig, TargetConfig
 from d2v_scale.errors import CheckpointError, ConfigError, DataError
+from d2v_scale.interop import exporting
 from d2v_scale.interop.encoder_source import EncoderSource, open_encoder
 from d2v_scale.model.config import ModelConfig
 from d2v_scale.model.init import initialize
@@ -172,6 +173,12 @@ def test_readers_of_a_run_take_the_student_where_no_teacher_followed_it(tmp_path
     assert found is not None
     assert torch.equal(found, checkpoint.tensor("student", name))
     assert not torch.equal(found, checkpoint.tensor("teacher", name))
+
+
+def test_an_exported_student_is_not_opened_as_a_teacher(tmp_path: Path) -> None:
+    recipe, *_, checkpoint = run_of(tmp_path / "run", "v2_vision", "frozen")
+    exporting.export_safetensors(checkpoint, recipe, tmp_path / "out", "student")
+    assert open_encoder(tmp_path / "out").weights == "student"
 
 
 def test_a_teacher_that_follows_begins_as_the_student_of_a_run_whose_teacher_did_not(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from small_shards import image_samples, sound_samples
 
 from d2v_scale.checkpoint import write_single
 from d2v_scale.data2vec.config import ObjectiveConfig
+from d2v_scale.evaluation.frozen import FrozenEncoder
 from d2v_scale.finetuning.config import CtcConfig, TaskConfig
 from d2v_scale.finetuning.model import TaskModel
 from d2v_scale.modalities.speech.decoder import measure
@@ -21,6 +22,7 @@ from d2v_scale.networks.stack import Student
 from d2v_scale.plots import of_run
 from d2v_scale.recipe import Recipe, to_dict
 from d2v_scale.shards.writing import write_set
+from d2v_scale.teacher.config import TeacherConfig
 
 Run = Callable[..., int]
 
@@ -35,8 +37,15 @@ def run(monkeypatch: pytest.MonkeyPatch, world_of_one: None) -> Run:
     return call
 
 
-def checkpoint(path: Path, name: str, task: TaskConfig | None = None, model: ModelConfig | None = None) -> Path:
+def checkpoint(
+    path: Path,
+    name: str,
+    task: TaskConfig | None = None,
+    model: ModelConfig | None = None,
+    teacher: TeacherConfig | None = None,
+) -> Path:
     recipe = Recipe(
+        teacher=teacher or TeacherConfig(),
         name=name,
         model=model or tiny_models.model(name),
         task=task,
@@ -145,6 +154,15 @@ def test_one_of_several_modalities_is_chosen_not_the_first_taken(
         assert f"not drawn: {other}: " in capsys.readouterr().err
         assert run("draw", made, "--data", shards, "--modality", modality, "--samples", 6) == 0
     assert drawn == ["vision", "vision", "speech", "speech"]
+
+
+def test_pictures_of_a_run_whose_teacher_does_not_follow_are_of_its_student_alone(
+    images: Path, tmp_path: Path, world_of_one: None
+) -> None:
+    made = checkpoint(tmp_path / "run", "v2_vision", teacher=TeacherConfig(kind="frozen"))
+    gallery = of_run._gallery(FrozenEncoder.load(made), FrozenEncoder.load(made, "student"), "vision", str(images), 6)
+    assert gallery.encoder == "student"
+    assert gallery.student_lnd is None
 
 
 def test_a_models_own_beam_is_kept_unless_another_is_given(
