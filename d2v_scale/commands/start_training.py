@@ -81,7 +81,14 @@ def main(arguments: list[str] | None = None) -> int:
         with tempfile.TemporaryDirectory(prefix="d2v_launcher_") as folder:
             restarts = Restarts(options.restarts, Path(folder), for_training)
             environment |= restarts.environment
-            return local_ranks.run(command, ranks, environment, share_cores=gpus == 0, again=restarts.again)
+            return local_ranks.run(
+                command,
+                ranks,
+                environment,
+                share_cores=gpus == 0,
+                again=restarts.again,
+                is_saving=restarts.is_saving,
+            )
     if ranks == 1:
         return local_ranks.become(command, environment)
     return local_ranks.run(command, ranks, environment, share_cores=gpus == 0)

@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from types import FrameType
 
@@ -33,7 +33,8 @@ _PASSED_ON = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, sign
 GRACE_S = 60.0
 """What others have left when a rank has failed: they find out by themselves, and write down why they end."""
 RESTART_GRACE_S = 2.0
-"""The same where all are started again: they have nothing to save, and every second of it is lost."""
+"""The same where all are started again, every second of which is lost; anew as long as they write a checkpoint that
+can still become whole, up to `GRACE_S`."""
 HANG_GRACE_S = 5.0
 """The same after a hang, which all ranks but those that stand still have noticed, or a time limit, at which rank 0
 still tells what there is to tell."""
@@ -85,6 +86,7 @@ def run(
     *,
     share_cores: bool,
     again: Callable[[int, float], list[str] | None] | None = None,
+    is_saving: Callable[[Collection[int]], bool] | None = None,
 ) -> int:
     """Start `command` as so many ranks and wait for them; 0, or the code of the one that failed first.
 
@@ -92,13 +94,14 @@ def run(
     started. `share_cores`: each computes on its part of the processor. A rank that died of a signal counts as 128 and
     its number, as in a shell. `again`: asked when a rank has failed and nobody wished for an end, with the code and
     when the ranks were started; what it returns is added to `command`, and all ranks are started again; None ends.
-    Main thread only.
+    `is_saving`: whether without these ranks, which have ended, the others are completing a checkpoint; they are given
+    time for it. Main thread only.
     """
     common = {key: value for key, value in environment.items() if key not in _LEFTOVERS}
     common |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
     if share_cores:
         common.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // ranks)))
-    group = _Ranks(restarts=again is not None)
+    group = _Ranks(restarts=again is not None, is_saving=is_saving)
     kept = {number: signal.getsignal(number) for number in _PASSED_ON}
     for number in _PASSED_ON:
         if number != signal.SIGHUP or kept[number] != signal.SIG_IGN:  # `nohup` keeps its meaning
@@ -149,9 +152,9 @@ class _Ranks:
     Each rank gets a signal once: a rank that is ending has its handlers no more, and would die of a second one.
     """
 
-    def __init__(self, *, restarts: bool) -> None:
-        """`restarts`: ranks that failed may be started again."""
-        self._restarts = restarts
+    def __init__(self, *, restarts: bool, is_saving: Callable[[Collection[int]], bool] | None = None) -> None:
+        """`restarts`: ranks that failed may be started again. `is_saving`: as for `run`."""
+        self._restarts, self._is_saving = restarts, is_saving
         self.processes: list[subprocess.Popen[bytes]] = []
         self._wishes: list[int] = []
         self._got: list[int] = []
@@ -191,15 +194,17 @@ class _Ranks:
 
     def wait(self) -> int:
         """Until all have ended. When one has failed, the others have so long to end by themselves."""
-        failed, limit = 0, float("inf")
+        failed, limit, last = 0, float("inf"), float("inf")
         while True:
             codes = [process.poll() for process in self.processes]
             now = time.monotonic()
             if not failed:
                 failed = next((128 - code if code < 0 else code for code in codes if code), 0)
-                limit = now + self._grace_s(failed) if failed else limit
+                limit, last = (now + self._grace_s(failed), now + GRACE_S) if failed else (limit, last)
             if None not in codes:
                 return failed
+            if failed and self._is_saving and self._is_saving([r for r, code in enumerate(codes) if code is not None]):
+                limit = max(limit, min(now + RESTART_GRACE_S, last))
             if now >= limit:
                 self.kill()
             self._pass_on()

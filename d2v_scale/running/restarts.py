@@ -7,7 +7,7 @@ line in attempts.jsonl.
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -55,6 +55,16 @@ class Restarts:
     def environment(self) -> dict[str, str]:
         """For the ranks."""
         return {TELL: str(self._told)}
+
+    def is_saving(self, ended: Collection[int]) -> bool:
+        """Whether the other ranks are completing a checkpoint, for which those that have `ended` (their numbers) had
+        written their files. Rank 0 puts it together: without it there is none."""
+        if 0 in ended or not self._told.exists():
+            return False
+        for temporary in (Path(self._told.read_text()) / "checkpoints").glob(".tmp-*"):
+            if all((temporary / f"rank-{rank:05d}.json").exists() for rank in ended):
+                return True
+        return False
 
     def again(self, code: int, since: float) -> list[str] | None:
         """Further arguments for the ranks that are started again after they ended with this code; None: they are not.

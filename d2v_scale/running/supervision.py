@@ -10,7 +10,7 @@ from typing import Any
 from d2v_scale import __version__, command_line
 from d2v_scale.errors import EXIT_DONE
 from d2v_scale.process.doing import doing
-from d2v_scale.process.signals import Agreement, StopFlag, StopReason
+from d2v_scale.process.signals import Agreement, Stop, StopFlag, StopReason
 from d2v_scale.process.status import outcome_of, write_status
 from d2v_scale.process.watchdog import Watchdog
 from d2v_scale.recipe import to_dict
@@ -33,6 +33,47 @@ def supervise(run: AnyRun[Any], stop_flag: StopFlag) -> int:
     """Train under the watchdog, save, write status.json and close the record; returns the exit code. Collective."""
     recipe, topology = run.recipe, run.topology
     spikes.prepare(run)
+    head = _open_record(run)
+    agreement = Agreement()
+    limit_s = recipe.hang_limit_minutes * 60
+    nodes = SystemMonitor(run.directory) if topology.local_rank == 0 else contextlib.nullcontext()
+    with (
+        run.tracker,
+        nodes,
+        Watchdog(run.directory, rank=topology.rank, world_size=topology.world_size, limit_s=limit_s) as watchdog,
+    ):
+        began = run.step
+        stop = train(run, stop_flag, agreement, watchdog)
+        with watchdog.allow(recipe.checkpoint.peer_timeout, "last checkpoint"):
+            committed = _save_last(run, stop)
+            agreement.barrier()
+        if run.tracker.timeline is not None:
+            run.tracker.timeline.ends(run.meter.spent)
+        reason = completed(run, began) if stop is None else f"{stop}, at step {run.step} of {recipe.optim.max_steps}"
+        details, lost_by_rank = zip(*agreement.gather((stop_flag.detail, run.loader.faults())), strict=True)
+        if stop is not None and details[stop.rank]:
+            reason = f"{reason}: {details[stop.rank]}"
+        if topology.rank == 0:
+            report_losses(run, lost_by_rank)
+        run.loader.close()
+        code = EXIT_DONE if stop is None else stop.exit_code
+        if not committed:
+            reason, code = f"{reason}, but the last checkpoint could not be written", code or 1
+        if topology.rank == 0:
+            said = _close_record(run, code, reason, head)
+        if not committed:
+            # A launcher takes code 1 for a crash, and would end rank 0 before it has said all.
+            with watchdog.allow(recipe.checkpoint.peer_timeout, "rank 0's last words"):
+                agreement.barrier()
+    if topology.rank == 0:
+        for line in [*said, *closing(run.directory, code, ends=run.step >= recipe.optim.max_steps)]:
+            log.info("%s", line)
+    return code
+
+
+def _open_record(run: AnyRun[Any]) -> list[str]:
+    """Say what begins, at the terminal and to MLflow; returns what was said."""
+    recipe, topology = run.recipe, run.topology
     head = header(run)
     for line in head:
         log.info("%s", line)
@@ -54,57 +95,41 @@ def supervise(run: AnyRun[Any], stop_flag: StopFlag) -> int:
         run.tracker.artifact(write_environment(run.directory))
         run.tracker.describe(described([], head))
         run.tracker.inputs(inputs(run))
-    agreement = Agreement()
-    limit_s = recipe.hang_limit_minutes * 60
-    nodes = SystemMonitor(run.directory) if topology.local_rank == 0 else contextlib.nullcontext()
-    with (
-        run.tracker,
-        nodes,
-        Watchdog(run.directory, rank=topology.rank, world_size=topology.world_size, limit_s=limit_s) as watchdog,
-    ):
-        began = run.step
-        stop = train(run, stop_flag, agreement, watchdog)
-        with watchdog.allow(recipe.checkpoint.peer_timeout, "last checkpoint"):
-            with run.meter.paused("checkpoint"), doing("writing the last checkpoint"):
-                if (stop is None or stop.reason < StopReason.DATA_STARVED) and run.saved != run.step:
-                    run.save()
-                committed = run.writer.finish()
-            report_saves(run)
-            agreement.barrier()
-        if run.tracker.timeline is not None:
-            run.tracker.timeline.ends(run.meter.spent)
-        code = EXIT_DONE if stop is None else stop.exit_code
-        reason = completed(run, began) if stop is None else f"{stop}, at step {run.step} of {recipe.optim.max_steps}"
-        details, lost_by_rank = zip(*agreement.gather((stop_flag.detail, run.loader.faults())), strict=True)
-        if stop is not None and details[stop.rank]:
-            reason = f"{reason}: {details[stop.rank]}"
-        if topology.rank == 0:
-            report_losses(run, lost_by_rank)
-        run.loader.close()
-        if not committed:
-            reason, code = f"{reason}, but the last checkpoint could not be written", code or 1
-        # Before MLflow is waited for: whoever asked this run to stop may not leave it that time.
-        if topology.rank == 0:
-            records, attempts = read_records(run.directory), read_account(run.directory)
-            run.tracker.log(run.step, run.samples, {f"spent/{kind}": s for kind, s in totals(attempts).items()})
-            judged = verdict(records, recipe.objective.health)
-            said = happened(code, reason, records, judged, is_task=recipe.task is not None) + told(attempts)
-            ends = run.step >= recipe.optim.max_steps
-            write_status(
-                run.directory,
-                code,
-                reason,
-                run.step,
-                judged,
-                result=results(records, is_task=recipe.task is not None),
-                next_commands=next_commands(run.directory, code, ends=ends),
-            )
-            run.tracker.describe(described([*said, account_table(attempts)], head))
-            run.tracker.finish(outcome_of(code), said[0], judged)
-    if topology.rank == 0:
-        for line in [*said, *closing(run.directory, code, ends=ends)]:
-            log.info("%s", line)
-    return code
+    return head
+
+
+def _save_last(run: AnyRun[Any], stop: Stop | None) -> bool:
+    """Write the last step's checkpoint if there is none, and wait for what is being written; whether that is there.
+    Collective."""
+    with run.meter.paused("checkpoint"), doing("writing the last checkpoint"):
+        if (stop is None or stop.reason < StopReason.DATA_STARVED) and run.saved != run.step:
+            run.save()
+        committed = run.writer.finish()
+    report_saves(run)
+    return committed
+
+
+def _close_record(run: AnyRun[Any], code: int, reason: str, head: list[str]) -> list[str]:
+    """Write status.json and close the record; how the run ended, in lines. Rank 0."""
+    recipe, is_task = run.recipe, run.recipe.task is not None
+    records, attempts = read_records(run.directory), read_account(run.directory)
+    run.tracker.log(run.step, run.samples, {f"spent/{kind}": s for kind, s in totals(attempts).items()})
+    judged = verdict(records, recipe.objective.health)
+    said = happened(code, reason, records, judged, is_task=is_task) + told(attempts)
+    ends = run.step >= recipe.optim.max_steps
+    # Before MLflow is waited for: whoever asked this run to stop may not leave it that time.
+    write_status(
+        run.directory,
+        code,
+        reason,
+        run.step,
+        judged,
+        result=results(records, is_task=is_task),
+        next_commands=next_commands(run.directory, code, ends=ends),
+    )
+    run.tracker.describe(described([*said, account_table(attempts)], head))
+    run.tracker.finish(outcome_of(code), said[0], judged)
+    return said
 
 
 def completed(run: AnyRun[Any], began: int) -> str:

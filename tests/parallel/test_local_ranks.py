@@ -131,8 +131,11 @@ def again(code, since):
     (folder / "ended").open("a").write(f"{code} ")
     return None if len((folder / "ended").read_text().split()) >= len(codes) else ["again"]
 local_ranks.RESTART_GRACE_S = 0.3
+def is_saving(ended):
+    assert 1 in ended
+    return (folder / "saving").exists()
 command = [sys.executable, "-c", sys.argv[3], *sys.argv[1:3]]
-sys.exit(local_ranks.run(command, 2, os.environ, share_cores=True, again=again))
+sys.exit(local_ranks.run(command, 2, os.environ, share_cores=True, again=again, is_saving=is_saving))
 """
 # A rank: says what it was told; rank 1 ends as it is asked to, its peer does not notice that.
 ATTEMPT = r"""
@@ -143,6 +146,10 @@ said = [os.environ["RANK"], os.environ["MASTER_PORT"], os.environ["D2V_SCALE_STA
 open(f"{folder}/attempts", "a").write(json.dumps([attempt, *said]) + "\n")
 code = codes[attempt]
 if os.environ["RANK"] == "0" and code:
+    if os.path.exists(f"{folder}/saving"):
+        time.sleep(2.5)  # since this rank began: long after the other one's end
+        open(f"{folder}/saved", "w").close()
+        os.remove(f"{folder}/saving")
     time.sleep(60)
 time.sleep(0.5)
 if code < 0:
@@ -170,6 +177,12 @@ def test_ranks_are_started_again_as_long_as_it_is_worth_it(tmp_path: Path) -> No
 def test_the_last_code_comes_back_when_ranks_are_not_started_again(tmp_path: Path) -> None:
     assert run_again(tmp_path, [1, 14]).wait(60) == 14
     assert (tmp_path / "ended").read_text().split() == ["1", "14"]
+
+
+def test_ranks_that_write_a_checkpoint_are_given_the_time_for_it(tmp_path: Path) -> None:
+    (tmp_path / "saving").touch()
+    assert run_again(tmp_path, [-9]).wait(60) == 137
+    assert (tmp_path / "saved").exists()
 
 
 def test_rank_0_may_finish_its_last_words_before_ranks_are_given_up() -> None:

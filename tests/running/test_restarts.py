@@ -84,6 +84,21 @@ def test_ranks_that_never_had_a_directory_are_not_started_again(tmp_path: Path) 
     assert Restarts(3, tmp_path, []).again(2, time.time()) is None
 
 
+def test_a_checkpoint_that_can_still_become_whole_is_being_saved(tmp_path: Path) -> None:
+    restarts, run_dir = make(tmp_path)
+    temporary = run_dir / "checkpoints" / ".tmp-step-00000004-abc-1"
+    assert not restarts.is_saving([1])
+    temporary.mkdir(parents=True)
+    (temporary / "rank-00001.safetensors").touch()
+    assert not restarts.is_saving([1])  # it was killed while it wrote
+    (temporary / "rank-00001.json").touch()
+    assert restarts.is_saving([1])
+    assert not restarts.is_saving([1, 2])
+    assert not restarts.is_saving([0])
+    temporary.rename(temporary.with_name("step-00000004"))
+    assert not restarts.is_saving([1])
+
+
 def test_attempts_that_cannot_be_counted_are_not_made(tmp_path: Path) -> None:
     restarts, run_dir = make(tmp_path)
     (run_dir / "attempts.jsonl").mkdir()

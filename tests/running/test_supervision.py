@@ -4,10 +4,14 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
+
+import pytest
 
 from d2v_scale.process.signals import StopFlag, StopReason
+from d2v_scale.running import supervision
 from d2v_scale.running.loop import judge
-from d2v_scale.running.supervision import completed, report_losses
+from d2v_scale.running.supervision import completed, report_losses, supervise
 
 
 def run_with(directory: Path, *, alarm: str | None = None, skipped: int = 0) -> Any:
@@ -55,3 +59,49 @@ def test_a_run_that_is_beyond_its_stop_at_says_that_it_did_nothing() -> None:
     run.step = 9
     assert completed(run, 7) == "all 9 steps done"
     assert completed(run, 9) == "all 9 steps were done before"
+
+
+@pytest.mark.parametrize(
+    ("rank", "committed", "expected"),
+    [
+        (0, True, ["barrier", "last words"]),
+        (0, False, ["barrier", "last words", "barrier"]),
+        (1, True, ["barrier"]),
+        (1, False, ["barrier", "barrier"]),
+    ],
+)
+def test_without_a_last_checkpoint_nobody_leaves_before_rank_0_has_said_so(
+    rank: int, committed: bool, expected: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+    run: Any = MagicMock(
+        directory=tmp_path,
+        step=9,
+        options=SimpleNamespace(stop_at=None),
+        recipe=SimpleNamespace(
+            hang_limit_minutes=1.0,
+            checkpoint=SimpleNamespace(peer_timeout=1.0),
+            optim=SimpleNamespace(max_steps=9),
+        ),
+        topology=SimpleNamespace(rank=rank, local_rank=1, world_size=1),
+    )
+    agreement = SimpleNamespace(gather=lambda mine: [mine], barrier=lambda: order.append("barrier"))
+
+    def close(*_: object) -> list[str]:
+        order.append("last words")
+        return []
+
+    stand_ins = {
+        "spikes": SimpleNamespace(prepare=lambda _: None),
+        "Agreement": lambda: agreement,
+        "train": lambda *_: None,
+        "report_losses": lambda *_: None,
+        "closing": lambda *_, **__: [],
+        "_open_record": lambda _: [],
+        "_save_last": lambda *_: committed,
+        "_close_record": close,
+    }
+    for name, stand_in in stand_ins.items():
+        monkeypatch.setattr(supervision, name, stand_in)
+    assert supervise(run, StopFlag()) == (0 if committed else 1)
+    assert order == expected
