@@ -34,6 +34,7 @@ from typing import TYPE_CHECKING, Any
 from d2v_scale import command_line
 from d2v_scale.errors import EXIT_BAD_INPUT, EXIT_LOST_PEER, ConfigError, UserError, Verdict
 from d2v_scale.finetuning.start import adopt
+from d2v_scale.interop.teacher_model import adopt_teacher
 from d2v_scale.parallel import ds_config, launchers, rank_environment
 from d2v_scale.planning import legal
 from d2v_scale.process.doing import doing
@@ -45,7 +46,6 @@ from d2v_scale.recipe import Recipe
 from d2v_scale.redaction import RedactingFormatter
 from d2v_scale.run_files import raw_data, run_lock
 from d2v_scale.run_files.recipe_paths import check_complete, find_data
-from d2v_scale.run_files.teacher_model import adopt_teacher
 
 if TYPE_CHECKING:
     from d2v_scale.running.loop import AnyRun

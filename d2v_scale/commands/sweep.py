@@ -116,8 +116,8 @@ def _unquoted(value: str) -> str:
 def points_of(options: argparse.Namespace) -> list[Point]:
     """All points, each once; the recipe is parsed at each: a wrong key or value is said before anything runs."""
     from d2v_scale.command_line import parse
+    from d2v_scale.interop.teacher_model import adopt_teacher
     from d2v_scale.recipe import to_dict
-    from d2v_scale.run_files.teacher_model import adopt_teacher
 
     points: list[Point] = []
     seen: dict[str, Point] = {}

@@ -8,13 +8,13 @@ import os
 
 from d2v_scale import command_line, templates
 from d2v_scale.errors import ConfigError
+from d2v_scale.interop.teacher_model import adopt_teacher
 from d2v_scale.planning import collectives, flops, hardware, stages, traffic
 from d2v_scale.planning.collectives import SUMS
 from d2v_scale.planning.costs import Costs
 from d2v_scale.planning.job import ModelSizes, step_samples
 from d2v_scale.planning.search import Cluster, Option, Search, describe, search
 from d2v_scale.recipe import Recipe
-from d2v_scale.run_files.teacher_model import adopt_teacher
 
 GB = 1e9
 

@@ -17,6 +17,7 @@ from d2v_scale.data2vec.config import MaskingConfig, ObjectiveConfig, TargetConf
 from d2v_scale.errors import CheckpointError, ConfigError, DataError
 from d2v_scale.interop import exporting
 from d2v_scale.interop.encoder_source import EncoderSource, open_encoder
+from d2v_scale.interop.teacher_model import adopt_teacher
 from d2v_scale.model.config import ModelConfig
 from d2v_scale.model.init import initialize
 from d2v_scale.model.teacher_parts import TeacherParts
@@ -28,7 +29,6 @@ from d2v_scale.pretraining import program
 from d2v_scale.pretraining.engines import build_engines, read_encoder
 from d2v_scale.pretraining.step import train_step
 from d2v_scale.recipe import Recipe
-from d2v_scale.run_files.teacher_model import adopt_teacher
 from d2v_scale.teacher.config import TeacherConfig
 
 pytestmark = pytest.mark.usefixtures("world_of_one")

@@ -1,4 +1,4 @@
-"""d2v_scale.run_files.teacher_model: which encoder teaches a run, from its first start to its last."""
+"""d2v_scale.interop.teacher_model: which encoder teaches a run, from its first start to its last."""
 
 import dataclasses
 import json
@@ -12,11 +12,11 @@ from claimed_runs import unlocked as unlocked
 from d2v_scale.command_line import Options, parse
 from d2v_scale.data2vec.config import MaskingConfig, ObjectiveConfig
 from d2v_scale.errors import CheckpointError, ConfigError
+from d2v_scale.interop.teacher_model import adopt_teacher
 from d2v_scale.model.config import ModelConfig
 from d2v_scale.parallel import groups
 from d2v_scale.recipe import Recipe, to_dict
 from d2v_scale.run_files import recipe_file
-from d2v_scale.run_files.teacher_model import adopt_teacher
 from d2v_scale.running import run_directory
 from d2v_scale.teacher.config import TeacherConfig
 
