@@ -63,7 +63,7 @@ IMAGES: dict[str, tuple[Callable[[], bytes], str | None]] = {
     "16 bit": (lambda: image("PNG", Image.fromarray(np.full((9, 9), 300, dtype=np.uint16))), None),
     "animated": (lambda: image("GIF", save_all=True, append_images=[Image.new("RGB", (48, 40), (255, 0, 0))]), None),
     "webp": (lambda: image("WEBP"), None),
-    "avif": (lambda: image("AVIF"), "is AVIF, which is not read"),
+    "avif": (lambda: BOX % b"avif", "is AVIF, which is not read"),
     "heic": (lambda: BOX % b"heic", "is HEIC, which is not read"),
     "empty": (lambda: b"", "empty"),
     "text": (lambda: b"<html>not found</html>", "no image"),

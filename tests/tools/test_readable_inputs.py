@@ -23,7 +23,7 @@ from d2v_scale.shards.writing import write_set
 def test_what_training_refuses_is_not_converted(run: Callable[..., str], tmp_path: Path) -> None:
     """AVIF called .jpg and an image above the limit were stored, and lost in every epoch."""
     source = images_folder(tmp_path / "images")
-    Image.new("RGB", (20, 20)).save(source / "dog" / "called.jpg", "AVIF")
+    (source / "dog" / "called.jpg").write_bytes(b"\0\0\0\x1cftypavif\0\0\0\0avifmif1miaf" + bytes(100))
     Image.new("1", (12000, 10000)).save(source / "dog" / "huge.png")
     (source / "dog" / "gone.png").symlink_to(tmp_path / "nothing")
     text = run("make_shards", "images", source, tmp_path / "out", "--max_bad", 0.5, "--processes", 1)
