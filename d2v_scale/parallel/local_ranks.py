@@ -32,7 +32,7 @@ from d2v_scale.process.started import RESTART, STARTED, started
 _PASSED_ON = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2)
 GRACE_S = 60.0
 """What others have left when a rank has failed: they find out by themselves, and write down why they end."""
-RESTART_GRACE_S = 2.0
+RESTART_GRACE_S = 0.5
 """The same where all are started again, every second of which is lost; anew as long as they write a checkpoint that
 can still become whole, up to `GRACE_S`."""
 HANG_GRACE_S = 5.0
