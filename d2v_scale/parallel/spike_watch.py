@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from d2v_scale.errors import ConfigError
 from d2v_scale.spikes import Spike, SpikeConfig, SpikeRule
 
 
@@ -16,7 +17,14 @@ class SpikeWatch:
     """Judges the global gradient norm of every step of one engine."""
 
     def __init__(self, config: SpikeConfig, zero: Any, stage: int) -> None:
-        """`zero`: DeepSpeed's optimizer at this ZeRO stage."""
+        """`zero`: DeepSpeed's optimizer at this ZeRO stage. Raises ConfigError where it computes its norm otherwise."""
+        asked = "scaled_global_norm" if stage < 3 else "_get_norm_groups"
+        if not hasattr(zero, asked):
+            raise ConfigError(
+                "optim.spikes.on_spike",
+                f"is {config.on_spike}, but this DeepSpeed's {type(zero).__name__} has no {asked}, where it is decided",
+                "Leave it out, or install deepspeed==0.19.8.",
+            )
         self.rule = SpikeRule(config)
         self._spike: Spike | None = None
         self._zero = zero
