@@ -1,8 +1,9 @@
 """What a position bias costs attention: forward and backward, as ratios to PyTorch's kernel without a bias.
 
-`added`: a bias that does not learn, in PyTorch's kernel. `learned`: one that does, there. `attend`: the student's own
-way on a CPU (`model.cpu_attention`). `folded`: the learned bias as more channels of queries and keys, exactly. `built`:
-making the bias, which is done once for all blocks, and would be once more for each if it were not kept.
+`added`: a bias that does not learn, in PyTorch's kernel. `learned`: one that does, there. `pieces`: one whose scale
+learns from groups of rows (`model.learned_bias`). `attend`: the student's own way on a CPU (`model.cpu_attention`).
+`folded`: the learned bias as more channels of queries and keys, exactly. `built`: making the bias, which is done once
+for all blocks, and would be once more for each if it were not kept.
 """
 
 import argparse
@@ -13,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from d2v_scale.model import cpu_attention
-from d2v_scale.model.position_bias import AlibiBias, RelativeBias
+from d2v_scale.model import cpu_attention, learned_bias
+from d2v_scale.model.learned_bias import LearnedBias, pieces_of
+from d2v_scale.model.position_bias import AlibiBias, RelativeBias, distances
 from d2v_scale.parallel import groups
 
 _DIM = 64
@@ -39,14 +41,21 @@ def run(options: argparse.Namespace) -> int:
     with torch.no_grad():
         alibi.scale.fill_(1.0)
         relative.table.normal_(0, 0.02)
-    print(compare("speech 2.0, ALiBi", lambda: alibi(positions_rs), options.rows, options.rounds))
+    in_pieces = LearnedBias(alibi(positions_rs).detach(), alibi.slopes(), distances(positions_rs), 1)
+    in_pieces = in_pieces._replace(pieces=pieces_of(options.rows, in_pieces.added_rhss))
+    print(compare("speech 2.0, ALiBi", lambda: alibi(positions_rs), options.rows, options.rounds, in_pieces))
     print(compare("vision 1.0, relative", relative, options.rows, options.rounds))
     groups.shutdown()
     return 0
 
 
-def compare(name: str, build: Callable[[], Tensor], rows: int, rounds: int) -> str:
-    """One line: fastest round of each way over that of attention without a bias, taken in turns."""
+def compare(
+    name: str, build: Callable[[], Tensor], rows: int, rounds: int, in_pieces: LearnedBias | None = None
+) -> str:
+    """One line: fastest round of each way over that of attention without a bias, taken in turns.
+
+    `in_pieces`: what `build` makes, where the bias has a scale that learns.
+    """
     learned = build()
     heads, length = learned.shape[1:3]
     device = learned.device
@@ -57,7 +66,7 @@ def compare(name: str, build: Callable[[], Tensor], rows: int, rounds: int) -> s
     def timed(attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[[], None]:
         def both() -> None:
             q, k, v = qkv.view(rows, length, heads, 3, _DIM).permute(3, 0, 2, 1, 4).unbind(0)
-            attend(q, k, v).sum().backward()
+            attend(q, k, v).sum().backward(retain_graph=in_pieces is not None)
 
         return both
 
@@ -71,6 +80,8 @@ def compare(name: str, build: Callable[[], Tensor], rows: int, rounds: int) -> s
         "folded": timed(lambda q, k, v: folded(q, k, v, leaf)),
         "built": lambda: build().sum().backward(),
     }
+    if in_pieces is not None:
+        ways["pieces"] = timed(lambda q, k, v: learned_bias.attend(q, k, v, in_pieces, 0.0))
     q = qkv.view(rows, length, heads, 3, _DIM).permute(3, 0, 2, 1, 4)[0]
     if cpu_attention.applies(q, leaf, 0.0):
         ways["attend"] = timed(lambda q, k, v: cpu_attention.attend(q, k, v, leaf, 0.0))

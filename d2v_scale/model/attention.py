@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from d2v_scale.model import attention_kernels, cpu_attention
+from d2v_scale.model import attention_kernels, cpu_attention, learned_bias
 from d2v_scale.model.config import Backbone
 from d2v_scale.model.init import ZEROS, InitRule
 from d2v_scale.model.learned_bias import LearnedBias
@@ -43,8 +43,6 @@ class SelfAttention(nn.Module):
         if self.split_bias:
             q = q + self.q_bias.view(self.heads, 1, self.head_dim)
             v = v + self.v_bias.view(self.heads, 1, self.head_dim)
-        if isinstance(attention_bias, LearnedBias):
-            attention_bias = attention_bias.of_block()
         dropout = self.dropout if self.training else 0.0
         with own_draws(x_rsd.device, dropout > 0):
             mixed_rshd = _attend(q, k, v, attention_bias, dropout)
@@ -53,8 +51,12 @@ class SelfAttention(nn.Module):
         return out
 
 
-def _attend(q_rhsd: Tensor, k_rhsd: Tensor, v_rhsd: Tensor, bias: Tensor | None, dropout: float) -> Tensor:
+def _attend(
+    q_rhsd: Tensor, k_rhsd: Tensor, v_rhsd: Tensor, bias: Tensor | LearnedBias | None, dropout: float
+) -> Tensor:
     """(R, S, H, d) of q, k and v, (R, H, S, d) each."""
     if cpu_attention.applies(q_rhsd, bias, dropout):
         return cpu_attention.attend(q_rhsd, k_rhsd, v_rhsd, bias, dropout)
+    if isinstance(bias, LearnedBias):
+        return learned_bias.attend(q_rhsd, k_rhsd, v_rhsd, bias, dropout)
     return attention_kernels.attend(q_rhsd, k_rhsd, v_rhsd, bias, dropout).transpose(1, 2)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from d2v_scale.model import cpu_ops
 from d2v_scale.model.cpu_ops import keep_factor, product
+from d2v_scale.model.learned_bias import LearnedBias
 
 SHORTEST = 144
 """Fewest positions for which this was faster with dropout; below, calls for each head take longer than they save."""
@@ -17,8 +18,10 @@ SHORTEST_WITHOUT_DROPOUT = 192
 """The same without dropout, with one thread: several divide the work on a head, and were slower at any length."""
 
 
-def applies(q_rhsd: Tensor, attention_bias: Tensor | None, dropout: float) -> bool:
+def applies(q_rhsd: Tensor, attention_bias: Tensor | LearnedBias | None, dropout: float) -> bool:
     """Whether `attend` is used: in training over long rows, where `cpu_ops` applies, without a bool mask."""
+    if isinstance(attention_bias, LearnedBias):
+        attention_bias = attention_bias.added_rhss
     trained = torch.is_grad_enabled() and q_rhsd.requires_grad
     masked = attention_bias is not None and attention_bias.dtype != torch.float32
     length = q_rhsd.shape[2]
@@ -26,18 +29,30 @@ def applies(q_rhsd: Tensor, attention_bias: Tensor | None, dropout: float) -> bo
     return trained and not masked and long and cpu_ops.applies(q_rhsd)
 
 
-def attend(q_rhsd: Tensor, k_rhsd: Tensor, v_rhsd: Tensor, attention_bias: Tensor | None, dropout: float) -> Tensor:
+def attend(
+    q_rhsd: Tensor, k_rhsd: Tensor, v_rhsd: Tensor, attention_bias: Tensor | LearnedBias | None, dropout: float
+) -> Tensor:
     """softmax(q k / sqrt(d) + bias) v, (R, H, S, d) each, with dropout on the weights; returns (R, S, H, d).
 
     `attention_bias` fp32, broadcast to (R, H, S, S), with or without gradient. Call only where `applies`.
     """
-    return _Attend.apply(q_rhsd, k_rhsd, v_rhsd, attention_bias, dropout)
+    if isinstance(attention_bias, LearnedBias):
+        added, slope_h, distances_rss, _ = attention_bias
+        return _Attend.apply(q_rhsd, k_rhsd, v_rhsd, added, dropout, slope_h, distances_rss)
+    return _Attend.apply(q_rhsd, k_rhsd, v_rhsd, attention_bias, dropout, None, None)
 
 
 class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q_rhsd: Tensor, k_rhsd: Tensor, v_rhsd: Tensor, bias: Tensor | None, dropout: float
+        ctx: Any,
+        q_rhsd: Tensor,
+        k_rhsd: Tensor,
+        v_rhsd: Tensor,
+        bias: Tensor | None,
+        dropout: float,
+        slope_h: Tensor | None,
+        distances_rss: Tensor | None,
     ) -> Tensor:
         rows, heads, length, dim = q_rhsd.shape
         scale = dim**-0.5
@@ -58,17 +73,18 @@ class _Attend(torch.autograd.Function):
                     weights.copy_(torch._safe_softmax(logits, -1))
                 kept = weights if keep_rhss is None else weights * keep_rhss[row, head]
                 out_rshd[row, :, head] = product(kept, v_rhsd[row, head].t())
-        ctx.save_for_backward(q_rhsd, k_rhsd, v_rhsd, weights_rhss, keep_rhss)
+        ctx.save_for_backward(q_rhsd, k_rhsd, v_rhsd, weights_rhss, keep_rhss, distances_rss)
         ctx.scale, ctx.bias_shape = scale, None if bias is None else bias.shape
         return out_rshd
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_rshd: Tensor) -> tuple[Tensor | None, ...]:
-        q_rhsd, k_rhsd, v_rhsd, weights_rhss, keep_rhss = ctx.saved_tensors
+        q_rhsd, k_rhsd, v_rhsd, weights_rhss, keep_rhss, distances_rss = ctx.saved_tensors
         rows, heads, _, _ = q_rhsd.shape
         grad_q, grad_k, grad_v = (torch.empty_like(x) for x in (q_rhsd, k_rhsd, v_rhsd))
         grad_bias = grad_rshd.new_zeros(ctx.bias_shape) if ctx.needs_input_grad[3] else None
+        grad_slope = grad_rshd.new_zeros(heads) if ctx.needs_input_grad[5] else None
         grad_rhsd = grad_rshd.transpose(1, 2).contiguous()
         for row in range(rows):
             for head in range(heads):
@@ -85,7 +101,11 @@ class _Attend(torch.autograd.Function):
                     grad_bias[row % ctx.bias_shape[0], head % ctx.bias_shape[1]] += grad_logits.sum_to_size(
                         ctx.bias_shape[2:]
                     )
+                if grad_slope is not None:
+                    grad_slope[head] -= torch.dot(
+                        grad_logits.flatten(), distances_rss[row % len(distances_rss)].flatten()
+                    )
                 grad_logits *= ctx.scale
                 grad_q[row, head] = product(grad_logits, k_rhsd[row, head].t())
                 grad_k[row, head] = product(grad_logits.t(), q_rhsd[row, head].t())
-        return grad_q, grad_k, grad_v, grad_bias, None
+        return grad_q, grad_k, grad_v, grad_bias, None, grad_slope, None

@@ -89,7 +89,7 @@ class Carry:
     states_rsd: "Tensor"
     attention_bias: "Tensor | LearnedBias | None" = None
     """Added to the attention logits, broadcast to (R, local heads, S, S); bool (True: attend) where only padding is
-    excluded; None: nothing is. A `LearnedBias` in compiled blocks that learn."""
+    excluded; None: nothing is. A `LearnedBias` where its scale learns."""
     extra_tokens: int = 0
     """Leading positions that are not part of the input (CLS)."""
     positions: "tuple[Tensor, ...]" = ()

@@ -17,8 +17,8 @@ from d2v_scale.model.block import Block, beit_depth_scale
 from d2v_scale.model.config import ModelConfig
 from d2v_scale.model.init import BEIT, InitRule
 from d2v_scale.model.layers import Carry, LayerSpec, Section
-from d2v_scale.model.learned_bias import LearnedBias
-from d2v_scale.model.position_bias import AlibiBias, add_padding, block_diagonal
+from d2v_scale.model.learned_bias import LearnedBias, pieces_of
+from d2v_scale.model.position_bias import AlibiBias, add_padding, block_diagonal, distances
 from d2v_scale.model.stem import HiddenPart, Stem
 from d2v_scale.model.teacher_parts import TeacherParts
 from d2v_scale.networks.layers import describe
@@ -211,12 +211,13 @@ class Layered(nn.Module):
             valid_rs = valid_rs | ~valid_rs.any(dim=1, keepdim=True)
         extra = sum(extra for extra, _ in sizes)
         added = add_padding(bias, valid_rs, states_rsd.dtype)
-        if added is not None and added.requires_grad and self.config.compile and not extra and not batch.parts:
+        if added is not None and added.requires_grad and not extra and not batch.parts:
             alibi = self._stem(batch.modality).bias
             if isinstance(alibi, AlibiBias):
                 kept_rs = self._visible(batch, masked=masked)
                 places_rs = torch.arange(added.shape[-1], device=added.device)[None] if kept_rs is None else kept_rs
-                learned = LearnedBias(added.detach(), alibi.slopes(*positions), places_rs)
+                pieces = pieces_of(len(states_rsd), added)
+                learned = LearnedBias(added.detach(), alibi.slopes(*positions), distances(places_rs), pieces)
                 return Carry(states_rsd, learned, extra, positions)
         return Carry(states_rsd, added, extra, positions)
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from d2v_scale import modalities
 from d2v_scale.batch import Batch
-from d2v_scale.model import block
+from d2v_scale.model import block, learned_bias
 from d2v_scale.model.init import initialize
 from d2v_scale.networks.draw import Draw
 from d2v_scale.networks.stack import Student, Teacher
@@ -83,4 +83,35 @@ def test_no_shape_of_a_batch_ends_the_compiling_of_blocks(name: str, graphs: lis
     # What comes after is of graphs that there are.
     for number, (samples, length, padded) in enumerate([(3, 20, True), (16, 24, False), (5, 9, True), (7, 13, True)]):
         step(100 + number, samples, length, padded)
+    assert len(graphs) == known
+
+
+def test_no_number_of_pieces_of_a_learned_bias_ends_the_compiling_of_blocks(
+    graphs: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each number of pieces has graphs of its own, and equal pieces have no remainder."""
+    student = Student(dataclasses.replace(tiny_models.model("v2_speech"), compile=True))
+    initialize(student, 0)
+
+    def step(number: int, samples: int) -> int:
+        batch = tiny_models.batch("v2_speech", samples, 2, number % 2 == 1, number)
+        output = student(batch, Draw(1, number))
+        torch.stack([one.float().square().mean() for one in output.predictions]).sum().backward()
+        bias = student.enter(batch)[0].attention_bias
+        assert isinstance(bias, learned_bias.LearnedBias)
+        return bias.pieces
+
+    bias = student.enter(tiny_models.batch("v2_speech", 1, 2))[0].attention_bias
+    assert isinstance(bias, learned_bias.LearnedBias)
+    monkeypatch.setattr(learned_bias, "GRADIENT_BYTES", 2 * bias.added_rhss[0].nbytes)
+    pieces = [step(number, samples) for number, samples in enumerate((1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 8, 8))]
+    assert set(pieces) == {1, 2, 3, 4, 5, 8}
+    known = len(graphs)
+    assert known <= block.GRAPHS // 2
+    for number, samples in enumerate((16, 16, 6, 6, 10, 10)):
+        step(100 + number, samples)
+    assert len(graphs) <= known + 3  # of 16, 6 and 10 pieces
+    known = len(graphs)
+    for number, samples in enumerate((8, 5, 4, 3, 16, 10, 2, 1)):
+        step(200 + number, samples)
     assert len(graphs) == known
