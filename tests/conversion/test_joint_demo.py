@@ -83,6 +83,27 @@ def test_captions_on_both_sides_are_refused() -> None:
         concepts.require_apart([concept("dog", "dog", "a dog")], [concept("poodle", "A  Dog")])
 
 
+def test_pictures_on_both_sides_are_refused() -> None:
+    dog = Concept("dog", "animal", ("dog",), (("colour", b"brown"), ("outline", b"frame")))
+    cat = Concept("cat", "animal", ("cat",), (("colour", b"grey"), ("outline", b"frame")))
+    with pytest.raises(DataError, match=r"The picture 'outline' of the held-out concept 'cat' is also one of 'dog'"):
+        concepts.require_apart([dog], [cat])
+
+
+def test_no_picture_is_of_two_concepts() -> None:
+    """The outlines of seventeen signs were one empty frame, of which four were held out."""
+    dog = Concept("dog", "animal", ("dog",), (("colour", b"brown"), ("outline", b"frame")))
+    cat = Concept("cat", "animal", ("cat",), (("colour", b"grey"), ("outline", b"frame")))
+    sign = Concept("sign", "sign", ("sign",), (("outline", b"frame"),))
+    ball = Concept("ball", "play", ("ball",), (("colour", b"round"), ("outline", b"round")))
+    found = concepts.with_own_pictures([dog, cat, sign, ball])
+    assert [(one.name, [style for style, _ in one.pictures]) for one in found] == [
+        ("dog", ["colour"]),
+        ("cat", ["colour"]),
+        ("ball", ["colour", "outline"]),
+    ]
+
+
 def test_which_concepts_are_held_out_their_names_alone_decide() -> None:
     made = [Concept(f"name {k}", "", (), ()) for k in range(200)]
     trained, held_out = concepts.split(made, 0.25)

@@ -8,8 +8,9 @@ import hashlib
 import io
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -56,7 +57,17 @@ def have_openmoji() -> bool:
 
 def of_openmoji() -> list[Concept]:
     """About a thousand, in the order of their names."""
-    return [_concept(name, number, path) for name, (number, path) in sorted(glyphs().items())]
+    return with_own_pictures([_concept(name, number, path) for name, (number, path) in sorted(glyphs().items())])
+
+
+def with_own_pictures(concepts: list[Concept]) -> list[Concept]:
+    """Without pictures that several concepts share, such as the empty frame that is all black lines of many signs: they
+    show none of them. Concepts that have no other picture are left out."""
+    owners = Counter(picture for concept in concepts for picture in {picture for _, picture in concept.pictures})
+    own = [
+        replace(concept, pictures=tuple(one for one in concept.pictures if owners[one[1]] == 1)) for concept in concepts
+    ]
+    return [concept for concept in own if concept.pictures]
 
 
 def glyphs() -> dict[str, tuple[int, Path]]:
@@ -110,7 +121,8 @@ def split(concepts: list[Concept], share: float) -> tuple[list[Concept], list[Co
 
 
 def require_apart(train: Iterable[Concept], test: Iterable[Concept]) -> None:
-    """Raises DataError, which names the first, where a caption is on both sides of a split."""
+    """Raises DataError, which names the first, where a caption or a picture is on both sides of a split."""
+    pictures = {picture: concept.name for concept in train for _, picture in concept.pictures}
     captions = {_folded(caption): concept.name for concept in train for caption in concept.captions}
     for concept in test:
         for caption in concept.captions:
@@ -118,6 +130,13 @@ def require_apart(train: Iterable[Concept], test: Iterable[Concept]) -> None:
                 raise DataError(
                     f"The caption {caption!r} of the held-out concept {concept.name!r} is also one of {other!r}, "
                     "which is trained on.",
+                    "Hold both out, or neither.",
+                )
+        for style, picture in concept.pictures:
+            if (other := pictures.get(picture)) is not None:
+                raise DataError(
+                    f"The picture {style!r} of the held-out concept {concept.name!r} is also one of {other!r}, which is "
+                    "trained on.",
                     "Hold both out, or neither.",
                 )
 
