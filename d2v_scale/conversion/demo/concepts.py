@@ -135,8 +135,8 @@ def require_apart(train: Iterable[Concept], test: Iterable[Concept]) -> None:
         for style, picture in concept.pictures:
             if (other := pictures.get(picture)) is not None:
                 raise DataError(
-                    f"The picture {style!r} of the held-out concept {concept.name!r} is also one of {other!r}, which is "
-                    "trained on.",
+                    f"The picture {style!r} of the held-out concept {concept.name!r} is also one of {other!r}, "
+                    "which is trained on.",
                     "Hold both out, or neither.",
                 )
 
