@@ -10,7 +10,6 @@ import datetime
 import importlib.metadata
 import json
 import os
-import re
 import shutil
 import socket
 import sys
@@ -121,15 +120,17 @@ def shard_problems(shards: list[str], rank: int, world_size: int) -> list[str]:
 
 def local_shards(data: str) -> tuple[list[str], str]:
     """(files, problem) of train.py's `--data`: one pattern, or one for each of several stems. URLs are left out."""
-    from d2v_scale.data.config import SourceConfig
+    from d2v_scale.data.config import DataConfig, SourceConfig
     from d2v_scale.run_files.raw_data import shards_or_command
     from d2v_scale.shards.patterns import is_remote
 
     files: list[str] = []
-    for part in re.split(r",(?=(?:vision|speech|text)=)", data):
-        pattern = re.sub(r"^(vision|speech|text)=", "", part)
+    # Which stems the model has does not matter here, nor does the only one's name.
+    read = DataConfig(sources=[SourceConfig(modality="vision")])
+    read.read_from(data, [])
+    for source in read.sources:
         try:
-            found = shards_or_command(SourceConfig(modality="vision", shards=pattern)).paths
+            found = shards_or_command(source).paths
         except (DataError, OSError) as error:
             return [], str(error)
         files += [path for path in found if not is_remote(path)]

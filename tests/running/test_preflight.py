@@ -94,6 +94,15 @@ def test_patterns_name_the_shards(tmp_path: Path, pattern: str) -> None:
     assert [Path(file).name for file in both] == ["0.tar", "1.tar", "2.tar"]
 
 
+def test_stems_of_arrays_and_paired_samples_name_their_shards_as_others(tmp_path: Path) -> None:
+    """Only vision, speech and text were known: what a stem of arrays named was looked for as `ecg=...`."""
+    for index in range(2):
+        with tarfile.open(tmp_path / f"{index}.tar", "w") as tar:
+            tar.addfile(tarfile.TarInfo("a.npy"), io.BytesIO())
+    files, problem = local_shards(f"ecg={tmp_path}/0.tar,vision+text={tmp_path}/1.tar")
+    assert (problem, [Path(file).name for file in files]) == ("", ["0.tar", "1.tar"])
+
+
 def test_disk_that_is_too_small(tmp_path: Path) -> None:
     assert disk_problems(tmp_path, 0.0) == []
     assert "1e+09 wanted" in disk_problems(tmp_path, 1e9)[0]
