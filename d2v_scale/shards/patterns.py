@@ -41,6 +41,17 @@ def expand(pattern: str) -> list[str]:
     return paths
 
 
+def require_one(pattern: str) -> None:
+    """Raises DataError where a pattern is several paths that are there, separated by commas."""
+    pieces = pattern.split(",")
+    if len(pieces) == 1 or is_remote(pattern) or os.path.lexists(pattern):
+        return
+    if all(os.path.lexists(piece) or found_by(piece) for piece in pieces):
+        of_files = not any(os.path.isdir(piece) or piece.endswith(".json") for piece in pieces)
+        remedy = f"Write '{{{pattern}}}'." if of_files else "A source is one set: name each set in data.sources."
+        raise DataError(f"{pattern!r} names {len(pieces)} paths, separated by commas.", remedy)
+
+
 def braces(pattern: str) -> list[str]:
     """What a pattern's braces stand for. Raises DataError for one without its other half."""
     if not is_remote(pattern) and os.path.lexists(pattern):

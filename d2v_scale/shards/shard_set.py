@@ -17,7 +17,7 @@ from d2v_scale.data2vec.stateless import key
 from d2v_scale.errors import DataError
 from d2v_scale.shards.class_names import ClassNames
 from d2v_scale.shards.content import Content, plural
-from d2v_scale.shards.patterns import braces, expand, found_by, is_glob, is_remote
+from d2v_scale.shards.patterns import braces, expand, found_by, is_glob, is_remote, require_one
 from d2v_scale.shards.shard_index import FORMAT, Members, SetIndex, ShardEntry, real_place
 from d2v_scale.shards.tar_members import shown
 
@@ -124,6 +124,7 @@ def find_shards(source: SourceConfig) -> ShardSet:
     """The shards that `source` names. Raises DataError when there are none, or where a directory holds several sets."""
     pattern = source.shards
     index_file = Path(source.index) if source.index else None
+    require_one(pattern)
     if pattern.endswith(INDEX_SUFFIX):
         index_file, pattern = Path(_one_index(pattern)), ""
     if index_file is not None:

@@ -200,3 +200,26 @@ def test_a_glob_of_indexes_is_the_one_that_it_finds_or_refused_with_all(shards: 
     write_set(shards, "val", "image", image_samples(2), per_shard=2)
     with pytest.raises(DataError, match=r"matches 2 indexes, .*train\.index\.json and .*val\.index\.json\. A source"):
         find_shards(SourceConfig(shards=f"{shards}/*.index.json"))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "remedy"),
+    [
+        ("shards/train-000000.tar,shards/train-000001.tar", "'{shards/train-000000.tar,shards/train-000001.tar}'"),
+        ("shards/train-00000[01].tar,shards/train-000002.tar", "'{shards/train-00000"),
+        ("shards/train.index.json,shards/train.index.json", "name each set in data.sources"),
+        ("shards,shards/", "name each set in data.sources"),
+    ],
+)
+def test_paths_separated_by_commas_are_answered_with_how_to_write_them(shards: Path, pattern: str, remedy: str) -> None:
+    """They were looked for as one file of that name."""
+    with pytest.raises(DataError, match="names 2 paths, separated by commas") as caught:
+        find_shards(SourceConfig(shards=pattern))
+    assert remedy in str(caught.value)
+
+
+def test_a_comma_in_a_name_or_in_braces_is_no_list(shards: Path) -> None:
+    assert find_shards(SourceConfig(shards="shards/train-00000{1,2}.tar")).paths[0].endswith("1.tar")
+    assert len(find_shards(SourceConfig(shards="{shards/train-000001.tar,shards/train-000002.tar}")).paths) == 2
+    (shards / "train-000000.tar").rename(shards.parent / "a,b.tar")
+    assert find_shards(SourceConfig(shards="a,b.tar")).paths == ["a,b.tar"]
