@@ -13,16 +13,14 @@ import shutil
 import threading
 import time
 import uuid
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from d2v_scale import __version__
 from d2v_scale.checkpoint.commit import commit, retain, sweep, write_tensors
 from d2v_scale.checkpoint.config import CheckpointConfig
-from d2v_scale.checkpoint.format import FileEntry, Manifest, Piece, describe, first_only, merge
+from d2v_scale.checkpoint.format import Piece
+from d2v_scale.checkpoint.snapshot import Snapshot, manifest_of, named, report_of
 from d2v_scale.errors import CheckpointError
 from d2v_scale.files import write_whole
 from d2v_scale.process import faults
@@ -58,7 +56,7 @@ class CheckpointWriter:
         self._thread: threading.Thread | None = None
         self._results: list[SaveResult] = []
         self._last: SaveResult | None = None
-        self._buffer = torch.empty(0)
+        self._snapshot = Snapshot()
         self._undeletable: set[int] = set()
         """Old checkpoints that stayed, which was said."""
 
@@ -89,7 +87,7 @@ class CheckpointWriter:
         """
         begin = time.monotonic()
         self._join()
-        copies = self._snapshot(pieces)
+        copies = self._snapshot.take(pieces)
         faults.point("snapshot")
         self._saves += 1
         temporary = self.root / f".tmp-{directory_name(step)}-{self._session}-{self._saves}"
@@ -120,20 +118,6 @@ class CheckpointWriter:
             self._thread.join()
             self._thread = None
 
-    def _snapshot(self, pieces: list[Piece]) -> list[Piece]:
-        total = sum(piece.values.numel() for piece in pieces)
-        if self._buffer.numel() < total:
-            self._buffer = torch.empty(total, dtype=torch.float32, pin_memory=torch.cuda.is_available())
-        copies, offset = [], 0
-        for piece in pieces:
-            view = self._buffer.narrow(0, offset, piece.values.numel())
-            view.copy_(piece.values, non_blocking=True)
-            offset += view.numel()
-            copies.append(Piece(piece.kind, piece.name, piece.shape, piece.slice, piece.start, view))
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        return copies
-
     def _run(
         self,
         temporary: Path,
@@ -161,15 +145,8 @@ class CheckpointWriter:
         share = f"rank-{self.rank:05d}"
         try:
             temporary.mkdir(exist_ok=True)
-            tensors = {f"{piece.kind}/{piece.name}": piece.values for piece in pieces}
-            assert len(tensors) == len(pieces), "two pieces of one tensor on one rank"
-            entry = write_tensors(temporary / f"{share}.safetensors", tensors)
-            report = {
-                "file": asdict(entry),
-                "layout": describe(pieces),
-                "moments": any(piece.kind == "exp_avg" for piece in pieces),
-                "first_only": sorted(first_only(pieces)),
-            }
+            entry = write_tensors(temporary / f"{share}.safetensors", named(pieces))
+            report = report_of(entry, pieces)
             write_whole(temporary / f"{share}.json", json.dumps(report, separators=(",", ":")))
         except Exception as failure:
             with contextlib.suppress(OSError):
@@ -184,19 +161,7 @@ class CheckpointWriter:
     ) -> None:
         try:
             reports = self._collect(temporary, own_error)
-            manifest = Manifest(
-                step=step,
-                files=[FileEntry(**report["file"]) for report in reports],
-                tensors=merge(
-                    [report["layout"] for report in reports],
-                    moments=any(report["moments"] for report in reports),
-                    first_only={name for report in reports for name in report["first_only"]},
-                ),
-                state=state,
-                extra=extra,
-                written_by=__version__,
-                created=time.time(),
-            )
+            manifest = manifest_of(reports, step, state, extra)
             for path in temporary.glob("rank-*.json"):
                 path.unlink()
             commit(temporary, self.root, manifest)
