@@ -146,8 +146,11 @@ class Checkpoint:
         assert filled == numel, f"{kind} {name}: found {filled} of {numel} elements"
         return out
 
+    def _place(self, index: int) -> Path:
+        return self.path / self.manifest.files[index].name
+
     def _file(self, index: int, kind: str, name: str) -> Any:
-        path = self.path / self.manifest.files[index].name
+        path = self._place(index)
         try:
             if index not in self._files:
                 self._files[index] = safe_open(path, framework="pt")

@@ -2,13 +2,25 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
 from d2v_scale import __version__
 from d2v_scale.checkpoint.format import FileEntry, Manifest, Piece, describe, first_only, merge
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a checkpoint of a step holds: of `pieces` each rank has its own; `state` and `extra` are rank 0's."""
+
+    pieces: list[Piece]
+    """Views of what training changes."""
+    state: dict[str, Any]
+    """Counters of the engines."""
+    extra: dict[str, Any]
+    """What the training loop needs to go on."""
 
 
 class Snapshot:

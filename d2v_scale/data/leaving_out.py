@@ -66,6 +66,14 @@ class LeavingOut:
         """The next step is not the one after the last."""
         self._read.clear()
 
+    def lately(self, steps: int) -> list[list[list[int]]]:
+        """Where the latest so many steps began to read, by source."""
+        return [[list(asdict(cursor).values()) for cursor in cursors] for cursors in list(self._read)[-steps:]]
+
+    def recall(self, lately: Sequence[list[list[int]]]) -> None:
+        """The next step is the one after these (`lately`)."""
+        self._read.extend([Cursor(*values) for values in cursors] for cursors in lately)
+
     def latest(self, steps: int, now: Sequence[Cursor]) -> list[LeaveOut]:
         """What the latest so many steps have read. `now`: where the next one begins."""
         if not self._read:

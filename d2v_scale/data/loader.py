@@ -249,8 +249,9 @@ class StepLoader:
             },
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from `state`, at any number of ranks and workers. Raises CheckpointError for other data."""
+    def load_state_dict(self, state: dict[str, Any], lately: Sequence[list[list[int]]] = ()) -> None:
+        """Continue from `state`, at any number of ranks and workers. Raises CheckpointError for other data. `lately`:
+        of the process that made it, where that is to count as this one."""
         saved = state["sources"]
         names = [source.name for source in self.sources]
         if sorted(saved) != sorted(names):
@@ -268,6 +269,7 @@ class StepLoader:
         self._cursors = [Cursor(saved[name]["epoch"], saved[name]["window"], saved[name]["offset"]) for name in names]
         self._step = state["step"]
         self.leaving_out.forget()
+        self.leaving_out.recall(lately)
         self._steps = None
         self._pending.clear()
 
@@ -296,8 +298,13 @@ class StepLoader:
         self._step, self._cursors = step + 1, cursors
         return decoded.batches
 
+    def lately(self, steps: int) -> list[list[list[int]]]:
+        """Where the latest so many steps began to read, so that `load_state_dict` can go on as if in one process."""
+        return self.leaving_out.lately(steps)
+
     def read_lately(self, steps: int) -> list[LeaveOut]:
-        """What the latest steps have read, at most so many, and none from before the last `load_state_dict`."""
+        """What the latest steps have read, at most so many, and of those before the last `load_state_dict` only what it
+        was told."""
         return self.leaving_out.latest(steps, self._cursors)
 
     def counters(self) -> dict[str, float]:

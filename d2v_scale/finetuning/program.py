@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from d2v_scale.batch import Batch
-from d2v_scale.checkpoint import find_newest_valid
+from d2v_scale.checkpoint import Checkpoint, find_newest_valid
+from d2v_scale.checkpoint.memory import MemoryCopies, newest_anywhere
+from d2v_scale.checkpoint.snapshot import Contents
 from d2v_scale.checkpoint.training import pieces, restore, state
 from d2v_scale.checkpoint.writer import CheckpointWriter
 from d2v_scale.command_line import Options
@@ -29,6 +31,7 @@ from d2v_scale.process.doing import doing
 from d2v_scale.process.signals import StopReason
 from d2v_scale.recipe import Recipe
 from d2v_scale.running.loop import Taken
+from d2v_scale.running.saving import open_copies, save
 from d2v_scale.running.supervision import facts
 from d2v_scale.running.totals import RunTotals
 from d2v_scale.tracking import RunTracker, SpeedMeter, host_values
@@ -49,6 +52,7 @@ class TaskRun:
     """The engine of the encoder and its head."""
     loader: LabelledLoader
     writer: CheckpointWriter
+    copies: MemoryCopies | None
     tracker: RunTracker
     evaluation: TaskEvaluation | None
     totals: RunTotals
@@ -74,11 +78,14 @@ class TaskRun:
     def begin(self) -> None:
         """Save, so that the run can continue without the encoder that it began with. Collective."""
         if self.saved < 0:
-            self.save()
+            save(self)
 
     def reload(self) -> None:
         """Go back to the newest checkpoint. Collective."""
-        load(self, None)
+        checkpoint, _ = find_newest_valid(self.directory / "checkpoints", together=True)
+        assert checkpoint is not None, "somebody saw one"
+        load(self, checkpoint)
+        self.saved = checkpoint.step
 
     def take_step(self, micro_batches: list[Batch], *, logged: bool) -> Taken[TaskObservations]:
         """Encoder and head on one step's micro-batches. Collective."""
@@ -122,14 +129,11 @@ class TaskRun:
     def draw_pictures(self) -> None:
         """There is no teacher to draw."""
 
-    def save(self) -> None:
-        """Begin a checkpoint of this step; the loop waits for the snapshot only. Collective."""
-        self.tracker.flush()
+    def contents(self) -> Contents:
+        """What a checkpoint of this step holds. Collective."""
         self.totals.collect(self.loader.take_counts(), self.topology)
         extra = {**facts(self), "classes": self.loader.classes, "totals": self.totals.state_dict()}
-        stall = self.writer.save(self.step, pieces(self.student, None), state(self.student, None), extra)
-        self.tracker.log(self.step, self.samples, {"checkpoint_stall_seconds": stall})
-        self.saved = self.step
+        return Contents(pieces(self.student, None), state(self.student, None), extra)
 
 
 def build(
@@ -183,28 +187,31 @@ def build(
         )
     student.watch_spikes(recipe.optim.spikes)
     writer = CheckpointWriter.create(directory / "checkpoints", recipe.checkpoint)
+    copies = open_copies(recipe, student, topology, directory)
     tracker = RunTracker(directory, recipe.tracking, is_main=topology.rank == 0)
     with doing("reading the held-out samples"):
         evaluation = TaskEvaluation.of(recipe, student, loader.classes)
     rows = torch.zeros((), dtype=torch.float64, device=topology.device)
     totals = RunTotals(loader.sources)
-    run = TaskRun(recipe, options, topology, directory, student, loader, writer, tracker, evaluation, totals, rows)
+    run = TaskRun(
+        recipe, options, topology, directory, student, loader, writer, copies, tracker, evaluation, totals, rows
+    )
     with doing("reading the newest checkpoint"):
-        load(run, encoder)
+        checkpoint, run.saved = newest_anywhere(writer.root, copies)
+        if checkpoint is None:
+            log.info("Starting from %s", "scratch" if encoder is None else f"the encoder of {encoder.path}")
+        else:
+            load(run, checkpoint)
     return run
 
 
-def load(run: TaskRun, encoder: EncoderSource | None) -> None:
-    """Continue from the newest valid checkpoint of the run directory, if there is one. Collective."""
-    checkpoint, _ = find_newest_valid(run.directory / "checkpoints", together=True)
-    if checkpoint is None:
-        log.info("Starting from %s", "scratch" if encoder is None else f"the encoder of {encoder.path}")
-        return
+def load(run: TaskRun, checkpoint: Checkpoint) -> None:
+    """Continue from a checkpoint of the run. Collective."""
     restore(checkpoint, run.student, None)
-    run.step = run.saved = checkpoint.step
+    run.step = checkpoint.step
     run.rows.fill_(checkpoint.extra["samples"])
     run.recorded_samples = run.samples
-    run.loader.load_state_dict(checkpoint.extra["data"])
+    run.loader.load_state_dict(checkpoint.extra["data"], checkpoint.extra.get("lately", ()))
     run.totals.load_state_dict(checkpoint.extra.get("totals"), checkpoint.extra["data"])
     if run.student.spikes is not None:
         run.student.spikes.rule.load_state_dict(checkpoint.extra.get("spikes"))

@@ -10,6 +10,7 @@ from math import ceil, log2
 
 import torch
 
+from d2v_scale.checkpoint.config import GENERATIONS
 from d2v_scale.modalities.costs import Setting
 from d2v_scale.model.config import ModelConfig
 from d2v_scale.model.stem_config import parts_of
@@ -59,19 +60,32 @@ def stage_budget(job: Job, stage: int) -> Budget:
     found = max((stage_activations(job, stage, modality) for modality in job.recipe.sequences), default=0.0)
     device = {**states, "activations": found, "targets": _target_states(job, stage)}
     device["buffers"] = _buffers(job, stage, states["gradients"], found)
-    return Budget(device, {**host, "checkpoint": _snapshot(job, stage)})
+    return Budget(device, {**host, "checkpoint": _pinned(_shard(job, stage)), "memory copies": _copies(job, stage)})
 
 
-def _snapshot(job: Job, stage: int) -> float:
-    """The copy that is written while the run goes on: this rank's part of weights, moments and teacher in fp32, in
-    pinned memory, which comes in powers of two."""
+def _copies(job: Job, stage: int) -> float:
+    """What is held for `checkpoint.memory`: the snapshot, and two generations of this rank's shard and of one that
+    another node's rank sent, which one node alone is spared."""
+    if not job.recipe.checkpoint.memory.every:
+        return 0.0
+    shard = _shard(job, stage)
+    return _pinned(shard) + 2 * GENERATIONS * shard
+
+
+def _pinned(size: float) -> float:
+    """Pinned memory comes in powers of two."""
+    return float(2 ** ceil(log2(max(1.0, size))))
+
+
+def _shard(job: Job, stage: int) -> float:
+    """What is copied and then written while the run goes on: this rank's part of weights, moments and teacher in
+    fp32."""
     tensor, data = job.parallel.tensor, job.data
     student, teacher = (
         _partitioned(tensors, tensor, data) if sharded else _local(tensors, tensor) / data
         for tensors, sharded in zip(job.stage_tensors[stage], (job.stage == 3, job.parallel.pipeline == 1), strict=True)
     )
-    kept = 3 * student + teacher - _of_muon(job, job.stage_tensors[stage][0])
-    return float(2 ** ceil(log2(max(1.0, 4 * kept))))
+    return 4.0 * (3 * student + teacher - _of_muon(job, job.stage_tensors[stage][0]))
 
 
 def held(job: Job, stage: int) -> tuple[dict[str, float], dict[str, float]]:

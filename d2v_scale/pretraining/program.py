@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from d2v_scale.batch import Batch
 from d2v_scale.checkpoint import Checkpoint, find_newest_valid, open_any
+from d2v_scale.checkpoint.memory import MemoryCopies, newest_anywhere
 from d2v_scale.checkpoint.other_grid import OtherGrid
+from d2v_scale.checkpoint.snapshot import Contents
 from d2v_scale.checkpoint.training import pieces, restore, restore_weights, state
 from d2v_scale.checkpoint.writer import CheckpointWriter
 from d2v_scale.command_line import Options
@@ -32,6 +34,7 @@ from d2v_scale.process.profiling import decoders
 from d2v_scale.process.signals import StopReason
 from d2v_scale.recipe import Recipe
 from d2v_scale.running.loop import Taken
+from d2v_scale.running.saving import open_copies
 from d2v_scale.running.supervision import facts
 from d2v_scale.teacher.sharded import EmaTeacher
 from d2v_scale.tracking import RunTracker, SpeedMeter
@@ -51,6 +54,7 @@ class Run:
     teacher: EmaTeacher
     loader: StepLoader
     writer: CheckpointWriter
+    copies: MemoryCopies | None
     tracker: RunTracker
     evaluation: Evaluation
     observer: RunObserver
@@ -78,7 +82,10 @@ class Run:
     def reload(self) -> None:
         """Go back to the newest checkpoint. Collective."""
         self.teacher.wait()
-        load(self)
+        checkpoint, _ = find_newest_valid(self.directory / "checkpoints", together=True)
+        assert checkpoint is not None, "somebody saw one"
+        load(self, checkpoint)
+        self.saved = checkpoint.step
 
     def take_step(self, micro_batches: list[Batch], *, logged: bool) -> Taken[Observations]:
         """Student and teacher on one step's micro-batches; the run's first batch is drawn, too. Collective."""
@@ -134,14 +141,10 @@ class Run:
         """Have pictures drawn of what the teacher makes of some samples. Collective."""
         self.tracker.pictures(self.step, list(self.evaluation.galleries(self.step)))
 
-    def save(self) -> None:
-        """Begin a checkpoint of this step; the loop waits for the snapshot only. Collective."""
-        self.tracker.flush()
+    def contents(self) -> Contents:
+        """What a checkpoint of this step holds. Collective."""
         extra = {**facts(self), "totals": self.observer.state_dict(), "health": self.observer.health_state()}
-        held = pieces(self.student, self.teacher)
-        stall = self.writer.save(self.step, held, state(self.student, self.teacher), extra)
-        self.tracker.log(self.step, self.samples, {"checkpoint_stall_seconds": stall})
-        self.saved = self.step
+        return Contents(pieces(self.student, self.teacher), state(self.student, self.teacher), extra)
 
 
 def build(
@@ -172,6 +175,7 @@ def build(
         student, teacher = build_engines(recipe, config, topology)
         student.watch_spikes(recipe.optim.spikes)
     writer = CheckpointWriter.create(directory / "checkpoints", recipe.checkpoint)
+    copies = open_copies(recipe, student, topology, directory)
     tracker = RunTracker(directory, recipe.tracking, is_main=topology.rank == 0)
     with doing("reading the samples that are measured on"):
         evaluation = Evaluation(recipe, student, teacher)
@@ -184,25 +188,26 @@ def build(
         teacher=teacher,
         loader=loader,
         writer=writer,
+        copies=copies,
         tracker=tracker,
         evaluation=evaluation,
         observer=RunObserver(recipe, student, teacher, loader),
         seen_samples=torch.zeros((), dtype=torch.float64, device=topology.device),
     )
     with doing("reading the newest checkpoint"):
-        load(run)
+        checkpoint, run.saved = newest_anywhere(writer.root, copies)
+        load(run, checkpoint)
     return run
 
 
-def load(run: Run) -> None:
-    """Continue from the newest valid checkpoint of the run directory, or start from `--init_from` and with the teacher
-    that `teacher.checkpoint` names. Collective."""
-    checkpoint, _ = find_newest_valid(run.directory / "checkpoints", together=True)
+def load(run: Run, checkpoint: Checkpoint | None) -> None:
+    """Continue from a checkpoint of the run; without one start from `--init_from` and with the teacher that
+    `teacher.checkpoint` names. Collective."""
     if checkpoint is not None:
         restore(_on_grid(checkpoint, run.recipe), run.student, run.teacher)
-        run.step = run.saved = checkpoint.step
+        run.step = checkpoint.step
         run.seen_samples.fill_(checkpoint.extra["samples"])
-        run.loader.load_state_dict(checkpoint.extra["data"])
+        run.loader.load_state_dict(checkpoint.extra["data"], checkpoint.extra.get("lately", ()))
         run.observer.load_state_dict(checkpoint.extra.get("totals"), checkpoint.extra["data"])
         run.observer.load_health(checkpoint.extra.get("health"))
         if run.student.spikes is not None:

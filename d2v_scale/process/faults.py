@@ -24,6 +24,8 @@ Point = Literal[
     "rename",
     "marker",
     "retention",
+    "memory_write",
+    "memory_send",
     "data",
 ]
 

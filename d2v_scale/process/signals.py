@@ -223,6 +223,19 @@ class Agreement:
         value = int(flag)
         return Stop(StopReason(value >> _RANK_BITS), value & ((1 << _RANK_BITS) - 1)) if value else None
 
+    def least(self, mine: list[int]) -> list[int]:
+        """The smallest of what all ranks hand in, number by number. Collective: all ranks must call. Raises
+        LostPeer."""
+        if self._group is None:
+            return mine
+        import torch
+        import torch.distributed as dist
+
+        numbers = torch.tensor(mine, dtype=torch.int64)
+        with _peers_present("comparing numbers"):
+            dist.all_reduce(numbers, op=dist.ReduceOp.MIN, group=self._group)
+        return numbers.tolist()
+
     def conclude(self) -> Stop | None:
         """The agreed value of the last edge, for a loop that came to its end: a verdict still counts there, a wish to
         stop does not. Collective: all ranks must call."""

@@ -11,6 +11,8 @@ from torch import nn
 
 from d2v_scale.batch import Batch
 from d2v_scale.checkpoint.format import MANIFEST
+from d2v_scale.checkpoint.memory import MemoryCopies
+from d2v_scale.checkpoint.snapshot import Contents
 from d2v_scale.checkpoint.writer import CheckpointWriter
 from d2v_scale.command_line import Options
 from d2v_scale.data.loader import StepLoader
@@ -24,6 +26,7 @@ from d2v_scale.process.watchdog import Watchdog
 from d2v_scale.recipe import Recipe
 from d2v_scale.run_files.committed import directory_name
 from d2v_scale.running.pace import PaceKeeper
+from d2v_scale.running.saving import remember, save
 from d2v_scale.running.spikes import respond
 from d2v_scale.tracking import RunTracker, SpeedMeter
 
@@ -52,6 +55,7 @@ class AnyRun(Protocol[Seen]):
     directory: Path
     student: StudentEngine
     writer: CheckpointWriter
+    copies: MemoryCopies | None
     tracker: RunTracker
     meter: SpeedMeter
     step: int
@@ -89,8 +93,8 @@ class AnyRun(Protocol[Seen]):
     def draw_pictures(self) -> None:
         """Have pictures drawn. Collective."""
 
-    def save(self) -> None:
-        """Begin a checkpoint of this step; the loop waits for the snapshot only. Collective."""
+    def contents(self) -> Contents:
+        """What a checkpoint of this step holds. Collective."""
 
 
 def train(run: AnyRun[Seen], stop_flag: StopFlag, agreement: Agreement, watchdog: Watchdog) -> Stop | None:
@@ -137,7 +141,9 @@ def train(run: AnyRun[Seen], stop_flag: StopFlag, agreement: Agreement, watchdog
                 run.draw_pictures()
         if recipe.checkpoint.due(run.step):
             with run.meter.paused("checkpoint"), doing("taking a snapshot for the checkpoint"):
-                run.save()
+                save(run)
+        if run.step < end:
+            remember(run, agreement)
         report_saves(run)
         run.tracker.spent(run.step, run.meter.spent)
         watchdog.beat(run.step)

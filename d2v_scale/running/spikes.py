@@ -51,6 +51,11 @@ def prepare(run: "AnyRun[Any]") -> None:
         run.loader.leaving_out.add(one)
 
 
+def count_rewinds(directory: Path) -> int:
+    """How often the run there went back."""
+    return sum(line["answer"] == "rewind" for line in _read(directory))
+
+
 def respond(run: "AnyRun[Any]", spike: Spike, stop_flag: StopFlag) -> bool:
     """Answer a spike, which has changed nothing so far, as the recipe says. Returns whether the run went back to an
     earlier step. The same on every rank; collective: all ranks must call."""
@@ -122,6 +127,8 @@ def _rewind(run: "AnyRun[Any]", read: list[LeaveOut], told: dict[str, Any]) -> s
         told["answer"] = "skip"
         return f"it is skipped, as {trouble}"
     told |= line
+    if run.copies is not None:
+        run.copies.go_back()
     run.loader.take_counts()  # of steps that are taken back
     run.reload()
     for one in left_out:

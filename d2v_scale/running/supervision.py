@@ -16,7 +16,7 @@ from d2v_scale.process.watchdog import Watchdog
 from d2v_scale.recipe import to_dict
 from d2v_scale.redaction import redact
 from d2v_scale.run_files.run_start import DS_CONFIG_FILE, RECIPE_FILE
-from d2v_scale.running import spikes
+from d2v_scale.running import saving, spikes
 from d2v_scale.running.closing import closing, described, happened, next_commands, results
 from d2v_scale.running.header import header
 from d2v_scale.running.inputs import inputs
@@ -33,6 +33,7 @@ def supervise(run: AnyRun[Any], stop_flag: StopFlag) -> int:
     """Train under the watchdog, save, write status.json and close the record; returns the exit code. Collective."""
     recipe, topology = run.recipe, run.topology
     spikes.prepare(run)
+    saving.prepare(run)
     head = _open_record(run)
     agreement = Agreement()
     limit_s = recipe.hang_limit_minutes * 60
@@ -47,6 +48,9 @@ def supervise(run: AnyRun[Any], stop_flag: StopFlag) -> int:
         with watchdog.allow(recipe.checkpoint.peer_timeout, "last checkpoint"):
             committed = _save_last(run, stop)
             agreement.barrier()
+            if run.copies is not None:
+                starved = stop is not None and stop.reason == StopReason.DATA_STARVED
+                run.copies.close(keep=not committed or starved)
         if run.tracker.timeline is not None:
             run.tracker.timeline.ends(run.meter.spent)
         reason = completed(run, began) if stop is None else f"{stop}, at step {run.step} of {recipe.optim.max_steps}"
@@ -86,7 +90,7 @@ def _open_record(run: AnyRun[Any]) -> list[str]:
             "zero_stage": run.student.stage,
         },
         stems=recipe.data.observed(),
-        resume_step=run.step if run.saved >= 0 else None,
+        resume_step=run.step if run.step > 0 or run.saved >= 0 else None,
         total_steps=last_step(run),
     )
     run.tracker.artifact(run.directory / RECIPE_FILE)
@@ -103,7 +107,7 @@ def _save_last(run: AnyRun[Any], stop: Stop | None) -> bool:
     Collective."""
     with run.meter.paused("checkpoint"), doing("writing the last checkpoint"):
         if (stop is None or stop.reason < StopReason.DATA_STARVED) and run.saved != run.step:
-            run.save()
+            saving.save(run)
         committed = run.writer.finish()
     report_saves(run)
     return committed

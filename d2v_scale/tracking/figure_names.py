@@ -68,6 +68,8 @@ FIGURES = {
     "ema_seconds": FigureName("EMA update", "s"),
     "ema_wait_seconds": FigureName("waiting for the EMA update", "s"),
     "checkpoint_stall_seconds": FigureName("held up by a checkpoint", "s"),
+    "memory_copy_stall_seconds": FigureName("held up by a copy in memory", "s"),
+    "memory_copies_lost": FigureName("copies in memory that were lost", "count"),
     "step_seconds": FigureName("a step", "s"),
     "spent": FigureName("wall clock went into", "s"),
     "skipped_updates": FigureName("skipped updates", "count"),

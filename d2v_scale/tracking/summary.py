@@ -159,7 +159,9 @@ def _value_incidents(records: Sequence[dict[str, Any]]) -> Iterator[Incident]:
             if not math.isfinite(value) and name not in reported:
                 reported.add(name)
                 yield Incident(time=record["time"], step=record["step"], what=f"{name} is {value}")
-            if (name.startswith("skipped") or name == "data/lost") and value > counters.get(name, 0.0):
+            if (name.startswith("skipped") or name in ("data/lost", "memory_copies_lost")) and value > counters.get(
+                name, 0.0
+            ):
                 yield Incident(time=record["time"], step=record["step"], what=f"{name} is now {value:g}")
                 counters[name] = value
 

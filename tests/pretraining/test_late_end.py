@@ -12,6 +12,7 @@ from d2v_scale.pretraining import program
 from d2v_scale.process.signals import Agreement, StopFlag
 from d2v_scale.process.watchdog import Watchdog
 from d2v_scale.running import loop, run_directory
+from d2v_scale.running.saving import save
 
 KEYS = ("--optim.schedule=wsd", "--optim.warmup_steps=1", "--data.workers=0", "--tracking.log_every=1")
 KEYS += ("--evaluation.train=null", "--evaluation.test=null", "--global_batch_size=8", "--tracking.plot_every=null")
@@ -34,7 +35,7 @@ def trained(monkeypatch: pytest.MonkeyPatch, directory: Path, *arguments: str) -
     monkeypatch.setattr(run.tracker, "log", log)
     with Watchdog(directory, rank=0, world_size=1, limit_s=600) as watchdog:
         assert loop.train(run, StopFlag(), Agreement(), watchdog) is None
-        run.save()
+        save(run)
         assert run.writer.finish()
     run.teacher.destroy()
     run.student.destroy()

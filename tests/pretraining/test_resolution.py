@@ -19,6 +19,7 @@ from d2v_scale.pretraining import program
 from d2v_scale.process.signals import Agreement, StopFlag
 from d2v_scale.process.watchdog import Watchdog
 from d2v_scale.running import loop, run_directory
+from d2v_scale.running.saving import save
 from d2v_scale.shards.writing import write_set
 
 TABLE = "stems.vision.bias.table"
@@ -49,7 +50,7 @@ def trained(*arguments: str) -> Checkpoint:
     run = program.build(recipe, options, config, topology, Path(options.run_dir or options.resume or ""))
     with Watchdog(run.directory, rank=0, world_size=1, limit_s=600) as watchdog:
         assert loop.train(run, StopFlag(), Agreement(), watchdog) is None
-        run.save()
+        save(run)
         assert run.writer.finish()
     run.teacher.destroy()
     run.student.destroy()

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from torch import nn
 
+from d2v_scale.checkpoint.snapshot import Contents
 from d2v_scale.process.signals import StopFlag, StopReason
 from d2v_scale.running import loop
 from d2v_scale.tracking import SpeedMeter
@@ -30,8 +31,11 @@ class CountingRun:
             max_skipped_in_a_row=3,
         )
         self.student = SimpleNamespace(module=nn.Linear(1, 1).eval(), skipped_in_a_row=0, spikes=None)
-        self.tracker = SimpleNamespace(due=lambda step, end: step in (1, end), spent=self.spend)
-        self.writer = SimpleNamespace(poll=list)
+        self.tracker = SimpleNamespace(
+            due=lambda step, end: step in (1, end), spent=self.spend, flush=lambda: None, log=lambda *_: None
+        )
+        self.writer = SimpleNamespace(poll=list, save=self.save)
+        self.copies, self.samples = None, 0
         self.verdict: tuple[int, StopReason, str] | None = None
         self.applied = True
         self.loader = self
@@ -71,8 +75,12 @@ class CountingRun:
     def draw_pictures(self) -> None:
         self.asked.append(f"draw {self.step}")
 
-    def save(self) -> None:
-        self.asked.append(f"save {self.step}")
+    def contents(self) -> Contents:
+        return Contents([], {}, {})
+
+    def save(self, step: int, *_: Any) -> float:
+        self.asked.append(f"save {step}")
+        return 0.0
 
 
 def train(run: CountingRun) -> tuple[Any, list[int], StopFlag]:

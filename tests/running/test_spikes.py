@@ -57,6 +57,7 @@ def make_run(directory: Path, *, committed: int | None = 10, step: int = 14, **s
         recipe=SimpleNamespace(optim=SimpleNamespace(spikes=SpikeConfig(**settings)), max_skipped_in_a_row=3),
         student=SimpleNamespace(skipped_in_a_row=1),
         writer=SimpleNamespace(finish=lambda: False),
+        copies=None,
         tracker=SimpleNamespace(
             artifact=lambda path: None, rewinds=lambda step, spent: None, rewound=lambda step: None
         ),
