@@ -269,7 +269,7 @@ class MemoryCopies:
         self._begun = step
         self._start(self._run, step, copies, state, extra)
 
-    def _start(self, work: Callable[..., None], *arguments: Any) -> None:
+    def _start(self, work: Callable[..., object], *arguments: Any) -> None:
         self._wait()
         self._thread = threading.Thread(target=work, args=arguments, name="copy to memory", daemon=True)
         self._thread.start()

@@ -21,9 +21,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from d2v_scale.errors import CheckpointError, ConfigError
 from d2v_scale.files import file_sha256, write_whole
 from d2v_scale.run_files.committed import directory_name
+from d2v_scale.run_files.run_start import RECIPE_FILE
 
 log = logging.getLogger(__name__)
 
@@ -104,15 +107,15 @@ def run_name(root: Path, *, make: bool) -> str:
     return hashlib.sha256(f"{path.read_text()} {root.resolve()}".encode()).hexdigest()[:32]
 
 
-def forget_run(run_dir: Path, wanted: str) -> bool:
-    """Remove the copies on this node of a run that is over; whether there were any. `wanted`: its
-    `checkpoint.memory.dir`."""
+def forget_run(run_dir: Path) -> bool:
+    """Remove the copies on this node of a run that is over; whether there were any."""
     try:
         run = run_name(run_dir / "checkpoints", make=False)
-        folder = base_directory(wanted) / _of_user() / run
-    except (OSError, ConfigError):
-        return False
-    if not run or not folder.is_dir() or not _is_mine(folder.parent):
+        recipe = yaml.safe_load((run_dir / RECIPE_FILE).read_text())
+        folder = base_directory(recipe["checkpoint"]["memory"]["dir"]) / _of_user() / run
+        if not run or not folder.is_dir() or not _is_mine(folder.parent):
+            return False
+    except (OSError, ConfigError, yaml.YAMLError, KeyError, TypeError):
         return False
     shutil.rmtree(folder, ignore_errors=True)
     return True

@@ -4,6 +4,7 @@ Prints `stop` or `requeue`, explains itself on stderr, and exits with the run's 
 RUN_DIR/attempts.jsonl, so that a failure which comes back again and again ends instead of running for ever.
 """
 
+import contextlib
 import json
 import os
 import sys
@@ -24,6 +25,7 @@ from d2v_scale.errors import (
 from d2v_scale.process.signals import StopReason
 from d2v_scale.process.status import ATTEMPTS_FILE, Status, read_status
 from d2v_scale.run_files.committed import committed_steps
+from d2v_scale.tracking.timeline import TIMELINE_FILE
 
 _FINAL = (EXIT_BAD_INPUT, EXIT_NON_FINITE, EXIT_COLLAPSE, EXIT_SPIKE)
 """Another attempt would end the same way: it runs the same code on the same data from the same seed."""
@@ -88,8 +90,20 @@ def ended(status: Status | None, srun_code: int, step: int, whose: str = "srun's
 
 
 def newest_checkpoint(run_dir: Path) -> int:
-    """Step of the newest committed checkpoint; -1 if there is none."""
-    return max(committed_steps(run_dir / "checkpoints"), default=-1)
+    """Step of the newest committed checkpoint, or of the copy in memory that the newest attempt went on from where that
+    is newer; -1 if there is neither."""
+    return max([*committed_steps(run_dir / "checkpoints"), _resumed(run_dir) or -1])
+
+
+def _resumed(run_dir: Path) -> int:
+    """The step that the newest attempt went on from; 0 if from none."""
+    newest = 0
+    with contextlib.suppress(OSError):
+        for line in (run_dir / TIMELINE_FILE).read_text().splitlines():
+            if '"begin"' in line:
+                with contextlib.suppress(ValueError, KeyError):  # torn by a crash
+                    newest = json.loads(line)["resumed"]
+    return newest
 
 
 def read_attempts(run_dir: Path) -> list[Attempt]:

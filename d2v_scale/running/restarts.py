@@ -11,6 +11,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from d2v_scale.checkpoint.memory_files import forget_run
 from d2v_scale.errors import EXIT_DATA_STARVED, EXIT_LOST_PEER, EXIT_REQUEUE
 from d2v_scale.files import append_line
 from d2v_scale.process.started import TELL
@@ -85,5 +86,6 @@ class Restarts:
         restart, why = may_restart(history, self._restarts)
         log.warning("%s: %s", "The ranks are started again" if restart else "The ranks are not started again", why)
         if not restart:
+            forget_run(directory)
             return None
         return [] if self._names_directory else ["--run_dir", str(directory)]

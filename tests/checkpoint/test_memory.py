@@ -111,14 +111,15 @@ def test_what_nobody_came_back_for_is_removed_after_a_day(tmp_path: Path) -> Non
 
 
 def test_a_run_that_is_stopped_for_good_is_forgotten_by_its_own_name_alone(tmp_path: Path) -> None:
+    memory = str(tmp_path / "memory")
     for name in ("a", "b"):
         (tmp_path / name / "checkpoints").mkdir(parents=True)
-    memory = str(tmp_path / "memory")
+        (tmp_path / name / "recipe.yaml").write_text(f"checkpoint: {{memory: {{dir: {memory}}}}}")
     folders = [MemoryFolder(memory, run_name(tmp_path / name / "checkpoints", make=True)) for name in ("a", "b")]
-    assert forget_run(tmp_path / "a", memory)
+    assert forget_run(tmp_path / "a")
     assert [folder.path.exists() for folder in folders] == [False, True]
-    assert not forget_run(tmp_path / "a", memory)
-    assert not forget_run(tmp_path / "never", memory)
+    assert not forget_run(tmp_path / "a")
+    assert not forget_run(tmp_path / "never")
 
 
 def test_copies_are_due_at_their_steps() -> None:

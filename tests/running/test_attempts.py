@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 
 from d2v_scale import errors
+from d2v_scale.files import append_line
 from d2v_scale.process.signals import StopReason
 from d2v_scale.process.status import Status, write_status
 from d2v_scale.running import attempts
@@ -62,6 +63,21 @@ def test_only_committed_checkpoints_count_as_progress(tmp_path: Path) -> None:
         if committed:
             (directory / "COMMITTED").touch()
     assert attempts.newest_checkpoint(tmp_path) == 40
+
+
+def test_a_copy_in_memory_that_an_attempt_went_on_from_counts_as_progress(tmp_path: Path) -> None:
+    def begin(resumed: int) -> None:
+        append_line(tmp_path / "timeline.jsonl", {"event": "begin", "started": 1.0, "resumed": resumed})
+        append_line(tmp_path / "timeline.jsonl", {"event": "at", "step": resumed + 1, "spent": {}})
+
+    begin(0)
+    assert attempts.newest_checkpoint(tmp_path) == -1
+    begin(60)
+    (tmp_path / "timeline.jsonl").open("a").write('{"event": "begin", "resu')
+    assert attempts.newest_checkpoint(tmp_path) == 60
+    (tmp_path / "checkpoints/step-00000080").mkdir(parents=True)
+    (tmp_path / "checkpoints/step-00000080/COMMITTED").touch()
+    assert attempts.newest_checkpoint(tmp_path) == 80
 
 
 def test_a_kept_copy_of_a_checkpoint_does_not_keep_a_job_from_its_requeue(
