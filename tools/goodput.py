@@ -11,11 +11,14 @@ Every cost is an option. Their defaults, with where they come from:
 - --start_up: 180 s, of which 30 s are the groups of more than 10,000 GPUs (MegaScale, arXiv:2402.15627, section 3.5);
   imports, weights and kernels are an assumption.
 - --checkpoint_stall: 5 s, an assumption; --checkpoint_every: the best interval for it.
+- --memory_every, --memory_stall: copies in memory every 60 s, each of which holds training up for 0.1 s, assumptions;
+  --disk_every: beside them a checkpoint an hour.
 - --spare: 10 s until a spare node takes a lost one's place, an assumption: spares, and restarts over several machines,
   are not built; the rows that need them say so.
 """
 
 import argparse
+import itertools
 import statistics
 import sys
 from pathlib import Path
@@ -25,6 +28,7 @@ if __name__ == "__main__":
 
 from d2v_scale.planning.goodput import TRACES, Costs, Fault, best_interval, replay, table
 from d2v_scale.tracking.account import read_account
+from d2v_scale.tracking.record import read_records
 
 _FAULTS: tuple[Fault, ...] = ("process", "node", "hang", "silent", "planned")
 
@@ -35,7 +39,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--trace", choices=TRACES, default="llama3")
     parser.add_argument("--ranks", type=int, default=16384)
     parser.add_argument(
-        "--measured", type=Path, metavar="RUN", help="take --start_up and --notice from this run's account"
+        "--measured", type=Path, metavar="RUN", help="take --start_up, --notice and what copies in memory cost from this run"
     )
     for name, seconds in (
         ("notice", 2.0),
@@ -50,6 +54,7 @@ def make_parser() -> argparse.ArgumentParser:
         ("checkpoint_every", 0.0),
         ("memory_every", 60.0),
         ("memory_stall", 0.1),
+        ("disk_every", 3600.0),
     ):
         parser.add_argument(f"--{name}", type=float, default=seconds, metavar="SECONDS")
     return parser
@@ -66,7 +71,8 @@ def ways(options: argparse.Namespace, every: float) -> list[tuple[str, Costs]]:
     in_job: dict[Fault, float] = {**fast, "node": options.notice_requeue, "planned": options.notice_requeue}
     with_spares: dict[Fault, float] = {**fast, "planned": options.notice_requeue}
     save = {"checkpoint_every": every, "checkpoint_stall": options.checkpoint_stall, "start_up": options.start_up}
-    memory = {**save, "checkpoint_every": options.memory_every, "checkpoint_stall": options.memory_stall}
+    stall = options.memory_stall + options.checkpoint_stall * options.memory_every / options.disk_every
+    memory = {**save, "checkpoint_every": options.memory_every, "checkpoint_stall": stall}
     restarted: dict[Fault, float] = {**at_once, "node": options.node_queue, "planned": options.queue}
     spared: dict[Fault, float] = {**restarted, "node": options.spare}
     return [
@@ -74,18 +80,24 @@ def ways(options: argparse.Namespace, every: float) -> list[tuple[str, Costs]]:
         ("requeue, a short limit", Costs(notice=short, queue=requeued, **save)),
         ("restarts inside the job (over machines: not built)", Costs(notice=in_job, queue=restarted, **save)),
         ("and spare nodes (not built)", Costs(notice=with_spares, queue=spared, **save)),
-        ("and state in a peer's memory (not built)", Costs(notice=with_spares, queue=spared, **memory)),
+        ("and state in a peer's memory", Costs(notice=with_spares, queue=spared, **memory)),
     ]
 
 
 def measure(options: argparse.Namespace) -> str | None:
-    """Enter what a run's attempts took, the median of them; why that cannot be done, or None."""
+    """Enter what a run's attempts took, and its copies in memory if it has any, the median of them; why that cannot be
+    done, or None."""
     attempts = read_account(options.measured)
     restarted = [one for one in attempts[1:] if one.seconds["restart"] > 0]
     if not restarted:
         return f"{options.measured} holds no attempt that was restarted after a fault"
     options.start_up = statistics.median(one.seconds["start_up"] for one in attempts)
     options.notice = statistics.median(one.seconds["restart"] for one in restarted)
+    copies = [record for record in read_records(options.measured) if "memory_copy_stall_seconds" in record]
+    if len(copies) > 1:
+        options.memory_stall = statistics.median(one["memory_copy_stall_seconds"] for one in copies)
+        apart = (after["time"] - before["time"] for before, after in itertools.pairwise(copies))
+        options.memory_every = statistics.median(apart)
     return None
 
 
@@ -101,7 +113,7 @@ def main(arguments: list[str] | None = None) -> int:
     trace = TRACES[options.trace]
     best = best_interval(trace, options.checkpoint_stall, options.ranks)
     every = options.checkpoint_every or best
-    if not every or not options.memory_every:
+    if not every or not options.memory_every or not options.disk_every:
         print("error: without --checkpoint_stall no interval is best; give --checkpoint_every.", file=sys.stderr)
         return 2
     found = [(name, replay(trace, costs, options.ranks)) for name, costs in ways(options, every)]

@@ -81,6 +81,11 @@ def test_the_tool_replays_and_refuses_what_means_nothing(tmp_path: Path) -> None
     (tmp_path / "timeline.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     # 20 and 30 s of start-up, 466 times.
     assert f"| {466 * 25 / 3600:.1f} |" in run("--measured", str(tmp_path)).stdout
+    copies = [{"step": k, "samples": k, "time": 100.0 * k, "memory_copy_stall_seconds": 2.0} for k in (1, 2, 3)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in copies))
+    # A stall of 2 s every 100 s, and one of 36 s an hour, are 3 % of the time.
+    again = run("--measured", str(tmp_path), "--checkpoint_stall", "36").stdout
+    assert f"| {54 * 24 * 0.03:.1f} |" in again.splitlines()[-1]
 
 
 def test_who_is_requeued_is_noticed_as_in_a_requeue() -> None:

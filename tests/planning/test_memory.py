@@ -71,3 +71,12 @@ def test_the_copy_that_a_checkpoint_is_written_from_is_in_host_memory() -> None:
     assert found.is_integer()
     assert int(found).bit_count() == 1
     assert memory.budget(job).host_total >= found
+
+
+def test_copies_in_memory_are_two_generations_of_two_shards_and_a_snapshot() -> None:
+    job = planned("d2v2_vision_huge14", 3, 8)
+    assert memory.budget(job).host["memory copies"] == 0
+    job.recipe.checkpoint.memory.every = 50
+    device, _ = memory.held(job, 0)
+    shard = device["master and moments"] + device["teacher fp32"]
+    assert memory.budget(job).host["memory copies"] == memory.budget(job).host["checkpoint"] + 4 * shard
