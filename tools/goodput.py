@@ -39,7 +39,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--trace", choices=TRACES, default="llama3")
     parser.add_argument("--ranks", type=int, default=16384)
     parser.add_argument(
-        "--measured", type=Path, metavar="RUN", help="take --start_up, --notice and what copies in memory cost from this run"
+        "--measured", type=Path, metavar="RUN", help="take --start_up, --notice and what copies in memory cost from it"
     )
     for name, seconds in (
         ("notice", 2.0),
