@@ -96,6 +96,8 @@ class LabelledSet:
     labels: Labels = field(default_factory=ClassLabels)
     masking: MaskingConfig | None = None
     """Mask like this, the same positions at every reading; null: nothing is masked."""
+    step: int = 0
+    """Masks are drawn as at this step of a run with seed 0."""
     compat: CompatConfig = field(default_factory=CompatConfig)
     """Quirks of the reference that masks are drawn with."""
     min_seconds: float = 0.0
@@ -260,9 +262,9 @@ class LabelledSet:
         return wanted & (members.member_size_ne[:, members.extensions.index(self.labels.extension)] > 0)
 
     def _masked(self, rows: list[NDArray[Any]], keys: list[str], id_n: NDArray[np.int64], lost: int) -> Batch:
-        """The batch as a training step of number 0 and seed 0 would mask it."""
+        """The batch as training step `step` of a run with seed 0 would mask it."""
         assert self.masking is not None
         collator = Collator(self.modality, self._decoder, self.model, self.masking, self.compat, seed=0)
         planned = PlannedBatch(0, np.zeros_like(id_n), id_n >> 32, id_n & (2**32 - 1))
         named = [Row(key, row) for key, row in zip(keys, rows, strict=True)]
-        return collator.batch(named, planned, list(range(len(rows))), step=0, source="held out", lost=lost)
+        return collator.batch(named, planned, list(range(len(rows))), step=self.step, source="held out", lost=lost)

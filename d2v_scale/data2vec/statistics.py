@@ -1,6 +1,8 @@
-"""Signs of collapse: spread, rank and alignment of targets and predictions (spec 1.5); likeness of representations.
+"""Signs of collapse: spread, rank and alignment of targets and predictions (spec 1.5); likeness of representations;
+and what representations are worth without labels (RankMe, LiDAR).
 
-Everything returns tensors on the input's device and waits for nothing, so that it may run every step.
+Everything returns tensors on the input's device. All but RankMe and LiDAR, which need eigenvalues, wait for nothing, so
+that they may run every step.
 """
 
 import torch
@@ -34,6 +36,47 @@ def effective_rank(x_nd: Tensor) -> Tensor:
     tiny = torch.finfo(torch.float32).tiny
     scaled = gram / gram.diagonal().sum().clamp(min=tiny)
     return scaled.diagonal().sum().square() / scaled.square().sum().clamp(min=tiny)
+
+
+def rankme(x_nd: Tensor) -> Tensor:
+    """RankMe (Garrido et al. 2023, arXiv 2210.02885): exp of the entropy of the singular values' shares of their sum, of
+    features as they are, neither centred nor scaled. float64, a scalar.
+
+    1 where all rows lie on one line through 0, r where r directions count alike, min(N, D) at most; 0 where all is 0.
+    Without the 1e-7 that the paper adds to every share, so that these are exact.
+    """
+    return _spread_over(torch.linalg.svdvals(x_nd.detach().double()))
+
+
+def lidar(x_nvd: Tensor, delta: float = 1e-4) -> Tensor:
+    """LiDAR (Thilak et al. 2024, arXiv 2312.04000): how many directions tell samples apart rather than views of one
+    sample. float64, a scalar. `x_nvd`: features of V >= 2 views of N samples.
+
+    exp of the entropy of the eigenvalues' shares in their sum, of S_w^(-1/2) S_b S_w^(-1/2): S_b the covariance of the
+    samples' means, S_w that within samples, plus `delta` of the mean variance of a channel on its diagonal. (The paper
+    adds `delta` itself, and 1e-7 to every share: then neither the features' scale nor their width would cancel.) 0
+    where all samples have the same mean; min(N - 1, D) at most.
+    """
+    x_nvd = x_nvd.detach().double()
+    samples, views, width = x_nvd.shape
+    mean_nd = x_nvd.mean(dim=1)
+    between_nd = (mean_nd - mean_nd.mean(dim=0)) / samples**0.5
+    within_md = (x_nvd - mean_nd[:, None]).flatten(0, 1) / (samples * views) ** 0.5
+    level = (between_nd.square().sum() + within_md.square().sum()) / width
+    # Rounding is no variation; and where nothing varies there is nothing to divide by.
+    flat = between_nd.square().sum() <= 1e-20 * mean_nd.square().mean(dim=0).sum()
+    level = level.clamp(min=torch.finfo(torch.float64).tiny ** 0.5)
+    ridge_dd = delta * level * torch.eye(width, dtype=torch.float64, device=x_nvd.device)
+    factor_dd = torch.linalg.cholesky(within_md.T @ within_md + ridge_dd)
+    # The eigenvalues are the squared singular values of this.
+    whitened_dn = torch.linalg.solve_triangular(factor_dd, between_nd.T, upper=False)
+    return _spread_over(torch.linalg.svdvals(whitened_dn).square() * ~flat)
+
+
+def _spread_over(value_k: Tensor) -> Tensor:
+    """exp of the entropy of the shares of non-negative values; 0 where all are 0."""
+    share_k = value_k / value_k.sum().clamp(min=torch.finfo(value_k.dtype).tiny)
+    return torch.special.entr(share_k).sum().exp() * (value_k.sum() > 0)
 
 
 def mean_cosine(x_nd: Tensor) -> Tensor:

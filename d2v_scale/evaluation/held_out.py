@@ -5,6 +5,7 @@ predictions explain is comparable over a run, and falls to nothing when targets 
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -12,10 +13,12 @@ from torch import Tensor
 from d2v_scale.batch import Batch
 from d2v_scale.data2vec.comparison import compare
 from d2v_scale.data2vec.config import LossConfig
+from d2v_scale.data2vec.statistics import lidar
 from d2v_scale.data2vec.targets import Made, Target
 from d2v_scale.evaluation.config import EvaluationSet
 from d2v_scale.evaluation.layer_probe import LayerProbe
 from d2v_scale.evaluation.samples import samples_without_labels
+from d2v_scale.evaluation.views import VIEWS, ViewProbe
 from d2v_scale.networks.draw import Draw
 from d2v_scale.parallel.objective import Objective
 from d2v_scale.parallel.zero import StudentEngine
@@ -37,14 +40,17 @@ class HeldOutSet:
         targets: Sequence[Target],
         *,
         trained_on: bool = False,
+        redrawn: Sequence[Sequence[Batch]] = (),
     ) -> None:
         """`targets`: those of the batches' stem. All ranks need the same batches. `trained_on`: they are of the
-        training set, so that there is no held-out loss to speak of."""
+        training set, so that there is no held-out loss to speak of. `redrawn`: the same batches under other masks."""
         assert batches, "no batch to measure"
         self._batches, self._student = batches, student
         self._config, self._targets = config, targets
         self._trained_on = trained_on
         self._layers = LayerProbe(student.module, teacher.module, student.topology)
+        self._redrawn = redrawn
+        self._views = ViewProbe(student.module, student.topology)
 
     @classmethod
     def of(
@@ -52,35 +58,54 @@ class HeldOutSet:
     ) -> "HeldOutSet | None":
         """Of a stem's samples, which are decoded once, in the shards that are `named` for it (`named_for`); None where
         there are none. Collective: all ranks must call; all read the same, or raise the same DataError."""
-        found = samples_without_labels(recipe, stem, named, recipe.evaluation.max_masked, masked=True)
+        found = samples_without_labels(recipe, stem, named, recipe.evaluation.max_masked, masked=True, views=VIEWS)
         if found is None:
             return None
         batches = [batch for batch, _ in found.batches]
         loss_config, targets = recipe.objective.of(stem).loss, recipe.built_targets()[stem]
-        return cls(batches, student, teacher, loss_config, targets, trained_on=found.trained_on)
+        return cls(batches, student, teacher, loss_config, targets, trained_on=found.trained_on, redrawn=found.redrawn)
 
     @torch.no_grad()
     def figures(self) -> dict[str, float]:
         """`held_out_loss` (mean over masked positions), `held_out_explained` (1 - squared error / variance of targets),
-        of several targets the weighted sum and the share of the first, and both of each as `.../target_<name>`; and on
-        the first batch what `LayerProbe.figures` says.
+        of several targets the weighted sum and the share of the first, and both of each as `.../target_<name>`; `lidar`
+        of the student's views (see `evaluation.views`), where there are several of each sample; and on the first batch
+        what `LayerProbe.figures` says.
 
         Each data-parallel rank computes every W-th batch. Collective: all ranks must call; all get the same.
         """
         topology = self._student.topology
         rank, size = topology.data_parallel_rank, topology.data_parallel_size
         # A rank that has run out repeats its last batch and counts it as nothing: a sharded forward needs every rank.
-        turns = range(rank, rank + size * -(-len(self._batches) // size), size)
-        mine = [self._batches[min(index, len(self._batches) - 1)].to(topology.device) for index in turns]
+        turns = list(range(rank, rank + size * -(-len(self._batches) // size), size))
         sums = _Sums(self._config, self._targets, [index < len(self._batches) for index in turns], topology.device)
-        # One rank has the first batch, whatever the world size.
-        with self._layers.watching(mine[0] if rank == 0 else None), torch.compiler.set_stance("force_eager"):
-            forward_only(mine, self._student, sums)
+        views = []
+        for number, reading in enumerate([self._batches, *self._redrawn]):
+            mine = [reading[min(index, len(reading) - 1)].to(topology.device) for index in turns]
+            # One rank has the first batch, whatever the world size.
+            layers_seen = self._layers.watching(mine[0] if rank == 0 else None) if number == 0 else nullcontext()
+            with (
+                layers_seen,
+                self._views.watching(mine) as found,
+                torch.compiler.set_stance("force_eager"),
+            ):
+                forward_only(mine, self._student, sums if number == 0 else _Nothing(topology.device))
+            # On a stage of a pipeline that has not the last block nothing is found.
+            views.append([(index, pooled) for index, pooled in zip(turns, found, strict=False) if index < len(reading)])
         topology.sum_over_model(sums.values)
         layers = self._layers.figures()
         packed = torch.stack([value.double() for value in layers.values()]).tolist()
-        held_out = {} if self._trained_on else sums.figures()
+        held_out = {} if self._trained_on else sums.figures() | self._told_apart(views)
         return held_out | dict(zip(layers, packed, strict=True))
+
+    def _told_apart(self, views: Sequence[Sequence[tuple[int, Tensor]]]) -> dict[str, float]:
+        """`lidar` of all ranks' views; nothing where samples have fewer of them."""
+        if self._batches[0].clones * len(views) < VIEWS:
+            return {}
+        sizes = [len(batch.inputs) for batch in self._batches]
+        first = [sum(sizes[:number]) for number in range(len(sizes))]
+        placed = [[(first[index], pooled_bmd) for index, pooled_bmd in found] for found in views]
+        return {"lidar": float(lidar(self._views.together(placed, sum(sizes)).cpu()))}
 
 
 @torch.no_grad()
@@ -94,6 +119,23 @@ def forward_only(batches: list[Batch], student: StudentEngine, objective: Object
     module.eval()
     student.forward_batches(batches, _SAME_NOISE, objective)
     module.train(was_training)
+
+
+class _Nothing:
+    """An objective that is not looked at."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def entered(self, batch: Batch, features_btd: Tensor) -> None:
+        """Not looked at."""
+
+    def share(
+        self, batch: Batch, predictions: Sequence[Tensor], cls: Sequence[Tensor | None], made: Sequence[Made]
+    ) -> Tensor:
+        """0, as nothing is trained."""
+        del batch, predictions, cls, made
+        return torch.zeros((), device=self._device)
 
 
 class _Sums:

@@ -14,6 +14,7 @@ from d2v_scale import modalities
 from d2v_scale.batch import Batch
 from d2v_scale.data.labelled import LabelledSet
 from d2v_scale.data2vec import likeness
+from d2v_scale.data2vec.statistics import rankme
 from d2v_scale.evaluation.config import EvaluationConfig, EvaluationSet
 from d2v_scale.evaluation.features import mean_over_layers
 from d2v_scale.evaluation.knn import knn, whitened
@@ -63,10 +64,12 @@ class OnlineEvaluation:
         student: StudentEngine,
         teacher: EmaTeacher,
         names: LabelNames,
+        *,
+        trained_on: bool = False,
     ) -> None:
-        """`train`: empty where there is no k-NN."""
+        """`train`: empty where there is no k-NN. `trained_on`: `test` is of the training set, and only drawn."""
         self.config = config
-        self._names = names
+        self._names, self._trained_on = names, trained_on
         self._train, self._test = train, test
         self._student, self._teacher = student, teacher
         self._raw: float | None = None
@@ -83,7 +86,8 @@ class OnlineEvaluation:
             samples = samples_without_labels(recipe, stem, named, _PICTURED, masked=False)
             if samples is None:
                 return None
-            return cls(config, [], samples.batches, student, teacher, LabelNames([], samples.tokenizer))
+            unnamed = LabelNames([], samples.tokenizer)
+            return cls(config, [], samples.batches, student, teacher, unnamed, trained_on=samples.trained_on)
 
         def labelled(shards: str, limit: int) -> LabelledSet:
             return LabelledSet(shards, stem, recipe.data, recipe.model, batch_size=config.batch_size, limit=limit)
@@ -102,18 +106,22 @@ class OnlineEvaluation:
         `knn_samples`, of how many; and what it has to be above: `knn_chance`, the share of the commonest label, which
         is found without looking at a sample, and `knn_raw`, the accuracy of `raw_features`. `layer_likeness`: CKA,
         debiased (about 0: nothing in common, 1: the same), of the first and last main block on the samples' means over
-        positions.
+        positions. `rankme`, without labels, too, of the features that k-NN looks at, before they are whitened.
         """
-        if not self._train:
+        if self._trained_on:
             return {}
+        test_qld = self._of_all(self._test, self._pooled)
+        test_qd = mean_over_layers(test_qld[:, :-2].transpose(0, 1))
+        figures = {"rankme": float(rankme(test_qd))}
+        if not self._train:
+            return figures
         labels_q = torch.cat([labels_b for _, labels_b in self._test])
         chance = int(labels_q.unique(return_counts=True)[1].max()) / len(labels_q)
         if self._raw is None:
             self._raw = self._accuracy(*(self._of_all(batches, self._without_model) for batches in self._sets))
-        train_nld, test_qld = (self._of_all(batches, self._pooled) for batches in self._sets)
-        chosen = (mean_over_layers(x_nld[:, :-2].transpose(0, 1)) for x_nld in (train_nld, test_qld))
-        figures = {
-            "knn_accuracy": self._accuracy(*chosen),
+        train_nld = self._of_all(self._train, self._pooled)
+        figures |= {
+            "knn_accuracy": self._accuracy(mean_over_layers(train_nld[:, :-2].transpose(0, 1)), test_qd),
             "knn_samples": len(labels_q),
             "knn_chance": chance,
             "knn_raw": self._raw,

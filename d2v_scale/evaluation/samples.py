@@ -1,8 +1,8 @@
 """Which samples of a stem are looked at while training."""
 
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields, replace
 
 import torch.distributed as dist
 from torch import Tensor
@@ -29,6 +29,8 @@ class Samples:
     tokenizer: str | None
     """Of text."""
     trained_on: bool
+    redrawn: list[list[Batch]] = field(default_factory=list)
+    """The same batches under other masks, all of them again and again."""
 
 
 def named_for(recipe: Recipe, stem: str) -> EvaluationSet:
@@ -37,7 +39,7 @@ def named_for(recipe: Recipe, stem: str) -> EvaluationSet:
     named = recipe.evaluation.of(stem)
     if stem in recipe.evaluation.sets:
         return named
-    of_others = [field.name for field in fields(named) if _is_of_others(recipe, stem, getattr(named, field.name))]
+    of_others = [one.name for one in fields(named) if _is_of_others(recipe, stem, getattr(named, one.name))]
     for key in of_others:
         log.info(
             "evaluation.%s holds nothing that %s reads: evaluation.sets.%s.%s may name some.", key, stem, stem, key
@@ -58,14 +60,14 @@ def _is_of_others(recipe: Recipe, stem: str, shards: str | None) -> bool:
 
 
 def samples_without_labels(
-    recipe: Recipe, stem: str, named: EvaluationSet, limit: int, *, masked: bool
+    recipe: Recipe, stem: str, named: EvaluationSet, limit: int, *, masked: bool, views: int = 1
 ) -> Samples | None:
     """Up to `limit` samples of the held-out shards that are `named` for a stem, or else a few of the first training
     shard that it reads.
 
-    `masked`: as a training step would mask them, always alike. None, and a message why, where training shards cannot be
-    read like this on every rank (no index, say). Raises DataError where named shards cannot. Collective: all ranks must
-    call; all get the same.
+    `masked`: as a training step would mask them, always alike; then held-out ones under `views` masks each or more,
+    where all can be read as often. None, and a message why, where training shards cannot be read like this on every
+    rank (no index, say). Raises DataError where named shards cannot. Collective: all ranks must call; all get the same.
     """
     shards = named.held_out or named.test
     source = next((one for one in recipe.data.sources if stem in one.stems), None)
@@ -75,11 +77,14 @@ def samples_without_labels(
     try:
         read = _set_of(recipe, stem, shards, source, limit, masked)
         found = Samples(read.read(), str(read.tokenizer) if read.tokenizer else None, shards is None)
+        if masked and shards is not None:
+            found.redrawn.extend(_redrawn(read, -(-views // recipe.masking_of(stem).clones) - 1))
     except DataError as error:
         problem = error
     batches = [] if found is None else found.batches
     try:
-        require_same(batches, shards or (source.shards if source else ""))
+        again = [] if found is None else [(batch, batch.sample_ids) for one in found.redrawn for batch in one]
+        require_same([*batches, *again], shards or (source.shards if source else ""))
     except DataError as error:
         problem = problem or error
     if problem is not None and shards is not None:
@@ -88,7 +93,17 @@ def samples_without_labels(
         whose = f" of {stem}" if len(recipe.model.modalities) > 1 else ""
         log.info("No samples%s to look at while training: %s Or name some with evaluation.held_out.", whose, problem)
         return None
+    if found is not None:
+        keys = [batch.keys for batch, _ in batches]
+        found.redrawn[:] = [one for one in found.redrawn if [batch.keys for batch in one] == keys]
     return found
+
+
+def _redrawn(read: LabelledSet, times: int) -> Iterator[list[Batch]]:
+    """The batches of a set under masks that are drawn anew, so many times."""
+    for step in range(1, times + 1):
+        read.step = step
+        yield [batch for batch, _ in read.read()]
 
 
 def require_same(batches: Sequence[tuple[Batch, Tensor]], shards: str) -> None:

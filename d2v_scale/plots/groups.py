@@ -49,6 +49,12 @@ GROUPS = (
         why="0: no better than their mean.",
     ),
     Group(
+        "Quality",
+        "Rank of held-out features, without labels (RankMe, LiDAR)",
+        ("rankme*", "lidar*"),
+        why="Directions that are used, and those that tell samples apart rather than views of one sample.",
+    ),
+    Group(
         "Health",
         "Spread over samples (mean standard deviation)",
         ("target_std*", "prediction_std*", "stem_std*"),

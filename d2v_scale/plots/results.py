@@ -17,6 +17,8 @@ _HIGHER = (
     *(f"test/{metric}" for kind in ("classify", "regress") for metric in METRICS[kind]),
 )
 _LOWER = ("loss", "held_out_loss", *(f"test/{metric}" for metric in METRICS["ctc"]))
+_SIGNS = ("rankme", "lidar")
+"""Without labels: none is better for being higher."""
 _COSTS = ("step", "samples", "hours", "samples_per_second", "mfu", "data_wait_share", "device_memory_peak_gib")
 _MEDIANS = ("samples_per_second", "mfu", "data_wait_share")
 """Of the whole run; of other costs the last value."""
@@ -29,6 +31,8 @@ _BY_SOURCE = {
     "target_std": "spread of targets",
     "prediction_std": "spread of predictions",
     "target_rank": "rank of targets",
+    "rankme": "RankMe",
+    "lidar": "LiDAR",
     "knn_accuracy": "k-NN accuracy",
     "masked_share": "hidden positions",
 }
@@ -48,6 +52,8 @@ def results(summaries: Sequence[RunSummary]) -> str:
         lasts = [summary.last(name) for summary in summaries]
         rows.append(("", [_words(name), *_marked(cells, lasts, higher, alike and "loss" not in name)]))
         rows += [("baseline", row) for row in _baselines(summaries, name)]
+    for name in (name for figure in _SIGNS for name in _recorded_as(figure, recorded)):
+        rows.append(("", [_words(name), *(shown(name, summary.last(name)) for summary in summaries)]))
     for name in _COSTS:
         if name in recorded:
             of = RunSummary.median if name in _MEDIANS else RunSummary.last

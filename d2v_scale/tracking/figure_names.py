@@ -24,6 +24,8 @@ FIGURES = {
     "knn_accuracy": FigureName("k-NN accuracy", "share"),
     "knn_chance": FigureName("chance (commonest label)", "share"),
     "knn_raw": FigureName("raw features", "share"),
+    "rankme": FigureName("RankMe, of the teacher"),
+    "lidar": FigureName("LiDAR, of the student"),
     "probe": FigureName("probe", "share"),
     "test/accuracy": FigureName("accuracy", "share"),
     "test/f1": FigureName("F1", "share"),

@@ -9,7 +9,7 @@ stem, so that a joint run lies on one chart with runs of its modalities.
 from collections.abc import Iterable, Mapping
 
 QUALITY = "1 quality"
-_WORTH = ("loss", "held_out_loss", "held_out_explained", "knn_accuracy", "knn_raw", "knn_chance")
+_WORTH = ("loss", "held_out_loss", "held_out_explained", "rankme", "lidar", "knn_accuracy", "knn_raw", "knn_chance")
 _TEST, _SAMPLES = "test/", "test/samples"
 _OF_A_SOURCE = ("loss", "target_std", "prediction_std", "masked_share")
 

@@ -52,6 +52,8 @@ EVALUATED = [
     "layer_likeness",
     "held_out_loss",
     "held_out_explained",
+    "rankme",
+    "lidar",
     "attention_entropy",
     "attention_entropy/layer_04",
     "cka",

@@ -22,6 +22,7 @@ from d2v_scale.checkpoint.writer import CheckpointWriter
 from d2v_scale.data.paired import joined
 from d2v_scale.data2vec.config import EmaConfig, LossConfig, MaskingConfig, ObjectiveConfig, TargetConfig
 from d2v_scale.evaluation.held_out import HeldOutSet
+from d2v_scale.evaluation.views import VIEWS
 from d2v_scale.interop.encoder_source import EncoderSource
 from d2v_scale.model.config import ModelConfig
 from d2v_scale.model.init import initialize
@@ -104,10 +105,12 @@ def micro_batches(name: str, step: int, topology: groups.Topology, accumulation:
     ]
 
 
-def held_out_batches(name: str) -> list[Batch]:
-    """Three, which two replicas share unevenly."""
+def held_out_batches(name: str, reading: int = 0) -> list[Batch]:
+    """Three, which two replicas share unevenly. `reading`: as if under other masks."""
     return [
-        tiny_models.batch(name, samples=size, clones=clones(name), padded="vision" not in name, seed=50 + size)
+        tiny_models.batch(
+            name, samples=size, clones=clones(name), padded="vision" not in name, seed=50 + size + 100 * reading
+        )
         for size in (5, 3, 4)
     ]
 
@@ -174,7 +177,10 @@ def run(case: dict, topology: groups.Topology) -> None:
     held_out = None
     if case["model"] not in tiny_models.PAIRS:
         targets = recipe.built_targets()[tiny_models.modality_of(case["model"])]
-        held_out = HeldOutSet(held_out_batches(case["model"]), student, teacher, recipe.objective.loss, targets)
+        held_out = HeldOutSet(
+            held_out_batches(case["model"]), student, teacher, recipe.objective.loss, targets,
+            redrawn=[held_out_batches(case["model"], n) for n in range(1, VIEWS // clones(case["model"]))],
+        )  # fmt: skip
     losses, norms, figures, held_out_figures = [], [], {}, {}
     for step in range(first, last):
         if step == last - 1 and held_out is not None:  # not after it: training goes on as if nothing had been measured

@@ -7,7 +7,9 @@ import torch
 
 from d2v_scale.batch import Batch
 from d2v_scale.data2vec.likeness import debiased_cka
+from d2v_scale.data2vec.statistics import rankme
 from d2v_scale.evaluation.config import EvaluationConfig
+from d2v_scale.evaluation.features import mean_over_layers
 from d2v_scale.evaluation.online import LabelledBatches, LabelNames, OnlineEvaluation, first_batches, rows
 from d2v_scale.model.init import initialize
 from d2v_scale.model.teacher_parts import TeacherParts
@@ -139,6 +141,18 @@ def test_the_first_and_the_last_layer_are_compared() -> None:
             for parameter in block.parameters():  # type: ignore[union-attr]
                 parameter.zero_() if parameter.dim() > 1 else None
     assert online.figures()["layer_likeness"] == pytest.approx(1.0, abs=1e-6)
+
+
+@pytest.mark.usefixtures("world_of_one")
+def test_rankme_is_of_the_features_that_k_nn_looks_at_and_needs_no_label() -> None:
+    test = dark_and_light(10, contrast=0.0)
+    online, teacher = evaluated([], test, depth=2)
+    last_nd = torch.cat([teacher.features(batch, None, [1])[0].mean(dim=1) for batch, _ in test])
+    assert online.figures() == pytest.approx({"rankme": float(rankme(mean_over_layers(last_nd[None])))}, rel=1e-5)
+    with_labels, _ = evaluated(dark_and_light(0), test, depth=2)
+    assert with_labels.figures()["rankme"] == online.figures()["rankme"]
+    online._trained_on = True
+    assert online.figures() == {}
 
 
 @pytest.mark.parametrize("follows", [True, False])

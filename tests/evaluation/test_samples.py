@@ -9,6 +9,7 @@ from small_shards import image_samples, sound_samples
 
 from d2v_scale import command_line
 from d2v_scale.errors import DataError
+from d2v_scale.evaluation.config import EvaluationSet
 from d2v_scale.evaluation.samples import Samples, named_for, samples_without_labels
 from d2v_scale.modalities.speech.decoder import measure
 from d2v_scale.recipe import Recipe
@@ -64,6 +65,21 @@ def test_named_shards_come_first_and_must_be_readable(shards: Path) -> None:
     assert sum(len(batch.keys) for batch, _ in found.batches) == 5
     with pytest.raises(DataError, match="No shard matches"):
         look_at(recipe_of(shards, "--evaluation.held_out", f"{shards}/none-*.tar"), 5, masked=True)
+
+
+def test_held_out_samples_are_read_under_as_many_masks_as_are_wanted(shards: Path) -> None:
+    write_set(shards, "other", "image", image_samples(6), per_shard=6, classes=["a", "b", "c"])
+    recipe = recipe_of(shards, "--evaluation.held_out", f"{shards}/other-*.tar", "--objective.masking.clones", "2")
+    found = samples_without_labels(recipe, "vision", named_for(recipe, "vision"), 6, masked=True, views=5)
+    assert found is not None
+    assert len(found.redrawn) == 2  # of two clones each, with the first reading
+    readings = [[batch for batch, _ in found.batches], *found.redrawn]
+    assert len({tuple(batch.keys for batch in reading) for reading in readings}) == 1
+    masks = {batch.masked_rt.numpy().tobytes() for reading in readings for batch in reading[:1]}
+    assert len(masks) == 3
+    trained_on = samples_without_labels(recipe_of(shards), "vision", EvaluationSet(), 6, masked=True, views=5)
+    assert trained_on is not None
+    assert not trained_on.redrawn
 
 
 def test_training_shards_without_an_index_are_left_alone(shards: Path, caplog: pytest.LogCaptureFixture) -> None:
