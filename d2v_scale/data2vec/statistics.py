@@ -39,8 +39,8 @@ def effective_rank(x_nd: Tensor) -> Tensor:
 
 
 def rankme(x_nd: Tensor) -> Tensor:
-    """RankMe (Garrido et al. 2023, arXiv 2210.02885): exp of the entropy of the singular values' shares of their sum, of
-    features as they are, neither centred nor scaled. float64, a scalar.
+    """RankMe (Garrido et al. 2023, arXiv 2210.02885): exp of the entropy of the singular values' shares in their sum,
+    for features as they are, neither centred nor scaled. float64, a scalar.
 
     1 where all rows lie on one line through 0, r where r directions count alike, min(N, D) at most; 0 where all is 0.
     Without the 1e-7 that the paper adds to every share, so that these are exact.

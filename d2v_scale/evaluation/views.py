@@ -1,9 +1,9 @@
 """Several views of each held-out sample, as the student sees them: for LiDAR.
 
 A view is the sample under one of its masks, which are drawn as in training, once and for all. Crops would be views of
-images alone, and of a network that never trained to tell what crops share; the clones of a sample are what the objective
-asks to be seen alike, in every modality. So that recipes with few clones and with many get the same measure, there are
-`VIEWS` of each sample whatever the recipe's clones are.
+images alone, and of a network that never trained to tell what crops share; the clones of a sample are what the
+objective asks to be seen alike, in every modality. So that recipes with few clones and with many get the same measure,
+there are `VIEWS` of each sample whatever the recipe's clones are.
 """
 
 from collections.abc import Iterator, Sequence
@@ -62,8 +62,8 @@ class ViewProbe:
         return pooled_rd.unflatten(0, (-1, batch.clones))
 
     def together(self, readings: Sequence[Sequence[tuple[int, Tensor]]], samples: int) -> Tensor:
-        """(N, V, D): the views of all samples. `readings`: what this rank found at each reading of them, with the number
-        of the first sample of each. Collective: all ranks must call; all get the same."""
+        """(N, V, D): the views of all samples. `readings`: what this rank found at each reading of them, with the
+        number of the first sample of each. Collective: all ranks must call; all get the same."""
         backbone, device = self._student.config.backbone, self._topology.device
         views_nvd = torch.zeros(samples, VIEWS, backbone.width, device=device)
         for number, found in enumerate(readings):
