@@ -15,7 +15,6 @@ from d2v_scale.parallel.zero import StudentEngine
 from d2v_scale.process.signals import Agreement
 from d2v_scale.recipe import Recipe, binding_differences, to_dict
 from d2v_scale.running.spikes import count_rewinds
-from d2v_scale.tracking.tracker import flatten
 
 if TYPE_CHECKING:
     from d2v_scale.running.loop import AnyRun
@@ -38,8 +37,16 @@ def open_copies(recipe: Recipe, student: StudentEngine, topology: Topology, dire
 
 def digest(recipe: Recipe, stage: int, topology: Topology) -> str:
     """Of what must be the same for a shard to fit: what makes another experiment, and who has which part."""
-    values = {name: value for name, (_, value) in binding_differences({}, flatten(to_dict(recipe))).items()}
-    return hashlib.sha256(json.dumps([values, topology.tags(), stage], sort_keys=True).encode()).hexdigest()
+    values = to_dict(recipe)
+    binding = {name: value for name, (_, value) in binding_differences(_emptied(values), values).items()}
+    return hashlib.sha256(json.dumps([binding, topology.tags(), stage]).encode()).hexdigest()
+
+
+def _emptied(values: Any) -> Any:
+    """The same sections, without a value in any of them."""
+    if isinstance(values, dict):
+        return {name: _emptied(value) for name, value in values.items()}
+    return [_emptied(value) for value in values] if isinstance(values, list | tuple) else None
 
 
 def prepare(run: "AnyRun[Any]") -> None:

@@ -81,3 +81,14 @@ def test_a_range_that_means_nothing_is_refused() -> None:
     data = DataConfig(sources=[SourceConfig(shards="x.tar")], leave_out=[LeaveOut(source="vision", begin=[0, 1, 0])])
     with pytest.raises(ConfigError, match=r"data\.leave_out\.0"):
         data.check(["vision"])
+
+
+def test_what_was_read_lately_is_told_to_a_process_that_goes_on_from_memory() -> None:
+    one = LeavingOut(["a", "b"], [])
+    for offset in range(4):
+        one.note([Cursor(0, 0, 8 * offset), Cursor(0, 1, 0)])
+    now = [Cursor(0, 0, 32), Cursor(0, 1, 0)]
+    other = LeavingOut(["a", "b"], [])
+    other.recall(one.lately(2))
+    assert one.latest(2, now) == other.latest(2, now) == other.latest(9, now)
+    assert [(found.source, found.begin, found.end) for found in other.latest(2, now)] == [("a", [0, 0, 16], [0, 0, 32])]

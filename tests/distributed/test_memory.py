@@ -162,7 +162,7 @@ def test_damaged_and_full_memory_is_counted_and_the_disk_taken(tmp_path: Path, s
 def test_a_run_that_went_back_over_a_spike_goes_on_from_memory_as_if_it_had_not_been_killed(
     tmp_path: Path, shards: Path
 ) -> None:
-    settings = {"stop_at": 16, "optim.warmup_steps": 2, **rule("rewind")}
+    settings = {"stop_at": 24, "optim.warmup_steps": 2, **rule("rewind")}
     assert train(tmp_path / "undisturbed", shards, 1, **settings) == [0, 0]
     spiked = spikes(tmp_path / "undisturbed")
     assert spiked, "the rule has found no spike"
