@@ -32,7 +32,7 @@ from d2v_scale.checkpoint.memory_nodes import (
     lack_of_room,
     nodes_of,
     own_address,
-    peer_of,
+    peers,
     place,
     place_of,
 )
@@ -100,7 +100,7 @@ class MemoryCopies:
         self._session, self._server = session, server
         self._nodes = [member.node for member in members]
         self._rank = place()[0]
-        self._peer = peer_of(self._rank, self._nodes)
+        self._peer = peers(self._nodes)[self._rank]
         self._whole = self._begun = self._own = NONE
         """Steps of the last copy that is whole, the last that was begun, and the last of which this rank has done its
         part."""

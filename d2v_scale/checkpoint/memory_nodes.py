@@ -50,19 +50,25 @@ def nodes_of(seats: Sequence[Seat]) -> list[str]:
     return [f"{seat.name}, group {seat.group}" for seat in seats]
 
 
-def peer_of(rank: int, nodes: Sequence[str]) -> int | None:
-    """The rank that holds `rank`'s shard, at the same place of the next node; None with one node. `nodes`: by rank."""
-    names = list(dict.fromkeys(nodes))
-    if len(names) == 1:
-        return None
-    following = names[(names.index(nodes[rank]) + 1) % len(names)]
-    there = [other for other, name in enumerate(nodes) if name == following]
-    return there[place_of(rank, nodes) % len(there)]
+def peers(nodes: Sequence[str]) -> list[int | None]:
+    """By rank the one that holds its shard, at the same place of the next node; None with one node. `nodes`: by
+    rank."""
+    ranks: dict[str, list[int]] = {}
+    for rank, node in enumerate(nodes):
+        ranks.setdefault(node, []).append(rank)
+    if len(ranks) == 1:
+        return [None] * len(nodes)
+    found: list[int | None] = [None] * len(nodes)
+    groups = list(ranks.values())
+    for group, following in zip(groups, [*groups[1:], groups[0]], strict=True):
+        for place, rank in enumerate(group):
+            found[rank] = following[place % len(following)]
+    return found
 
 
 def place_of(rank: int, nodes: Sequence[str]) -> int:
     """Which of its node's ranks it is."""
-    return sum(name == nodes[rank] for name in nodes[:rank])
+    return nodes[:rank].count(nodes[rank])
 
 
 def own_address(alone: bool) -> str:
@@ -101,12 +107,12 @@ class Room:
 
 def lack_of_room(members: Sequence[Member], rooms: Sequence[Room]) -> str:
     """Why some node has not the room for two generations of its copies, in words; empty if all have. Both by rank."""
-    nodes = [member.node for member in members]
+    holders = peers([member.node for member in members])
     wanted: dict[tuple[str, int], int] = {}
     free: dict[tuple[str, int], int] = {}
     replaced: dict[tuple[str, str], tuple[tuple[str, int], int]] = {}
     for rank, room in enumerate(rooms):
-        for holder in {rank, peer_of(rank, nodes)}:
+        for holder in (rank, holders[rank]):
             if holder is not None:
                 system = (members[holder].machine, rooms[holder].file_system)
                 wanted[system] = wanted.get(system, 0) + GENERATIONS * room.shard

@@ -18,7 +18,7 @@ from d2v_scale.checkpoint.memory_files import (
     report_text,
     run_name,
 )
-from d2v_scale.checkpoint.memory_nodes import Member, Room, Seat, lack_of_room, nodes_of, peer_of
+from d2v_scale.checkpoint.memory_nodes import Member, Room, Seat, lack_of_room, nodes_of, peers, place_of
 from d2v_scale.checkpoint.memory_wire import Address
 from d2v_scale.errors import CheckpointError, ConfigError
 
@@ -31,10 +31,11 @@ def test_two_nodes_survive_every_loss_that_leaves_a_copy(tmp_path: Path) -> None
 
 
 def test_a_shard_is_held_at_the_same_place_of_the_next_node() -> None:
-    assert [peer_of(rank, list("aabbcc")) for rank in range(6)] == [2, 3, 4, 5, 0, 1]
-    assert [peer_of(rank, list("abab")) for rank in range(4)] == [1, 0, 3, 2]
-    assert [peer_of(rank, list("aab")) for rank in range(3)] == [2, 2, 0]
-    assert peer_of(0, list("aa")) is None
+    assert peers(list("aabbcc")) == [2, 3, 4, 5, 0, 1]
+    assert peers(list("abab")) == [1, 0, 3, 2]
+    assert peers(list("aab")) == [2, 2, 0]
+    assert peers(list("aa")) == [None, None]
+    assert [place_of(rank, list("abab")) for rank in range(4)] == [0, 0, 1, 1]
 
 
 def test_what_dies_together_is_a_machine_or_on_one_machine_a_group_of_ranks() -> None:
