@@ -4,6 +4,8 @@
 saved, and `torchrun` replaces their exit codes by 1. Torch-free.
 """
 
+import contextlib
+import ctypes
 import itertools
 import os
 import re
@@ -12,7 +14,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
@@ -41,7 +44,7 @@ still tells what there is to tell."""
 _AGREED = (EXIT_BAD_INPUT, EXIT_NON_FINITE, EXIT_COLLAPSE, EXIT_DATA_STARVED, EXIT_SPIKE)
 """All ranks end so, rank 0 after its last words."""
 _POLL_S = 0.1
-_LEFTOVERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+LEFTOVERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def count_gpus(environment: Mapping[str, str]) -> int:
@@ -97,25 +100,20 @@ def run(
     `is_saving`: whether without these ranks, which have ended, the others are completing a checkpoint; they are given
     time for it. Main thread only.
     """
-    common = {key: value for key, value in environment.items() if key not in _LEFTOVERS}
+    common = {key: value for key, value in environment.items() if key not in LEFTOVERS}
     common |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
     if share_cores:
-        common.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // ranks)))
-    group = _Ranks(restarts=again is not None, is_saving=is_saving)
-    kept = {number: signal.getsignal(number) for number in _PASSED_ON}
-    for number in _PASSED_ON:
-        if number != signal.SIGHUP or kept[number] != signal.SIG_IGN:  # `nohup` keeps its meaning
-            signal.signal(number, group.on_signal)
-    try:
+        common.setdefault("OMP_NUM_THREADS", own_threads(ranks))
+    group = Ranks(restarts=again is not None, is_saving=is_saving)
+    with group.signals():
         common.setdefault(STARTED, str(started()))
         further: list[str] = []
         for restart in itertools.count():
             common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), RESTART: str(restart)}
-            for rank in range(ranks):
-                own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-                process = subprocess.Popen([*command, *further], env={**common, **own}, preexec_fn=_ignore_for_now)
-                group.processes.append(process)
-            code = group.wait()
+            places = ({"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks))
+            group.start([*command, *further], ({**common, **place} for place in places))
+            while (code := group.poll()) is None:
+                time.sleep(_POLL_S)
             if code == 0 or again is None or group.is_asked_to_stop:
                 return code
             wanted = again(code, float(common[STARTED]))
@@ -124,14 +122,23 @@ def run(
             common[STARTED], further = str(time.time()), wanted
             group.forget()
         raise AssertionError("unreachable")
-    finally:
-        group.kill()
-        for number, handler in kept.items():
-            signal.signal(number, handler)
 
 
-def _ignore_for_now() -> None:
-    """In a rank that is about to be started: what would end it passes over it until it has its own handlers."""
+def own_threads(ranks: int) -> str:
+    """OMP_NUM_THREADS where so many ranks share the processor."""
+    return str(max(1, len(os.sched_getaffinity(0)) // ranks))
+
+
+_LIBC = ctypes.CDLL(None)
+_PR_SET_PDEATHSIG = 1
+
+
+def _before_rank(launcher: int) -> None:
+    """In a rank that is about to be started: it ends with its launcher, also one that is killed, as nobody would end or
+    follow it then; other signals that would end it pass over it until it has its own handlers."""
+    _LIBC.prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
+    if os.getppid() != launcher:
+        os._exit(1)
     for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
 
@@ -146,8 +153,8 @@ def _ignores(process: "subprocess.Popen[bytes]", number: int) -> bool:
     return found is not None and bool(int(found.group(1), 16) >> (number - 1) & 1)
 
 
-class _Ranks:
-    """The processes, and the signals that they have not got yet.
+class Ranks:
+    """The processes of one machine, and the signals that they have not got yet.
 
     Each rank gets a signal once: a rank that is ending has its handlers no more, and would die of a second one.
     """
@@ -155,10 +162,8 @@ class _Ranks:
     def __init__(self, *, restarts: bool, is_saving: Callable[[Collection[int]], bool] | None = None) -> None:
         """`restarts`: ranks that failed may be started again. `is_saving`: as for `run`."""
         self._restarts, self._is_saving = restarts, is_saving
-        self.processes: list[subprocess.Popen[bytes]] = []
         self._wishes: list[int] = []
-        self._got: list[int] = []
-        """By rank: how many of the wishes."""
+        self.forget()
 
     @property
     def is_asked_to_stop(self) -> bool:
@@ -171,10 +176,38 @@ class _Ranks:
             return GRACE_S
         return HANG_GRACE_S if code == EXIT_REQUEUE else RESTART_GRACE_S
 
+    @contextlib.contextmanager
+    def signals(self) -> Iterator[None]:
+        """Inside, signals to this process are wishes of the ranks; at the end those that still live are killed. Main
+        thread only."""
+        kept = {number: signal.getsignal(number) for number in _PASSED_ON}
+        for number in _PASSED_ON:
+            if number != signal.SIGHUP or kept[number] != signal.SIG_IGN:  # `nohup` keeps its meaning
+                signal.signal(number, self.on_signal)
+        try:
+            yield
+        finally:
+            self.kill()
+            for number, handler in kept.items():
+                signal.signal(number, handler)
+
+    def start(self, command: list[str], environments: Iterable[Mapping[str, str]]) -> None:
+        """One process for each environment. Those of an earlier attempt must have been forgotten."""
+        assert not self.processes
+        before = partial(_before_rank, os.getpid())
+        for environment in environments:
+            self.processes.append(subprocess.Popen(command, env=environment, preexec_fn=before))
+
     def forget(self) -> None:
         """Those that have ended. A wish to stop that came meanwhile is for those who follow."""
-        self.processes, self._got = [], []
+        self.processes: list[subprocess.Popen[bytes]] = []
+        self._got: list[int] = []
+        """By rank: how many of the wishes."""
         self._wishes = [number for number in self._wishes if number != signal.SIGUSR2]
+        self.failed = 0
+        """The code of the one that failed first."""
+        self._limit, self._last = float("inf"), float("inf")
+        """When those that still live are ended, and when at the latest."""
 
     def on_signal(self, number: int, _frame: FrameType | None) -> None:
         self._wishes.append(number)
@@ -184,6 +217,11 @@ class _Ranks:
         for process in self.processes:
             process.kill()
 
+    @property
+    def ended(self) -> list[int]:
+        """Which of them have ended, by their numbers on this machine."""
+        return [rank for rank, process in enumerate(self.processes) if process.poll() is not None]
+
     def _pass_on(self) -> None:
         """Give each rank, in their order, the signals that it does not ignore at this time."""
         self._got += [0] * (len(self.processes) - len(self._got))
@@ -192,20 +230,22 @@ class _Ranks:
                 process.send_signal(self._wishes[self._got[rank]])  # not to one that has ended
                 self._got[rank] += 1
 
-    def wait(self) -> int:
-        """Until all have ended. When one has failed, the others have so long to end by themselves."""
-        failed, limit, last = 0, float("inf"), float("inf")
-        while True:
-            codes = [process.poll() for process in self.processes]
-            now = time.monotonic()
-            if not failed:
-                failed = next((128 - code if code < 0 else code for code in codes if code), 0)
-                limit, last = (now + self._grace_s(failed), now + GRACE_S) if failed else (limit, last)
-            if None not in codes:
-                return failed
-            if failed and self._is_saving and self._is_saving([r for r, code in enumerate(codes) if code is not None]):
-                limit = max(limit, min(now + RESTART_GRACE_S, last))
-            if now >= limit:
-                self.kill()
-            self._pass_on()
-            time.sleep(_POLL_S)
+    def poll(self, elsewhere: int = 0) -> int | None:
+        """None as long as one lives; then 0, or the code of the one that failed first. `elsewhere`: the code that a
+        rank of another machine failed with. When one has failed, here or there, the others have so long to end by
+        themselves; what they end with then is no failure of this machine's."""
+        codes = [process.poll() for process in self.processes]
+        now = time.monotonic()
+        if not self.failed and self._limit == float("inf"):
+            self.failed = next((128 - code if code < 0 else code for code in codes if code), 0)
+        first = self.failed or elsewhere
+        if first and self._limit == float("inf"):
+            self._limit, self._last = now + self._grace_s(first), now + GRACE_S
+        if None not in codes:
+            return self.failed
+        if first and self._is_saving and self._is_saving(self.ended):
+            self._limit = max(self._limit, min(now + RESTART_GRACE_S, self._last))
+        if now >= self._limit:
+            self.kill()
+        self._pass_on()
+        return None

@@ -8,6 +8,8 @@ STARTED = "D2V_SCALE_STARTED"
 """Environment: when a launcher began to start this attempt (Unix seconds)."""
 RESTART = "D2V_SCALE_RESTART"
 """Environment: how often the launcher has started the ranks again."""
+EXCLUDED = "D2V_SCALE_EXCLUDED"
+"""Environment: nodes of this job that take no part any more, and why: `NODE: WHY; NODE: WHY`."""
 TELL = "D2V_SCALE_TELL_RUN_DIR"
 """Environment: the file in which the launcher wants to read where the run directory is."""
 

@@ -8,7 +8,7 @@ line in attempts.jsonl.
 import logging
 import time
 from collections.abc import Collection, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from d2v_scale.checkpoint.memory_files import forget_run
@@ -60,32 +60,56 @@ class Restarts:
     def is_saving(self, ended: Collection[int]) -> bool:
         """Whether the other ranks are completing a checkpoint, for which those that have `ended` (their numbers) had
         written their files. Rank 0 puts it together: without it there is none."""
-        if 0 in ended or not self._told.exists():
+        directory = self.directory
+        if 0 in ended or directory is None:
             return False
-        for temporary in (Path(self._told.read_text()) / "checkpoints").glob(".tmp-*"):
+        for temporary in (directory / "checkpoints").glob(".tmp-*"):
             if all((temporary / f"rank-{rank:05d}.json").exists() for rank in ended):
                 return True
         return False
 
+    def attempt(self, code: int, since: float = 0.0) -> Attempt | None:
+        """How the ranks ended, with this code of the first that failed; None: they had no run directory yet. `since`:
+        when they were started (Unix seconds); what status.json said before is no word on them."""
+        directory = self.directory
+        if directory is None:
+            return None
+        status = read_status(directory)
+        told = None if status is not None and status.time < since else status
+        return replace(ended(told, code, newest_checkpoint(directory), "the launcher's"), time=time.time())
+
+    @property
+    def directory(self) -> Path | None:
+        """The run directory, once the ranks have told it."""
+        try:
+            return Path(self._told.read_text())
+        except OSError:
+            return None
+
+    def may_follow(self, history: Sequence[Attempt]) -> tuple[bool, str]:
+        """`may_restart` by the number of restarts that was given."""
+        return may_restart(history, self._restarts)
+
+    def further(self) -> list[str]:
+        """Further arguments for ranks that are started again."""
+        return [] if self._names_directory else ["--run_dir", str(self.directory)]
+
     def again(self, code: int, since: float) -> list[str] | None:
         """Further arguments for the ranks that are started again after they ended with this code; None: they are not.
         `since`: when they were started (Unix seconds)."""
-        if not self._told.exists():
+        attempt, directory = self.attempt(code, since), self.directory
+        if attempt is None or directory is None:
             log.error("The ranks ended with code %d before they had a run directory: they are not started again", code)
             return None
-        directory = Path(self._told.read_text())
-        status = read_status(directory)
-        told = None if status is not None and status.time < since else status
-        attempt = ended(told, code, newest_checkpoint(directory), "the launcher's")
         history = [*read_attempts(directory), attempt]
         try:
-            append_line(directory / ATTEMPTS_FILE, {**asdict(attempt), "time": time.time()})
+            append_line(directory / ATTEMPTS_FILE, asdict(attempt))
         except OSError as error:
             log.error("Not started again, as attempts cannot be counted (%s): %s", error, attempt.reason)
             return None
-        restart, why = may_restart(history, self._restarts)
+        restart, why = self.may_follow(history)
         log.warning("%s: %s", "The ranks are started again" if restart else "The ranks are not started again", why)
         if not restart:
             forget_run(directory)
             return None
-        return [] if self._names_directory else ["--run_dir", str(directory)]
+        return self.further()

@@ -186,8 +186,8 @@ def test_ranks_that_write_a_checkpoint_are_given_the_time_for_it(tmp_path: Path)
 
 
 def test_rank_0_may_finish_its_last_words_before_ranks_are_given_up() -> None:
-    group = local_ranks._Ranks(restarts=True)
-    assert group._grace_s(12) == local_ranks._Ranks(restarts=False)._grace_s(137) == local_ranks.GRACE_S
+    group = local_ranks.Ranks(restarts=True)
+    assert group._grace_s(12) == local_ranks.Ranks(restarts=False)._grace_s(137) == local_ranks.GRACE_S
     assert group._grace_s(137) == group._grace_s(1) == local_ranks.RESTART_GRACE_S < group._grace_s(10)
     group.on_signal(signal.SIGTERM, None)
     assert group._grace_s(10) == local_ranks.GRACE_S

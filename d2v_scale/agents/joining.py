@@ -1,0 +1,87 @@
+"""Be a node's launcher: read who takes part, and look after the node's ranks until all is over."""
+
+import logging
+import os
+import socket
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from d2v_scale.agents.agent import Agent
+from d2v_scale.agents.leading import Leader
+from d2v_scale.agents.meeting import Directory
+from d2v_scale.agents.own_ranks import Devices, OwnRanks
+from d2v_scale.errors import UserError
+from d2v_scale.running.restarts import Restarts
+
+NODES_FILE = "nodes"
+"""In the directory where launchers meet: a line `NAME ADDRESS [WHY IT CANNOT TRAIN]` for each node, those first that
+train first."""
+_POLL_S, _POLL_S_PER_NODE, _MOST_POLL_S = 0.1, 0.005, 1.0
+
+
+@dataclass(frozen=True)
+class Nodes:
+    """The nodes of a job. `addresses`: by name and in order; `unfit`: those that are not to train, and why."""
+
+    addresses: Mapping[str, str]
+    unfit: Mapping[str, str]
+
+
+def read_nodes(folder: Path) -> Nodes:
+    """The nodes of a meeting in `folder`. Raises UserError."""
+    file = folder / NODES_FILE
+    try:
+        lines = [line.split(maxsplit=2) for line in file.read_text().splitlines() if line.strip()]
+    except OSError as error:
+        raise UserError(
+            f"--meet {folder}: {file} cannot be read ({error.strerror}).",
+            "Give a directory that all nodes share, in which the file `nodes` has a line `NAME ADDRESS` for each.",
+        ) from error
+    names = [line[0] for line in lines]
+    if not lines or min(len(line) for line in lines) < 2 or len({*names}) < len(names):
+        raise UserError(f"{file} does not have one line `NAME ADDRESS` for each node.", "Each name may come once.")
+    unfit = {line[0]: line[2] for line in lines if len(line) > 2}
+    return Nodes({name: address for name, address, *_ in lines}, unfit)
+
+
+def own_name(environment: Mapping[str, str] = os.environ) -> str:
+    """This node's name where none is given."""
+    return environment.get("SLURMD_NODENAME") or socket.gethostname()
+
+
+def join(
+    folder: Path,
+    node: str,
+    spares: int,
+    restarts: int,
+    command: list[str],
+    arguments: Sequence[str],
+    ranks: int,
+    environment: Mapping[str, str],
+) -> int:
+    """Train on this node with the launchers of others that meet in `folder`; the exit code of all. Main thread only.
+
+    `spares`: how many of the nodes are left over at first; `restarts`: how often for each kind of fault without a new
+    checkpoint between; `command` with `arguments`: of the training program; `ranks`: on each node. Raises UserError.
+    """
+    nodes = read_nodes(folder)
+    if node not in nodes.addresses:
+        raise UserError(f"--node {node} is none of {folder / NODES_FILE}.", f"It has {', '.join(nodes.addresses)}.")
+    if not 0 <= spares < len(nodes.addresses):
+        raise UserError(
+            f"--spares is {spares}, and there are {len(nodes.addresses)} nodes.", "At least one of them has to train."
+        )
+    deciding = Restarts(restarts, folder, arguments)
+    own = OwnRanks([*command, *arguments], ranks, environment, deciding)
+    leader = Leader([*nodes.addresses], len(nodes.addresses) - spares, deciding, nodes.unfit)
+    devices = Devices(ranks, environment)
+    agent = Agent(node, nodes.addresses, Directory(folder), own, leader, problem=devices.problem)
+    poll_s = min(_MOST_POLL_S, _POLL_S + _POLL_S_PER_NODE * len(nodes.addresses))
+    with own.group.signals():
+        while (code := agent.step()) is None:
+            time.sleep(poll_s)
+    if agent.plan is not None and agent.plan.why:
+        logging.getLogger("d2v_scale.train").warning("%s: %s", node, agent.plan.why)
+    return code
