@@ -6,6 +6,9 @@
 
 set -uo pipefail
 
+# shellcheck source=slurm/launch.bash
+source "${BASH_SOURCE[0]%/*}/launch.bash"
+
 say() { printf '%(%F %T)T %s\n' -1 "$*"; }
 
 die() { say "error: $*"; exit 2; }
@@ -87,7 +90,7 @@ is_taken() { # whether something on this node, the job's first, listens to a por
 }
 
 find_nodes() {
-    local names node offset
+    local node offset
     mapfile -t names < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
     export D2V_SCALE_NODES="${names[*]}"
     local gpus=${SLURM_GPUS_PER_NODE:-} # may be h100:8
@@ -105,6 +108,7 @@ find_nodes() {
     done
     printf '%s slots='"$ranks"'\n' "${names[@]}" > "$logs/hostfile" || die "cannot write to $logs"
     say "${#names[@]} nodes (${names[*]}), $ranks ranks on each, first address $MASTER_ADDR:$MASTER_PORT"
+    ((spares == 0)) || say "$spares of the nodes wait to take the place of one that is lost"
 }
 
 set_environment() {
@@ -188,12 +192,13 @@ set_python() { # sets python: words that start one from this shell; it needs no 
 
 # ----------------------------------------------------------------------------------------------------- launch and signals
 
-step_on_nodes() { # sets step: srun of a shell text on all nodes, the output of each in a file of its own
+step_on_nodes() { # sets step: srun of a shell text on all nodes, the output of each in a file of its own;
+    # step_on_nodes NAME TASKS_PER_NODE TEXT [options of srun]
     local log=$1 tasks_per_node=$2 text=$3
     local cpus_per_task=$((cpus / tasks_per_node > 0 ? cpus / tasks_per_node : 1))
     # shellcheck disable=SC2206  # options are separated by spaces
     step=(srun --ntasks=$((tasks_per_node * SLURM_NNODES)) --ntasks-per-node="$tasks_per_node"
-        --cpus-per-task=$cpus_per_task --overcommit --kill-on-bad-exit=0 --wait=60
+        --cpus-per-task=$cpus_per_task --overcommit --kill-on-bad-exit=0 "${@:4}"
         --export=ALL # the list of `sbatch --export` was for the job; the ranks need all that is set here
         "${container_options[@]}" ${D2V_SCALE_SRUN_OPTIONS:-}
         bash -c "exec >> $(printf %q "$logs/$log")-\$SLURMD_NODENAME.log 2>&1; $text")
@@ -209,50 +214,22 @@ preflight() {
         --data "$(argument data)" --min_free_gb "${D2V_SCALE_MIN_FREE_GB:-20}" \
         ${D2V_SCALE_PREFLIGHT_WAIT_S:+--wait_s "$D2V_SCALE_PREFLIGHT_WAIT_S"} \
         ${D2V_SCALE_PREFLIGHT_ALL_REDUCE_S:+--all_reduce_s "$D2V_SCALE_PREFLIGHT_ALL_REDUCE_S"}
-    step_on_nodes preflight "$ranks" "exec $command_line"
+    step_on_nodes preflight "$ranks" "exec $command_line" --wait=60
     MASTER_PORT=$((MASTER_PORT + 1)) "${step[@]}"
     local result=$?
-    bad_nodes=$("${python[@]}" -c 'import json, sys
+    bad=$("${python[@]}" -c 'import json, sys
 from d2v_scale.process.status import write_status
 report = json.load(open(sys.argv[1]))
 if report["exit_code"] != 0:
     write_status(sys.argv[2], report["exit_code"], report["text"])
 if report["exit_code"] == 10:
-    print(",".join(sorted(report["bad_nodes"])))
+    for node, problems in sorted(report["bad_nodes"].items()):
+        print(node, ", ".join(problems).replace("\n", " "))
 sys.exit(report["exit_code"])' "$logs/preflight.json" "$run_dir")
     local verdict=$?
+    bad_nodes=$(cut -d" " -f1 <<< "$bad" | paste -sd,)
     [[ -s $logs/preflight.json ]] || { say "preflight gave no report (srun: $result); see $logs/preflight-*.log"; return 1; }
     return "$verdict"
-}
-
-forward_signal() {
-    say "asked to stop: passing it on to the ranks"
-    stop_requested=1
-    # Again and again, as a rank may still be importing; a rank that knows ignores it.
-    [[ -n ${srun_pid:-} && -z ${forwarder_pid:-} ]] || return 0
-    (while kill -USR1 "$srun_pid" 2> /dev/null; do sleep 20; done) &
-    forwarder_pid=$!
-}
-
-launch() { # `deepspeed` on every node, each starting its own ranks
-    # No ssh: the job's nodes need no login between each other, srun carries signals and environment, and Slurm can
-    # account for and end every process. The launcher would die of USR1, and its outer half of TERM, leaving the ranks
-    # behind: both are ignored from here on. train.py sets its own handlers.
-    in_container deepspeed --no_ssh --no_ssh_check --hostfile "$logs/hostfile" --master_addr "$MASTER_ADDR" \
-        --master_port "$MASTER_PORT"
-    step_on_nodes node 1 "trap '' USR1 TERM
-        exec $command_line --node_rank \$SLURM_NODEID $(printf '%q ' "$code/d2v_scale/train.py" "${arguments[@]}")"
-    "${step[@]}" &
-    srun_pid=$! # of srun itself, not of a subshell: it gets the signals
-    ((stop_requested)) && forward_signal
-    local result
-    while :; do # `wait` also returns when a signal arrives
-        wait "$srun_pid"
-        result=$?
-        kill -0 "$srun_pid" 2> /dev/null || break
-    done
-    [[ -n ${forwarder_pid:-} ]] && kill "$forwarder_pid" 2> /dev/null
-    return "$result"
 }
 
 # ---------------------------------------------------------------------------------------------------- verdict and requeue
@@ -313,6 +290,7 @@ train() { # the whole job: train RECIPE DEEPSPEED_CONFIG [arguments of train.py,
     trap forward_signal USR1 TERM
     activate
     check_programs
+    find_restarts
     find_run_dir
     if ((${SLURM_RESTART_COUNT:-0} > 0)) && grep -q '"outcome": "done"' "$run_dir/status.json" 2> /dev/null; then
         say "this run is finished"
@@ -329,7 +307,9 @@ train() { # the whole job: train RECIPE DEEPSPEED_CONFIG [arguments of train.py,
     fi
     find_nodes
     set_environment
-    preflight || finish $?
+    local verdict=0
+    preflight || verdict=$?
+    ((verdict == 0)) || spares_suffice "$verdict" || finish "$verdict"
     ((stop_requested)) && say "asked to stop before the start"
     launch
     finish $?

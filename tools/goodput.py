@@ -13,8 +13,8 @@ Every cost is an option. Their defaults, with where they come from:
 - --checkpoint_stall: 5 s, an assumption; --checkpoint_every: the best interval for it.
 - --memory_every, --memory_stall: copies in memory every 60 s, each of which holds training up for 0.1 s, assumptions;
   --disk_every: beside them a checkpoint an hour.
-- --spare: 10 s until a spare node takes a lost one's place, an assumption: spares, and restarts over several machines,
-  are not built; the rows that need them say so.
+- --spare: 10 s beside --notice until a spare node takes a lost one's place: so long a launcher says nothing before it
+  counts as lost (`agents.agent.LOST_S`).
 """
 
 import argparse
@@ -39,7 +39,10 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--trace", choices=TRACES, default="llama3")
     parser.add_argument("--ranks", type=int, default=16384)
     parser.add_argument(
-        "--measured", type=Path, metavar="RUN", help="take --start_up, --notice and what copies in memory cost from it"
+        "--measured",
+        type=Path,
+        metavar="RUN",
+        help="take --start_up, --notice, --spare and what copies in memory cost from it",
     )
     for name, seconds in (
         ("notice", 2.0),
@@ -78,8 +81,8 @@ def ways(options: argparse.Namespace, every: float) -> list[tuple[str, Costs]]:
     return [
         ("requeue, the watchdog's default limit", Costs(notice=slow, queue=requeued, **save)),
         ("requeue, a short limit", Costs(notice=short, queue=requeued, **save)),
-        ("restarts inside the job (over machines: not built)", Costs(notice=in_job, queue=restarted, **save)),
-        ("and spare nodes (not built)", Costs(notice=with_spares, queue=spared, **save)),
+        ("restarts inside the job", Costs(notice=in_job, queue=restarted, **save)),
+        ("and spare nodes", Costs(notice=with_spares, queue=spared, **save)),
         ("and state in a peer's memory", Costs(notice=with_spares, queue=spared, **memory)),
     ]
 
@@ -88,11 +91,20 @@ def measure(options: argparse.Namespace) -> str | None:
     """Enter what a run's attempts took, and its copies in memory if it has any, the median of them; why that cannot be
     done, or None."""
     attempts = read_account(options.measured)
-    restarted = [one for one in attempts[1:] if one.seconds["restart"] > 0]
+    pairs = itertools.pairwise(attempts)
+    restarted = [(before, one) for before, one in pairs if one.seconds["restart"] > 0]
+    takes_place = [len(one.excluded) > len(before.excluded) for before, one in restarted]
+    spared, others = (
+        [one.seconds["restart"] for (_, one), takes in zip(restarted, takes_place, strict=True) if takes == wanted]
+        for wanted in (True, False)
+    )
     if not restarted:
         return f"{options.measured} holds no attempt that was restarted after a fault"
     options.start_up = statistics.median(one.seconds["start_up"] for one in attempts)
-    options.notice = statistics.median(one.seconds["restart"] for one in restarted)
+    if others:
+        options.notice = statistics.median(others)
+    if spared:  # noticing included
+        options.spare = max(0.0, statistics.median(spared) - options.notice)
     copies = [record for record in read_records(options.measured) if "memory_copy_stall_seconds" in record]
     if len(copies) > 1:
         options.memory_stall = statistics.median(one["memory_copy_stall_seconds"] for one in copies)

@@ -60,11 +60,13 @@ def join(
     arguments: Sequence[str],
     ranks: int,
     environment: Mapping[str, str],
+    problem: str = "",
 ) -> int:
     """Train on this node with the launchers of others that meet in `folder`; the exit code of all. Main thread only.
 
     `spares`: how many of the nodes are left over at first; `restarts`: how often for each kind of fault without a new
-    checkpoint between; `command` with `arguments`: of the training program; `ranks`: on each node. Raises UserError.
+    checkpoint between; `command` with `arguments`: of the training program; `ranks`: on each node; `problem`: why this
+    one cannot have them. Raises UserError.
     """
     nodes = read_nodes(folder)
     if node not in nodes.addresses:
@@ -76,7 +78,7 @@ def join(
     deciding = Restarts(restarts, folder, arguments)
     own = OwnRanks([*command, *arguments], ranks, environment, deciding)
     leader = Leader([*nodes.addresses], len(nodes.addresses) - spares, deciding, nodes.unfit)
-    devices = Devices(ranks, environment)
+    devices = Devices(ranks, environment, problem)
     agent = Agent(node, nodes.addresses, Directory(folder), own, leader, problem=devices.problem)
     poll_s = min(_MOST_POLL_S, _POLL_S + _POLL_S_PER_NODE * len(nodes.addresses))
     with own.group.signals():

@@ -1,12 +1,12 @@
 """The ranks of this launcher's node, and whether the node could have some."""
 
+import json
 import subprocess
 import sys
 import time
 from collections.abc import Collection, Mapping
 
 from d2v_scale.agents.agent import MOST_GONE
-from d2v_scale.agents.leading import named
 from d2v_scale.agents.plan import Plan
 from d2v_scale.parallel import local_ranks
 from d2v_scale.process.started import EXCLUDED, RESTART, STARTED, started
@@ -54,7 +54,7 @@ class OwnRanks:
         common = {**self._environment, **self._restarts.environment}
         common |= {"WORLD_SIZE": str(len(plan.active) * self.count), "LOCAL_WORLD_SIZE": str(self.count)}
         common |= {"MASTER_ADDR": address, "MASTER_PORT": str(port), RESTART: str(plan.number - 1)}
-        common |= {STARTED: str(plan.time) if plan.number > 1 else self._started, EXCLUDED: named(plan.excluded)}
+        common |= {STARTED: str(plan.time) if plan.number > 1 else self._started, EXCLUDED: json.dumps(plan.excluded)}
         places = ({"RANK": str(self._first_rank + rank), "LOCAL_RANK": str(rank)} for rank in range(self.count))
         self.group.start([*self._command, *plan.further], ({**common, **own} for own in places))
 
@@ -84,12 +84,12 @@ class OwnRanks:
 class Devices:
     """Looks now and then, in a process of its own, whether this node's devices compute."""
 
-    def __init__(self, count: int, environment: Mapping[str, str]) -> None:
-        """`count`: of ranks on a node."""
+    def __init__(self, count: int, environment: Mapping[str, str], problem: str = "") -> None:
+        """`count`: of ranks on a node. `problem`: what is known already."""
         self._command, self._environment = [sys.executable, "-c", _CHECK, str(count)], environment
         self._process: subprocess.Popen[str] | None = None
         self._next = time.monotonic() + CHECK_EVERY_S
-        self._problem = ""
+        self._problem = problem
 
     def problem(self) -> str:
         """What the last look found; "" for nothing."""

@@ -78,18 +78,14 @@ def main(arguments: list[str] | None = None) -> int:
                     raise UserError(f"--{name} is given to a process that a launcher has started.", "Leave it out.")
             return local_ranks.become([*_program(), *for_training], environment)
         restarts = _restarts(options)
-        ranks, gpus = local_ranks.choose_ranks(options.ranks, environment)
-        if gpus == 0:
-            environment.setdefault("DS_ACCELERATOR", "cpu")
         if options.meet is not None:
-            node = options.node or joining.own_name(environment)
-            if gpus == 0:
-                environment.setdefault("OMP_NUM_THREADS", local_ranks.own_threads(ranks))
-            meeting = (options.meet, node, options.spares, restarts)
-            return joining.join(*meeting, _program(), for_training, ranks, environment)
+            return _join(options, restarts, for_training, environment)
+        ranks, gpus = local_ranks.choose_ranks(options.ranks, environment)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
+    if gpus == 0:
+        environment.setdefault("DS_ACCELERATOR", "cpu")
     command = [*_program(), *for_training]
     if restarts:
         with tempfile.TemporaryDirectory(prefix="d2v_launcher_") as folder:
@@ -118,6 +114,25 @@ def _restarts(options: argparse.Namespace) -> int:
     if options.spares and not restarts:
         raise UserError("--restarts is 0: a spare node takes its place in a restart.", "Give 1 or more.")
     return restarts
+
+
+def _join(options: argparse.Namespace, restarts: int, for_training: list[str], environment: dict[str, str]) -> int:
+    """Be this machine's launcher among others. Raises UserError."""
+    if options.ranks is None:
+        raise UserError("--meet is given without --ranks.", "Say how many processes every machine has.")
+    problem = ""
+    try:
+        _, gpus = local_ranks.choose_ranks(options.ranks, environment)
+    except UserError as error:  # this machine's alone, perhaps: others can do without it, and will name it
+        if options.ranks < 1:
+            raise
+        gpus, problem = options.ranks, str(error)
+    if gpus == 0:
+        environment.setdefault("DS_ACCELERATOR", "cpu")
+        environment.setdefault("OMP_NUM_THREADS", local_ranks.own_threads(options.ranks))
+    node = options.node or joining.own_name(environment)
+    meeting = (options.meet, node, options.spares, restarts)
+    return joining.join(*meeting, _program(), for_training, options.ranks, environment, problem)
 
 
 def _program() -> list[str]:

@@ -3,6 +3,7 @@
     d2v submit --recipe d2v2_vision_large --nodes 8 --data '/shards/in1k-{0000..1281}.tar' --optim.lr 1e-3
     d2v submit --recipe d2v2_vision_7b --nodes 32 --device h100 --data '/shards/in1k-{0000..1281}.tar'
 
+With --spares N the job gets N nodes more than train, which take the places of lost ones (docs/faults.md).
 With --device the topology and the DeepSpeed JSON are those that `d2v plan` finds fastest among those that fit.
 Options of this tool come first by name; everything else goes to train.py. SBATCH_* variables of slurm/site.env count.
 """
@@ -31,16 +32,19 @@ def template_of(recipe: str) -> Path:
     return templates.folder("slurm") / f"pretrain_{size}.sh"
 
 
-def sbatch_options(options: argparse.Namespace) -> list[str]:
-    """What is asked for on sbatch's command line, where it counts for more than the template and the environment."""
+def sbatch_options(options: argparse.Namespace, training: int) -> list[str]:
+    """What is asked for on sbatch's command line, where it counts for more than the template and the environment.
+    `training`: nodes that train."""
     asked = {
-        "nodes": options.nodes,
+        "nodes": training + options.spares if options.spares else options.nodes,
         "gpus-per-node": options.gpus,
         "time": options.time,
         "partition": options.partition,
         "job-name": options.job_name,
     }
-    return [f"--{name}={value}" for name, value in asked.items() if value is not None]
+    # By itself Slurm ends a job that loses a node.
+    whole = ["--no-kill"] if options.spares else []
+    return [*(f"--{name}={value}" for name, value in asked.items() if value is not None), *whole]
 
 
 def effective(template: Path, asked: list[str], environment: dict[str, str]) -> dict[str, tuple[str, str]]:
@@ -83,7 +87,8 @@ def make_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = VerbParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--recipe", required=True, help="recipe of the package or a YAML file")
-    parser.add_argument("--nodes", type=int, help="number of nodes; default: the template's")
+    parser.add_argument("--nodes", type=int, help="number of nodes that train; default: the template's")
+    parser.add_argument("--spares", type=int, default=0, help="nodes beside them, to take the place of a lost one")
     parser.add_argument("--gpus", help="GPUs on each node, such as 8 or h100:8; default: the template's")
     parser.add_argument("--device", help="plan the topology for this kind of GPU: h100, h200, a100")
     parser.add_argument("--time", help="time limit, such as 2-00:00:00; the job continues after it")
@@ -104,11 +109,15 @@ def main(arguments: list[str] | None = None) -> int:
     if shutil.which("sbatch") is None:
         print("error: no sbatch here: run this on a login node of the cluster", file=sys.stderr)
         return EXIT_BAD_INPUT
-    asked = sbatch_options(options)
+    if options.spares < 0:
+        print(f"error: --spares is {options.spares}. Give 0 or more.", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    training = options.nodes or int(effective(template, [], {}).get("nodes", ("1", ""))[0])
+    asked = sbatch_options(options, training)
     holds = effective(template, asked, dict(os.environ))
     if options.device is not None:
         gpus = int(holds.get("gpus-per-node", ("8", ""))[0].rpartition(":")[2])
-        proposed = planned(options, for_training, int(holds.get("nodes", ("1", ""))[0]), gpus)
+        proposed = planned(options, for_training, training, gpus)
         if proposed is None:
             print("error: d2v plan finds no way to train this on that many devices", file=sys.stderr)
             return EXIT_BAD_INPUT
@@ -116,7 +125,8 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"{template}:")
     for name, (value, source) in holds.items():
         print(f"  {'--' + name + ('=' + value if value else ''):34}  {source}")
-    command = ["sbatch", *asked, str(template), *for_training, "--recipe", options.recipe]
+    spares = ["--spares", str(options.spares)] if options.spares else []
+    command = ["sbatch", *asked, str(template), *spares, *for_training, "--recipe", options.recipe]
     print(shlex.join(command), flush=True)
     if options.dry_run:
         return subprocess.run(["sbatch", "--test-only", *command[1:]], check=False).returncode

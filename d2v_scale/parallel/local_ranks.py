@@ -210,7 +210,8 @@ class Ranks:
         """When those that still live are ended, and when at the latest."""
 
     def on_signal(self, number: int, _frame: FrameType | None) -> None:
-        self._wishes.append(number)
+        if number == signal.SIGUSR2 or number not in self._wishes:  # a job's script may ask again and again
+            self._wishes.append(number)
 
     def kill(self) -> None:
         """End those that have not ended."""

@@ -1,5 +1,6 @@
 """When this attempt of a run was started, and what its launcher says of that. Standard library only."""
 
+import json
 import os
 import time
 from pathlib import Path
@@ -9,7 +10,7 @@ STARTED = "D2V_SCALE_STARTED"
 RESTART = "D2V_SCALE_RESTART"
 """Environment: how often the launcher has started the ranks again."""
 EXCLUDED = "D2V_SCALE_EXCLUDED"
-"""Environment: nodes of this job that take no part any more, and why: `NODE: WHY; NODE: WHY`."""
+"""Environment: nodes of this job that take no part any more, and why: a JSON object."""
 TELL = "D2V_SCALE_TELL_RUN_DIR"
 """Environment: the file in which the launcher wants to read where the run directory is."""
 
@@ -28,6 +29,14 @@ def number(name: str) -> float | None:
         return float(os.environ[name])
     except (KeyError, ValueError):
         return None
+
+
+def excluded() -> dict[str, str]:
+    """Nodes of this job that take no part any more, and why, as far as the launcher says so."""
+    try:
+        return dict(json.loads(os.environ.get(EXCLUDED, "{}")))
+    except ValueError:
+        return {}
 
 
 def tell_run_dir(directory: Path) -> None:

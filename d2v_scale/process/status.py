@@ -9,13 +9,14 @@ import errno
 import json
 import os
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
 
 from d2v_scale.errors import EXIT_DONE, EXIT_LOST_PEER, EXIT_REQUEUE
 from d2v_scale.files import write_whole
+from d2v_scale.process.started import excluded
 from d2v_scale.redaction import redact
 
 Outcome = Literal["done", "requeue", "failed"]
@@ -42,6 +43,8 @@ class Status:
     """What the run is worth, in lines as at the terminal."""
     next: Sequence[str] = ()
     """Commands that go on from here, the likeliest first."""
+    excluded: Mapping[str, str] = field(default_factory=dict)
+    """Nodes of the job whose places spare ones took, and why."""
 
     def __post_init__(self) -> None:
         assert self.outcome in get_args(Outcome), self.outcome
@@ -82,7 +85,15 @@ def write_status(
     directory = Path(run_dir)
     commands = [redact(command) for command in next_commands]
     status = Status(
-        outcome_of(exit_code), exit_code, redact(reason), step, time.time(), verdict, list(result), commands
+        outcome_of(exit_code),
+        exit_code,
+        redact(reason),
+        step,
+        time.time(),
+        verdict,
+        list(result),
+        commands,
+        excluded(),
     )
     earlier = read_status(directory)
     if earlier is not None and _weight(earlier) >= _weight(status):

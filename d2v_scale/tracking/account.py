@@ -41,6 +41,8 @@ class Attempt:
     """Steps that were done at its last line."""
     code: int | None = None
     """Its exit code; None: it has not told one."""
+    excluded: Sequence[str] = ()
+    """Nodes of its job whose places spare ones had taken."""
 
     @property
     def wall(self) -> float:
@@ -71,7 +73,7 @@ class _Reader:
         self._trained: list[_Trained] = []
 
     def begin(self, line: dict[str, Any]) -> None:
-        attempt = Attempt(first=line["resumed"], last=line["resumed"])
+        attempt = Attempt(first=line["resumed"], last=line["resumed"], excluded=line.get("excluded", ()))
         if self.attempts:
             self._between(attempt, line)
         self.now = max(self.now, line["started"])

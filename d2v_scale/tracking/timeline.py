@@ -4,7 +4,8 @@ Every line has `event` and `time` (Unix seconds):
 
     begin    an attempt has its model and data, and trains next. `started`: when its processes were started;
              `allocated`: when Slurm gave it its nodes (null without); `restart`: its number among the attempts that
-             followed a fault without leaving the job, 0 for others; `resumed`: the step that it continues after
+             followed a fault without leaving the job, 0 for others; `resumed`: the step that it continues after;
+             `excluded`: the nodes of the job whose places spare ones have taken
     at       `step` steps are done; `spent`: seconds of this process so far, by what it waited for
     rewound  training goes on after `step`, an earlier one
     end      the attempt is over, with exit code `code`
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from d2v_scale.files import append_line
-from d2v_scale.process.started import RESTART, number, started
+from d2v_scale.process.started import RESTART, excluded, number, started
 
 TIMELINE_FILE = "timeline.jsonl"
 _LEAST_S = 1.0
@@ -44,6 +45,7 @@ class Timeline:
             allocated=number("SLURM_JOB_START_TIME"),
             restart=int(number(RESTART) or 0),
             resumed=resumed,
+            excluded=sorted(excluded()),
         )
 
     def at(self, step: int, spent: Mapping[str, float]) -> None:

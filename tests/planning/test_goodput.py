@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -88,12 +89,29 @@ def test_the_tool_replays_and_refuses_what_means_nothing(tmp_path: Path) -> None
     assert f"| {54 * 24 * 0.03:.1f} |" in again.splitlines()[-1]
 
 
-def test_who_is_requeued_is_noticed_as_in_a_requeue() -> None:
+def load() -> ModuleType:
     spec = importlib.util.spec_from_file_location("goodput_tool", TOOL)
     assert spec is not None
     assert spec.loader is not None
     tool = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tool)
+    return tool
+
+
+def test_a_spare_that_took_a_place_is_measured_beside_other_restarts(tmp_path: Path) -> None:
+    tool = load()
+    lines = []
+    for start, excluded in ((0, []), (103, []), (220, ["n2"])):
+        begin = {"event": "begin", "time": start + 5, "started": start, "allocated": None, "restart": 1, "resumed": 0}
+        lines += [begin | {"excluded": excluded}, {"event": "at", "time": start + 100, "step": 1, "spent": {}}]
+    (tmp_path / "timeline.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    options = tool.make_parser().parse_args(["--measured", str(tmp_path)])
+    assert tool.measure(options) is None
+    assert (options.notice, options.spare) == (3.0, 14.0)
+
+
+def test_who_is_requeued_is_noticed_as_in_a_requeue() -> None:
+    tool = load()
     given = ["--notice", "2", "--notice_requeue", "26", "--queue", "121", "--node_queue", "121", "--spare", "10"]
     ways = [way for _, way in tool.ways(tool.make_parser().parse_args(given), 300.0)]
     requeued = [[fault for fault in FAULTS if way.queue[fault] == 121] for way in ways]

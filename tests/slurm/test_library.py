@@ -44,7 +44,11 @@ IN_IMAGE = {
 run_dir = words[words.index("--run_dir") + 1]
 json.dump({"outcome": "done", "exit_code": 0, "reason": "all steps done"}, open(f"{run_dir}/status.json", "w"))
 """,
-    "python": f'[[ $1 != */probe.py && ${{3:-}} != probe ]] || exit 0; exec {sys.executable} "$@"',
+    "python": f"""
+[[ "$*" != *" train --meet "* ]] || {{ echo "$@" >> "${{CALLS%/*}}/train"; exit 0; }}
+[[ $1 != */probe.py && ${{3:-}} != probe ]] || exit 0
+exec {sys.executable} "$@"
+""",
 }
 
 
@@ -143,6 +147,35 @@ def test_a_port_that_is_taken_is_passed_over(site: Site) -> None:
     assert "port 20098 is taken" in done.stdout
     (launcher,) = site.calls("deepspeed")
     assert launcher["words"][launcher["words"].index("--master_port") + 1] == "20100"
+
+
+def test_restarts_are_the_launchers_which_meet_in_the_run_directory(site: Site) -> None:
+    done = site.train("--spares=1", "--seed=1", "--restarts", "4", SLURM_NNODES="2", SLURM_JOB_NODELIST="n1")
+    assert done.returncode == 14, "the stand-in for the launcher trains nothing"
+    assert "1 of the nodes wait" in done.stdout
+    (step,) = site.calls("srun")
+    assert {"--no-kill", "--wait=0", "--kill-on-bad-exit=0"} <= {*step["words"]}
+    assert not site.calls("deepspeed")
+    logs = site.dir / "runs/test-7/logs/7-0"
+    assert (logs / "meet/nodes").read_text().split() == ["n1", "127.0.0.1"]
+    (started,) = (site.dir / "train").read_text().splitlines()
+    begun = f"-m d2v_scale train --meet {logs}/meet --ranks 2 --restarts 4 --spares 1 --node n1 --seed=1 --run_dir"
+    assert started.startswith(begun)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--spares", "1"], "the job has 1 nodes, and one has to train"),
+        (["--spares=x"], "give numbers"),
+        (["--restarts=-1"], "give numbers"),
+        (["--spares=1", "--restarts=0"], "takes its place in a restart"),
+    ],
+)
+def test_spares_and_restarts_that_cannot_be_are_refused(site: Site, arguments: list[str], says: str) -> None:
+    done = site.train(*arguments, SLURM_NNODES="1" if "has 1" in says else "2")
+    assert done.returncode == 2
+    assert says in done.stdout
 
 
 DATA = "vision={}/shards/a-{{0..9}}.tar,text=/usr/share/[ab]*.tar"

@@ -35,6 +35,18 @@ def test_template_of_the_recipe_with_the_training_arguments_behind_it(tmp_path: 
     assert "runs/d2v-large-4711 " in done.stdout
 
 
+def test_spare_nodes_are_asked_for_beside_those_that_train(tmp_path: Path) -> None:
+    recipe, template = "d2v2_vision_large", str(PROGRAM.parents[1] / "slurm/pretrain_large.sh")
+    done, asked = submit(tmp_path, "--recipe", recipe, "--nodes", "8", "--spares", "2", "--restarts", "5")
+    assert done.returncode == 0, done.stderr
+    assert asked[1:] == ["--nodes=10", "--no-kill", template, "--spares", "2", "--restarts", "5", "--recipe", recipe]
+    assert submit(tmp_path, "--recipe", recipe, "--spares", "1")[1][1] == "--nodes=5", "the template has four"
+    (tmp_path / "asked").unlink()
+    done, asked = submit(tmp_path, "--recipe", recipe, "--spares", "-1")
+    assert (done.returncode, asked) == (2, [])
+    assert "--spares is -1" in done.stderr
+
+
 def test_what_holds_in_the_end_is_shown_with_its_origin(tmp_path: Path) -> None:
     variables = {"SBATCH_TIMELIMIT": "60", "SBATCH_PARTITION": "gpu", "SBATCH_GPUS_PER_NODE": "4"}
     done, _ = submit(tmp_path, "--recipe", "d2v2_text_base", "--gpus", "2", **variables)
