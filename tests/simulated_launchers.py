@@ -110,8 +110,8 @@ class Job:
         deciding = Restarts(self.restarts, self.run_dir / "meet", ["--run_dir", str(self.run_dir)])
         leader = Leader(self.nodes, len(self.nodes) - self.spares, deciding, self.unfit)
         addresses = {name: f"10.0.0.{name[1:]}" for name in self.nodes}
-        options = {"problem": lambda: self.problems[node], "clock": lambda: self.now}
-        return Agent(node, addresses, self.meeting, self.ranks[node], leader, **options)
+        given = (node, addresses, self.meeting, self.ranks[node], leader)
+        return Agent(*given, problem=lambda: self.problems[node], clock=lambda: self.now)
 
     def passes(self, seconds: float) -> None:
         """Everybody looks, again and again."""

@@ -33,9 +33,14 @@ class Ranks(Protocol):
 
     count: int
     """How many a node has."""
-    failed: int
-    """The code of the one that failed first by itself."""
-    is_asked_to_stop: bool
+
+    @property
+    def failed(self) -> int:
+        """The code of the one that failed first by itself."""
+
+    @property
+    def is_asked_to_stop(self) -> bool:
+        """Whether a signal came that asks for an end."""
 
     def free_port(self) -> int:
         """Where ranks could meet on this node."""

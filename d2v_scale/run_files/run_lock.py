@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from d2v_scale.errors import UserError
+from d2v_scale.process.started import RESTART
 
 LOCK_FILE = ".lock"
 LOCK_WAIT_S = 30.0
@@ -53,7 +54,7 @@ class Holder:
     @classmethod
     def this_process(cls) -> "Holder":
         pid, job = os.getpid(), os.environ.get("SLURM_JOB_ID", "")
-        restart = os.environ.get("SLURM_RESTART_COUNT", "0")
+        restart = f"{os.environ.get('SLURM_RESTART_COUNT', '0')}.{os.environ.get(RESTART, '0')}"
         return cls(pid, os.uname().nodename, _started(pid) or 0, _machine(), job, restart, uuid.uuid4().hex)
 
     def __str__(self) -> str:

@@ -4,6 +4,7 @@ import json
 import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from simulated_launchers import Job
@@ -23,7 +24,7 @@ Make = Callable[..., Job]
 def make(tmp_path: Path) -> Make:
     """A job that trains; n1 and n2 do, n3 and those after it are spares, unless something else is asked for."""
 
-    def call(nodes: int = 3, world: int = 2, begin: bool = True, **options: object) -> Job:
+    def call(nodes: int = 3, world: int = 2, begin: bool = True, **options: Any) -> Job:
         names = [f"n{number}" for number in range(1, nodes + 1)]
         job = Job(tmp_path / "run", names, nodes - world, **options)
         if begin:
@@ -116,7 +117,7 @@ def test_spares_take_the_places_of_lost_nodes(make: Make, lost: Sequence[str]) -
     job.lose(*lost)
     job.passes(4 * LOST_S)
     left = [node for node in job.nodes if node not in lost]
-    assert job.training() == {node: job.plan.number for node in left[:2]}
+    assert job.training() == dict.fromkeys(left[:2], job.plan.number)
     assert len({*job.plan.active}) == 2
     assert job.plan.excluded == dict.fromkeys(lost, LOST)
     assert all(old == new for old, new in zip(("n1", "n2"), job.plan.active, strict=True) if old in left)
@@ -218,21 +219,23 @@ def test_time_in_which_all_stood_still_excludes_nobody(make: Make) -> None:
     assert job.plan == Plan(1, ("n1", "n2"), time=job.plan.time)
 
 
-def test_a_leader_that_dies_after_it_planned_is_followed_in_its_plan(make: Make) -> None:
+def test_a_leader_that_dies_after_it_planned_is_followed_in_its_plan(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
     job = make(nodes=4)
     propose, publish = job.meeting.propose, job.meeting.publish
 
     def last_deed(plan: Plan) -> Plan:
         job.lose("n1")
-        job.meeting.publish = lambda node, word: node == "n1" or publish(node, word)
+        monkeypatch.setattr(job.meeting, "publish", lambda node, word: node == "n1" or publish(node, word))
+        monkeypatch.setattr(job.meeting, "propose", propose)
         return propose(plan)
 
-    job.meeting.propose = last_deed
+    monkeypatch.setattr(job.meeting, "propose", last_deed)
     fail(job, "n2")
     job.passes(2)
     assert (job.away, job.plan.active) == ({"n1"}, ("n1", "n2"))
     job.lose("n1")  # which was in the middle of a look
-    job.meeting.propose = propose
     job.passes(4 * LOST_S)
     assert job.plan.active == ("n3", "n2")
     assert job.training() == {"n2": 3, "n3": 3}
@@ -347,18 +350,17 @@ def test_too_few_nodes_at_the_start_are_said_with_what_is_wrong_with_each(make: 
     assert (ends(job), job.plan.why) == (EXIT_REQUEUE, "n1: a; n3: b; 1 of 3 nodes are left, 2 are needed")
 
 
-def test_a_meeting_place_that_takes_no_plan_is_tried_again(make: Make) -> None:
+def test_a_meeting_place_that_takes_no_plan_is_tried_again(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     job = make()
-    propose = job.meeting.propose
 
     def full(_: Plan) -> Plan:
         raise OSError(28, "No space left on device")
 
-    job.meeting.propose = full
-    fail(job, "n2")
-    job.passes(5)
-    assert not job.training()
-    job.meeting.propose = propose
+    with monkeypatch.context() as disk:
+        disk.setattr(job.meeting, "propose", full)
+        fail(job, "n2")
+        job.passes(5)
+        assert not job.training()
     job.passes(5)
     assert job.training() == {"n1": 2, "n2": 2}
 

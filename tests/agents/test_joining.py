@@ -1,0 +1,44 @@
+"""Who takes part, as it is given."""
+
+from pathlib import Path
+
+import pytest
+
+from d2v_scale.agents.joining import join, own_name, read_nodes
+from d2v_scale.errors import UserError
+
+
+def nodes(folder: Path, text: str) -> Path:
+    (folder / "nodes").write_text(text)
+    return folder
+
+
+def test_nodes_have_an_order_addresses_and_what_preflight_said(tmp_path: Path) -> None:
+    found = read_nodes(nodes(tmp_path, "n2 10.0.0.2\nn1 10.0.0.1 only 0.1 GB free, 20 wanted\n\nn3 n3\n"))
+    assert [*found.addresses.items()] == [("n2", "10.0.0.2"), ("n1", "10.0.0.1"), ("n3", "n3")]
+    assert found.unfit == {"n1": "only 0.1 GB free, 20 wanted"}
+
+
+@pytest.mark.parametrize("text", ["", "n1\n", "n1 a\nn1 b\n"])
+def test_a_list_of_nodes_that_cannot_be_is_refused(tmp_path: Path, text: str) -> None:
+    with pytest.raises(UserError, match="one line `NAME ADDRESS`"):
+        read_nodes(nodes(tmp_path, text))
+
+
+def test_a_meeting_without_a_list_says_what_belongs_there(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="has a line `NAME ADDRESS` for each"):
+        read_nodes(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("node", "spares", "says"), [("n3", 0, "--node n3 is none of"), ("n1", 2, "--spares is 2, and there are 2 nodes")]
+)
+def test_a_launcher_that_does_not_fit_is_refused(tmp_path: Path, node: str, spares: int, says: str) -> None:
+    nodes(tmp_path, "n1 a\nn2 b\n")
+    with pytest.raises(UserError, match=says):
+        join(tmp_path, node, spares, 1, ["true"], [], 1, {})
+
+
+def test_a_node_has_the_name_that_slurm_gives_it() -> None:
+    assert own_name({"SLURMD_NODENAME": "n7"}) == "n7"
+    assert own_name({})
