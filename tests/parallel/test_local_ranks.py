@@ -132,8 +132,7 @@ def again(code, since):
     return None if len((folder / "ended").read_text().split()) >= len(codes) else ["again"]
 local_ranks.RESTART_GRACE_S = 0.3
 def is_saving(ended):
-    assert 1 in ended
-    return (folder / "saving").exists()
+    return 1 in ended and (folder / "saving").exists()
 command = [sys.executable, "-c", sys.argv[3], *sys.argv[1:3]]
 sys.exit(local_ranks.run(command, 2, os.environ, share_cores=True, again=again, is_saving=is_saving))
 """
