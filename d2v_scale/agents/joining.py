@@ -12,7 +12,9 @@ from d2v_scale.agents.agent import Agent
 from d2v_scale.agents.leading import Leader
 from d2v_scale.agents.meeting import Directory
 from d2v_scale.agents.own_ranks import Devices, OwnRanks
+from d2v_scale.checkpoint.memory_files import forget_run
 from d2v_scale.errors import UserError
+from d2v_scale.running.attempts import Attempt, decide
 from d2v_scale.running.restarts import Restarts
 
 NODES_FILE = "nodes"
@@ -84,6 +86,9 @@ def join(
     with own.group.signals():
         while (code := agent.step()) is None:
             time.sleep(poll_s)
+    directory = deciding.directory
+    if directory is not None and not decide([Attempt(code, "", -1)], 2).requeue:
+        forget_run(directory)
     if agent.plan is not None and agent.plan.why:
         logging.getLogger("d2v_scale.train").warning("%s: %s", node, agent.plan.why)
     return code
