@@ -117,7 +117,7 @@ def test_killed_ranks_and_a_lost_node_cost_the_steps_since_the_last_copy(
 ) -> None:
     assert train(tmp_path / "undisturbed", shards, stage) == [0, 0]
     run_dir = tmp_path / "run"
-    # In the fourth step, of which nothing is on disk; then in the sixth after that, with the node of rank 0 lost as well.
+    # In the fourth step, when nothing is on disk; then in the sixth after that, with the node of rank 0 lost as well.
     assert -signal.SIGKILL in train(run_dir, shards, stage, fault="backward:1:4")
     assert -signal.SIGKILL in train(run_dir, shards, stage, fault="backward:1:6")
     shutil.rmtree(node_memory(run_dir, 0))
