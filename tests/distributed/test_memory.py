@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import torch
 from launch import ROOT, Rank, free_port, run_ranks, start_program
 from test_kill import finish
 from test_rewind import figures, rule, spikes
+from test_spares import NODES, meet
 
 from d2v_scale.checkpoint import find_newest_valid
 from d2v_scale.conversion import demo
@@ -194,3 +196,37 @@ def test_the_launcher_starts_ranks_again_from_memory_and_leaves_nothing_there(tm
     assert [attempt["step"] for attempt in attempts] == [-1, 2, 4]
     assert [step for step, _ in losses(run_dir)] == [*range(1, STEPS + 1)]
     assert not list(memory.glob("*/*"))
+
+
+@pytest.mark.slow
+def test_a_spare_node_gets_the_shard_of_the_lost_one_from_its_neighbours_memory(tmp_path: Path, shards: Path) -> None:
+    settings = {"stop_at": 24, "checkpoint__every": 0}
+    assert train(tmp_path / "undisturbed", shards, 3, **settings) == [0, 0]
+    run_dir, folder = tmp_path / "run", meet(tmp_path / "meet")
+    command = own_program("train", *arguments(run_dir, shards, 3, **settings))
+    command += ["--ranks", "1", "--meet", str(folder), "--spares", "1", "--node"]
+    launchers = []
+    for number, node in enumerate(NODES):
+        node_memory(run_dir, number).mkdir()
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "GLOO_SOCKET_IFNAME": "lo"}
+        env |= {"NODE_MEMORY": str(node_memory(run_dir, number))}
+        launchers.append(subprocess.Popen([*command, node], env=env, stdout=sys.stderr))
+    try:
+        begun = time.monotonic()
+        while not any(node_memory(run_dir, 1).glob("*/*/held/step-0000000[6-9]/rank-00000.json")):
+            assert time.monotonic() - begun < 200
+            assert all(launcher.poll() is None for launcher in launchers)
+            time.sleep(0.02)
+        launchers[0].kill()
+        shutil.rmtree(node_memory(run_dir, 0))
+        assert [launcher.wait(300) for launcher in launchers] == [-signal.SIGKILL, 0, 0]
+    finally:
+        for launcher in launchers:
+            launcher.kill()
+    first, second = read_account(run_dir)
+    assert (first.first, second.code) == (0, 0)
+    assert second.first >= 4, "the newest copy is one of the last two"
+    assert second.first > first.last - 2 * EVERY
+    assert "came from" in (run_dir / "logs" / "rank-00000.log").read_text()
+    check_same(run_dir, tmp_path / "undisturbed")
+    assert not list(tmp_path.glob("run-memory-*/*/*"))
