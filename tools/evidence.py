@@ -2,6 +2,7 @@
 
   bash tools/evidence.sh [--data DIR] [--quick]
   bash tools/evidence.sh --pairs [ARM ...] [--data DIR]     pretrained against its random start, on arrays
+  bash tools/evidence.sh --compute 1,4,16 [--data DIR]      old and new recipes over compute; see evidence_compute.py
 
 DIR holds sets (or archives of them, *.tar.gz) laid out as
   vision   NAME/{train,test}/CLASS/*.jpg
@@ -26,10 +27,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from evidence_compute import computes_of, run_computes
+from evidence_compute_sets import SETS as COMPUTE_SETS
+from evidence_curves import draw
 from evidence_jobs import ROOT, run_all, train_run
 from evidence_pairs import ARMS, ROWS, SEEDS, run_pairs
 from evidence_sets import LAYOUTS, RealSet, default_folder, prepare
-from evidence_table import early_warning, table
+from evidence_table import SEEDS_OF_COMPUTE, early_warning, table
 
 from d2v_scale.errors import EXIT_BAD_INPUT, UserError
 from d2v_scale.model.stem_config import Kind
@@ -40,7 +44,7 @@ from d2v_scale.tracking.environment import git_revision
 VERSIONS = ("1.0", "2.0")
 LEARNED = ("supervised", *VERSIONS)
 MAX_TRAIN, MAX_TEST = 5000, 2000
-QUICK = {"seeds": 1, "compute": 0.5}
+QUICK = {"seeds": 1, "share": 0.5}
 EVALUATIONS = 4
 """k-NN this often during pretraining."""
 
@@ -166,7 +170,7 @@ def pretrain(job: Job, directory: Path) -> dict[str, Any]:
 WATCHED = ("knn_accuracy", "held_out_loss", "held_out_explained")
 
 
-def plan(sets: dict[Kind, RealSet], seeds: int, compute: float, out: Path) -> tuple[list[Job], dict[Kind, float]]:
+def plan(sets: dict[Kind, RealSet], seeds: int, share: float, out: Path) -> tuple[list[Job], dict[Kind, float]]:
     """All jobs, seed by seed and the longest first, and each modality's FLOPs of one run."""
     from d2v_scale.command_line import parse
     from d2v_scale.evaluation.supervised import BATCH_SIZE
@@ -176,7 +180,7 @@ def plan(sets: dict[Kind, RealSet], seeds: int, compute: float, out: Path) -> tu
     for modality, real in sets.items():
         recipes = {v: parse([f"--recipe=tiny{v[0]}_{modality}", f"--data={real.train}"])[0] for v in VERSIONS}
         first = recipes["1.0"]
-        budgets[modality] = compute * first.optim.max_steps * step_flops(first)
+        budgets[modality] = share * first.optim.max_steps * step_flops(first)
         steps = {version: steps_for(recipe, budgets[modality]) for version, recipe in recipes.items()}
         # A supervised step is the student's forward and backward over unmasked samples: three forwards.
         forward, _ = mean_sample(first, first.data.sources[0])
@@ -197,12 +201,22 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--pairs", nargs="*", metavar="ARM", help=f"the table of pairs instead, of all arms or some: {', '.join(ARMS)}"
     )
-    parser.add_argument("--rows", type=Path, default=ROWS, help="folder of the pairs' results; default: docs/evidence")
+    parser.add_argument(
+        "--compute",
+        metavar="C,C",
+        help="rows at these multiples of the recipes' FLOPs instead, each a file",
+    )
+    parser.add_argument(
+        "--sets", nargs="+", choices=list(COMPUTE_SETS), help=f"of --compute; default: {' '.join(COMPUTE_SETS)}"
+    )
+    parser.add_argument(
+        "--rows", type=Path, default=ROWS, help="folder of rows of --pairs and --compute; default: docs/evidence"
+    )
     parser.add_argument("--out", type=Path, help="default: out/evidence, with --quick out/evidence-quick")
-    parser.add_argument("--quick", action="store_true", help=f"{QUICK['compute']} of the compute, one seed")
+    parser.add_argument("--quick", action="store_true", help=f"{QUICK['share']} of the steps, one seed")
     parser.add_argument("--modalities", nargs="+", choices=list(LAYOUTS), default=list(LAYOUTS))
-    parser.add_argument("--seeds", type=int, help=f"default: 3, of pairs {SEEDS}")
-    parser.add_argument("--compute", type=float, help="share of the recipes' steps; default: 1")
+    parser.add_argument("--seeds", type=int, help=f"default: 3, of --pairs {SEEDS}")
+    parser.add_argument("--share", type=float, help="of the recipes' steps; default: 1")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes side by side")
     return parser
 
@@ -212,6 +226,8 @@ def main() -> int:
     arguments = make_parser().parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
     try:
+        if arguments.compute is not None:
+            return evidence_of_computes(arguments)
         return evidence_of_pairs(arguments) if arguments.pairs is not None else evidence_of_kinds(arguments)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -221,8 +237,8 @@ def main() -> int:
 def evidence_of_pairs(arguments: argparse.Namespace) -> int:
     """Pretrained encoders against their random starts, seed by seed."""
     seeds = SEEDS if arguments.seeds is None else arguments.seeds
-    if arguments.quick or arguments.compute is not None:
-        raise UserError("--quick and --compute say nothing to --pairs.", "Give fewer --seeds.")
+    if arguments.quick or arguments.share is not None:
+        raise UserError("--quick and --share say nothing to --pairs.", "Give fewer --seeds.")
     if seeds < 1 or arguments.jobs < 1:
         raise UserError("--seeds and --jobs must be positive.")
     out = (arguments.out or ROOT / "out" / "evidence").resolve()
@@ -234,17 +250,34 @@ def evidence_of_pairs(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def evidence_of_computes(arguments: argparse.Namespace) -> int:
+    """Old and new recipes over compute, a row an arm and seed."""
+    if arguments.quick or arguments.share is not None or arguments.pairs is not None:
+        raise UserError("--quick, --share and --pairs say nothing to --compute.", "Leave them out.")
+    computes = computes_of(arguments.compute)
+    seeds = SEEDS_OF_COMPUTE if arguments.seeds is None else arguments.seeds
+    if seeds < 1 or arguments.jobs < 1:
+        raise UserError("--seeds and --jobs must be positive.")
+    out = (arguments.out or ROOT / "out" / "evidence-compute").resolve()
+    data = (arguments.data or default_folder(ROOT)).resolve()
+    rows = arguments.rows.resolve()
+    print("\n" + run_computes(computes, arguments.sets or list(COMPUTE_SETS), seeds, data, rows, out, arguments.jobs))
+    for path in draw(rows, ROOT / ".assets" if rows == ROWS else out):
+        print(f"Written: {path}")
+    return 0
+
+
 def evidence_of_kinds(arguments: argparse.Namespace) -> int:
     """1.0, 2.0, labels alone, random weights and raw features, at equal FLOPs."""
     quick = arguments.quick
     seeds = arguments.seeds if arguments.seeds is not None else int(QUICK["seeds"]) if quick else 3
-    compute = arguments.compute if arguments.compute is not None else QUICK["compute"] if quick else 1.0
+    share = arguments.share if arguments.share is not None else QUICK["share"] if quick else 1.0
     out = (arguments.out or ROOT / "out" / ("evidence-quick" if quick else "evidence")).resolve()
     began = time.monotonic()
-    if seeds < 1 or compute <= 0 or arguments.jobs < 1:
-        raise UserError("--seeds, --compute and --jobs must be positive.")
+    if seeds < 1 or share <= 0 or arguments.jobs < 1:
+        raise UserError("--seeds, --share and --jobs must be positive.")
     sets = prepare((arguments.data or default_folder(ROOT)).resolve(), out, arguments.modalities)
-    jobs, budgets = plan(sets, seeds, compute, out)
+    jobs, budgets = plan(sets, seeds, share, out)
     results = run_all(jobs, run, arguments.jobs)
     report(results, sets, budgets, out, (time.monotonic() - began) / 60)
     return 0

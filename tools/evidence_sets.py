@@ -22,7 +22,7 @@ from d2v_scale.shards.shard_set import INDEX_SUFFIX
 
 MAKE_SHARDS = Path(__file__).with_name("make_shards.py")
 VOCABULARY = 2000
-_RECORDING = r"(?:^|/)([^/_]+)_[^/]*_(\d+)\.\w+$"
+RECORDING = r"(?:^|/)([^/_]+)_[^/]*_(\d+)\.\w+$"
 _AUDIO = (".wav", ".flac", ".mp3", ".ogg", ".aif", ".au", ".oga")
 _TEST_TAKES = 5
 _TEST_ROW = 5
@@ -91,7 +91,7 @@ def _array_shards(name: str, source: Path, out: Path, arrays_of: Callable[[Path]
     shards = out / "shards" / f"array-{name}-{_fingerprint(source)}"
     for split in ("train", "test"):
         if not (shards / f"{split}{INDEX_SUFFIX}").is_file():
-            _make_shards("arrays", str(arrays_of(source / split)), out=shards, split=split)
+            make_shards("arrays", str(arrays_of(source / split)), out=shards, split=split)
     return RealSet.in_folder("array", name, shards)
 
 
@@ -108,25 +108,35 @@ def _pixels_beside(images: Path, out: Path) -> Path:
 
 def _named(name: str, data: Path, out: Path) -> Path:
     """The folder of a set of this name with both splits. Raises UserError."""
-    found = [root / name for root in _roots(data, out) if (root / name).is_dir()]
-    if not found:
+    found = folder_of(name, data, out)
+    if found is None:
         raise UserError(f"{data} holds no {name}, as a folder or in an archive.", "Add it, or leave its rows out.")
     for split in ("train", "test"):
-        if not (found[0] / split).is_dir():
-            raise UserError(f"{found[0]} has no folder {split}.", f"Lay it out as {name}/{{train,test}}/CLASS/FILE.")
-    return found[0]
+        if not (found / split).is_dir():
+            raise UserError(f"{found} has no folder {split}.", f"Lay it out as {name}/{{train,test}}/CLASS/FILE.")
+    return found
+
+
+def folder_of(name: str, data: Path, out: Path) -> Path | None:
+    """The folder of this name in `data` or an archive of it, which is unpacked below `out`; None: there is none."""
+    return next((root / name for root in _roots(data, out) if (root / name).is_dir()), None)
+
+
+def recordings_of(data: Path, out: Path) -> Path:
+    """The folder fsdd/recordings of `data` or an archive of it. Raises UserError."""
+    source = folder_of("fsdd", data, out)
+    if source is None or not (source / "recordings").is_dir():
+        raise UserError(f"{data} holds no fsdd, as a folder or in an archive.", "Add it, or leave its rows out.")
+    Recordings().check(source)
+    return source / "recordings"
 
 
 def digit_recordings(data: Path, out: Path) -> dict[str, list[tuple[str, Path]]]:
     """Label and file of fsdd/recordings/LABEL_SPEAKER_TAKE.wav in `data` or an archive of it, by split. Raises
     UserError."""
-    source = next((root / "fsdd" for root in _roots(data, out) if (root / "fsdd" / "recordings").is_dir()), None)
-    if source is None:
-        raise UserError(f"{data} holds no fsdd, as a folder or in an archive.", "Add it, or leave its rows out.")
-    Recordings().check(source)
     found: dict[str, list[tuple[str, Path]]] = {"train": [], "test": []}
-    for path in _files(source / "recordings"):
-        if match := re.search(_RECORDING, path.name):
+    for path in _files(recordings_of(data, out)):
+        if match := re.search(RECORDING, path.name):
             found["test" if int(match[2]) < _TEST_TAKES else "train"].append((match[1], path))
     return found
 
@@ -176,7 +186,7 @@ def _convert(modality: Kind, source: Path, out: Path) -> RealSet:
     for split in ("train", "test"):
         # Training first: the tokenizer and the classes are its.
         if not (shards / f"{split}{INDEX_SUFFIX}").is_file():
-            _make_shards(*layout.arguments(source, split, shards), out=shards, split=split)
+            make_shards(*layout.arguments(source, split, shards), out=shards, split=split)
     return real
 
 
@@ -239,7 +249,7 @@ class Recordings(Layout):
 
     def check(self, source: Path) -> None:
         files = [path for path in _files(source / "recordings") if path.suffix.lower() in _AUDIO]
-        named = {path: re.search(_RECORDING, path.name) for path in files}
+        named = {path: re.search(RECORDING, path.name) for path in files}
         odd = [path.name for path, match in named.items() if match is None]
         if odd or not files:
             what = f"{len(odd)} names of other forms, {odd[0]} the first" if odd else "no recordings"
@@ -253,7 +263,7 @@ class Recordings(Layout):
     def arguments(self, source: Path, split: str, shards: Path) -> list[str]:
         takes = f"0*[0-{_TEST_TAKES - 1}]"
         match = rf"_{takes}\.\w+$" if split == "test" else rf"_(?!{takes}\.)\d+\.\w+$"
-        return ["audio", str(source / "recordings"), "--match", match, "--label", _RECORDING]
+        return ["audio", str(source / "recordings"), "--match", match, "--label", RECORDING]
 
 
 class News(Layout):
@@ -338,7 +348,8 @@ def _has_header(rows: list[list[str]]) -> bool:
     return all(re.fullmatch(_COLUMN_NAME, cell.strip()) for cell in rows[0])
 
 
-def _make_shards(*arguments: str, out: Path, split: str) -> None:
+def make_shards(*arguments: str, out: Path, split: str) -> None:
+    """Run tools/make_shards.py: its command and source, then options. Raises UserError."""
     command, source, *options = arguments
     program = [sys.executable, str(MAKE_SHARDS), command, source, str(out), "--prefix", split, *options]
     run_quietly(program, f"The conversion of {source}")

@@ -1,6 +1,8 @@
-"""The results of tools/evidence.py for people: one table, and how early the record tells how a run will end."""
+"""The results of tools/evidence.py for people: tables, and how early the record tells how a run will end."""
 
+import json
 from collections import defaultdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,18 @@ ROWS = {
     "1.0": "data2vec 1.0",
     "2.0": "data2vec 2.0",
 }
+SEEDS_OF_COMPUTE = 3
+"""Without which an arm over compute is not finished,"""
+_LONG, _SEEDS_OF_LONG = 64, 1
+"""but for those of so much compute."""
+_MEASURES = {
+    "knn": "k-NN",
+    "linear": "linear",
+    "finetuned_1": "1 % of labels",
+    "finetuned_10": "10 % of labels",
+}
+_WITHOUT = {"knn": "random_knn", "linear": "random_linear", "finetuned_1": "scratch_1", "finetuned_10": "scratch_10"}
+"""What each is to be compared with."""
 _SIGNS = {"knn_accuracy": "k-NN", "held_out_loss": "held-out loss", "held_out_explained": "held-out share explained"}
 
 
@@ -110,3 +124,40 @@ def _half_way(curve: list[dict[str, float]], key: str) -> float:
     middle = curve[-1]["step"] / 2
     point = min(curve, key=lambda point: abs(point["step"] - middle))
     return point.get(key, float("nan"))
+
+
+def finished_arms(rows: Path) -> dict[str, dict[tuple[str, float], list[dict[str, Any]]]]:
+    """Rows of `evidence.py --compute` by set, then by recipe and compute: of arms all of whose seeds are there."""
+    sets: dict[str, dict[tuple[str, float], list[dict[str, Any]]]] = {}
+    for folder in sorted(rows.glob("compute_*")):
+        arms: dict[tuple[str, float], list[dict[str, Any]]] = defaultdict(list)
+        for path in sorted(folder.glob("*-seed-*.json")):
+            row = json.loads(path.read_text())
+            arms[row["recipe"], row["compute"]].append(row)
+        whole = {
+            arm: found
+            for arm, found in sorted(arms.items())
+            if len(found) >= (_SEEDS_OF_LONG if arm[1] >= _LONG else SEEDS_OF_COMPUTE)
+        }
+        if whole:
+            sets[folder.name.removeprefix("compute_")] = whole
+    return sets
+
+
+def compute_table(rows: Path) -> str:
+    """Markdown: mean and standard deviation over seeds, in percent, of every finished arm, beside its random start and
+    the same network from scratch; empty where none is finished."""
+    texts = []
+    for name, arms in finished_arms(rows).items():
+        lines = ["| " + " | ".join([name, "compute", "steps", "FLOPs", "hours", *_MEASURES.values()]) + " |"]
+        lines.append("|" + "---|" * (5 + len(_MEASURES)))
+        for (recipe, compute), found in arms.items():
+            cost = [f"{compute:g}", f"{found[0]['steps']:.0f}", f"{found[0]['flops']:.1e}", _mean(found, "hours", 2)]
+            lines.append("| " + " | ".join([recipe, *cost, *(_percent(found, key) for key in _MEASURES)]) + " |")
+        # What compute does not change, of the arm with the least.
+        for recipe in dict.fromkeys(recipe for recipe, _ in arms):
+            least = next(found for (one, _), found in arms.items() if one == recipe)
+            cells = [_percent(least, _WITHOUT[key]) for key in _MEASURES]
+            lines.append("| " + " | ".join([f"{recipe}, without pretraining", "0", "", "", "", *cells]) + " |")
+        texts.append("\n".join(lines) + "\n")
+    return "\n".join(texts)

@@ -133,7 +133,7 @@ def test_results_of_other_code_are_not_taken(tmp_path: Path, monkeypatch: pytest
     assert job.digest != before
 
 
-@pytest.mark.parametrize("arguments", [("--seeds", "0"), ("--compute", "0"), ("--jobs", "0")])
+@pytest.mark.parametrize("arguments", [("--seeds", "0"), ("--share", "0"), ("--jobs", "0")])
 def test_zero_is_no_default(
     arguments: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -210,7 +210,7 @@ def test_the_folder_that_is_taken_by_default_is_named(tmp_path: Path, capsys: py
 def test_the_whole_way_and_nothing_twice(tmp_path: Path) -> None:
     write_images(tmp_path / "data")
     arguments = ("--data", tmp_path / "data", "--out", tmp_path / "out", "--modalities", "vision", "--jobs", "2")
-    arguments += ("--seeds", "1", "--compute", "0.01")
+    arguments += ("--seeds", "1", "--share", "0.01")
     done = run(*arguments)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "| shapes (vision) | data2vec 2.0 |" in (tmp_path / "out" / "evidence.md").read_text()
