@@ -32,6 +32,7 @@ from d2v_scale.answers.help_text import VerbParser
 from d2v_scale.answers.outputs import out_folder
 from d2v_scale.errors import EXIT_BAD_INPUT, UserError
 from d2v_scale.plots.curves import series
+from d2v_scale.plots.signs import knn, signs
 from d2v_scale.process.status import read_status
 from d2v_scale.programs.own_program import TRAINING
 from d2v_scale.programs.run_quietly import run_quietly
@@ -41,7 +42,10 @@ from d2v_scale.tracking.record import read_records
 
 COLUMNS = {
     "k-NN": ("knn_accuracy", 100, 1),
+    "held-out loss": ("held_out_loss", 1, 3),
     "held-out share explained": ("held_out_explained", 1, 3),
+    "RankMe": ("rankme", 1, 1),
+    "LiDAR": ("lidar", 1, 1),
     "target std": ("target_std", 1, 2),
     "target rank": ("target_rank", 1, 1),
     "loss": ("loss", 1, 3),
@@ -268,7 +272,7 @@ def collect(points: list[Point], out: Path) -> str:
         steps = "/".join(str(number) for number in sorted({max(int(r["step"]) for r in records) for records in runs}))
         cells = [_cell(runs, *column) for column in columns.values()]
         lines.append(f"| {label.replace('|', chr(92) + '|')} | {len(runs)} | {steps} | " + " | ".join(cells) + " |")
-    lines += ["", *early_signs([records for runs in groups.values() for records in runs])]
+    lines += ["", *signs(groups, {label: name for label, (name, _, _) in columns.items()})]
     text = "\n".join(lines) + "\n"
     (out / "sweep.md").write_text(text)
     plot(groups, out / "sweep.png")
@@ -283,33 +287,6 @@ def _columns(runs: list[list[dict[str, Any]]]) -> dict[str, tuple[str, float, in
         for stem, name in (by_stem(names, figure) or {"": figure}).items():
             columns[f"{heading}, {stem}" if stem else heading] = name, factor, digits
     return columns
-
-
-def _knn(records: list[dict[str, Any]]) -> tuple[list[float], list[float]]:
-    """Steps and accuracies by k-NN; of several stems the mean."""
-    means = []
-    for record in records:
-        if accuracies := [record[name] for name in by_stem(record, "knn_accuracy").values()]:
-            means.append({"step": record["step"], "knn_accuracy": sum(accuracies) / len(accuracies)})
-    return series(means, "knn_accuracy")
-
-
-def early_signs(runs: list[list[dict[str, Any]]]) -> list[str]:
-    """How what was recorded half-way correlates with the last k-NN accuracy over all runs of the sweep."""
-    import numpy as np
-
-    lines = []
-    for label, (name, _, _) in _columns(runs).items():
-        pairs = []
-        for records in runs:
-            (steps, values), (_, accuracies) = series(records, name), _knn(records)
-            if len(steps) and len(accuracies):
-                half = max(int(record["step"]) for record in records) / 2
-                pairs.append((values[int(np.argmin(np.abs(np.asarray(steps) - half)))], accuracies[-1]))
-        early, last = np.array(pairs).T if pairs else (np.zeros(0), np.zeros(0))
-        if len(pairs) > 2 and np.std(early) > 0 and np.std(last) > 0:
-            lines.append(f"- {label} half-way and k-NN in the end: r = {np.corrcoef(early, last)[0, 1]:+.2f}")
-    return lines
 
 
 def _cell(runs: list[list[dict[str, Any]]], name: str, factor: float, digits: int) -> str:
@@ -332,7 +309,7 @@ def plot(groups: dict[str, list[list[dict[str, Any]]]], path: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(7, 4.5))
     for number, (label, runs) in enumerate(groups.items()):
         for records in runs:
-            steps, values = _knn(records)
+            steps, values = knn(records)
             name = label.replace("$", r"\$") if records is runs[0] else None  # formulas begin with one
             axes.plot(steps, values, color=f"C{number % 10}", label=name)
     axes.set(xlabel="step", ylabel="k-NN accuracy of the teacher")

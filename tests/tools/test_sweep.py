@@ -109,6 +109,7 @@ def test_the_table_is_read_from_the_records(tmp_path: Path) -> None:
     assert "| clones 4 | 2 | 50 | 41.0 ± 1.4 |" in text
     assert "- loss half-way and k-NN in the end: r = -1.00" in text
     assert "k-NN half-way" not in text  # it is the same for all runs
+    assert "of settings" not in text  # there are two
     assert (tmp_path / "sweep.png").stat().st_size > 1000
 
 
@@ -124,6 +125,25 @@ def test_joint_runs_had_empty_columns(tmp_path: Path) -> None:
     assert "| | runs | steps | k-NN, vision | k-NN, text | held-out" in text
     assert "| clones 1 | 2 | 50 | 32.0 ± 2.8 | 50.0 ± 0.0 |" in text
     assert "- loss half-way and k-NN in the end: r = -1.00" in text
+
+
+def test_a_sign_is_said_to_pick_a_setting_and_how_far_behind_the_best_that_ends(tmp_path: Path) -> None:
+    points = sweep.points_of(options(tmp_path, "objective.masking.clones=1,4,8"))
+    for point, final in zip(points, (0.30, 0.34, 0.40, 0.42, 0.38, 0.38), strict=True):
+        point.run_dir.mkdir(parents=True)
+        at_half = {"knn_accuracy": final / 2, "held_out_loss": 1 - final, "rankme": 9 - 10 * final, "lidar": 1.0}
+        records = [{"step": 0, "knn_accuracy": 0.2}, {"step": 25, **at_half}]
+        records += [{"step": 50, "knn_accuracy": final, "rankme": 3 - point.seed, "lidar": final}]
+        (point.run_dir / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    lines = sweep.collect(points, tmp_path).splitlines()
+    told = {line.partition(" and k-NN")[0]: line.partition("of settings: ")[2] for line in lines if line[:2] == "- "}
+    best = "rank correlation +1.00, picks clones 4, 0.0 points behind"
+    assert told["- k-NN half-way"] == told["- LiDAR in the end"] == best
+    assert told["- held-out loss half-way"] == "rank correlation -1.00, picks clones 4, 0.0 points behind"
+    assert told["- RankMe half-way"] == "rank correlation -1.00, picks clones 1, 9.0 points behind"
+    assert told["- RankMe in the end"] == ""  # the same of all settings
+    assert "- LiDAR half-way" not in told  # the same in all runs
+    assert "- k-NN in the end" not in told
 
 
 def test_slurm_gets_a_line_for_every_run_that_is_not_done(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
