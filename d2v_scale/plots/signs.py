@@ -52,17 +52,18 @@ def _pairs(runs: Sequence[Records], name: str, share: float) -> list[tuple[float
 def _told(found: Mapping[str, Sequence[tuple[float, float]]], lower: bool) -> str:
     """Empty where one of the two is the same in all runs."""
     import numpy as np
-    from scipy.stats import spearmanr
 
     every = [pair for pairs in found.values() for pair in pairs]
-    if len(every) < 3 or min(np.std(every, axis=0)) == 0:
+    if len(every) < 3 or np.std(every, axis=0).min() == 0:
         return ""
-    said = f"r = {np.corrcoef(*zip(*every, strict=True))[0, 1]:+.2f}"
+    said = f"r = {np.corrcoef(np.array(every).T)[0, 1]:+.2f}"
     means = {label: np.mean(pairs, axis=0) for label, pairs in found.items()}
     signs_n, last_n = np.array(list(means.values())).T
     if len(means) < 3 or min(np.std(signs_n), np.std(last_n)) == 0:
         return said
     picked = int(np.argmin(signs_n) if lower else np.argmax(signs_n))
     behind = 100 * (last_n.max() - last_n[picked])
-    rank = spearmanr(signs_n, last_n).statistic
+    # Spearman's: the correlation of ranks, ties at their mean.
+    ranks_n = [(x_n > x_n[:, None]).sum(0) + 0.5 * (x_n == x_n[:, None]).sum(0) for x_n in (signs_n, last_n)]
+    rank = np.corrcoef(ranks_n)[0, 1]
     return f"{said}; of settings: rank correlation {rank:+.2f}, picks {list(means)[picked]}, {behind:.1f} points behind"
