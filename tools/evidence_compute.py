@@ -78,7 +78,8 @@ class ComputeJob:
 
     @property
     def name(self) -> str:
-        return f"{self.cut.name}-{self.recipe}-x{self.compute:g}-s{self.seed}"
+        # Without a point: what follows the last one of a run's folder is not in the names of the files beside it.
+        return f"{self.cut.name}-{self.recipe}-x{self.compute:g}-s{self.seed}".replace(".", "_")
 
     @property
     def result(self) -> Path:

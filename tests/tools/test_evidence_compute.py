@@ -75,6 +75,12 @@ def test_a_row_is_kept_until_recipe_data_compute_seed_or_fine_tuning_change(real
     assert not job_of(real, tmp_path).is_done()
 
 
+def test_arms_of_parts_of_a_compute_have_files_of_their_own(real: RealSet, tmp_path: Path) -> None:
+    """Log and recipe of 0.2 and 0.4 were one file: they were named up to the point."""
+    beside = {Path(job_of(real, tmp_path, compute=one).name).with_suffix(".log") for one in (0.2, 0.4)}
+    assert len(beside) == 2
+
+
 def test_a_part_of_the_labels_is_of_every_class_and_of_the_seed(real: RealSet, tmp_path: Path) -> None:
     labels = [0] * 60 + [1] * 29 + [2]
     rows = evidence_compute_sets.chosen_rows(labels, 0.1, 1)
