@@ -67,6 +67,7 @@ step_of_launchers() { # sets step: `d2v train` on every node, spare ones too, wh
     for node in "${names[@]}"; do
         printf '%s %s %s\n' "$node" "${address[$node]:-$node}" "${why[$node]:-}"
     done > "$logs/meet/nodes" || die "cannot write to $logs"
+    export D2V_SCALE_SCRIPT_NODE=${SLURMD_NODENAME:-}
     in_container python -m d2v_scale train --meet "$logs/meet" --ranks "$ranks" --restarts "$restarts" --spares "$spares"
     step_on_nodes node 1 "trap '' USR1 TERM
         exec $command_line --node \$SLURMD_NODENAME $(printf '%q ' "${arguments[@]}")" --wait=0 --no-kill

@@ -88,6 +88,8 @@ class Job:
     spares: int
     restarts: int = 2
     unfit: dict[str, str] = field(default_factory=dict)
+    script: str = ""
+    """The node of the job's script."""
 
     def __post_init__(self) -> None:
         self.now = 0.0
@@ -108,7 +110,7 @@ class Job:
 
     def _agent(self, node: str) -> Agent:
         deciding = Restarts(self.restarts, self.run_dir / "meet", ["--run_dir", str(self.run_dir)])
-        leader = Leader(self.nodes, len(self.nodes) - self.spares, deciding, self.unfit)
+        leader = Leader(self.nodes, len(self.nodes) - self.spares, deciding, self.unfit, self.script)
         addresses = {name: f"10.0.0.{name[1:]}" for name in self.nodes}
         given = (node, addresses, self.meeting, self.ranks[node], leader)
         return Agent(*given, problem=lambda: self.problems[node], clock=lambda: self.now)

@@ -30,7 +30,7 @@ for build in (build_meta.build_sdist, build_meta.build_wheel):
 
 def tracked(name: str) -> dict[str, bytes]:
     """The files of a folder of the tree that belong to it, by path."""
-    ours = {".py", ".yaml", ".json", ".md", ".sh", ".example", ".js", ".css"}
+    ours = {".py", ".yaml", ".json", ".md", ".sh", ".bash", ".example", ".js", ".css"}
     bare = {"py.typed", "LICENSE", "sha256sums"}
     files = (path for path in (ROOT / name).rglob("*") if path.suffix in ours or path.name in bare)
     return {str(path.relative_to(ROOT)): path.read_bytes() for path in files if "__pycache__" not in path.parts}

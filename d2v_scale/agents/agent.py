@@ -99,7 +99,7 @@ class Agent:
         newest = max((word.plan for word in self._words.values()), default=0)
         if newest > self._word.plan:
             self._adopt(self._meeting.plan(newest))
-        if self._leads():
+        if self.leads:
             self._lead(now)
         self._word.asked = self._ranks.is_asked_to_stop
         code = self._take_part()
@@ -111,7 +111,8 @@ class Agent:
     def _is_silent(self, node: str) -> bool:
         return self._silent_s.get(node, 0.0) > (LOST_S if node in self._words else START_S)
 
-    def _leads(self) -> bool:
+    @property
+    def leads(self) -> bool:
         """Whether all before it are excluded or silent."""
         nodes = [*self._addresses]
         before = [node for node in nodes[: nodes.index(self._node)] if node not in self._excluded]
@@ -119,7 +120,7 @@ class Agent:
 
     def _listen(self, elapsed_s: float) -> None:
         others = [node for node in self._addresses if node != self._node and node not in self._excluded]
-        if not self._leads():
+        if not self.leads:
             front = [node for node in others if not self._is_silent(node)][:_WATCHED]
             others = [node for node in others if node in front or (self.plan and node in self.plan.active[:1])]
         for node in others:

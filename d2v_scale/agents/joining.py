@@ -3,13 +3,14 @@
 import logging
 import os
 import socket
+import subprocess
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from d2v_scale.agents.agent import Agent
-from d2v_scale.agents.leading import Leader
+from d2v_scale.agents.leading import LOST, Leader
 from d2v_scale.agents.meeting import Directory
 from d2v_scale.agents.own_ranks import Devices, OwnRanks
 from d2v_scale.checkpoint.memory_files import forget_run
@@ -17,9 +18,13 @@ from d2v_scale.errors import UserError
 from d2v_scale.running.attempts import Attempt, decide
 from d2v_scale.running.restarts import Restarts
 
+log = logging.getLogger("d2v_scale.train")
+
 NODES_FILE = "nodes"
 """In the directory where launchers meet: a line `NAME ADDRESS [WHY IT CANNOT TRAIN]` for each node, those first that
 train first."""
+SCRIPT_NODE = "D2V_SCALE_SCRIPT_NODE"
+"""Environment: the node of the job's script, which requeues the job if that is to be done."""
 _POLL_S, _POLL_S_PER_NODE, _MOST_POLL_S = 0.1, 0.005, 1.0
 
 
@@ -53,6 +58,18 @@ def own_name(environment: Mapping[str, str] = os.environ) -> str:
     return environment.get("SLURMD_NODENAME") or socket.gethostname()
 
 
+def _requeue(job: str) -> None:
+    """In place of a job's script that was lost with its node: Slurm would call the job failed, or wait for ever."""
+    try:
+        command = ["scontrol", "requeue", job]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        problem = done.stderr.strip() if done.returncode else ""
+    except (OSError, subprocess.SubprocessError) as error:
+        problem = str(error)
+    if problem:
+        log.error("Job %s is not requeued (%s): submit again with --resume.", job, problem)
+
+
 def join(
     folder: Path,
     node: str,
@@ -79,16 +96,19 @@ def join(
         )
     deciding = Restarts(restarts, folder, arguments)
     own = OwnRanks([*command, *arguments], ranks, environment, deciding)
-    leader = Leader([*nodes.addresses], len(nodes.addresses) - spares, deciding, nodes.unfit)
+    script = environment.get(SCRIPT_NODE, "")
+    leader = Leader([*nodes.addresses], len(nodes.addresses) - spares, deciding, nodes.unfit, script)
     devices = Devices(ranks, environment, problem)
     agent = Agent(node, nodes.addresses, Directory(folder), own, leader, problem=devices.problem)
     poll_s = min(_MOST_POLL_S, _POLL_S + _POLL_S_PER_NODE * len(nodes.addresses))
     with own.group.signals():
         while (code := agent.step()) is None:
             time.sleep(poll_s)
+    if agent.leads and agent.plan is not None and agent.plan.excluded.get(script) == LOST:
+        _requeue(environment.get("SLURM_JOB_ID", ""))
     directory = deciding.directory
     if directory is not None and not decide([Attempt(code, "", -1)], 2).requeue:
         forget_run(directory)
     if agent.plan is not None and agent.plan.why:
-        logging.getLogger("d2v_scale.train").warning("%s: %s", node, agent.plan.why)
+        log.warning("%s: %s", node, agent.plan.why)
     return code

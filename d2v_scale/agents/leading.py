@@ -47,10 +47,13 @@ def named(nodes: Mapping[str, str]) -> str:
 class Leader:
     """Any launcher may become it, so all that it has to know stands in plans, words and the run directory."""
 
-    def __init__(self, nodes: Sequence[str], world: int, restarts: Restarts, unfit: Mapping[str, str]) -> None:
+    def __init__(
+        self, nodes: Sequence[str], world: int, restarts: Restarts, unfit: Mapping[str, str], script: str = ""
+    ) -> None:
         """`nodes`: all of the job, in order; `world`: how many train; `unfit`: nodes that are not to take part from
-        the beginning, and why."""
+        the beginning, and why; `script`: the node of the job's script, without which there is no job."""
         self._nodes, self._world, self._restarts, self._unfit = nodes, world, restarts, unfit
+        self._script = script
         self._round = 0
         self._failures: dict[str, int] = {}
         self._since: float | None = None
@@ -104,6 +107,10 @@ class Leader:
             if not bad:
                 return self._end(plan, self.failing, "the ranks ended before they had a run directory")
             attempt = Attempt(EXIT_LOST_PEER, "before the ranks had a run directory", -1, time=time.time())
+        if self._script in bad and bad[self._script] == LOST:
+            why = f"{named(bad)}; the job's script ran on {self._script}"
+            ending = self._end(plan, EXIT_REQUEUE, why, bad)
+            return replace(ending, attempts=(asdict(replace(attempt, reason=f"{why}; {attempt.reason}")),))
         if any(word.asked for word in words.values()):
             return self._end(plan, attempt.exit_code, attempt.reason, bad)
         struck = dict(plan.struck)

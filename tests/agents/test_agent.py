@@ -163,6 +163,18 @@ def test_without_a_spare_left_the_job_is_requeued_and_says_why(make: Make) -> No
     assert job.plan.excluded == {"n2": LOST, "n3": LOST}
 
 
+def test_a_job_whose_script_is_lost_with_its_node_ends_to_be_requeued(make: Make) -> None:
+    job = make(script="n1")
+    fail(job, "n1")
+    job.passes(5)
+    assert job.training() == {"n1": 2, "n2": 2}, "only the node's loss takes the script along"
+    job.lose("n1")
+    job.ranks["n2"].is_asked_to_stop = True  # Slurm may end what it calls failed
+    job.passes(2 * LOST_S)
+    assert (ends(job), job.plan.why) == (EXIT_REQUEUE, f"n1: {LOST}; the job's script ran on n1")
+    assert [one.reason.partition(";")[0] for one in read_attempts(job.run_dir)][1:] == [f"n1: {LOST}"]
+
+
 def test_a_job_without_spares_restarts_and_ends_with_a_lost_node(make: Make) -> None:
     job = make(nodes=2)
     fail(job, "n1")

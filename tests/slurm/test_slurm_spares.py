@@ -1,5 +1,6 @@
 """Restarts over several nodes and spare nodes, under the real templates on a real Slurm of three virtual nodes."""
 
+import contextlib
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -133,3 +134,30 @@ def test_a_node_that_preflight_refuses_is_replaced_at_once(three: Cluster, tmp_p
     assert_whole(job, 3)
     assert job.status.excluded == {"n2": "cuda:0 does not compute"}
     place.close()
+
+
+def processes(word: str) -> list[int]:
+    """Process ids whose command line has a word."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError, ValueError):
+            if word in (entry / "cmdline").read_bytes().decode(errors="replace"):
+                found.append(int(entry.name))
+    return found
+
+
+@pytest.mark.slow
+def test_a_job_whose_script_is_lost_with_the_first_node_is_requeued(submit: Callable[..., Job], three: Cluster) -> None:
+    job = submit("--optim.max_steps=60", env=NO_PREFLIGHT)
+    job.wait_for_step(3)
+    lost = [int((three.dir / "run/slurmd.n1.pid").read_text()), launchers(job)["n1"]]
+    for daemon in processes(f"[{job.id}.batch]"):
+        children = Path(f"/proc/{daemon}/task/{daemon}/children").read_text().split()
+        lost += [daemon, *(int(child) for child in children)]
+    for pid in lost:
+        os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: three.job(job.id).get("Restarts") == "1", 120, job.story(), every_s=1)
+    three.start_node("n1")
+    assert job.wait_for_end() == "COMPLETED", job.story()
+    assert "the job's script ran on n1" in job.attempts[0].reason
+    assert job.records()[-1]["loss"] == pytest.approx(the_loss(60))
