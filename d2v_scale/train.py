@@ -98,7 +98,7 @@ def main(arguments: list[str], stop_flag: StopFlag) -> int:
             from d2v_scale.model import attention_kernels
             from d2v_scale.parallel import groups
             from d2v_scale.pretraining import program as pretraining
-            from d2v_scale.running import run_directory
+            from d2v_scale.running import arithmetic, run_directory
             from d2v_scale.running.supervision import supervise
 
             groups.prepare_accelerator()
@@ -108,6 +108,7 @@ def main(arguments: list[str], stop_flag: StopFlag) -> int:
         if topology.rank == 0:
             tell_run_dir(directory)
         run_directory.log_to_file(directory, topology.rank)
+        config = arithmetic.settle(recipe, deepspeed_json(recipe), directory, topology)
         if topology.device.type == "cuda" and topology.rank == 0:
             log.info("%s", attention_kernels.describe(torch.cuda.get_device_name(topology.device)))
         if recipe.task is None:
@@ -136,7 +137,8 @@ def end(run: "AnyRun[Any] | None", code: int) -> None:
 
 
 def configure(recipe: Recipe) -> dict[str, Any]:
-    """Check the recipe against itself, the world size and the DeepSpeed JSON; returns DeepSpeed's configuration.
+    """Check the recipe against itself, the world size and the DeepSpeed JSON; returns DeepSpeed's configuration, with
+    the precision that is usual where it is `auto`.
 
     Raises ConfigError before any process group is formed.
     """
@@ -144,16 +146,22 @@ def configure(recipe: Recipe) -> dict[str, Any]:
     check_complete(recipe)
     recipe.check(world_size)
     recipe.data.check(recipe.model.modalities)
-    raw = ds_config.read(recipe.deepspeed_config) if recipe.deepspeed_config else DEFAULT_DEEPSPEED
+    raw = deepspeed_json(recipe)
     remarks = ds_config.remarks(raw, recipe.optim, len(recipe.model.modalities), recipe.accumulation)
-    config = legal.deepspeed_config(recipe, raw, world_size, has_gpu=_has_gpu())
+    auto = legal.usual_precision("cuda" if _has_gpu() else "cpu")
+    config = legal.deepspeed_config(recipe, raw, world_size, auto=auto)
     for line in remarks:
         log.info("%s", line)
     return config
 
 
+def deepspeed_json(recipe: Recipe) -> dict[str, Any]:
+    """The DeepSpeed JSON that the recipe names, or what stands for none."""
+    return ds_config.read(recipe.deepspeed_config) if recipe.deepspeed_config else DEFAULT_DEEPSPEED
+
+
 def _has_gpu() -> bool:
-    """Whether this process computes on a GPU, which decides the precision `auto`."""
+    """Whether this process computes on a GPU."""
     if not rank_environment.may_have_gpu():
         return False
     import torch

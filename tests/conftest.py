@@ -1,6 +1,7 @@
 """Fixtures that any test may ask for. What tests share (`tiny_models`) is found through `pythonpath` in pyproject."""
 
 import logging
+import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
 
 # Whoever runs the tests under nohup has it ignored, and so would every program that a test starts and hangs up on.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+# Runs are compared with each other, bit by bit: none may measure what is faster (`d2v_scale/running/arithmetic.py`).
+os.environ["D2V_SCALE_MEASURE"] = "0"
 
 TESTS = Path(__file__).parent
 GROUPS = {"distributed": "ranks", "planning": "ranks", "slurm": "slurm"}

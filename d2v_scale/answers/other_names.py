@@ -101,7 +101,7 @@ HOW: dict[str, str] = {
     "init_from": "It takes a checkpoint or the folder of a run; of other weights, after `d2v import`.",
     "optim.warmup_steps": "It counts steps: a share or epochs times what a whole run or an epoch has.",
     "optim.betas": "Both are given: --optim.betas '[0.9, 0.98]'.",
-    "precision": "It is bf16, fp32 or auto (bf16 on a GPU); there is no fp16.",
+    "precision": "It is bf16, fp32 or auto (bf16 where it is faster); there is no fp16.",
     "deepspeed_config": "It takes a JSON, such as ds_configs/zero3.json.",
     "model.backbone.ffn": "It is the width itself, not a ratio.",
     "data.speech.max_seconds": "It is in seconds; of samples, divide by 16000.",

@@ -25,7 +25,7 @@ from d2v_scale.errors import ConfigError, UserError
 from d2v_scale.parallel import groups, launchers
 from d2v_scale.parallel.config import ParallelConfig
 from d2v_scale.parallel.groups import Topology
-from d2v_scale.planning import calibration
+from d2v_scale.planning import calibration, legal
 from d2v_scale.planning.calibration import Calibration
 from d2v_scale.planning.costs import ADAM_BYTES, EMA_BYTES, Costs, Host, Rate, Ring, assumed
 from d2v_scale.planning.flops import cost_of
@@ -147,7 +147,7 @@ def _alone(rounds: int) -> Found:
     slow = fastest(large, topology, max(3, rounds // 3))
     found = {
         "device": kind,
-        "precision": large[0].planned(1).resolved_precision(kind == "cuda"),
+        "precision": large[0].planned(1).resolved_precision(legal.usual_precision(kind)),
         "tiny": {"1": times[:4], "3": times[4:]},
         "rows": _ROWS * tiny[0].width,
         "products": [{**_sizes(work), "seconds": slow[k : k + 2]} for k, work in enumerate(large) if k % 2 == 0],

@@ -91,7 +91,7 @@ def estimate(ranks: int, work: Work, costs: Costs) -> float:
     """Seconds of a step, planned. A world of one must be formed."""
     recipe = work.planned(ranks)
     sizes = ModelSizes.of(recipe)
-    job = Job.of(recipe, work.deepspeed, ranks, sizes, has_gpu=not costs.waits)
+    job = Job.of(recipe, work.deepspeed, ranks, sizes, auto=costs.precision)
     device = calibration.this_device(ranks, hardware.H100)
     [step] = job.steps
     return step_time(job, step, device, ranks, costs).total

@@ -94,8 +94,8 @@ class Steps:
         """Collective: all ranks must call."""
         made = work.case(topology.world_size)
         self._recipe = recipe = made.recipe
-        has_gpu = topology.device.type == "cuda"
-        config = legal.deepspeed_config(recipe, work.deepspeed, topology.world_size, has_gpu=has_gpu)
+        auto = legal.usual_precision(topology.device.type)
+        config = legal.deepspeed_config(recipe, work.deepspeed, topology.world_size, auto=auto)
         self.student, self.teacher = build_engines(recipe, config, topology)
         self.student.module.train()
         first = topology.data_parallel_rank * work.accumulation

@@ -1,10 +1,11 @@
 """Operations that PyTorch does slowly on a CPU, most of them in fp32, done faster. Elsewhere they are PyTorch's own.
 
-oneDNN multiplies about twice as fast as the BLAS that `F.linear` calls on processors which that does not know (AMD's),
-and as fast on the others. Its `_linear_pointwise` is the operator that `torch.compile` puts in `F.linear`'s place.
+oneDNN multiplies large matrices up to twice as fast as the BLAS that `F.linear` calls, on processors which that does
+not know (AMD's), and about as fast on the others; small ones it multiplies slower. Its `_linear_pointwise` is the
+operator that `torch.compile` puts in `F.linear`'s place. It makes every product but those of `multiply_by_blas`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -22,12 +23,44 @@ def applies(x: Tensor) -> bool:
     return _HAS_ONEDNN and x.device.type == "cpu" and x.dtype == torch.float32 and not torch.compiler.is_compiling()
 
 
+SMALL, LARGE = 1 << 21, 1 << 25
+"""Multiplications below which a product is small, and from which on it is large."""
+_by_blas: frozenset[str] = frozenset()
+
+
+def product_class(a_nk: Tensor, b_mk: Tensor) -> str:
+    """What decides which library is faster: the size of a product, and which of its factors are transposed (neither in
+    a forward pass, the second for the input's gradient, both for the weight's)."""
+    count = a_nk.shape[0] * a_nk.shape[1] * b_mk.shape[0]
+    size = "small" if count < SMALL else "middle" if count < LARGE else "large"
+    transposed = ("neither", "second", "both")[(b_mk.stride(1) != 1) + (a_nk.stride(1) != 1)]
+    return f"{size} {transposed}"
+
+
+def multiply_by_blas(classes: Collection[str]) -> None:
+    """Have products of these `product_class`es made by the BLAS from now on, all others by oneDNN. Of this process."""
+    global _by_blas
+    _by_blas = frozenset(classes)
+
+
 def product(a_nk: Tensor, b_mk: Tensor, bias_m: Tensor | None = None) -> Tensor:
     """(N, K) times the transpose of (M, K), plus a bias: (N, M). Rows may be strided but may not overlap; no gradient.
 
     Call only where `applies`.
     """
+    if _by_blas and product_class(a_nk, b_mk) in _by_blas:
+        return blas_product(a_nk, b_mk, bias_m)
+    return onednn_product(a_nk, b_mk, bias_m)
+
+
+def onednn_product(a_nk: Tensor, b_mk: Tensor, bias_m: Tensor | None = None) -> Tensor:
+    """`product` by oneDNN, whatever its class."""
     return torch.ops.mkldnn._linear_pointwise(a_nk, b_mk, bias_m, "none", [], "")
+
+
+def blas_product(a_nk: Tensor, b_mk: Tensor, bias_m: Tensor | None = None) -> Tensor:
+    """`product` as `F.linear` computes it, which DeepSpeed replaces."""
+    return torch.mm(a_nk, b_mk.t()) if bias_m is None else torch.addmm(bias_m, a_nk, b_mk.t())
 
 
 def pieces(count: int) -> Iterator[slice]:

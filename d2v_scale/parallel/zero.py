@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -57,6 +57,7 @@ class StudentEngine:
         """The torch optimizer; its `param_groups` carry the learning rate of the next update."""
         self.topology = topology
         self.stage = int(ds_config["zero_optimization"]["stage"])
+        self.precision: Literal["fp32", "bf16"] = "bf16" if ds_config["bf16"]["enabled"] else "fp32"
         self.accumulation = int(ds_config["gradient_accumulation_steps"])
         self.completed_updates = 0
         """Optimizer steps that were applied."""

@@ -6,6 +6,7 @@ its ring however few bytes.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -89,8 +90,8 @@ class Costs:
 
     source: str
     """Where the figures are from, for whom reads the plan."""
-    precision: str
-    """Of the products: fp32 or bf16."""
+    precision: Literal["fp32", "bf16"]
+    """Of the products."""
     blocks: Rate
     """Of the student's blocks forward and backward with the teacher's forward, all that is in them."""
     others: Rate

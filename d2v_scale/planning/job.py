@@ -76,10 +76,17 @@ class Job:
 
     @classmethod
     def of(
-        cls, recipe: Recipe, raw: dict[str, Any], world_size: int, sizes: ModelSizes, *, has_gpu: bool = True
+        cls,
+        recipe: Recipe,
+        raw: dict[str, Any],
+        world_size: int,
+        sizes: ModelSizes,
+        *,
+        auto: Literal["fp32", "bf16"] = "bf16",
     ) -> "Job":
-        """Check and complete a combination as training does. `raw`: the DeepSpeed JSON. Raises ConfigError."""
-        config = legal.deepspeed_config(recipe, raw, world_size, has_gpu=has_gpu)
+        """Check and complete a combination as training does. `raw`: the DeepSpeed JSON; `auto`: what `precision: auto`
+        stands for. Raises ConfigError."""
+        config = legal.deepspeed_config(recipe, raw, world_size, auto=auto)
         split = stages.stage_blocks(recipe, recipe.parallel.pipeline, recipe.parallel.tensor)
         costs = {modality: flops.cost_of(recipe, modality) for modality in recipe.sequences}
         lengths = {modality: flops.lengths_of(recipe, modality) for modality in recipe.sequences}

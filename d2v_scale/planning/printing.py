@@ -201,7 +201,7 @@ def lines_of(options: argparse.Namespace, keys: list[str], device: hardware.Hard
     recipe, run_options = command_line.parse([f"--recipe={options.recipe}", *keys])
     if recipe.teacher.checkpoint is not None:
         adopt_teacher(recipe, run_options)
-    precision = recipe.resolved_precision(has_gpu=not costs.waits)
+    precision = recipe.resolved_precision(costs.precision)
     if options.calibration is not None and precision != costs.precision:
         raise ConfigError(
             "precision", f"is {precision}, and the calibration is of {costs.precision}", "Plan without it."

@@ -94,7 +94,7 @@ def search(recipe: Recipe, cluster: Cluster, sizes: ModelSizes, folder: Path) ->
     for parallel, path in _topologies(recipe, cluster, folder):
         variant = dataclasses.replace(recipe, parallel=parallel, accumulation=recipe.data.sources_of_step())
         try:
-            job = Job.of(variant, ds_config.read(path), cluster.world_size, sizes, has_gpu=not cluster.costs.waits)
+            job = Job.of(variant, ds_config.read(path), cluster.world_size, sizes, auto=cluster.costs.precision)
             options = [_option(path.name, each, cluster) for each in _variants(job)]
         except ConfigError as error:
             refused[f"tensor {parallel.tensor}, pipeline {parallel.pipeline}, {path.name}"] = str(error)

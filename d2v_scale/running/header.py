@@ -10,6 +10,7 @@ from d2v_scale.data.streaming import StreamedSource
 from d2v_scale.parallel.groups import Topology
 from d2v_scale.recipe import Recipe
 from d2v_scale.redaction import redact
+from d2v_scale.running import arithmetic
 from d2v_scale.running.loop import AnyRun, last_step
 from d2v_scale.shards.content import length_of, plural
 
@@ -26,6 +27,7 @@ def header(run: AnyRun[Any]) -> list[str]:
     lines += [
         ("batch", f"{_batch(recipe, topology)}; {_steps(run)}"),
         ("ranks", _ranks(run)),
+        *(("compute", kept.why) for kept in [arithmetic.read(run.directory)] if kept is not None and kept.why),
         ("run", redact(str(run.directory))),
         ("look", redact(f"d2v report {run.directory}")),
     ]
@@ -106,13 +108,16 @@ def _batch(recipe: Recipe, topology: Topology) -> str:
 
 def _ranks(run: AnyRun[Any]) -> str:
     recipe, topology = run.recipe, run.topology
-    precision = recipe.resolved_precision(topology.device.type == "cuda")
     parts = [f"{topology.world_size}"]
     if topology.model_size > 1:
         parts.append(
             f"data {topology.data_parallel_size} x tensor {topology.tensor_size} x pipeline {topology.pipeline_size}"
         )
-    parts += [f"ZeRO-{run.student.stage}", precision, f"on {topology.device.type.upper().replace('CUDA', 'GPU')}"]
+    parts += [
+        f"ZeRO-{run.student.stage}",
+        run.student.precision,
+        f"on {topology.device.type.upper().replace('CUDA', 'GPU')}",
+    ]
     if recipe.task is None:
         parts.append(f"teacher on the {recipe.teacher.placement}")
     return ", ".join(parts)

@@ -111,8 +111,13 @@ def _write(run_dir: Path, recipe: Recipe, ds_config: dict[str, Any], changed: di
         record = {"time": time.time(), "changed": {k: {"from": a, "to": b} for k, (a, b) in changed.items()}}
         with (run_dir / "recipe_changes.jsonl").open("a") as file:
             file.write(json.dumps(record) + "\n")
-    write_whole(run_dir / DS_CONFIG_FILE, json.dumps(redact_values(ds_config), indent=2) + "\n")
+    write_deepspeed(run_dir, ds_config)
     write_whole(run_dir / RECIPE_FILE, dump(recipe))
+
+
+def write_deepspeed(run_dir: Path, ds_config: dict[str, Any]) -> None:
+    """Keep DeepSpeed's configuration as it is used."""
+    write_whole(run_dir / DS_CONFIG_FILE, json.dumps(redact_values(ds_config), indent=2) + "\n")
 
 
 def log_to_file(run_dir: Path, rank: int) -> None:

@@ -52,7 +52,7 @@ def batches_of(recipe: Recipe, topology: groups.Topology, last: int) -> list[lis
 
 
 def run(case: dict, topology: groups.Topology, recipe: Recipe) -> None:
-    config = legal.deepspeed_config(recipe, {"zero_optimization": case["zero"]}, topology.world_size, has_gpu=False)
+    config = legal.deepspeed_config(recipe, {"zero_optimization": case["zero"]}, topology.world_size, auto="fp32")
     student, teacher = build_engines(recipe, config, topology)
     if "load" in case:
         training.restore(Checkpoint.open(case["load"]), student, teacher)

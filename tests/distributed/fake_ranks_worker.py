@@ -194,7 +194,7 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
     counts = start(case["world_size"])
     topology, calls_groups = profiled(lambda: groups.initialize(groups.ParallelConfig()))
     recipe = recipe_of(case)
-    config = legal.deepspeed_config(recipe, {"zero_optimization": case["zero"]}, case["world_size"], has_gpu=False)
+    config = legal.deepspeed_config(recipe, {"zero_optimization": case["zero"]}, case["world_size"], auto="fp32")
     (student, teacher), calls_engines = profiled(lambda: build_engines(recipe, config, topology))
     assert isinstance(teacher, ShardedTeacher)
     counts.watch(teacher)

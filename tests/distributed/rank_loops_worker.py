@@ -74,7 +74,7 @@ def steps(
     recipe = plan_worker.recipe_of(case, 3)
     # Buckets smaller than the model, and parameters that fill more than one.
     section: dict[str, Any] = {"stage": stage, "overlap_comm": True, "reduce_bucket_size": 40_000, **more}
-    config = legal.deepspeed_config(recipe, {"zero_optimization": section}, 3, has_gpu=False)
+    config = legal.deepspeed_config(recipe, {"zero_optimization": section}, 3, auto="fp32")
     torch.manual_seed(0)
     student, teacher = build_engines(recipe, config, topology)
     generator = torch.Generator().manual_seed(dist.get_rank())

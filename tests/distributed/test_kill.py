@@ -22,6 +22,7 @@ from paired_shards import paired_samples, write_pairs, write_recipe
 
 from d2v_scale.checkpoint import Checkpoint, find_newest_valid
 from d2v_scale.conversion import demo
+from d2v_scale.running import arithmetic
 from d2v_scale.tracking import read_records
 from d2v_scale.tracking.account import KINDS, read_account
 
@@ -147,7 +148,10 @@ def wait_for_work(run_dir: Path, processes: list[Rank], first: int) -> None:
 
 
 def check_same(reference: Path, survivor: Path) -> None:
-    """Final weights, moments, teacher and the targets' state bit by bit."""
+    """Final weights, moments, teacher and the targets' state bit by bit, and what the run computes in."""
+    kept = arithmetic.read(reference)
+    assert kept is not None
+    assert arithmetic.read(survivor) == kept
     expected, found = latest(reference), latest(survivor)
     assert expected is not None
     assert found is not None

@@ -32,6 +32,31 @@ def test_linear(shape: tuple[int, ...]) -> None:
         assert_same(gradients(cpu_ops.linear, *inputs[:kept]), gradients(F.linear, *inputs[:kept]))
 
 
+def test_products_are_made_by_the_library_that_their_class_is_given_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+
+    def by_onednn(a_nk: Tensor, b_mk: Tensor, bias_m: Tensor | None = None) -> Tensor:
+        made.append(cpu_ops.product_class(a_nk, b_mk))
+        return F.linear(a_nk, b_mk, bias_m)
+
+    monkeypatch.setattr(cpu_ops, "onednn_product", by_onednn)
+    monkeypatch.setattr(cpu_ops, "_by_blas", frozenset())
+    inputs = torch.randn(5, 7, 24), torch.randn(10, 24), torch.randn(10)
+    reference = gradients(F.linear, *inputs)
+    for by_blas, others in (
+        ([], ["small neither", "small second", "small both"]),
+        (["small second", "large both"], ["small neither", "small both"]),
+        (["small neither", "small second", "small both"], []),
+    ):
+        made.clear()
+        cpu_ops.multiply_by_blas(by_blas)
+        assert_same(gradients(cpu_ops.linear, *inputs), reference)
+        assert made == others
+    sizes = [(64, 64, 256), (256, 96, 384), (512, 384, 384)]
+    classes = [cpu_ops.product_class(torch.empty(n, k), torch.empty(m, k)) for n, k, m in sizes]
+    assert classes == ["small neither", "middle neither", "large neither"]
+
+
 def test_linear_of_rows_that_are_a_view_with_gaps() -> None:
     x, weight = torch.randn(4, 9, 24)[:, 2:5], torch.randn(10, 24)
     assert_same([cpu_ops.linear(x, weight)], [F.linear(x, weight)])

@@ -270,8 +270,8 @@ def test_deepspeed_jsons_as_people_have_them(changes: dict[str, Any], refused: s
     recipe, _ = command_line.parse(["--recipe", "demo_vision"])
     assert recipe.global_batch_size == DEMO_BATCH
     if refused is None:
-        legal.deepspeed_config(recipe, raw, 1, has_gpu=False)
+        legal.deepspeed_config(recipe, raw, 1, auto="fp32")
         return
     with pytest.raises(ConfigError) as caught:
-        legal.deepspeed_config(recipe, raw, 1, has_gpu=False)
+        legal.deepspeed_config(recipe, raw, 1, auto="fp32")
     assert caught.value.key == refused

@@ -43,7 +43,7 @@ def test_an_odd_width_cannot_cross_stages() -> None:
     recipe, _ = command_line.parse(["--recipe=demo_vision", "--parallel.pipeline=2"])
     recipe.model.backbone.width = 66
     recipe.model.backbone.heads = 1
-    legal.deepspeed_config(recipe, {"zero_optimization": {"stage": 1}}, 2, has_gpu=True)
+    legal.deepspeed_config(recipe, {"zero_optimization": {"stage": 1}}, 2, auto="bf16")
     recipe.model.backbone.width = 65
     with pytest.raises(ConfigError, match="odd"):
-        legal.deepspeed_config(recipe, {"zero_optimization": {"stage": 1}}, 2, has_gpu=True)
+        legal.deepspeed_config(recipe, {"zero_optimization": {"stage": 1}}, 2, auto="bf16")
