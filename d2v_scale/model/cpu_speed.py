@@ -27,7 +27,7 @@ _SIZES = {"small": (64, 64, 256), "middle": (256, 96, 384), "large": (512, 384, 
 CLASSES = 3 * len(_SIZES)
 _NATIVE_BF16 = {"avx512_bf16", "amx_bf16", "bf16"}
 """Names in /proc/cpuinfo: of x86 and, the last, of ARM."""
-_POSITIONS, _FEWEST_POSITIONS, _WIDEST = 256, 64, 1024
+_POSITIONS, _FEWEST_POSITIONS, _WIDEST = 1024, 64, 1024
 """Positions that go through a block, and its width, at most; so many positions at least, however wide it is."""
 _WEIGHTED = 1 << 24
 """Positions times the square of the width, at most: with that a round takes milliseconds."""
@@ -81,9 +81,10 @@ def has_native_bf16(cpu_info: Path = Path("/proc/cpuinfo")) -> bool:
     return not _NATIVE_BF16.isdisjoint(flags)
 
 
-def gain_of_bf16(backbone: Backbone, length: int, limit_s: float = 0.25) -> float:
+def gain_of_bf16(backbone: Backbone, length: int, *, biased: bool, limit_s: float = 0.25) -> float:
     """`gain` of a block of this backbone, on sequences so long, in bf16: forward as a teacher's and as a student's,
-    and backward. Torch's global generator stays as it is."""
+    and backward. `biased`: attention has a position bias that learns, which decides what PyTorch computes it with.
+    Torch's global generator stays as it is."""
     if backbone.width > _WIDEST:
         share = backbone.width // _WIDEST
         heads, ffn = max(1, backbone.heads // share), backbone.ffn // share
@@ -94,14 +95,18 @@ def gain_of_bf16(backbone: Backbone, length: int, limit_s: float = 0.25) -> floa
         block = Block(backbone, rule=InitRule("normal", 0.02))
         initialize(block, seed=0)
         x_rsd = torch.randn(max(1, positions // length), length, backbone.width)
-        in_both = ((copy.deepcopy(block).to(dtype), x_rsd.to(dtype)) for dtype in (torch.float32, torch.bfloat16))
-        usual, other = (partial(_passes, *one) for one in in_both)
+        bias = torch.zeros(1, backbone.heads, length, length, requires_grad=True) if biased else None
+        usual, other = (
+            partial(_passes, copy.deepcopy(block).to(dtype), x_rsd.to(dtype), None if bias is None else bias.to(dtype))
+            for dtype in (torch.float32, torch.bfloat16)
+        )
         return gain(ratios(usual, other, limit_s))
 
 
-def _passes(block: Block, x_rsd: torch.Tensor) -> None:
+def _passes(block: Block, x_rsd: torch.Tensor, bias_1hss: torch.Tensor | None) -> None:
     with torch.no_grad():
-        block.eval()(x_rsd, None, None)
-    out_rsd, _ = block.train()(x_rsd.detach().requires_grad_(), None, None)
+        block.eval()(x_rsd, bias_1hss, None)
+    learned = None if bias_1hss is None else bias_1hss.detach().requires_grad_()
+    out_rsd, _ = block.train()(x_rsd.detach().requires_grad_(), learned, None)
     block.zero_grad()
     out_rsd.backward(x_rsd)

@@ -115,7 +115,8 @@ def _measured(recipe: Recipe, raw: dict[str, Any], topology: Topology, *, native
     if recipe.precision == "auto" and not native:
         why.append("fp32, without processors that multiply bf16")
     elif recipe.precision == "auto" and _is_legal_in_bf16(recipe, raw, topology.world_size):
-        gain = cpu_speed.gain_of_bf16(recipe.model.backbone, _length(recipe))
+        length, biased = max((_length(recipe, stem), stem.has_bias) for stem in modalities.stems(recipe.model))
+        gain = cpu_speed.gain_of_bf16(recipe.model.backbone, length, biased=biased)
         faster = gain >= cpu_speed.CLEARLY
         precision = "bf16" if faster else "fp32"
         why.append(f"bf16, at {gain:.2f} of fp32's speed" if faster else f"fp32, bf16 at {gain:.2f} of its speed")
@@ -134,7 +135,6 @@ def _is_legal_in_bf16(recipe: Recipe, raw: dict[str, Any], world_size: int) -> b
     return True
 
 
-def _length(recipe: Recipe) -> int:
-    """Positions of the longest samples in blocks that see them whole."""
-    stems = modalities.stems(recipe.model)
-    return max(math.prod(stem.extent(recipe.data)[1]) + stem.extra_tokens for stem in stems)
+def _length(recipe: Recipe, stem: modalities.Modality) -> int:
+    """Positions of the longest sample in blocks that see it whole."""
+    return math.prod(stem.extent(recipe.data)[1]) + stem.extra_tokens

@@ -79,15 +79,16 @@ def test_a_block_is_timed_in_both_precisions_and_draws_nothing(
     def ratios(usual: cpu_speed.Way, other: cpu_speed.Way, limit_s: float) -> list[float]:
         for way in (usual, other):
             way()
-            block, x_rsd = way.args  # type: ignore[attr-defined]
+            block, x_rsd, bias = way.args  # type: ignore[attr-defined]
             assert all(one.grad is not None and one.dtype == x_rsd.dtype for one in block.parameters())
             assert x_rsd.shape[1] == 17
+            assert bias is None if width == 48 else bias.shape == (1, 10, 17, 17)
             seen.append((x_rsd.dtype, x_rsd.shape[2]))
         return [2.0, 1.5, 3.0, 4.0]
 
     monkeypatch.setattr(cpu_speed, "ratios", ratios)
     state = torch.get_rng_state()
     backbone = Backbone(width=width, heads=heads, ffn=2 * width, dropout=0.1)
-    assert cpu_speed.gain_of_bf16(backbone, 17) == 2.0
+    assert cpu_speed.gain_of_bf16(backbone, 17, biased=width > 48) == 2.0
     assert torch.equal(state, torch.get_rng_state())
     assert seen == [(torch.float32, min(width, 1020)), (torch.bfloat16, min(width, 1020))]

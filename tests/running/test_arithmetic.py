@@ -24,7 +24,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """What measurements say, to be changed."""
     said: dict[str, Any] = {"gain": 1.0, "by_blas": [], "native": True, "processor": "here"}
     monkeypatch.delenv(arithmetic.SWITCH, raising=False)
-    monkeypatch.setattr(cpu_speed, "gain_of_bf16", lambda backbone, length: said["gain"])
+    monkeypatch.setattr(cpu_speed, "gain_of_bf16", lambda backbone, length, biased: said["gain"])
     monkeypatch.setattr(cpu_speed, "faster_by_blas", lambda: said["by_blas"])
     monkeypatch.setattr(cpu_speed, "has_native_bf16", lambda: said["native"])
     monkeypatch.setattr(arithmetic.calibration, "machine", lambda: {"processor": said["processor"], "device": "gpu"})
