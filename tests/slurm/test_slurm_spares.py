@@ -154,6 +154,7 @@ def test_a_job_whose_script_is_lost_with_the_first_node_is_requeued(submit: Call
     for daemon in processes(f"[{job.id}.batch]"):
         children = Path(f"/proc/{daemon}/task/{daemon}/children").read_text().split()
         lost += [daemon, *(int(child) for child in children)]
+    lost += [pid for pid in processes(str(job.run_dir)) if Path(f"/proc/{pid}/comm").read_text() == "srun\n"]
     for pid in lost:
         os.kill(pid, signal.SIGKILL)
     wait_until(lambda: three.job(job.id).get("Restarts") == "1", 120, job.story(), every_s=1)
