@@ -4,6 +4,7 @@ The targets move with the teacher, so the loss of two steps is of two tasks. The
 predictions explain is comparable over a run, and falls to nothing when targets collapse.
 """
 
+import itertools
 from collections.abc import Sequence
 from contextlib import nullcontext
 
@@ -18,7 +19,7 @@ from d2v_scale.data2vec.targets import Made, Target
 from d2v_scale.evaluation.config import EvaluationSet
 from d2v_scale.evaluation.layer_probe import LayerProbe
 from d2v_scale.evaluation.samples import samples_without_labels
-from d2v_scale.evaluation.views import VIEWS, ViewProbe
+from d2v_scale.evaluation.views import VIEWED, VIEWS, ViewProbe
 from d2v_scale.networks.draw import Draw
 from d2v_scale.parallel.objective import Objective
 from d2v_scale.parallel.zero import StudentEngine
@@ -49,7 +50,10 @@ class HeldOutSet:
         self._config, self._targets = config, targets
         self._trained_on = trained_on
         self._layers = LayerProbe(student.module, teacher.module, student.topology)
-        self._redrawn = redrawn
+        # The first ones are enough for LiDAR, and an evaluation takes hardly longer.
+        totals = itertools.accumulate(len(batch.inputs) for batch in batches)
+        self._viewed = max(1, sum(total <= VIEWED for total in totals))
+        self._redrawn = [reading[: self._viewed] for reading in redrawn]
         self._views = ViewProbe(student.module, student.topology)
 
     @classmethod
@@ -75,12 +79,12 @@ class HeldOutSet:
         Each data-parallel rank computes every W-th batch. Collective: all ranks must call; all get the same.
         """
         topology = self._student.topology
-        rank, size = topology.data_parallel_rank, topology.data_parallel_size
-        # A rank that has run out repeats its last batch and counts it as nothing: a sharded forward needs every rank.
-        turns = list(range(rank, rank + size * -(-len(self._batches) // size), size))
-        sums = _Sums(self._config, self._targets, [index < len(self._batches) for index in turns], topology.device)
+        rank = topology.data_parallel_rank
+        counted = [index < len(self._batches) for index in self._turns(self._batches)]
+        sums = _Sums(self._config, self._targets, counted, topology.device)
         views = []
         for number, reading in enumerate([self._batches, *self._redrawn]):
+            turns = self._turns(reading)
             mine = [reading[min(index, len(reading) - 1)].to(topology.device) for index in turns]
             # One rank has the first batch, whatever the world size.
             layers_seen = self._layers.watching(mine[0] if rank == 0 else None) if number == 0 else nullcontext()
@@ -91,18 +95,24 @@ class HeldOutSet:
             ):
                 forward_only(mine, self._student, sums if number == 0 else _Nothing(topology.device))
             # On a stage of a pipeline that has not the last block nothing is found.
-            views.append([(index, pooled) for index, pooled in zip(turns, found, strict=False) if index < len(reading)])
+            views.append([(k, pooled) for k, pooled in zip(turns, found, strict=False) if k < self._viewed])
         topology.sum_over_model(sums.values)
         layers = self._layers.figures()
         packed = torch.stack([value.double() for value in layers.values()]).tolist()
         held_out = {} if self._trained_on else sums.figures() | self._told_apart(views)
         return held_out | dict(zip(layers, packed, strict=True))
 
+    def _turns(self, batches: Sequence[Batch]) -> range:
+        """Numbers of the batches that this rank computes. One that has run out goes on, and repeats the last for
+        nothing: a sharded forward needs every rank."""
+        rank, size = self._student.topology.data_parallel_rank, self._student.topology.data_parallel_size
+        return range(rank, rank + size * -(-len(batches) // size), size)
+
     def _told_apart(self, views: Sequence[Sequence[tuple[int, Tensor]]]) -> dict[str, float]:
         """`lidar` of all ranks' views; nothing where samples have fewer of them."""
         if self._batches[0].clones * len(views) < VIEWS:
             return {}
-        sizes = [len(batch.inputs) for batch in self._batches]
+        sizes = [len(batch.inputs) for batch in self._batches[: self._viewed]]
         first = [sum(sizes[:number]) for number in range(len(sizes))]
         placed = [[(first[index], pooled_bmd) for index, pooled_bmd in found] for found in views]
         return {"lidar": float(lidar(self._views.together(placed, sum(sizes)).cpu()))}

@@ -20,7 +20,9 @@ from d2v_scale.networks.stack import Student
 from d2v_scale.parallel.groups import Topology
 
 VIEWS = 4
-"""Of each sample."""
+"""Of each sample,"""
+VIEWED = 128
+"""of so many samples at most, in whole batches."""
 
 
 class ViewProbe:

@@ -34,7 +34,8 @@ class Module(torch.nn.Module):
         super().__init__()
         self.error = error
         self.blocks = torch.nn.ModuleList()  # nothing for the probe to look at
-        self.config = SimpleNamespace(visible_only=False)
+        self.config = SimpleNamespace(visible_only=False, backbone=SimpleNamespace(width=32))
+        self.seen: list[int] = []
 
     def valid_positions(self, batch: Batch) -> None:
         del batch
@@ -42,6 +43,7 @@ class Module(torch.nn.Module):
     def forward(self, batch: Batch, draw: object) -> SimpleNamespace:
         del draw
         assert not self.training
+        self.seen.append(len(batch.inputs))
         return SimpleNamespace(
             predictions=(masked_targets(targets_of(batch), batch) + self.error,), features_btd=None, cls=(None,)
         )
@@ -89,6 +91,18 @@ def test_batches_weigh_by_their_masked_positions() -> None:
     everything = torch.cat([masked_targets(targets_of(batch), batch) for batch in batches(3, 2)]).double()
     explained = 1 - 0.25 * everything.numel() / (everything - everything.mean(0)).square().sum().item()
     assert figures(batches(3, 2), 0.5)["held_out_explained"] == pytest.approx(explained)
+
+
+def test_views_are_of_the_first_batches_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of all samples under four masks an evaluation took nearly twice as long."""
+    monkeypatch.setattr("d2v_scale.evaluation.held_out.VIEWED", 5)
+    student = EngineOfAModule(0.5)
+    again = [batches(3, 2, 4)] * 3
+    held_out = HeldOutSet(batches(3, 2, 4), student, TeacherOfFixedTargets(), LossConfig(), ONE, redrawn=again)
+    found = held_out.figures()
+    assert student.module.seen == [3, 2, 4, *[3, 2] * 3]
+    assert found["held_out_explained"] == figures(batches(3, 2, 4), 0.5)["held_out_explained"]
+    assert found["lidar"] == 0.0, "there are no blocks"
 
 
 @pytest.mark.parametrize("visible_only", [False, True])
