@@ -26,7 +26,7 @@ from d2v_scale.model.layers import Carry, states_shape
 from d2v_scale.model.stem import Stem
 from d2v_scale.networks.draw import Draw
 from d2v_scale.networks.stack import Student, Teacher
-from d2v_scale.parallel import gradient_norm
+from d2v_scale.parallel import flat_step, gradient_norm
 from d2v_scale.parallel.groups import Topology
 from d2v_scale.parallel.objective import Objective
 from d2v_scale.parallel.whole_matrices import bind
@@ -316,6 +316,7 @@ def build_pipeline(
     optimizer = make_optimizer([(name, p) for name, p in student.named_parameters() if p.requires_grad])
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=ds_config, dist_init_required=False)
     pipeline = PipelineStudent(engine, ds_config, topology, stage)
+    flat_step.bind(pipeline)
     pipeline.check_layout()
     gradient_norm.bind(engine.optimizer)
     bind(pipeline)

@@ -11,7 +11,7 @@ from d2v_scale.batch import Batch
 from d2v_scale.data2vec.stateless import key
 from d2v_scale.data2vec.targets import Made
 from d2v_scale.networks.draw import Draw
-from d2v_scale.parallel import gradient_norm, rank_loops
+from d2v_scale.parallel import flat_step, gradient_norm, rank_loops
 from d2v_scale.parallel.absent_gradients import absent_gradients
 from d2v_scale.parallel.groups import Topology
 from d2v_scale.parallel.layout_check import check_layout
@@ -74,6 +74,8 @@ class StudentEngine:
         """What `whole_matrices.bind` sets where Muon steps some of the masters."""
         self.spikes: SpikeWatch | None = None
         """Set by `watch_spikes`."""
+        self.whole_gradients = False
+        """Whether every master has its flat gradient, clipped, beside it while the optimizer steps, to be read."""
         self._micro_batches = 0
         self._absent = absent_gradients(engine.optimizer, self.stage)
 
@@ -302,6 +304,7 @@ def build_student(
         model=module, optimizer=optimizer, config=ds_config, mpu=topology.mpu, dist_init_required=False
     )
     student = StudentEngine(engine, ds_config, topology)
+    flat_step.bind(student)
     student.check_layout()
     gradient_norm.bind(engine.optimizer)
     bind(student)

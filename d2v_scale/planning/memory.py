@@ -102,7 +102,7 @@ def held(job: Job, stage: int) -> tuple[dict[str, float], dict[str, float]]:
         part = _local(student, tensor) / data
         weights = float(size * _local(student, tensor))
         gradients = _stage_1_gradients(job, student) if _gradients_are_views(job) else 4.0 * part
-    moments = 12.0 * part - 4.0 * _of_muon(job, student)
+    moments = (8.0 if _masters_are_weights(job) else 12.0) * part - 4.0 * _of_muon(job, student)
     device = {"weights": weights, "gradients": gradients, "master and moments": moments, **_teacher(job, teacher)}
     host = {name: device[name] for name, away in _in_host_memory(job).items() if away}
     device |= dict.fromkeys(host, 0.0)
@@ -228,6 +228,11 @@ def _in_host_memory(job: Job) -> dict[str, bool]:
         "master and moments": optimizer,
         "teacher fp32": job.recipe.teacher.placement == "cpu",
     }
+
+
+def _masters_are_weights(job: Job) -> bool:
+    """Stages 1 and 2 in fp32 step the weights themselves (`parallel.flat_step`)."""
+    return job.stage < 3 and job.itemsize == 4 and not job.offloads("optimizer")
 
 
 def _gradients_are_views(job: Job) -> bool:

@@ -43,7 +43,7 @@ class StepDiagnostics:
 
     def arm(self) -> None:
         """Watch the step that follows. Local."""
-        self._armed = True
+        self._armed = self._student.whole_gradients = True
         self._squares = {}
         self._before = [_sample(shard).clone() for shard in self._shards]
 
@@ -53,7 +53,7 @@ class StepDiagnostics:
 
         `grad_norm`: the global one, of an applied step. Collective: all ranks must call.
         """
-        self._armed = False
+        self._armed = self._student.whole_gradients = False
         device = self._student.topology.device
         sums = torch.zeros(3, len(PARTS), dtype=torch.float32, device=device)
         for index, (shard, part) in enumerate(zip(self._shards, self._parts, strict=True)):

@@ -17,7 +17,7 @@ def held_bytes(student: StudentEngine, teacher: EmaTeacher) -> dict[str, int]:
     pipeline: of this stage.
 
     A storage is counted once, for the first class that holds it: in fp32 the teacher's compute copy is its fp32 part,
-    and at stages 1 and 2 in fp32 the master is a copy of this rank's part of the weights.
+    and at stages 1 and 2 in fp32 without offload the master is this rank's part of the weights.
     """
     seen: set[int] = set()
 
