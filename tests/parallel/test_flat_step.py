@@ -39,7 +39,8 @@ def trained(
     student: StudentEngine, losses: tuple[float, ...] = (1.0, 1.0, 1.0)
 ) -> tuple[list[torch.Tensor], list[Any]]:
     """Weights and moments after steps whose losses have these factors; the norms and figures of each."""
-    diagnostics, said = StepDiagnostics(student, depth=2), []
+    diagnostics = StepDiagnostics(student, depth=2)
+    said: list[Any] = []
     batch = tiny_models.batch("v1_speech")
     for number, factor in enumerate(losses):
         if number == 1:
@@ -86,7 +87,6 @@ def test_weights_moments_and_figures_are_those_of_deepspeeds_step(
 
 def test_pieces_that_cut_a_vector_are_stepped_as_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sizes that are no multiple of the kernel's vectors, and runs longer than the buffer."""
-    monkeypatch.setattr(gradient_norm, "CHUNK", 64)
     student = engine(1, "fp32", 0.0)
     master, group = student.masters()[0], student.optimizer.param_groups[0]
     group = {**group, "lr": 1e-2}
@@ -95,11 +95,8 @@ def test_pieces_that_cut_a_vector_are_stepped_as_the_whole(monkeypatch: pytest.M
     pieces = gradient.split([*sizes, left - sum(sizes)])
     before = master.detach().clone()
     whole, moments = before.clone(), [torch.zeros_like(before) for _ in range(2)]
-    torch._fused_adamw_(
-        *([one] for one in (whole, gradient, *moments)), [], [torch.tensor(1.0)],
-        lr=1e-2, beta1=group["betas"][0], beta2=group["betas"][1], weight_decay=group["weight_decay"],
-        eps=group["eps"], amsgrad=False, maximize=False,
-    )  # fmt: skip
+    flat_step._fused((whole, *moments), [(0, gradient)], torch.tensor(1.0), group)
+    monkeypatch.setattr(gradient_norm, "CHUNK", 64)
     step = flat_step._FlatStep(student)
     flat_step._begin(student.optimizer.state[master], master.data)
     with torch.no_grad():
