@@ -1,10 +1,9 @@
 """DeepSpeed's step at stages 1 and 2 on a CPU with less memory traffic: the same weights and moments, bit by bit.
 
 DeepSpeed lays the gradients of a group side by side in fresh memory, scales them there, steps, and copies the masters
-to the weights: more traffic than AdamW itself has. Here the fused kernel reads gradients where they lie. Those to be
-converted, and those at which the kernel's vectors would be cut elsewhere, go through a buffer that stays in the cache.
-Where a rank reduces with nobody, nothing is copied for it. Where DeepSpeed's source is not that of 0.19.8 its own code
-runs, and one warning says so.
+to the weights: more traffic than AdamW itself has. Here the fused kernel reads gradients where they lie, in pieces of
+whole vectors of it; those in bf16 go through a buffer that stays in the cache. Where a rank reduces with nobody,
+nothing is copied for it. Where DeepSpeed's source is not that of 0.19.8 its own code runs, and one warning says so.
 """
 
 import hashlib
@@ -37,7 +36,7 @@ _EXPECTED = {
 """What is replaced, or is relied on by what replaces it -> the start of the SHA-256 of its source."""
 
 _VECTOR = 16
-"""Values of the kernel's unit: where pieces are cut at multiples of it, every value is computed as in the whole."""
+"""Values of the kernel's unit: in pieces of multiples of it every value is computed as in the whole."""
 
 _warned = False
 
@@ -187,43 +186,57 @@ class _FlatStep:
         self, master: Tensor, compute_n: Tensor, gradients: list[Tensor], factor: Tensor | None, group: dict[str, Any]
     ) -> None:
         """AdamW of a flat master whose gradient lies in pieces, each times `factor`; then its weights follow."""
-        state, size = self._zero.optimizer.state[master], master.numel()
+        state = self._zero.optimizer.state[master]
         state["step"] += 1
         stepped = (master.data, state["exp_avg"], state["exp_avg_sq"])
         shared = compute_n.data_ptr() == master.data_ptr()
-        ready: list[Piece] = []
-        runs: list[tuple[int, list[Tensor]]] = []
-        first, in_run = 0, False
-        for flat_n in gradients:
-            end = first + flat_n.numel()
-            uncut = first % _VECTOR == 0 and (end % _VECTOR == 0 or end == size)
-            if uncut and shared and flat_n.dtype == torch.float32:
-                ready.append((first, flat_n))
-                in_run = False
-            elif in_run:
-                runs[-1][1].append(flat_n)
-            else:
-                runs.append((first, [flat_n]))
-                in_run = True
-            first = end
-        if ready:
+        if shared and all(flat_n.dtype == torch.float32 for flat_n in gradients):
+            pieces = _uncut(gradients, master.numel())
             if factor is not None:
-                torch._foreach_mul_([flat_n for _, flat_n in ready], factor)
-            _fused(stepped, ready, state["step"], group)
-        for first, run in runs:
-            for parts in gradient_norm.chunks(run):
-                gradient_n = gradient_norm.filled(self._buffer, parts)
-                if factor is not None:
-                    gradient_n.mul_(factor)
-                _fused(stepped, [(first, gradient_n)], state["step"], group)
-                end = first + gradient_n.numel()
-                if not shared:
-                    compute_n[first:end].copy_(master.data[first:end])
-                first = end
+                torch._foreach_mul_([flat_n for _, flat_n in pieces], factor)
+            _fused(stepped, pieces, state["step"], group)
+            return
+        first = 0
+        for parts in gradient_norm.chunks(gradients):
+            gradient_n = gradient_norm.filled(self._buffer, parts)
+            if factor is not None:
+                gradient_n.mul_(factor)
+            _fused(stepped, [(first, gradient_n)], state["step"], group)
+            end = first + gradient_n.numel()
+            if not shared:
+                compute_n[first:end].copy_(master.data[first:end])
+            first = end
 
 
 Piece = tuple[int, Tensor]
 """Where a flat gradient belongs in its master, and the gradient."""
+
+
+def _uncut(gradients: list[Tensor], size: int) -> list[Piece]:
+    """A flat gradient of this size in pieces of whole vectors: the few values around an end that cuts one are copied
+    together, the others stay where they lie."""
+    found: list[Piece] = []
+    across: list[Tensor] = []
+    first, missing = 0, 0
+    for flat_n in gradients:
+        if missing:
+            head_n, flat_n = flat_n[:missing], flat_n[missing:]
+            across.append(head_n)
+            missing -= head_n.numel()
+            if missing:
+                continue
+            found.append((first, torch.cat(across)))
+            first, across = first + _VECTOR, []
+        left = flat_n.numel()
+        whole = left if first + left == size else left // _VECTOR * _VECTOR
+        if whole:
+            found.append((first, flat_n[:whole]))
+        if whole < left:
+            across, missing = [flat_n[whole:]], _VECTOR - (left - whole)
+        first += whole
+    if across:
+        found.append((first, torch.cat(across)))
+    return found
 
 
 def _begin(state: dict[str, Any], master_n: Tensor) -> None:

@@ -85,22 +85,22 @@ def test_weights_moments_and_figures_are_those_of_deepspeeds_step(
     assert all(torch.equal(value, other) for value, other in zip(found, expected, strict=True))
 
 
-def test_pieces_that_cut_a_vector_are_stepped_as_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sizes that are no multiple of the kernel's vectors, and runs longer than the buffer."""
+def test_pieces_that_cut_a_vector_are_stepped_as_the_whole() -> None:
+    """Sizes that are no multiple of the kernel's vectors."""
     student = engine(1, "fp32", 0.0)
     master, group = student.masters()[0], student.optimizer.param_groups[0]
     group = {**group, "lr": 1e-2}
     gradient = torch.randn(master.numel(), generator=torch.Generator().manual_seed(0))
-    sizes, left = [16, 3, 200, 37, 1, 31, 64], master.numel()
+    sizes, left = [16, 3, 2, 200, 0, 37, 1, 31, 64], master.numel()
     pieces = gradient.split([*sizes, left - sum(sizes)])
     before = master.detach().clone()
     whole, moments = before.clone(), [torch.zeros_like(before) for _ in range(2)]
     flat_step._fused((whole, *moments), [(0, gradient)], torch.tensor(1.0), group)
-    monkeypatch.setattr(gradient_norm, "CHUNK", 64)
     step = flat_step._FlatStep(student)
     flat_step._begin(student.optimizer.state[master], master.data)
     with torch.no_grad():
         step._step_pieces(master, master.data, list(pieces), None, group)
+    assert all(flat_n.numel() % 16 == 0 for _, flat_n in flat_step._uncut(list(pieces), left)[:-1])
     assert torch.equal(master.data, whole)
     state = student.optimizer.state[master]
     assert torch.equal(state["exp_avg"], moments[0])
