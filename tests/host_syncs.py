@@ -41,6 +41,8 @@ ALLOWED = {
     "utils.py:mask_nan_or_inf_with_val_inplace",
     "stage_1_and_2.py:has_overflow",
     "stage3.py:get_grad_norm_direct",
+    # Runs on a CPU alone, where the verdict has just been read.
+    "flat_step.py:_factor",
     # ZeRO-3, on a device only: after each backward pass for the reduced gradients; in a world of one for every fetched
     # parameter; for what is gathered for good after a step.
     "stage3.py:independent_gradient_partition_epilogue",
