@@ -27,6 +27,7 @@ from d2v_scale.optim import OptimConfig
 from d2v_scale.parallel.config import ParallelConfig, data_parallel_size
 from d2v_scale.process.config import ProfileConfig
 from d2v_scale.redaction import redact_values
+from d2v_scale.step_sizes import check_step
 from d2v_scale.teacher import own_model
 from d2v_scale.teacher.config import TeacherConfig
 from d2v_scale.tracking.config import TrackingConfig
@@ -295,7 +296,7 @@ class Recipe:
             )
         self._check_mixing()
         for name in self.sequences:
-            self._check_batch(name, replicas)
+            check_step(self, name, replicas)
         if self.task is not None and self.task.image.mixes:
             rows = self.global_batch_size // (replicas * self.accumulation)
             if rows < 2:
@@ -332,27 +333,6 @@ class Recipe:
                 "equally: with data.mixing together every step has as many micro-batches of each",
                 f"Give a multiple of {sources}, such as {more}.",
             )
-
-    def _check_batch(self, name: str, replicas: int) -> None:
-        """Raises ConfigError where a step of the stem `name` is too small, or counted in a unit it does not have."""
-        sizes = [(f"data.sources.{k}.", s) for k, s in enumerate(self.data.sources) if s.modality == name]
-        for prefix, source in sizes or [("", SourceConfig())]:
-            size, unit = source.batch_size or self.global_batch_size, source.batch_unit or self.batch_unit
-            if unit == "samples" and size < replicas * self.rounds:
-                of_source = f" of {source.name or name}" if len(self.data.sources) > 1 else ""
-                raise ConfigError(
-                    "global_batch_size" if source.batch_size is None else f"{prefix}batch_size",
-                    f"{size} samples{of_source} are fewer than {replicas} data-parallel ranks x {self.rounds} "
-                    "micro-batches",
-                    "Raise it, lower accumulation, or start fewer processes.",
-                )
-            if unit not in ("samples", modalities.of(self.model, name).unit):
-                fits = [kind for kind in modalities.KINDS if modalities.class_of(kind).unit == unit]
-                raise ConfigError(
-                    "batch_unit" if source.batch_unit is None else f"{prefix}batch_unit",
-                    f"is {unit!r}, which samples of {name} are not counted in",
-                    f"It fits {' or '.join(fits)}; each of data.sources may have its own batch_unit.",
-                )
 
 
 def to_dict(recipe: Recipe) -> dict[str, Any]:

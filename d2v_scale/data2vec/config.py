@@ -66,6 +66,11 @@ class LossConfig:
     without a head, against the mean over all positions of the sample's first target."""
     weight: float = 1.0
     """Factor on the whole loss, for stems that weigh more or less than others."""
+    koleo_weight: float = 0.0
+    """Weight of KoLeo, a mean per row, which keeps the student's mean states of different samples apart (Sablayrolles
+    et al. 2019, arXiv 1806.03198). Not of data2vec."""
+    koleo_group: int = 8
+    """Samples of a micro-batch that KoLeo compares with each other; every micro-batch holds a multiple of it."""
 
 
 @dataclass(kw_only=True)
@@ -156,6 +161,10 @@ class ObjectiveConfig:
     def targets(self) -> list[TargetConfig]:
         """All that is regressed, the first one first."""
         return [self.target, *self.further_targets]
+
+    def reads_states(self, *stems: str) -> bool:
+        """Whether the loss of one of these stems reads the student's states at all positions."""
+        return any(self.of(stem).loss.koleo_weight > 0 for stem in stems)
 
     def key(self, name: str, key: str) -> str:
         """Where the value at a dotted key of this section, as the stem `name` has it, is written."""

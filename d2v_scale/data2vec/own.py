@@ -47,6 +47,8 @@ class OwnLoss:
     reduction: Literal["sum_channels", "mean_channels"] | None = None
     cls_weight: float | None = None
     weight: float | None = None
+    koleo_weight: float | None = None
+    koleo_group: int | None = None
 
 
 @dataclass(kw_only=True)

@@ -134,6 +134,8 @@ def forward_only(batches: list[Batch], student: StudentEngine, objective: Object
 class _Nothing:
     """An objective that is not looked at."""
 
+    reads_states = False
+
     def __init__(self, device: torch.device) -> None:
         self._device = device
 
@@ -141,16 +143,23 @@ class _Nothing:
         """Not looked at."""
 
     def share(
-        self, batch: Batch, predictions: Sequence[Tensor], cls: Sequence[Tensor | None], made: Sequence[Made]
+        self,
+        batch: Batch,
+        predictions: Sequence[Tensor],
+        cls: Sequence[Tensor | None],
+        made: Sequence[Made],
+        means: Sequence[Tensor] = (),
     ) -> Tensor:
         """0, as nothing is trained."""
-        del batch, predictions, cls, made
+        del batch, predictions, cls, made, means
         return torch.zeros((), device=self._device)
 
 
 class _Sums:
     """An objective that adds up, for every target: positions, loss, squared error, and each channel's sum and sum of
     squares of the targets, in float64 (3 + 2 D,)."""
+
+    reads_states = False
 
     def __init__(
         self, config: LossConfig, targets: Sequence[Target], counted: list[bool], device: torch.device
@@ -165,10 +174,15 @@ class _Sums:
         """Not looked at."""
 
     def share(
-        self, batch: Batch, predictions: Sequence[Tensor], cls: Sequence[Tensor | None], made: Sequence[Made]
+        self,
+        batch: Batch,
+        predictions: Sequence[Tensor],
+        cls: Sequence[Tensor | None],
+        made: Sequence[Made],
+        means: Sequence[Tensor] = (),
     ) -> Tensor:
         """Add a micro-batch; gives 0, as nothing is trained."""
-        del cls
+        del cls, means
         if next(self._counted):
             found = []
             for one in compare(batch, self._targets, predictions, made):

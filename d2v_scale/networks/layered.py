@@ -87,6 +87,24 @@ class Layered(nn.Module):
         needed = self.config.visible_only or self.config.compile or batch.parts or not len(read_n)
         return None if needed else read_n
 
+    def mean_states(self, batch: Batch, encoder_rsd: Tensor) -> tuple[Tensor, ...]:
+        """Of each stem the mean (R, D) of the encoder's output over the positions that it was given, but padding.
+        `encoder_rsd`: the student's, of all positions."""
+        found, place = [], 0
+        for part, valid_bt in zip(batch.of_stems, self._valids(batch, student_inputs), strict=True):
+            visible_rs = part.layout.visible_rs if self.config.visible_only else None
+            kept = part.masked_rt.shape[1] if visible_rs is None else visible_rs.shape[1]
+            own_rsd = encoder_rsd[:, place : place + kept]
+            place += kept
+            if valid_bt is None:
+                found.append(own_rsd.mean(dim=1))
+                continue
+            valid_rs = valid_bt.repeat_interleave(part.clones, dim=0)
+            valid_rs = valid_rs if visible_rs is None else valid_rs.gather(1, visible_rs)
+            total_rd = (own_rsd * valid_rs[..., None]).sum(dim=1)
+            found.append(total_rd / valid_rs.sum(dim=1, keepdim=True).clamp(min=1))
+        return tuple(found)
+
     def stem_features(self, batch: Batch) -> Tensor:
         """Features (B, T, D) of the unmasked input, with this stack's own stems, e.g. for evaluation."""
         return self._features(batch, whole_inputs, self._valids(batch, whole_inputs))

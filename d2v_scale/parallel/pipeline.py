@@ -112,7 +112,7 @@ class Stage(nn.Module):
                 arrived = _unpack(cast(tuple[Tensor, ...], received), teacher, batch)
                 states_rsd, positions, teacher_states_bsd, teacher_positions, running = arrived
                 carry = student.resume(batch, states_rsd, positions)
-            read_n = self._read(student, batch)
+            read_n = None if self._objective.reads_states else self._read(student, batch)
             student.run_blocks(batch, carry, self._draw, read_n)
         with part("teacher"), torch.no_grad():
             if section.starts:
@@ -127,8 +127,9 @@ class Stage(nn.Module):
         with part("teacher"), torch.no_grad():
             made = teacher.leave(batch, running, targets_n)
         with part("student"):
-            predictions, _, cls = student.leave(batch, carry, self._draw, read_n=read_n)
-        return poisoned(self._objective.share(batch, predictions, cls, made))
+            predictions, encoder_rsd, cls = student.leave(batch, carry, self._draw, read_n=read_n)
+            means = student.mean_states(batch, encoder_rsd) if self._objective.reads_states else ()
+        return poisoned(self._objective.share(batch, predictions, cls, made, means))
 
 
 def _pack(carry: Carry, teacher_carry: Carry, running: list[Tensor | None]) -> tuple[Tensor, ...]:

@@ -95,11 +95,12 @@ class StudentEngine:
         for micro, batch in enumerate(batches):
             torch.manual_seed(key(draw.seed, "dropout", draw.step, self.topology.data_parallel_rank, micro) >> 1)
             with part("student"):
-                output = self(batch, draw, only_read=True)
+                output = self(batch, draw, only_read=not objective.reads_states)
+                means = self.module.mean_states(batch, output.encoder_rsd) if objective.reads_states else ()
             objective.entered(batch, output.features_btd)
             with part("teacher"):
                 made = self.make_targets(batch, output.features_btd, only_read=True)
-            share = objective.share(batch, output.predictions, output.cls, made)
+            share = objective.share(batch, output.predictions, output.cls, made, means)
             with part("backward"):
                 self.backward(share)
         with part("optimizer"):
@@ -114,7 +115,8 @@ class StudentEngine:
             output = self.module(batch, draw)
             objective.entered(batch, output.features_btd)
             made = self.make_targets(batch, output.features_btd)
-            objective.share(batch, output.predictions, output.cls, made)
+            means = self.module.mean_states(batch, output.encoder_rsd) if objective.reads_states else ()
+            objective.share(batch, output.predictions, output.cls, made, means)
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of one micro-batch. Collective.

@@ -39,7 +39,9 @@ def mean_sample(recipe: Recipe, source: SourceConfig) -> tuple[SampleCost, float
     each = {stem: lengths_of(recipe, stem, size) for stem, size in sizes.items()}
     lengths = Lengths.together(each) if len(each) > 1 else each[source.modality]
     teacher, targets = recipe.teacher.model, recipe.built_targets()
-    cost = sample_cost(recipe.model, source.modality, lengths, recipe.parts(), targets, teacher)
+    reads_states = recipe.objective.reads_states(*source.stems)
+    model, parts = recipe.model, recipe.parts()
+    cost = sample_cost(model, source.modality, lengths, parts, targets, teacher, reads_states=reads_states)
     size = float(lengths.positions) if len(each) > 1 else sizes[source.modality] or 1.0
     units = {"samples": 1.0, "tokens": size, "seconds": size / SAMPLE_RATE}
     return cost, units[source.batch_unit or recipe.batch_unit]

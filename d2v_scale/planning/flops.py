@@ -164,6 +164,7 @@ def cost_of(recipe: Recipe, modality: str, size: float | None = None) -> SampleC
         recipe.parts(),
         recipe.built_targets(),
         recipe.teacher.model,
+        reads_states=recipe.objective.reads_states(*parts_of(modality)),
     )
 
 
@@ -174,16 +175,20 @@ def sample_cost(
     parts: TeacherParts,
     targets: Sequence[Target] | Mapping[str, Sequence[Target]] = (),
     teacher: ModelConfig | None = None,
+    *,
+    reads_states: bool = False,
 ) -> SampleCost:
     """FLOPs of one sample, layer by layer in the order of `describe`, which is what a pipeline is cut from. `targets`:
     those of the stem, or of all stems by their names; none: one of the model's width that costs nothing. `teacher`: one
-    that is another model; None: the student's."""
+    that is another model; None: the student's. `reads_states`: whether the loss reads the student's states at all
+    positions (`ObjectiveConfig.reads_states`)."""
     by_stem = targets if isinstance(targets, Mapping) else {modality: targets}
     alone = len(parts_of(modality)) == 1
-    student_reads = lengths.masked if alone and not model.visible_only and not model.compile else None
+    masked_alone = lengths.masked if alone and not (model.visible_only or model.compile) else None
+    student_reads = None if reads_states else masked_alone
     taught = by_stem.get(modality, ())
     by_position = bool(taught) and all(target.is_by_position for target in taught)
-    teacher_reads = student_reads if by_position and lengths.clones == 1 and teacher is None else None
+    teacher_reads = masked_alone if by_position and lengths.clones == 1 and teacher is None else None
 
     def run(of: ModelConfig, lengths: Lengths, reads: tuple[float | None, float | None]) -> list[LayerCost]:
         found = []

@@ -35,6 +35,7 @@ class RunObserver:
             recipe.tracking.peak_tflops,
             cast(Teacher, teacher.module).targets,
             recipe.teacher.model,
+            [stem for stem in recipe.model.modalities if recipe.objective.reads_states(stem)],
         )
         self._totals = RunTotals(loader.sources)
         observed = recipe.data.observed()

@@ -13,6 +13,7 @@ from d2v_scale.batch import Batch, masked_targets
 from d2v_scale.data2vec import ema, loss, statistics
 from d2v_scale.data2vec.comparison import compare
 from d2v_scale.data2vec.config import LossConfig, ObjectiveConfig
+from d2v_scale.data2vec.koleo import koleo_sum
 from d2v_scale.data2vec.targets import Made, State, Target
 from d2v_scale.networks.draw import Draw
 from d2v_scale.networks.layered import by_part
@@ -135,6 +136,7 @@ class StepLoss:
         self._number = {source: number for number, source in enumerate(stems)}
         self._configs = {stem: objective.of(stem).loss for stem in stems.values()}
         self._targets, self._weights = targets, weights
+        self.reads_states = any(config.koleo_weight > 0 for config in self._configs.values())
         self._states = {stem: states.get(stem) or [{} for _ in targets[stem]] for stem in stems.values()}
         self.statistics: dict[str, list[dict[str, Tensor]]] = {s: [{} for _ in targets[s]] for s in stems.values()}
         """What the micro-batches say about the state of each of a stem's targets, added up."""
@@ -158,21 +160,34 @@ class StepLoss:
                 self.seen.count(self._number[one.source], STEM, x_btd.flatten(0, 1))
 
     def share(
-        self, batch: Batch, predictions: Sequence[Tensor], cls: Sequence[Tensor | None], made: Sequence[Made]
+        self,
+        batch: Batch,
+        predictions: Sequence[Tensor],
+        cls: Sequence[Tensor | None],
+        made: Sequence[Made],
+        means: Sequence[Tensor] = (),
     ) -> Tensor:
         """What a micro-batch adds to the loss, scaled for DeepSpeed's division. Of every target its predictions, and
-        what was made; of every stem the output at its last extra token."""
+        what was made; of every stem the output at its last extra token, and its mean state if one is read."""
         weight, coming = self._weights.get(batch.source, 1.0), zip(predictions, made, strict=True)
         shares = []
-        for of_stem, cls_rd in zip(batch.of_stems, cls, strict=True):
+        for of_stem, cls_rd, mean_rd in zip(batch.of_stems, cls, means or [None] * len(cls), strict=True):
             own = list(itertools.islice(coming, len(self._targets[of_stem.modality])))
-            shares.append(self._share_of(of_stem, [x for x, _ in own], cls_rd, [one for _, one in own], weight))
+            made_of_stem = [one for _, one in own]
+            shares.append(self._share_of(of_stem, [x for x, _ in own], (cls_rd, mean_rd), made_of_stem, weight))
         return sum(shares[1:], shares[0]) * self._factor
 
     def _share_of(
-        self, batch: Batch, predictions: Sequence[Tensor], cls_rd: Tensor | None, made: Sequence[Made], weight: float
+        self,
+        batch: Batch,
+        predictions: Sequence[Tensor],
+        of_rows: tuple[Tensor | None, Tensor | None],
+        made: Sequence[Made],
+        weight: float,
     ) -> Tensor:
-        """What one stem's part of a micro-batch adds to the loss, not scaled. `weight`: of its source."""
+        """What one stem's part of a micro-batch adds to the loss, not scaled. `of_rows`: output at its last extra
+        token, and mean state; `weight`: of its source."""
+        cls_rd, mean_rd = of_rows
         stem, number = batch.modality, self._number[batch.source]
         config, counts = self._configs[stem], self._counts[number]
         self._ask(stem, made)
@@ -183,10 +198,13 @@ class StepLoss:
         # A stem may have no extra token.
         if config.cls_weight > 0 and cls_rd is not None:
             # Of a blank row it is part of the graph, as on every rank, and counts nothing.
-            of_rows = 0.0 if batch.is_blank else compared[0].weight
+            first = 0.0 if batch.is_blank else compared[0].weight
             real = (batch.real_bt, batch.present_b)
-            total = of_rows * loss.cls_loss_sum(cls_rd, targets_btd, config, targets_btd.shape[-1], *real)
+            total = first * loss.cls_loss_sum(cls_rd, targets_btd, config, targets_btd.shape[-1], *real)
             share = share + total / counts[1].float()
+        if config.koleo_weight > 0 and mean_rd is not None:
+            total = koleo_sum(mean_rd, batch.clones, config.koleo_group, batch.present_b)
+            share = share + (0.0 if batch.is_blank else config.koleo_weight) * total / counts[1].float()
         for factor in (config.weight, weight):
             share = share * factor if factor != 1 else share
         self.seen.loss += share.detach()

@@ -1,6 +1,6 @@
 """Model FLOPs utilisation of a run: useful FLOPs of what was trained on, over the peak of the devices."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import lru_cache
 
 import torch
@@ -9,6 +9,7 @@ from d2v_scale.batch import Batch
 from d2v_scale.data2vec.targets import Target
 from d2v_scale.modalities.costs import Lengths
 from d2v_scale.model.config import ModelConfig
+from d2v_scale.model.stem_config import parts_of
 from d2v_scale.model.teacher_parts import TeacherParts
 from d2v_scale.parallel.groups import Topology
 from d2v_scale.planning.flops import SampleCost, sample_cost
@@ -26,9 +27,11 @@ class FlopMeter:
         peak_tflops: float | None = None,
         targets: Mapping[str, Sequence[Target]] | None = None,
         teacher: ModelConfig | None = None,
+        reads_states: Collection[str] = (),
     ) -> None:
         """`targets`, of each stem, and `teacher`: as for `sample_cost`. `peak_tflops`: of one device; None: known for
-        some GPUs by name, and elsewhere there is no utilisation."""
+        some GPUs by name, and elsewhere there is no utilisation. `reads_states`: stems whose loss reads states at all
+        positions."""
         self._topology = topology
         self._peak = None if peak_tflops is None else peak_tflops * 1e12
         if self._peak is None and topology.device.type == "cuda":
@@ -38,7 +41,8 @@ class FlopMeter:
 
         @lru_cache(maxsize=1024)
         def cost(modality: str, lengths: Lengths) -> SampleCost:
-            return sample_cost(model, modality, lengths, parts, targets or {}, teacher)
+            states = not {*parts_of(modality)}.isdisjoint(reads_states)
+            return sample_cost(model, modality, lengths, parts, targets or {}, teacher, reads_states=states)
 
         self._cost = cost
 

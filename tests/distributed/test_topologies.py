@@ -69,6 +69,10 @@ MORE_TEACHERS_ON_TWO: list[dict] = [
     {"name": "frozen ZeRO-2", **FROZEN, "stage": 2, "accumulation": 2},
     {"name": "other ZeRO-1", **OTHER, "stage": 1, "accumulation": 2},
 ]
+KOLEO: list[dict] = [
+    {"name": f"koleo_{name}", "model": name, "koleo": 0.2} for name in ("v1_text", "v2_speech", "v2_pair")
+]
+"""Mean states of samples are kept apart: of all positions of the last block, and of what is visible."""
 LAYERS = {"model": "v1_text", "target": {"layers": [0, 2]}}
 """Taps of either stage, and not of the last block."""
 
@@ -147,6 +151,7 @@ def references(root: Path) -> dict[str, Checkpoint]:
             {"name": "muon", **MUON, "accumulation": 4},
             {"name": "frozen", **FROZEN, "accumulation": 4},
             {"name": "other", **OTHER, "accumulation": 4},
+            *({**case, "accumulation": 4} for case in KOLEO),
         ],
     )
 
@@ -176,6 +181,8 @@ def on_two_ranks(root: Path) -> dict[str, Checkpoint]:
             *cases_of("pp2", ("v2_pair",)),
             {"name": "layers pp2", **LAYERS, **pipeline},
             {"name": "scaled pp2", **SCALED, **pipeline},
+            {**KOLEO[0], "name": "koleo_v1_text pp2", **pipeline},
+            {**KOLEO[2], "name": "koleo_v2_pair ZeRO-2", "stage": 2, "accumulation": 2},
             *MUON_ON_TWO,
             *TEACHERS_ON_TWO,
             {"name": "bf16", "model": "v1_vision", "precision": "bf16", **pipeline},
@@ -307,6 +314,9 @@ def test_more_models_and_optimizers_on_two_and_four_ranks(root: Path, references
         *cases_of("pp2", (TOKENS[1], "v1_pair")),
         *MORE_MUON_ON_TWO,
         *MORE_TEACHERS_ON_TWO,
+        {**KOLEO[0], "name": "koleo_v1_text ZeRO-3", "stage": 3, "accumulation": 2},
+        {**KOLEO[1], "name": "koleo_v2_speech tp2", **TOPOLOGIES["tp2"][1]},
+        {**KOLEO[2], "name": "koleo_v2_pair pp2", **TOPOLOGIES["pp2"][1]},
     ]
     four = [
         *cases_of("pp4", ("v2_vision",)),

@@ -51,7 +51,8 @@ def recipe_of(case: dict) -> Recipe:
     further = [TargetConfig(**one) for one in case.get("further", [])]
     tokens = max(stem.extra_token_count for stem in model.stems.values())
     other = case.get("teacher") == "checkpoint"  # of another width than the CLS term compares
-    loss = LossConfig(cls_weight=0.5 if model.visible_only and tokens and not other else 0.0)
+    cls_weight = 0.5 if model.visible_only and tokens and not other else 0.0
+    loss = LossConfig(cls_weight=cls_weight, koleo_weight=case.get("koleo", 0.0), koleo_group=SAMPLES // SHARES)
     return Recipe(
         model=model,
         objective=ObjectiveConfig(
