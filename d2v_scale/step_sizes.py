@@ -14,9 +14,8 @@ if TYPE_CHECKING:
 def check_step(recipe: "Recipe", name: str, replicas: int) -> None:
     """Raises ConfigError where a step of the stem `name` is too small for `replicas` data-parallel ranks, counted in a
     unit it does not have, or divided otherwise than its loss needs."""
-    for number, source in [(k, s) for k, s in enumerate(recipe.data.sources) if s.modality == name] or [(None, None)]:
-        prefix = "" if number is None else f"data.sources.{number}."
-        source = source or SourceConfig()
+    own = [(f"data.sources.{k}.", s) for k, s in enumerate(recipe.data.sources) if s.modality == name]
+    for prefix, source in own or [("", SourceConfig())]:
         size, unit = source.batch_size or recipe.global_batch_size, source.batch_unit or recipe.batch_unit
         of_source = f" of {source.name or name}" if len(recipe.data.sources) > 1 else ""
         size_key = "global_batch_size" if source.batch_size is None else f"{prefix}batch_size"

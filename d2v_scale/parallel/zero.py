@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,9 @@ from d2v_scale.parallel.whole_matrices import WholeMatrices, bind
 from d2v_scale.process import faults
 from d2v_scale.process.profiling import part
 from d2v_scale.spikes import Spike, SpikeConfig
+
+if TYPE_CHECKING:
+    from d2v_scale.networks.stack import Student
 
 NamedParameters = list[tuple[str, nn.Parameter]]
 
@@ -96,7 +99,7 @@ class StudentEngine:
             torch.manual_seed(key(draw.seed, "dropout", draw.step, self.topology.data_parallel_rank, micro) >> 1)
             with part("student"):
                 output = self(batch, draw, only_read=not objective.reads_states)
-                means = self.module.mean_states(batch, output.encoder_rsd) if objective.reads_states else ()
+                means = self._means(batch, output.encoder_rsd, objective)
             objective.entered(batch, output.features_btd)
             with part("teacher"):
                 made = self.make_targets(batch, output.features_btd, only_read=True)
@@ -105,6 +108,10 @@ class StudentEngine:
                 self.backward(share)
         with part("optimizer"):
             return self.step()
+
+    def _means(self, batch: Batch, encoder_rsd: Tensor, objective: Objective) -> tuple[Tensor, ...]:
+        """The student's mean states, if the objective reads them."""
+        return cast("Student", self.module).mean_states(batch, encoder_rsd) if objective.reads_states else ()
 
     @torch.no_grad()
     def forward_batches(self, batches: list[Batch], draw: Draw, objective: Objective) -> None:
@@ -115,7 +122,7 @@ class StudentEngine:
             output = self.module(batch, draw)
             objective.entered(batch, output.features_btd)
             made = self.make_targets(batch, output.features_btd)
-            means = self.module.mean_states(batch, output.encoder_rsd) if objective.reads_states else ()
+            means = self._means(batch, output.encoder_rsd, objective)
             objective.share(batch, output.predictions, output.cls, made, means)
 
     def backward(self, loss: Tensor) -> None:

@@ -171,7 +171,8 @@ class StepLoss:
         what was made; of every stem the output at its last extra token, and its mean state if one is read."""
         weight, coming = self._weights.get(batch.source, 1.0), zip(predictions, made, strict=True)
         shares = []
-        for of_stem, cls_rd, mean_rd in zip(batch.of_stems, cls, means or [None] * len(cls), strict=True):
+        states: Sequence[Tensor | None] = means or [None] * len(cls)
+        for of_stem, cls_rd, mean_rd in zip(batch.of_stems, cls, states, strict=True):
             own = list(itertools.islice(coming, len(self._targets[of_stem.modality])))
             made_of_stem = [one for _, one in own]
             shares.append(self._share_of(of_stem, [x for x, _ in own], (cls_rd, mean_rd), made_of_stem, weight))
