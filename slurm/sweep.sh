@@ -17,6 +17,7 @@ repository=$(scontrol show job "$SLURM_JOB_ID" | sed -n '/^ *Command=/{s///;s|/s
 [[ -f $repository/slurm/lib.sh ]] || repository=$SLURM_SUBMIT_DIR
 source "$repository/slurm/lib.sh" || { echo "error: no slurm/lib.sh where this file lay, nor in $SLURM_SUBMIT_DIR"; exit 2; }
 
+export D2V_SCALE_MEASURE=${D2V_SCALE_MEASURE:-0} # what is compared is computed alike
 learning_rates=(2.5e-4 5e-4 1e-3 2e-3)
 point=(--optim.lr "${learning_rates[SLURM_ARRAY_TASK_ID]:-}")
 [[ -z ${D2V_SCALE_SWEEP:-} ]] || read_point # tools/sweep.py --slurm has made a list

@@ -37,6 +37,7 @@ from evidence_table import SEEDS_OF_COMPUTE, early_warning, table
 
 from d2v_scale.errors import EXIT_BAD_INPUT, UserError
 from d2v_scale.model.stem_config import Kind
+from d2v_scale.process.started import MEASURE
 from d2v_scale.shards.content import length_of
 from d2v_scale.shards.shard_index import Members, SetIndex
 from d2v_scale.tracking.environment import git_revision
@@ -225,6 +226,7 @@ def main() -> int:
     """Prepare, run, print."""
     arguments = make_parser().parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ.setdefault(MEASURE, "0")  # what is compared is computed alike
     try:
         if arguments.compute is not None:
             return evidence_of_computes(arguments)

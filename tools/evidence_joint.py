@@ -38,6 +38,7 @@ from evidence_sets import default_folder
 
 from d2v_scale.errors import EXIT_BAD_INPUT, UserError
 from d2v_scale.files import write_whole
+from d2v_scale.process.started import MEASURE
 from d2v_scale.tracking.environment import git_revision
 
 if TYPE_CHECKING:
@@ -237,6 +238,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Prepare, run what is not there, print the tables of all rows."""
     options = make_parser().parse_args(arguments)
     os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ.setdefault(MEASURE, "0")  # what is compared is computed alike
     quick = options.quick
     steps = options.steps or (QUICK_STEPS if quick else STEPS)
     seeds = options.seeds or (1 if quick else SEEDS)

@@ -33,6 +33,7 @@ from d2v_scale.answers.outputs import out_folder
 from d2v_scale.errors import EXIT_BAD_INPUT, UserError
 from d2v_scale.plots.curves import series
 from d2v_scale.plots.signs import knn, signs
+from d2v_scale.process.started import MEASURE
 from d2v_scale.process.status import read_status
 from d2v_scale.programs.own_program import TRAINING
 from d2v_scale.programs.run_quietly import run_quietly
@@ -196,10 +197,12 @@ def equal_compute(base: Any, recipe: Any) -> list[str]:
 
 def run_local(points: list[Point], jobs: int) -> None:
     """Run what is not done, `jobs` at once. Raises UserError for the first that fails."""
+    # What is compared is computed alike: no run measures for itself whether bf16 is faster here.
+    environment = {MEASURE: "0", **os.environ, "OMP_NUM_THREADS": "1"}
 
     def run(point: Point) -> None:
         command = [sys.executable, str(TRAINING), *point.arguments]
-        run_quietly(command, f"{point.label}, seed {point.seed},", env=os.environ | {"OMP_NUM_THREADS": "1"})
+        run_quietly(command, f"{point.label}, seed {point.seed},", env=environment)
         print(f"done: {point.label}, seed {point.seed}", flush=True)
 
     waiting = [point for point in points if not point.is_done()]

@@ -11,6 +11,8 @@ RESTART = "D2V_SCALE_RESTART"
 """Environment: how often the launcher has started the ranks again."""
 EXCLUDED = "D2V_SCALE_EXCLUDED"
 """Environment: nodes of this job that take no part any more, and why: a JSON object."""
+MEASURE = "D2V_SCALE_MEASURE"
+"""Environment: with 0 a run does not measure what its CPU is faster in (`running.arithmetic`)."""
 TELL = "D2V_SCALE_TELL_RUN_DIR"
 """Environment: the file in which the launcher wants to read where the run directory is."""
 

@@ -22,6 +22,7 @@ from d2v_scale.model import cpu_ops, cpu_speed
 from d2v_scale.parallel.groups import Topology
 from d2v_scale.planning import calibration, legal
 from d2v_scale.process.doing import doing
+from d2v_scale.process.started import MEASURE
 from d2v_scale.recipe import Recipe
 from d2v_scale.run_files.run_start import has_trained
 from d2v_scale.running.run_directory import write_deepspeed
@@ -29,8 +30,6 @@ from d2v_scale.running.run_directory import write_deepspeed
 log = logging.getLogger(__name__)
 
 FILE = "arithmetic.json"
-SWITCH = "D2V_SCALE_MEASURE"
-"""Environment variable; 0: nothing is measured, and what is usual is taken, so that every start has the same bits."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +104,7 @@ def _kept_or_measured(
             slower = "" if native or device != "cpu" or kept.precision == "fp32" else ", which has no bf16 of its own"
             log.info("The run computes as it began, measured on %s, not on this %s%s", kept.processor, here, slower)
         return kept
-    if device != "cpu" or os.environ.get(SWITCH) == "0":
+    if device != "cpu" or os.environ.get(MEASURE) == "0":
         return usual
     return dataclasses.replace(_measured(recipe, raw, topology, native=native), processor=here)
 

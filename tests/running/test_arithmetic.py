@@ -12,6 +12,7 @@ import torch
 from d2v_scale import command_line
 from d2v_scale.errors import ConfigError
 from d2v_scale.model import cpu_ops, cpu_speed
+from d2v_scale.process import started
 from d2v_scale.running import arithmetic
 from d2v_scale.tracking.record import METRICS_FILE
 
@@ -23,7 +24,7 @@ WORLD: Any = SimpleNamespace(rank=0, world_size=1, device=torch.device("cpu"))
 def measured(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """What measurements say, to be changed."""
     said: dict[str, Any] = {"gain": 1.0, "by_blas": [], "native": True, "processor": "here"}
-    monkeypatch.delenv(arithmetic.SWITCH, raising=False)
+    monkeypatch.delenv(started.MEASURE, raising=False)
     monkeypatch.setattr(cpu_speed, "gain_of_bf16", lambda backbone, length, biased: said["gain"])
     monkeypatch.setattr(cpu_speed, "faster_by_blas", lambda: said["by_blas"])
     monkeypatch.setattr(cpu_speed, "has_native_bf16", lambda: said["native"])
@@ -95,7 +96,7 @@ def test_where_nothing_is_measured_every_start_has_the_same_bits(
     tmp_path: Path, measured: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     measured |= {"gain": 1.5, "by_blas": ["small both"]}
-    monkeypatch.setenv(arithmetic.SWITCH, "0")
+    monkeypatch.setenv(started.MEASURE, "0")
     assert settled(tmp_path) == ("fp32", [])
 
 

@@ -306,3 +306,15 @@ def test_two_points_on_the_digits(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr[-3000:]
         assert expected in done.stdout
         assert "| top_k_layers 3 | 1 | 3 |" in done.stdout
+
+
+def test_runs_that_are_compared_compute_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each measured for itself whether bf16 is faster, so that seeds of one point could differ in precision."""
+    monkeypatch.delenv("D2V_SCALE_MEASURE")
+    seen: list[str] = []
+    monkeypatch.setattr(sweep, "run_quietly", lambda *_, env: seen.append(env["D2V_SCALE_MEASURE"]))
+    points = [sweep.Point((), 1, (), tmp_path)]
+    sweep.run_local(points, 1)
+    monkeypatch.setenv("D2V_SCALE_MEASURE", "1")
+    sweep.run_local(points, 1)
+    assert seen == ["0", "1"]
