@@ -43,8 +43,8 @@ def test_groups_that_micro_batches_would_cut_are_refused(
 
 
 def test_batches_of_any_number_of_samples_are_refused() -> None:
+    recipe, _ = parse(["--recipe=demo_speech", "--batch_unit=seconds", "--global_batch_size=60", KOLEO])
     with pytest.raises(
         ConfigError, match=r"koleo_weight: is 0\.01, but micro-batches of speech are counted in seconds"
     ):
-        recipe, _ = parse(["--recipe=demo_speech", "--batch_unit=seconds", "--global_batch_size=60", KOLEO])
         recipe.check(1)

@@ -42,10 +42,13 @@ def rankme(x_nd: Tensor) -> Tensor:
     """RankMe (Garrido et al. 2023, arXiv 2210.02885): exp of the entropy of the singular values' shares in their sum,
     for features as they are, neither centred nor scaled. float64, a scalar.
 
-    1 where all rows lie on one line through 0, r where r directions count alike, min(N, D) at most; 0 where all is 0.
-    Without the 1e-7 that the paper adds to every share, so that these are exact.
+    1 where all rows lie on one line through 0, r where r directions count alike, min(N, D) at most; 0 where all is 0;
+    NaN where a feature is not finite. Without the 1e-7 that the paper adds to every share, so that these are exact.
     """
-    return _spread_over(torch.linalg.svdvals(x_nd.detach().double()))
+    x_nd = x_nd.detach().double()
+    if not x_nd.isfinite().all():  # which the decomposition raises for
+        return x_nd.new_tensor(float("nan"))
+    return _spread_over(torch.linalg.svdvals(x_nd))
 
 
 def lidar(x_nvd: Tensor, delta: float = 1e-4) -> Tensor:
@@ -55,9 +58,11 @@ def lidar(x_nvd: Tensor, delta: float = 1e-4) -> Tensor:
     exp of the entropy of the eigenvalues' shares in their sum, of S_w^(-1/2) S_b S_w^(-1/2): S_b the covariance of the
     samples' means, S_w that within samples, plus `delta` of the mean variance of a channel on its diagonal. (The paper
     adds `delta` itself, and 1e-7 to every share: then neither the features' scale nor their width would cancel.) 0
-    where all samples have the same mean; min(N - 1, D) at most.
+    where all samples have the same mean; min(N - 1, D) at most; NaN where a feature is not finite.
     """
     x_nvd = x_nvd.detach().double()
+    if not x_nvd.isfinite().all():
+        return x_nvd.new_tensor(float("nan"))
     samples, views, width = x_nvd.shape
     mean_nd = x_nvd.mean(dim=1)
     between_nd = (mean_nd - mean_nd.mean(dim=0)) / samples**0.5

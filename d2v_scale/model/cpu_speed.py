@@ -1,4 +1,4 @@
-"""How this processor multiplies, measured in a fraction of a second: what a run decides by at its start.
+"""How this processor multiplies, measured in about a second: what a run decides by at its start.
 
 One way is clearly faster than another if it was by `CLEARLY` in three of four rounds, which take turns. So a run takes
 the usual way where there is no difference, and where others have the processor's time.

@@ -88,7 +88,7 @@ class Layered(nn.Module):
         return None if needed else read_n
 
     def mean_states(self, batch: Batch, encoder_rsd: Tensor) -> tuple[Tensor, ...]:
-        """Of each stem the mean (R, D) of the encoder's output over the positions that it was given, but padding.
+        """Of each stem the mean (R, D) of the encoder's output over the positions that it was given, but padding; fp32.
         `encoder_rsd`: the student's, of all positions."""
         found, place = [], 0
         for part, valid_bt in zip(batch.of_stems, self._valids(batch, student_inputs), strict=True):
@@ -97,11 +97,11 @@ class Layered(nn.Module):
             own_rsd = encoder_rsd[:, place : place + kept]
             place += kept
             if valid_bt is None:
-                found.append(own_rsd.mean(dim=1))
+                found.append(own_rsd.mean(dim=1, dtype=torch.float32))
                 continue
             valid_rs = valid_bt.repeat_interleave(part.clones, dim=0)
             valid_rs = valid_rs if visible_rs is None else valid_rs.gather(1, visible_rs)
-            total_rd = (own_rsd * valid_rs[..., None]).sum(dim=1)
+            total_rd = (own_rsd * valid_rs[..., None]).sum(dim=1, dtype=torch.float32)
             found.append(total_rd / valid_rs.sum(dim=1, keepdim=True).clamp(min=1))
         return tuple(found)
 

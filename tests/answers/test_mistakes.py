@@ -149,7 +149,10 @@ MISTAKES = [
 IN_ONE_PROCESS = """
 import contextlib, io, json, logging, os, sys
 import d2v_scale.train
+from d2v_scale.process import doing
 from d2v_scale.process.signals import StopFlag
+
+doing.SILENCE_S = 1e6  # on a busy machine it is said what takes long
 
 class Ended(BaseException):
     pass

@@ -126,6 +126,15 @@ def test_lidar_of_samples_that_are_all_alike_is_nought_and_of_views_that_are_is_
     assert float(lidar(views_of(corners(3), torch.zeros(6)))) == pytest.approx(3.0, rel=1e-6)
 
 
+@pytest.mark.parametrize("wrong", [math.nan, math.inf])
+def test_features_that_are_not_finite_have_no_rank_and_stop_nothing(wrong: float) -> None:
+    """The decompositions raise for them, which ended the run at its next evaluation."""
+    x = torch.ones(6, 4)
+    x[2, 1] = wrong
+    assert math.isnan(float(rankme(x)))
+    assert math.isnan(float(lidar(x.view(3, 2, 4))))
+
+
 def test_lidar_does_not_depend_on_how_features_are_mixed() -> None:
     generator = torch.Generator().manual_seed(3)
     x = torch.randn(30, 5, 6, dtype=torch.float64, generator=generator) * torch.tensor([3, 2, 1, 1, 1, 1])
