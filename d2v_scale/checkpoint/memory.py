@@ -221,10 +221,10 @@ class MemoryCopies:
     def _fetch(self, manifest: Manifest, step: int, holders: list[int], here: dict[int, Path]) -> str:
         """Get this rank's shard from one of `holders` to this node, and enter it; why none gave it, in words."""
         entry, failure = manifest.files[self._rank], ""
-        data = self.folder.place(OWN, step, self._rank)
         for process in holders:
             member = self.members[process]
             try:
+                data = self.folder.place(OWN, step, self._rank)
                 fetch(member.address, self._server.secret, self._rank, data, entry.size, entry.sha256)
             except OSError as error:
                 failure = str(error)

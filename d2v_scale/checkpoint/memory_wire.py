@@ -1,8 +1,9 @@
 """Between ranks: shards sent to the memory of another node, and read back from there. Plain TCP between two threads.
 
 A collective would have to be the same on all ranks, and would wait for one that has died; a connection fails, at the
-latest after `TIMEOUT_S` without a byte. A message is a JSON object behind its length; contents follow as they are.
-Whoever connects says the run's secret, which ranks got from rank 0. Nothing is ever unpickled.
+latest after `TIMEOUT_S` without a byte. Whoever connects first shows the run's secret, which ranks got from rank 0;
+without it nothing further is read. A message is a JSON object behind its length; contents follow as they are. Nothing
+is ever unpickled.
 """
 
 import contextlib
@@ -14,6 +15,7 @@ import socket
 import socketserver
 import struct
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from io import BufferedIOBase
 from pathlib import Path
@@ -36,6 +38,7 @@ _CHUNK = 1 << 22
 _Stream = BinaryIO | BufferedIOBase
 _LONGEST = 1 << 28
 """Bytes of a message."""
+_PROOF = hashlib.sha256().digest_size
 
 
 @dataclass(frozen=True)
@@ -89,9 +92,10 @@ class _Connection(socketserver.StreamRequestHandler):
     def handle(self) -> None:
         """One request."""
         with contextlib.suppress(OSError):
-            asked, copies = _hear(self.rfile), self.server.copies
-            if not hmac.compare_digest(str(asked.get("secret")), copies.secret):
+            copies = self.server.copies
+            if not hmac.compare_digest(self.rfile.read(_PROOF), _proof(copies.secret)):
                 return
+            asked = _hear(self.rfile)
             try:
                 if asked["op"] == "take":
                     copies.take(asked, self.rfile)
@@ -113,8 +117,8 @@ def send(to: Address, secret: str, data: Path, keep: int | None) -> None:
     """Have another node hold a shard, whose report lies beside it. `keep`: the step of the last whole generation, so
     that others there are removed first. Raises OSError."""
     report = data.with_suffix(".json").read_text()
-    with _connection(to) as connection, data.open("rb") as file:
-        _say(connection, {"secret": secret, "op": "take", "report": report, "keep": keep})
+    with _connection(to, secret) as connection, data.open("rb") as file:
+        _say(connection, {"op": "take", "report": report, "keep": keep})
         connection.sendfile(file)
         _answer(connection)
 
@@ -122,8 +126,8 @@ def send(to: Address, secret: str, data: Path, keep: int | None) -> None:
 def fetch(source: Address, secret: str, rank: int, data: Path, size: int, sha256: str) -> None:
     """Write to `data` the shard of a rank that another node offers, and its report beside it. Raises OSError, also for
     a wrong checksum."""
-    with _connection(source) as connection:
-        _say(connection, {"secret": secret, "op": "file", "rank": rank})
+    with _connection(source, secret) as connection:
+        _say(connection, {"op": "file", "rank": rank})
         with connection.makefile("rb") as stream:
             report = _heard(stream)["report"]
             _receive_file(stream, data, size, sha256)
@@ -132,9 +136,8 @@ def fetch(source: Address, secret: str, rank: int, data: Path, size: int, sha256
 
 def read(source: Address, secret: str, rank: int, tensor: str, low: int, high: int) -> Tensor:
     """Elements [low, high) of a flat fp32 tensor in the shard of a rank that another node offers. Raises OSError."""
-    with _connection(source) as connection:
-        asked = {"secret": secret, "op": "read", "rank": rank, "tensor": tensor, "low": low, "high": high}
-        _say(connection, asked)
+    with _connection(source, secret) as connection:
+        _say(connection, {"op": "read", "rank": rank, "tensor": tensor, "low": low, "high": high})
         with connection.makefile("rb") as stream:
             said = _heard(stream)
             values = bytearray(_exactly(stream, said["size"]))
@@ -169,8 +172,15 @@ def _receive_file(stream: _Stream, data: Path, size: int, sha256: str) -> None:
         raise
 
 
-def _connection(to: Address) -> socket.socket:
-    return socket.create_connection((to.host, to.port), timeout=TIMEOUT_S)
+def _proof(secret: str) -> bytes:
+    return hashlib.sha256(secret.encode()).digest()
+
+
+@contextlib.contextmanager
+def _connection(to: Address, secret: str) -> Iterator[socket.socket]:
+    with socket.create_connection((to.host, to.port), timeout=TIMEOUT_S) as connection:
+        connection.sendall(_proof(secret))
+        yield connection
 
 
 def _answer(connection: socket.socket) -> None:

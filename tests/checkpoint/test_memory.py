@@ -1,6 +1,9 @@
 """State in the memory of nodes: who holds whose shard, what is trusted, what becomes of it when something is lost."""
 
+import contextlib
 import os
+import socket
+import struct
 import time
 from pathlib import Path
 
@@ -19,7 +22,7 @@ from d2v_scale.checkpoint.memory_files import (
     run_name,
 )
 from d2v_scale.checkpoint.memory_nodes import Member, Room, Seat, lack_of_room, nodes_of, peers, place_of
-from d2v_scale.checkpoint.memory_wire import Address
+from d2v_scale.checkpoint.memory_wire import Address, CopyServer
 from d2v_scale.errors import CheckpointError, ConfigError
 
 IDENTITY = Identity("run", 2, "digest", 0)
@@ -121,6 +124,15 @@ def test_a_run_that_is_stopped_for_good_is_forgotten_by_its_own_name_alone(tmp_p
     assert [folder.path.exists() for folder in folders] == [False, True]
     assert not forget_run(tmp_path / "a")
     assert not forget_run(tmp_path / "never")
+
+
+def test_of_a_stranger_who_announces_a_long_message_nothing_is_read(tmp_path: Path) -> None:
+    server = CopyServer(MemoryFolder(str(tmp_path), "run"), "secret", "127.0.0.1")
+    with socket.create_connection(("127.0.0.1", server.port), timeout=50) as stranger:  # less than the server waits
+        stranger.sendall(b"guessed.".ljust(32) + struct.pack("!I", 1 << 27))
+        with contextlib.suppress(ConnectionResetError):
+            assert stranger.recv(1) == b""
+    server.close()
 
 
 def test_copies_are_due_at_their_steps() -> None:
