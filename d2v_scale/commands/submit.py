@@ -34,7 +34,7 @@ def template_of(recipe: str) -> Path:
 
 def sbatch_options(options: argparse.Namespace, training: int) -> list[str]:
     """What is asked for on sbatch's command line, where it counts for more than the template and the environment.
-    `training`: nodes that train."""
+    `training`: nodes that train, which counts with spare ones."""
     asked = {
         "nodes": training + options.spares if options.spares else options.nodes,
         "gpus-per-node": options.gpus,
@@ -112,7 +112,13 @@ def main(arguments: list[str] | None = None) -> int:
     if options.spares < 0:
         print(f"error: --spares is {options.spares}. Give 0 or more.", file=sys.stderr)
         return EXIT_BAD_INPUT
-    training = options.nodes or int(effective(template, [], {}).get("nodes", ("1", ""))[0])
+    training = options.nodes or 0
+    if not training and (options.spares or options.device is not None):
+        said, source = effective(template, [], dict(os.environ)).get("nodes", ("1", ""))
+        if not said.isdecimal():
+            print(f"error: {source} asks for --nodes={said}. Say with --nodes how many train.", file=sys.stderr)
+            return EXIT_BAD_INPUT
+        training = int(said)
     asked = sbatch_options(options, training)
     holds = effective(template, asked, dict(os.environ))
     if options.device is not None:

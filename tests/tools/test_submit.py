@@ -47,6 +47,19 @@ def test_spare_nodes_are_asked_for_beside_those_that_train(tmp_path: Path) -> No
     assert "--spares is -1" in done.stderr
 
 
+def test_a_template_that_leaves_the_number_of_nodes_open_is_asked_about_only_where_it_counts(tmp_path: Path) -> None:
+    template = tmp_path / "own.sh"
+    template.write_text("#!/bin/bash\n#SBATCH --nodes=2-4\n")
+    arguments = ("--recipe", "d2v2_vision_large", "--template", str(template))
+    done, asked = submit(tmp_path, *arguments)
+    assert (done.returncode, asked[1]) == (0, str(template))
+    (tmp_path / "asked").unlink()
+    done, asked = submit(tmp_path, *arguments, "--spares", "1")
+    assert (done.returncode, asked) == (2, [])
+    assert "template asks for --nodes=2-4. Say with --nodes how many train." in done.stderr
+    assert submit(tmp_path, *arguments, "--spares", "1", "--nodes", "3")[1][1] == "--nodes=4"
+
+
 def test_what_holds_in_the_end_is_shown_with_its_origin(tmp_path: Path) -> None:
     variables = {"SBATCH_TIMELIMIT": "60", "SBATCH_PARTITION": "gpu", "SBATCH_GPUS_PER_NODE": "4"}
     done, _ = submit(tmp_path, "--recipe", "d2v2_text_base", "--gpus", "2", **variables)
