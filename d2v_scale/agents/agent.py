@@ -86,6 +86,7 @@ class Agent:
         self._silent_s: dict[str, float] = {}
         self._looked, self._published = clock(), float("-inf")
         self._runs = False
+        self._trouble = ""
 
     @property
     def _excluded(self) -> Collection[str]:
@@ -158,8 +159,11 @@ class Agent:
         try:
             holds = self._meeting.propose(found)
         except OSError as error:
-            log.error("The launchers' meeting place takes no plan: %s", error)
+            if str(error) != self._trouble:  # many looks a second
+                log.error("The launchers' meeting place takes no plan: %s", error)
+            self._trouble = str(error)
             return
+        self._trouble = ""
         if holds == found:
             self._leader.record(self.plan, holds)
         self._adopt(holds)

@@ -58,6 +58,20 @@ def own_name(environment: Mapping[str, str] = os.environ) -> str:
     return environment.get("SLURMD_NODENAME") or socket.gethostname()
 
 
+def _entered(folder: Path, node: str) -> Directory:
+    """The meeting in `folder`, which this node comes to for the first time. Raises UserError."""
+    meeting = Directory(folder)
+    try:
+        meeting.enter(node)
+    except FileExistsError as error:
+        remedy = "Give each start a directory of its own, with its `nodes`."
+        raise UserError(f"--meet {folder}: {node} has been there before.", remedy) from error
+    except OSError as error:
+        problem = f"--meet {folder}: it takes no file ({error.strerror})."
+        raise UserError(problem, "Give a directory that can be written.") from error
+    return meeting
+
+
 def _requeue(job: str) -> None:
     """In place of a job's script that was lost with its node: Slurm would call the job failed, or wait for ever."""
     try:
@@ -94,12 +108,13 @@ def join(
         raise UserError(
             f"--spares is {spares}, and there are {len(nodes.addresses)} nodes.", "At least one of them has to train."
         )
+    meeting = _entered(folder, node)
     deciding = Restarts(restarts, folder, arguments)
     own = OwnRanks([*command, *arguments], ranks, environment, deciding)
     script = environment.get(SCRIPT_NODE, "")
     leader = Leader([*nodes.addresses], len(nodes.addresses) - spares, deciding, nodes.unfit, script)
     devices = Devices(ranks, environment, problem)
-    agent = Agent(node, nodes.addresses, Directory(folder), own, leader, problem=devices.problem)
+    agent = Agent(node, nodes.addresses, meeting, own, leader, problem=devices.problem)
     poll_s = min(_MOST_POLL_S, _POLL_S + _POLL_S_PER_NODE * len(nodes.addresses))
     with own.group.signals():
         while (code := agent.step()) is None:

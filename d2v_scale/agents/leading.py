@@ -12,7 +12,7 @@ from d2v_scale.agents.plan import Plan, replaced
 from d2v_scale.errors import EXIT_DONE, EXIT_LOST_PEER, EXIT_REQUEUE
 from d2v_scale.files import append_line
 from d2v_scale.process.status import ATTEMPTS_FILE, STATUS_FILE, write_status
-from d2v_scale.running.attempts import Attempt, read_attempts
+from d2v_scale.running.attempts import STOPPED_BEFORE_START, Attempt, read_attempts
 from d2v_scale.running.restarts import Restarts
 
 log = logging.getLogger("d2v_scale.train")
@@ -24,6 +24,7 @@ STUCK_S = 90.0
 LOST = "its launcher or the node is gone"
 _DEATHS = {128 + one for one in (signal.SIGKILL, signal.SIGBUS, signal.SIGSEGV, signal.SIGILL, signal.SIGFPE)}
 """SIGABRT is not among them: NCCL ends healthy ranks so that wait for a lost one."""
+_CONSEQUENCES = (EXIT_LOST_PEER, 128 + signal.SIGABRT)
 _DEVICE_FAILED = re.compile(r"uncorrectable|\bECC\b|hardware error|fallen off the bus|unspecified launch failure", re.I)
 
 
@@ -63,7 +64,7 @@ class Leader:
         unfit = {**self._unfit, **self._spares_that_are_bad(Plan(0), words, silent, "it did not come")}
         active = replaced(self._nodes, self._nodes[: self._world], unfit)
         if any(word.asked for word in words.values()):
-            return self._end(Plan(0), EXIT_REQUEUE, "asked to stop before the start", unfit)
+            return self._end(Plan(0), EXIT_REQUEUE, STOPPED_BEFORE_START, unfit)
         if active is None:
             left = f"{len(self._nodes) - len(unfit)} of {len(self._nodes)} nodes are left, {self._world} are needed"
             return self._end(Plan(0), EXIT_REQUEUE, f"{named(unfit)}; {left}", unfit)
@@ -78,9 +79,9 @@ class Leader:
             self._round, self._failures, self._since = plan.number, {}, None
         in_round = {node: words[node] for node in plan.active if node in words and words[node].round == plan.number}
         lost = [node for node in plan.active if node in silent]
-        self._failures |= {
-            node: word.code for node, word in in_round.items() if word.code and node not in self._failures
-        }
+        new = {node: word.code for node, word in in_round.items() if word.code and node not in self._failures}
+        # Of those that were seen at one look a death comes first: peers notice it at once.
+        self._failures |= sorted(new.items(), key=lambda one: (one[1] not in _DEATHS, one[1] in _CONSEQUENCES))
         if self._since is None and (lost or self._failures):
             self._since = now
         living = [node for node in plan.active if node not in lost and not (node in in_round and in_round[node].ended)]
@@ -172,14 +173,14 @@ class Leader:
                 log.warning("%s takes the place of %s", new, old)
         if plan.number > 1 or plan.end:
             log.warning("%s: %s", "The ranks are started again" if plan.end is None else "End", plan.why)
-        directory = self._restarts.directory
+        told, directory = self._restarts.directory, self._restarts.directory_or_given
         if directory is None:
             return
         try:
-            if plan.attempts:
+            if plan.attempts and told is not None:
                 append_line(directory / ATTEMPTS_FILE, plan.attempts[-1])
                 (directory / STATUS_FILE).unlink(missing_ok=True)  # of the round that is over
-            if plan.end and plan.excluded.keys() - (before.excluded.keys() if before else ()):
+            if plan.end and (before is None or plan.excluded.keys() - before.excluded.keys()):
                 write_status(directory, plan.end, plan.why)
         except OSError as error:
             log.error("%s takes no line: %s", directory, error)

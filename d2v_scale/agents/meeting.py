@@ -71,6 +71,11 @@ class Directory:
         self._folder = folder
         self._length = 0
 
+    def enter(self, node: str) -> None:
+        """Come for the first time. Raises OSError: FileExistsError where this node has been here before, as what stands
+        here would then be taken for the word and the plans of this start."""
+        os.close(os.open(self._folder / f"word-{node}", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+
     def publish(self, node: str, word: Word) -> None:
         text = json.dumps(asdict(word))
         self._length = max(self._length, len(text))

@@ -73,7 +73,7 @@ def main(arguments: list[str] | None = None) -> int:
             return local_ranks.become([*_program(), *for_training], environment)
         # `srun` starts one launcher on each node, which then are no ranks.
         if "RANK" in environment or (options.meet is None and launchers.started_as(environment).world_size > 1):
-            for name in ("ranks", "restarts", "meet", "spares"):
+            for name in ("ranks", "restarts", "meet", "spares", "node"):
                 if getattr(options, name):
                     raise UserError(f"--{name} is given to a process that a launcher has started.", "Leave it out.")
             return local_ranks.become([*_program(), *for_training], environment)
@@ -106,6 +106,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _restarts(options: argparse.Namespace) -> int:
     """How often ranks are started again for each kind of fault. Raises UserError for options that contradict."""
+    if options.node and options.meet is None:
+        raise UserError(f"--node is {options.node}, but nobody is to be met.", "Give --meet, or leave it out.")
     if options.spares and options.meet is None:
         raise UserError(f"--spares is {options.spares}, but there are no other nodes.", "Give --meet, or `d2v submit`.")
     restarts: int = options.restarts if options.restarts is not None else 3 if options.spares else 0

@@ -30,7 +30,8 @@ from d2v_scale.tracking.timeline import TIMELINE_FILE
 _FINAL = (EXIT_BAD_INPUT, EXIT_NON_FINITE, EXIT_COLLAPSE, EXIT_SPIKE)
 """Another attempt would end the same way: it runs the same code on the same data from the same seed."""
 
-_ASKED_TO_STOP = tuple(reason.text for reason in StopReason if reason.exit_code == EXIT_REQUEUE)
+STOPPED_BEFORE_START = "asked to stop before the start"
+_ASKED_TO_STOP = (STOPPED_BEFORE_START, *(one.text for one in StopReason if one.exit_code == EXIT_REQUEUE))
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import logging
 import time
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, replace
+from itertools import zip_longest
 from pathlib import Path
 
 from d2v_scale.checkpoint.memory_files import forget_run
@@ -44,13 +45,22 @@ def may_restart(history: Sequence[Attempt], restarts: int) -> tuple[bool, str]:
     return True, f"{kind}, restart {same} of {restarts} without a new checkpoint: {newest.reason}"
 
 
+def _given(arguments: Sequence[str]) -> Path | None:
+    """The run directory that arguments of the training program name."""
+    for word, following in zip_longest(arguments, arguments[1:], fillvalue=""):
+        name, is_one_word, value = word.partition("=")
+        if name in ("--run_dir", "--resume"):
+            return Path(value if is_one_word else following)
+    return None
+
+
 class Restarts:
     """Decides for one launcher, which tells the ranks a file of `folder` for where their run directory is."""
 
     def __init__(self, restarts: int, folder: Path, arguments: Sequence[str]) -> None:
         """`arguments`: of the training program."""
         self._restarts, self._told = restarts, folder / "run_dir"
-        self._names_directory = any(word.partition("=")[0] in ("--run_dir", "--resume") for word in arguments)
+        self._given = _given(arguments)
 
     @property
     def environment(self) -> dict[str, str]:
@@ -86,13 +96,20 @@ class Restarts:
         except OSError:
             return None
 
+    @property
+    def directory_or_given(self) -> Path | None:
+        """The same, or before that the one that the arguments name, if it is there."""
+        given = self._given if self._given is not None and self._given.is_dir() else None
+        return self.directory or given
+
     def may_follow(self, history: Sequence[Attempt]) -> tuple[bool, str]:
         """`may_restart` by the number of restarts that was given."""
         return may_restart(history, self._restarts)
 
     def further(self) -> list[str]:
         """Further arguments for ranks that are started again."""
-        return [] if self._names_directory else ["--run_dir", str(self.directory)]
+        directory = self.directory
+        return [] if self._given is not None or directory is None else ["--run_dir", str(directory)]
 
     def again(self, code: int, since: float) -> list[str] | None:
         """Further arguments for the ranks that are started again after they ended with this code; None: they are not.

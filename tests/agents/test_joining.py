@@ -1,5 +1,6 @@
 """Who takes part, as it is given."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,21 @@ def test_a_launcher_that_does_not_fit_is_refused(tmp_path: Path, node: str, spar
     nodes(tmp_path, "n1 a\nn2 b\n")
     with pytest.raises(UserError, match=says):
         join(tmp_path, node, spares, 1, ["true"], [], 1, {})
+
+
+def test_a_second_start_in_one_meeting_place_is_refused(tmp_path: Path) -> None:
+    """Plans of the first would hold for it: the end of a run that was finished, for one that fails."""
+    nodes(tmp_path, "n1 127.0.0.1\n")
+    command, arguments = [sys.executable, "-c", ""], [f"--run_dir={tmp_path}"]
+    assert join(tmp_path, "n1", 0, 0, command, arguments, 1, {}) == 0
+    with pytest.raises(UserError, match=r"n1 has been there before\. Give each start a directory of its own"):
+        join(tmp_path, "n1", 0, 0, command, arguments, 1, {})
+
+
+def test_a_meeting_place_that_takes_no_file_is_refused(tmp_path: Path) -> None:
+    nodes(tmp_path, "n1/x 127.0.0.1\n")
+    with pytest.raises(UserError, match="it takes no file"):
+        join(tmp_path, "n1/x", 0, 0, ["true"], [], 1, {})
 
 
 def test_a_node_has_the_name_that_slurm_gives_it() -> None:

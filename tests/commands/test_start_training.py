@@ -70,6 +70,7 @@ def test_a_process_of_another_launcher_is_one_rank(start: Start, monkeypatch: py
         (["--ranks", "2"], {"RANK": "0"}, 8, "that a launcher has started"),
         (["--meet", "x", "--ranks", "2"], {"RANK": "0"}, 8, "that a launcher has started"),
         (["--spares", "1"], {}, 8, "there are no other nodes"),
+        (["--node", "n1"], {}, 8, "nobody is to be met"),
         (["--meet", "x", "--spares", "1", "--restarts", "0"], {}, 8, "Give 1 or more"),
         (["--meet", "x"], {}, 8, "without --ranks"),
         (["--meet", "absent", "--ranks", "9"], {}, 8, "absent/nodes cannot be read"),

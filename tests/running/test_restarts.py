@@ -71,6 +71,11 @@ def test_a_run_whose_directory_is_given_keeps_its_arguments(argument: str, tmp_p
     assert make(tmp_path, argument, "runs/a")[0].again(1, time.time()) == []
 
 
+def test_ranks_without_a_directory_are_told_none(tmp_path: Path) -> None:
+    """A node may be lost before its ranks have chosen one: the next would train in a folder of the name `None`."""
+    assert Restarts(1, tmp_path, ["--recipe", "demo_vision"]).further() == []
+
+
 def test_what_an_earlier_attempt_said_is_no_word_on_this_one(tmp_path: Path) -> None:
     restarts, run_dir = make(tmp_path)
     write_status(run_dir, 11, "not finite")
