@@ -1,6 +1,7 @@
 """Which recorded figure would have told how runs end, and which setting it would have picked."""
 
 from collections.abc import Mapping, Sequence
+from math import isfinite
 from typing import Any
 
 from d2v_scale.plots.curves import series
@@ -38,14 +39,15 @@ def signs(settings: Mapping[str, Sequence[Records]], figures: Mapping[str, str])
 
 
 def _pairs(runs: Sequence[Records], name: str, share: float) -> list[tuple[float, float]]:
-    """Of every run the figure at this share of its steps, and the last accuracy."""
+    """Of every run the figure at this share of its steps, and the last accuracy; of none where it is not finite."""
     pairs = []
     for records in runs:
         (steps, values), (_, accuracies) = series(records, name), knn(records)
-        if len(steps) and len(accuracies):
+        if steps and accuracies:
             wanted = share * max(int(record["step"]) for record in records)
             at = min(range(len(steps)), key=lambda k: abs(steps[k] - wanted))
-            pairs.append((float(values[at]), float(accuracies[-1])))
+            if isfinite(values[at]):
+                pairs.append((values[at], accuracies[-1]))
     return pairs
 
 
