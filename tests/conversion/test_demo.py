@@ -34,6 +34,17 @@ def test_an_incomplete_set_is_written_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(importlib.util.find_spec("espeakng_loader") is None, reason="needs the demo extra")
+def test_a_joint_set_of_before_pictures_were_split_is_written_again(tmp_path: Path) -> None:
+    """Its version had stayed: who had the set kept pictures that are on both sides."""
+    for name in ("vision", "joint"):
+        folder = tmp_path / name
+        folder.mkdir()
+        for file, content in {"VERSION": "3", "train.index.json": "{}", "test.index.json": "{}"}.items():
+            (folder / file).write_text(content)
+    assert demo.is_complete(tmp_path / "vision")
+    assert not demo.is_complete(tmp_path / "joint")
+
+
 def test_held_out_voices_are_not_in_training() -> None:
     from d2v_scale.conversion.demo import spoken_words
 
