@@ -119,6 +119,7 @@ def join(
     with own.group.signals():
         while (code := agent.step()) is None:
             time.sleep(poll_s)
+    devices.end()
     if agent.leads and agent.plan is not None and agent.plan.excluded.get(script) == LOST:
         _requeue(environment.get("SLURM_JOB_ID", ""))
     directory = deciding.directory

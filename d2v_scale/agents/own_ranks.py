@@ -91,6 +91,11 @@ class Devices:
         self._next = time.monotonic() + CHECK_EVERY_S
         self._problem = problem
 
+    def end(self) -> None:
+        """Look no more."""
+        if self._process is not None:
+            self._process.kill()
+
     def problem(self) -> str:
         """What the last look found; "" for nothing."""
         is_due = time.monotonic() >= self._next

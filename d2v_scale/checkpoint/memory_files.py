@@ -26,7 +26,7 @@ import yaml
 from d2v_scale.errors import CheckpointError, ConfigError
 from d2v_scale.files import file_sha256, write_whole
 from d2v_scale.run_files.committed import directory_name
-from d2v_scale.run_files.run_start import RECIPE_FILE
+from d2v_scale.run_files.run_start import MEMORY_FILE, RECIPE_FILE
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +34,6 @@ KEY = "checkpoint.memory.dir"
 OWN, HELD = "own", "held"
 FORGOTTEN_S = 24 * 3600.0
 """After which copies of runs that nobody came back for are removed."""
-_RUN_FILE = "memory_run"
 _SHM = Path("/dev/shm")
 
 
@@ -99,7 +98,7 @@ def base_directory(wanted: str) -> Path:
 def run_name(root: Path, *, make: bool) -> str:
     """What copies of the run whose checkpoints are in `root` go by: of this folder and this beginning of a run in it.
     `make`: begin one where there is none; else empty then. Raises OSError."""
-    path = root / _RUN_FILE
+    path = root / MEMORY_FILE
     if not path.exists():
         if not make:
             return ""

@@ -24,6 +24,8 @@ log = logging.getLogger(__name__)
 RECIPE_FILE = "recipe.yaml"
 DS_CONFIG_FILE = "ds_config.json"
 START_FILE = "start.json"
+MEMORY_FILE = "memory_run"
+"""Beside the checkpoints: what copies of this beginning in the memory of nodes go by."""
 
 
 def has_trained(run_dir: Path) -> bool:
@@ -54,7 +56,7 @@ def forget_failed_start(run_dir: Path) -> None:
     the next one there is another."""
     log.warning("%s holds a start that failed before its first step: the run begins anew", run_dir)
     shutil.rmtree(run_dir / "checkpoints" / directory_name(0), ignore_errors=True)
-    for name in (RECIPE_FILE, START_FILE, EVENTS_FILE):
+    for name in (RECIPE_FILE, START_FILE, EVENTS_FILE, f"checkpoints/{MEMORY_FILE}"):
         (run_dir / name).unlink(missing_ok=True)
     with state_locked(run_dir):
         state = MirrorState.load(run_dir)
@@ -69,6 +71,8 @@ def note_start(run_dir: Path, options: "Options") -> None:
     """Keep in the run directory what the run begins from: until its first checkpoint a resumption needs it."""
     if committed_steps(run_dir / "checkpoints"):
         return
+    if began_from_other_weights(run_dir, options) is not None:
+        (run_dir / "checkpoints" / MEMORY_FILE).unlink(missing_ok=True)
     if options.init_from is None:
         (run_dir / START_FILE).unlink(missing_ok=True)
         return

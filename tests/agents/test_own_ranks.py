@@ -73,10 +73,20 @@ def test_ranks_elsewhere_that_wrote_their_part_of_a_checkpoint_are_no_reason_to_
     ],
 )
 def test_a_spare_looks_at_its_devices(monkeypatch: pytest.MonkeyPatch, check: str, says: str) -> None:
-    monkeypatch.setattr(own_ranks, "CHECK_EVERY_S", 0.5)
     monkeypatch.setattr(own_ranks, "_CHECK", check)
+    known = "one GPU of eight"
+    assert own_ranks.Devices(1, {}, known).problem() == known
+    with monkeypatch.context() as soon:
+        soon.setattr(own_ranks, "CHECK_EVERY_S", 0.0)
+        devices = own_ranks.Devices(1, {}, known)
+    assert devices.problem() == known, "nobody has looked yet"
+    until(lambda: devices.problem() != known)
+    assert devices.problem() == says
+
+
+def test_devices_that_never_answer_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(own_ranks, "_CHECK", "import time; time.sleep(600)")
+    monkeypatch.setattr(own_ranks, "CHECK_EVERY_S", 0.1)
     devices = own_ranks.Devices(1, {})
-    assert devices.problem() == ""
-    looked = time.monotonic() + 1.5
-    until(lambda: devices.problem() == says and time.monotonic() > looked)
-    assert own_ranks.Devices(1, {}, "one GPU of eight").problem() == "one GPU of eight"
+    until(lambda: devices.problem() == "its devices have not answered for 0 s")
+    devices.end()

@@ -24,6 +24,7 @@ from d2v_scale.checkpoint.memory_files import (
 from d2v_scale.checkpoint.memory_nodes import Member, Room, Seat, lack_of_room, nodes_of, peers, place_of
 from d2v_scale.checkpoint.memory_wire import Address, CopyServer
 from d2v_scale.errors import CheckpointError, ConfigError
+from d2v_scale.run_files.run_start import forget_failed_start
 
 IDENTITY = Identity("run", 2, "digest", 0)
 
@@ -124,6 +125,17 @@ def test_a_run_that_is_stopped_for_good_is_forgotten_by_its_own_name_alone(tmp_p
     assert [folder.path.exists() for folder in folders] == [False, True]
     assert not forget_run(tmp_path / "a")
     assert not forget_run(tmp_path / "never")
+
+
+def test_a_run_that_begins_anew_goes_on_from_no_copy_of_the_start_that_failed(tmp_path: Path) -> None:
+    """Whose recipe may be the same, and the weights that it began from others."""
+    root = tmp_path / "checkpoints"
+    root.mkdir()
+    name = run_name(root, make=True)
+    assert run_name(root, make=True) == name
+    forget_failed_start(tmp_path)
+    assert run_name(root, make=False) == ""
+    assert run_name(root, make=True) != name
 
 
 def test_of_a_stranger_who_announces_a_long_message_nothing_is_read(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import pytest
 from claimed_runs import CONFIG, claim
 from claimed_runs import unlocked as unlocked
 
-from d2v_scale.command_line import parse
+from d2v_scale.command_line import Options, parse
 from d2v_scale.errors import ConfigError
 from d2v_scale.run_files import run_start
 from d2v_scale.tracking.events import append_event, earlier_starts
@@ -51,6 +51,18 @@ def test_a_run_that_took_a_step_is_protected(tmp_path: Path, sign: str) -> None:
         claim(tmp_path, "--optim.lr", "0.2")
     claim(tmp_path, "--optim.lr", "0.1", "--data.workers", "3")
     assert "data.workers" in (tmp_path / "recipe_changes.jsonl").read_text()
+
+
+def test_a_run_that_is_to_begin_from_other_weights_goes_on_from_no_copy_of_the_first(tmp_path: Path) -> None:
+    """It trained, so that copies may be in memory, and has no checkpoint yet."""
+    memory = tmp_path / "checkpoints" / run_start.MEMORY_FILE
+    memory.parent.mkdir()
+    run_start.note_start(tmp_path, Options(init_from="first"))
+    memory.touch()
+    run_start.note_start(tmp_path, Options(init_from="first"))
+    assert memory.exists()
+    run_start.note_start(tmp_path, Options(init_from="second"))
+    assert not memory.exists()
 
 
 def test_a_recipe_that_somebody_keeps_in_a_folder_is_not_overwritten(tmp_path: Path) -> None:
