@@ -72,8 +72,11 @@ def _entered(folder: Path, node: str) -> Directory:
     return meeting
 
 
-def _requeue(job: str) -> None:
+def requeue(environment: Mapping[str, str]) -> None:
     """In place of a job's script that was lost with its node: Slurm would call the job failed, or wait for ever."""
+    job, array = environment.get("SLURM_JOB_ID", ""), environment.get("SLURM_ARRAY_JOB_ID")
+    if array:  # one of its elements has the array's own number as its job's, by which Slurm means all of them
+        job = f"{array}_{environment['SLURM_ARRAY_TASK_ID']}"
     try:
         command = ["scontrol", "requeue", job]
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
@@ -121,7 +124,7 @@ def join(
             time.sleep(poll_s)
     devices.end()
     if agent.leads and agent.plan is not None and agent.plan.excluded.get(script) == LOST:
-        _requeue(environment.get("SLURM_JOB_ID", ""))
+        requeue(environment)
     directory = deciding.directory
     if directory is not None and not decide([Attempt(code, "", -1)], 2).requeue:
         forget_run(directory)

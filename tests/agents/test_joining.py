@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from d2v_scale.agents.joining import join, own_name, read_nodes
+from d2v_scale.agents.joining import join, own_name, read_nodes, requeue
 from d2v_scale.errors import UserError
 
 
@@ -53,6 +53,18 @@ def test_a_meeting_place_that_takes_no_file_is_refused(tmp_path: Path) -> None:
     nodes(tmp_path, "n1/x 127.0.0.1\n")
     with pytest.raises(UserError, match="it takes no file"):
         join(tmp_path, "n1/x", 0, 0, ["true"], [], 1, {})
+
+
+def test_of_an_array_only_the_element_whose_script_is_lost_is_requeued(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last one has the array's number as its SLURM_JOB_ID."""
+    (tmp_path / "scontrol").write_text(f"#!/bin/sh\necho $* >> {tmp_path}/asked\n")
+    (tmp_path / "scontrol").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    requeue({"SLURM_JOB_ID": "70", "SLURM_ARRAY_JOB_ID": "70", "SLURM_ARRAY_TASK_ID": "3"})
+    requeue({"SLURM_JOB_ID": "71"})
+    assert (tmp_path / "asked").read_text().splitlines() == ["requeue 70_3", "requeue 71"]
 
 
 def test_a_node_has_the_name_that_slurm_gives_it() -> None:

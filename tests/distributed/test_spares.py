@@ -24,7 +24,7 @@ LAUNCHER = """
 import os, sys
 from pathlib import Path
 from d2v_scale.agents import agent, joining
-agent.LOST_S, agent.BEAT_S = 8.0, 0.3
+agent.LOST_S, agent.BEAT_S = 3.0, 0.3
 command = [sys.executable, sys.argv[3]]
 sys.exit(joining.join(Path(sys.argv[1]), sys.argv[2], 1, 2, command, sys.argv[4:], 1, os.environ))
 """
