@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from evidence_sets import RECORDING, RealSet, folder_of, make_shards, prepare, recordings_of
+from evidence_sets import RECORDING, RealSet, fingerprint, folder_of, make_shards, prepare, recordings_of
 
 from d2v_scale.conversion.measures import measure_of
 from d2v_scale.data.config import SourceConfig
@@ -35,9 +35,10 @@ def cifar(data: Path, out: Path) -> CutSet:
     small, large = (folder_of(name, data, out) for name in ("cifar10", "cifar10_large"))
     if small is None or large is None:
         return CutSet("cifar", "vision", "CIFAR-10", (prepare(data, out, ["vision"])["vision"],))
-    joined = out / "joined" / "cifar10"
+    name = f"cifar10-{fingerprint(small)}-{fingerprint(large)}"
+    joined = out / "joined" / name
     _link({"train": [small / "train", large / "train"], "test": [large / "test"]}, joined)
-    shards = out / "shards" / "compute-cifar10"
+    shards = out / "shards" / f"compute-{name}"
     for split in ("train", "test"):
         _once("images", joined / split, shards, split)
     return CutSet("cifar", "vision", "CIFAR-10", (RealSet.in_folder("vision", "cifar10", shards),))
@@ -46,10 +47,11 @@ def cifar(data: Path, out: Path) -> CutSet:
 def digits(data: Path, out: Path) -> CutSet:
     """Spoken digits, five-fold: takes whose number leaves the fold's when divided by five are its test."""
     source = recordings_of(data, out)
+    name = f"compute-digits-{fingerprint(source)}"
     cuts = []
     for fold in range(FOLDS):
         takes = rf"_\d*[{fold}{fold + FOLDS}]\.\w+$"
-        cuts.append(_recordings(source, out / "shards" / f"compute-digits-{fold}", takes))
+        cuts.append(_recordings(source, out / "shards" / f"{name}-{fold}", takes))
     return CutSet("digits", "speech", "spoken digits, five folds of takes", tuple(cuts))
 
 
@@ -57,10 +59,8 @@ def digits_speakers(data: Path, out: Path) -> CutSet:
     """The same, each speaker left out in turn."""
     source = recordings_of(data, out)
     speakers = sorted({path.stem.split("_")[1] for path in source.iterdir() if path.stem.count("_") == 2})
-    cuts = [
-        _recordings(source, out / "shards" / f"compute-speaker-{one}", rf"_{re.escape(one)}_\d+\.\w+$")
-        for one in speakers
-    ]
+    name = f"compute-speaker-{fingerprint(source)}"
+    cuts = [_recordings(source, out / "shards" / f"{name}-{one}", rf"_{re.escape(one)}_\d+\.\w+$") for one in speakers]
     return CutSet("digits_speakers", "speech", "spoken digits, speakers left out", tuple(cuts))
 
 

@@ -88,7 +88,7 @@ def image_arrays(name: str, data: Path, out: Path) -> RealSet:
 
 
 def _array_shards(name: str, source: Path, out: Path, arrays_of: Callable[[Path], Path]) -> RealSet:
-    shards = out / "shards" / f"array-{name}-{_fingerprint(source)}"
+    shards = out / "shards" / f"array-{name}-{fingerprint(source)}"
     for split in ("train", "test"):
         if not (shards / f"{split}{INDEX_SUFFIX}").is_file():
             make_shards("arrays", str(arrays_of(source / split)), out=shards, split=split)
@@ -181,7 +181,7 @@ def _convert(modality: Kind, source: Path, out: Path) -> RealSet:
     """Shards in a folder named after the set and what is in it, so that another set is never taken for it."""
     layout = LAYOUTS[modality]
     layout.check(source)
-    shards = out / "shards" / f"{modality}-{source.stem}-{_fingerprint(source)}"
+    shards = out / "shards" / f"{modality}-{source.stem}-{fingerprint(source)}"
     real = RealSet.in_folder(modality, source.stem, shards)
     for split in ("train", "test"):
         # Training first: the tokenizer and the classes are its.
@@ -190,7 +190,7 @@ def _convert(modality: Kind, source: Path, out: Path) -> RealSet:
     return real
 
 
-def _fingerprint(source: Path) -> str:
+def fingerprint(source: Path) -> str:
     """Of a CSV's content, or of the names, sizes and times of a folder's files."""
     if source.is_file():
         return file_sha256(source)[:12]

@@ -129,11 +129,36 @@ def test_images_of_both_sets_are_learned_from_and_those_of_the_large_one_are_the
             (folder / "1.jpg").write_text(f"{name} {split}")
     monkeypatch.setattr(evidence_compute_sets, "make_shards", lambda *said, out, split: None)
     evidence_compute_sets.cifar(tmp_path / "data", tmp_path / "out")
+    (joined,) = (tmp_path / "out" / "joined").iterdir()
     found = {
-        split: sorted(path.read_text() for path in (tmp_path / "out/joined/cifar10" / split / "cat").iterdir())
-        for split in ("train", "test")
+        split: sorted(path.read_text() for path in (joined / split / "cat").iterdir()) for split in ("train", "test")
     }
     assert found == {"train": ["cifar10 train", "cifar10_large train"], "test": ["cifar10_large test"]}
+
+
+def test_other_data_in_their_place_are_cut_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shards of the data of before were taken for theirs, and rows kept."""
+    made: list[Path] = []
+    monkeypatch.setattr(evidence_compute_sets, "make_shards", lambda *said, out, split: made.append(out))
+    data, out = tmp_path / "data", tmp_path / "out"
+    files = [data / f"{name}/{split}/cat/1.jpg" for name in ("cifar10", "cifar10_large") for split in ("train", "test")]
+    recording, another = (data / "fsdd" / "recordings" / f"1_ann_{take}.wav" for take in (0, 7))
+    for file in [*files, recording, another]:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+    found = []
+    for changed in (None, files[1], files[3], recording):
+        if changed is not None:
+            changed.write_text("another")
+        made.clear()
+        for cut in ("cifar", "digits", "digits_speakers"):
+            evidence_compute_sets.SETS[cut](data, out)
+        found.append({path.name for path in made})
+    images = [{name for name in names if "cifar" in name} for names in found]
+    sounds = [names - of_images for names, of_images in zip(found, images, strict=True)]
+    assert len({frozenset(names) for names in images}) == 3
+    assert sounds[0] == sounds[1] == sounds[2]
+    assert not sounds[2] & sounds[3]
 
 
 def row(recipe: str, compute: float, seed: int, linear: float) -> dict[str, Any]:
