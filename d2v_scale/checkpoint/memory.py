@@ -264,30 +264,31 @@ class MemoryCopies:
     def save(self, step: int, pieces: list[Piece], state: dict[str, Any], extra: dict[str, Any]) -> None:
         """Copy `pieces`, and write and send them in the background. After `may_begin`. `state` and `extra` are rank
         0's. Failures are counted by the next `may_begin`, never raised."""
-        self._wait()
+        self.wait()
         copies = self._snapshot.take(pieces)
         self._begun = step
         self._start(self._run, step, copies, state, extra)
 
     def _start(self, work: Callable[..., object], *arguments: Any) -> None:
-        self._wait()
+        self.wait()
         self._thread = threading.Thread(target=work, args=arguments, name="copy to memory", daemon=True)
         self._thread.start()
 
     def go_back(self) -> None:
         """The run goes back to an earlier step and leaves out samples: what was copied is of no use any more."""
-        self._wait()
+        self.wait()
         self.identity = replace(self.identity, branch=self.identity.branch + 1)
         self._whole = self._begun = self._own = NONE
 
     def close(self, *, keep: bool) -> None:
-        """The run is over, on all ranks. `keep`: leave what was copied."""
-        self._wait()
+        """The run is over, and all ranks have waited (`wait`). `keep`: leave what was copied."""
+        self.wait()
         self._server.close()
         if not keep:
             self.folder.remove()
 
-    def _wait(self) -> None:
+    def wait(self) -> None:
+        """Until this rank's part of the last copy is done, or has failed."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None

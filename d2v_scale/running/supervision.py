@@ -47,6 +47,8 @@ def supervise(run: AnyRun[Any], stop_flag: StopFlag) -> int:
         stop = train(run, stop_flag, agreement, watchdog)
         with watchdog.allow(recipe.checkpoint.peer_timeout, "last checkpoint"):
             committed = _save_last(run, stop)
+            if run.copies is not None:
+                run.copies.wait()  # a peer that has closed takes no shard, or would take it where nothing is to stay
             agreement.barrier()
             if run.copies is not None:
                 starved = stop is not None and stop.reason == StopReason.DATA_STARVED

@@ -69,7 +69,7 @@ def take(copies: MemoryCopies, step: int, fault: str = "") -> bool:
     if not copies.may_begin(step, agreement.least):
         return False
     copies.save(step, pieces(step), {"completed_updates": step}, {"step": step})
-    copies._wait()
+    copies.wait()
     dist.barrier()
     faults.arm("")
     return True
@@ -135,7 +135,7 @@ def a_lost_node_gets_its_shard_from_the_next() -> None:
     copies = begin()
     assert restored(copies) == 6
     assert (RANK == 0) == ("The shard of step 6 came from" in said.take())
-    copies._wait()
+    copies.wait()
     dist.barrier()
     # The node that came instead holds what the lost one held: the other may be lost next.
     assert f"held/step-00000006/rank-0000{1 - RANK}.json" in generations(copies)
@@ -232,7 +232,7 @@ def nobody_waits_for_the_last_copy() -> None:
     assert not take(copies, 32)
     assert copies.lost == 1
     go.set()
-    copies._wait()
+    copies.wait()
     assert take(copies, 34)
     end(copies)
 

@@ -56,7 +56,7 @@ if __name__ == "__main__":
         """On a busy machine the next copy might be due before this one is whole, and be left out."""
         assert run.copies is not None
         begin(*contents)
-        run.copies._wait()
+        run.copies.wait()
 
     run.copies.save = save  # type: ignore[method-assign]
     losses, values = to_the_end(run)

@@ -24,7 +24,7 @@ LAUNCHER = """
 import os, sys
 from pathlib import Path
 from d2v_scale.agents import agent, joining
-agent.LOST_S, agent.BEAT_S = 3.0, 0.3
+agent.LOST_S, agent.BEAT_S = 8.0, 0.3
 command = [sys.executable, sys.argv[3]]
 sys.exit(joining.join(Path(sys.argv[1]), sys.argv[2], 1, 2, command, sys.argv[4:], 1, os.environ))
 """
@@ -52,7 +52,7 @@ def test_a_spare_node_takes_the_place_of_one_that_is_lost(tmp_path: Path) -> Non
     command = [sys.executable, "-c", LAUNCHER, str(folder)]
     launchers = [subprocess.Popen([*command, node, *arguments], env=env) for node in NODES]
     try:
-        wait_for(run_dir / "pid-1", launchers)
+        wait_for(run_dir / "metrics.jsonl", launchers)  # both ranks have begun
         rank = int((run_dir / "pid-0").read_text())
         launchers[0].kill()
         assert [launcher.wait(90) for launcher in launchers] == [-signal.SIGKILL, 0, 0]

@@ -61,22 +61,14 @@ def test_a_run_that_is_beyond_its_stop_at_says_that_it_did_nothing() -> None:
     assert completed(run, 9) == "all 9 steps were done before"
 
 
-@pytest.mark.parametrize(
-    ("rank", "committed", "expected"),
-    [
-        (0, True, ["barrier", "last words"]),
-        (0, False, ["barrier", "last words", "barrier"]),
-        (1, True, ["barrier"]),
-        (1, False, ["barrier", "barrier"]),
-    ],
-)
-def test_without_a_last_checkpoint_nobody_leaves_before_rank_0_has_said_so(
-    rank: int, committed: bool, expected: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    order: list[str] = []
+def finish(
+    rank: int, committed: bool, order: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, copies: Any = None
+) -> int:
+    """The end of a run whose steps are done; `order` gets what happens."""
     run: Any = MagicMock(
         directory=tmp_path,
         step=9,
+        copies=copies,
         options=SimpleNamespace(stop_at=None),
         recipe=SimpleNamespace(
             hang_limit_minutes=1.0,
@@ -93,6 +85,7 @@ def test_without_a_last_checkpoint_nobody_leaves_before_rank_0_has_said_so(
 
     stand_ins = {
         "spikes": SimpleNamespace(prepare=lambda _: None),
+        "saving": SimpleNamespace(prepare=lambda _: None),
         "Agreement": lambda: agreement,
         "train": lambda *_: None,
         "report_losses": lambda *_: None,
@@ -103,5 +96,33 @@ def test_without_a_last_checkpoint_nobody_leaves_before_rank_0_has_said_so(
     }
     for name, stand_in in stand_ins.items():
         monkeypatch.setattr(supervision, name, stand_in)
-    assert supervise(run, StopFlag()) == (0 if committed else 1)
+    return supervise(run, StopFlag())
+
+
+@pytest.mark.parametrize(
+    ("rank", "committed", "expected"),
+    [
+        (0, True, ["barrier", "last words"]),
+        (0, False, ["barrier", "last words", "barrier"]),
+        (1, True, ["barrier"]),
+        (1, False, ["barrier", "barrier"]),
+    ],
+)
+def test_without_a_last_checkpoint_nobody_leaves_before_rank_0_has_said_so(
+    rank: int, committed: bool, expected: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+    assert finish(rank, committed, order, tmp_path, monkeypatch) == (0 if committed else 1)
     assert order == expected
+
+
+@pytest.mark.parametrize("committed", [True, False])
+def test_all_have_sent_their_last_copy_before_anybody_takes_none_or_removes_some(
+    committed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+    copies = SimpleNamespace(
+        wait=lambda: order.append("sent"), close=lambda *, keep: order.append("kept" if keep else "removed")
+    )
+    finish(1, committed, order, tmp_path, monkeypatch, copies)
+    assert order[:3] == ["sent", "barrier", "removed" if committed else "kept"]
