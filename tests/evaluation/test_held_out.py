@@ -44,9 +44,8 @@ class Module(torch.nn.Module):
         del draw
         assert not self.training
         self.seen.append(len(batch.inputs))
-        return SimpleNamespace(
-            predictions=(masked_targets(targets_of(batch), batch) + self.error,), features_btd=None, cls=(None,)
-        )
+        predictions_nd = masked_targets(targets_of(batch), batch) + self.error
+        return SimpleNamespace(predictions=(predictions_nd,), features_btd=None, encoder_rsd=None, cls=(None,))
 
 
 class TeacherOfFixedTargets(ShardedTeacher):
