@@ -356,12 +356,6 @@ def test_nodes_that_preflight_refused_do_not_train(make: Make) -> None:
     assert job.codes == {"n1": EXIT_LOST_PEER}
 
 
-def test_too_few_nodes_at_the_start_are_said_with_what_is_wrong_with_each(make: Make) -> None:
-    job = make(begin=False, unfit={"n1": "a", "n3": "b"})
-    job.passes(3)
-    assert (ends(job), job.plan.why) == (EXIT_REQUEUE, "n1: a; n3: b; 1 of 3 nodes are left, 2 are needed")
-
-
 def test_a_meeting_place_that_takes_no_plan_is_tried_again(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     job = make()
 

@@ -43,13 +43,11 @@ def test_a_job_that_ends_before_its_ranks_begin_says_why_in_the_directory_that_i
     assert attempt.was_asked_to_stop
 
 
-def test_too_few_nodes_at_the_start_are_said_in_status_json(tmp_path: Path) -> None:
-    job = Job(tmp_path / "run", ("n1", "n2"), 0, unfit={"n1": "only 0.1 GB free"})
+def test_too_few_nodes_at_the_start_are_said_with_what_is_wrong_with_each(tmp_path: Path) -> None:
+    job = Job(tmp_path / "run", ("n1", "n2", "n3"), 1, unfit={"n1": "a", "n3": "b"})
     (job.run_dir / "meet/run_dir").unlink()
     job.passes(3)
+    assert job.codes == {"n1": EXIT_REQUEUE, "n2": EXIT_REQUEUE, "n3": EXIT_REQUEUE}
     status = read_status(job.run_dir)
     assert status is not None
-    assert (status.exit_code, status.reason) == (
-        EXIT_REQUEUE,
-        "n1: only 0.1 GB free; 1 of 2 nodes are left, 2 are needed",
-    )
+    assert status.reason == job.plan.why == "n1: a; n3: b; 1 of 3 nodes are left, 2 are needed"
