@@ -88,6 +88,13 @@ def read(directory: Path) -> Arithmetic | None:
         ) from None
 
 
+def told(directory: Path, precision: str) -> str:
+    """What was measured, in words, for a run that computes in this; empty: nothing was, or another was chosen since.
+    Raises ConfigError as `read` does."""
+    kept = read(directory)
+    return kept.why if kept is not None and kept.precision == precision else ""
+
+
 def _kept_or_measured(
     recipe: Recipe, raw: dict[str, Any], directory: Path, topology: Topology, *, native: bool
 ) -> Arithmetic | ConfigError:

@@ -27,7 +27,7 @@ def header(run: AnyRun[Any]) -> list[str]:
     lines += [
         ("batch", f"{_batch(recipe, topology)}; {_steps(run)}"),
         ("ranks", _ranks(run)),
-        *(("compute", kept.why) for kept in [arithmetic.read(run.directory)] if kept is not None and kept.why),
+        *(("compute", why) for why in [arithmetic.told(run.directory, run.student.precision)] if why),
         ("run", redact(str(run.directory))),
         ("look", redact(f"d2v report {run.directory}")),
     ]

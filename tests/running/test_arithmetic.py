@@ -86,6 +86,17 @@ def test_a_resumed_run_keeps_what_it_began_with(
     assert json.loads((tmp_path / arithmetic.FILE).read_text())["processor"] == "here"
 
 
+def test_a_precision_that_is_chosen_later_is_not_said_to_be_measured(tmp_path: Path, measured: dict[str, Any]) -> None:
+    """The header said "bf16, at 1.50 of fp32's speed" of a run in fp32."""
+    assert arithmetic.told(tmp_path, "fp32") == ""
+    measured["gain"] = 1.5
+    settled(tmp_path)
+    begin_training(tmp_path)
+    assert settled(tmp_path, "--precision=fp32")[0] == "fp32"
+    assert arithmetic.told(tmp_path, "bf16") == "bf16, at 1.50 of fp32's speed"
+    assert arithmetic.told(tmp_path, "fp32") == ""
+
+
 def test_a_run_of_an_earlier_version_goes_on_as_it_did(tmp_path: Path, measured: dict[str, Any]) -> None:
     measured |= {"gain": 1.5, "by_blas": ["small both"]}
     begin_training(tmp_path)
