@@ -2,7 +2,7 @@
 
     python tests/slurm/soak.py DIRECTORY [--faults 50] [--seed 0]
 
-On a private Slurm of three virtual nodes, one of them spare. Nodes that were excluded are repaired at once: a job that
+On a private Slurm of three virtual nodes, one of them spare, with copies in memory every five steps. Nodes that were excluded are repaired at once: a job that
 is requeued may have them again. Not collected by pytest: 50 faults take about an hour on two idle cores.
 """
 
@@ -39,7 +39,7 @@ def main() -> int:
     steps = BETWEEN * (options.faults + 1)
     arguments = ["--recipe=demo_vision", f"--optim.max_steps={steps}", f"--checkpoint.every={EVERY}"]
     arguments += ["--tracking.log_every=1", "--tracking.enabled=false", "--hang_limit_minutes=0.5"]
-    arguments += ["--evaluation.train=null", "--evaluation.test=null"]
+    arguments += ["--evaluation.train=null", "--evaluation.test=null", "--checkpoint.memory.every=5"]
     with Cluster(options.directory / "cluster", nodes=NODES) as cluster:
         cluster.env["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         cluster.env |= {"DS_ACCELERATOR": "cpu", "GLOO_SOCKET_IFNAME": "lo", "SBATCH_GPUS_PER_NODE": "1"}

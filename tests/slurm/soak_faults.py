@@ -1,5 +1,6 @@
 """What strikes a job in tests/slurm/soak.py: each fault waits for nothing but its own doing."""
 
+import json
 import os
 import random
 import resource
@@ -40,6 +41,12 @@ def launchers(job: Job) -> dict[str, int]:
         if "--meet" in words and str(job.run_dir) in "".join(words) and words[0].endswith("python"):
             found[words[words.index("--node") + 1]] = int(entry.name)
     return found
+
+
+def training(job: Job) -> list[str]:
+    """Nodes whose ranks train, in their order; a spare one is none."""
+    newest = max(job.run_dir.glob("logs/*/meet/plan-*.json"), key=lambda path: path.stat().st_mtime)
+    return list(json.loads(newest.read_text())["active"])
 
 
 def ranks(job: Job) -> list[int]:
@@ -88,12 +95,12 @@ def slow_node(job: Job, _place: Workplace, draw: random.Random) -> None:
 
 def killed_launcher(job: Job, _place: Workplace, draw: random.Random) -> None:
     """With its ranks: the node seems gone to all others."""
-    os.kill(draw.choice([pid for _, pid in sorted(launchers(job).items())]), signal.SIGKILL)
+    os.kill(launchers(job)[draw.choice(training(job))], signal.SIGKILL)
 
 
 def node_down(job: Job, _place: Workplace, draw: random.Random) -> None:
     """Not the first one, on which the job's script runs."""
-    node = draw.choice([name for name in sorted(launchers(job)) if name != job.cluster.nodes[0]])
+    node = draw.choice([name for name in training(job) if name != job.cluster.nodes[0]])
     job.cluster.run("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=soak")
     time.sleep(5)
     job.cluster.revive(node)
