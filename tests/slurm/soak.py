@@ -2,8 +2,9 @@
 
     python tests/slurm/soak.py DIRECTORY [--faults 50] [--seed 0]
 
-On a private Slurm of three virtual nodes, one of them spare, with copies in memory every five steps. Nodes that were excluded are repaired at once: a job that
-is requeued may have them again. Not collected by pytest: 50 faults take about an hour on two idle cores.
+On a private Slurm of three virtual nodes, one of them spare, with copies in memory every five steps. Nodes that were
+excluded are repaired at once: a job that is requeued may have them again. Not collected by pytest: 50 faults take about
+an hour on two idle cores.
 """
 
 import argparse
