@@ -84,7 +84,7 @@ def train(root: Path, world_size: int, cases: list[dict]) -> dict[str, Checkpoin
         case["out"] = str(root / case["name"].replace(" ", "_"))
     listed = root / f"cases-{world_size}-{len(cases)}.json"
     listed.write_text(json.dumps(cases))
-    run_ranks(world_size, WORKER, str(listed), timeout=600)
+    run_ranks(world_size, WORKER, str(listed), timeout=1800)  # every topology on a busy machine
     found = {case["name"]: find_newest_valid(Path(case["out"]))[0] for case in cases}
     assert all(found.values()), found
     return found  # type: ignore[return-value]
