@@ -59,8 +59,9 @@ def test_a_step_makes_few_collectives_at_any_depth(depth: int) -> None:
     third = counted(8, depth, **shipped("zero3.json"))
     assert third["collectives"] == {"all-reduce": 3, "all-gather": 1, "reduce-scatter": 1, "teacher all-gather": 1}
     first = counted(8, depth, **shipped("zero1.json"))
-    # One bucket of gradients; the verdict, two norms and the count; both groups of weights; the teacher.
-    assert first["collectives"] == {"all-reduce": 5, "all-gather": 2, "teacher all-gather": 1}
+    # One bucket of gradients; two norms and the count; both groups of weights; the teacher. Where DeepSpeed's own step
+    # runs, on a GPU, the verdict is asked by itself, one more.
+    assert first["collectives"] == {"all-reduce": 4, "all-gather": 2, "teacher all-gather": 1}
     assert third["logging"] == first["logging"] == {"all-reduce": 2}
 
 
