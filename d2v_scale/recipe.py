@@ -25,9 +25,9 @@ from d2v_scale.model.config import ModelConfig
 from d2v_scale.model.teacher_parts import TeacherParts
 from d2v_scale.optim import OptimConfig
 from d2v_scale.parallel.config import ParallelConfig, data_parallel_size
+from d2v_scale.parallel.step_sizes import check_step
 from d2v_scale.process.config import ProfileConfig
 from d2v_scale.redaction import redact_values
-from d2v_scale.step_sizes import check_step
 from d2v_scale.teacher import own_model
 from d2v_scale.teacher.config import TeacherConfig
 from d2v_scale.tracking.config import TrackingConfig

@@ -57,8 +57,9 @@ def test_evaluations_pictures_and_checkpoints_are_in_no_rate(tmp_path: Path, mon
     keys += ["evaluation.every=1", "tracking.plot_every=1", "checkpoint.every=1"]
     recipe, options = command_line.parse([f"--{key}" for key in keys])
     run = program.build(recipe, options, train.configure(recipe), groups.single_process(), tmp_path)
-    for name in ("evaluate", "draw_pictures", "save"):
+    for name in ("evaluate", "draw_pictures"):
         monkeypatch.setattr(run, name, lambda: time.sleep(1.0))
+    monkeypatch.setattr(loop, "save", lambda _: time.sleep(1.0))
     records: list[dict[str, float]] = []
     monkeypatch.setattr(run.tracker, "log", lambda step, samples, values: records.append(values))
     with Watchdog(tmp_path, rank=0, world_size=1, limit_s=600) as watchdog:

@@ -18,6 +18,7 @@ from d2v_scale.data2vec.config import LossConfig, MaskingConfig
 from d2v_scale.modalities import published_parts
 from d2v_scale.model import attention, cpu_attention, cpu_ops
 from d2v_scale.model.init import initialize
+from d2v_scale.model.learned_bias import LearnedBias
 from d2v_scale.model.stem_config import SpeechStem
 from d2v_scale.networks.draw import Draw
 from d2v_scale.networks.stack import Student, Teacher
@@ -86,8 +87,9 @@ def stacks(request: pytest.FixtureRequest) -> dict[str, tuple[Student, Teacher]]
     return made
 
 
-def has_a_key(bias: Tensor | None) -> bool:
+def has_a_key(bias: Tensor | LearnedBias | None) -> bool:
     """Whether every query has one that it may attend to: without, zeros or NaN are a kernel's own choice."""
+    bias = bias.added_rhss if isinstance(bias, LearnedBias) else bias
     return bias is None or bool((bias if bias.dtype == torch.bool else torch.isfinite(bias)).any(-1).all())
 
 

@@ -1,4 +1,4 @@
-"""d2v_scale.step_sizes: whether a step can be divided."""
+"""d2v_scale.parallel.step_sizes: whether a step can be divided."""
 
 import pytest
 
