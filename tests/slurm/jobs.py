@@ -116,6 +116,18 @@ class Job:
         ranks = {pid for _, _, pid in found}
         return [pid for rank, parent, pid in sorted(found) if rank >= 0 and parent not in ranks]
 
+    def launchers(self) -> dict[str, int]:
+        """Process ids of the nodes' launchers, by node."""
+        found = {}
+        for entry in Path("/proc").iterdir():
+            try:
+                words = (entry / "cmdline").read_bytes().decode(errors="replace").split("\0")
+            except (OSError, ValueError):
+                continue
+            if "--meet" in words and str(self.run_dir) in "".join(words) and words[0].endswith("python"):
+                found[words[words.index("--node") + 1]] = int(entry.name)
+        return found
+
     def story(self) -> str:
         """Everything there is to read about the job, for a failing test's message."""
         files = [self.output, *sorted(self.run_dir.glob("logs/*/*.log")), *sorted(self.run_dir.glob("*.json*"))]

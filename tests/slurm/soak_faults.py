@@ -30,19 +30,6 @@ class Fault:
     """Whether an attempt ends by it. What only slows the run, or a checkpoint that fails, ends none."""
 
 
-def launchers(job: Job) -> dict[str, int]:
-    """Process ids of the nodes' launchers, by node."""
-    found = {}
-    for entry in Path("/proc").iterdir():
-        try:
-            words = (entry / "cmdline").read_bytes().decode(errors="replace").split("\0")
-        except (OSError, ValueError):
-            continue
-        if "--meet" in words and str(job.run_dir) in "".join(words) and words[0].endswith("python"):
-            found[words[words.index("--node") + 1]] = int(entry.name)
-    return found
-
-
 def training(job: Job) -> list[str]:
     """Nodes whose ranks train, in their order; a spare one is none."""
     newest = max(job.run_dir.glob("logs/*/meet/plan-*.json"), key=lambda path: path.stat().st_mtime)
@@ -95,7 +82,7 @@ def slow_node(job: Job, _place: Workplace, draw: random.Random) -> None:
 
 def killed_launcher(job: Job, _place: Workplace, draw: random.Random) -> None:
     """With its ranks: the node seems gone to all others."""
-    os.kill(launchers(job)[draw.choice(training(job))], signal.SIGKILL)
+    os.kill(job.launchers()[draw.choice(training(job))], signal.SIGKILL)
 
 
 def node_down(job: Job, _place: Workplace, draw: random.Random) -> None:

@@ -55,19 +55,6 @@ def assert_whole(job: Job, steps: int) -> None:
     assert job.cluster.job(job.id)["Restarts"] == "0"
 
 
-def launchers(job: Job) -> dict[str, int]:
-    """Process ids of the nodes' launchers."""
-    found = {}
-    for entry in Path("/proc").iterdir():
-        try:
-            words = (entry / "cmdline").read_bytes().decode(errors="replace").split("\0")
-        except (OSError, ValueError):
-            continue
-        if "--meet" in words and str(job.run_dir) in "".join(words) and words[0].endswith("python"):
-            found[words[words.index("--node") + 1]] = int(entry.name)
-    return found
-
-
 def test_a_spare_takes_the_place_of_a_node_whose_launcher_is_gone(submit: Callable[..., Job]) -> None:
     """After a crash, from which all nodes recover where they are."""
     job = submit("--optim.max_steps=150", env=NO_PREFLIGHT)
@@ -75,7 +62,7 @@ def test_a_spare_takes_the_place_of_a_node_whose_launcher_is_gone(submit: Callab
     os.kill(job.pids("train.py")[1], signal.SIGKILL)
     wait_until(lambda: len(job.attempts) == 1, 60, job.story())
     wait_until(lambda: len(job.pids("train.py")) == 2, 60, job.story())
-    os.kill(launchers(job)["n2"], signal.SIGKILL)
+    os.kill(job.launchers()["n2"], signal.SIGKILL)
     assert_whole(job, 150)
     crash, lost, end = job.attempts
     assert (crash.exit_code, lost.exit_code, end.exit_code) == (errors.EXIT_LOST_PEER, errors.EXIT_LOST_PEER, 0)
@@ -113,7 +100,7 @@ def test_without_a_spare_left_the_job_is_requeued_without_the_node(submit: Calla
     job = submit("--optim.max_steps=400", env=NO_PREFLIGHT)
     job.wait_for_step(3)
     for node in ("n3", "n2"):
-        os.kill(launchers(job)[node], signal.SIGKILL)
+        os.kill(job.launchers()[node], signal.SIGKILL)
     job.wait_for_state("PENDING")
     assert job.status.exit_code == errors.EXIT_REQUEUE
     assert job.status.reason == "n2: its launcher or the node is gone; no spare node is left of 1"
@@ -150,7 +137,7 @@ def processes(word: str) -> list[int]:
 def test_a_job_whose_script_is_lost_with_the_first_node_is_requeued(submit: Callable[..., Job], three: Cluster) -> None:
     job = submit("--optim.max_steps=60", env=NO_PREFLIGHT)
     job.wait_for_step(3)
-    lost = [int((three.dir / "run/slurmd.n1.pid").read_text()), launchers(job)["n1"]]
+    lost = [int((three.dir / "run/slurmd.n1.pid").read_text()), job.launchers()["n1"]]
     for daemon in processes(f"[{job.id}.batch]"):
         children = Path(f"/proc/{daemon}/task/{daemon}/children").read_text().split()
         lost += [daemon, *(int(child) for child in children)]
