@@ -4,6 +4,7 @@
 
 take_argument() { # the same, which is no argument of train.py's any more: sets taken
     local i kept=()
+    [[ " ${arguments[*]: -1}" != " --$1" ]] || die "--$1 is the last word: give a number behind it"
     taken=$(argument "$1")
     for ((i = 0; i < ${#arguments[@]}; i++)); do
         case ${arguments[i]} in

@@ -113,7 +113,7 @@ def train_forked(arguments: list[str], directory: Path, name: str) -> list[dict[
     from d2v_scale.train import main
 
     directory.parent.mkdir(parents=True, exist_ok=True)
-    log = directory.with_suffix(".log")
+    log = directory.with_name(f"{directory.name}.log")  # not `with_suffix`: a name may hold a dot
     given = [*arguments, f"--run_dir={directory}"]
     code = os.waitstatus_to_exitcode(os.waitpid(fork(lambda: sys.exit(main(given, StopFlag.install())), log), 0)[1])
     if code:

@@ -13,7 +13,7 @@ Every cost is an option. Their defaults, with where they come from:
 - --checkpoint_stall: 5 s, an assumption; --checkpoint_every: the best interval for it.
 - --memory_every, --memory_stall: copies in memory every 60 s, each of which holds training up for 0.1 s, assumptions;
   --disk_every: beside them a checkpoint an hour.
-- --spare: 10 s beside --notice until a spare node takes a lost one's place: so long a launcher says nothing before it
+- --spare: 40 s beside --notice until a spare node takes a lost one's place: so long a launcher says nothing before it
   counts as lost (`agents.agent.LOST_S`).
 """
 
@@ -51,7 +51,7 @@ def make_parser() -> argparse.ArgumentParser:
         ("short_hang_limit", 120.0),
         ("queue", 121.0),
         ("node_queue", 121.0),
-        ("spare", 10.0),
+        ("spare", 40.0),
         ("start_up", 180.0),
         ("checkpoint_stall", 5.0),
         ("checkpoint_every", 0.0),

@@ -15,15 +15,20 @@ log = logging.getLogger("d2v_scale.train")
 
 BEAT_S = 1.0
 """Between two words of a launcher that has nothing new to say."""
-LOST_S = 10.0
-"""A launcher that was heard before and says nothing for so long is lost."""
+LOST_S = 40.0
+"""A launcher that was heard before and says nothing for so long is lost, unless `joining.LOST_NODE` says otherwise: a
+network file system may stand still for half a minute on one node."""
 START_S = 120.0
 """The same for one that was never heard."""
+REFUSED_S = 600.0
+"""A meeting place that takes no plan for so long ends the job."""
 _MOST_S = 2.0
 """No silence counts for more from one look to the next: what this process did not live through, and a file system
 that stood still for all, are nobody's silence."""
 _WATCHED = 3
 """Launchers before its own that one which does not lead listens to: the leader, and who follows it."""
+EXIT_NO_PLAN = 1
+"""Of launchers that could not agree any more."""
 MOST_GONE = 64
 """Ranks that have ended and are named; where more have, none of the others is completing a checkpoint."""
 
@@ -74,19 +79,20 @@ class Agent:
         leader: Leader,
         *,
         problem: Callable[[], str] = str,
+        lost_s: float = LOST_S,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`addresses`: of all nodes, by name and in order. `problem`: why this node cannot train, "" if it can; asked
-        while it is a spare."""
+        while it is a spare. `lost_s`: see `LOST_S`; the same for all launchers of a job."""
         self._node, self._addresses, self._meeting, self._ranks, self._leader = node, addresses, meeting, ranks, leader
-        self._problem, self._clock = problem, clock
+        self._problem, self._lost_s, self._clock = problem, lost_s, clock
         self.plan: Plan | None = None
         self._word, self._said = Word(), Word()
         self._words: dict[str, Word] = {}
         self._silent_s: dict[str, float] = {}
         self._looked, self._published = clock(), float("-inf")
         self._runs = False
-        self._trouble = ""
+        self._trouble, self._refused_since = "", 0.0
 
     @property
     def _excluded(self) -> Collection[str]:
@@ -110,7 +116,7 @@ class Agent:
     # ------------------------------------------------------------------------------------------------------- listening
 
     def _is_silent(self, node: str) -> bool:
-        return self._silent_s.get(node, 0.0) > (LOST_S if node in self._words else START_S)
+        return self._silent_s.get(node, 0.0) > (self._lost_s if node in self._words else START_S)
 
     @property
     def leads(self) -> bool:
@@ -159,9 +165,13 @@ class Agent:
         try:
             holds = self._meeting.propose(found)
         except OSError as error:
+            if not self._trouble:
+                self._refused_since = now
             if str(error) != self._trouble:  # many looks a second
                 log.error("The launchers' meeting place takes no plan: %s", error)
             self._trouble = str(error)
+            if now - self._refused_since > REFUSED_S:
+                self._word.gives_up = self._trouble
             return
         self._trouble = ""
         if holds == found:
@@ -176,6 +186,8 @@ class Agent:
 
     def _take_part(self) -> int | None:
         plan = self.plan
+        if refusal := next((word.gives_up for word in (self._word, *self._words.values()) if word.gives_up), ""):
+            return self._give_up(refusal)
         if plan is not None and self._node in plan.active:
             self._word.problem = ""
             if self._word.round < plan.number:
@@ -192,6 +204,19 @@ class Agent:
             return EXIT_LOST_PEER
         self._word.problem = self._problem()
         return None
+
+    def _give_up(self, refusal: str) -> int | None:
+        """End without a plan that says so, as there is no place for one."""
+        if self._runs and not self._are_gone():
+            return None
+        self._word.gives_up = refusal
+        log.error(
+            "The launchers' meeting place has taken no plan for %.0f s (%s): make room there, and start again with "
+            "--resume.",
+            REFUSED_S,
+            refusal,
+        )
+        return EXIT_NO_PLAN
 
     def _are_gone(self) -> bool:
         """End ranks of an earlier round; whether the last is gone."""

@@ -1,5 +1,6 @@
 """Be a node's launcher: read who takes part, and look after the node's ranks until all is over."""
 
+import contextlib
 import logging
 import os
 import socket
@@ -9,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from d2v_scale.agents.agent import Agent
-from d2v_scale.agents.leading import LOST, Leader
+from d2v_scale.agents.agent import LOST_S, Agent
+from d2v_scale.agents.leading import LOST, STUCK_S, Leader
 from d2v_scale.agents.meeting import Directory
 from d2v_scale.agents.own_ranks import Devices, OwnRanks
 from d2v_scale.checkpoint.memory_files import forget_run
@@ -25,6 +26,9 @@ NODES_FILE = "nodes"
 train first."""
 SCRIPT_NODE = "D2V_SCALE_SCRIPT_NODE"
 """Environment: the node of the job's script, which requeues the job if that is to be done."""
+LOST_NODE = "D2V_SCALE_LOST_NODE_S"
+"""Environment: in place of `LOST_S`."""
+_LEAST_LOST_S = 5.0
 _POLL_S, _POLL_S_PER_NODE, _MOST_POLL_S = 0.1, 0.005, 1.0
 
 
@@ -56,6 +60,16 @@ def read_nodes(folder: Path) -> Nodes:
 def own_name(environment: Mapping[str, str] = os.environ) -> str:
     """This node's name where none is given."""
     return environment.get("SLURMD_NODENAME") or socket.gethostname()
+
+
+def lost_after(environment: Mapping[str, str]) -> float:
+    """Seconds after which a silent launcher is lost. Raises UserError."""
+    said = environment.get(LOST_NODE, str(LOST_S))
+    with contextlib.suppress(ValueError):
+        # Later, ranks that cannot be ended would be blamed for what a lost node holds up.
+        if _LEAST_LOST_S <= float(said) <= STUCK_S:
+            return float(said)
+    raise UserError(f"{LOST_NODE} is {said!r}.", f"Give seconds, {_LEAST_LOST_S:g} to {STUCK_S:g}.")
 
 
 def _entered(folder: Path, node: str) -> Directory:
@@ -111,13 +125,14 @@ def join(
         raise UserError(
             f"--spares is {spares}, and there are {len(nodes.addresses)} nodes.", "At least one of them has to train."
         )
+    lost_s = lost_after(environment)
     meeting = _entered(folder, node)
     deciding = Restarts(restarts, folder, arguments)
     own = OwnRanks([*command, *arguments], ranks, environment, deciding)
     script = environment.get(SCRIPT_NODE, "")
     leader = Leader([*nodes.addresses], len(nodes.addresses) - spares, deciding, nodes.unfit, script)
     devices = Devices(ranks, environment, problem)
-    agent = Agent(node, nodes.addresses, meeting, own, leader, problem=devices.problem)
+    agent = Agent(node, nodes.addresses, meeting, own, leader, problem=devices.problem, lost_s=lost_s)
     poll_s = min(_MOST_POLL_S, _POLL_S + _POLL_S_PER_NODE * len(nodes.addresses))
     with own.group.signals():
         while (code := agent.step()) is None:

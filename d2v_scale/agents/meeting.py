@@ -46,6 +46,8 @@ class Word:
     """Of the leader: the round whose ranks are to end."""
     failed: int = 0
     """Of the leader: the code for which they are."""
+    gives_up: str = ""
+    """Of the leader: why no plan could be written for so long that all end without one."""
 
 
 class Meeting(Protocol):

@@ -100,8 +100,6 @@ class Replayed:
     interruptions: float
     lost: dict[str, float]
     """Seconds by what they went into: notice, queue, start_up, repeated, checkpoint."""
-    by_fault: dict[str, float]
-    """Seconds by kind of fault."""
 
     @property
     def goodput(self) -> float:
@@ -113,13 +111,11 @@ def replay(trace: Trace, costs: Costs, ranks: int) -> Replayed:
     """The trace on `ranks` ranks: faults come in proportion to them."""
     wall, scale = trace.days * 86400, ranks / trace.ranks
     lost = dict.fromkeys(("notice", "queue", "start_up", "repeated"), 0.0)
-    by_fault: dict[str, float] = {}
     for row in trace.rows:
         for name, seconds in costs.of(row.fault).items():
             lost[name] += scale * row.count * seconds
-            by_fault[row.fault] = by_fault.get(row.fault, 0.0) + scale * row.count * seconds
     lost["checkpoint"] = wall / costs.checkpoint_every * costs.checkpoint_stall
-    return Replayed(wall, scale * sum(row.count for row in trace.rows), lost, by_fault)
+    return Replayed(wall, scale * sum(row.count for row in trace.rows), lost)
 
 
 def best_interval(trace: Trace, stall: float, ranks: int) -> float:

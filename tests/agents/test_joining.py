@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from d2v_scale.agents.joining import join, own_name, read_nodes, requeue
+from d2v_scale.agents.agent import LOST_S
+from d2v_scale.agents.joining import join, lost_after, own_name, read_nodes, requeue
 from d2v_scale.errors import UserError
 
 
@@ -38,6 +39,15 @@ def test_a_launcher_that_does_not_fit_is_refused(tmp_path: Path, node: str, spar
     nodes(tmp_path, "n1 a\nn2 b\n")
     with pytest.raises(UserError, match=says):
         join(tmp_path, node, spares, 1, ["true"], [], 1, {})
+
+
+def test_when_a_node_is_lost_is_said_in_seconds_or_refused(tmp_path: Path) -> None:
+    nodes(tmp_path, "n1 127.0.0.1\n")
+    assert lost_after({}) == LOST_S
+    assert lost_after({"D2V_SCALE_LOST_NODE_S": "60"}) == 60
+    for said in ("soon", "4", "91", "nan"):
+        with pytest.raises(UserError, match=rf"D2V_SCALE_LOST_NODE_S is '{said}'\. Give seconds, 5 to 90\."):
+            join(tmp_path, "n1", 0, 0, ["true"], [], 1, {"D2V_SCALE_LOST_NODE_S": said})
 
 
 def test_a_second_start_in_one_meeting_place_is_refused(tmp_path: Path) -> None:

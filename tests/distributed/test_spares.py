@@ -24,9 +24,10 @@ LAUNCHER = """
 import os, sys
 from pathlib import Path
 from d2v_scale.agents import agent, joining
-agent.LOST_S, agent.BEAT_S = 8.0, 0.3
+agent.BEAT_S = 0.3
 command = [sys.executable, sys.argv[3]]
-sys.exit(joining.join(Path(sys.argv[1]), sys.argv[2], 1, 2, command, sys.argv[4:], 1, os.environ))
+environment = {**os.environ, joining.LOST_NODE: "8"}
+sys.exit(joining.join(Path(sys.argv[1]), sys.argv[2], 1, 2, command, sys.argv[4:], 1, environment))
 """
 
 

@@ -33,7 +33,6 @@ def test_every_fault_costs_what_it_is_said_to() -> None:
     found = replay(trace, costs(start_up=10.0, rewind=7.0), 8)
     # Ten starts; of the four kinds that come unannounced two each, half an interval old.
     assert found.lost == {"notice": 120, "queue": 60, "start_up": 100, "repeated": 8 * 50 + 2 * 7, "checkpoint": 0}
-    assert found.by_fault == {"process": 120, "node": 180, "hang": 240, "silent": 134, "planned": 20}
     assert found.goodput == pytest.approx(1 - 694 / 86400)
     # Twice the ranks, twice the faults.
     assert replay(trace, costs(start_up=10.0, rewind=7.0), 16).lost["start_up"] == 200

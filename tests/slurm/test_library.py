@@ -168,6 +168,8 @@ def test_restarts_are_the_launchers_which_meet_in_the_run_directory(site: Site) 
     [
         (["--spares", "1"], "the job has 1 nodes, and one has to train"),
         (["--spares=x"], "give numbers"),
+        (["--seed=1", "--spares"], "--spares is the last word: give a number behind it"),
+        (["--spares=1", "--restarts"], "--restarts is the last word: give a number behind it"),
         (["--restarts=-1"], "give numbers"),
         (["--spares=1", "--restarts=0"], "takes its place in a restart"),
     ],

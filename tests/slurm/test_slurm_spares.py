@@ -15,6 +15,8 @@ from d2v_scale import errors
 
 pytestmark = pytest.mark.slurm
 
+# Lost nodes are lost soon, and what is proved is the same.
+SOON = {"D2V_SCALE_LOST_NODE_S": "10"}
 NO_PREFLIGHT = {"D2V_SCALE_PREFLIGHT": "0"}
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -22,7 +24,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 @pytest.fixture(scope="module")
 def three(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     with Cluster(tmp_path_factory.mktemp("three"), nodes=3) as larger:
-        larger.env = cluster.env | {"SLURM_CONF": larger.env["SLURM_CONF"], "SBATCH_GPUS_PER_NODE": "1"}
+        larger.env = cluster.env | SOON | {"SLURM_CONF": larger.env["SLURM_CONF"], "SBATCH_GPUS_PER_NODE": "1"}
         yield larger
 
 
