@@ -207,6 +207,7 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="C,C",
         help="rows at these multiples of the recipes' FLOPs instead, each a file",
     )
+    parser.add_argument("--probes", action="store_true", help="of --compute: without fine-tuning")
     parser.add_argument(
         "--sets", nargs="+", choices=list(COMPUTE_SETS), help=f"of --compute; default: {' '.join(COMPUTE_SETS)}"
     )
@@ -263,7 +264,8 @@ def evidence_of_computes(arguments: argparse.Namespace) -> int:
     out = (arguments.out or ROOT / "out" / "evidence-compute").resolve()
     data = (arguments.data or default_folder(ROOT)).resolve()
     rows = arguments.rows.resolve()
-    print("\n" + run_computes(computes, arguments.sets or list(COMPUTE_SETS), seeds, data, rows, out, arguments.jobs))
+    names, probes = arguments.sets or list(COMPUTE_SETS), arguments.probes
+    print("\n" + run_computes(computes, names, seeds, data, rows, out, arguments.jobs, learns_labels=not probes))
     for path in draw(rows, ROOT / ".assets" if rows == ROWS else out):
         print(f"Written: {path}")
     return 0

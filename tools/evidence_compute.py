@@ -2,9 +2,11 @@
 
 A row is a set, a recipe, a compute and a seed: k-NN and a linear probe on frozen features (mean over positions, last
 four blocks), the same of the random start, and fine-tuning on 1 % and 10 % of the labels beside the same network from
-scratch on the same samples and steps. Compute 1 is the FLOPs of 1.0's recipe of the modality; warm-up and the teacher's
-annealing stretch with the steps. A finished row is a file of --rows, compute_SET/RECIPE-xCOMPUTE-seed-N.json, which a
-call keeps while recipe and data stay the same: an interrupted call goes on. DIR holds
+scratch on the same samples and steps. That is most of a short row: with --probes a row is without it, and a call
+without --probes completes it. Seeds count from 3, since settings are chosen on 1 and 2. Compute 1 is the FLOPs of 1.0's
+recipe of the modality; warm-up and the teacher's annealing stretch with the steps. A finished row is a file of --rows,
+compute_SET/RECIPE-xCOMPUTE-seed-N.json, which a call keeps while recipe and data stay the same: an interrupted call
+goes on. DIR holds
   cifar10/{train,test}/CLASS/*.jpg, and cifar10_large laid out alike: where it is there, both parts' images are learned
                                     from, and its test images are the test
   fsdd/recordings/LABEL_SPEAKER_TAKE.wav
@@ -41,6 +43,8 @@ OLD = ("tiny1", "tiny2")
 SHARES = {"1": 0.01, "10": 0.1}
 """Of the labels, by what rows call them."""
 MAX_TRAIN, MAX_TEST = 30000, 5000
+FIRST_SEED = 3
+"""Settings of recipes are chosen on seeds 1 and 2."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,8 @@ class ComputeJob:
     rows: Path
     out: Path
     fine_tuning: FineTuning = FINE_TUNING
+    learns_labels: bool = True
+    """Whether the row is to say what fine-tuning comes to."""
 
     @property
     def name(self) -> str:
@@ -106,7 +112,9 @@ class ComputeJob:
         return _sha256(repr(about).encode())
 
     def is_done(self) -> bool:
-        return self.result.is_file() and json.loads(self.result.read_text())["digest"] == self.digest
+        row = json.loads(self.result.read_text()) if self.result.is_file() else {}
+        has_all = not self.learns_labels or all(f"finetuned_{share}" in row for share in SHARES)
+        return row.get("digest") == self.digest and has_all
 
     @property
     def _measure(self) -> str:
@@ -166,7 +174,7 @@ def _of_cut(job: ComputeJob, number: int, real: RealSet) -> dict[str, float]:
     hours = max(record["hours"] for record in records if "hours" in record)
     figures: dict[str, float] = {"steps": steps, "flops": flops, "hours": hours}
     figures |= _without_pretraining(job, number, real) | _probed(job, real, directory, directory)
-    for name, share in SHARES.items():
+    for name, share in SHARES.items() if job.learns_labels else ():
         figures[f"finetuned_{name}"] = _learned(job, real, share, Path(f"{directory}-labels-{name}"), directory)
     return figures
 
@@ -178,7 +186,7 @@ def _without_pretraining(job: ComputeJob, number: int, real: RealSet) -> dict[st
     directory = job.out / "untrained" / name
     of_start = _probed(job, real, None, directory)
     figures = {f"random_{key}": of_start[key] for key in ("knn", "linear")}
-    for share in SHARES:
+    for share in SHARES if job.learns_labels else ():
         figures[f"scratch_{share}"] = _learned(job, real, SHARES[share], Path(f"{directory}-{share}"), None)
     return figures
 
@@ -266,14 +274,22 @@ def computes_of(text: str) -> list[float]:
 
 
 def run_computes(
-    computes: Sequence[float], names: Sequence[str], seeds: int, data: Path, rows: Path, out: Path, processes: int
+    computes: Sequence[float],
+    names: Sequence[str],
+    seeds: int,
+    data: Path,
+    rows: Path,
+    out: Path,
+    processes: int,
+    *,
+    learns_labels: bool = True,
 ) -> str:
     """Find all rows of these sets that are not there, the cheapest first; the table of all rows. Raises UserError."""
     sets = [SETS[name](data, out) for name in names]
     jobs = [
-        ComputeJob(cut, recipe, compute, seed, rows, out)
+        ComputeJob(cut, recipe, compute, seed, rows, out, learns_labels=learns_labels)
         for compute in sorted(computes)
-        for seed in range(seeds)
+        for seed in range(FIRST_SEED, FIRST_SEED + seeds)
         for cut in sets
         for recipe in recipes_of(cut.kind)
     ]

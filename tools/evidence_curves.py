@@ -22,10 +22,16 @@ def draw(rows: Path, folder: Path) -> list[Path]:
         figure, axes = pyplot.subplots(1, len(_SHOWN), figsize=(5 * len(_SHOWN), 3.8), squeeze=False)
         for (measure, title), place in zip(_SHOWN.items(), axes[0], strict=True):
             for number, recipe in enumerate(dict.fromkeys(recipe for recipe, _ in arms)):
-                of_recipe = {compute: found for (one, compute), found in arms.items() if one == recipe}
-                _line(place, of_recipe, measure, recipe, f"C{number}")
+                of_recipe = {
+                    compute: found
+                    for (one, compute), found in arms.items()
+                    if one == recipe and all(measure in row for row in found)
+                }
+                if of_recipe:
+                    _line(place, of_recipe, measure, recipe, f"C{number}")
             place.set(xlabel="FLOPs of pretraining", ylabel="accuracy, %", title=title, xscale="log")
-            place.legend(fontsize="small")
+            if place.has_data():
+                place.legend(fontsize="small")
         figure.suptitle(name)
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"evidence_{name}.png"

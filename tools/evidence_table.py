@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from evidence_pairs_table import comparison
 from evidence_sets import LAYOUTS
 
 from d2v_scale import modalities
@@ -146,7 +147,7 @@ def finished_arms(rows: Path) -> dict[str, dict[tuple[str, float], list[dict[str
 
 def compute_table(rows: Path) -> str:
     """Markdown: mean and standard deviation over seeds, in percent, of every finished arm, beside its random start and
-    the same network from scratch; empty where none is finished."""
+    the same network from scratch, and how arms compare; empty where none is finished."""
     texts = []
     for name, arms in finished_arms(rows).items():
         lines = ["| " + " | ".join([name, "compute", "steps", "FLOPs", "hours", *_MEASURES.values()]) + " |"]
@@ -160,4 +161,20 @@ def compute_table(rows: Path) -> str:
             cells = [_percent(least, _WITHOUT[key]) for key in _MEASURES]
             lines.append("| " + " | ".join([f"{recipe}, without pretraining", "0", "", "", "", *cells]) + " |")
         texts.append("\n".join(lines) + "\n")
+        texts.append("".join(_compared(arms)))
     return "\n".join(texts)
+
+
+def _compared(arms: dict[tuple[str, float], list[dict[str, Any]]]) -> list[str]:
+    """A line for every arm against its random start, and against those of other recipes of as much compute that came
+    before."""
+    lines = []
+    for (recipe, compute), found in arms.items():
+        title = f"{recipe}, compute {compute:g},"
+        start = [{"seed": row["seed"], **{key: row[_WITHOUT[key]] for key in ("knn", "linear")}} for row in found]
+        others = {"its random start": start}
+        others |= {other: of for (other, its), of in arms.items() if its == compute and other < recipe}
+        for other, of_other in others.items():
+            rows = {recipe: found, other: of_other}
+            lines.append(comparison(rows, recipe, other, {recipe: title, other: other}))
+    return lines

@@ -62,7 +62,7 @@ def test_a_row_is_kept_until_recipe_data_compute_seed_or_fine_tuning_change(real
     job = job_of(real, tmp_path)
     assert not job.is_done()
     job.result.parent.mkdir(parents=True)
-    job.result.write_text(json.dumps({"digest": job.digest}))
+    job.result.write_text(json.dumps({"digest": job.digest, "finetuned_1": 0.3, "finetuned_10": 0.4}))
     assert job.is_done()
     assert job_of(real, tmp_path).digest == job.digest
     more = evidence_compute.FineTuning(steps=9)
@@ -73,6 +73,29 @@ def test_a_row_is_kept_until_recipe_data_compute_seed_or_fine_tuning_change(real
     index.write_text(index.read_text() + " ")
     assert len(digests | {job_of(real, tmp_path).digest}) == 6
     assert not job_of(real, tmp_path).is_done()
+
+
+def test_a_row_of_probes_alone_is_done_until_fine_tuning_is_asked_for(real: RealSet, tmp_path: Path) -> None:
+    probed, whole = job_of(real, tmp_path, learns_labels=False), job_of(real, tmp_path)
+    probed.result.parent.mkdir(parents=True)
+    probed.result.write_text(json.dumps({"digest": probed.digest, "knn": 0.3, "linear": 0.4}))
+    assert probed.is_done()
+    assert not whole.is_done()
+    probed.result.write_text(json.dumps({"digest": whole.digest, "finetuned_1": 0.3, "finetuned_10": 0.4}))
+    assert probed.is_done()
+    assert whole.is_done()
+
+
+def test_seeds_that_settings_are_chosen_on_have_no_rows(
+    real: RealSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cut = evidence_compute_sets.CutSet("shapes", "vision", "shapes", (real,))
+    found: list[evidence_compute.ComputeJob] = []
+    monkeypatch.setitem(evidence_compute.SETS, "shapes", lambda data, out: cut)
+    monkeypatch.setattr(evidence_compute, "_import_all", lambda: None)
+    monkeypatch.setattr(evidence_compute, "run_all_forked", lambda jobs, work, processes: found.extend(jobs))
+    evidence_compute.run_computes([1.0], ["shapes"], 5, tmp_path, tmp_path, tmp_path, 1)
+    assert {job.seed for job in found} == {3, 4, 5, 6, 7}
 
 
 def test_arms_of_parts_of_a_compute_have_files_of_their_own(real: RealSet, tmp_path: Path) -> None:
@@ -183,6 +206,21 @@ def test_an_arm_in_progress_is_in_no_table_and_in_no_picture(tmp_path: Path) -> 
     assert "tiny2_x" not in text
     (picture,) = evidence_curves.draw(tmp_path, tmp_path / "pictures")
     assert picture.stat().st_size > 5000
+
+
+def test_recipes_are_compared_by_seed_and_a_row_of_probes_alone_leaves_its_cells_empty(tmp_path: Path) -> None:
+    (folder := tmp_path / "compute_shapes").mkdir()
+    for recipe, gain in (("tiny2_x", 0.0), ("tiny3_x", 0.02)):
+        for seed in (3, 4, 5):
+            made = row(recipe, 1.0, seed, 0.5 + 0.01 * seed + gain)
+            probed = {key: value for key, value in made.items() if not key.startswith(("finetuned", "scratch"))}
+            (folder / f"{recipe}-x1-seed-{seed}.json").write_text(json.dumps(probed))
+    text = evidence_table.compute_table(tmp_path)
+    assert "| tiny3_x | 1 | 100 | 1.0e+12 | 0.10 | 46.0 ± 1.0 | 56.0 ± 1.0 |  |  |" in text
+    assert "- tiny3_x, compute 1, against tiny2_x, paired by seed: k-NN +2.0, 95 % from +2.0 (above 0: yes)" in text
+    assert "- tiny2_x, compute 1, against its random start, paired by seed: k-NN +14.0" in text
+    assert "tiny2_x, compute 1, against tiny3_x" not in text
+    assert len(evidence_curves.draw(tmp_path, tmp_path / "pictures")) == 1
 
 
 def test_the_table_of_the_benchmarks_is_that_of_the_rows() -> None:
