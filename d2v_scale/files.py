@@ -9,6 +9,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from d2v_scale.process.machine import this_system
+
 
 def write_whole(path: Path, text: str | bytes) -> None:
     """Write a small file durably: readers see the old content or the new one, never a part, whatever happens.
@@ -43,7 +45,8 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 def temporary_name(path: Path) -> Path:
     """A name beside `path` that no other process takes, not one of another node or container with the same number."""
-    return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
+    system = hashlib.sha256(this_system().encode()).hexdigest()[:8]
+    return path.with_name(f".{path.name}.{socket.gethostname()}-{system}.{os.getpid()}.tmp")
 
 
 def open_as_usual(path: Path) -> None:

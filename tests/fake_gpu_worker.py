@@ -81,6 +81,9 @@ class Forward:
     def __init__(self, student: Any, teacher: Any, topology: Any, counted: Counted) -> None:
         self.module, self.topology, self._teacher, self._counted = student, topology, teacher, counted
 
+    def add_loss_in(self, loss: Any) -> None:
+        """No spikes are looked for."""
+
     def train_batches(self, batches: list[Any], draw: Any, objective: Any, *, measure: bool) -> Any:
         from d2v_scale.parallel.zero import StepResult
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from d2v_scale import modalities
 from d2v_scale.alignment import models
-from d2v_scale.alignment.concepts import Split, counted, open_split
+from d2v_scale.alignment.concepts import ConceptSet, Split, counted, open_split, shared
 from d2v_scale.alignment.features import StemSamples, averaged, encoded, kind_of, lengths, raw
 from d2v_scale.alignment.models import Model
 from d2v_scale.alignment.pairs import FEWEST_HELD_OUT, FEWEST_TRAINING, Both, Pair, Sources, measured_pair
@@ -65,6 +65,11 @@ _REMEDY = (
     "Give more data, or say with --concept what names a concept (key: every sample is one; shared: those that share a "
     "picture, a recording or a caption)."
 )
+_MORE_CONCEPTS = (
+    f"Samples of a concept are averaged, as any stands for another: give data of more concepts, {FEWEST_HELD_OUT} of "
+    "them held out (the joint demo has them once it is made with `pip install 'd2v_scale[joint]'`); how well a few "
+    "classes are told apart `d2v probe` says."
+)
 _HOLD_OUT = (
     "Take what is on both sides out of the training set, and train without it: who has seen it knows the answer."
 )
@@ -77,14 +82,20 @@ def _require_enough(split: Split, train: int, test: int, what: str) -> None:
         raise DataError(
             f"{split.test.name!r} holds {test} held-out concepts{what}, by {split.test.named_by}{also}, fewer than "
             f"{FEWEST_HELD_OUT}: nothing could be told from chance.",
-            _HOLD_OUT if both else _REMEDY,
+            _HOLD_OUT if both else _remedy(split.test, FEWEST_HELD_OUT),
         )
     if train < FEWEST_TRAINING:
         raise DataError(
             f"{split.train.name!r} holds {train} training concepts{what}, by {split.train.named_by}, fewer than "
             f"{FEWEST_TRAINING}: no map could be fitted.",
-            _REMEDY,
+            _remedy(split.train, FEWEST_TRAINING),
         )
+
+
+def _remedy(side: ConceptSet, fewest: int) -> str:
+    """What helps where a side has fewer concepts: other names of them only where its samples are of so many."""
+    has_samples, are_apart = len(side.places) >= fewest, len(set(shared(side.places))) >= fewest
+    return _MORE_CONCEPTS if has_samples and not are_apart else _REMEDY
 
 
 def _features(

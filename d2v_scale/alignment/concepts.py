@@ -179,10 +179,10 @@ def read_set(pattern: str, contents: Iterable[Content], concept: str | None, cat
         raise DataError(f"No sample of {pattern!r} has a {category}.", "Say what names its category with --category.")
     if category is None:
         category = "category" if concept == "label" or any(one.value("category") for one in seen) else "label"
-    shared = _shared(seen) if concept == SHARED else []
+    groups = shared(seen) if concept == SHARED else []
     places = []
     for number, one in enumerate(seen):
-        name = shared[number] if shared else one.value(concept)
+        name = groups[number] if groups else one.value(concept)
         if name is None:
             left_out.setdefault(f"has no {concept}", []).append(one.key)
             continue
@@ -196,7 +196,7 @@ def read_set(pattern: str, contents: Iterable[Content], concept: str | None, cat
     return ConceptSet(pattern, shards, places, left_out, tokenizer, concept)
 
 
-def _shared(seen: Sequence["_Seen"]) -> list[str]:
+def shared(seen: Sequence["_Seen | Place"]) -> list[str]:
     """Of every sample the key of the first one with which it shares a member, itself or through others."""
     first_with: dict[object, int] = {}
     first_of = list(range(len(seen)))

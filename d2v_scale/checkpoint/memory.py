@@ -138,7 +138,7 @@ class MemoryCopies:
         assert isinstance(folder, MemoryFolder)
         folder.remove_forgotten()
         seats = [seat for seat, _ in everyone]
-        alone = len({seat.machine for seat in seats}) == 1
+        alone = len({(seat.machine, seat.network) for seat in seats}) == 1
         server = CopyServer(folder, said["secret"], "127.0.0.1" if alone else "")
         addresses = gather(Address(own_address(alone), server.port))
         members = [Member(*one) for one in zip((s.machine for s in seats), nodes_of(seats), addresses, strict=True)]

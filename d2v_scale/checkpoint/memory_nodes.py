@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from d2v_scale.checkpoint.config import GENERATIONS
 from d2v_scale.checkpoint.memory_wire import Address
+from d2v_scale.process.machine import this_machine, this_network
 
 
 @dataclass(frozen=True)
@@ -22,14 +23,16 @@ class Seat:
     """Of the node; on one machine there may be several that only have a name."""
     group: int
     """Of ranks that a launcher started together."""
+    network: str = ""
+    """What 127.0.0.1 means: the machine, or its container's part of it."""
 
     @staticmethod
     def find(environment: Mapping[str, str] = os.environ) -> "Seat":
         """Of this process."""
-        machine = socket.gethostname()
+        host = socket.gethostname()
         ranks = int(environment.get("LOCAL_WORLD_SIZE", "0"))
         group = int(environment.get("RANK", "0")) // ranks if ranks else 0
-        return Seat(machine, environment.get("SLURMD_NODENAME", machine), group)
+        return Seat(this_machine(), environment.get("SLURMD_NODENAME", host), group, this_network())
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,7 @@ def place_of(rank: int, nodes: Sequence[str]) -> int:
 
 
 def own_address(alone: bool) -> str:
-    """Where others reach this process. `alone`: all are on this machine."""
+    """Where others reach this process. `alone`: all are in this network of this machine."""
     if alone:
         return "127.0.0.1"
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
@@ -125,7 +128,7 @@ def lack_of_room(members: Sequence[Member], rooms: Sequence[Room]) -> str:
         system = (members[rank].machine, room.file_system)
         if wanted[system] > free[system]:
             return (
-                f"{room.path} of {members[rank].machine} has {free[system] / 1e9:.3g} GB free, and two generations of "
+                f"{room.path} of {members[rank].node} has {free[system] / 1e9:.3g} GB free, and two generations of "
                 f"copies take {wanted[system] / 1e9:.3g} GB there"
             )
     return ""

@@ -27,6 +27,14 @@ def whitened(features_nd: Tensor, queries_qd: Tensor, shrinkage: float = 0.1) ->
     return (centred_nd @ map_dd).float(), ((queries_qd.double() - mean_d) @ map_dd).float()
 
 
+def whitened_knn(features_nd: Tensor, labels_n: Tensor, queries_qd: Tensor, labels_q: Tensor, k: int = 20) -> float:
+    """`knn` of what `whitened` makes of both; NaN where a feature is not finite, which the decomposition raises for."""
+    if not (features_nd.isfinite().all() and queries_qd.isfinite().all()):
+        return float("nan")
+    features_nd, queries_qd = whitened(features_nd, queries_qd)
+    return knn(features_nd, labels_n, queries_qd, labels_q, k)
+
+
 def knn(
     features_nd: Tensor,
     labels_n: Tensor,

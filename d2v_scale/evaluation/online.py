@@ -17,7 +17,7 @@ from d2v_scale.data2vec import likeness
 from d2v_scale.data2vec.statistics import rankme
 from d2v_scale.evaluation.config import EvaluationConfig, EvaluationSet
 from d2v_scale.evaluation.features import mean_over_layers
-from d2v_scale.evaluation.knn import knn, whitened
+from d2v_scale.evaluation.knn import whitened_knn
 from d2v_scale.evaluation.raw import hashed
 from d2v_scale.evaluation.samples import require_same, samples_without_labels
 from d2v_scale.model.pooling import mean_over_positions
@@ -138,8 +138,7 @@ class OnlineEvaluation:
     def _accuracy(self, features_nd: Tensor, queries_qd: Tensor) -> float:
         """Of k-NN in [0, 1], from both sets' features before they are whitened."""
         labels_n, labels_q = (torch.cat([labels_b for _, labels_b in batches]) for batches in self._sets)
-        features_nd, queries_qd = whitened(features_nd, queries_qd)
-        return knn(features_nd, labels_n, queries_qd, labels_q, self.config.k)
+        return whitened_knn(features_nd, labels_n, queries_qd, labels_q, self.config.k)
 
     def _of_all(self, batches: LabelledBatches, features: Callable[[Batch], Tensor]) -> Tensor:
         """(N, ...): `features` (B, ...), on the CPU, of all batches; each data-parallel rank computes every W-th."""

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from d2v_scale.evaluation.knn import knn, whitened
+from d2v_scale.evaluation.knn import knn, whitened_knn
 
 PENALTIES = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
 
@@ -69,8 +69,7 @@ def score(
 
     `best_of_plain_and_whitened`: for baselines, which get the better of both k-NN.
     """
-    white_nd, white_qd = whitened(features_nd, queries_qd)
-    accuracy = knn(white_nd, labels_n, white_qd, labels_q)
+    accuracy = whitened_knn(features_nd, labels_n, queries_qd, labels_q)
     if best_of_plain_and_whitened:
         accuracy = max(accuracy, knn(features_nd, labels_n, queries_qd, labels_q))
     return {"knn": accuracy, "linear": linear_probe(features_nd, labels_n, queries_qd, labels_q).accuracy}

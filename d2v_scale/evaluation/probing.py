@@ -6,13 +6,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from d2v_scale.batch import Batch
 from d2v_scale.data.config import LETTERS
 from d2v_scale.data.labelled import LabelledSet
 from d2v_scale.data.labels import ClassLabels, Labels, Transcripts
-from d2v_scale.errors import UserError
-from d2v_scale.evaluation.features import extract
+from d2v_scale.errors import DataError, UserError
+from d2v_scale.evaluation.features import HiddenStates, extract
 from d2v_scale.evaluation.frozen import FrozenEncoder, Weights
-from d2v_scale.evaluation.knn import knn, whitened
+from d2v_scale.evaluation.knn import whitened_knn
 from d2v_scale.evaluation.position_probes import (
     PositionLinear,
     States,
@@ -37,6 +38,7 @@ from d2v_scale.tracking.follow import pass_on
 from d2v_scale.tracking.record import METRICS_FILE
 
 LAST_LAYERS = 4
+_NAMED = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +101,7 @@ Scores = tuple[dict[str, float], dict[str, int], float | None]
 def pooled_scores(encoder: FrozenEncoder, asked: ProbeOptions) -> Scores:
     """k-NN or linear probe of mean-pooled layers."""
     sets = sets_of(encoder, asked, ClassLabels(), ClassLabels())
-    train, test = (extract(encoder.hidden_states, one, encoder.valid_positions, encoder.device) for one in sets)
+    train, test = (extract(finite_states(encoder), one, encoder.valid_positions, encoder.device) for one in sets)
     samples, classes = len(train.labels_n), len(train.labels_n.unique())
     if asked.task == "linear" and (samples < 10 or classes < 2):
         raise UserError(
@@ -109,8 +111,7 @@ def pooled_scores(encoder: FrozenEncoder, asked: ProbeOptions) -> Scores:
 
     def score(x_nd: Tensor, y_n: Tensor, x_qd: Tensor, y_q: Tensor) -> float:
         if asked.task == "knn":
-            x_nd, x_qd = whitened(x_nd, x_qd)
-            return knn(x_nd, y_n, x_qd, y_q, asked.k)
+            return whitened_knn(x_nd, y_n, x_qd, y_q, asked.k)
         return linear_probe(x_nd, y_n, x_qd, y_q).accuracy
 
     pairs = zip(train.layers_lnd, test.layers_lnd, strict=True)
@@ -124,12 +125,37 @@ def pooled_scores(encoder: FrozenEncoder, asked: ProbeOptions) -> Scores:
     return accuracies, sizes, most_frequent(test.labels_n)
 
 
+def finite_states(encoder: FrozenEncoder) -> HiddenStates:
+    """The encoder's hidden states, which raise DataError, with the encoder and the samples in it, where one at a real
+    position is not finite."""
+
+    def states(batch: Batch) -> list[Tensor]:
+        found = encoder.hidden_states(batch)
+        if all(bool(x_btd.isfinite().all()) for x_btd in found):
+            return found
+        lost_bt = torch.stack([~x_btd.isfinite().all(dim=-1) for x_btd in found]).any(dim=0)
+        if (valid_bt := encoder.valid_positions(batch)) is not None:
+            lost_bt = lost_bt & valid_bt
+        lost = [
+            sample_key for sample_key, is_lost in zip(batch.keys, lost_bt.any(dim=1).tolist(), strict=True) if is_lost
+        ]
+        if lost:
+            raise DataError(
+                f"{encoder.source}: features are not finite of {len(lost)} samples in {len(batch.keys)}, the first: "
+                f"{', '.join(lost[:_NAMED])}.",
+                "Where it is so of all, the run has diverged: take an earlier checkpoint; else look at these samples.",
+            )
+        return found
+
+    return states
+
+
 def position_scores(encoder: FrozenEncoder, asked: ProbeOptions) -> Scores:
     """Attentive pooling, or a new CTC head, on the last layer."""
     task = TaskConfig(kind="ctc", ctc=CtcConfig(letters=asked.letters, beam=asked.beam or 1))
     kinds = (labels_of(task), held_out_labels(task)) if asked.task == "ctc" else (ClassLabels(), ClassLabels())
     sets = sets_of(encoder, asked, *kinds)
-    train, test = (extract_states(encoder.hidden_states, one, encoder.valid_positions, encoder.device) for one in sets)
+    train, test = (extract_states(finite_states(encoder), one, encoder.valid_positions, encoder.device) for one in sets)
     sizes = counts(sets, *(sum(len(batch.labels) for batch in batches) for batches in (train, test)))
     if asked.task == "attentive":
         accuracy = attentive_accuracy(train, test, encoder.device)

@@ -49,6 +49,7 @@ def task_step(
     rows = count_rows(batches, topology)
     factor = topology.data_parallel_size * len(batches)
     observations = TaskObservations(torch.zeros((), dtype=torch.float64, device=topology.device), rows)
+    student.add_loss_in(observations.loss)
     learns = student.completed_updates >= task.freeze_updates
     for micro, batch in enumerate(batches):
         torch.manual_seed(key(draw.seed, "dropout", draw.step, topology.data_parallel_rank, micro) >> 1)

@@ -158,7 +158,13 @@ class StudentEngine:
     def watch_spikes(self, config: SpikeConfig) -> None:
         """Apply no step that is a spike from now on, where the configuration says that they are looked for."""
         if config.on_spike is not None:
-            self.spikes = SpikeWatch(config, self.engine.optimizer, self.stage)
+            self.spikes = SpikeWatch(config, self.engine.optimizer, self.stage, self.topology)
+
+    def add_loss_in(self, loss: Tensor) -> None:
+        """The next step's loss, this rank's share of it, is added up in this tensor (float64, 0-dim) before the weights
+        change: spikes are judged by it, too."""
+        if self.spikes is not None:
+            self.spikes.loss = loss
 
     def _verdict(self) -> StepResult:
         """What became of the step that DeepSpeed has just taken."""

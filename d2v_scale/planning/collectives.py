@@ -19,7 +19,8 @@ Module = list[tuple[str, int]]
 
 SUMS = "norms and counts"
 """All-reduces of a few numbers: the count of what is masked, the verdict, and the norm, at stages 1 and 2 of every
-parameter group; what the step says about the state of targets, where they have one."""
+parameter group; what the step says about the state of targets, where they have one; the loss, where spikes are looked
+for."""
 
 
 def collectives(job: Job) -> dict[str, int]:
@@ -37,18 +38,18 @@ def collectives(job: Job) -> dict[str, int]:
         found["Muon's matrices"] = 2 * sum(len(list(runs)) for runs in packed)
     bucket = memory.reduce_bucket(job)
     groups = memory.parameter_groups(job, student)
-    stateful = job.recipe.has_target_state()
+    sometimes = job.recipe.has_target_state() + (job.recipe.optim.spikes.on_spike is not None)
     if job.stage < 3:
         found["gradient all-reduce"] = (micro if job.stage == 2 else 1) * _buckets(student, tensor, bucket)
         found["weight gather"] = len(groups)
-        found[SUMS] = 2 + len(groups) + stateful
+        found[SUMS] = 2 + len(groups) + sometimes
         return found
     lasting = memory.persistent_tensors(job, student)
     there = tuple(one for one in student if one not in lasting)
     of_micro = _gathers(there, tensor, ahead, live, reuse, whole_blocks=job.recipe.model.compile, twice=True)
     found["weight gather"] = micro * of_micro + len(lasting)
     found["gradient scatter"] = micro * _buckets(student, tensor, bucket)
-    found[SUMS] = 3 + stateful
+    found[SUMS] = 3 + sometimes
     return found
 
 

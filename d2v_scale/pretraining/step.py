@@ -266,6 +266,7 @@ def train_step(
     step_loss = StepLoss(
         objective, batches, student.topology, width, targets, states, weights or {}, breakdown, observe=observe
     )
+    student.add_loss_in(step_loss.seen.loss)
     result = student.train_batches(batches, draw, step_loss, measure=observe)
     if result.applied:
         if observe:

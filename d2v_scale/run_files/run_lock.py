@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from d2v_scale.errors import UserError
+from d2v_scale.process.machine import this_system
 from d2v_scale.process.started import RESTART
 
 LOCK_FILE = ".lock"
@@ -55,7 +56,7 @@ class Holder:
     def this_process(cls) -> "Holder":
         pid, job = os.getpid(), os.environ.get("SLURM_JOB_ID", "")
         restart = f"{os.environ.get('SLURM_RESTART_COUNT', '0')}.{os.environ.get(RESTART, '0')}"
-        return cls(pid, os.uname().nodename, _started(pid) or 0, _machine(), job, restart, uuid.uuid4().hex)
+        return cls(pid, os.uname().nodename, _started(pid) or 0, this_system(), job, restart, uuid.uuid4().hex)
 
     def __str__(self) -> str:
         job = f", Slurm job {self.job}" if self.job else ""
@@ -64,7 +65,7 @@ class Holder:
     @property
     def is_near(self) -> bool:
         """Whether this node's /proc knows it."""
-        return self.machine == _machine()
+        return self.machine == this_system()
 
     @property
     def lives(self) -> bool:
@@ -76,13 +77,6 @@ class Holder:
 
     def is_earlier_attempt_of(self, other: "Holder") -> bool:
         return bool(self.job) and self.job == other.job and self.restart != other.restart
-
-
-def _machine() -> str:
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
-    except OSError:
-        return ""
 
 
 def _started(pid: int) -> int | None:

@@ -1,8 +1,8 @@
 """What a run does about a spike: skip it, go back and leave its samples out, or end. All of it is in spikes.jsonl.
 
-A line has `time`, `step`, `norm` and `limit`, `answer`, what the spike and the steps before it have `read`, and of a
-rewind `rewound_to` and what is `left_out`: by source the positions in its planned order, which are the same at any
-number of ranks, as `data.leave_out` takes them.
+A line has `time`, `step`, `norm` and `loss`, `of` (which of them was above `limit`), `answer`, what the spike and the
+steps before it have `read`, and of a rewind `rewound_to` and what is `left_out`: by source the positions in its planned
+order, which are the same at any number of ranks, as `data.leave_out` takes them.
 """
 
 import contextlib
@@ -62,7 +62,7 @@ def respond(run: "AnyRun[Any]", spike: Spike, stop_flag: StopFlag) -> bool:
     config, step = run.recipe.optim.spikes, run.step
     earlier, _ = _recorded(run)
     read = [LeaveOut(**one) for one in _from_rank_0(run.topology, _latest(run))]
-    told: dict[str, Any] = {"step": step, "norm": spike.norm, "limit": spike.limit}
+    told: dict[str, Any] = {"step": step, "norm": spike.norm, "loss": spike.loss, "of": spike.of, "limit": spike.limit}
     told["read"] = [asdict(one) for one in read]
     if config.on_spike == "stop":
         stop_flag.up(StopReason.SPIKE, f"step {step} is {spike}")

@@ -11,6 +11,7 @@ from typing import Any
 from d2v_scale.data2vec.config import HealthConfig
 from d2v_scale.process.status import Status, read_status
 from d2v_scale.redaction import redact_values
+from d2v_scale.spikes import LOSS, NORM
 from d2v_scale.tracking.events import SPIKES_FILE
 from d2v_scale.tracking.mirror_state import EVENTS_FILE
 from d2v_scale.tracking.record import METRICS_FILE, SUPERSEDED_FILE, parse_lines, read_records
@@ -137,11 +138,12 @@ def _incidents(
         changes = ", ".join(f"{key}: {change['from']} to {change['to']}" for key, change in line["changed"].items())
         yield Incident(time=line["time"], step=None, what=f"recipe changed: {changes}")
     for line in _lines(run_dir / SPIKES_FILE):
-        norm, answer = f"gradient norm {line['norm']:.3g}, above {line['limit']:.3g}", line["answer"]
+        of, answer = line.get("of", NORM), line["answer"]
+        value = f"{of} {line['loss' if of == LOSS else 'norm']:.3g}, above {line['limit']:.3g}"
         done = (
             f"went back to step {line['rewound_to']}" if answer == "rewind" else {"skip": "skipped"}.get(answer, "end")
         )
-        yield Incident(time=line["time"], step=line["step"], what=f"spike: {norm}; {done}")
+        yield Incident(time=line["time"], step=line["step"], what=f"spike: {value}; {done}")
     for line in _lines(run_dir / STRAGGLERS_FILE):
         slow = f"rank {line['rank']} held the others up, waiting for {line['waits_for']}"
         yield Incident(time=line["time"], step=line["step"], what=slow)

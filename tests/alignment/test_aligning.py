@@ -150,6 +150,22 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     return capsys.readouterr().err
 
 
+def test_ten_digits_in_many_samples_are_refused_with_what_helps(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As those of the joint demo without its extra: to name a concept by its key, as was advised, asks for the one
+    partner among forty that are as good."""
+    run = write_run(tmp_path / "run", joint_model())
+    told = refused(capsys, run, "--data", write_concepts(tmp_path / "digits", 7, 3, each=20))
+    assert "holds 3 held-out concepts, by concept, fewer than 50" in told
+    assert "give data of more concepts, 50 of them held out (the joint demo has them" in told
+    assert "--concept" not in told
+    apart = [sample | {"json": b'{"concept": "all"}'} for sample in samples(0, 60)]
+    write_shard(tmp_path / "one.tar", apart)
+    told = refused(capsys, run, "--data", tmp_path / "one.tar", "--held_out", "0.9")
+    assert "say with --concept what names a concept" in told
+
+
 def test_too_little_and_what_does_not_fit_is_refused(
     concepts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

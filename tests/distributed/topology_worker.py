@@ -10,6 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import numpy as np
 import tiny_models
 import torch
 import torch.distributed as dist
@@ -36,6 +37,7 @@ from d2v_scale.parallel.feed import SharedFeed
 from d2v_scale.pretraining.engines import build_engines, read_encoder
 from d2v_scale.pretraining.step import collapse_statistics, train_step
 from d2v_scale.recipe import Recipe
+from d2v_scale.spikes import SpikeConfig
 from d2v_scale.teacher.config import TeacherConfig
 
 SAMPLES = 8
@@ -169,6 +171,7 @@ def run(case: dict, topology: groups.Topology) -> None:
         read_encoder(teacher, EncoderSource(Path("other"), recipe, other_encoder(case["model"]).get))
     if "load" in case:
         training.restore(Checkpoint.open(case["load"]), student, teacher)
+    student.watch_spikes(SpikeConfig(on_spike="skip"))
     student.module.train()
     first, last = case["steps"]
     steps = (micro_batches(case["model"], step, topology, recipe.accumulation) for step in range(first, last))
@@ -204,12 +207,23 @@ def run(case: dict, topology: groups.Topology) -> None:
         f"feature {i}": float(x.double().square().sum()) for i, x in enumerate(evaluate(student, teacher, case))
     }
     replicated_parameters_agree(case, student, topology)
+    spikes_are_judged_alike(student, losses, norms)
     extra = {"losses": losses, "norms": norms, "figures": figures, "idle_shares": getattr(student, "idle_shares", [])}
     writer = CheckpointWriter.create(Path(case["out"]), CheckpointConfig(peer_timeout=30))
     writer.save(last, training.pieces(student, teacher), training.state(student, teacher), extra)
     assert writer.finish(), writer.poll()
     teacher.destroy()
     student.destroy()
+
+
+def spikes_are_judged_alike(student, losses: list[float], norms: list[float]) -> None:
+    """Every rank of any topology judges by the step's whole loss and norm, and bit for bit by the same."""
+    (known,) = student.spikes.rule.state_dict().values()
+    np.testing.assert_allclose(known["loss"], losses, rtol=1e-12)
+    np.testing.assert_allclose(known["gradient norm"], norms, rtol=1e-6)
+    everyone = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, known)
+    assert all(one == known for one in everyone), everyone
 
 
 def delay_passes(stage, seconds: float) -> None:

@@ -1,9 +1,11 @@
+import math
+
 import pytest
 import torch
 
 from d2v_scale.batch import Batch
 from d2v_scale.evaluation.features import extract
-from d2v_scale.evaluation.knn import knn, nearest, whitened
+from d2v_scale.evaluation.knn import knn, nearest, whitened, whitened_knn
 from d2v_scale.evaluation.probes import linear_probe, weighted_layers_probe
 from d2v_scale.model.pooling import mean_over_positions
 
@@ -49,6 +51,16 @@ def test_whitened_neighbours_do_not_depend_on_how_features_are_mixed() -> None:
     torch.testing.assert_close(bank.T @ bank / 200, torch.eye(8), atol=1e-4, rtol=0)
     constant, _ = whitened(torch.ones(20, 4), torch.ones(3, 4))
     assert constant.isfinite().all()
+
+
+def test_the_accuracy_of_features_that_are_not_finite_is_no_number_and_no_traceback() -> None:
+    """In a run it is a figure as others are: such a one ends no training."""
+    x, y = blobs(100, 4, 16, 0.1, 0)
+    assert whitened_knn(x, y, x[:20], y[:20]) == 1.0
+    broken = x.clone()
+    broken[3, 5] = float("inf")
+    assert math.isnan(whitened_knn(broken, y, x[:20], y[:20]))
+    assert math.isnan(whitened_knn(x, y, broken[:20], y[:20]))
 
 
 def test_nearest_is_the_same_for_any_chunk() -> None:

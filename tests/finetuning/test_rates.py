@@ -11,6 +11,7 @@ from d2v_scale.model.init import initialize
 from d2v_scale.networks.draw import Draw
 from d2v_scale.optim import OptimConfig, make_optimizer, parameter_groups
 from d2v_scale.parallel import ds_config, groups, zero
+from d2v_scale.spikes import SpikeConfig
 
 
 @pytest.mark.parametrize(
@@ -76,7 +77,10 @@ def test_what_is_frozen_does_not_count_in_the_gradient_norm(stage: int) -> None:
         )
         before = {shard.name: shard.weight.clone() for shard in engine.shards()}
         set_task_rates(engine.optimizer, optim, 0)
-        result, _ = task_step(engine, [batch], task, Draw(1, 0))
+        engine.watch_spikes(SpikeConfig(on_spike="skip"))
+        result, seen = task_step(engine, [batch], task, Draw(1, 0))
+        assert engine.spikes is not None
+        assert engine.spikes.rule.state_dict()[""]["loss"] == [float(seen.loss)]
         moved = {shard.name for shard in engine.shards() if not torch.equal(shard.weight, before[shard.name])}
         assert not {name for name in moved if any(name.startswith(prefix) for prefix in frozen)}
         assert "head.out.weight" in moved

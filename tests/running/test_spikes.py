@@ -1,6 +1,7 @@
 """What is done about a spike, and how much of it before the run ends."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,10 +16,10 @@ from d2v_scale.process.signals import StopFlag, StopReason
 from d2v_scale.running import spikes
 from d2v_scale.running.loop import judge
 from d2v_scale.running.spikes import SPIKES_FILE, prepare, respond
-from d2v_scale.spikes import Spike, SpikeConfig
+from d2v_scale.spikes import LOSS, NORM, Spike, SpikeConfig
 from d2v_scale.tracking.summary import _incidents
 
-SPIKE = Spike(9.0, 2.0, 1.0, 50)
+SPIKE = Spike(9.0, 3.0, NORM, 2.0, 1.0, 50)
 DAMAGED = 0
 
 
@@ -87,6 +88,13 @@ def test_a_rewind_goes_back_and_names_what_it_leaves_out(tmp_path: Path, caplog:
     again = make_run(tmp_path, on_spike="rewind")
     prepare(again)
     assert again.loader.leaving_out._ranges == run.loader.leaving_out._ranges != [[]]
+
+
+def test_the_report_says_that_a_loss_was_the_spike(tmp_path: Path) -> None:
+    respond(make_run(tmp_path, on_spike="skip"), replace(SPIKE, of=LOSS), StopFlag())
+    assert (lines(tmp_path)[0]["of"], lines(tmp_path)[0]["loss"]) == ("loss", 3.0)
+    [said] = list(_incidents(tmp_path, [], [], None))
+    assert said.what == "spike: loss 3, above 2; skipped"
 
 
 def test_what_lies_before_the_checkpoint_is_kept(tmp_path: Path) -> None:

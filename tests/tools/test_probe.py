@@ -10,6 +10,7 @@ import tiny_models
 import torch
 from small_shards import image_samples, sound_samples
 
+from d2v_scale.batch import Batch
 from d2v_scale.checkpoint import write_single
 from d2v_scale.data2vec.config import ObjectiveConfig
 from d2v_scale.evaluation.frozen import FrozenEncoder
@@ -104,6 +105,31 @@ def test_attentive_and_a_classifiers_own_answers(
     assert "accuracy" in capsys.readouterr().out
     assert run("probe", plain, *shards, "--task", "classify") == 2
     assert "no classifier" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("task", ["knn", "linear", "attentive"])
+def test_features_that_are_not_finite_are_refused_with_the_run_and_the_samples(
+    task: str,
+    run: Run,
+    images: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whitening them ended in a traceback of the decomposition."""
+    made = checkpoint(tmp_path / "run", "v1_vision")
+    whole = FrozenEncoder.hidden_states
+
+    def diverged(self: FrozenEncoder, batch: Batch, layers: list[int] | None = None) -> list[torch.Tensor]:
+        found = whole(self, batch, layers)
+        found[-1][1] = float("nan")
+        return found
+
+    monkeypatch.setattr(FrozenEncoder, "hidden_states", diverged)
+    assert run("probe", made, "--data", images, "--test", images, "--task", task, "--batch_size", 6) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {made}")
+    assert ": features are not finite of 1 samples in 6, the first: image-" in said
 
 
 def test_numbers_that_measure_nothing_are_refused(

