@@ -12,7 +12,7 @@ voices (DIR holds fsdd/recordings/LABEL_SPEAKER_TAKE.wav, or an archive of it) a
 A row holds, for every modality, k-NN and a linear probe (concepts: of the category, digits: of the digit), and for
 every two, in the same space and through a ridge map, of concepts how often the partner is among the ten nearest (R@10),
 of digits which share of the ten nearest is of the same digit (P@10). Each also for the encoder as it began. A finished
-arm is a file of --rows, joint_SET/ARM-seed-N.json; while recipe and data stay the same a call keeps it.
+arm is a file of --rows, joint_SET_STEPS/ARM-seed-N.json; while recipe and data stay the same a call keeps it.
 """
 
 import argparse
@@ -125,7 +125,7 @@ class JointJob:
 
     @property
     def result(self) -> Path:
-        return self.rows / f"joint_{self.data.name}" / f"{self.arm}-seed-{self.seed}.json"
+        return self.rows / f"joint_{self.data.name}_{self.steps}" / f"{self.arm}-seed-{self.seed}.json"
 
     @cached_property
     def recipes(self) -> dict[str, dict[str, Any]]:

@@ -26,7 +26,8 @@ def written(rows: Path) -> str:
         shared = set.intersection(*({row["seed"] for row in some} for some in there.values())) if there else set()
         if shared:
             whole = {arm: [row for row in some if row["seed"] in shared] for arm, some in there.items()}
-            texts.append(of_set(folder.name.removeprefix("joint_"), whole))
+            name, steps = folder.name.removeprefix("joint_").rsplit("_", 1)
+            texts.append(of_set(f"{name}, {steps} steps", whole))
     return "\n".join(texts)
 
 

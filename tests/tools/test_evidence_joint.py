@@ -78,11 +78,11 @@ def row(arm: str, seed: int, knn: float, mapped: float) -> dict[str, Any]:
 
 
 def test_the_tables_say_what_pairs_of_samples_change(tmp_path: Path) -> None:
-    (tmp_path / "joint_concepts").mkdir()
+    (tmp_path / "joint_concepts_800").mkdir()
     for arm, knn, mapped in (("separate", 0.5, 0.2), ("paired", 0.6, 0.5), ("shuffled", 0.4, 0.2)):
         for seed in range(3):
             made = row(arm, seed, knn, mapped + 0.01 * seed)
-            (tmp_path / "joint_concepts" / f"{arm}-seed-{seed}.json").write_text(json.dumps(made))
+            (tmp_path / "joint_concepts_800" / f"{arm}-seed-{seed}.json").write_text(json.dumps(made))
     text = evidence_joint_table.written(tmp_path)
     assert "| paired | 60.0 ± 0.0 | 50.0 ± 0.0 |" in text
     assert "| paired | 10.0 ± 0.0 | 51.0 ± 1.0 |" in text
@@ -93,12 +93,12 @@ def test_the_tables_say_what_pairs_of_samples_change(tmp_path: Path) -> None:
 
 
 def test_a_seed_that_an_arm_lacks_is_in_no_table(tmp_path: Path) -> None:
-    (folder := tmp_path / "joint_digits").mkdir()
+    (folder := tmp_path / "joint_digits_120").mkdir()
     for arm, seeds in (("separate", 2), ("paired", 1)):
         for seed in range(seeds):
             (folder / f"{arm}-seed-{seed}.json").write_text(json.dumps(row(arm, seed, 0.5 + seed, 0.2)))
     text = evidence_joint_table.written(tmp_path)
-    assert "| digits, 1 seed: arm |" in text
+    assert "| digits, 120 steps, 1 seed: arm |" in text
     assert "| separate | 50.0 | 50.0 |" in text
 
 
@@ -165,6 +165,6 @@ def test_an_arm_is_trained_once(tmp_path: Path) -> None:
     said = call()
     assert "2 results, 2 of them finished before" in said
     assert "| shuffled |" in said
-    found = json.loads((tmp_path / "out" / "rows" / "joint_digits" / "separate-seed-0.json").read_text())
+    found = json.loads((tmp_path / "out" / "rows" / "joint_digits_2" / "separate-seed-0.json").read_text())
     assert found["runs"].keys() == set(evidence_joint.STEMS)
     assert found["pairs"].keys() == {"vision - speech", "vision - text", "speech - text"}
