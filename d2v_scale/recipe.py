@@ -50,6 +50,10 @@ FREE_TO_CHANGE = (
 )
 
 
+Precision = Literal["auto", "fp32", "bf16"]
+"""Of the compute weights."""
+
+
 @dataclass(kw_only=True)
 class Recipe:
     """Everything a run computes, independent of the number of processes that compute it."""
@@ -58,7 +62,7 @@ class Recipe:
     """What the run directory is named after."""
     seed: int = 1
     """Seed of initial weights, sample order, crops, masks and dropout."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    precision: Precision = "auto"
     """`auto`: bf16 on a GPU, and on a CPU whose first start measures that a block is clearly faster in it, else fp32; a
     run keeps it. Masters, moments and teacher are fp32 either way."""
     global_batch_size: int = 256

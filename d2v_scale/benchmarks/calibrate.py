@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ from d2v_scale.planning.calibration import Calibration
 from d2v_scale.planning.costs import ADAM_BYTES, EMA_BYTES, Costs, Host, Rate, Ring, assumed
 from d2v_scale.planning.flops import cost_of
 from d2v_scale.planning.hardware import Hardware
+from d2v_scale.recipe import Precision
 
 _SHALLOW, _DEEP, _MICRO, _ROWS = 2, 6, 4, 40_000
 """Blocks, micro-batches and rows of an embedding between which differences are taken."""
@@ -45,16 +46,17 @@ ROUNDS = 12
 Found = dict[str, Any]
 
 
-def calibrate(ranks: int, alike: Hardware, rounds: int = ROUNDS) -> Calibration:
+def calibrate(ranks: int, alike: Hardware, rounds: int = ROUNDS, precision: Precision = "auto") -> Calibration:
     """Measure this machine with so many ranks at once. `alike`: a device with published peaks, whose figures are taken
-    for what one node cannot show, the network. Raises ConfigError for more ranks than there are devices, or cores."""
+    for what one node cannot show, the network; `precision`: of the products, `auto` what it is on this kind of device
+    where nothing is measured. Raises ConfigError for more ranks than there are devices, or cores."""
     most, kind = os.cpu_count() or 1, "cores"
     if torch.cuda.is_available():
         most, kind = torch.cuda.device_count(), "devices"
     if ranks > most:
         raise ConfigError("gpus", f"are {ranks}, and this machine has {most} {kind}", f"Measure with 1 to {most}.")
-    alone = on_ranks(1, __name__, str(rounds))
-    others = on_ranks(ranks, __name__, str(rounds)) if ranks > 1 else {}
+    alone = on_ranks(1, __name__, str(rounds), precision)
+    others = on_ranks(ranks, __name__, str(rounds), precision) if ranks > 1 else {}
     costs = costs_of(alone, others, assumed(alike, 0.4), alike.name)
     date = datetime.now(UTC).isoformat(timespec="seconds")
     return Calibration(machine=calibration.machine(), date=date, ranks=ranks, costs=costs)
@@ -126,7 +128,7 @@ def _fitted(latencies: Sequence[Sequence[float]]) -> tuple[float, float]:
     return float(start), float(step)
 
 
-def _alone(rounds: int) -> Found:
+def _alone(rounds: int, precision: Precision) -> Found:
     """One rank: what its host and its products take."""
     topology = groups.initialize()
     torch.set_num_threads(1)
@@ -134,7 +136,7 @@ def _alone(rounds: int) -> Found:
     tiny = [
         each
         for stage in (1, 3)
-        for base in [Work(stage=stage, depth=_SHALLOW)]
+        for base in [Work(stage=stage, depth=_SHALLOW, precision=precision)]
         for each in (
             base,
             dataclasses.replace(base, depth=_DEEP),
@@ -142,7 +144,8 @@ def _alone(rounds: int) -> Found:
             dataclasses.replace(base, vocabulary=base.vocabulary + _ROWS),
         )
     ]
-    large = [Work(width=width, depth=depth, **_SIZES[kind]) for width in _WIDTHS[kind] for depth in (_SHALLOW, _DEEP)]
+    sizes = {**_SIZES[kind], "precision": precision}
+    large = [Work(width=width, depth=depth, **sizes) for width in _WIDTHS[kind] for depth in (_SHALLOW, _DEEP)]
     times = fastest(tiny, topology, rounds)
     slow = fastest(large, topology, max(3, rounds // 3))
     found = {
@@ -171,7 +174,7 @@ def _sizes(work: Work) -> Found:
     }
 
 
-def _together(rounds: int) -> Found:
+def _together(rounds: int, precision: Precision) -> Found:
     """All ranks: how they slow each other, and what passes between them. Collective: all ranks must call."""
     world = launchers.world_size()
     topology = groups.initialize(ParallelConfig(pipeline=1 if world % 2 else 2))
@@ -194,7 +197,7 @@ def _together(rounds: int) -> Found:
     crowded = _crowded(topology, rounds)
     micro = 0.0
     if topology.pipeline_size > 1:
-        few, many = (Work(pipeline=2, accumulation=count) for count in (2, 2 + _MICRO))
+        few, many = (Work(pipeline=2, accumulation=count, precision=precision) for count in (2, 2 + _MICRO))
         times = fastest([few, many], topology, rounds)
         micro = (times[1] - times[0]) / _MICRO
     sent = (world - 1) / world * whole.nbytes
@@ -243,13 +246,13 @@ def _crowded(topology: Topology, rounds: int) -> float:
     return statistics.median(ratios)
 
 
-def main(rounds: int) -> None:
+def main(rounds: int, precision: Precision) -> None:
     """One rank of `calibrate`."""
     alone = launchers.world_size() == 1
-    found = _alone(rounds) if alone else _together(rounds)
+    found = (_alone if alone else _together)(rounds, precision)
     if os.environ["RANK"] == "0":
         print(json.dumps(found), flush=True)
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main(int(sys.argv[1]), cast(Precision, sys.argv[2]))

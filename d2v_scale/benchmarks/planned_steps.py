@@ -21,7 +21,7 @@ from d2v_scale.parallel.groups import Topology
 from d2v_scale.planning import legal
 from d2v_scale.pretraining.engines import build_engines
 from d2v_scale.pretraining.step import train_step
-from d2v_scale.recipe import Recipe
+from d2v_scale.recipe import Precision, Recipe
 
 _ROOT = Path(__file__).resolve().parents[2]
 
@@ -43,6 +43,7 @@ class Work:
     tensor: int = 1
     pipeline: int = 1
     checkpointing: bool = False
+    precision: Precision = "auto"
 
     @property
     def parallel(self) -> ParallelConfig:
@@ -67,6 +68,7 @@ class Work:
             "objective.target.top_k_layers": 1,
             "accumulation": self.accumulation,
             "batch_unit": "samples",
+            "precision": self.precision,
         }
         if self.recipe.startswith("d2v2"):
             keys |= {"model.predictor.width": width, "model.backbone.prenet_depth": 0}

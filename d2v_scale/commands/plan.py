@@ -43,15 +43,19 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _costs(options: argparse.Namespace, device: hardware.Hardware) -> tuple[hardware.Hardware, "Costs"]:
+def _costs(
+    options: argparse.Namespace, keys: list[str], device: hardware.Hardware
+) -> tuple[hardware.Hardware, "Costs"]:
     """The device that is planned with, and what a step's parts take on it. Raises ConfigError."""
     from d2v_scale.planning import calibration, costs
 
     if options.calibrate:
+        from d2v_scale import command_line
         from d2v_scale.benchmarks.calibrate import calibrate
 
         options.calibration = options.calibration or Path("calibration.json")
-        found = calibrate(options.gpus, device)
+        given = command_line.parse([f"--recipe={options.recipe}", *keys])[0].precision if options.recipe else "auto"
+        found = calibrate(options.gpus, device, precision=given)
         calibration.write(options.calibration, found)
     elif options.calibration is not None:
         found = calibration.read(options.calibration)
@@ -73,7 +77,7 @@ def main(arguments: list[str] | None = None) -> int:
         device = hardware.preset(options.device)
         from d2v_scale.planning.printing import lines_of
 
-        print("\n".join(lines_of(options, keys, *_costs(options, device))))
+        print("\n".join(lines_of(options, keys, *_costs(options, keys, device))))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT

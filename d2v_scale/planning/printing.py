@@ -125,6 +125,17 @@ def recommendation(found: Search, cluster: Cluster) -> list[str]:
     return lines
 
 
+def computed_in(recipe: Recipe, cluster: Cluster) -> str:
+    """The precision that is planned with, and what it follows from."""
+    measured, taken = cluster.costs.precision, recipe.resolved_precision(cluster.costs.precision)
+    if recipe.precision != "auto":
+        return f"computed in {taken}, as `precision` says" + (f"; times are {measured}'s" if taken != measured else "")
+    said = f"computed in {taken}, as these figures are (`precision: auto`)"
+    if cluster.device.name == "cpu" and taken == "fp32":
+        said += "; a run on a CPU measures, and takes bf16 where that is faster: plan it with --precision bf16"
+    return said
+
+
 def report(recipe: Recipe, cluster: Cluster, shown: int) -> list[str]:
     """The plan as lines of text. Raises ConfigError where the recipe is refused however it is divided."""
     device = cluster.device
@@ -139,6 +150,7 @@ def report(recipe: Recipe, cluster: Cluster, shown: int) -> list[str]:
         f"{recipe.name} ({parameters / 1e9:.2f} billion parameters) on {cluster.world_size} x {device.name}, "
         f"{device.memory_bytes / GB:.0f} GB",
         f"times are estimates: {cluster.costs.source}",
+        computed_in(recipe, cluster),
         *workload(recipe),
         "",
         f"{len(found.fitting)} topologies fit, fastest first (estimated):",
@@ -204,7 +216,9 @@ def lines_of(options: argparse.Namespace, keys: list[str], device: hardware.Hard
     precision = recipe.resolved_precision(costs.precision)
     if options.calibration is not None and precision != costs.precision:
         raise ConfigError(
-            "precision", f"is {precision}, and the calibration is of {costs.precision}", "Plan without it."
+            "precision",
+            f"is {precision}, and the calibration is of {costs.precision}",
+            f"Measure with --calibrate --precision {precision}, which replaces it.",
         )
     cluster = Cluster(nodes=options.nodes, devices_per_node=options.gpus, device=device, costs=costs)
     form_groups()

@@ -18,6 +18,16 @@ def test_more_ranks_than_the_machine_has_are_refused() -> None:
     assert error.value.key == "gpus"
 
 
+def test_a_machine_is_measured_in_the_recipes_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[object, ...]] = []
+    monkeypatch.setattr(calibrate, "on_ranks", lambda *given: asked.append(given) or {})
+    monkeypatch.setattr(calibrate, "costs_of", lambda *_: assumed(hardware.H100, 0.4))
+    calibrate.calibrate(1, hardware.H100, 3, "bf16")
+    assert asked == [(1, "d2v_scale.benchmarks.calibrate", "3", "bf16")]
+    work = calibrate.Work(precision="bf16")
+    assert work.planned(1).precision == "bf16"
+
+
 @pytest.mark.slow
 def test_this_machine_is_measured() -> None:
     """One rank, few steps: every figure is there."""

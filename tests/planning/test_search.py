@@ -51,6 +51,25 @@ def test_what_the_program_would_refuse_is_refused_with_its_reason() -> None:
     assert "8 does not divide the 12 heads" in found.refused["tensor 8, pipeline 1, zero1.json"]
 
 
+def test_a_plan_says_in_which_precision_and_follows_one_that_is_given() -> None:
+    """Of a CPU fp32 was assumed without a word, though a run there may take bf16."""
+    costs = assumed(hardware.H100, 0.4)
+    cpu = dataclasses.replace(hardware.H100, name="cpu")
+    on_cpu = Cluster(
+        nodes=1, devices_per_node=1, device=cpu, costs=dataclasses.replace(costs, precision="fp32", waits=True)
+    )
+    on_gpu = Cluster(nodes=1, devices_per_node=1, device=hardware.H100, costs=costs)
+    recipe = command_line.parse(["--recipe=tiny2_vision"])[0]
+    said = printing.report(recipe, on_cpu, 1)[2]
+    assert said.startswith("computed in fp32, as these figures are (`precision: auto`); ")
+    assert said.endswith("takes bf16 where that is faster: plan it with --precision bf16")
+    assert "CPU" not in printing.computed_in(recipe, on_gpu)
+    recipe.precision = "fp32"
+    assert printing.computed_in(recipe, on_gpu) == "computed in fp32, as `precision` says; times are bf16's"
+    found = search(recipe, on_gpu, ModelSizes.of(recipe), CONFIGS)
+    assert {option.job.itemsize for option in found.fitting} == {4}
+
+
 def test_a_batch_smaller_than_the_ranks_is_refused_with_the_numbers() -> None:
     found, _ = found_for("d2v2_speech_large", 32)
     assert (
