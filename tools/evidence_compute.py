@@ -228,7 +228,7 @@ def _learned(job: ComputeJob, real: RealSet, share: float, directory: Path, enco
     """Accuracy on the test part after fine-tuning `encoder` (None: from scratch) on that share of the labels."""
     labels = job.out / "labels" / f"{job.cut.name}-{Path(real.train).parent.name}-{share:g}-s{job.seed}"
     recipe = fine_tuning_recipe(job, real, with_labels(real, share, job.seed, labels), from_scratch=encoder is None)
-    path = directory.with_suffix(".yaml")
+    path = directory.with_name(f"{directory.name}.yaml")  # a share in the name has a dot
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(yaml.safe_dump(recipe, sort_keys=False))
     start = () if encoder is None else (f"--init_from={encoder}",)

@@ -93,8 +93,9 @@ def parsed(recipe: Mapping[str, Any], path: Path) -> "Recipe":
     return parse([f"--recipe={path}"])[0]
 
 
-def step_flops(recipe: "Recipe") -> float:
-    """FLOPs of an optimizer step, student and teacher, of samples as long as they may be; a mean over steps."""
+def longest_step_flops(recipe: "Recipe") -> float:
+    """FLOPs of an optimizer step, student and teacher, of samples as long as they may be; a mean over steps. Not of
+    the mean samples of the shards, as `planning.compute.step_flops`: rows that are recorded have these steps."""
     from d2v_scale.planning.flops import cost_of
 
     sources = recipe.data.sources
@@ -133,9 +134,9 @@ class JointJob:
         scratch = self.out / "recipes" / f"{self.name}.yaml"
         if self.arm == "separate":  # each stem the steps that it has in `together`, which are its share of the FLOPs
             return {stem: lasting(recipe_of(self.arm, (stem,), self.data), self.steps) for stem in STEMS}
-        budget = self.steps * step_flops(parsed(recipe_of("together", STEMS, self.data), scratch))
+        budget = self.steps * longest_step_flops(parsed(recipe_of("together", STEMS, self.data), scratch))
         recipe = recipe_of(self.arm, STEMS, self.data)
-        return {"joint": lasting(recipe, max(1, round(budget / step_flops(parsed(recipe, scratch)))))}
+        return {"joint": lasting(recipe, max(1, round(budget / longest_step_flops(parsed(recipe, scratch)))))}
 
     @cached_property
     def digest(self) -> str:
@@ -169,7 +170,11 @@ def measure(job: JointJob) -> dict[str, Any]:
         directories[name] = job.out / "runs" / path.stem
         records = train_forked([f"--recipe={path}"], directories[name], path.stem)
         steps = recipes[name].optim.max_steps
-        row["runs"][name] = {"steps": steps, "flops": steps * step_flops(recipes[name]), "last": last_losses(records)}
+        row["runs"][name] = {
+            "steps": steps,
+            "flops": steps * longest_step_flops(recipes[name]),
+            "last": last_losses(records),
+        }
     single_process()
     encoders = {name: FrozenEncoder.load(directory) for name, directory in directories.items()}
     row["stems"], row["pairs"] = scores_of(job.data, {stem: encoders.get(stem) or encoders["joint"] for stem in STEMS})

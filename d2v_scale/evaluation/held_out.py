@@ -81,6 +81,8 @@ class HeldOutSet:
         topology = self._student.topology
         rank = topology.data_parallel_rank
         counted = [index < len(self._batches) for index in self._turns(self._batches)]
+        # Of other draws of the same samples only the views are looked at.
+        counted += [False for reading in self._redrawn for _ in self._turns(reading)]
         sums = _Sums(self._config, self._targets, counted, topology.device)
         views = []
         for number, reading in enumerate([self._batches, *self._redrawn]):
@@ -93,7 +95,7 @@ class HeldOutSet:
                 self._views.watching(mine) as found,
                 torch.compiler.set_stance("force_eager"),
             ):
-                forward_only(mine, self._student, sums if number == 0 else _Nothing(topology.device))
+                forward_only(mine, self._student, sums)
             # On a stage of a pipeline that has not the last block nothing is found.
             views.append([(k, pooled) for k, pooled in zip(turns, found, strict=False) if k < self._viewed])
         topology.sum_over_model(sums.values)
@@ -129,30 +131,6 @@ def forward_only(batches: list[Batch], student: StudentEngine, objective: Object
     module.eval()
     student.forward_batches(batches, _SAME_NOISE, objective)
     module.train(was_training)
-
-
-class _Nothing:
-    """An objective that is not looked at."""
-
-    reads_states = False
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-
-    def entered(self, batch: Batch, features_btd: Tensor) -> None:
-        """Not looked at."""
-
-    def share(
-        self,
-        batch: Batch,
-        predictions: Sequence[Tensor],
-        cls: Sequence[Tensor | None],
-        made: Sequence[Made],
-        means: Sequence[Tensor] = (),
-    ) -> Tensor:
-        """0, as nothing is trained."""
-        del batch, predictions, cls, made, means
-        return torch.zeros((), device=self._device)
 
 
 class _Sums:

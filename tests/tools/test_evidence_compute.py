@@ -16,6 +16,7 @@ sys.path.append(str(ROOT / "tools"))
 import evidence_compute  # noqa: E402
 import evidence_compute_sets  # noqa: E402
 import evidence_curves  # noqa: E402
+import evidence_jobs  # noqa: E402
 import evidence_table  # noqa: E402
 from evidence_sets import RealSet  # noqa: E402
 
@@ -96,6 +97,20 @@ def test_seeds_that_settings_are_chosen_on_have_no_rows(
     monkeypatch.setattr(evidence_compute, "run_all_forked", lambda jobs, work, processes: found.extend(jobs))
     evidence_compute.run_computes([1.0], ["shapes"], 5, tmp_path, tmp_path, tmp_path, 1)
     assert {job.seed for job in found} == {3, 4, 5, 6, 7}
+
+
+def test_arms_with_a_dot_in_their_names_have_logs_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`hide-0.3` and `hide-0.7` both wrote to `hide-0.log`."""
+    logs, fork = [], evidence_jobs.fork
+
+    def seen(work: object, log: Path) -> int:
+        logs.append(log)
+        return fork(lambda: None, log)
+
+    monkeypatch.setattr(evidence_jobs, "fork", seen)
+    for arm in ("hide-0.3", "hide-0.7"):
+        assert evidence_jobs.train_forked([], tmp_path / arm, arm) == []
+    assert [log.name for log in logs] == ["hide-0.3.log", "hide-0.7.log"]
 
 
 def test_arms_of_parts_of_a_compute_have_files_of_their_own(real: RealSet, tmp_path: Path) -> None:
