@@ -12,8 +12,8 @@ REDACTED = "<redacted>"
 
 _KEY_OF = "api|access|account|auth|deploy|encryption|private|secret|shared[-_]?access|signing|storage|subscription"
 _WORD = (
-    r"(?:[a-z0-9]*(?:token|passw(?:or)?d|passphrase)|secret|pass|sshpass|pwd|pw|signature|sig|sas|hmac|jwt|"
-    rf"credentials?|auth|authorization|(?:{_KEY_OF})[-_]?key)(?:[-_](?:key|id|value))?"
+    r"(?:[a-z0-9]*(?:token|passw(?:or)?d|passphrase)|secret|(?:user|ssh)?pass|pwd|pw|signature|sig|sas|hmac|jwt|"
+    rf"credentials?|auth|authorization|sse-c-key|(?:{_KEY_OF})[-_.]?key)(?:[-_.](?:key|id|value))?"
 )
 """What names of secrets end in."""
 _NAME = rf"(?:[a-z0-9]*[-_.])*{_WORD}"
@@ -68,15 +68,27 @@ _PROGRAMS = [
         ("curl|smbclient", r"-[a-zA-Z]*[uU]\s*['\"]?[^\s:%'\"$-][^\s:%'\"$]*[:%]", r"[^\s'\"]+"),
         ("curl", r"(?:-b|--cookie)(?:\s+|=)?", r"[^\s'\"]+=[^'\"\n]+"),
         ("curl", r"(?:-E|--cert)(?:\s+|=)?[^\s:'\"]+:", r"[^\s'\"]+"),
+        ("curl", r"(?:-x|--proxy)(?:\s+|=)?['\"]?[^\s:@/'\"$]+:", r"[^\s@'\"]+(?=@)"),
+        ("curl", r"(?:-[a-zA-Z]*u|--user)(?:\s+|=)?['\"]?:", r"[^\s'\"]+"),
+        ("curl", r"(?:-[a-zA-Z]*u|--user)(?:\s+|=)?['\"]?", r"[^\s:'\"]{16,}(?=:(?:['\"\s]|$))"),
+        (r"https?(?=\s)", r"(?:-a|--auth)(?:\s+|=)?['\"]?[^\s:'\"$]+:", r"[^\s'\"]+"),
+        ("openssl", r"-pass(?:in|out)\s+", r"pass:[^\s'\"]+"),
+        ("aws", r"configure\s+set\s+\S*(?:secret|token)\S*\s+", r"[^\s'\"]+"),
+        ("mc", r"(?:alias\s+set|config\s+host\s+add)(?:\s+\S+){3}\s+", r"[^\s'\"]+"),
+        ("b2", r"(?:authorize-account|account\s+authorize)\s+\S+\s+", r"[^\s'\"]+"),
+        ("ncftpget|ncftpput", r"-p\s+", r"[^\s'\"]+"),
+        ("redis-cli", r"-a\s+", r"[^\s'\"]+"),
+        ("kinit", r"<<<\s*", r"[^\s'\"]+"),
+        ("hdfs|hadoop", r"-Dfs\.[\w.-]*(?:key|secret|password|token)[\w.-]*=", r"[^\s'\"]+"),
     )
 ]
 """What single programs call their secrets."""
 _PIPED = re.compile(
     r"(?P<name>\b(?:echo|printf)\s+(?:-\w+\s+)*['\"]?)(?!\$)(?P<value>[^|'\"\n]+?)(?P<rest>['\"]?\s*\|[^|;\n]*"
-    r"(?:-fd\b|-stdin\b|\bstdin\b|\bsudo\s+-S\b))"
+    r"(?:-fd\b|-stdin\b|\bstdin\b|\bsudo\s+-S\b|\bkinit\b))"
 )
 _ASSIGNED = re.compile(
-    rf"(?P<name>(?:^|[\s;&:'\"(]){_NAME}=)(?P<quote>['\"]?)(?!\$|{REDACTED})[^\s;'\"]+", re.IGNORECASE
+    rf"(?P<name>(?:^|[\s;&:,'\"(]){_NAME}=)(?P<quote>['\"]?)(?!\$|{REDACTED}|(?:true|false)\b)[^\s;'\"]+", re.IGNORECASE
 )
 _ENTRY = re.compile(
     rf"(?P<name>(?P<quote>['\"]){_NAME}(?P=quote)\s*[:=]\s*['\"])(?!\$|{REDACTED})[^'\"\n]+", re.IGNORECASE
