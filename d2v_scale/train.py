@@ -37,6 +37,7 @@ from d2v_scale.finetuning.start import adopt
 from d2v_scale.interop.teacher_model import adopt_teacher
 from d2v_scale.parallel import ds_config, launchers, rank_environment
 from d2v_scale.planning import legal
+from d2v_scale.process import host_memory
 from d2v_scale.process.doing import doing
 from d2v_scale.process.signals import StopFlag, is_lost_peer
 from d2v_scale.process.started import tell_run_dir
@@ -108,6 +109,8 @@ def main(arguments: list[str], stop_flag: StopFlag) -> int:
         if topology.rank == 0:
             tell_run_dir(directory)
         run_directory.log_to_file(directory, topology.rank)
+        if topology.device.type == "cpu":
+            host_memory.keep_freed()
         config = arithmetic.settle(recipe, deepspeed_json(recipe), directory, topology)
         if topology.device.type == "cuda" and topology.rank == 0:
             log.info("%s", attention_kernels.describe(torch.cuda.get_device_name(topology.device)))

@@ -1,5 +1,6 @@
 """Bidirectional self-attention over local heads."""
 
+import torch
 from torch import Tensor, nn
 
 from d2v_scale.model import attention_kernels, cpu_attention, learned_bias
@@ -38,17 +39,19 @@ class SelfAttention(nn.Module):
         """(R, S, D) to (R, S, D), or to (N, D) at the flat positions `read_n`. `attention_bias`: see
         `Carry.attention_bias`."""
         rows, length, _ = x_rsd.shape
-        qkv, _ = self.qkv(x_rsd)
+        qkv, _ = self.qkv(x_rsd, self._qkv_bias() if self.split_bias else None)
         q, k, v = qkv.view(rows, length, self.heads, 3, self.head_dim).permute(3, 0, 2, 1, 4).unbind(0)
-        if self.split_bias:
-            q = q + self.q_bias.view(self.heads, 1, self.head_dim)
-            v = v + self.v_bias.view(self.heads, 1, self.head_dim)
         dropout = self.dropout if self.training else 0.0
         with own_draws(x_rsd.device, dropout > 0):
             mixed_rshd = _attend(q, k, v, attention_bias, dropout)
         mixed = mixed_rshd.reshape(rows, length, self.heads * self.head_dim)
         out, _ = self.out(mixed if read_n is None else mixed.flatten(0, 1).index_select(0, read_n))
         return out
+
+    def _qkv_bias(self) -> Tensor:
+        """The bias of `qkv`, with zeros for the keys."""
+        q_hd, v_hd = (bias.view(self.heads, self.head_dim) for bias in (self.q_bias, self.v_bias))
+        return torch.stack((q_hd, torch.zeros_like(q_hd), v_hd), dim=1).flatten()
 
 
 def _attend(

@@ -1,31 +1,38 @@
-"""Attention of the student on a CPU, head by head while its weights are in cache.
+"""Attention of the student on a CPU, row by row while its weights are in cache.
 
-PyTorch's fused kernel for CPUs knows neither dropout nor a bias that learns, and multiplies slower than oneDNN.
+PyTorch's fused kernel for CPUs knows neither dropout nor a bias that learns: there it makes every intermediate result
+of all rows, one after the other. Here those of one row (H, S, S) are written over again for the next, and only the
+weights, and what dropout does to them, are kept. Queries, keys and values are read where the product of `qkv` has put
+them.
 """
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from d2v_scale.model import cpu_ops
-from d2v_scale.model.cpu_ops import keep_factor, product
+from d2v_scale.model.cpu_ops import keep_factor
 from d2v_scale.model.learned_bias import LearnedBias
 
-SHORTEST = 144
-"""Fewest positions for which this was faster with dropout; below, calls for each head take longer than they save."""
-SHORTEST_WITHOUT_DROPOUT = 192
-"""The same without dropout, with one thread: several divide the work on a head, and were slower at any length."""
+SHORTEST = 64
+"""Fewest positions for which this was faster with dropout; below, calls for each row take longer than they save."""
+SHORTEST_WITHOUT_DROPOUT = 144
+"""The same with a bias that learns and no dropout."""
 
 
 def applies(q_rhsd: Tensor, attention_bias: Tensor | LearnedBias | None, dropout: float) -> bool:
-    """Whether `attend` is used: in training over long rows, where `cpu_ops` applies, without a bool mask."""
+    """Whether `attend` is used: in training over long rows, where `cpu_ops` applies, without a bool mask, and with
+    something that PyTorch's fused kernel does not know."""
     if isinstance(attention_bias, LearnedBias):
-        attention_bias = attention_bias.added_rhss
+        learns, attention_bias = True, attention_bias.added_rhss
+    else:
+        learns = attention_bias is not None and attention_bias.requires_grad
     trained = torch.is_grad_enabled() and q_rhsd.requires_grad
     masked = attention_bias is not None and attention_bias.dtype != torch.float32
     length = q_rhsd.shape[2]
-    long = length >= SHORTEST if dropout else length >= SHORTEST_WITHOUT_DROPOUT and torch.get_num_threads() == 1
+    long = length >= SHORTEST if dropout else learns and length >= SHORTEST_WITHOUT_DROPOUT
     return trained and not masked and long and cpu_ops.applies(q_rhsd)
 
 
@@ -59,20 +66,18 @@ class _Attend(torch.autograd.Function):
         weights_rhss = q_rhsd.new_empty(rows, heads, length, length)
         keep_rhss = keep_factor(weights_rhss.shape, dropout) if dropout else None
         out_rshd = q_rhsd.new_empty(rows, length, heads, dim)
-        # Contiguous: oneDNN multiplies views with gaps element by element.
-        q_rhsd, k_rhsd, v_rhsd = (x.contiguous() for x in (q_rhsd, k_rhsd, v_rhsd))
+        scratch_hss = torch.empty_like(weights_rhss[0])
+        softmax = torch.softmax if bias is None or not _excludes_all(bias) else _safe_softmax
         for row in range(rows):
-            for head in range(heads):
-                logits = product(q_rhsd[row, head], k_rhsd[row, head]).mul_(scale)
-                weights = weights_rhss[row, head]
-                if bias is None:
-                    torch.softmax(logits, -1, out=weights)
-                else:
-                    logits += bias[row % bias.shape[0], head % bias.shape[1]]
-                    # Rows without any valid key give zeros, as in PyTorch's attention.
-                    weights.copy_(torch._safe_softmax(logits, -1))
-                kept = weights if keep_rhss is None else weights * keep_rhss[row, head]
-                out_rshd[row, :, head] = product(kept, v_rhsd[row, head].t())
+            added = scratch_hss if bias is None else bias[row % bias.shape[0]]
+            keys_hds = k_rhsd[row].transpose(1, 2)
+            beta = 0 if bias is None else 1
+            torch.baddbmm(added, q_rhsd[row], keys_hds, beta=beta, alpha=scale, out=scratch_hss)
+            weights_hss = weights_rhss[row]
+            softmax(scratch_hss, -1, out=weights_hss)
+            if keep_rhss is not None:
+                weights_hss = torch.mul(weights_hss, keep_rhss[row], out=scratch_hss)
+            torch.bmm(weights_hss, v_rhsd[row], out=out_rshd[row].transpose(0, 1))
         ctx.save_for_backward(q_rhsd, k_rhsd, v_rhsd, weights_rhss, keep_rhss, distances_rss)
         ctx.scale, ctx.bias_shape = scale, None if bias is None else bias.shape
         return out_rshd
@@ -81,31 +86,36 @@ class _Attend(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_rshd: Tensor) -> tuple[Tensor | None, ...]:
         q_rhsd, k_rhsd, v_rhsd, weights_rhss, keep_rhss, distances_rss = ctx.saved_tensors
-        rows, heads, _, _ = q_rhsd.shape
-        grad_q, grad_k, grad_v = (torch.empty_like(x) for x in (q_rhsd, k_rhsd, v_rhsd))
+        rows, heads, length, dim = q_rhsd.shape
+        grads_rhsd = grad_rshd.new_empty(rows, length, heads, 3, dim).permute(3, 0, 2, 1, 4).unbind(0)
         grad_bias = grad_rshd.new_zeros(ctx.bias_shape) if ctx.needs_input_grad[3] else None
         grad_slope = grad_rshd.new_zeros(heads) if ctx.needs_input_grad[5] else None
-        grad_rhsd = grad_rshd.transpose(1, 2).contiguous()
+        grad_weights_hss, other_hss = (torch.empty_like(weights_rhss[0]) for _ in range(2))
         for row in range(rows):
-            for head in range(heads):
-                weights, grad = weights_rhss[row, head], grad_rhsd[row, head]
-                grad_weights = product(grad, v_rhsd[row, head])
-                kept = weights
-                if keep_rhss is not None:
-                    keep = keep_rhss[row, head]
-                    kept = weights * keep
-                    grad_weights *= keep
-                grad_v[row, head] = product(kept.t(), grad.t())
-                grad_logits = torch._softmax_backward_data(grad_weights, weights, -1, torch.float32)
-                if grad_bias is not None:
-                    grad_bias[row % ctx.bias_shape[0], head % ctx.bias_shape[1]] += grad_logits.sum_to_size(
-                        ctx.bias_shape[2:]
-                    )
-                if grad_slope is not None:
-                    grad_slope[head] -= torch.dot(
-                        grad_logits.flatten(), distances_rss[row % len(distances_rss)].flatten()
-                    )
-                grad_logits *= ctx.scale
-                grad_q[row, head] = product(grad_logits, k_rhsd[row, head].t())
-                grad_k[row, head] = product(grad_logits.t(), q_rhsd[row, head].t())
-        return grad_q, grad_k, grad_v, grad_bias, None, grad_slope, None
+            grad_hsd, kept_hss = grad_rshd[row].transpose(0, 1), weights_rhss[row]
+            torch.bmm(grad_hsd, v_rhsd[row].transpose(1, 2), out=grad_weights_hss)
+            if keep_rhss is not None:
+                grad_weights_hss *= keep_rhss[row]
+                kept_hss = torch.mul(kept_hss, keep_rhss[row], out=other_hss)
+            grad_q, grad_k, grad_v = (grad[row] for grad in grads_rhsd)
+            torch.bmm(kept_hss.transpose(1, 2), grad_hsd, out=grad_v)
+            grad_logits_hss = torch._softmax_backward_data(
+                grad_weights_hss, weights_rhss[row], -1, torch.float32, grad_input=other_hss
+            )
+            if grad_bias is not None:
+                grad_bias[row % ctx.bias_shape[0]] += grad_logits_hss.sum_to_size(ctx.bias_shape[1:])
+            if grad_slope is not None:
+                distances = distances_rss[row % len(distances_rss)].flatten()
+                grad_slope -= torch.mv(grad_logits_hss.view(heads, -1), distances)
+            torch.baddbmm(grad_q, grad_logits_hss, k_rhsd[row], beta=0, alpha=ctx.scale, out=grad_q)
+            torch.baddbmm(grad_k, grad_logits_hss.transpose(1, 2), q_rhsd[row], beta=0, alpha=ctx.scale, out=grad_k)
+        return *grads_rhsd, grad_bias, None, grad_slope, None
+
+
+def _excludes_all(bias_rhss: Tensor) -> bool:
+    """Whether some position may attend to none: its weights are zeros, as in PyTorch's attention."""
+    return bool((bias_rhss.amax(-1) == -math.inf).any())
+
+
+def _safe_softmax(logits: Tensor, dim: int, out: Tensor) -> None:
+    out.copy_(torch._safe_softmax(logits, dim))

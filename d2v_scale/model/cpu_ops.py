@@ -30,10 +30,12 @@ _by_blas: frozenset[str] = frozenset()
 
 def product_class(a_nk: Tensor, b_mk: Tensor) -> str:
     """What decides which library is faster: the size of a product, and which of its factors are transposed (neither in
-    a forward pass, the second for the input's gradient, both for the weight's)."""
+    a forward pass, the second for the input's gradient, both for the weight's). Of the first oneDNN makes a copy then,
+    which weighs more where it has more rows than the second: wide."""
     count = a_nk.shape[0] * a_nk.shape[1] * b_mk.shape[0]
     size = "small" if count < SMALL else "middle" if count < LARGE else "large"
-    transposed = ("neither", "second", "both")[(b_mk.stride(1) != 1) + (a_nk.stride(1) != 1)]
+    both = "both wide" if a_nk.shape[0] > b_mk.shape[0] else "both"
+    transposed = ("neither", "second", both)[(b_mk.stride(1) != 1) + (a_nk.stride(1) != 1)]
     return f"{size} {transposed}"
 
 

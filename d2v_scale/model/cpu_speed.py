@@ -22,9 +22,9 @@ from d2v_scale.model.parallel_linear import undivided
 CLEARLY = 1.1
 _ROUNDS, _FEWEST = 16, 5
 """Rounds of a measurement, and how many there are at least where they take long."""
-_SIZES = {"small": (64, 64, 256), "middle": (256, 96, 384), "large": (512, 384, 384)}
+_SIZES = {"small": (64, 64, 256), "middle": (256, 96, 384), "large": (512, 384, 1536)}
 """N, K and M of the product that stands for all of its size."""
-CLASSES = 3 * len(_SIZES)
+CLASSES = 4 * len(_SIZES)
 _NATIVE_BF16 = {"avx512_bf16", "amx_bf16", "bf16"}
 """Names in /proc/cpuinfo: of x86 and, the last, of ARM."""
 _POSITIONS, _FEWEST_POSITIONS, _WIDEST = 1024, 64, 1024
@@ -63,7 +63,8 @@ def faster_by_blas(limit_s: float = 0.03) -> list[str]:
     found = []
     for rows, inputs, outputs in _SIZES.values():
         x_nk, weight_mk, grad_nm = torch.ones(rows, inputs), torch.ones(outputs, inputs), torch.ones(rows, outputs)
-        for a, b in ((x_nk, weight_mk), (grad_nm, weight_mk.t()), (grad_nm.t(), x_nk.t())):
+        both = grad_nm.t(), x_nk.t()
+        for a, b in ((x_nk, weight_mk), (grad_nm, weight_mk.t()), both, both[::-1]):
             if not cpu_ops.applies(a):
                 return []
             usual, other = (partial(way, a, b) for way in (cpu_ops.onednn_product, cpu_ops.blas_product))

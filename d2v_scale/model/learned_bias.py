@@ -3,8 +3,8 @@
 A bias (R, H, S, S) that all blocks share gets a gradient of that size from each, which autograd adds to the sum of
 those before: a block writes one and makes three passes more over that size, in the precision of the states, for one
 number a head. Here each block's gradient becomes these numbers at once, in fp32, and it is made for some rows after
-the other: at most `GRADIENT_BYTES` of it are there at a time, written, read once and gone. Head by head on a CPU
-(`model.cpu_attention`) it is of one head of one row.
+the other: at most `GRADIENT_BYTES` of it are there at a time, written, read once and gone. Row by row on a CPU
+(`model.cpu_attention`) it is of one row.
 
 Without any such gradient it could be done where no weights of attention are dropped: with P the weights, D the
 distances and O' attention with log D added to the logits once more, P D V = r O' and r = sum P D is a quotient of two

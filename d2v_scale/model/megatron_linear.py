@@ -42,14 +42,22 @@ def _no_init(weight: Tensor) -> None:
 class _Column(ColumnParallelLinear):
     """megatron's, with the product from `cpu_ops` where that applies."""
 
-    def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        """(full inputs) to (local outputs, None)."""
+    _given_bias: Tensor | None = None
+
+    def forward(self, input_: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """(full inputs) to (local outputs, None). `bias`: of the local outputs, where it has none of its own."""
         if torch.compiler.is_compiling() and tensor_size() == 1:
             # megatron's own warns on the way, and each warning would cut the graph in two.
-            return cpu_ops.linear(input_, self.weight, self.bias), None
-        return super().forward(input_, *args, **kwargs)
+            return cpu_ops.linear(input_, self.weight, self.bias if bias is None else bias), None
+        self._given_bias = bias
+        try:
+            return super().forward(input_)
+        finally:
+            self._given_bias = None
 
     def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self._given_bias is not None:
+            kwargs["bias"] = self._given_bias
         # With several tensor-parallel ranks megatron starts the all-reduce of the input's gradient in here.
         if cpu_ops.applies(input) and not kwargs["allreduce_dgrad"]:
             return cpu_ops.linear(input, weight, kwargs["bias"])

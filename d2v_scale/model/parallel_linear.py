@@ -56,13 +56,14 @@ class WholeLinear(nn.Module):
         self.weight = nn.Parameter(torch.empty(outputs, inputs))
         self.register_parameter("bias", nn.Parameter(torch.empty(outputs)) if bias else None)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, None]:
-        """(..., inputs) to ((..., outputs), None)."""
-        return cpu_ops.linear(x, self.weight, self.bias), None
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> tuple[Tensor, None]:
+        """(..., inputs) to ((..., outputs), None). `bias` (outputs,): where it has none of its own."""
+        return cpu_ops.linear(x, self.weight, self.bias if bias is None else bias), None
 
 
 def column_linear(inputs: int, outputs: int, *, bias: bool, rule: InitRule) -> nn.Module:
-    """Linear whose outputs are split over the tensor-parallel ranks; forward returns (local outputs, None)."""
+    """Linear whose outputs are split over the tensor-parallel ranks; forward returns (local outputs, None). Without a
+    bias of its own it may be given one, of the local outputs, as its second argument."""
     if _undivided.get():
         layer: nn.Module = WholeLinear(inputs, outputs, bias=bias)
     else:

@@ -67,7 +67,7 @@ def test_dropout_drops_its_share_alike_in_both_passes() -> None:
     assert torch.allclose(grad_v[0, 0].diagonal(), out[7])
 
 
-def test_used_in_training_over_long_rows_only(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_used_in_training_over_long_rows_with_dropout_or_a_bias_that_learns() -> None:
     length = cpu_attention.SHORTEST
     long = torch.zeros(1, 1, length, 4, requires_grad=True)
     assert cpu_attention.applies(long, None, 0.1)
@@ -77,8 +77,9 @@ def test_used_in_training_over_long_rows_only(monkeypatch: pytest.MonkeyPatch) -
     with torch.no_grad():
         assert not cpu_attention.applies(long, None, 0.1)
     longer = torch.zeros(1, 1, cpu_attention.SHORTEST_WITHOUT_DROPOUT, 4, requires_grad=True)
-    for threads in (1, 2):
-        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
-        assert cpu_attention.applies(longer, None, 0.0) == (threads == 1)
-        assert cpu_attention.applies(longer, None, 0.1)
-        assert not cpu_attention.applies(long, None, 0.0)
+    bias = torch.zeros(1, 1, 1, 1)
+    for learns in (True, False):
+        assert cpu_attention.applies(longer, bias.clone().requires_grad_(learns), 0.0) == learns
+        assert cpu_attention.applies(longer, bias.clone().requires_grad_(learns), 0.1)
+    assert not cpu_attention.applies(longer, None, 0.0)
+    assert not cpu_attention.applies(longer[:, :, 1:], bias.requires_grad_(), 0.0)

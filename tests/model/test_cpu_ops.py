@@ -52,7 +52,9 @@ def test_products_are_made_by_the_library_that_their_class_is_given_to(monkeypat
         cpu_ops.multiply_by_blas(by_blas)
         assert_same(gradients(cpu_ops.linear, *inputs), reference)
         assert made == others
-    sizes = [(64, 64, 256), (256, 96, 384), (512, 384, 384)]
+    wide = cpu_ops.product_class(torch.empty(7, 32).t(), torch.empty(7, 24).t())
+    assert wide == "small both wide"
+    sizes = [(64, 64, 256), (256, 96, 384), (512, 384, 1536)]
     classes = [cpu_ops.product_class(torch.empty(n, k), torch.empty(m, k)) for n, k, m in sizes]
     assert classes == ["small neither", "middle neither", "large neither"]
 

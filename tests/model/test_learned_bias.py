@@ -124,7 +124,7 @@ def test_no_gradient_of_a_bias_is_larger_than_its_limit(monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("rows", [1, 3])
-def test_head_by_head_on_a_cpu_the_scale_learns_the_same(dropout: float, rows: int) -> None:
+def test_row_by_row_on_a_cpu_the_scale_learns_the_same(dropout: float, rows: int) -> None:
     """Against a bias with a gradient of its own, with the same weights dropped."""
     torch.manual_seed(0)
     length = cpu_attention.SHORTEST_WITHOUT_DROPOUT

@@ -130,7 +130,6 @@ def test_a_short_row_of_a_padded_batch_gives_no_nan_with_any_attention_kernel(
         with pytest.MonkeyPatch.context() as patch, chosen:
             always = 0 if kernel == "own" else 10**6
             patch.setattr(cpu_attention, "SHORTEST_WITHOUT_DROPOUT", always)
-            patch.setattr(torch, "get_num_threads", lambda: 1)
             real = attention._attend
             biases: list[Tensor | None] = []
             patch.setattr(
@@ -159,7 +158,6 @@ def test_our_own_kernel_is_among_those_tried(
     if next(student.parameters()).dtype != torch.float32:
         pytest.skip("it is for fp32")
     monkeypatch.setattr(cpu_attention, "SHORTEST_WITHOUT_DROPOUT", 0)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     calls: list[int] = []
     real = cpu_attention.attend
     monkeypatch.setattr(cpu_attention, "attend", lambda *a: calls.append(1) or real(*a))  # type: ignore[func-returns-value]

@@ -51,7 +51,7 @@ def test_what_is_clearly_faster_is_taken(tmp_path: Path, measured: dict[str, Any
     assert settled(tmp_path) == ("fp32", ["small both"])
     kept = arithmetic.read(tmp_path)
     assert kept is not None
-    assert kept.why == "fp32, bf16 at 1.00 of its speed; BLAS for 1 of 9 kinds of products"
+    assert kept.why == "fp32, bf16 at 1.00 of its speed; BLAS for 1 of 12 kinds of products"
     measured["gain"] = 1.5
     # No step was taken: nothing is to be kept. Products in bf16 are not those that were measured.
     assert settled(tmp_path) == ("bf16", [])
