@@ -1,11 +1,13 @@
 """Growth: what is counted, the exponents and verdicts, the command with its table and plot."""
 
+import json
 import sys
 from pathlib import Path
 
 import pytest
+from launch import run_ranks
 
-from d2v_scale.benchmarks import growth
+from d2v_scale.benchmarks import growth, planned_steps
 from d2v_scale.benchmarks.growth import Point
 from d2v_scale.parallel import groups
 
@@ -51,5 +53,19 @@ def test_plot_has_a_panel_for_each_size(tmp_path: Path) -> None:
 
 
 def test_over_ranks_returns_the_slowest() -> None:
-    point = growth._over_ranks("strong", 2, 1)
-    assert (point.size, point.seconds > 0, point.held_bytes > 0) == (2, True, True)
+    printed = run_ranks(2, Path(growth.__file__), "2", "1")
+    assert len({*printed}) == 2, "rank 0 alone tells what all have agreed on"
+    found = json.loads(next(line for line in printed[0].splitlines() if line.startswith("{")))
+    assert min(found["seconds"], found["held_bytes"]) > 0
+
+
+def test_ranks_of_this_machine_are_asked_for_their_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By `torch.distributed.run`, whose ranks import nothing else here."""
+    (tmp_path / "two.py").write_text(
+        "import json, os, sys\n"
+        "if os.environ['RANK'] == '0': print('a word'); print(json.dumps({'seconds': 3.0, 'held_bytes': 7}))\n"
+        "assert (os.environ['WORLD_SIZE'], sys.argv[1:]) == ('2', ['2', '1'])\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(growth, "on_ranks", lambda world, _module, *given: planned_steps.on_ranks(world, "two", *given))
+    assert growth._over_ranks("strong", 2, 1) == Point(2, 3.0, 7)
