@@ -68,9 +68,11 @@ def run(options: argparse.Namespace) -> int:
         print("freed memory is kept" if kept else "freed memory is given back")
     else:
         print(torch.cuda.get_device_name())
-    for name in names:
-        measure(cases.case(name, options.samples, options.length, options.overrides), topology, options)
-    cpu_ops.multiply_by_blas(())
+    try:
+        for name in names:
+            measure(cases.case(name, options.samples, options.length, options.overrides), topology, options)
+    finally:
+        cpu_ops.multiply_by_blas(())
     groups.shutdown()
     return 0
 

@@ -86,19 +86,22 @@ class Block(nn.Module):
             x_rsd = x_rsd.flatten(0, 1).index_select(0, read_n)
             if branch_scale_2r11 is not None:
                 branch_scale_2r11 = branch_scale_2r11.squeeze(3).index_select(1, read_n // length)
-        x_rsd = x_rsd + self._branch(attended, 0, branch_scale_2r11)
+        x_rsd = self._add_branch(x_rsd, attended, 0, branch_scale_2r11)
         if self.norm_first:
             tap_rsd = self.ffn(self.norm2(x_rsd))
-            return x_rsd + self._branch(tap_rsd, 1, branch_scale_2r11), tap_rsd
+            return self._add_branch(x_rsd, tap_rsd, 1, branch_scale_2r11), tap_rsd
         x_rsd = self.norm1(x_rsd)
         tap_rsd = self.ffn(x_rsd)
-        return self.norm2(x_rsd + self._branch(tap_rsd, 1, branch_scale_2r11)), tap_rsd
+        return self.norm2(self._add_branch(x_rsd, tap_rsd, 1, branch_scale_2r11)), tap_rsd
 
-    def _branch(self, x_rsd: Tensor, which: int, branch_scale_2r11: Tensor | None) -> Tensor:
-        x_rsd = cpu_ops.dropout(x_rsd, self.dropout, self.training)
-        if self.scaled:
-            x_rsd = x_rsd * (self.scale2 if which else self.scale1)
-        return x_rsd if branch_scale_2r11 is None else x_rsd * branch_scale_2r11[which].to(x_rsd.dtype)
+    def _add_branch(self, x_rsd: Tensor, branch_rsd: Tensor, which: int, branch_scale_2r11: Tensor | None) -> Tensor:
+        """The sum, after dropout of the branch; its layer scale and drop path are one factor, in the same pass."""
+        branch_rsd = cpu_ops.dropout(branch_rsd, self.dropout, self.training)
+        factor = (self.scale2 if which else self.scale1) if self.scaled else None
+        if branch_scale_2r11 is not None:
+            dropped_r11 = branch_scale_2r11[which].to(x_rsd.dtype)
+            factor = dropped_r11 if factor is None else factor * dropped_r11
+        return x_rsd + branch_rsd if factor is None else torch.addcmul(x_rsd, branch_rsd, factor)
 
 
 def beit_depth_scale(index: int) -> float:
