@@ -1,6 +1,6 @@
 """What of a part that is hidden altogether is told from the others: have pairs something to teach, and did they?
 
-  python tools/evidence_hidden.py RUN [RUN ...] --set digits [--data DIR] [--out DIR] [--rows FILE]
+  python tools/evidence_hidden.py RUN [RUN ...] --set digits [--data DIR] [--out DIR] [--rows DIR]
 
 RUN: a run of tools/evidence_joint.py on samples of all parts, or a checkpoint of one; --data and --out are what made
 it. Of held-out samples one part is hidden; it is predicted from one of the others, the third hidden too, and from both:
@@ -14,7 +14,8 @@ it. Of held-out samples one part is hidden; it is predicted from one of the othe
           difference between the targets beside its own others and beside another sample's, as a share of the variance;
   known   the ceiling: which share of that variance is between concepts, all that a partner can know, by that norm.
 
-Targets are the teacher's of whole samples; what is shown is masked as in training.
+Targets are of whole samples; what is shown is masked as in training. A checkpoint is a file of --rows; the
+tables are of all that are there.
 """
 
 import argparse
@@ -27,6 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evidence_jobs import ROOT
+from evidence_joint_scores import retrieval_of, scores_of
 from evidence_joint_sets import SETS, JointSet
 from evidence_sets import default_folder
 
@@ -41,6 +43,8 @@ if TYPE_CHECKING:
 
 NORMS = ("instance", "layer", "batch", "none")
 NEAREST = 10
+_WAYS = ("same", "mapped")
+_PROBED = ("vision", "speech")
 _BATCH = 16
 """As in training: norms over positions have a batch's padding in their statistics."""
 
@@ -219,6 +223,7 @@ def found_share(predicted_ntd: "Tensor", targets_ntd: "Tensor", concepts: Sequen
 
 def measured(path: Path, data: JointSet, limit: int | None = None) -> dict[str, Any]:
     """The row of a checkpoint. Raises CheckpointError."""
+    from d2v_scale.evaluation.frozen import FrozenEncoder
     from d2v_scale.interop.encoder_source import open_encoder, write_tensors
     from d2v_scale.model.parallel_linear import undivided
     from d2v_scale.model.teacher_parts import TeacherParts
@@ -243,7 +248,10 @@ def measured(path: Path, data: JointSet, limit: int | None = None) -> dict[str, 
         student = Student(recipe.model, target_widths=recipe.target_widths()).eval()
     write_tensors(student, of_student, "")
     held_out = HeldOut(data, recipe, limit)
-    row: dict[str, Any] = {"run": path.name, "step": of_student.step, "samples": len(held_out.concepts)}
+    row: dict[str, Any] = {"recipe": recipe.name, "seed": recipe.seed, "step": of_student.step}
+    row |= {"of_steps": recipe.optim.max_steps, "samples": len(held_out.concepts)}
+    stems, pairs = scores_of(data, dict.fromkeys(held_out.stems, FrozenEncoder.load(path)))
+    row |= {"retrieval": retrieval_of(data), "stems": stems, "pairs": pairs}
     return row | shared_by({norm: teacher(norm) for norm in NORMS}, held_out) | told(student, teacher(None), held_out)
 
 
@@ -284,6 +292,42 @@ def told(student: "Student", teacher: "Teacher", held_out: HeldOut) -> dict[str,
     return {"chance": chance(held_out.concepts), "told": found}
 
 
+def written(rows: Path) -> str:
+    """Markdown: what is told and found in each row, what there is to know in one, and what is retrieved in each."""
+    found = [json.loads(path.read_text()) for path in sorted(rows.glob("*.json"))]
+    named = [f"{one['recipe']}, seed {one['seed']}, step {one['step']:,} of {one['of_steps']:,}" for one in found]
+    lines = _head(["hidden, from what", *named])
+    for what in found[0]["told"]:
+        told = [one["told"][what] for one in found]
+        values = [[_percent(one[key]) for key in ("told", "error", "found", "other")] for one in told]
+        lines.append(_line([what, *("{} ± {}, {} ({})".format(*each) for each in values)]))
+    whole = next((one for one in reversed(found) if set(one["known"]) == set(NORMS)), found[-1])
+    lines += ["", *_head(["part", *whole["known"]])]
+    for stem in whole["stems"]:
+        shares = [[_percent(whole[key][norm][stem]) for key in ("known", "mixed")] for norm in whole["known"]]
+        lines.append(_line([stem, *map(", ".join, shares)]))
+    pairs = list(found[0]["pairs"])
+    retrieving = [f"{pair}, {way}" for pair in pairs for way in _WAYS]
+    lines += ["", *_head([found[0]["retrieval"], *retrieving, *(f"{stem}, k-NN" for stem in _PROBED)])]
+    for name, one in zip(named, found, strict=True):
+        retrieved = [one["pairs"][pair][way] for pair in pairs for way in _WAYS]
+        retrieved += [one["stems"][stem]["knn"] for stem in _PROBED]
+        lines.append(_line([name, *map(_percent, retrieved)]))
+    return "\n".join(lines) + "\n"
+
+
+def _head(cells: Sequence[str]) -> list[str]:
+    return [_line(cells), "|" + "---|" * len(cells)]
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _percent(share: float) -> str:
+    return f"{round(100 * share, 1) + 0.0:.1f}"  # no minus before zero
+
+
 def make_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -294,7 +338,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--out", type=Path, default=ROOT / "out" / "evidence-joint", help="where the shards are")
     parser.add_argument("--limit", type=int, help="held-out samples; default: all")
-    parser.add_argument("--rows", type=Path, help="append a line of JSON for each run")
+    parser.add_argument("--rows", type=Path, help="folder of the rows; default: docs/evidence/hidden_SET")
     return parser
 
 
@@ -308,12 +352,13 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         folder = (options.data or default_folder(ROOT)).resolve() if options.set == "digits" else Path()
         data = SETS[options.set](folder, options.out.resolve())
+        rows = options.rows or ROOT / "docs" / "evidence" / f"hidden_{options.set}"
+        rows.mkdir(parents=True, exist_ok=True)
         for path in options.runs:
             row = measured(path, data, options.limit)
-            print(json.dumps(row, indent=1), flush=True)
-            if options.rows is not None:
-                with options.rows.open("a") as stream:
-                    stream.write(json.dumps(row) + "\n")
+            name = f"{row['recipe']}-seed-{row['seed']}-step-{row['step']:05d}.json"
+            (rows / name).write_text(json.dumps(row, indent=1) + "\n")
+        print(written(rows))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT

@@ -70,3 +70,12 @@ def test_what_concepts_share_is_their_share_of_the_variance() -> None:
     assert found == pytest.approx(1.0)
     assert evidence_hidden.found_share(noise_ntd[:200], of_concept_ntd[:200], concepts[:200]) < 0.15
     assert evidence_hidden.chance(concepts[:200]) == pytest.approx(0.05)
+
+
+def test_the_tables_of_the_benchmarks_are_those_of_the_rows() -> None:
+    text = (ROOT / "BENCHMARKS.md").read_text()
+    folders = sorted((ROOT / "docs" / "evidence").glob("hidden_*"))
+    assert folders
+    for folder in folders:
+        for part in evidence_hidden.written(folder).strip().split("\n\n"):
+            assert part in text
