@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from d2v_scale.process.machine import this_system
+from d2v_scale.programs.machine import this_system
 
 
 def write_whole(path: Path, text: str | bytes) -> None:

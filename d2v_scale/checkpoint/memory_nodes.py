@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from d2v_scale.checkpoint.config import GENERATIONS
 from d2v_scale.checkpoint.memory_wire import Address
-from d2v_scale.process.machine import this_machine, this_network
+from d2v_scale.programs.machine import this_machine, this_network
 
 
 @dataclass(frozen=True)

@@ -1,1 +1,2 @@
-"""How this package's programs are started as processes of their own, from a clone or installed."""
+"""How this package's programs are started as processes of their own, from a clone or installed, and the
+machine that they are on."""

@@ -21,8 +21,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from d2v_scale.errors import UserError
-from d2v_scale.process.machine import this_system
 from d2v_scale.process.started import RESTART
+from d2v_scale.programs.machine import this_system
 
 LOCK_FILE = ".lock"
 LOCK_WAIT_S = 30.0

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from simulated_launchers import Job
 
-from d2v_scale.agents.agent import EXIT_NO_PLAN, LOST_S, REFUSED_S, START_S
+from d2v_scale.agents.agent import LOST_S, START_S
 from d2v_scale.agents.leading import LOST, STUCK_S
 from d2v_scale.agents.plan import Plan
 from d2v_scale.errors import EXIT_LOST_PEER, EXIT_REQUEUE
@@ -369,39 +369,6 @@ def test_a_meeting_place_that_takes_no_plan_is_tried_again(make: Make, monkeypat
         assert not job.training()
     job.passes(5)
     assert job.training() == {"n1": 2, "n2": 2}
-
-
-@pytest.mark.parametrize("at", ["the first plan", "a crash"])
-def test_a_meeting_place_that_stays_full_ends_all_launchers_and_says_so(
-    make: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, at: str
-) -> None:
-    job = make(begin=at == "a crash")
-
-    def full(_: Plan) -> Plan:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(job.meeting, "propose", full)
-    if at == "a crash":
-        fail(job, "n2")
-    job.passes(REFUSED_S - 5)
-    assert not job.codes
-    job.passes(10)
-    assert job.codes == dict.fromkeys(job.nodes, EXIT_NO_PLAN)
-    assert not job.training()
-    why = "has taken no plan for 600 s ([Errno 28] No space left on device)"
-    assert f"{why}: make room there, and start again with --resume" in caplog.text
-
-
-def test_a_node_whose_files_stand_still_for_half_a_minute_is_not_lost(make: Make) -> None:
-    """Of a network file system that is no fault yet; it was one after 10 s."""
-    job = make()
-    for node in ("n1", "n2", "n3"):
-        job.away.add(node)
-        job.passes(30)
-        job.away.clear()
-        job.passes(3)
-        assert job.training() == {"n1": 1, "n2": 1}
-        assert not job.plan.excluded
 
 
 def test_attempts_are_bounded_also_where_they_cannot_be_recorded(make: Make) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from d2v_scale.checkpoint.memory_nodes import Seat
 from d2v_scale.files import temporary_name
-from d2v_scale.process import machine
+from d2v_scale.programs import machine
 
 
 @pytest.fixture(autouse=True)
