@@ -82,9 +82,9 @@ def compare(
     }
     if in_pieces is not None:
         ways["pieces"] = timed(lambda q, k, v: learned_bias.attend(q, k, v, in_pieces, 0.0))
-    q = qkv.view(rows, length, heads, 3, _DIM).permute(3, 0, 2, 1, 4)[0]
-    if cpu_attention.applies(q, leaf, 0.0):
-        ways["attend"] = timed(lambda q, k, v: cpu_attention.attend(q, k, v, leaf, 0.0))
+    qkv_rsh3d = qkv.view(rows, length, heads, 3, _DIM)
+    if cpu_attention.applies(cpu_attention.parts(qkv_rsh3d)[0], leaf, 0.0):
+        ways["attend"] = lambda: cpu_attention.attend(qkv_rsh3d, leaf, 0.0).sum().backward(retain_graph=True)
     best = dict.fromkeys(ways, float("inf"))
     for _ in range(rounds + 1):
         for way, function in ways.items():

@@ -40,10 +40,9 @@ class SelfAttention(nn.Module):
         `Carry.attention_bias`."""
         rows, length, _ = x_rsd.shape
         qkv, _ = self.qkv(x_rsd, self._qkv_bias() if self.split_bias else None)
-        q, k, v = qkv.view(rows, length, self.heads, 3, self.head_dim).permute(3, 0, 2, 1, 4).unbind(0)
         dropout = self.dropout if self.training else 0.0
         with own_draws(x_rsd.device, dropout > 0):
-            mixed_rshd = _attend(q, k, v, attention_bias, dropout)
+            mixed_rshd = _attend(qkv.view(rows, length, self.heads, 3, self.head_dim), attention_bias, dropout)
         mixed = mixed_rshd.reshape(rows, length, self.heads * self.head_dim)
         out, _ = self.out(mixed if read_n is None else mixed.flatten(0, 1).index_select(0, read_n))
         return out
@@ -54,12 +53,11 @@ class SelfAttention(nn.Module):
         return torch.stack((q_hd, torch.zeros_like(q_hd), v_hd), dim=1).flatten()
 
 
-def _attend(
-    q_rhsd: Tensor, k_rhsd: Tensor, v_rhsd: Tensor, bias: Tensor | LearnedBias | None, dropout: float
-) -> Tensor:
-    """(R, S, H, d) of q, k and v, (R, H, S, d) each."""
+def _attend(qkv_rsh3d: Tensor, bias: Tensor | LearnedBias | None, dropout: float) -> Tensor:
+    """(R, S, H, d) of queries, keys and values (R, S, H, 3, d)."""
+    q_rhsd, k_rhsd, v_rhsd = cpu_attention.parts(qkv_rsh3d)
     if cpu_attention.applies(q_rhsd, bias, dropout):
-        return cpu_attention.attend(q_rhsd, k_rhsd, v_rhsd, bias, dropout)
+        return cpu_attention.attend(qkv_rsh3d, bias, dropout)
     if isinstance(bias, LearnedBias):
         return learned_bias.attend(q_rhsd, k_rhsd, v_rhsd, bias, dropout)
     return attention_kernels.attend(q_rhsd, k_rhsd, v_rhsd, bias, dropout).transpose(1, 2)

@@ -36,31 +36,34 @@ def applies(q_rhsd: Tensor, attention_bias: Tensor | LearnedBias | None, dropout
     return trained and not masked and long and cpu_ops.applies(q_rhsd)
 
 
-def attend(
-    q_rhsd: Tensor, k_rhsd: Tensor, v_rhsd: Tensor, attention_bias: Tensor | LearnedBias | None, dropout: float
-) -> Tensor:
-    """softmax(q k / sqrt(d) + bias) v, (R, H, S, d) each, with dropout on the weights; returns (R, S, H, d).
+def attend(qkv_rsh3d: Tensor, attention_bias: Tensor | LearnedBias | None, dropout: float) -> Tensor:
+    """softmax(q k / sqrt(d) + bias) v of queries, keys and values (R, S, H, 3, d), with dropout on the weights; returns
+    (R, S, H, d).
 
     `attention_bias` fp32, broadcast to (R, H, S, S), with or without gradient. Call only where `applies`.
     """
     if isinstance(attention_bias, LearnedBias):
         added, slope_h, distances_rss, _ = attention_bias
-        return _Attend.apply(q_rhsd, k_rhsd, v_rhsd, added, dropout, slope_h, distances_rss)
-    return _Attend.apply(q_rhsd, k_rhsd, v_rhsd, attention_bias, dropout, None, None)
+        return _Attend.apply(qkv_rsh3d, added, dropout, slope_h, distances_rss)
+    return _Attend.apply(qkv_rsh3d, attention_bias, dropout, None, None)
+
+
+def parts(qkv_rsh3d: Tensor) -> tuple[Tensor, ...]:
+    """(R, H, S, d) of queries, keys and values, as views."""
+    return qkv_rsh3d.permute(3, 0, 2, 1, 4).unbind(0)
 
 
 class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        q_rhsd: Tensor,
-        k_rhsd: Tensor,
-        v_rhsd: Tensor,
+        qkv_rsh3d: Tensor,
         bias: Tensor | None,
         dropout: float,
         slope_h: Tensor | None,
         distances_rss: Tensor | None,
     ) -> Tensor:
+        q_rhsd, k_rhsd, v_rhsd = parts(qkv_rsh3d)
         rows, heads, length, dim = q_rhsd.shape
         scale = dim**-0.5
         weights_rhss = q_rhsd.new_empty(rows, heads, length, length)
@@ -78,18 +81,20 @@ class _Attend(torch.autograd.Function):
             if keep_rhss is not None:
                 weights_hss = torch.mul(weights_hss, keep_rhss[row], out=scratch_hss)
             torch.bmm(weights_hss, v_rhsd[row], out=out_rshd[row].transpose(0, 1))
-        ctx.save_for_backward(q_rhsd, k_rhsd, v_rhsd, weights_rhss, keep_rhss, distances_rss)
+        ctx.save_for_backward(qkv_rsh3d, weights_rhss, keep_rhss, distances_rss)
         ctx.scale, ctx.bias_shape = scale, None if bias is None else bias.shape
         return out_rshd
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_rshd: Tensor) -> tuple[Tensor | None, ...]:
-        q_rhsd, k_rhsd, v_rhsd, weights_rhss, keep_rhss, distances_rss = ctx.saved_tensors
-        rows, heads, length, dim = q_rhsd.shape
-        grads_rhsd = grad_rshd.new_empty(rows, length, heads, 3, dim).permute(3, 0, 2, 1, 4).unbind(0)
-        grad_bias = grad_rshd.new_zeros(ctx.bias_shape) if ctx.needs_input_grad[3] else None
-        grad_slope = grad_rshd.new_zeros(heads) if ctx.needs_input_grad[5] else None
+        qkv_rsh3d, weights_rhss, keep_rhss, distances_rss = ctx.saved_tensors
+        q_rhsd, k_rhsd, v_rhsd = parts(qkv_rsh3d)
+        rows, heads, _, _ = q_rhsd.shape
+        grad_qkv = torch.empty_like(qkv_rsh3d, memory_format=torch.contiguous_format)
+        grads_rhsd = parts(grad_qkv)
+        grad_bias = grad_rshd.new_zeros(ctx.bias_shape) if ctx.needs_input_grad[1] else None
+        grad_slope = grad_rshd.new_zeros(heads) if ctx.needs_input_grad[3] else None
         grad_weights_hss, other_hss = (torch.empty_like(weights_rhss[0]) for _ in range(2))
         for row in range(rows):
             grad_hsd, kept_hss = grad_rshd[row].transpose(0, 1), weights_rhss[row]
@@ -109,7 +114,7 @@ class _Attend(torch.autograd.Function):
                 grad_slope -= torch.mv(grad_logits_hss.view(heads, -1), distances)
             torch.baddbmm(grad_q, grad_logits_hss, k_rhsd[row], beta=0, alpha=ctx.scale, out=grad_q)
             torch.baddbmm(grad_k, grad_logits_hss.transpose(1, 2), q_rhsd[row], beta=0, alpha=ctx.scale, out=grad_k)
-        return *grads_rhsd, grad_bias, None, grad_slope, None
+        return grad_qkv, grad_bias, None, grad_slope, None
 
 
 def _excludes_all(bias_rhss: Tensor) -> bool:

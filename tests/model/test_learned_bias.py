@@ -137,8 +137,8 @@ def test_row_by_row_on_a_cpu_the_scale_learns_the_same(dropout: float, rows: int
     found = []
     for bias in (added, learned):
         torch.manual_seed(5)
-        q, k, v = leaves
-        total = cpu_attention.attend(q, k, v, bias, dropout).sin().sum()
+        qkv_rsh3d = torch.stack(leaves, 3).transpose(1, 2)
+        total = cpu_attention.attend(qkv_rsh3d, bias, dropout).sin().sum()
         found.append(torch.autograd.grad(total, [*leaves, alibi.scale]))
     assert found[0][3].abs().min() > 1e-3
     for ours, expected, atol in zip(found[1], found[0], (1e-5, 1e-5, 1e-5, 2e-4), strict=True):

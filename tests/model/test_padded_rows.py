@@ -132,9 +132,7 @@ def test_a_short_row_of_a_padded_batch_gives_no_nan_with_any_attention_kernel(
             patch.setattr(cpu_attention, "SHORTEST_WITHOUT_DROPOUT", always)
             real = attention._attend
             biases: list[Tensor | None] = []
-            patch.setattr(
-                attention, "_attend", lambda q, k, v, b, d, r=real, kept=biases: kept.append(b) or r(q, k, v, b, d)
-            )
+            patch.setattr(attention, "_attend", lambda qkv, b, d, r=real, kept=biases: kept.append(b) or r(qkv, b, d))
             student.zero_grad()
             out = student(batch, Draw(seed=5, step=7))
             targets_btd = teacher(batch, out.features_btd)
