@@ -88,7 +88,8 @@ _PIPED = re.compile(
     r"(?:-fd\b|-stdin\b|\bstdin\b|\bsudo\s+-S\b|\bkinit\b))"
 )
 _ASSIGNED = re.compile(
-    rf"(?P<name>(?:^|[\s;&:,'\"(]){_NAME}=)(?P<quote>['\"]?)(?!\$|{REDACTED}|(?:true|false)\b)[^\s;'\"]+", re.IGNORECASE
+    rf"(?P<name>(?:^|[\s;&:,'\"(]){_NAME}=)(?P<quote>['\"]?)(?!\$|{REDACTED}|(?:true|false)(?:[\s;&,:|)'\"]|$))[^\s;'\"]+",
+    re.IGNORECASE,
 )
 _ENTRY = re.compile(
     rf"(?P<name>(?P<quote>['\"]){_NAME}(?P=quote)\s*[:=]\s*['\"])(?!\$|{REDACTED})[^'\"\n]+", re.IGNORECASE

@@ -148,6 +148,11 @@ def test_what_holds_no_secret_is_left_as_it_is(text: str) -> None:
     assert redact(text) == text
 
 
+@pytest.mark.parametrize("value", ["true-horse-battery", "false.x1", "True/9", "true+y"])
+def test_a_secret_that_begins_with_true_or_false_and_a_sign_is_left_out(value: str) -> None:
+    assert redact(f"pipe:SSHPASS={value} fetch a") == f"pipe:SSHPASS={REDACTED} fetch a"
+
+
 def test_values_of_secret_variables_are_left_out_and_paths_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MY_API_KEY", PLANTED)
     monkeypatch.setenv("SECRET", "/run/secrets")
