@@ -6,8 +6,8 @@ GFLOP/s of `F.linear`, of oneDNN and of a bare product at the size of the studen
 time over the time of its matrix products and convolutions alone, which is what nobody gains who computes the same.
 `optimizer`: our optimizer phase against the peer's, and against the peer with torch's fused AdamW. Above 1 means faster
 than the peer. Where `F.linear` is slow, most of a gain may be that: `--peer_products onednn` gives the peer the same
-products as ours, so that a ratio means the same on every machine. As a run at its start, the process chooses what
-makes its products, and keeps freed memory, which all sides profit from.
+products as ours, so that a ratio means the same on every machine. As a run at its start, the process measures what
+makes its products; that a run keeps freed memory (`process.host_memory`) is left out, since all sides would.
 """
 
 import argparse
@@ -26,7 +26,6 @@ from d2v_scale.errors import UserError
 from d2v_scale.model import cpu_ops, cpu_speed
 from d2v_scale.parallel import groups
 from d2v_scale.parallel.groups import Topology
-from d2v_scale.process import host_memory
 from d2v_scale.process.profiling import profiler, seconds_of_parts
 
 _AGREE = 1e-4
@@ -61,11 +60,9 @@ def run(options: argparse.Namespace) -> int:
     torch.set_num_threads(options.threads)
     names = cases.NAMES if options.all else (options.recipe,)
     if topology.device.type == "cpu":
-        kept = host_memory.keep_freed()
         by_blas = cpu_speed.faster_by_blas()
         cpu_ops.multiply_by_blas(by_blas)
-        print(f"{options.threads} CPU threads; products by the BLAS: {', '.join(by_blas) or 'none'}", end="; ")
-        print("freed memory is kept" if kept else "freed memory is given back")
+        print(f"{options.threads} CPU threads; products by the BLAS: {', '.join(by_blas) or 'none'}")
     else:
         print(torch.cuda.get_device_name())
     try:
