@@ -87,7 +87,7 @@ class SpikeRule:
 
     def judge(self, norm: float, loss: float) -> Spike | None:
         """The spike that a step of this norm and loss is; None: it is none, and counts for those to come. What is not
-        finite is no spike: such a step is skipped for itself."""
+        finite is no spike: a step whose norm is not is skipped for itself."""
         if not (math.isfinite(norm) and math.isfinite(loss)):
             return None
         known = self._known.setdefault(self.read, self._of({}))

@@ -64,8 +64,8 @@ class Holder:
 
     @property
     def is_near(self) -> bool:
-        """Whether this node's /proc knows it."""
-        return self.machine == this_system()
+        """Whether this node's /proc knows it. Without a /proc here nothing is known of anybody."""
+        return self.machine == this_system() != ""
 
     @property
     def lives(self) -> bool:

@@ -207,3 +207,12 @@ def test_the_holder_touches_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_the_record_of_an_earlier_version_leaves_it_to_the_lock(tmp_path: Path) -> None:
     (tmp_path / LOCK_FILE).write_text("process 1 on n7, Slurm job 3\n")
     run_lock.lock(tmp_path, wait_s=0)
+
+
+def test_a_holder_of_another_host_is_not_near_where_machines_cannot_be_told_apart(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    own = Holder.this_process()
+    assert own.is_near
+    monkeypatch.setattr(run_lock, "this_system", lambda: "")
+    assert not dataclasses.replace(own, machine="", host="another").is_near
