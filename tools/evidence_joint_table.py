@@ -17,7 +17,7 @@ _ORDER = ("separate", "alternate", "together", "paired", "shuffled")
 def written(rows: Path) -> str:
     """Markdown of all seeds that every arm has; empty where there is none."""
     texts = []
-    for folder in sorted(rows.glob("joint_*")):
+    for folder in sorted(rows.glob("joint_*_[0-9]*")):
         found: dict[str, list[Mapping[str, Any]]] = {arm: [] for arm in _ORDER}
         for path in sorted(folder.glob("*-seed-*.json")):
             row = json.loads(path.read_text())
