@@ -97,7 +97,7 @@ class Block(nn.Module):
     def _add_branch(self, x_rsd: Tensor, branch_rsd: Tensor, which: int, branch_scale_2r11: Tensor | None) -> Tensor:
         """The sum, after dropout of the branch; its layer scale and drop path are one factor, in the same pass."""
         branch_rsd = cpu_ops.dropout(branch_rsd, self.dropout, self.training)
-        factor = (self.scale2 if which else self.scale1) if self.scaled else None
+        factor: Tensor | None = (self.scale2 if which else self.scale1) if self.scaled else None
         if branch_scale_2r11 is not None:
             dropped_r11 = branch_scale_2r11[which].to(x_rsd.dtype)
             factor = dropped_r11 if factor is None else factor * dropped_r11
