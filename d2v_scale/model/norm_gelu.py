@@ -30,10 +30,10 @@ class _NormGelu(torch.autograd.Function):
     def forward(ctx: Any, x_nc: Tensor, weight_c: Tensor | None, bias_c: Tensor | None, eps: float) -> Tensor:
         ctx.save_for_backward(x_nc, weight_c, bias_c)
         ctx.eps = eps
-        out_nc = torch.empty_like(x_nc)
+        out_nc = x_nc.new_empty(x_nc.shape)  # contiguous: GELU leaves an output of other strides unwritten
         for piece in pieces(x_nc.shape[0]):
             normed = F.layer_norm(x_nc[piece], x_nc.shape[1:], weight_c, bias_c, eps)
-            torch.ops.aten.gelu.out(normed, out=out_nc[piece])
+            torch.ops.aten.gelu.out(normed.contiguous(), out=out_nc[piece])
         return out_nc
 
     @staticmethod
@@ -47,7 +47,7 @@ class _NormGelu(torch.autograd.Function):
         for piece in pieces(x_nc.shape[0]):
             x = x_nc[piece]
             normed, mean, rstd = torch.native_layer_norm(x, x.shape[1:], weight_c, bias_c, ctx.eps)
-            grad = torch.ops.aten.gelu_backward.grad_input(grad_nc[piece], normed, grad_input=grad_x[piece])
+            grad = torch.ops.aten.gelu_backward(grad_nc[piece], normed)
             grad_x[piece], weight_part, bias_part = torch.ops.aten.native_layer_norm_backward(
                 grad, x, x.shape[1:], mean, rstd, weight_c, bias_c, [True, affine, affine]
             )

@@ -105,8 +105,7 @@ def _block(model: ModelConfig, modality: str, lengths: Lengths, setting: Setting
     plain = setting.kernels == "cpu" and modalities.of(model, modality).has_bias
     # Inputs of the two norms and of the two halves; in post-norm blocks the norms' outputs are those inputs.
     whole = (4 + (2 if backbone.layer_scale else 0)) * backbone.width
-    queries = 3 if backbone.key_bias or plain else 5
-    split = (queries + 1) * backbone.width + 2 * backbone.ffn
+    split = 4 * backbone.width + 2 * backbone.ffn
     if plain:
         split += backbone.heads * length
     dropped: float = 2 * backbone.width if backbone.dropout else 0

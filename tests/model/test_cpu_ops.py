@@ -105,6 +105,16 @@ def test_norm_gelu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert_same(gradients(lambda x: norm_gelu.norm_gelu(x, None, None, 1e-5), x), gradients(plain, x))
 
 
+@pytest.mark.parametrize("rows", [1, 2])
+def test_gelu_of_rows_whose_channels_lie_apart_is_written(rows: int) -> None:
+    """PyTorch's GELU leaves an output that is given to it with other strides than its own unwritten."""
+    x = torch.randn(rows, 32, 64).transpose(1, 2)
+    memory = torch.full((rows, 64, 32), float("nan"))
+    del memory
+    found = gradients(lambda x: norm_gelu.norm_gelu(x, None, None, 1e-5), x)
+    assert_same(found, gradients(lambda x: F.gelu(F.layer_norm(x, (32,))), x))
+
+
 @pytest.mark.parametrize(
     ("layers", "samples"),
     [
