@@ -218,6 +218,8 @@ def run(case: dict, topology: groups.Topology) -> None:
 
 def spikes_are_judged_alike(student, losses: list[float], norms: list[float]) -> None:
     """Every rank of any topology judges by the step's whole loss and norm, and bit for bit by the same."""
+    if not losses:
+        return  # a run that only reads a checkpoint
     (known,) = student.spikes.rule.state_dict().values()
     np.testing.assert_allclose(known["loss"], losses, rtol=1e-12)
     np.testing.assert_allclose(known["gradient norm"], norms, rtol=1e-6)
